@@ -1,0 +1,1 @@
+"""Convert AWQ checkpoints to the Marlin layout, offline."""
