@@ -98,7 +98,7 @@ struct SumTile {
   __device__ __forceinline__ F32x4& quad(int token, int column) const {
     return *reinterpret_cast<F32x4*>(sums + token * kStride + column);
   }
-  static constexpr int bytes(int tokens) { return tokens * kStride * 4; }
+  static __host__ __device__ constexpr int bytes(int tokens) { return tokens * kStride * 4; }
 };
 
 __device__ __forceinline__ void accumulate(F32x4& sum, const F32x4& v) { sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w; }

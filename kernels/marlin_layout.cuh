@@ -18,12 +18,12 @@ constexpr int kWarpLanes = 32;
 constexpr int kLaneColumns = kTileColumns / 8;  // a lane owns columns lane/4 + 8*m of a tile, m = 0..7
 
 // Field i of a word holds value kInterleave[i] (weights) or position kInterleave[i] (zero points).
-constexpr int kInterleave4[8] = {0, 2, 4, 6, 1, 3, 5, 7};
-constexpr int kInterleave8[4] = {0, 2, 1, 3};
+__device__ constexpr int kInterleave4[8] = {0, 2, 4, 6, 1, 3, 5, 7};
+__device__ constexpr int kInterleave8[4] = {0, 2, 1, 3};
 
 // Field i of an AWQ word holds column kAwqOrder[i] of the word's columns: the same numbers, another meaning.
-constexpr int kAwqOrder4[8] = {0, 2, 4, 6, 1, 3, 5, 7};
-constexpr int kAwqOrder8[4] = {0, 2, 1, 3};
+__device__ constexpr int kAwqOrder4[8] = {0, 2, 4, 6, 1, 3, 5, 7};
+__device__ constexpr int kAwqOrder8[4] = {0, 2, 1, 3};
 
 template <int kBits>
 struct Layout {
