@@ -145,9 +145,8 @@ class SmallConfig:
     @property
     def min_blocks(self) -> int:
         """Blocks that a multiprocessor must hold at once: the compiler's limit on registers follows."""
-        if self.num_bits == 8 or self.token_tiles == 2 or self.step_rows == 128:
-            return 12 // self.warps
-        return 16 // self.warps
+        warps = {(1, 64): 16, (1, 128): 12, (2, 64): 12, (2, 128): 8}[self.token_tiles, self.step_rows]
+        return (12 if self.num_bits == 8 else warps) // self.warps
 
     @property
     def source(self) -> KernelSource:
@@ -255,8 +254,8 @@ def small_configs(problem: GemmProblem) -> Iterator[SmallConfig]:
         return
     is_single = problem.group_size == problem.size_k
     for step_rows in (64, 128):
-        if problem.size_k % step_rows:
-            continue
+        if problem.size_k % step_rows or (problem.num_bits == 8 and step_rows == 128):
+            continue  # a step of 8-bit weights would take twice the registers
         yield SmallConfig(
             dtype=problem.dtype,
             num_bits=problem.num_bits,
