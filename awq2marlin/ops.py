@@ -530,7 +530,8 @@ def launch_gemm(
     )
     grid = grid_of(config, problem)
     cluster = config.num_splits if config.num_splits > 1 and not needs_workspace else 1
-    _launch(config.source, device, grid, cluster, config.threads, config.shared_bytes, args)
+    overlaps = problem.has_clusters
+    _launch(config.source, device, grid, cluster, config.threads, config.shared_bytes, args, overlaps=overlaps)
     if needs_workspace:
         blocks = min(-(-problem.size_m * problem.size_n // 1024), 1 << 16)
         _launch(sum_splits_source(problem.dtype), device, (blocks, 1, 1), 1, 256, 0, args)
@@ -545,7 +546,10 @@ def _launch(
     threads: int,
     shared_bytes: int,
     args: tuple[Any, ...],
+    *,
+    overlaps: bool = False,
 ) -> None:
+    """Launches a kernel; one that ``overlaps`` may be set up before the stream's last kernel is through."""
     with torch.cuda.device(device.index):
         if not jit.is_loaded(source, device.index) and torch.cuda.is_current_stream_capturing():
             raise jit.KernelUnavailableError(
@@ -554,7 +558,8 @@ def _launch(
             )
         kernel = jit.load(source, device.index, device.capability, shared_bytes)
         stream = torch.cuda.current_stream().cuda_stream
-        _core_launch()(_stream(stream), _launch_config(grid, cluster, threads, shared_bytes), kernel, *args)
+        config = _launch_config(grid, cluster, threads, shared_bytes, overlaps)
+        _core_launch()(_stream(stream), config, kernel, *args)
 
 
 @functools.cache
@@ -572,11 +577,15 @@ def _stream(handle: int) -> Stream:
 
 
 @functools.lru_cache(maxsize=4096)
-def _launch_config(grid: tuple[int, int, int], cluster: int, threads: int, shared_bytes: int) -> LaunchConfig:
+def _launch_config(
+    grid: tuple[int, int, int], cluster: int, threads: int, shared_bytes: int, overlaps: bool
+) -> LaunchConfig:
     from cuda.core import LaunchConfig
 
-    if cluster == 1:
-        return LaunchConfig(grid=grid, block=threads, shmem_size=shared_bytes)
     # cuda-core counts clusters, not blocks.
-    clusters = (grid[0] // cluster, *grid[1:])
-    return LaunchConfig(grid=clusters, cluster=(cluster, 1, 1), block=threads, shmem_size=shared_bytes)
+    shape: dict[str, Any] = {"grid": grid}
+    if cluster > 1:
+        shape = {"grid": (grid[0] // cluster, *grid[1:]), "cluster": (cluster, 1, 1)}
+    return LaunchConfig(
+        **shape, block=threads, shmem_size=shared_bytes, programmatic_stream_serialization=overlaps
+    )

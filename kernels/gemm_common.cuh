@@ -145,7 +145,7 @@ __device__ __forceinline__ void finish_tile(const GemmArguments& args, SumTile<k
       for (int rank = 1; rank < args.num_splits; ++rank) accumulate(sum, load_cluster(cluster_address(address, rank)));
       if (column < columns) store_quad<T>(args, first_token + token, first_column + column, sum);
     }
-    cluster_sync();  // a block's shared memory must outlive its readers
+    cluster_leave();  // a block's shared memory must outlive its readers
     return;
   }
 #endif
@@ -160,7 +160,7 @@ __device__ __forceinline__ void skip_finish(const GemmArguments& args) {
 #if MARLIN_HAS_CLUSTERS
   if (splits_are_cluster(args)) {
     cluster_sync();
-    cluster_sync();
+    cluster_leave();
   }
 #endif
 }

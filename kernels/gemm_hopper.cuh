@@ -28,8 +28,11 @@ class HopperGemm {
   static constexpr int kWords = L::kLaneWords / kWarpgroups;     // a lane's words in them
   static constexpr int kStageRows = 64;
   static constexpr int kStageTiles = kStageRows / kTileRows;
-  static constexpr int kScaledRows = 32;                         // the smallest group
+  static constexpr int kBatchRows = 32;                          // decoded and multiplied at once: the smallest group
+  static constexpr int kBatchTiles = kBatchRows / kTileRows;
+  static constexpr int kBatches = kStageRows / kBatchRows;
   static constexpr int kSums = kTokens / 2;                      // accumulators of a lane in one m64 operand
+  static_assert(kBatches == 2, "registers of one batch are free once the next is under way");
   static_assert(kTokens == 32 || kTokens == 64 || kTokens == 128, "wgmma.cuh has these widths");
   static_assert(kStageRows * 2 == 128, "a row of tokens is one 128-byte swizzle line");
 
@@ -57,6 +60,8 @@ class HopperGemm {
     extern __shared__ __align__(1024) unsigned char shared[];
     HopperGemm gemm(args, shared);
     gemm.init_barriers();
+    start_next_launch();
+    wait_for_last_launch();
     __syncthreads();
     const StepRange range = split_steps(args.size_k / kStageRows, blockIdx.x, args.num_splits);
     const SumTile<kColumns> tile{reinterpret_cast<float*>(shared)};
@@ -164,7 +169,7 @@ class HopperGemm {
     groups.read(next_group, min(group, last_group));
     Constants constants;
 
-    u32 weight[2][kBlocks][4];
+    u32 weight[kBatches][kBatchTiles][kBlocks][4];  // one batch is multiplied while the next is decoded
     Place place;
     int released = 0;
     for (int step = range.begin; step < range.end; ++step) {
@@ -173,27 +178,23 @@ class HopperGemm {
       load_words(words, place.slot);
       const u64 act = wgmma_descriptor(shared + place.slot * kStageBytes);
 #pragma unroll
-      for (int i = 0; i < kStageTiles; ++i) {
-        if (i % (kScaledRows / kTileRows) == 0) {
-          if (rows_left == 0) {
-            constants = prepare(next_group);
-            rows_left = next_rows;
-            next_rows = args.group_size;
-            groups.read(next_group, min(++group, last_group));
-          }
-          rows_left -= kScaledRows;
+      for (int batch = 0; batch < kBatches; ++batch) {
+        if (rows_left == 0) {
+          constants = prepare(next_group);
+          rows_left = next_rows;
+          next_rows = args.group_size;
+          groups.read(next_group, min(++group, last_group));
         }
-#pragma unroll
-        for (int b = 0; b < kBlocks; ++b) {
-          D::decode(weight[i % 2][b], words[i] + b * L::kBlockWords, constants.offsets[b]);
-          scale<T>(weight[i % 2][b], constants.scales[b][0], constants.scales[b][1]);
-        }
+        rows_left -= kBatchRows;
+        decode_batch(weight[batch], words + batch * kBatchTiles, constants);
         wgmma_fence();
 #pragma unroll
-        for (int b = 0; b < kBlocks; ++b) wgmma(T{}, sums.v[b], weight[i % 2][b], act + 2 * i);
+        for (int i = 0; i < kBatchTiles; ++i)
+#pragma unroll
+          for (int b = 0; b < kBlocks; ++b) wgmma(T{}, sums.v[b], weight[batch][i][b], act + 2 * (batch * kBatchTiles + i));
         wgmma_commit();
-        wgmma_wait<1>();  // the tile before is done: its registers are free, and after a stage's last tile so is its slot
-        if (i == 0) {
+        wgmma_wait<1>();  // the batch before is done: its registers are free, and after a stage's last batch so is its slot
+        if (batch == 0) {
           if (step > range.begin && lane == 0) mbarrier_arrive(empty(released));
           released = place.slot;
         }
@@ -210,6 +211,17 @@ class HopperGemm {
       if constexpr (kBits == 4) load_shared(words[i], weight_sh(slot, i, w, 0) + 8 * warpgroup);
       if constexpr (kBits == 8) load_shared(words[i], weight_sh(slot, i, w, warpgroup));
     }
+  }
+
+  static __device__ __forceinline__ void decode_batch(u32 (&weight)[kBatchTiles][kBlocks][4], const u32 (*words)[kWords],
+                                                      const Constants& constants) {
+#pragma unroll
+    for (int i = 0; i < kBatchTiles; ++i)
+#pragma unroll
+      for (int b = 0; b < kBlocks; ++b) {
+        D::decode(weight[i][b], words[i] + b * L::kBlockWords, constants.offsets[b]);
+        scale<T>(weight[i][b], constants.scales[b][0], constants.scales[b][1]);
+      }
   }
 
   __device__ __forceinline__ Constants prepare(const LaneGroup<kBits>& group) const {

@@ -44,7 +44,10 @@ class SmallGemm {
   static __device__ __forceinline__ void run(const GemmArguments& args) {
     extern __shared__ __align__(128) unsigned char shared[];
     const int warp = threadIdx.x / kWarpLanes, lane = threadIdx.x % kWarpLanes;
+    start_next_launch();
     SmallGemm gemm(args, shared + warp * kWarpBytes, lane);
+    gemm.prefetch(warp);
+    wait_for_last_launch();
     gemm.sum_rows(warp);
     gemm.deposit();
     __syncthreads();
@@ -82,6 +85,17 @@ class SmallGemm {
     }
     cp_async_wait<0>();
     __syncwarp();  // the sums go where the activations were
+  }
+
+  // The warp's first step of weights, into L2: all that may be done before the kernel before us is through.
+  __device__ __forceinline__ void prefetch(int warp) const {
+    constexpr int kLineWords = 32, kLines = L::kTileWords / kLineWords * kStepTiles;
+    const StepRange range = split_steps(args.size_k / kStepRows, blockIdx.x, args.num_splits);
+    const int step = range.begin + warp;
+    if (step < range.end)
+      for (int line = lane; line < kLines; line += kWarpLanes)
+        prefetch_l2(args.qweight + i64(blockIdx.y) * L::kTileWords + line % (L::kTileWords / kLineWords) * kLineWords +
+                    (i64(step) * kStepTiles + line / (L::kTileWords / kLineWords)) * args.qweight_stride);
   }
 
   template <int kStage>

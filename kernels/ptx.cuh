@@ -172,6 +172,11 @@ __device__ __forceinline__ F32x4 load_cluster(u32 address) {
   return v;
 }
 
+// A last barrier before blocks leave: it orders no memory.
+__device__ __forceinline__ void cluster_leave() {
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+}
+
 // ---- mbarriers ----------------------------------------------------------------------------------------------------------
 
 __device__ __forceinline__ void mbarrier_init(u32 barrier, u32 arrivals) {
@@ -199,5 +204,21 @@ __device__ __forceinline__ void fence_proxy_async() { asm volatile("fence.proxy.
 #else
 #define MARLIN_HAS_CLUSTERS 0
 #endif
+
+// ---- programmatic dependent launch: no-ops before compute capability 9.0, or when the launch did not ask for it -------------
+
+// The next kernel of the stream may be set up while this one still runs.
+__device__ __forceinline__ void start_next_launch() {
+#if MARLIN_HAS_CLUSTERS
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+// Until the kernel before us is through and its writes can be seen. Nothing may be read or written earlier, only prefetched.
+__device__ __forceinline__ void wait_for_last_launch() {
+#if MARLIN_HAS_CLUSTERS
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+__device__ __forceinline__ void prefetch_l2(const void* p) { asm volatile("prefetch.global.L2 [%0];" ::"l"(p)); }
 
 }  // namespace marlin
