@@ -9,6 +9,14 @@
 
 namespace marlin {
 
+// (word & kMask) | kBits in one instruction, which compilers do not find by themselves when both are constants.
+template <u32 kMask, u32 kBits>
+__device__ __forceinline__ u32 and_or(u32 word) {
+  u32 d;
+  asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(d) : "r"(word), "n"(kMask), "n"(kBits));
+  return d;
+}
+
 // Decoder<T, kBits> turns a lane's word(s) of one block into the four registers of an m16n8k16 operand A:
 // rows r, r+1 of column c; the same of column c+8; rows r+8, r+9 of column c; the same of column c+8.
 template <class T, int kBits>
@@ -31,10 +39,10 @@ struct Decoder<Half, 4> {
   static __device__ __forceinline__ void decode(u32 (&frag)[4], const u32* words, const Offsets& z) {
     const u32 kSixteenth = 0x2c002c00u;  // 1/16: nibbles 1 and 5 are read in place, as 1024 + 16 q
     const u32 w = words[0], w8 = words[0] >> 8;
-    frag[0] = add2(Half{}, (w & 0x000f000fu) | 0x64006400u, z.low[0]);
-    frag[2] = fma2(Half{}, (w & 0x00f000f0u) | 0x64006400u, kSixteenth, z.high[0]);
-    frag[1] = add2(Half{}, (w8 & 0x000f000fu) | 0x64006400u, z.low[1]);
-    frag[3] = fma2(Half{}, (w8 & 0x00f000f0u) | 0x64006400u, kSixteenth, z.high[1]);
+    frag[0] = add2(Half{}, and_or<0x000f000fu, 0x64006400u>(w), z.low[0]);
+    frag[2] = fma2(Half{}, and_or<0x00f000f0u, 0x64006400u>(w), kSixteenth, z.high[0]);
+    frag[1] = add2(Half{}, and_or<0x000f000fu, 0x64006400u>(w8), z.low[1]);
+    frag[3] = fma2(Half{}, and_or<0x00f000f0u, 0x64006400u>(w8), kSixteenth, z.high[1]);
   }
 };
 
@@ -51,10 +59,10 @@ struct Decoder<Bfloat16, 4> {
 
   static __device__ __forceinline__ void decode(u32 (&frag)[4], const u32* words, const Offsets& z) {
     const u32 w = words[0];
-    frag[0] = add2(Bfloat16{}, (w & 0x000f000fu) | 0x43004300u, z.low[0]);
-    frag[2] = add2(Bfloat16{}, ((w >> 4) & 0x000f000fu) | 0x43004300u, z.low[0]);
-    frag[1] = add2(Bfloat16{}, ((w >> 8) & 0x000f000fu) | 0x43004300u, z.low[1]);
-    frag[3] = add2(Bfloat16{}, ((w >> 12) & 0x000f000fu) | 0x43004300u, z.low[1]);
+    frag[0] = add2(Bfloat16{}, and_or<0x000f000fu, 0x43004300u>(w), z.low[0]);
+    frag[2] = add2(Bfloat16{}, and_or<0x000f000fu, 0x43004300u>(w >> 4), z.low[0]);
+    frag[1] = add2(Bfloat16{}, and_or<0x000f000fu, 0x43004300u>(w >> 8), z.low[1]);
+    frag[3] = add2(Bfloat16{}, and_or<0x000f000fu, 0x43004300u>(w >> 12), z.low[1]);
   }
 };
 
@@ -103,13 +111,6 @@ struct Decoder<Bfloat16, 8> {
     return __uint_as_float(__byte_perm(word, 0x4b000000u, 0x7440 + kByte)) - zero;
   }
 };
-
-// The zero points of block j as a pair of 16-bit integers (columns c and c + 8), out of the lane's zero-point words.
-template <int kBits>
-__device__ __forceinline__ u32 block_zeros(const u32 (&zeros)[Layout<kBits>::kZeroWords], int j) {
-  if constexpr (kBits == 4) return (zeros[0] >> (4 * j)) & 0x000f000fu;
-  if constexpr (kBits == 8) return (zeros[j / 2] >> (8 * (j % 2))) & 0x00ff00ffu;
-}
 
 // `first` has the scale of column c twice, `second` that of column c + 8.
 template <class T>

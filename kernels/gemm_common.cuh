@@ -30,7 +30,8 @@ struct GemmArguments {
         qweight_stride, scales_stride, qzeros_stride                                                                \
   }
 
-// The scales and zero points of one lane's eight columns (lane/4 + 8*m) in one group and one tile.
+// The scales and zero points of one lane's eight columns (lane/4 + 8*m) in one group and one tile, as memory has them. They are
+// read long before they are needed, so reading must not look at them: GroupReader::scales and ::zeros do, at the time of use.
 template <int kBits>
 struct LaneGroup {
   u32 scales[kTileBlocks];  // per block j: column c low, column c + 8 high
@@ -47,19 +48,30 @@ class GroupReader {
  public:
   __device__ __forceinline__ GroupReader(const GemmArguments& args, int tile, int lane)
       : is_single(args.group_size >= args.size_k),
-        scales_gl_rd(args.scales + tile * kTileColumns + (is_single ? 0 : grouped_scale_position(lane, 0))),
-        zeros_gl_rd(args.qzeros ? args.qzeros + tile * L::kTileZeroWords + L::kZeroWords * (lane / 4) : nullptr),
-        scales_stride(args.scales_stride),
-        zeros_stride(is_single ? 0 : args.qzeros_stride) {}
+        has_zeros(args.qzeros != nullptr),
+        scales_gl_rd(args.scales + tile * kTileColumns),
+        // Without zero points any address will do that can be read: the weights' first tile is large enough.
+        zeros_gl_rd((has_zeros ? args.qzeros + tile * L::kTileZeroWords : args.qweight) + L::kZeroWords * (lane / 4)),
+        scales_stride(is_single ? 0 : args.scales_stride),
+        zeros_stride(is_single || !has_zeros ? 0 : args.qzeros_stride) {}
 
   // With a single group, any index means that one.
-  __device__ __forceinline__ void read(LaneGroup<kBits>& into, int group) const {
-    U32x4 s = {kOnes, kOnes, kOnes, kOnes};
-    if (!is_single) s = load_cached(scales_gl_rd + group * scales_stride);
+  __device__ __forceinline__ void read(LaneGroup<kBits>& into, int group, int lane) const {
+    const U32x4 s = load_cached(scales_gl_rd + group * scales_stride + grouped_scale_position(lane, 0));
     into.scales[0] = s.x, into.scales[1] = s.y, into.scales[2] = s.z, into.scales[3] = s.w;
 #pragma unroll
-    for (int i = 0; i < L::kZeroWords; ++i)
-      into.zeros[i] = zeros_gl_rd ? __ldg(zeros_gl_rd + group * zeros_stride + i) : L::kImpliedZeros;
+    for (int i = 0; i < L::kZeroWords; ++i) into.zeros[i] = load_cached_word(zeros_gl_rd + group * zeros_stride + i);
+  }
+
+  // The scales of block j as a pair (columns c and c + 8), in type T.
+  __device__ __forceinline__ u32 scales(const LaneGroup<kBits>& group, int j) const {
+    return is_single ? ones(T{}) : group.scales[j];
+  }
+
+  // The zero points of block j as a pair of 16-bit integers.
+  __device__ __forceinline__ u32 zeros(const LaneGroup<kBits>& group, int j) const {
+    if constexpr (kBits == 4) return (word(group.zeros[0]) >> (4 * j)) & 0x000f000fu;
+    if constexpr (kBits == 8) return (word(group.zeros[j / 2]) >> (8 * (j % 2))) & 0x00ff00ffu;
   }
 
   // What finished sums of the lane's m-th column are still to be multiplied by.
@@ -68,9 +80,9 @@ class GroupReader {
   }
 
  private:
-  static constexpr u32 kOnes = ones(T{});
+  __device__ __forceinline__ u32 word(u32 zeros) const { return has_zeros ? zeros : L::kImpliedZeros; }
 
-  bool is_single;
+  bool is_single, has_zeros;
   const u16* scales_gl_rd;
   const u32* zeros_gl_rd;
   i64 scales_stride, zeros_stride;

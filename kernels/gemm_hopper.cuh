@@ -166,7 +166,7 @@ class HopperGemm {
     int rows_left = 0;                                                // of the group whose constants we hold
     int next_rows = args.group_size - first_row % args.group_size;    // of the group that is on its way
     LaneGroup<kBits> next_group;
-    groups.read(next_group, min(group, last_group));
+    groups.read(next_group, min(group, last_group), lane);
     Constants constants;
 
     u32 weight[kBatches][kBatchTiles][kBlocks][4];  // one batch is multiplied while the next is decoded
@@ -180,10 +180,10 @@ class HopperGemm {
 #pragma unroll
       for (int batch = 0; batch < kBatches; ++batch) {
         if (rows_left == 0) {
-          constants = prepare(next_group);
+          constants = prepare(groups, next_group);
           rows_left = next_rows;
           next_rows = args.group_size;
-          groups.read(next_group, min(++group, last_group));
+          groups.read(next_group, min(++group, last_group), lane);
         }
         rows_left -= kBatchRows;
         decode_batch(weight[batch], words + batch * kBatchTiles, constants);
@@ -224,12 +224,12 @@ class HopperGemm {
       }
   }
 
-  __device__ __forceinline__ Constants prepare(const LaneGroup<kBits>& group) const {
+  __device__ __forceinline__ Constants prepare(const GroupReader<T, kBits>& groups, const LaneGroup<kBits>& group) const {
     Constants constants;
 #pragma unroll
     for (int b = 0; b < kBlocks; ++b) {
-      const u32 scales = warpgroup == 0 ? group.scales[b] : group.scales[kBlocks + b];
-      const u32 zeros = warpgroup == 0 ? block_zeros<kBits>(group.zeros, b) : block_zeros<kBits>(group.zeros, kBlocks + b);
+      const u32 scales = warpgroup == 0 ? groups.scales(group, b) : groups.scales(group, kBlocks + b);
+      const u32 zeros = warpgroup == 0 ? groups.zeros(group, b) : groups.zeros(group, kBlocks + b);
       constants.offsets[b] = D::offsets(zeros);
       constants.scales[b][0] = low_twice(scales);
       constants.scales[b][1] = high_twice(scales);

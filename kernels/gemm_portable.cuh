@@ -93,7 +93,7 @@ class PortableGemm {
   }
 
   __device__ __forceinline__ void read_group(LaneGroup<kBits>& group, int step) const {
-    groups.read(group, (step * kStageRows + warp_k * kWarpRows) / args.group_size);
+    groups.read(group, (step * kStageRows + warp_k * kWarpRows) / args.group_size, lane);
   }
 
   __device__ __forceinline__ void fetch(int step, int end, int slot) const {
@@ -127,8 +127,8 @@ class PortableGemm {
         load_shared(reinterpret_cast<u32(&)[4]>(words[i][4 * part]), weight_sh(slot, i, part));
 #pragma unroll
     for (int j = 0; j < kTileBlocks; ++j) {
-      const auto offsets = D::offsets(block_zeros<kBits>(group.zeros, j));
-      const u32 first = low_twice(group.scales[j]), second = high_twice(group.scales[j]);
+      const auto offsets = D::offsets(groups.zeros(group, j));
+      const u32 scales = groups.scales(group, j), first = low_twice(scales), second = high_twice(scales);
 #pragma unroll
       for (int i = 0; i < kWarpTiles; ++i) {
         u32 weight[4];

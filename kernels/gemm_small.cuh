@@ -111,7 +111,7 @@ class SmallGemm {
           stages[kStage].weights[i][part] = kLoads == 1 ? load_streaming(tile_gl_rd + i * args.qweight_stride)
                                                         : load_cached(tile_gl_rd + i * args.qweight_stride + 4 * part);
 #pragma unroll
-      for (int i = 0; i < kStepGroups; ++i) groups.read(stages[kStage].groups[i], (row + i * kScaledRows) / kGroupSize);
+      for (int i = 0; i < kStepGroups; ++i) groups.read(stages[kStage].groups[i], (row + i * kScaledRows) / kGroupSize, lane);
 #pragma unroll
       for (int i = 0; i < kActLoads; ++i) {
         const int token = (lane + i * kWarpLanes) / kRowChunks, chunk = (lane + i * kWarpLanes) % kRowChunks;
@@ -141,7 +141,7 @@ class SmallGemm {
       for (int j = 0; j < kTileBlocks; ++j) {
         u32 weight[4];
         D::decode(weight, reinterpret_cast<const u32*>(stage.weights[i]) + j * L::kBlockWords,
-                  D::offsets(block_zeros<kBits>(group.zeros, j)));
+                  D::offsets(groups.zeros(group, j)));
 #pragma unroll
         for (int t = 0; t < kTokenTiles; ++t) mma(T{}, partial[t][j], weight, act[t][2 * (i % 2)], act[t][2 * (i % 2) + 1]);
       }
@@ -158,7 +158,8 @@ class SmallGemm {
   __device__ __forceinline__ void add_scaled(const float (&partial)[kTokenTiles][kTileBlocks][4], const LaneGroup<kBits>& group) {
 #pragma unroll
     for (int j = 0; j < kTileBlocks; ++j) {
-      const float first = low_float(T{}, group.scales[j]), second = high_float(T{}, group.scales[j]);
+      const u32 scales = groups.scales(group, j);
+      const float first = low_float(T{}, scales), second = high_float(T{}, scales);
 #pragma unroll
       for (int t = 0; t < kTokenTiles; ++t)
 #pragma unroll

@@ -34,6 +34,12 @@ __device__ __forceinline__ U32x4 load_cached(const void* p) {
   return v;
 }
 
+__device__ __forceinline__ u32 load_cached_word(const u32* p) {
+  u32 v;
+  asm volatile("ld.global.nc.u32 %0, [%1];" : "=r"(v) : "l"(p));
+  return v;
+}
+
 // ---- asynchronous copies, global to shared (generic proxy) ----------------------------------------------------------
 
 __device__ __forceinline__ void cp_async_16(u32 dst, const void* src) {
