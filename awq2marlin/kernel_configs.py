@@ -22,6 +22,9 @@ HOPPER = (9, 0)
 #: Splits of K that one cluster can hold on every GPU that has clusters.
 MAX_SPLITS = 8
 
+#: The most that partial sums may take where they go through global memory.
+MAX_WORKSPACE_BYTES = 64 << 20
+
 _CPP_TYPES = {"fp16": "Half", "bf16": "Bfloat16"}
 
 
@@ -143,10 +146,11 @@ class SmallConfig:
         return self.warps * max(2 * tokens * self.step_rows * 2, _sum_bytes(columns, tokens))
 
     @property
-    def min_blocks(self) -> int:
-        """Blocks that a multiprocessor must hold at once: the compiler's limit on registers follows."""
-        warps = {(1, 64): 16, (1, 128): 12, (2, 64): 12, (2, 128): 8}[self.token_tiles, self.step_rows]
-        return (12 if self.num_bits == 8 else warps) // self.warps
+    def resident_blocks(self) -> int:
+        """Blocks that a multiprocessor holds at once: the compiler's limit on registers follows."""
+        warps = {(4, 1, 64): 16, (4, 1, 128): 12, (4, 2, 64): 12, (4, 2, 128): 8, (8, 1, 64): 12, (8, 2, 64): 8}
+        needs_more = self.token_tiles == 2 and self.group_rows == 32  # twice the sums of groups under way
+        return (8 if needs_more else warps[self.num_bits, self.token_tiles, self.step_rows]) // self.warps
 
     @property
     def source(self) -> KernelSource:
@@ -154,7 +158,7 @@ class SmallConfig:
         cpp = _CPP_TYPES[self.dtype]
         parameters = f"{self.num_bits}, {self.group_rows}, {self.token_tiles}, {self.step_rows}, {self.warps}"
         implementation = f"SmallGemm<{cpp}, {parameters}>"
-        return _gemm_source("gemm_small.cuh", implementation, self.threads, self.shared_bytes, self.min_blocks)
+        return _gemm_source("gemm_small.cuh", implementation, self.threads, self.shared_bytes, self.resident_blocks)
 
 
 @dataclass(frozen=True)
@@ -253,16 +257,19 @@ def small_configs(problem: GemmProblem) -> Iterator[SmallConfig]:
     if problem.size_m > 16:
         return
     is_single = problem.group_size == problem.size_k
-    for step_rows in (64, 128):
-        if problem.size_k % step_rows or (problem.num_bits == 8 and step_rows == 128):
-            continue  # a step of 8-bit weights would take twice the registers
+    token_tiles = 1 if problem.size_m <= 8 else 2
+    for step_rows in (128, 64):
+        # Long steps keep more loads in flight, where registers allow them and K is a multiple.
+        needs_short = problem.num_bits == 8 or problem.group_size < 128 or problem.size_k % 128 != 0
+        if step_rows == 128 and needs_short:
+            continue
         yield SmallConfig(
             dtype=problem.dtype,
             num_bits=problem.num_bits,
             group_rows=step_rows if is_single else problem.group_size,
-            token_tiles=1 if problem.size_m <= 8 else 2,
+            token_tiles=token_tiles,
             step_rows=step_rows,
-            warps=4,
+            warps=8 if problem.num_bits == 4 and token_tiles == 1 and step_rows == 64 else 4,
             reduction="cluster" if problem.has_clusters else "workspace",
         )
 
@@ -302,29 +309,65 @@ def with_splits(config: GemmConfig, num_splits: int, reduction: Reduction | None
 
 
 def pick_config(problem: GemmProblem) -> GemmConfig:
-    """Picks the kernel and its parameters for a problem: the fastest that was measured (H200, see benchmarks)."""
-    small = list(small_configs(problem))
-    if small:
-        return _pick_splits(small[-1], problem, small[-1].step_rows * small[-1].warps, 3)
-    hopper = list(hopper_configs(problem))
-    if hopper:
-        tokens = 32 if problem.size_m <= 32 else 64 if problem.size_m <= 64 else 128
-        return _pick_splits(next(c for c in hopper if c.tokens == tokens), problem, 64, 1)
-    portable = list(portable_configs(problem))
-    return _pick_splits(portable[0] if problem.size_m <= 32 else portable[1], problem, 64, 1)
+    """Picks the kernel and its parameters for a problem.
+
+    The rules come from sweeps on an H200 over the eight layer shapes of ``benchmarks/gemm.py`` (4 bits, g = 128): few
+    tokens want as many blocks as fit at once; more tokens want the fewest steps one after the other.
+    """
+    if problem.size_m <= 16:
+        return _pick_small(problem)
+    configs: list[GemmConfig] = [*hopper_configs(problem)] or [*portable_configs(problem)]
+    candidates = [
+        with_splits(config, num_splits)
+        for config in configs
+        for num_splits in range(1, MAX_SPLITS + 1)
+        if num_splits * 64 <= problem.size_k and _may_split(problem, num_splits)
+    ]
+    return min(candidates, key=lambda config: _steps_in_a_row(config, problem))
 
 
-def _pick_splits(config: GemmConfig, problem: GemmProblem, step_rows: int, blocks_per_multiprocessor: int) -> GemmConfig:
-    """Splits K so that the last wave of blocks is as full as possible, and not more than that pays."""
-    _, tiles_n, tiles_m = grid_of(config, problem)
-    slots = problem.multiprocessors * blocks_per_multiprocessor
-    steps = -(-problem.size_k // step_rows)
+def _pick_small(problem: GemmProblem) -> GemmConfig:
+    """Few tokens: as many blocks as fit at once, and at least one step for every warp."""
+    best: GemmConfig | None = None
+    for config in small_configs(problem):
+        tiles = problem.size_n // config.tile[0]
+        num_splits = max(
+            splits
+            for splits in range(1, MAX_SPLITS + 1)
+            if splits == 1
+            or (
+                tiles * splits <= _blocks_at_once(problem, config.resident_blocks, splits)
+                and splits * config.warps * config.step_rows <= problem.size_k
+            )
+        )
+        best = with_splits(config, num_splits)
+        if config.token_tiles > 1 or tiles * num_splits > 2 * problem.multiprocessors:
+            break  # enough warps; otherwise shorter steps by more of them
+    assert best is not None, "some config serves every problem"
+    return best
 
-    def cost(num_splits: int) -> float:
-        waves = -(-tiles_n * tiles_m * num_splits // slots)
-        return waves * (-(-steps // num_splits) + 4 + (2 if num_splits > 1 else 0))
 
-    return with_splits(config, min(range(1, min(MAX_SPLITS, steps) + 1), key=cost))
+def _blocks_at_once(problem: GemmProblem, resident_blocks: int, num_splits: int) -> int:
+    """How many blocks run at the same time, when those that share K must start together."""
+    slots = problem.multiprocessors * resident_blocks
+    if not problem.has_clusters:
+        return slots
+    # A cluster lies within one GPC, so that larger ones leave multiprocessors over (seen on an H200).
+    return int(slots * {1: 1.0, 2: 1.0, 3: 0.9}.get(num_splits, 0.83))
+
+
+def _may_split(problem: GemmProblem, num_splits: int) -> bool:
+    """Whether the sums of the parts are small enough to go through a workspace, where there is no other way."""
+    workspace_bytes = 4 * num_splits * problem.size_m * problem.size_n
+    return num_splits == 1 or problem.has_clusters or workspace_bytes <= MAX_WORKSPACE_BYTES
+
+
+def _steps_in_a_row(config: GemmConfig, problem: GemmProblem) -> float:
+    """Time in units of a step of 64 rows by 128 tokens: waves of blocks, each with its steps and its ends."""
+    splits, tiles_n, tiles_m = grid_of(config, problem)
+    waves = -(-tiles_n * tiles_m // (_blocks_at_once(problem, 1, splits) // splits))
+    steps = -(-problem.size_k // (64 * splits)) + 2 + (4 if splits > 1 else 0)
+    return waves * steps * {32: 0.6, 64: 0.7, 128: 1.0}[config.tile[1]]
 
 
 # ---- the other kernels ------------------------------------------------------------------------------------
@@ -366,6 +409,8 @@ def all_sources(capability: tuple[int, int]) -> list[KernelSource]:
         for num_bits in (4, 8):
             for group_size in (32, 64, 128):
                 for size_m in (1, 16):
-                    problem = GemmProblem(size_m, 256, 256, group_size, num_bits, dtype, capability)
-                    sources += [config.source for config in all_configs(problem)]
+                    for size_k in (256, 192):  # a multiple of 128, and one of 64 only
+                        if size_k % group_size == 0:
+                            problem = GemmProblem(size_m, 256, size_k, group_size, num_bits, dtype, capability)
+                            sources += [config.source for config in all_configs(problem)]
     return sorted(set(sources), key=lambda source: source.name)
