@@ -71,7 +71,9 @@ class Checkpoint:
         return sorted(
             name.removesuffix(".weight")
             for name, tensor in self.tensors.items()
-            if name.endswith(".weight") and len(tensor.shape) >= 2 and tensor.dtype.startswith(_FLOAT_PREFIXES)
+            if name.endswith(".weight")
+            and len(tensor.shape) >= 2
+            and tensor.dtype.startswith(_FLOAT_PREFIXES)
         )
 
     @cached_property
@@ -118,7 +120,14 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     for name in side_files:
         folder.path(name)  # refuses what leads out of the folder before anything is written
     return Checkpoint(
-        folder, config, quantization, shards, weight_map is not None, tuple(side_files), left_behind, tuple(warnings)
+        folder,
+        config,
+        quantization,
+        shards,
+        weight_map is not None,
+        tuple(side_files),
+        left_behind,
+        tuple(warnings),
     )
 
 
@@ -128,12 +137,17 @@ def _read_index(folder: Folder) -> dict[str, str] | None:
     document = folder.read_json(INDEX_FILENAME)
     weight_map = document.get("weight_map") if isinstance(document, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
-        raise refuse("bad-index", "it must hold an object 'weight_map' from tensor names to files", file=INDEX_FILENAME)
+        raise refuse(
+            "bad-index", "it must hold an object 'weight_map' from tensor names to files", file=INDEX_FILENAME
+        )
     for shard in sorted({str(shard) for shard in weight_map.values()}):
         check_name(shard, INDEX_FILENAME)
         if not shard.endswith(".safetensors"):
-            raise refuse("pickled-weights", f"it names {printable(shard)!r}; only .safetensors files are read",
-                         file=INDEX_FILENAME)
+            raise refuse(
+                "pickled-weights",
+                f"it names {printable(shard)!r}; only .safetensors files are read",
+                file=INDEX_FILENAME,
+            )
     return {name: check_name(shard, INDEX_FILENAME) for name, shard in weight_map.items()}
 
 
@@ -142,17 +156,29 @@ def _shard_names(folder: Folder, names: list[str], weight_map: dict[str, str] | 
         return sorted(set(weight_map.values()))
     if folder.exists(SINGLE_SHARD):
         return [SINGLE_SHARD]
-    found = [name for name in names if name.endswith(".safetensors") and "/" not in name and not _is_hidden(name)]
+    found = [
+        name for name in names if name.endswith(".safetensors") and "/" not in name and not _is_hidden(name)
+    ]
     if len(found) == 1:
         return found
     if found:
-        raise refuse("no-index", f"there are {len(found)} .safetensors files but no {INDEX_FILENAME} that says which "
-                     "tensors they hold; download it too", file=INDEX_FILENAME)
+        raise refuse(
+            "no-index",
+            f"there are {len(found)} .safetensors files but no {INDEX_FILENAME} that says which "
+            "tensors they hold; download it too",
+            file=INDEX_FILENAME,
+        )
     pickled = [name for name in names if name.endswith(_PICKLE_SUFFIXES)]
     if pickled:
-        raise refuse("pickled-weights", "the weights are pickled, which can run code when opened and is never read here; "
-                     "look for a safetensors version of this model", file=pickled[0])
-    raise refuse("no-weights", "there is no .safetensors file; download the checkpoint completely", file=SINGLE_SHARD)
+        raise refuse(
+            "pickled-weights",
+            "the weights are pickled, which can run code when opened and is never read here; "
+            "look for a safetensors version of this model",
+            file=pickled[0],
+        )
+    raise refuse(
+        "no-weights", "there is no .safetensors file; download the checkpoint completely", file=SINGLE_SHARD
+    )
 
 
 def _check_inventory(shards: Mapping[str, Header], weight_map: dict[str, str] | None) -> list[str]:
@@ -161,18 +187,30 @@ def _check_inventory(shards: Mapping[str, Header], weight_map: dict[str, str] | 
     for shard, header in shards.items():
         for name in header.tensors:
             if name in owner:
-                problems.append(Problem(shard, name, "duplicate-tensor", f"{owner[name]} holds a tensor of this name too"))
+                problems.append(
+                    Problem(shard, name, "duplicate-tensor", f"{owner[name]} holds a tensor of this name too")
+                )
             owner[name] = shard
             if weight_map is not None and weight_map.get(name, shard) != shard:
-                problems.append(Problem(shard, name, "contradiction", f"the index says it lies in {weight_map[name]}"))
+                problems.append(
+                    Problem(shard, name, "contradiction", f"the index says it lies in {weight_map[name]}")
+                )
     if weight_map is not None:
         for name, shard in weight_map.items():
             if name not in shards[shard].tensors:
-                problems.append(Problem(shard, name, "missing-tensor", "the index says it lies here, but it does not; "
-                                        "download the file again"))
+                problems.append(
+                    Problem(
+                        shard,
+                        name,
+                        "missing-tensor",
+                        "the index says it lies here, but it does not; download the file again",
+                    )
+                )
         unlisted = sorted(set(owner) - set(weight_map))
         if unlisted:
-            warnings.append(f"{len(unlisted)} tensors are not in the index, the first is {printable(unlisted[0])}")
+            warnings.append(
+                f"{len(unlisted)} tensors are not in the index, the first is {printable(unlisted[0])}"
+            )
     if problems:
         raise CheckpointError(problems)
     return warnings
@@ -202,8 +240,9 @@ def _sort_files(names: list[str], shard_names: list[str]) -> tuple[list[str], di
     return side_files, left_behind
 
 
-def awq_modules(tensors: Mapping[str, TensorInfo], quantization: AwqQuantization,
-                shard_of: Mapping[str, str]) -> dict[str, AwqModule]:
+def awq_modules(
+    tensors: Mapping[str, TensorInfo], quantization: AwqQuantization, shard_of: Mapping[str, str]
+) -> dict[str, AwqModule]:
     """Returns the quantized modules of an AWQ checkpoint, by name, sorted.
 
     Args:
@@ -228,8 +267,10 @@ def awq_modules(tensors: Mapping[str, TensorInfo], quantization: AwqQuantization
         found = list(_module_problems(name, parts, tensors, quantization))
         if found:
             first = min(tensor for tensor in (module_name(name, part) for part in sorted(parts)))
-            problems += [Problem(shard_of.get(tensor, shard_of[first]), tensor, code, message)
-                         for tensor, code, message in found]
+            problems += [
+                Problem(shard_of.get(tensor, shard_of[first]), tensor, code, message)
+                for tensor, code, message in found
+            ]
             continue
         qweight, scales = tensors[module_name(name, "qweight")], tensors[module_name(name, "scales")]
         present = tuple(part for part in QUANTIZED_PARTS if part in parts)
@@ -237,13 +278,17 @@ def awq_modules(tensors: Mapping[str, TensorInfo], quantization: AwqQuantization
     if problems:
         raise CheckpointError(problems)
     if not modules:
-        raise refuse("no-quantized-modules", "the config says AWQ, but no tensor is named '.qweight': the config "
-                     "contradicts the tensors", file=quantization.origin)
+        raise refuse(
+            "no-quantized-modules",
+            "the config says AWQ, but no tensor is named '.qweight': the config contradicts the tensors",
+            file=quantization.origin,
+        )
     return modules
 
 
-def _module_problems(module: str, parts: set[str], tensors: Mapping[str, TensorInfo],
-                     quantization: AwqQuantization) -> Iterator[tuple[str, str, str]]:
+def _module_problems(
+    module: str, parts: set[str], tensors: Mapping[str, TensorInfo], quantization: AwqQuantization
+) -> Iterator[tuple[str, str, str]]:
     """Yields (tensor, code, message) for what is wrong with one module."""
     if "g_idx" in parts:
         yield module_name(module, "g_idx"), "foreign-format", "this is a GPTQ module; only AWQ is converted"
@@ -254,14 +299,22 @@ def _module_problems(module: str, parts: set[str], tensors: Mapping[str, TensorI
     for part in required:
         if part not in parts:
             why = " (zero_point is true)" if part == "qzeros" else ""
-            yield module_name(module, part), "missing-tensor", f"it is missing, but the module's {sorted(parts)} are there{why}"
+            yield (
+                module_name(module, part),
+                "missing-tensor",
+                f"it is missing, but the module's {sorted(parts)} are there{why}",
+            )
     wanted = {"qweight": ("I32",), "qzeros": ("I32",), "scales": SCALE_DTYPES}
     sound = set(required) <= parts
     for part in sorted(parts & set(wanted)):
         tensor = tensors[module_name(module, part)]
         if tensor.dtype not in wanted[part]:
             sound = False
-            yield tensor.name, "wrong-dtype", f"its type is {tensor.dtype}, needed is {' or '.join(wanted[part])}"
+            yield (
+                tensor.name,
+                "wrong-dtype",
+                f"its type is {tensor.dtype}, needed is {' or '.join(wanted[part])}",
+            )
         elif len(tensor.shape) != 2:
             sound = False
             yield tensor.name, "wrong-shape", f"its shape is {list(tensor.shape)}, needed are two dimensions"
@@ -269,15 +322,19 @@ def _module_problems(module: str, parts: set[str], tensors: Mapping[str, TensorI
         yield from _shape_problems(module, parts, tensors, quantization)
 
 
-def _shape_problems(module: str, parts: set[str], tensors: Mapping[str, TensorInfo],
-                    quantization: AwqQuantization) -> Iterator[tuple[str, str, str]]:
+def _shape_problems(
+    module: str, parts: set[str], tensors: Mapping[str, TensorInfo], quantization: AwqQuantization
+) -> Iterator[tuple[str, str, str]]:
     factor = pack_factor(quantization.bits)
     size_k, words = tensors[module_name(module, "qweight")].shape
     size_n = words * factor
     scales = tensors[module_name(module, "scales")]
     if size_k == 0 or size_n == 0 or size_n > MAX_SIZE_N:
-        yield (module_name(module, "qweight"), "wrong-shape",
-               f"K={size_k}, N={size_n} is empty or wider than {MAX_SIZE_N} columns")
+        yield (
+            module_name(module, "qweight"),
+            "wrong-shape",
+            f"K={size_k}, N={size_n} is empty or wider than {MAX_SIZE_N} columns",
+        )
         return
     if scales.shape[1] != size_n:
         for bits in DTYPE_BITS.values():
@@ -286,20 +343,31 @@ def _shape_problems(module: str, parts: set[str], tensors: Mapping[str, TensorIn
                 break
         else:
             hint = "perhaps it is packed in another layout (GPTQ, GEMV); only AWQ's 'gemm' is converted"
-        yield (scales.name, "contradiction", f"qweight {[size_k, words]} and {quantization.bits} bits mean N={size_n}, "
-               f"but scales are {list(scales.shape)}; {hint}")
+        yield (
+            scales.name,
+            "contradiction",
+            f"qweight {[size_k, words]} and {quantization.bits} bits mean N={size_n}, "
+            f"but scales are {list(scales.shape)}; {hint}",
+        )
         return
     groups = num_groups(size_k, quantization.group_size)
     if scales.shape[0] != groups:
         fits = [size for size in MARLIN_SUPPORTED_GROUP_SIZES if num_groups(size_k, size) == scales.shape[0]]
         hint = f"that fits group size {fits[0]}" if fits else "that fits no supported group size"
-        yield (scales.name, "contradiction", f"K={size_k} and group size {quantization.group_size} mean {groups} groups, "
-               f"but there are {scales.shape[0]}: {hint}. One group size for all modules is needed")
+        yield (
+            scales.name,
+            "contradiction",
+            f"K={size_k} and group size {quantization.group_size} mean {groups} groups, "
+            f"but there are {scales.shape[0]}: {hint}. One group size for all modules is needed",
+        )
     if "qzeros" in parts:
         qzeros = tensors[module_name(module, "qzeros")]
         if qzeros.shape != (scales.shape[0], words):
-            yield (qzeros.name, "contradiction",
-                   f"its shape is {list(qzeros.shape)}, needed is {[scales.shape[0], words]} as scales and qweight say")
+            yield (
+                qzeros.name,
+                "contradiction",
+                f"its shape is {list(qzeros.shape)}, needed is {[scales.shape[0], words]} as scales and qweight say",
+            )
     bias = tensors.get(module_name(module, "bias"))
     if bias is not None and bias.shape != (size_n,):
         yield bias.name, "contradiction", f"its shape is {list(bias.shape)}, needed is {[size_n]}"

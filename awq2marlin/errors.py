@@ -109,17 +109,30 @@ def refuse(code: str, message: str, *, file: str = "", tensor: str = "") -> Chec
 
 
 _ADVICE = {
-    errno.ENOSPC: ("disk-full", "the disk is full; free some space and run the same command again, it resumes"),
-    errno.EDQUOT: ("disk-full", "your disk quota is used up; free some and run the same command again, it resumes"),
+    errno.ENOSPC: (
+        "disk-full",
+        "the disk is full; free some space and run the same command again, it resumes",
+    ),
+    errno.EDQUOT: (
+        "disk-full",
+        "your disk quota is used up; free some and run the same command again, it resumes",
+    ),
+    errno.EFBIG: ("file-too-large", "the file system or a limit (ulimit -f) does not take a file this large"),
     errno.EACCES: ("no-permission", "permission denied; check who owns it and its mode"),
     errno.EPERM: ("no-permission", "the operation is not permitted; check who owns it and its mode"),
     errno.EROFS: ("read-only", "the file system is mounted read-only; choose another place"),
-    errno.EIO: ("io-error", "the device reported an input/output error; check the disk, then run the command again"),
+    errno.EIO: (
+        "io-error",
+        "the device reported an input/output error; check the disk, then run the command again",
+    ),
     errno.ENOENT: ("not-found", "there is no such file or folder"),
     errno.ENOTDIR: ("not-a-folder", "a part of this path is a file, not a folder"),
     errno.ELOOP: ("unsafe-link", "too many symbolic links, or a link where a plain file is needed"),
     errno.ENAMETOOLONG: ("name-too-long", "the file system does not take a name this long"),
-    errno.EMFILE: ("too-many-files", "too many open files; raise the limit (ulimit -n) or use fewer --workers"),
+    errno.EMFILE: (
+        "too-many-files",
+        "too many open files; raise the limit (ulimit -n) or use fewer --workers",
+    ),
     errno.ESTALE: ("io-error", "the network file system lost this file; run the command again"),
 }
 

@@ -12,11 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path, PureWindowsPath
 from typing import Any, BinaryIO
 
-from awq2marlin.errors import problem_from_os_error, refuse, CheckpointError
+from awq2marlin.errors import CheckpointError, problem_from_os_error, refuse
 from awq2marlin.safetensors_header import Header, parse_json, read_header
 
 #: A JSON side file (config, index, manifest) above this size is refused unread.
-MAX_JSON_BYTES = 256_000_000
+MAX_JSON_BYTES = 100_000_000
 
 INDEX_FILENAME = "model.safetensors.index.json"
 CONFIG_FILENAME = "config.json"
@@ -47,7 +47,11 @@ def check_name(name: Any, file: str) -> str:
         CheckpointError: if it is not a string, is absolute, has ``..`` or control characters.
     """
     if not isinstance(name, str) or not is_safe_name(name):
-        raise refuse("unsafe-name", f"it names {str(name)!r}; only relative paths inside the folder are taken", file=file)
+        raise refuse(
+            "unsafe-name",
+            f"it names {str(name)!r}; only relative paths inside the folder are taken",
+            file=file,
+        )
     return name
 
 
@@ -89,8 +93,11 @@ class Folder:
             reason = problem_from_os_error(error).message if isinstance(error, OSError) else "a loop of links"
             raise refuse("not-found", f"cannot open it as a checkpoint: {reason}", file=str(given)) from None
         if not root.is_dir():
-            raise refuse("not-a-folder", "a checkpoint is a folder with config.json and .safetensors files; "
-                         "name the folder", file=str(given))
+            raise refuse(
+                "not-a-folder",
+                "a checkpoint is a folder with config.json and .safetensors files; name the folder",
+                file=str(given),
+            )
         return cls(root)
 
     def path(self, name: str) -> Path:
@@ -111,8 +118,12 @@ class Folder:
             problem = problem_from_os_error(error)
             raise refuse(problem.code, problem.message, file=name) from None
         if not self._allows(resolved):
-            raise refuse("unsafe-link", "it is a link that leads out of the checkpoint's folder; "
-                         "copy the file there if it belongs to the checkpoint", file=name)
+            raise refuse(
+                "unsafe-link",
+                "it is a link that leads out of the checkpoint's folder; "
+                "copy the file there if it belongs to the checkpoint",
+                file=name,
+            )
         if not stat.S_ISREG(mode):
             raise refuse("not-a-file", "it is not a regular file", file=name)
         return resolved

@@ -141,9 +141,21 @@ class Plan:
         """Bytes of all output shards."""
         return sum(shard.target.file_size for shard in self.shards)
 
+    @property
+    def source_data_bytes(self) -> int:
+        """Bytes of all tensors in the source."""
+        return sum(shard.source.data_size for shard in self.shards)
+
+    @property
+    def target_data_bytes(self) -> int:
+        """Bytes of all tensors in the output; more than the source's only where modules are padded."""
+        return sum(shard.target.data_size for shard in self.shards)
+
     def config(self) -> dict[str, Any]:
         """Returns the output's ``config.json``."""
-        padded = {module.name: (module.size_k, module.size_n) for module in self.converted if module.is_padded}
+        padded = {
+            module.name: (module.size_k, module.size_n) for module in self.converted if module.is_padded
+        }
         kept = [module.name for module in self.kept]
         document = marlin_document(self.quantization, kept, self.checkpoint.unquantized_modules, padded)
         return without_quantization(self.checkpoint.config, document)
@@ -183,34 +195,50 @@ def plan_conversion(checkpoint: Checkpoint, unaligned: Unaligned = "keep") -> Pl
     """
     quantization = checkpoint.quantization
     if isinstance(quantization, MarlinQuantization):
-        raise refuse("already-converted", "this checkpoint is already Marlin-native; "
-                     "'awq2marlin revert' gives the AWQ one back", file=CONFIG_FILENAME)
+        raise refuse(
+            "already-converted",
+            "this checkpoint is already Marlin-native; 'awq2marlin revert' gives the AWQ one back",
+            file=CONFIG_FILENAME,
+        )
     if checkpoint.folder.exists(MANIFEST_FILENAME):
-        raise refuse("already-converted", "an AWQ checkpoint must not hold a file of this name; remove it",
-                     file=MANIFEST_FILENAME)
+        raise refuse(
+            "already-converted",
+            "an AWQ checkpoint must not hold a file of this name; remove it",
+            file=MANIFEST_FILENAME,
+        )
     found = awq_modules(checkpoint.tensors, quantization, checkpoint.shard_of)
     modules = _plan_modules(found, checkpoint, quantization, unaligned)
     if unaligned == "error":
         _refuse_unaligned(modules, checkpoint)
-    shards = tuple(_plan_shard(name, header, modules, quantization) for name, header in checkpoint.shards.items())
+    shards = tuple(
+        _plan_shard(name, header, modules, quantization) for name, header in checkpoint.shards.items()
+    )
     return Plan(checkpoint, quantization, unaligned, modules, shards)
 
 
-def _plan_modules(found: Mapping[str, AwqModule], checkpoint: Checkpoint, quantization: AwqQuantization,
-                  unaligned: Unaligned) -> dict[str, ModulePlan]:
+def _plan_modules(
+    found: Mapping[str, AwqModule],
+    checkpoint: Checkpoint,
+    quantization: AwqQuantization,
+    unaligned: Unaligned,
+) -> dict[str, ModulePlan]:
     groups: dict[str, list[AwqModule]] = defaultdict(list)
     for module in found.values():
         groups[fusion_group(module.name)].append(module)
     in_full_precision = {fusion_group(name): name for name in reversed(checkpoint.unquantized_modules)}
     plans = {}
     for key, members in groups.items():
-        for module in _plan_group(members, in_full_precision.get(key), quantization, unaligned):
-            plans[module.name] = module
+        for planned in _plan_group(members, in_full_precision.get(key), quantization, unaligned):
+            plans[planned.name] = planned
     return {name: plans[name] for name in found}
 
 
-def _plan_group(members: list[AwqModule], in_full_precision: str | None, quantization: AwqQuantization,
-                unaligned: Unaligned) -> list[ModulePlan]:
+def _plan_group(
+    members: list[AwqModule],
+    in_full_precision: str | None,
+    quantization: AwqQuantization,
+    unaligned: Unaligned,
+) -> list[ModulePlan]:
     """Decides over modules that runtimes fuse: together or not at all."""
     reasons = {}
     for module in members:
@@ -219,28 +247,47 @@ def _plan_group(members: list[AwqModule], in_full_precision: str | None, quantiz
         elif in_full_precision:
             reasons[module.name] = f"fused with {in_full_precision}, which is not quantized"
         elif unaligned != "pad":
-            reason = unaligned_reason(module.size_k, module.size_n, quantization.bits, quantization.group_size)
+            reason = unaligned_reason(
+                module.size_k, module.size_n, quantization.bits, quantization.group_size
+            )
             if reason:
                 reasons[module.name] = f"unaligned: {reason}"
     if reasons:
         blocker = next(iter(reasons))
-        return [_module_plan(module, reasons.get(module.name, f"fused with {blocker}, which is kept")) for module in members]
+        return [
+            _module_plan(module, reasons.get(module.name, f"fused with {blocker}, which is kept"))
+            for module in members
+        ]
     sizes = [(module.size_k, module.size_n) for module in members]
     if any(unaligned_reason(*size, quantization.bits, quantization.group_size) for size in sizes):
         sizes = padded_shapes(sizes, quantization.group_size)
-    return [replace(_module_plan(module), padded_k=size_k, padded_n=size_n)
-            for module, (size_k, size_n) in zip(members, sizes, strict=True)]
+    return [
+        replace(_module_plan(module), padded_k=size_k, padded_n=size_n)
+        for module, (size_k, size_n) in zip(members, sizes, strict=True)
+    ]
 
 
 def _module_plan(module: AwqModule, reason: str = "") -> ModulePlan:
-    return ModulePlan(module.name, module.size_k, module.size_n, module.size_k, module.size_n, module.parts,
-                      converted=not reason, reason=reason)
+    return ModulePlan(
+        module.name,
+        module.size_k,
+        module.size_n,
+        module.size_k,
+        module.size_n,
+        module.parts,
+        converted=not reason,
+        reason=reason,
+    )
 
 
 def _refuse_unaligned(modules: Mapping[str, ModulePlan], checkpoint: Checkpoint) -> None:
     problems = [
-        Problem(checkpoint.shard_of[module_name(module.name, "qweight")], module.name, "unaligned",
-                f"{module.reason}; use --unaligned keep or pad")
+        Problem(
+            checkpoint.shard_of[module_name(module.name, "qweight")],
+            module.name,
+            "unaligned",
+            f"{module.reason}; use --unaligned keep or pad",
+        )
         for module in modules.values()
         if not module.converted and not is_output_embedding(module.name)
     ]
@@ -248,7 +295,9 @@ def _refuse_unaligned(modules: Mapping[str, ModulePlan], checkpoint: Checkpoint)
         raise CheckpointError(problems)
 
 
-def _plan_shard(name: str, source: Header, modules: Mapping[str, ModulePlan], quantization: AwqQuantization) -> ShardPlan:
+def _plan_shard(
+    name: str, source: Header, modules: Mapping[str, ModulePlan], quantization: AwqQuantization
+) -> ShardPlan:
     targets: dict[str, TensorInfo] = {}
     spans: list[Span] = []
     position = 0
@@ -272,7 +321,7 @@ def _merge_copies(spans: list[Span]) -> tuple[Span, ...]:
     for span in spans:
         if merged and span.repack is None and merged[-1].repack is None:
             before = merged.pop()
-            span = Span((before.source[0], span.source[1]), (before.target[0], span.target[1]), None)  # noqa: PLW2901
+            span = Span((before.source[0], span.source[1]), (before.target[0], span.target[1]), None)
         merged.append(span)
     return tuple(merged)
 
@@ -292,7 +341,9 @@ def repack_of(module: ModulePlan, part: str, quantization: AwqQuantization | Mar
     return Repack(part, quantization.bits, source_rows, shape[0], module.size_n, module.padded_n, single)  # type: ignore[arg-type]
 
 
-def target_shape(module: ModulePlan, part: str, quantization: AwqQuantization | MarlinQuantization) -> tuple[int, int]:
+def target_shape(
+    module: ModulePlan, part: str, quantization: AwqQuantization | MarlinQuantization
+) -> tuple[int, int]:
     """Returns the shape of one tensor of a converted module in the output."""
     groups = num_groups(module.padded_k, quantization.group_size)
     if part == "qweight":

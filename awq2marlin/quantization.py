@@ -95,7 +95,11 @@ def read_config(folder: Folder) -> dict[str, Any]:
         CheckpointError: if it is missing, malformed or no object.
     """
     if not folder.exists(CONFIG_FILENAME):
-        raise refuse("no-config", "there is no config.json; name the folder of a complete checkpoint", file=CONFIG_FILENAME)
+        raise refuse(
+            "no-config",
+            "there is no config.json; name the folder of a complete checkpoint",
+            file=CONFIG_FILENAME,
+        )
     return _object(folder.read_json(CONFIG_FILENAME, constants=True), CONFIG_FILENAME)
 
 
@@ -114,8 +118,11 @@ def read_quantization(folder: Folder, config: Mapping[str, Any]) -> AwqQuantizat
     """
     documents = _quantization_documents(folder, config)
     if not documents:
-        raise refuse("not-quantized", "there is no quantization config: this checkpoint is not quantized. "
-                     "Name an AWQ checkpoint", file=CONFIG_FILENAME)
+        raise refuse(
+            "not-quantized",
+            "there is no quantization config: this checkpoint is not quantized. Name an AWQ checkpoint",
+            file=CONFIG_FILENAME,
+        )
     for place, document in documents.items():
         method = str(document.get("quant_method") or document.get("method") or "").lower()
         if method == MARLIN_QUANT_METHOD:
@@ -127,12 +134,18 @@ def read_quantization(folder: Folder, config: Mapping[str, Any]) -> AwqQuantizat
         for what in ("bits", "group_size", "zero_point"):
             said = all(documents[one.origin].get(what) is not None for one in (first, other))
             if getattr(first, what) != getattr(other, what) and (said or what != "zero_point"):
-                raise refuse("contradiction", f"{what} is {getattr(other, what)} here but {getattr(first, what)} in "
-                             f"{first.origin}; remove the file that is wrong", file=other.origin)
+                raise refuse(
+                    "contradiction",
+                    f"{what} is {getattr(other, what)} here but {getattr(first, what)} in "
+                    f"{first.origin}; remove the file that is wrong",
+                    file=other.origin,
+                )
     return first
 
 
-def without_quantization(config: Mapping[str, Any], replacement: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def without_quantization(
+    config: Mapping[str, Any], replacement: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """Returns a copy of a config without the source's quantization configs, wherever they stand.
 
     Args:
@@ -177,7 +190,11 @@ def _quantization_documents(folder: Folder, config: Mapping[str, Any]) -> dict[s
 
 def _refuse_foreign(document: Mapping[str, Any], method: str, place: str) -> None:
     def foreign(what: str) -> NoReturn:
-        raise refuse("foreign-format", f"this is {what}, not an AWQ checkpoint in the 'gemm' layout. {_WHAT_TO_DO}", file=place)
+        raise refuse(
+            "foreign-format",
+            f"this is {what}, not an AWQ checkpoint in the 'gemm' layout. {_WHAT_TO_DO}",
+            file=place,
+        )
 
     if method in _METHOD_NAMES:
         foreign(_METHOD_NAMES[method])
@@ -205,22 +222,36 @@ def _first_of(document: Mapping[str, Any], keys: tuple[str, ...], place: str) ->
 def _awq_quantization(document: Mapping[str, Any], place: str) -> AwqQuantization:
     bits = _first_of(document, ("bits", "w_bit"), place)
     if type(bits) is not int or bits not in AWQ_SUPPORTED_BITS:
-        raise refuse("unsupported-bits", f"it is quantized to {printable(repr(bits))} bits; "
-                     f"{' and '.join(map(str, AWQ_SUPPORTED_BITS))} are supported", file=place)
+        raise refuse(
+            "unsupported-bits",
+            f"it is quantized to {printable(repr(bits))} bits; "
+            f"{' and '.join(map(str, AWQ_SUPPORTED_BITS))} are supported",
+            file=place,
+        )
     group_size = _first_of(document, ("group_size", "q_group_size"), place)
     if type(group_size) is not int or group_size not in MARLIN_SUPPORTED_GROUP_SIZES:
-        raise refuse("unsupported-group-size", f"its group size is {printable(repr(group_size))}; "
-                     f"{', '.join(map(str, MARLIN_SUPPORTED_GROUP_SIZES))} are supported", file=place)
+        raise refuse(
+            "unsupported-group-size",
+            f"its group size is {printable(repr(group_size))}; "
+            f"{', '.join(map(str, MARLIN_SUPPORTED_GROUP_SIZES))} are supported",
+            file=place,
+        )
     zero_point = document.get("zero_point")
     if zero_point is None:
         zero_point = True  # the default of every tool that leaves it out
     if not isinstance(zero_point, bool):
-        raise refuse("bad-config", f"zero_point must be true or false, found {printable(repr(zero_point))}", file=place)
+        raise refuse(
+            "bad-config", f"zero_point must be true or false, found {printable(repr(zero_point))}", file=place
+        )
     return AwqQuantization(bits, group_size, zero_point, document.get("modules_to_not_convert"), place)
 
 
-def marlin_document(quantization: AwqQuantization, awq_modules: list[str], unquantized_modules: list[str],
-                    padded_modules: Mapping[str, tuple[int, int]]) -> dict[str, Any]:
+def marlin_document(
+    quantization: AwqQuantization,
+    awq_modules: list[str],
+    unquantized_modules: list[str],
+    padded_modules: Mapping[str, tuple[int, int]],
+) -> dict[str, Any]:
     """Returns the ``quantization_config`` of a converted checkpoint (docs/marlin-native.md).
 
     Args:
@@ -253,12 +284,20 @@ def read_marlin_quantization(document: Mapping[str, Any], place: str) -> MarlinQ
     """
     version = document.get("format_version")
     if type(version) is not int or version != FORMAT_VERSION:
-        raise refuse("unsupported-format", f"format_version is {printable(repr(version))}; this tool reads "
-                     f"version {FORMAT_VERSION}. Install a newer awq2marlin", file=place)
+        raise refuse(
+            "unsupported-format",
+            f"format_version is {printable(repr(version))}; this tool reads "
+            f"version {FORMAT_VERSION}. Install a newer awq2marlin",
+            file=place,
+        )
     basics = _awq_quantization(document, place)
     manifest = document.get("manifest")
     if manifest != MANIFEST_FILENAME:
-        raise refuse("bad-config", f"manifest must be {MANIFEST_FILENAME!r}, found {printable(repr(manifest))}", file=place)
+        raise refuse(
+            "bad-config",
+            f"manifest must be {MANIFEST_FILENAME!r}, found {printable(repr(manifest))}",
+            file=place,
+        )
     padded = document.get("padded_modules", {})
     if not isinstance(padded, dict) or not all(_is_shape(value) for value in padded.values()):
         raise refuse("bad-config", "padded_modules must map module names to [K, N]", file=place)
@@ -273,7 +312,9 @@ def read_marlin_quantization(document: Mapping[str, Any], place: str) -> MarlinQ
 
 
 def _is_shape(value: Any) -> bool:
-    return isinstance(value, list) and len(value) == 2 and all(type(size) is int and size > 0 for size in value)
+    return (
+        isinstance(value, list) and len(value) == 2 and all(type(size) is int and size > 0 for size in value)
+    )
 
 
 def _names(document: Mapping[str, Any], key: str, place: str) -> frozenset[str]:

@@ -95,7 +95,7 @@ class Repack:
         source.reshape(rows, self.source_row_bytes)[:] = whole[:rows, : self.source_row_bytes]
 
     def _apply(self, source: Bytes, target: Bytes, *, inverse: bool) -> None:
-        from awq2marlin import repack_kernels as kernels  # noqa: PLC0415 - brings Numba along
+        from awq2marlin import repack_kernels as kernels
 
         if self.part == "scales":
             columns = _scale_columns(self.single_group, inverse)

@@ -14,31 +14,29 @@ and stores the machine code; later processes load it. All kernels release the GI
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from numba import njit, uint8, uint32, uint64
 
-_Function = TypeVar("_Function", bound=Callable[..., Any])
 
-
-def _compiled(function: _Function) -> _Function:
+def _compiled(function: Callable[..., None]) -> Callable[..., None]:
     """Compiles without the GIL; stores the machine code if there is a place that can be written."""
     try:
-        compiled: _Function = njit(nogil=True, cache=True)(function)
+        compiled: Callable[..., None] = njit(nogil=True, cache=True)(function)
     except RuntimeError:  # Numba finds no writable folder for its cache: compile again in every process
         compiled = njit(nogil=True)(function)
     return compiled
 
 
-@njit(inline="always")  # type: ignore[untyped-decorator]
+@njit(inline="always")
 def _exchange(low: Any, high: Any, shift: Any, mask: Any) -> Any:
     """Swaps the fields of ``low`` above ``shift`` with those of ``high`` below it, where ``mask`` is set."""
     change = ((low >> shift) ^ high) & mask
     return low ^ (change << shift), high ^ change
 
 
-@njit(inline="always")  # type: ignore[untyped-decorator]
+@njit(inline="always")
 def _transpose_nibbles(w0: Any, w1: Any, w2: Any, w3: Any, w4: Any, w5: Any, w6: Any, w7: Any) -> Any:
     """Transposes the 8x8 nibble matrix whose row i is ``wi``; its own inverse."""
     mask, shift = uint32(0x0F0F0F0F), uint32(4)
@@ -59,7 +57,7 @@ def _transpose_nibbles(w0: Any, w1: Any, w2: Any, w3: Any, w4: Any, w5: Any, w6:
     return w0, w1, w2, w3, w4, w5, w6, w7
 
 
-@njit(inline="always")  # type: ignore[untyped-decorator]
+@njit(inline="always")
 def _transpose_bytes(w0: Any, w1: Any, w2: Any, w3: Any) -> Any:
     """Transposes the 4x4 byte matrix whose row i is ``wi``; its own inverse."""
     mask, shift = uint32(0x00FF00FF), uint32(8)

@@ -201,7 +201,9 @@ def parse_header(text: bytes, data_size: int, file: str) -> Header:
         CheckpointError: if anything about it breaks the format's rules.
     """
     if not text.startswith(b"{"):
-        raise refuse("bad-header", "the header does not begin with '{'; this is not a safetensors file", file=file)
+        raise refuse(
+            "bad-header", "the header does not begin with '{'; this is not a safetensors file", file=file
+        )
     document = parse_json(text, file)
     metadata = document.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
@@ -259,8 +261,11 @@ def _check_coverage(header: Header, data_size: int, file: str) -> None:
         position = tensor.end
     if position != data_size:
         what = "is cut short; download it again" if position > data_size else "has bytes that no tensor owns"
-        raise refuse("truncated" if position > data_size else "trailing-data",
-                     f"the header describes {position} bytes of data, the file holds {data_size}: it {what}", file=file)
+        raise refuse(
+            "truncated" if position > data_size else "trailing-data",
+            f"the header describes {position} bytes of data, the file holds {data_size}: it {what}",
+            file=file,
+        )
 
 
 def encode_header(source: Header, tensors: Mapping[str, TensorInfo]) -> Header:

@@ -97,8 +97,12 @@ def _check_unchanged(task: ShardTask) -> None:
     with open_regular(task.source, task.plan.name) as stream:
         size = os.fstat(stream.fileno()).st_size
         if size != task.plan.source.file_size or stream.read(len(prefix)) != prefix:
-            raise refuse("changed", "the file changed after it was planned with; nothing may write to the source "
-                         "during a conversion. Run the command again", file=task.plan.name)
+            raise refuse(
+                "changed",
+                "the file changed after it was planned with; nothing may write to the source "
+                "during a conversion. Run the command again",
+                file=task.plan.name,
+            )
 
 
 def _pieces(plan: ShardPlan) -> Iterator[Piece]:

@@ -19,7 +19,7 @@ from typing import BinaryIO, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from awq2marlin.errors import refuse
+from awq2marlin.errors import problem_from_os_error, refuse
 from awq2marlin.folder import open_regular
 
 Bytes = npt.NDArray[np.uint8]
@@ -94,8 +94,15 @@ class _AbandonedError(Exception):
 class _Rewriter:
     """The state that the threads of one pass share."""
 
-    def __init__(self, source: tuple[Path, str], target: Path, pieces: Iterator[Piece], source_hashes: Sequence[Hash],
-                 target_hashes: Sequence[Hash], progress: Callable[[int], None] | None) -> None:
+    def __init__(
+        self,
+        source: tuple[Path, str],
+        target: Path,
+        pieces: Iterator[Piece],
+        source_hashes: Sequence[Hash],
+        target_hashes: Sequence[Hash],
+        progress: Callable[[int], None] | None,
+    ) -> None:
         self._source_path, self._source_name = source
         self._target_path = target
         self._pieces = enumerate(pieces)
@@ -112,8 +119,10 @@ class _Rewriter:
     def work(self) -> None:
         """Takes pieces until none is left; the body of every thread."""
         try:
-            with open_regular(self._source_path, self._source_name) as source, \
-                 self._target_path.open("r+b", buffering=0) as target:
+            with (
+                open_regular(self._source_path, self._source_name) as source,
+                self._target_path.open("r+b", buffering=0) as target,
+            ):
                 self._work(source, target)
         except _AbandonedError:
             pass
@@ -168,25 +177,41 @@ def _update(hashes: Sequence[Hash], data: Bytes) -> None:
 
 def _read_exactly(stream: BinaryIO, offset: int, buffer: Bytes, name: str) -> None:
     stream.seek(offset)
-    view = memoryview(buffer)
+    view = buffer.data
     while view:
-        count = stream.readinto(view)  # type: ignore[attr-defined]
+        try:
+            count = stream.readinto(view)  # type: ignore[attr-defined]
+        except OSError as error:  # told apart from a failed write, which would blame the output
+            problem = problem_from_os_error(error)
+            raise refuse(problem.code, f"cannot read it: {problem.message}", file=name) from None
         if not count:
-            raise refuse("truncated", "the file became shorter while it was read; nothing may write to the source "
-                         "during a conversion", file=name)
+            raise refuse(
+                "truncated",
+                "the file became shorter while it was read; nothing may write to the source "
+                "during a conversion",
+                file=name,
+            )
         view = view[count:]
 
 
 def _write_exactly(stream: BinaryIO, offset: int, buffer: Bytes) -> None:
     stream.seek(offset)
-    view = memoryview(buffer)
+    view = buffer.data
     while view:
         view = view[stream.write(view) :]
 
 
-def rewrite_file(source: tuple[Path, str], target: Path, pieces: Iterator[Piece], *, prefix: bytes = b"",
-                 source_hashes: Sequence[Hash] = (), target_hashes: Sequence[Hash] = (), workers: int = 1,
-                 progress: Callable[[int], None] | None = None) -> None:
+def rewrite_file(
+    source: tuple[Path, str],
+    target: Path,
+    pieces: Iterator[Piece],
+    *,
+    prefix: bytes = b"",
+    source_hashes: Sequence[Hash] = (),
+    target_hashes: Sequence[Hash] = (),
+    workers: int = 1,
+    progress: Callable[[int], None] | None = None,
+) -> None:
     """Writes ``target`` from ``source`` in one pass and makes it durable.
 
     Args:
@@ -239,7 +264,7 @@ def digest_file(source: tuple[Path, str], hashes: Sequence[Hash]) -> int:
     buffer = np.empty(PIECE_BYTES, np.uint8)
     size = 0
     with open_regular(*source) as stream:
-        while count := stream.readinto(memoryview(buffer)):  # type: ignore[attr-defined]
+        while count := stream.readinto(buffer.data):  # type: ignore[attr-defined]
             _update(hashes, buffer[:count])
             size += count
     return size

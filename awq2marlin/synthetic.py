@@ -59,7 +59,11 @@ class Recipe:
         tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
         for module, (size_k, size_n) in self.modules.items():
             groups = num_groups(size_k, self.group_size)
-            shapes = {"qweight": (size_k, size_n // factor), "qzeros": (groups, size_n // factor), "scales": (groups, size_n)}
+            shapes = {
+                "qweight": (size_k, size_n // factor),
+                "qzeros": (groups, size_n // factor),
+                "scales": (groups, size_n),
+            }
             for part in QUANTIZED_PARTS:
                 if part != "qzeros" or self.has_qzeros:
                     dtype = self.scale_dtype if part == "scales" else "I32"
@@ -69,7 +73,9 @@ class Recipe:
         return dict(sorted(tensors.items()))
 
 
-def llama_recipe(hidden: int, intermediate: int, layers: int, kv_size: int, vocab: int, **options: Any) -> Recipe:
+def llama_recipe(
+    hidden: int, intermediate: int, layers: int, kv_size: int, vocab: int, **options: Any
+) -> Recipe:
     """Returns the recipe of a Llama.
 
     Args:
@@ -84,15 +90,31 @@ def llama_recipe(hidden: int, intermediate: int, layers: int, kv_size: int, voca
     weights_1d = {"model.norm.weight": (hidden,)}
     for layer in range(layers):
         prefix = f"model.layers.{layer}"
-        for name, size_n in (("q_proj", hidden), ("k_proj", kv_size), ("v_proj", kv_size), ("o_proj", hidden)):
+        for name, size_n in (
+            ("q_proj", hidden),
+            ("k_proj", kv_size),
+            ("v_proj", kv_size),
+            ("o_proj", hidden),
+        ):
             modules[f"{prefix}.self_attn.{name}"] = (hidden, size_n)
         modules[f"{prefix}.mlp.gate_proj"] = modules[f"{prefix}.mlp.up_proj"] = (hidden, intermediate)
         modules[f"{prefix}.mlp.down_proj"] = (intermediate, hidden)
         for norm in ("input_layernorm", "post_attention_layernorm"):
             weights_1d[f"{prefix}.{norm}.weight"] = (hidden,)
-    config = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": hidden,
-              "intermediate_size": intermediate, "num_hidden_layers": layers, "vocab_size": vocab}
-    return Recipe(modules=modules, weights={**weights, **weights_1d}, config={**config, **options.pop("config", {})}, **options)
+    config = {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "num_hidden_layers": layers,
+        "vocab_size": vocab,
+    }
+    return Recipe(
+        modules=modules,
+        weights={**weights, **weights_1d},
+        config={**config, **options.pop("config", {})},
+        **options,
+    )
 
 
 def write_checkpoint(folder: Path, recipe: Recipe) -> None:
@@ -110,12 +132,16 @@ def write_checkpoint(folder: Path, recipe: Recipe) -> None:
     else:
         weight_map = _spread(tensors, recipe.shards)
         for shard in sorted(set(weight_map.values())):
-            _write_shard(folder / shard, {name: tensors[name] for name in tensors if weight_map[name] == shard}, rng)
+            _write_shard(
+                folder / shard, {name: tensors[name] for name in tensors if weight_map[name] == shard}, rng
+            )
         total = sum(_size(*tensor) for tensor in tensors.values())
         _write_json(folder / INDEX_FILENAME, {"metadata": {"total_size": total}, "weight_map": weight_map})
     _write_json(folder / CONFIG_FILENAME, _config(recipe))
     _write_json(folder / "generation_config.json", {"do_sample": False})
-    (folder / "README.md").write_text("# A synthetic AWQ checkpoint\n\nRandom weights; it says nothing sensible.\n", "utf-8")
+    (folder / "README.md").write_text(
+        "# A synthetic AWQ checkpoint\n\nRandom weights; it says nothing sensible.\n", "utf-8"
+    )
 
 
 def _config(recipe: Recipe) -> dict[str, Any]:
@@ -145,7 +171,9 @@ def _spread(tensors: Mapping[str, tuple[str, tuple[int, ...]]], shards: int) -> 
     return weight_map
 
 
-def _write_shard(path: Path, tensors: Mapping[str, tuple[str, tuple[int, ...]]], rng: np.random.Generator) -> None:
+def _write_shard(
+    path: Path, tensors: Mapping[str, tuple[str, tuple[int, ...]]], rng: np.random.Generator
+) -> None:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     position = 0
     for name, (dtype, shape) in tensors.items():
