@@ -71,9 +71,7 @@ class Checkpoint:
         return sorted(
             name.removesuffix(".weight")
             for name, tensor in self.tensors.items()
-            if name.endswith(".weight")
-            and len(tensor.shape) >= 2
-            and tensor.dtype.startswith(_FLOAT_PREFIXES)
+            if name.endswith(".weight") and len(tensor.shape) >= 2 and tensor.dtype.startswith(_FLOAT_PREFIXES)
         )
 
     @cached_property
@@ -137,9 +135,7 @@ def _read_index(folder: Folder) -> dict[str, str] | None:
     document = folder.read_json(INDEX_FILENAME)
     weight_map = document.get("weight_map") if isinstance(document, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
-        raise refuse(
-            "bad-index", "it must hold an object 'weight_map' from tensor names to files", file=INDEX_FILENAME
-        )
+        raise refuse("bad-index", "it must hold an object 'weight_map' from tensor names to files", file=INDEX_FILENAME)
     for shard in sorted({str(shard) for shard in weight_map.values()}):
         check_name(shard, INDEX_FILENAME)
         if not shard.endswith(".safetensors"):
@@ -156,9 +152,7 @@ def _shard_names(folder: Folder, names: list[str], weight_map: dict[str, str] | 
         return sorted(set(weight_map.values()))
     if folder.exists(SINGLE_SHARD):
         return [SINGLE_SHARD]
-    found = [
-        name for name in names if name.endswith(".safetensors") and "/" not in name and not _is_hidden(name)
-    ]
+    found = [name for name in names if name.endswith(".safetensors") and "/" not in name and not _is_hidden(name)]
     if len(found) == 1:
         return found
     if found:
@@ -176,9 +170,7 @@ def _shard_names(folder: Folder, names: list[str], weight_map: dict[str, str] | 
             "look for a safetensors version of this model",
             file=pickled[0],
         )
-    raise refuse(
-        "no-weights", "there is no .safetensors file; download the checkpoint completely", file=SINGLE_SHARD
-    )
+    raise refuse("no-weights", "there is no .safetensors file; download the checkpoint completely", file=SINGLE_SHARD)
 
 
 def _check_inventory(shards: Mapping[str, Header], weight_map: dict[str, str] | None) -> list[str]:
@@ -192,9 +184,7 @@ def _check_inventory(shards: Mapping[str, Header], weight_map: dict[str, str] | 
                 )
             owner[name] = shard
             if weight_map is not None and weight_map.get(name, shard) != shard:
-                problems.append(
-                    Problem(shard, name, "contradiction", f"the index says it lies in {weight_map[name]}")
-                )
+                problems.append(Problem(shard, name, "contradiction", f"the index says it lies in {weight_map[name]}"))
     if weight_map is not None:
         for name, shard in weight_map.items():
             if name not in shards[shard].tensors:
@@ -208,9 +198,7 @@ def _check_inventory(shards: Mapping[str, Header], weight_map: dict[str, str] | 
                 )
         unlisted = sorted(set(owner) - set(weight_map))
         if unlisted:
-            warnings.append(
-                f"{len(unlisted)} tensors are not in the index, the first is {printable(unlisted[0])}"
-            )
+            warnings.append(f"{len(unlisted)} tensors are not in the index, the first is {printable(unlisted[0])}")
     if problems:
         raise CheckpointError(problems)
     return warnings
@@ -268,8 +256,7 @@ def awq_modules(
         if found:
             first = min(tensor for tensor in (module_name(name, part) for part in sorted(parts)))
             problems += [
-                Problem(shard_of.get(tensor, shard_of[first]), tensor, code, message)
-                for tensor, code, message in found
+                Problem(shard_of.get(tensor, shard_of[first]), tensor, code, message) for tensor, code, message in found
             ]
             continue
         qweight, scales = tensors[module_name(name, "qweight")], tensors[module_name(name, "scales")]

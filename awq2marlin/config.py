@@ -37,9 +37,7 @@ class AWQMarlinConfig:
         if weight_bits not in SCALAR_TYPES:
             raise ValueError(f"weight_bits must be one of {list(AWQ_SUPPORTED_BITS)}, found {weight_bits!r}")
         if group_size not in MARLIN_SUPPORTED_GROUP_SIZES:
-            raise ValueError(
-                f"group_size must be one of {MARLIN_SUPPORTED_GROUP_SIZES}, found {group_size!r}"
-            )
+            raise ValueError(f"group_size must be one of {MARLIN_SUPPORTED_GROUP_SIZES}, found {group_size!r}")
         if not isinstance(zero_point, bool):
             raise ValueError(f"zero_point must be True or False, found {zero_point!r}")  # noqa: TRY004 - one type for all
         self.weight_bits = weight_bits
@@ -50,7 +48,8 @@ class AWQMarlinConfig:
 
     def __repr__(self) -> str:
         """Returns the call that makes an equal one."""
-        return f"AWQMarlinConfig(weight_bits={self.weight_bits}, group_size={self.group_size}, zero_point={self.zero_point})"
+        arguments = f"weight_bits={self.weight_bits}, group_size={self.group_size}, zero_point={self.zero_point}"
+        return f"AWQMarlinConfig({arguments})"
 
     @classmethod
     def get_name(cls) -> str:

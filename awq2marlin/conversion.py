@@ -10,8 +10,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -21,7 +20,7 @@ from awq2marlin.digest import Xxh3
 from awq2marlin.errors import OutputError, Problem, refuse
 from awq2marlin.folder import CONFIG_FILENAME, INDEX_FILENAME, Folder, hub_repository
 from awq2marlin.manifest import Manifest, ManifestShard, read_manifest
-from awq2marlin.output import FinishedFile, OutputFolder, claim, output_error, read_journal, refuse_overlap
+from awq2marlin.output import FinishedFile, OutputFolder, claim, read_journal, refuse_overlap, told_as_output_error
 from awq2marlin.plan import ModulePlan, Plan, ShardPlan, Unaligned, plan_conversion
 from awq2marlin.progress import Progress, Silence
 from awq2marlin.quantization import MANIFEST_FILENAME
@@ -152,15 +151,6 @@ def encode_json(document: Any) -> bytes:
     return (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
 
 
-@contextmanager
-def told_as_output_error(root: Path) -> Iterator[None]:
-    """Turns system errors met while writing ``root`` into words for the user."""
-    try:
-        yield
-    except OSError as error:
-        raise output_error(root, error) from None
-
-
 def owned_files(root: Path, overwrite: bool) -> list[str] | None:
     """Returns the files that ``--overwrite`` may remove from ``root``, or None if it is not to be touched.
 
@@ -238,9 +228,7 @@ def _carry_side_files(plan: Plan, out: OutputFolder) -> dict[str, tuple[int, str
     carried = {}
     for name in names:
         digest, size = Xxh3(), folder.size(name)
-        rewrite_file(
-            (folder.path(name), name), out.partial(name), copy_pieces(0, 0, size), target_hashes=[digest]
-        )
+        rewrite_file((folder.path(name), name), out.partial(name), copy_pieces(0, 0, size), target_hashes=[digest])
         out.publish(name)
         carried[name] = (size, str(digest))
     return carried
@@ -267,9 +255,7 @@ def _write_manifest(plan: Plan, out: OutputFolder, carried: Mapping[str, tuple[i
 
 
 def _manifest_shard(shard: ShardPlan, done: FinishedFile) -> ManifestShard:
-    return ManifestShard(
-        shard.source, done.source_size, (done.source_digest,), done.target_size, done.target_digest
-    )
+    return ManifestShard(shard.source, done.source_size, (done.source_digest,), done.target_size, done.target_digest)
 
 
 def _exact_text(folder: Folder, name: str) -> str:
@@ -279,9 +265,7 @@ def _exact_text(folder: Folder, name: str) -> str:
         raise refuse("bad-json", f"it is not UTF-8 (byte {error.start})", file=name) from None
 
 
-def _verify(
-    plan: Plan, out: OutputFolder, verify: Verify, workers: int, progress: Progress
-) -> tuple[str, ...]:
+def _verify(plan: Plan, out: OutputFolder, verify: Verify, workers: int, progress: Progress) -> tuple[str, ...]:
     """Compares converted modules with the source, from the disk, before the output becomes loadable."""
     if verify == "none" or verify == 0:
         return ()

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from awq2marlin.conversion import ConvertResult, convert
-from awq2marlin.errors import OutputError, Problem
+from awq2marlin.errors import OutputError, Problem, difference
 from awq2marlin.progress import Progress, Silence
 from awq2marlin.reversion import RevertResult, revert
 from awq2marlin.synthetic import llama_recipe, write_checkpoint
-from awq2marlin.verification import VerifyResult, difference, verify
+from awq2marlin.verification import VerifyResult, verify
 
 
 @dataclass(frozen=True)
@@ -61,9 +61,7 @@ def demo(folder: str | os.PathLike[str] | None = None, *, progress: Progress | N
         else:
             root = Path(folder)
             if root.exists() and (not root.is_dir() or any(root.iterdir())):
-                raise OutputError(
-                    Problem(str(root), "", "not-empty", "the folder is not empty; name another")
-                )
+                raise OutputError(Problem(str(root), "", "not-empty", "the folder is not empty; name another"))
         source, marlin, back = root / "awq", root / "marlin", root / "reverted"
         write_checkpoint(source, llama_recipe(576, 1536, 4, 192, 4096, group_size=64, shards=2))
         progress.note(f"made an AWQ checkpoint of random weights in {source}")
@@ -86,7 +84,5 @@ def _count_identical(source: Path, back: Path) -> int:
     names = {path.name for folder in (source, back) for path in folder.iterdir()}
     for name in sorted(names):
         if not (back / name).is_file() or (source / name).read_bytes() != (back / name).read_bytes():
-            raise difference(
-                name, "", "different-bytes", "the file that came back is not the one that was made"
-            )
+            raise difference("different-bytes", "the file that came back is not the one that was made", file=name)
     return len(names)

@@ -25,10 +25,10 @@ MAX_NAME_LENGTH = 300
 
 
 def printable(text: str) -> str:
-    """Returns ``text`` with everything escaped that a terminal could act on, and cut if very long.
+    r"""Returns ``text`` with everything escaped that a terminal could act on, and cut if very long.
 
     Tensor and file names come from files that anyone can write: control characters, terminal escapes,
-    bidirectional overrides and lone surrogates become ``\\xNN`` or ``\\uNNNN``.
+    bidirectional overrides and lone surrogates become ``\xNN`` or ``\uNNNN``.
 
     Args:
         text: any string, trusted or not.
@@ -106,6 +106,11 @@ class DifferenceError(Awq2MarlinError):
 def refuse(code: str, message: str, *, file: str = "", tensor: str = "") -> CheckpointError:
     """Returns a `CheckpointError` of one problem, to be raised by the caller."""
     return CheckpointError(Problem(file, tensor, code, message))
+
+
+def difference(code: str, message: str, *, file: str = "", tensor: str = "") -> DifferenceError:
+    """Returns a `DifferenceError` of one problem, to be raised by the caller."""
+    return DifferenceError(Problem(file, tensor, code, message))
 
 
 _ADVICE = {

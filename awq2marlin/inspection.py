@@ -119,9 +119,7 @@ def inspect(path: str | os.PathLike[str]) -> InspectResult:
 def _marlin_modules(checkpoint: Checkpoint, quantization: MarlinQuantization) -> list[ModuleInfo]:
     """Reads the modules' true sizes from the source headers that the manifest keeps."""
     source = {name: shard.source_header for name, shard in read_manifest(checkpoint.folder).shards.items()}
-    awq = AwqQuantization(
-        quantization.bits, quantization.group_size, quantization.zero_point, None, MANIFEST_FILENAME
-    )
+    awq = AwqQuantization(quantization.bits, quantization.group_size, quantization.zero_point, None, MANIFEST_FILENAME)
     converted = pair_modules(source, awq, checkpoint)
     tensors = {name: tensor for header in source.values() for name, tensor in header.tensors.items()}
     infos = []

@@ -46,9 +46,7 @@ def verify_marlin_supported(quant_type: ScalarType, group_size: int, has_zp: boo
     """
     del has_zp  # a part of the field's signature; Marlin takes both
     if quant_type not in SCALAR_TYPES.values():
-        raise ValueError(
-            f"quant_type must be one of {sorted(map(str, SCALAR_TYPES.values()))}, found {quant_type}"
-        )
+        raise ValueError(f"quant_type must be one of {sorted(map(str, SCALAR_TYPES.values()))}, found {quant_type}")
     if group_size not in MARLIN_SUPPORTED_GROUP_SIZES:
         raise ValueError(f"group_size must be one of {MARLIN_SUPPORTED_GROUP_SIZES}, found {group_size}")
 
@@ -80,11 +78,7 @@ def verify_marlin_supports_shape(
             f"input_size_per_partition = {input_size_per_partition} must be a positive multiple of "
             f"{GPTQ_MARLIN_MIN_THREAD_K} (GPTQ_MARLIN_MIN_THREAD_K)"
         )
-    if (
-        group_size != -1
-        and group_size < input_size
-        and (group_size <= 0 or input_size_per_partition % group_size)
-    ):
+    if group_size != -1 and group_size < input_size and (group_size <= 0 or input_size_per_partition % group_size):
         raise ValueError(
             f"input_size_per_partition = {input_size_per_partition} must be a multiple of group_size = {group_size}"
         )
@@ -142,9 +136,7 @@ def marlin_unpermute_scales(s: torch.Tensor, size_k: int, size_n: int, group_siz
     return _permute_scales(s, size_k, size_n, group_size, inverse=True)
 
 
-def _permute_scales(
-    s: torch.Tensor, size_k: int, size_n: int, group_size: int, *, inverse: bool
-) -> torch.Tensor:
+def _permute_scales(s: torch.Tensor, size_k: int, size_n: int, group_size: int, *, inverse: bool) -> torch.Tensor:
     _check_tensor("s", s, (num_groups(size_k, group_size), size_n))
     perm = SCALE_PERM_SINGLE if is_single_group(size_k, group_size) else SCALE_PERM
     _check_multiple("size_n", size_n, len(perm))
@@ -195,7 +187,7 @@ def unpack_cols(packed_q_w: torch.Tensor, num_bits: int, size_k: int, size_n: in
     _check_multiple("size_n", size_n, factor)
     _check_tensor("packed_q_w", packed_q_w, (size_k, size_n // factor), torch.int32)
     shifts = torch.arange(0, 32, num_bits, dtype=torch.int32, device=packed_q_w.device)
-    fields = (packed_q_w.unsqueeze(-1) >> shifts) & (2**num_bits - 1)
+    fields: torch.Tensor = (packed_q_w.unsqueeze(-1) >> shifts) & (2**num_bits - 1)
     return fields.reshape(size_k, size_n)
 
 
@@ -228,9 +220,7 @@ def marlin_unpack_zero_points(q_zp: torch.Tensor, size_k: int, size_n: int, num_
     return _gather_columns(permuted, inverse_order(SCALE_PERM))
 
 
-def awq_to_marlin_zero_points(
-    q_zp_packed: torch.Tensor, size_k: int, size_n: int, num_bits: int
-) -> torch.Tensor:
+def awq_to_marlin_zero_points(q_zp_packed: torch.Tensor, size_k: int, size_n: int, num_bits: int) -> torch.Tensor:
     """Repacks AWQ ``qzeros`` to Marlin's.
 
     Args:
@@ -271,9 +261,7 @@ def awq_marlin_repack(q_weight: torch.Tensor, size_k: int, size_n: int, num_bits
     _check_multiple("size_k", size_k, GPTQ_MARLIN_TILE)
     _check_multiple("size_n", size_n, MARLIN_TILE_N)
     values = _unpack_awq(q_weight, size_k, size_n, num_bits)
-    tiles = values.reshape(
-        -1, GPTQ_MARLIN_TILE, size_n // MARLIN_TILE_N, MARLIN_TILE_N
-    )  # [K/16, 16, N/64, 64]
+    tiles = values.reshape(-1, GPTQ_MARLIN_TILE, size_n // MARLIN_TILE_N, MARLIN_TILE_N)  # [K/16, 16, N/64, 64]
     tiles = tiles.transpose(1, 2).reshape(-1, GPTQ_MARLIN_TILE * MARLIN_TILE_N)  # [tiles, 1024]
     fields = _gather_columns(tiles, _tile_fields(num_bits))
     return pack_cols(fields, num_bits, *fields.shape).reshape(qweight_shape(size_k, size_n, num_bits))
@@ -345,9 +333,7 @@ def _gather_columns(values: torch.Tensor, columns: tuple[int, ...]) -> torch.Ten
     return values.reshape(values.shape[0], -1, len(columns))[..., index].reshape(values.shape)
 
 
-def _check_tensor(
-    name: str, tensor: torch.Tensor, shape: tuple[int, int], dtype: torch.dtype | None = None
-) -> None:
+def _check_tensor(name: str, tensor: torch.Tensor, shape: tuple[int, int], dtype: torch.dtype | None = None) -> None:
     if tuple(tensor.shape) != shape:
         raise ValueError(f"{name} must have the shape {list(shape)}, found {list(tensor.shape)}")
     if dtype is not None and tensor.dtype != dtype:

@@ -79,10 +79,7 @@ class Manifest:
                 for name, shard in sorted(self.shards.items())
             },
             "texts": dict(sorted(self.texts.items())),
-            "files": {
-                name: {"size": size, "digests": [digest]}
-                for name, (size, digest) in sorted(self.files.items())
-            },
+            "files": {name: {"size": size, "digests": [digest]} for name, (size, digest) in sorted(self.files.items())},
             "left_behind": dict(sorted(self.left_behind.items())),
         }
         return (json.dumps(document, indent=1, ensure_ascii=True) + "\n").encode("ascii")
@@ -105,8 +102,7 @@ def read_manifest(folder: Folder) -> Manifest:
     if not folder.exists(MANIFEST_FILENAME):
         raise refuse(
             "no-manifest",
-            "it is missing, so the source cannot be told from this folder alone; "
-            "download the checkpoint completely",
+            "it is missing, so the source cannot be told from this folder alone; download the checkpoint completely",
             file=MANIFEST_FILENAME,
         )
     document = _Checked(folder.read_json(MANIFEST_FILENAME), "the manifest")
@@ -129,9 +125,7 @@ def read_manifest(folder: Folder) -> Manifest:
         document.bad("it names no shards, or has no text of config.json")
     _refuse_clashes(document, [*shards, *files, *texts])
     left_behind = {str(name): str(reason) for name, reason in document.get("left_behind", dict).items()}
-    return Manifest(
-        shards, texts, files, source.optional("repo_id"), source.optional("revision"), left_behind
-    )
+    return Manifest(shards, texts, files, source.optional("repo_id"), source.optional("revision"), left_behind)
 
 
 def _refuse_clashes(document: _Checked, names: list[str]) -> None:
@@ -197,10 +191,7 @@ class _Checked:
 
     def entries(self, key: str) -> list[tuple[str, _Checked]]:
         """Returns the objects under the keys of the object under a key."""
-        return [
-            (name, _Checked(value, f"{key}, {printable(name)!r}"))
-            for name, value in self.get(key, dict).items()
-        ]
+        return [(name, _Checked(value, f"{key}, {printable(name)!r}")) for name, value in self.get(key, dict).items()]
 
     def size(self) -> int:
         """Returns ``size``, a number of bytes."""

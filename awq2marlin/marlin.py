@@ -31,9 +31,7 @@ MARLIN_INTERLEAVE = AWQ_PACK_ORDER
 SCALE_PERM: tuple[int, ...] = tuple(i + 8 * m for i in range(8) for m in range(8))
 
 #: The order when one group spans all of K: blocks of 32.
-SCALE_PERM_SINGLE: tuple[int, ...] = tuple(
-    2 * i + offset for i in range(4) for offset in (0, 1, 8, 9, 16, 17, 24, 25)
-)
+SCALE_PERM_SINGLE: tuple[int, ...] = tuple(2 * i + offset for i in range(4) for offset in (0, 1, 8, 9, 16, 17, 24, 25))
 
 #: Widest module that is converted. A row of tiles is the unit of streaming; this bounds its memory.
 MAX_SIZE_N = 1 << 20

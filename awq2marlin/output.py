@@ -118,9 +118,7 @@ class OutputFolder:
         """
         path = self.root / name
         if not path.parent.resolve().is_relative_to(self.root.resolve()):
-            raise _refused(
-                "unsafe-link", path, "a folder on the way is a link that leads out of the output folder"
-            )
+            raise _refused("unsafe-link", path, "a folder on the way is a link that leads out of the output folder")
         return path
 
     def remember(self, name: str, finished: FinishedFile) -> None:
@@ -129,9 +127,7 @@ class OutputFolder:
         self._journal.finished[name] = finished
         _write_journal(self.work, self._journal)
 
-    def recheck(
-        self, name: str, source: Path, note: Callable[[str], None], also: Sequence[Hash] = ()
-    ) -> bool:
+    def recheck(self, name: str, source: Path, note: Callable[[str], None], also: Sequence[Hash] = ()) -> bool:
         """Hashes a finished shard and its source again, before it is trusted.
 
         Args:
@@ -189,9 +185,7 @@ class OutputFolder:
 
 
 @contextmanager
-def claim(
-    root: Path, plan: str, names: Iterable[str], *, owned: Iterable[str] | None = None
-) -> Iterator[OutputFolder]:
+def claim(root: Path, plan: str, names: Iterable[str], *, owned: Iterable[str] | None = None) -> Iterator[OutputFolder]:
     """Claims an output folder for one run, new or resumed.
 
     Everything of the run is undone by nobody but a later run: on an error the folder stays as it is, without
@@ -263,9 +257,7 @@ def _refuse_foreign(root: Path, owned: Iterable[str] | None) -> None:
         return
     shown = ", ".join(printable(name) for name in present[:_MAX_NAMES_SHOWN])
     more = ", ..." if len(present) > _MAX_NAMES_SHOWN else ""
-    raise _refused(
-        "not-empty", root, f"the folder is not empty ({shown}{more}); choose another, or an empty one"
-    )
+    raise _refused("not-empty", root, f"the folder is not empty ({shown}{more}); choose another, or an empty one")
 
 
 def _open_journal(root: Path, plan: str, names: list[str], owned: Iterable[str] | None) -> Journal:
@@ -282,9 +274,7 @@ def _open_journal(root: Path, plan: str, names: list[str], owned: Iterable[str] 
         _remove(root, {*owned, *(found.names if found else ())})
         found = None
     if found is None:
-        leftovers = sorted(
-            path.name for path in root.iterdir() if path.name in {name.split("/")[0] for name in names}
-        )
+        leftovers = sorted(path.name for path in root.iterdir() if path.name in {name.split("/")[0] for name in names})
         if leftovers:
             raise _refused(
                 "not-empty",
@@ -314,8 +304,7 @@ def read_journal(root: Path) -> Journal | None:
         raise _refused(
             "bad-journal",
             path,
-            "the journal of the unfinished conversion is damaged; remove this output "
-            "folder and convert again",
+            "the journal of the unfinished conversion is damaged; remove this output folder and convert again",
         ) from None
 
 
@@ -383,7 +372,11 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def output_error(root: Path, error: OSError) -> OutputError:
-    """Returns a system error met while writing ``root`` as words for the user."""
-    problem = problem_from_os_error(error)
-    return OutputError(Problem(problem.file or str(root), "", problem.code, problem.message))
+@contextmanager
+def told_as_output_error(root: Path) -> Iterator[None]:
+    """Turns system errors met while writing ``root`` into words for the user."""
+    try:
+        yield
+    except OSError as error:
+        problem = problem_from_os_error(error)
+        raise OutputError(Problem(problem.file or str(root), "", problem.code, problem.message)) from None

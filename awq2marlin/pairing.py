@@ -85,9 +85,7 @@ def _same_names(source: Mapping[str, Header], shard_of: Mapping[str, str], marli
             )
     for shard in sorted({*source, *marlin.shards}):
         if shard not in source or shard not in marlin.shards:
-            raise refuse(
-                "missing-file", "only one of source and converted checkpoint has this file", file=shard
-            )
+            raise refuse("missing-file", "only one of source and converted checkpoint has this file", file=shard)
         if [tensor.name for tensor in source[shard].by_offset] != [
             tensor.name for tensor in marlin.shards[shard].by_offset
         ]:
@@ -137,11 +135,8 @@ def _converted(module: AwqModule, marlin: Checkpoint) -> ModulePlan:
     if not fits or not is_aligned(padded_k, padded_n, quantization.bits, quantization.group_size):
         raise refuse(
             "unaligned",
-            f"K={padded_k}, N={padded_n} cannot be Marlin for a source of K={module.size_k}, "
-            f"N={module.size_n}",
+            f"K={padded_k}, N={padded_n} cannot be Marlin for a source of K={module.size_k}, N={module.size_n}",
             file=marlin.shard_of[module_name(module.name, "qweight")],
             tensor=module.name,
         )
-    return ModulePlan(
-        module.name, module.size_k, module.size_n, padded_k, padded_n, module.parts, converted=True
-    )
+    return ModulePlan(module.name, module.size_k, module.size_n, padded_k, padded_n, module.parts, converted=True)

@@ -153,9 +153,7 @@ class Plan:
 
     def config(self) -> dict[str, Any]:
         """Returns the output's ``config.json``."""
-        padded = {
-            module.name: (module.size_k, module.size_n) for module in self.converted if module.is_padded
-        }
+        padded = {module.name: (module.size_k, module.size_n) for module in self.converted if module.is_padded}
         kept = [module.name for module in self.kept]
         document = marlin_document(self.quantization, kept, self.checkpoint.unquantized_modules, padded)
         return without_quantization(self.checkpoint.config, document)
@@ -210,9 +208,7 @@ def plan_conversion(checkpoint: Checkpoint, unaligned: Unaligned = "keep") -> Pl
     modules = _plan_modules(found, checkpoint, quantization, unaligned)
     if unaligned == "error":
         _refuse_unaligned(modules, checkpoint)
-    shards = tuple(
-        _plan_shard(name, header, modules, quantization) for name, header in checkpoint.shards.items()
-    )
+    shards = tuple(_plan_shard(name, header, modules, quantization) for name, header in checkpoint.shards.items())
     return Plan(checkpoint, quantization, unaligned, modules, shards)
 
 
@@ -247,16 +243,13 @@ def _plan_group(
         elif in_full_precision:
             reasons[module.name] = f"fused with {in_full_precision}, which is not quantized"
         elif unaligned != "pad":
-            reason = unaligned_reason(
-                module.size_k, module.size_n, quantization.bits, quantization.group_size
-            )
+            reason = unaligned_reason(module.size_k, module.size_n, quantization.bits, quantization.group_size)
             if reason:
                 reasons[module.name] = f"unaligned: {reason}"
     if reasons:
         blocker = next(iter(reasons))
         return [
-            _module_plan(module, reasons.get(module.name, f"fused with {blocker}, which is kept"))
-            for module in members
+            _module_plan(module, reasons.get(module.name, f"fused with {blocker}, which is kept")) for module in members
         ]
     sizes = [(module.size_k, module.size_n) for module in members]
     if any(unaligned_reason(*size, quantization.bits, quantization.group_size) for size in sizes):
@@ -341,9 +334,7 @@ def repack_of(module: ModulePlan, part: str, quantization: AwqQuantization | Mar
     return Repack(part, quantization.bits, source_rows, shape[0], module.size_n, module.padded_n, single)  # type: ignore[arg-type]
 
 
-def target_shape(
-    module: ModulePlan, part: str, quantization: AwqQuantization | MarlinQuantization
-) -> tuple[int, int]:
+def target_shape(module: ModulePlan, part: str, quantization: AwqQuantization | MarlinQuantization) -> tuple[int, int]:
     """Returns the shape of one tensor of a converted module in the output."""
     groups = num_groups(module.padded_k, quantization.group_size)
     if part == "qweight":

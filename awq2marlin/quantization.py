@@ -143,9 +143,7 @@ def read_quantization(folder: Folder, config: Mapping[str, Any]) -> AwqQuantizat
     return first
 
 
-def without_quantization(
-    config: Mapping[str, Any], replacement: Mapping[str, Any] | None = None
-) -> dict[str, Any]:
+def without_quantization(config: Mapping[str, Any], replacement: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Returns a copy of a config without the source's quantization configs, wherever they stand.
 
     Args:
@@ -240,9 +238,7 @@ def _awq_quantization(document: Mapping[str, Any], place: str) -> AwqQuantizatio
     if zero_point is None:
         zero_point = True  # the default of every tool that leaves it out
     if not isinstance(zero_point, bool):
-        raise refuse(
-            "bad-config", f"zero_point must be true or false, found {printable(repr(zero_point))}", file=place
-        )
+        raise refuse("bad-config", f"zero_point must be true or false, found {printable(repr(zero_point))}", file=place)
     return AwqQuantization(bits, group_size, zero_point, document.get("modules_to_not_convert"), place)
 
 
@@ -312,9 +308,7 @@ def read_marlin_quantization(document: Mapping[str, Any], place: str) -> MarlinQ
 
 
 def _is_shape(value: Any) -> bool:
-    return (
-        isinstance(value, list) and len(value) == 2 and all(type(size) is int and size > 0 for size in value)
-    )
+    return isinstance(value, list) and len(value) == 2 and all(type(size) is int and size > 0 for size in value)
 
 
 def _names(document: Mapping[str, Any], key: str, place: str) -> frozenset[str]:

@@ -72,11 +72,7 @@ def tile_table(num_bits: int) -> npt.NDArray[np.intp]:
     for lane in range(32):
         for block in range(4):
             first_row, first_column = 2 * (lane % 4), 16 * block + lane // 4
-            owned = [
-                (first_row + row, column)
-                for column in (first_column, first_column + 8)
-                for row in (0, 1, 8, 9)
-            ]
+            owned = [(first_row + row, column) for column in (first_column, first_column + 8) for row in (0, 1, 8, 9)]
             for begin in range(0, len(owned), len(order)):
                 for value in order:
                     where[owned[begin + value]] = field_of_tile
@@ -132,7 +128,5 @@ def unpack_marlin_qzeros(words: Words, num_bits: int) -> Values:
     Returns:
         uint8 [G, N].
     """
-    plain: Values = unpermute_columns(unpack_awq(words, num_bits), single_group=False).astype(
-        np.uint8, copy=False
-    )
+    plain: Values = unpermute_columns(unpack_awq(words, num_bits), single_group=False).astype(np.uint8, copy=False)
     return plain

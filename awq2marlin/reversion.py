@@ -15,12 +15,11 @@ from pathlib import Path
 
 from awq2marlin._version import __version__
 from awq2marlin.checkpoint import Checkpoint, open_checkpoint
-from awq2marlin.conversion import told_as_output_error
 from awq2marlin.digest import Xxh3
-from awq2marlin.errors import refuse
+from awq2marlin.errors import difference, refuse
 from awq2marlin.folder import CONFIG_FILENAME, Folder
 from awq2marlin.manifest import Manifest, ManifestShard, read_manifest
-from awq2marlin.output import FinishedFile, OutputFolder, claim, refuse_overlap
+from awq2marlin.output import FinishedFile, OutputFolder, claim, refuse_overlap, told_as_output_error
 from awq2marlin.pairing import pair_modules
 from awq2marlin.plan import ModulePlan, repack_of
 from awq2marlin.progress import Progress, Silence
@@ -28,7 +27,6 @@ from awq2marlin.quantization import MANIFEST_FILENAME, AwqQuantization, MarlinQu
 from awq2marlin.repack import Repack
 from awq2marlin.safetensors_header import Header
 from awq2marlin.stream import PIECE_BYTES, Piece, copy_pieces, rewrite_file
-from awq2marlin.verification import difference
 from awq2marlin.workers import default_workers
 
 
@@ -108,9 +106,7 @@ def revert(
     with told_as_output_error(root), claim(root, digest, names) as out:
         restored = _restore_shards(marlin, manifest, modules, out, workers, progress)
         restored += [_restore_file(name, marlin.folder, manifest, out) for name in manifest.files]
-        restored += [
-            _restore_text(name, text, out) for name, text in manifest.texts.items() if name != CONFIG_FILENAME
-        ]
+        restored += [_restore_text(name, text, out) for name, text in manifest.texts.items() if name != CONFIG_FILENAME]
         config = manifest.texts[CONFIG_FILENAME].encode("utf-8")
         out.commit(config)
     restored.append(RestoredFile(CONFIG_FILENAME, len(config), hashlib.sha256(config).hexdigest()))
@@ -132,13 +128,9 @@ def _plan_digest(folder: Folder) -> str:
     return "sha256:" + identity.hexdigest()
 
 
-def _paired_modules(
-    manifest: Manifest, marlin: Checkpoint, quantization: MarlinQuantization
-) -> dict[str, ModulePlan]:
+def _paired_modules(manifest: Manifest, marlin: Checkpoint, quantization: MarlinQuantization) -> dict[str, ModulePlan]:
     source = {name: shard.source_header for name, shard in manifest.shards.items()}
-    awq = AwqQuantization(
-        quantization.bits, quantization.group_size, quantization.zero_point, None, MANIFEST_FILENAME
-    )
+    awq = AwqQuantization(quantization.bits, quantization.group_size, quantization.zero_point, None, MANIFEST_FILENAME)
     return pair_modules(source, awq, marlin)
 
 
@@ -189,29 +181,25 @@ def _restore_shard(
     )
     if (header.file_size, str(read)) != (shard.target_size, shard.target_digest):
         raise difference(
-            name,
-            "",
             "wrong-digest",
             "this converted file is not the one that the conversion wrote (recorded "
             f"{shard.target_size} bytes, {shard.target_digest}; found {header.file_size}, {read}); it was "
             "changed or damaged since: fetch it again",
+            file=name,
         )
     if (shard.source_header.file_size, str(made)) != (shard.source_size, shard.source_digests[0]):
         raise difference(
-            name,
-            "",
             "wrong-digest",
             f"the restored file is not the original: recorded {shard.source_size} bytes, "
             f"{shard.source_digests[0]}; restored {shard.source_header.file_size}, {made}",
+            file=name,
         )
     for known in shard.source_digests:
         if known.startswith("sha256:") and known != f"sha256:{sha256.hexdigest()}":
             raise difference(
-                name,
-                "",
                 "wrong-digest",
-                f"the restored file is not the original: recorded {known}, restored "
-                f"sha256:{sha256.hexdigest()}",
+                f"the restored file is not the original: recorded {known}, restored sha256:{sha256.hexdigest()}",
+                file=name,
             )
     out.publish(name)
     out.remember(name, FinishedFile(header.file_size, str(read), shard.source_size, str(made)))
@@ -243,16 +231,13 @@ def _unpack_pieces(repack: Repack, read_at: int, write_at: int) -> Iterator[Piec
 def _restore_file(name: str, folder: Folder, manifest: Manifest, out: OutputFolder) -> RestoredFile:
     size, digest = manifest.files[name]
     made, sha256, found = Xxh3(), hashlib.sha256(), folder.size(name)
-    rewrite_file(
-        (folder.path(name), name), out.partial(name), copy_pieces(0, 0, found), target_hashes=[made, sha256]
-    )
+    rewrite_file((folder.path(name), name), out.partial(name), copy_pieces(0, 0, found), target_hashes=[made, sha256])
     if (found, str(made)) != (size, digest):
         raise difference(
-            name,
-            "",
             "wrong-digest",
             f"the file is not the original: recorded {size} bytes, {digest}; found "
             f"{found}, {made}; it was changed since the conversion",
+            file=name,
         )
     out.publish(name)
     return RestoredFile(name, size, sha256.hexdigest())

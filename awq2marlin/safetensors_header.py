@@ -180,7 +180,8 @@ def read_header(stream: BinaryIO, file_size: int, file: str) -> Header:
     if length > file_size - LENGTH_BYTES:
         raise refuse(
             "truncated",
-            f"the header's length reads {length} bytes, past the end of the file ({file_size} bytes); download it again",
+            f"the header's length reads {length} bytes, past the end of the file ({file_size} bytes); "
+            "download it again",
             file=file,
         )
     text = stream.read(length)
@@ -201,9 +202,7 @@ def parse_header(text: bytes, data_size: int, file: str) -> Header:
         CheckpointError: if anything about it breaks the format's rules.
     """
     if not text.startswith(b"{"):
-        raise refuse(
-            "bad-header", "the header does not begin with '{'; this is not a safetensors file", file=file
-        )
+        raise refuse("bad-header", "the header does not begin with '{'; this is not a safetensors file", file=file)
     document = parse_json(text, file)
     metadata = document.pop("__metadata__", {})
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
@@ -238,7 +237,8 @@ def _tensor_info(name: str, entry: Any, file: str) -> TensorInfo:
     if bits % 8 or end - start != bits // 8:
         bad(
             "size-mismatch",
-            f"its shape {shape} of {dtype} needs {bits / 8:.0f} bytes, its data_offsets {[start, end]} hold {end - start}",
+            f"its shape {shape} of {dtype} needs {bits / 8:.0f} bytes, "
+            f"its data_offsets {[start, end]} hold {end - start}",
         )
     return TensorInfo(name, dtype, tuple(shape), start, end)
 

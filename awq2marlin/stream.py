@@ -187,8 +187,7 @@ def _read_exactly(stream: BinaryIO, offset: int, buffer: Bytes, name: str) -> No
         if not count:
             raise refuse(
                 "truncated",
-                "the file became shorter while it was read; nothing may write to the source "
-                "during a conversion",
+                "the file became shorter while it was read; nothing may write to the source during a conversion",
                 file=name,
             )
         view = view[count:]

@@ -73,9 +73,7 @@ class Recipe:
         return dict(sorted(tensors.items()))
 
 
-def llama_recipe(
-    hidden: int, intermediate: int, layers: int, kv_size: int, vocab: int, **options: Any
-) -> Recipe:
+def llama_recipe(hidden: int, intermediate: int, layers: int, kv_size: int, vocab: int, **options: Any) -> Recipe:
     """Returns the recipe of a Llama.
 
     Args:
@@ -132,9 +130,7 @@ def write_checkpoint(folder: Path, recipe: Recipe) -> None:
     else:
         weight_map = _spread(tensors, recipe.shards)
         for shard in sorted(set(weight_map.values())):
-            _write_shard(
-                folder / shard, {name: tensors[name] for name in tensors if weight_map[name] == shard}, rng
-            )
+            _write_shard(folder / shard, {name: tensors[name] for name in tensors if weight_map[name] == shard}, rng)
         total = sum(_size(*tensor) for tensor in tensors.values())
         _write_json(folder / INDEX_FILENAME, {"metadata": {"total_size": total}, "weight_map": weight_map})
     _write_json(folder / CONFIG_FILENAME, _config(recipe))
@@ -171,9 +167,7 @@ def _spread(tensors: Mapping[str, tuple[str, tuple[int, ...]]], shards: int) -> 
     return weight_map
 
 
-def _write_shard(
-    path: Path, tensors: Mapping[str, tuple[str, tuple[int, ...]]], rng: np.random.Generator
-) -> None:
+def _write_shard(path: Path, tensors: Mapping[str, tuple[str, tuple[int, ...]]], rng: np.random.Generator) -> None:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     position = 0
     for name, (dtype, shape) in tensors.items():

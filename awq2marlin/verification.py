@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from awq2marlin.awq import module_name
 from awq2marlin.checkpoint import Checkpoint, open_checkpoint
-from awq2marlin.errors import CheckpointError, DifferenceError, Problem, refuse
+from awq2marlin.errors import CheckpointError, DifferenceError, difference, refuse
 from awq2marlin.folder import CONFIG_FILENAME, INDEX_FILENAME, Folder
 from awq2marlin.marlin import is_single_group
 from awq2marlin.pairing import pair_modules
@@ -54,7 +54,7 @@ class VerifyResult:
 
     source: Path
     output: Path
-    modules: tuple[str, ...]
+    modules: tuple[ModulePlan, ...]
     modules_total: int
     tensors: int
     files: int
@@ -79,9 +79,7 @@ class TensorFiles:
     @classmethod
     def of(cls, folder: Folder, shards: Mapping[str, Header]) -> TensorFiles:
         """Makes it from the headers."""
-        return cls(
-            folder, shards, {name: shard for shard, header in shards.items() for name in header.tensors}
-        )
+        return cls(folder, shards, {name: shard for shard, header in shards.items() for name in header.tensors})
 
     def info(self, name: str) -> TensorInfo:
         """Returns a tensor's description."""
@@ -149,11 +147,10 @@ def verify(
     ]
     _run(jobs, workers or default_workers())
     progress.finish()
-    names = tuple(each.name for each in chosen)
     return VerifyResult(
         awq.folder.root,
         marlin.folder.root,
-        names,
+        tuple(chosen),
         len(modules),
         len(others),
         files,
@@ -162,9 +159,7 @@ def verify(
     )
 
 
-def _open_pair(
-    source: str | os.PathLike[str], output: str | os.PathLike[str]
-) -> tuple[Checkpoint, Checkpoint]:
+def _open_pair(source: str | os.PathLike[str], output: str | os.PathLike[str]) -> tuple[Checkpoint, Checkpoint]:
     awq, marlin = open_checkpoint(source), open_checkpoint(output)
     if not isinstance(awq.quantization, AwqQuantization):
         raise refuse(
@@ -179,11 +174,6 @@ def _open_pair(
             file=str(output),
         )
     return awq, marlin
-
-
-def difference(file: str, tensor: str, code: str, message: str) -> DifferenceError:
-    """Returns the error for one difference."""
-    return DifferenceError(Problem(file, tensor, code, message))
 
 
 def _pair(awq: Checkpoint, marlin: Checkpoint) -> list[ModulePlan]:
@@ -209,15 +199,13 @@ def _compare_configs(awq: Checkpoint, marlin: Checkpoint) -> None:
     if found != expected:
         keys = [key for key in expected if not isinstance(found, dict) or found.get(key) != expected[key]]
         raise difference(
-            CONFIG_FILENAME,
-            "",
             "config",
-            f"quantization_config differs from what the source implies, in "
-            f"{', '.join(keys) or 'an additional key'}",
+            f"quantization_config differs from what the source implies, in {', '.join(keys) or 'an additional key'}",
+            file=CONFIG_FILENAME,
         )
     if without_quantization(awq.config) != without_quantization(marlin.config):
         raise difference(
-            CONFIG_FILENAME, "", "config", "a key other than quantization_config differs from the source's"
+            "config", "a key other than quantization_config differs from the source's", file=CONFIG_FILENAME
         )
 
 
@@ -340,11 +328,11 @@ def _compare_values(
     row, column = (int(index) for index in np.argwhere(expected != found)[0])
     what = {"qweight": "value", "qzeros": "zero point", "scales": "scale (bits)"}[part]
     raise difference(
-        files.shard_of[name],
-        name,
         "different-value",
         f"{what} at row {first_row + row}, column {column}: "
         f"expected {expected[row, column]}, found {found[row, column]}",
+        file=files.shard_of[name],
+        tensor=name,
     )
 
 
@@ -357,11 +345,10 @@ def _tensor_job(name: str, old: TensorFiles, new: TensorFiles, progress: Progres
             if not np.array_equal(expected, found):
                 at = int(np.argmax(expected != found))
                 raise difference(
-                    new.shard_of[name],
-                    name,
                     "different-bytes",
-                    f"{_place(old.info(name), begin + at)}: "
-                    f"expected byte {expected[at]:#04x}, found {found[at]:#04x}",
+                    f"{_place(old.info(name), begin + at)}: expected byte {expected[at]:#04x}, found {found[at]:#04x}",
+                    file=new.shard_of[name],
+                    tensor=name,
                 )
             progress.advance(end - begin)
 
@@ -378,7 +365,7 @@ def _place(tensor: TensorInfo, offset: int) -> str:
 
 def _compare_files(old: Folder, new: Folder, name: str) -> None:
     if not new.exists(name):
-        raise difference(name, "", "missing-file", "the source has this file, the output does not")
+        raise difference("missing-file", "the source has this file, the output does not", file=name)
     with old.open(name) as expected, new.open(name) as found:
         offset = 0
         while True:
@@ -389,7 +376,7 @@ def _compare_files(old: Folder, new: Folder, name: str) -> None:
                     min(len(left), len(right)),
                 )
                 raise difference(
-                    name, "", "different-bytes", f"the file differs from the source's at byte {offset + at}"
+                    "different-bytes", f"the file differs from the source's at byte {offset + at}", file=name
                 )
             if not left:
                 return
