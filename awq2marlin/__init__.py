@@ -1,1 +1,122 @@
-"""Convert AWQ checkpoints to the Marlin layout, offline."""
+"""Convert AWQ checkpoints to the Marlin layout offline: streamed, verified, reversible byte for byte.
+
+    from awq2marlin import convert, verify, revert, inspect
+
+Importing this package imports neither torch nor NumPy nor Numba; each name brings what it needs when it is
+first used.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from awq2marlin._version import __version__ as __version__
+
+if TYPE_CHECKING:
+    from awq2marlin.config import AWQMarlinConfig as AWQMarlinConfig
+    from awq2marlin.conversion import ConvertResult as ConvertResult
+    from awq2marlin.conversion import convert as convert
+    from awq2marlin.demonstration import DemoResult as DemoResult
+    from awq2marlin.demonstration import demo as demo
+    from awq2marlin.errors import Awq2MarlinError as Awq2MarlinError
+    from awq2marlin.errors import CheckpointError as CheckpointError
+    from awq2marlin.errors import DifferenceError as DifferenceError
+    from awq2marlin.errors import OutputError as OutputError
+    from awq2marlin.errors import Problem as Problem
+    from awq2marlin.inspection import InspectResult as InspectResult
+    from awq2marlin.inspection import ModuleInfo as ModuleInfo
+    from awq2marlin.inspection import inspect as inspect
+    from awq2marlin.layout import awq_marlin_repack as awq_marlin_repack
+    from awq2marlin.layout import awq_to_marlin_zero_points as awq_to_marlin_zero_points
+    from awq2marlin.layout import get_scale_perms as get_scale_perms
+    from awq2marlin.layout import marlin_awq_repack as marlin_awq_repack
+    from awq2marlin.layout import marlin_make_empty_g_idx as marlin_make_empty_g_idx
+    from awq2marlin.layout import marlin_make_workspace as marlin_make_workspace
+    from awq2marlin.layout import marlin_permute_scales as marlin_permute_scales
+    from awq2marlin.layout import marlin_to_awq_zero_points as marlin_to_awq_zero_points
+    from awq2marlin.layout import marlin_unpack_zero_points as marlin_unpack_zero_points
+    from awq2marlin.layout import marlin_unpermute_scales as marlin_unpermute_scales
+    from awq2marlin.layout import marlin_zero_points as marlin_zero_points
+    from awq2marlin.layout import pack_cols as pack_cols
+    from awq2marlin.layout import replace_parameter as replace_parameter
+    from awq2marlin.layout import unpack_cols as unpack_cols
+    from awq2marlin.layout import verify_marlin_supported as verify_marlin_supported
+    from awq2marlin.layout import verify_marlin_supports_shape as verify_marlin_supports_shape
+    from awq2marlin.marlin import GPTQ_MARLIN_MIN_THREAD_K as GPTQ_MARLIN_MIN_THREAD_K
+    from awq2marlin.marlin import GPTQ_MARLIN_MIN_THREAD_N as GPTQ_MARLIN_MIN_THREAD_N
+    from awq2marlin.marlin import GPTQ_MARLIN_TILE as GPTQ_MARLIN_TILE
+    from awq2marlin.marlin import MARLIN_SUPPORTED_GROUP_SIZES as MARLIN_SUPPORTED_GROUP_SIZES
+    from awq2marlin.marlin import SCALAR_TYPE_UINT4 as SCALAR_TYPE_UINT4
+    from awq2marlin.marlin import SCALAR_TYPE_UINT8 as SCALAR_TYPE_UINT8
+    from awq2marlin.marlin import ScalarType as ScalarType
+    from awq2marlin.marlin import is_aligned as is_aligned
+    from awq2marlin.plan import ModulePlan as ModulePlan
+    from awq2marlin.progress import Progress as Progress
+    from awq2marlin.reversion import RestoredFile as RestoredFile
+    from awq2marlin.reversion import RevertResult as RevertResult
+    from awq2marlin.reversion import revert as revert
+    from awq2marlin.verification import VerifyResult as VerifyResult
+    from awq2marlin.verification import verify as verify
+
+#: Where each public name is defined. No module of the package bears a public function's name, so that
+#: importing a module never hides a function.
+_HOMES: dict[str, str] = {
+    name: module
+    for module, names in {
+        "config": ["AWQMarlinConfig"],
+        "conversion": ["ConvertResult", "convert"],
+        "demonstration": ["DemoResult", "demo"],
+        "errors": ["Awq2MarlinError", "CheckpointError", "DifferenceError", "OutputError", "Problem"],
+        "inspection": ["InspectResult", "ModuleInfo", "inspect"],
+        "layout": [
+            "awq_marlin_repack",
+            "awq_to_marlin_zero_points",
+            "get_scale_perms",
+            "marlin_awq_repack",
+            "marlin_make_empty_g_idx",
+            "marlin_make_workspace",
+            "marlin_permute_scales",
+            "marlin_to_awq_zero_points",
+            "marlin_unpack_zero_points",
+            "marlin_unpermute_scales",
+            "marlin_zero_points",
+            "pack_cols",
+            "replace_parameter",
+            "unpack_cols",
+            "verify_marlin_supported",
+            "verify_marlin_supports_shape",
+        ],
+        "marlin": [
+            "GPTQ_MARLIN_MIN_THREAD_K",
+            "GPTQ_MARLIN_MIN_THREAD_N",
+            "GPTQ_MARLIN_TILE",
+            "MARLIN_SUPPORTED_GROUP_SIZES",
+            "SCALAR_TYPE_UINT4",
+            "SCALAR_TYPE_UINT8",
+            "ScalarType",
+            "is_aligned",
+        ],
+        "plan": ["ModulePlan"],
+        "progress": ["Progress"],
+        "reversion": ["RestoredFile", "RevertResult", "revert"],
+        "verification": ["VerifyResult", "verify"],
+    }.items()
+    for name in names
+}
+
+__all__ = ["__version__", *sorted(_HOMES)]
+
+
+def __getattr__(name: str) -> Any:
+    """Imports a public name from its module when it is first asked for (PEP 562)."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'awq2marlin' has no attribute {name!r}")
+    value = getattr(import_module(f"awq2marlin.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    """Lists the public names."""
+    return __all__

@@ -1,0 +1,288 @@
+"""The command line: reads arguments, calls the library, prints. No logic of its own.
+
+What a command needs is imported when it runs, so that ``awq2marlin --help`` is instant.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+
+import typer
+
+from awq2marlin._version import __version__
+from awq2marlin.errors import (
+    EXIT_DONE,
+    EXIT_FAILED,
+    EXIT_INTERRUPTED,
+    EXIT_USAGE,
+    Awq2MarlinError,
+    Problem,
+    printable,
+    problem_from_os_error,
+)
+from awq2marlin.report import Report
+
+if TYPE_CHECKING:
+    from awq2marlin.progress import Progress
+
+_Result = TypeVar("_Result")
+
+app = typer.Typer(
+    name="awq2marlin",
+    help="Convert AWQ checkpoints to the Marlin layout, offline: streamed, verified, and reversible byte for byte.",
+    epilog="Exit codes: 0 done, 1 failed or refused, 2 usage, 3 a difference was found, 130 interrupted.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+#: The common base of the command line parser's usage errors.
+_UsageError: type[Exception] = typer.BadParameter.__mro__[1]
+
+_COMMANDS = ("convert", "verify", "revert", "inspect", "demo")
+
+_Source = Annotated[Path, typer.Argument(metavar="SOURCE", help="Folder of the AWQ checkpoint.")]
+_Workers = Annotated[int | None, typer.Option(min=1, max=256, help="Threads; by default one a processor, at most 8.")]
+_Json = Annotated[
+    bool, typer.Option("--json", help="Print one JSON object on standard output, all else on standard error.")
+]
+_Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
+
+
+def _number_or(*words: str) -> Callable[[str], int | str]:
+    def parse(value: str) -> int | str:
+        if value in words:
+            return value
+        if value.isascii() and value.isdigit() and len(value) < 10:
+            return int(value)
+        raise typer.BadParameter(f"{printable(value)!r} is neither a number nor {' nor '.join(map(repr, words))}")
+
+    return parse
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+) -> None:
+    if version:
+        print(f"awq2marlin {__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def convert(
+    source: _Source,
+    output: Annotated[
+        Path | None, typer.Argument(metavar="[OUTPUT]", help="Folder to write; by default ./<name>-marlin.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the whole plan and write nothing.")] = False,
+    unaligned: Annotated[
+        Literal["keep", "pad", "error"],
+        typer.Option(
+            help="Modules whose shapes Marlin cannot take: keep them in AWQ layout, pad them with zeros, or stop."
+        ),
+    ] = "keep",
+    workers: _Workers = None,
+    overwrite: Annotated[
+        bool,
+        typer.Option("--overwrite", help="Replace an earlier conversion; only files that it wrote are removed."),
+    ] = False,
+    verify: Annotated[
+        Any,
+        typer.Option(
+            metavar="N|all|none",
+            parser=_number_or("all", "none"),
+            help="Modules to compare with the source before the output becomes loadable.",
+        ),
+    ] = "8",
+    quiet: _Quiet = False,
+    as_json: _Json = False,
+) -> None:
+    """Convert an AWQ checkpoint to a Marlin-native one. Interrupted, the same command resumes."""
+
+    def work(progress: Progress | None) -> Any:
+        from awq2marlin.conversion import convert as run
+
+        return run(
+            source,
+            output,
+            unaligned=unaligned,
+            workers=workers,
+            overwrite=overwrite,
+            verify=verify,
+            dry_run=dry_run,
+            progress=progress,
+        )
+
+    def show(result: Any) -> None:
+        from awq2marlin import console
+
+        (console.print_plan if dry_run else console.print_conversion)(result)
+
+    _run("convert", work, show, "of_conversion", quiet, as_json)
+
+
+@app.command()
+def verify(
+    source: _Source,
+    output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="Folder of the converted checkpoint.")],
+    layers: Annotated[
+        Any,
+        typer.Option(
+            metavar="N|all",
+            parser=_number_or("all"),
+            help="Converted modules to compare value for value; everything else is always compared.",
+        ),
+    ] = "all",
+    workers: _Workers = None,
+    quiet: _Quiet = False,
+    as_json: _Json = False,
+) -> None:
+    """Compare a converted checkpoint with its source, value for value; exit 3 on a difference."""
+
+    def work(progress: Progress | None) -> Any:
+        from awq2marlin.verification import verify as run
+
+        return run(source, output, layers=layers, workers=workers, progress=progress)
+
+    _run("verify", work, "print_verification", "of_verification", quiet, as_json)
+
+
+@app.command()
+def revert(
+    converted: Annotated[Path, typer.Argument(metavar="CONVERTED", help="Folder of the converted checkpoint.")],
+    output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="Folder to write.")],
+    workers: _Workers = None,
+    quiet: _Quiet = False,
+    as_json: _Json = False,
+) -> None:
+    """Give the AWQ checkpoint back, every file byte for byte, and print each file's SHA-256."""
+
+    def work(progress: Progress | None) -> Any:
+        from awq2marlin.reversion import revert as run
+
+        return run(converted, output, workers=workers, progress=progress)
+
+    _run("revert", work, "print_reversion", "of_reversion", quiet, as_json)
+
+
+@app.command()
+def inspect(
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="Folder of an AWQ or a converted checkpoint.")],
+    quiet: _Quiet = False,
+    as_json: _Json = False,
+) -> None:
+    """Show what a checkpoint is: format, bits, group size, modules with their shapes, and what Marlin can take."""
+
+    def work(_progress: Progress | None) -> Any:
+        from awq2marlin.inspection import inspect as run
+
+        return run(path)
+
+    _run("inspect", work, "print_inspection", "of_inspection", quiet, as_json)
+
+
+@app.command()
+def demo(
+    folder: Annotated[
+        Path | None,
+        typer.Argument(metavar="[FOLDER]", help="Where to leave the files; a temporary folder if not given."),
+    ] = None,
+    quiet: _Quiet = False,
+    as_json: _Json = False,
+) -> None:
+    """Make a small AWQ checkpoint, convert, verify and revert it, and show what happened."""
+
+    def work(progress: Progress | None) -> Any:
+        from awq2marlin.demonstration import demo as run
+
+        return run(folder, progress=progress)
+
+    _run("demo", work, "print_demonstration", "of_demonstration", quiet, as_json)
+
+
+def _run(
+    command: str,
+    work: Callable[[Progress | None], Any],
+    show: Callable[[Any], None] | str,
+    report: str,
+    quiet: bool,
+    as_json: bool,
+) -> None:
+    """Runs one command and tells the outcome in one place, for people or as JSON.
+
+    Args:
+        command: its name.
+        work: the library call; given where to tell its progress.
+        show: prints its result for people; a name is a function of `console`.
+        report: the function of `report` that makes the JSON report of its result.
+        quiet: whether to print errors only.
+        as_json: whether to print the JSON object.
+
+    Raises:
+        typer.Exit: with the exit code, if it is not 0.
+    """
+    from awq2marlin import console
+    from awq2marlin import report as reports
+
+    started = time.perf_counter()
+    try:
+        result = work(None if quiet else console.ConsoleProgress())
+        if as_json:
+            _print_json(getattr(reports, report)(result).document(EXIT_DONE))
+        elif not quiet:
+            (getattr(console, show) if isinstance(show, str) else show)(result)
+    except Awq2MarlinError as error:
+        code, problems, text = error.exit_code, error.problems, str(error)
+    except OSError as error:
+        problem = problem_from_os_error(error)
+        code, problems, text = EXIT_FAILED, (problem,), str(problem)
+    except MemoryError:
+        problem = Problem("", "", "out-of-memory", "there is not enough memory; use fewer --workers")
+        code, problems, text = EXIT_FAILED, (problem,), str(problem)
+    except KeyboardInterrupt:
+        problem = Problem("", "", "interrupted", "interrupted; the same command resumes where it stopped")
+        code, problems, text = EXIT_INTERRUPTED, (problem,), str(problem)
+    else:
+        return
+    console.print_problems(problems, text)
+    if as_json:
+        _print_json(Report(command, seconds=time.perf_counter() - started).document(code, problems))
+    raise typer.Exit(code)
+
+
+def _print_json(document: dict[str, Any]) -> None:
+    print(json.dumps(document, indent=2, ensure_ascii=True), flush=True)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs the command line and returns its exit code.
+
+    Args:
+        arguments: without the program's name; by default the process's.
+    """
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        code = typer.main.get_command(app).main(args=arguments, prog_name="awq2marlin", standalone_mode=False)
+    except _UsageError as error:
+        message = printable(error.format_message())  # type: ignore[attr-defined]
+        print(
+            f"usage error: {message}\nTry 'awq2marlin --help' or 'awq2marlin COMMAND --help'.",
+            file=sys.stderr,
+        )
+        if "--json" in arguments:
+            command = arguments[0] if arguments[0] in _COMMANDS else ""
+            _print_json(Report(command).document(EXIT_USAGE, [Problem("", "", "usage", message)]))
+        return EXIT_USAGE
+    except (KeyboardInterrupt, typer.Abort):
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:  # the reader of our output left; nothing more can be told
+        sys.stderr.close()
+        return EXIT_FAILED
+    return code if isinstance(code, int) else EXIT_DONE

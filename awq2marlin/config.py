@@ -1,0 +1,99 @@
+"""`AWQMarlinConfig`: the quantization config as serving engines know it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from awq2marlin.awq import AWQ_SUPPORTED_BITS, LEGACY_CONFIG_FILENAMES, pack_factor
+from awq2marlin.marlin import MARLIN_SUPPORTED_GROUP_SIZES, SCALAR_TYPES
+
+if TYPE_CHECKING:
+    import torch
+
+
+class AWQMarlinConfig:
+    """How an AWQ layer runs on Marlin kernels. Making one imports no torch and probes no GPU.
+
+    Attributes:
+        weight_bits: 4 or 8.
+        group_size: 32, 64, 128, or -1 for one group over all of K.
+        zero_point: whether layers have ``qzeros``.
+        pack_factor: values per int32, 8 or 4.
+        quant_type: `SCALAR_TYPE_UINT4` or `SCALAR_TYPE_UINT8`.
+    """
+
+    def __init__(self, weight_bits: int, group_size: int, zero_point: bool) -> None:
+        """Checks and keeps the three numbers.
+
+        Args:
+            weight_bits: 4 or 8.
+            group_size: 32, 64, 128 or -1.
+            zero_point: whether layers have ``qzeros``.
+
+        Raises:
+            ValueError: naming what was found and what is supported.
+        """
+        if weight_bits not in SCALAR_TYPES:
+            raise ValueError(f"weight_bits must be one of {list(AWQ_SUPPORTED_BITS)}, found {weight_bits!r}")
+        if group_size not in MARLIN_SUPPORTED_GROUP_SIZES:
+            raise ValueError(f"group_size must be one of {MARLIN_SUPPORTED_GROUP_SIZES}, found {group_size!r}")
+        if not isinstance(zero_point, bool):
+            raise ValueError(f"zero_point must be True or False, found {zero_point!r}")  # noqa: TRY004 - one type for all
+        self.weight_bits = weight_bits
+        self.group_size = group_size
+        self.zero_point = zero_point
+        self.pack_factor = pack_factor(weight_bits)
+        self.quant_type = SCALAR_TYPES[weight_bits]
+
+    def __repr__(self) -> str:
+        """Returns the call that makes an equal one."""
+        arguments = f"weight_bits={self.weight_bits}, group_size={self.group_size}, zero_point={self.zero_point}"
+        return f"AWQMarlinConfig({arguments})"
+
+    @classmethod
+    def get_name(cls) -> str:
+        """Returns the method's name in engines: ``awq_marlin``."""
+        return "awq_marlin"
+
+    @classmethod
+    def get_supported_act_dtypes(cls) -> list[torch.dtype]:
+        """Returns the activation types that the kernels take: fp16 and bf16."""
+        import torch
+
+        return [torch.half, torch.bfloat16]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        """Returns the least compute capability, times ten: 80."""
+        return 80
+
+    @classmethod
+    def get_config_filenames(cls) -> list[str]:
+        """Returns the files beside ``config.json`` in which older tools kept the quantization config."""
+        return list(LEGACY_CONFIG_FILENAMES)
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any]) -> AWQMarlinConfig:
+        """Returns the config that a ``quantization_config`` describes.
+
+        Args:
+            config: with ``bits`` or ``w_bit``, ``group_size`` or ``q_group_size``, and ``zero_point`` (True
+                if absent); other keys are ignored.
+
+        Raises:
+            ValueError: if a key is missing or its value unsupported.
+        """
+        zero_point = config.get("zero_point")
+        return cls(
+            _either(config, "bits", "w_bit"),
+            _either(config, "group_size", "q_group_size"),
+            True if zero_point is None else zero_point,
+        )
+
+
+def _either(config: Mapping[str, Any], name: str, old_name: str) -> Any:
+    for key in (name, old_name):
+        if config.get(key) is not None:
+            return config[key]
+    raise ValueError(f"the quantization config has neither {name!r} nor {old_name!r}; found {sorted(config)}")

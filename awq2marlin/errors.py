@@ -1,0 +1,154 @@
+"""What can go wrong, said for people: what was found, where, what was needed, what to do.
+
+Every refusal is a list of problems, so that a user sees all of them at once. Text that came from a
+file or the network is escaped here, at the one place where it enters a message.
+"""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+#: Process exit codes of the command line.
+EXIT_DONE = 0
+EXIT_FAILED = 1
+EXIT_USAGE = 2
+EXIT_DIFFERENCE = 3
+EXIT_INTERRUPTED = 130
+
+#: How many problems a message spells out before it only counts them.
+MAX_PROBLEMS_SHOWN = 20
+
+#: How much of one foreign name a message repeats.
+MAX_NAME_LENGTH = 300
+
+
+def printable(text: str) -> str:
+    r"""Returns ``text`` with everything escaped that a terminal could act on, and cut if very long.
+
+    Tensor and file names come from files that anyone can write: control characters, terminal escapes,
+    bidirectional overrides and lone surrogates become ``\xNN`` or ``\uNNNN``.
+
+    Args:
+        text: any string, trusted or not.
+    """
+    if len(text) > MAX_NAME_LENGTH:
+        text = f"{text[:MAX_NAME_LENGTH]}… ({len(text)} characters)"
+    if text.isprintable():
+        return text
+    return "".join(
+        char if char.isprintable() else char.encode("unicode_escape", "backslashreplace").decode("ascii")
+        for char in text
+    )
+
+
+@dataclass(frozen=True, order=True)
+class Problem:
+    """One thing that is wrong.
+
+    Attributes:
+        file: the file it was found in, relative to its folder where that is known; may be empty.
+        tensor: the tensor or module it is about; may be empty.
+        code: a short stable name, for scripts.
+        message: a sentence or two: what was found, what is needed, what to do.
+    """
+
+    file: str
+    tensor: str
+    code: str
+    message: str
+
+    def __str__(self) -> str:
+        """Returns ``file: tensor: message`` without the parts that are empty, escaped."""
+        places = [printable(place) for place in (self.file, self.tensor) if place]
+        return ": ".join([*places, self.message])
+
+
+class Awq2MarlinError(Exception):
+    """Something that stops the work; carries every problem found, sorted by file and tensor.
+
+    Attributes:
+        problems: the problems, at least one.
+    """
+
+    exit_code = EXIT_FAILED
+
+    def __init__(self, problems: Problem | Iterable[Problem]) -> None:
+        """Takes one problem or several."""
+        found = (problems,) if isinstance(problems, Problem) else tuple(sorted(problems))
+        self.problems: tuple[Problem, ...] = found
+        super().__init__(self.problems)
+
+    def __str__(self) -> str:
+        """Returns one line a problem, capped with a count."""
+        lines = [str(problem) for problem in self.problems[:MAX_PROBLEMS_SHOWN]]
+        hidden = len(self.problems) - len(lines)
+        if hidden > 0:
+            lines.append(f"... and {hidden} more of this kind")
+        return "\n".join(lines)
+
+
+class CheckpointError(Awq2MarlinError):
+    """The input is malformed, unsafe, of another format, or contradicts itself."""
+
+
+class OutputError(Awq2MarlinError):
+    """The output folder cannot be used: foreign, in use, unwritable, full, or of another conversion."""
+
+
+class DifferenceError(Awq2MarlinError):
+    """A comparison found a difference."""
+
+    exit_code = EXIT_DIFFERENCE
+
+
+def refuse(code: str, message: str, *, file: str = "", tensor: str = "") -> CheckpointError:
+    """Returns a `CheckpointError` of one problem, to be raised by the caller."""
+    return CheckpointError(Problem(file, tensor, code, message))
+
+
+def difference(code: str, message: str, *, file: str = "", tensor: str = "") -> DifferenceError:
+    """Returns a `DifferenceError` of one problem, to be raised by the caller."""
+    return DifferenceError(Problem(file, tensor, code, message))
+
+
+_ADVICE = {
+    errno.ENOSPC: (
+        "disk-full",
+        "the disk is full; free some space and run the same command again, it resumes",
+    ),
+    errno.EDQUOT: (
+        "disk-full",
+        "your disk quota is used up; free some and run the same command again, it resumes",
+    ),
+    errno.EFBIG: ("file-too-large", "the file system or a limit (ulimit -f) does not take a file this large"),
+    errno.EACCES: ("no-permission", "permission denied; check who owns it and its mode"),
+    errno.EPERM: ("no-permission", "the operation is not permitted; check who owns it and its mode"),
+    errno.EROFS: ("read-only", "the file system is mounted read-only; choose another place"),
+    errno.EIO: (
+        "io-error",
+        "the device reported an input/output error; check the disk, then run the command again",
+    ),
+    errno.ENOENT: ("not-found", "there is no such file or folder"),
+    errno.ENOTDIR: ("not-a-folder", "a part of this path is a file, not a folder"),
+    errno.ELOOP: ("unsafe-link", "too many symbolic links, or a link where a plain file is needed"),
+    errno.ENAMETOOLONG: ("name-too-long", "the file system does not take a name this long"),
+    errno.EMFILE: (
+        "too-many-files",
+        "too many open files; raise the limit (ulimit -n) or use fewer --workers",
+    ),
+    errno.ESTALE: ("io-error", "the network file system lost this file; run the command again"),
+}
+
+
+def problem_from_os_error(error: OSError) -> Problem:
+    """Returns what an operating system error means for a user and what to do about it.
+
+    Args:
+        error: as raised by a system call; its ``filename`` is named if it has one.
+    """
+    code, advice = _ADVICE.get(error.errno or 0, ("os-error", (error.strerror or str(error)).lower()))
+    name = error.filename
+    file = name.decode(errors="backslashreplace") if isinstance(name, bytes) else str(name or "")
+    return Problem(file, "", code, advice)

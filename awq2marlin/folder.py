@@ -1,0 +1,212 @@
+"""Reading a folder that a stranger wrote: safe names, safe links, plain files only.
+
+Nothing here knows of AWQ or Marlin.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path, PureWindowsPath
+from typing import Any, BinaryIO
+
+from awq2marlin.errors import CheckpointError, problem_from_os_error, refuse
+from awq2marlin.safetensors_header import Header, parse_json, read_header
+
+#: A JSON side file (config, index, manifest) above this size is refused unread.
+MAX_JSON_BYTES = 100_000_000
+
+INDEX_FILENAME = "model.safetensors.index.json"
+CONFIG_FILENAME = "config.json"
+
+
+def is_safe_name(name: str) -> bool:
+    """Returns whether ``name`` is a plain relative path inside a folder, on every operating system.
+
+    Args:
+        name: a path with forward slashes, from a file or the network.
+    """
+    if not name or len(name) > 1024 or "\\" in name or not name.isprintable():
+        return False
+    windows = PureWindowsPath(name)
+    if windows.drive or windows.root or ":" in name:
+        return False
+    return all(part not in ("", ".", "..") for part in name.split("/"))
+
+
+def check_name(name: Any, file: str) -> str:
+    """Returns ``name`` if it is a safe relative path.
+
+    Args:
+        name: what ``file`` says.
+        file: the file that says it, for the message.
+
+    Raises:
+        CheckpointError: if it is not a string, is absolute, has ``..`` or control characters.
+    """
+    if not isinstance(name, str) or not is_safe_name(name):
+        raise refuse(
+            "unsafe-name",
+            f"it names {str(name)!r}; only relative paths inside the folder are taken",
+            file=file,
+        )
+    return name
+
+
+def hub_repository(folder: Path) -> Path | None:
+    """Returns the repository folder if ``folder`` is a snapshot of the Hub cache, else None.
+
+    The cache keeps ``models--ORG--NAME/snapshots/REVISION/FILE`` as links into ``models--ORG--NAME/blobs``.
+    """
+    repository = folder.parent.parent
+    if folder.parent.name == "snapshots" and repository.name.startswith("models--"):
+        return repository
+    return None
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A folder whose files are read with suspicion.
+
+    Symbolic links are followed only to regular files inside the folder or, for a snapshot of the Hub
+    cache, inside that repository's ``blobs``.
+
+    Attributes:
+        root: resolved path.
+    """
+
+    root: Path
+
+    @classmethod
+    def at(cls, path: str | os.PathLike[str]) -> Folder:
+        """Opens a folder.
+
+        Raises:
+            CheckpointError: if there is no such folder.
+        """
+        given = Path(path)
+        try:
+            root = given.resolve(strict=True)
+        except (OSError, RuntimeError) as error:
+            reason = problem_from_os_error(error).message if isinstance(error, OSError) else "a loop of links"
+            raise refuse("not-found", f"cannot open it as a checkpoint: {reason}", file=str(given)) from None
+        if not root.is_dir():
+            raise refuse(
+                "not-a-folder",
+                "a checkpoint is a folder with config.json and .safetensors files; name the folder",
+                file=str(given),
+            )
+        return cls(root)
+
+    def path(self, name: str) -> Path:
+        """Returns where a file of the folder really lies, links resolved.
+
+        Args:
+            name: safe relative path.
+
+        Raises:
+            CheckpointError: if it does not exist, is no regular file, or leads out of the folder.
+        """
+        try:
+            resolved = (self.root / name).resolve(strict=True)
+            mode = resolved.stat().st_mode
+        except RuntimeError:
+            raise refuse("unsafe-link", "it is a loop of links", file=name) from None
+        except OSError as error:
+            problem = problem_from_os_error(error)
+            raise refuse(problem.code, problem.message, file=name) from None
+        if not self._allows(resolved):
+            raise refuse(
+                "unsafe-link",
+                "it is a link that leads out of the checkpoint's folder; "
+                "copy the file there if it belongs to the checkpoint",
+                file=name,
+            )
+        if not stat.S_ISREG(mode):
+            raise refuse("not-a-file", "it is not a regular file", file=name)
+        return resolved
+
+    def _allows(self, resolved: Path) -> bool:
+        if resolved.is_relative_to(self.root):
+            return True
+        repository = hub_repository(self.root)
+        return repository is not None and resolved.is_relative_to(repository / "blobs")
+
+    def open(self, name: str) -> BinaryIO:
+        """Opens a file for reading, unbuffered.
+
+        Raises:
+            CheckpointError: as `path`, or if it cannot be opened.
+        """
+        return open_regular(self.path(name), name)
+
+    def exists(self, name: str) -> bool:
+        """Returns whether there is something of that name, if only a broken link."""
+        return os.path.lexists(self.root / name)
+
+    def size(self, name: str) -> int:
+        """Returns a file's length in bytes."""
+        return self.path(name).stat().st_size
+
+    def read(self, name: str, limit: int = MAX_JSON_BYTES) -> bytes:
+        """Returns a small file's bytes.
+
+        Raises:
+            CheckpointError: as `open`, or if it is longer than ``limit`` bytes.
+        """
+        with self.open(name) as stream:
+            size = os.fstat(stream.fileno()).st_size
+            if size > limit:
+                raise refuse("too-large", f"it has {size} bytes, more than {limit}", file=name)
+            return stream.read(size)
+
+    def read_json(self, name: str, *, constants: bool = False) -> Any:
+        """Returns the JSON document in a file; see `parse_json`."""
+        return parse_json(self.read(name), name, constants=constants)
+
+    def read_header(self, name: str) -> Header:
+        """Returns the checked header of a safetensors file."""
+        with self.open(name) as stream:
+            return read_header(stream, os.fstat(stream.fileno()).st_size, name)
+
+    def names(self) -> Iterator[str]:
+        """Yields the relative path of everything in the folder but folders, sorted; hidden names too.
+
+        Links to folders are yielded as files are, not entered: they are refused when opened.
+        """
+        for parent, folders, files in os.walk(self.root, onerror=_raise):
+            linked = [name for name in folders if (Path(parent) / name).is_symlink()]
+            folders[:] = sorted(set(folders) - set(linked))
+            relative = Path(parent).relative_to(self.root)
+            for name in sorted(files + linked):
+                yield (relative / name).as_posix()
+
+
+def _raise(error: OSError) -> None:
+    raise CheckpointError(problem_from_os_error(error)) from None
+
+
+def open_regular(path: Path, name: str) -> BinaryIO:
+    """Opens a regular file by its resolved path, unbuffered; never a link, never a pipe that would wait.
+
+    Args:
+        path: resolved path.
+        name: the file's name, for messages.
+
+    Raises:
+        CheckpointError: if it cannot be opened or is no regular file.
+    """
+    flags = os.O_RDONLY
+    for flag in ("O_CLOEXEC", "O_NOFOLLOW", "O_NONBLOCK", "O_BINARY"):
+        flags |= getattr(os, flag, 0)
+    try:
+        descriptor = os.open(path, flags)
+    except OSError as error:
+        problem = problem_from_os_error(error)
+        raise refuse(problem.code, problem.message, file=name) from None
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise refuse("not-a-file", "it is not a regular file", file=name)
+    return open(descriptor, "rb", buffering=0)  # noqa: PTH123 - a descriptor, not a path

@@ -1,0 +1,208 @@
+"""``marlin_manifest.json``: what `revert` and `verify` need to know of the source, and engines never read.
+
+Its keys are documented in docs/marlin-native.md. A manifest that is read is hostile until checked.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import json
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+from awq2marlin._version import __version__
+from awq2marlin.digest import is_digest
+from awq2marlin.errors import printable, refuse
+from awq2marlin.folder import CONFIG_FILENAME, Folder, check_name
+from awq2marlin.quantization import FORMAT_VERSION, MANIFEST_FILENAME
+from awq2marlin.safetensors_header import LENGTH_BYTES, MAX_HEADER_BYTES, Header, parse_header
+
+
+@dataclass(frozen=True)
+class ManifestShard:
+    """One safetensors file.
+
+    Attributes:
+        source_header: the source's header, exact.
+        source_size: the source's bytes.
+        source_digests: the source's digests.
+        target_size: the output's bytes.
+        target_digest: the output's digest.
+    """
+
+    source_header: Header
+    source_size: int
+    source_digests: tuple[str, ...]
+    target_size: int
+    target_digest: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What is known of the source of a converted checkpoint.
+
+    Attributes:
+        shards: by file name.
+        texts: exact text of source files that are not in the output as they were.
+        files: (size, digest) of files carried over unchanged.
+        repo_id: repository on the Hub it came from, if any.
+        revision: commit of that repository.
+        left_behind: files of the source that were not carried over, with the reason.
+    """
+
+    shards: Mapping[str, ManifestShard]
+    texts: Mapping[str, str]
+    files: Mapping[str, tuple[int, str]]
+    repo_id: str | None
+    revision: str | None
+    left_behind: Mapping[str, str]
+
+    def names(self) -> list[str]:
+        """Returns the files of the converted checkpoint that its conversion wrote."""
+        return sorted({*self.shards, *self.files, CONFIG_FILENAME, MANIFEST_FILENAME})
+
+    def encode(self) -> bytes:
+        """Returns the file's bytes; equal manifests give equal bytes."""
+        document = {
+            "format_version": FORMAT_VERSION,
+            "tool": {"name": "awq2marlin", "version": __version__},
+            "source": {"repo_id": self.repo_id, "revision": self.revision},
+            "shards": {
+                name: {
+                    "source": {"size": shard.source_size, "digests": list(shard.source_digests)},
+                    "source_header": _pack(shard.source_header.text),
+                    "output": {"size": shard.target_size, "digests": [shard.target_digest]},
+                }
+                for name, shard in sorted(self.shards.items())
+            },
+            "texts": dict(sorted(self.texts.items())),
+            "files": {name: {"size": size, "digests": [digest]} for name, (size, digest) in sorted(self.files.items())},
+            "left_behind": dict(sorted(self.left_behind.items())),
+        }
+        return (json.dumps(document, indent=1, ensure_ascii=True) + "\n").encode("ascii")
+
+
+def _pack(text: bytes) -> str:
+    return base64.b64encode(zlib.compress(text, 9)).decode("ascii")
+
+
+def read_manifest(folder: Folder) -> Manifest:
+    """Reads and checks the manifest of a converted checkpoint.
+
+    Args:
+        folder: the checkpoint's.
+
+    Raises:
+        CheckpointError: if it is missing, malformed, names files outside the folder or one file twice, or its
+            headers are not what they claim to be.
+    """
+    if not folder.exists(MANIFEST_FILENAME):
+        raise refuse(
+            "no-manifest",
+            "it is missing, so the source cannot be told from this folder alone; download the checkpoint completely",
+            file=MANIFEST_FILENAME,
+        )
+    document = _Checked(folder.read_json(MANIFEST_FILENAME), "the manifest")
+    if document.get("format_version", int) != FORMAT_VERSION:
+        document.bad(f"format_version is not {FORMAT_VERSION}; install a newer awq2marlin")
+    source = document.sub("source")
+    shards: dict[str, ManifestShard] = {}
+    for name, entry in document.entries("shards"):
+        room = MAX_HEADER_BYTES - sum(len(shard.source_header.text) for shard in shards.values())
+        shards[check_name(name, MANIFEST_FILENAME)] = _shard(name, entry, room)
+    files = {}
+    for name, entry in document.entries("files"):
+        files[check_name(name, MANIFEST_FILENAME)] = (entry.size(), entry.digests()[0])
+    texts: dict[str, str] = {}
+    for name, text in document.get("texts", dict).items():
+        if not isinstance(text, str):
+            document.bad(f"the text of {printable(name)!r} is not a string")
+        texts[check_name(name, MANIFEST_FILENAME)] = text
+    if CONFIG_FILENAME not in texts or not shards:
+        document.bad("it names no shards, or has no text of config.json")
+    _refuse_clashes(document, [*shards, *files, *texts])
+    left_behind = {str(name): str(reason) for name, reason in document.get("left_behind", dict).items()}
+    return Manifest(shards, texts, files, source.optional("repo_id"), source.optional("revision"), left_behind)
+
+
+def _refuse_clashes(document: _Checked, names: list[str]) -> None:
+    folded: dict[str, str] = {}
+    for name in names:
+        if name.casefold() in folded or name == MANIFEST_FILENAME:
+            document.bad(f"it names the file {printable(name)!r} twice, or itself")
+        folded[name.casefold()] = name
+    for name in names:
+        parents = name.casefold().split("/")[:-1]
+        if any("/".join(parents[: depth + 1]) in folded for depth in range(len(parents))):
+            document.bad(f"it names {printable(name)!r} inside another file")
+
+
+def _shard(name: str, entry: _Checked, room: int) -> ManifestShard:
+    source, output = entry.sub("source"), entry.sub("output")
+    text = _unpack(entry, name, room)
+    size = source.size()
+    header = parse_header(text, size - LENGTH_BYTES - len(text), f"{MANIFEST_FILENAME} (header of {name})")
+    return ManifestShard(header, size, source.digests(), output.size(), output.digests()[0])
+
+
+def _unpack(entry: _Checked, name: str, room: int) -> bytes:
+    """Inflates a header to at most ``room`` bytes, so that a small manifest cannot fill the memory."""
+    try:
+        packed = base64.b64decode(entry.get("source_header", str), validate=True)
+        inflater = zlib.decompressobj()
+        text = inflater.decompress(packed, room + 1)
+    except (binascii.Error, ValueError, zlib.error):
+        entry.bad(f"the source header of {printable(name)!r} is not zlib in base64")
+    if len(text) > room or not inflater.eof or inflater.unused_data:
+        entry.bad(f"the source header of {printable(name)!r} inflates beyond {room} bytes or is cut")
+    return text
+
+
+class _Checked:
+    """A JSON object of the manifest whose values are checked as they are taken."""
+
+    def __init__(self, value: Any, what: str) -> None:
+        self._what = what
+        if not isinstance(value, dict):
+            self.bad("it is not an object")
+        self._value: dict[str, Any] = value
+
+    def bad(self, message: str) -> NoReturn:
+        """Refuses the manifest."""
+        raise refuse("bad-manifest", f"{self._what}: {message}", file=MANIFEST_FILENAME)
+
+    def get(self, key: str, kind: type) -> Any:
+        """Returns a value of exactly the given type."""
+        value = self._value.get(key)
+        if type(value) is not kind:
+            self.bad(f"{key} must be of type {kind.__name__}")
+        return value
+
+    def optional(self, key: str) -> str | None:
+        """Returns a string or None."""
+        return None if self._value.get(key) is None else str(self.get(key, str))
+
+    def sub(self, key: str) -> _Checked:
+        """Returns the object under a key."""
+        return _Checked(self._value.get(key), f"{self._what}, {key}")
+
+    def entries(self, key: str) -> list[tuple[str, _Checked]]:
+        """Returns the objects under the keys of the object under a key."""
+        return [(name, _Checked(value, f"{key}, {printable(name)!r}")) for name, value in self.get(key, dict).items()]
+
+    def size(self) -> int:
+        """Returns ``size``, a number of bytes."""
+        size: int = self.get("size", int)
+        if not 0 <= size < 1 << 62:
+            self.bad("size is out of range")
+        return size
+
+    def digests(self) -> tuple[str, ...]:
+        """Returns ``digests``, XXH3 first."""
+        digests = self.get("digests", list)
+        if not digests or not all(map(is_digest, digests)) or not digests[0].startswith("xxh3_128:"):
+            self.bad("digests must begin with one 'xxh3_128:...'")
+        return tuple(digests)

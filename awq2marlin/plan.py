@@ -1,0 +1,347 @@
+"""Planning a conversion: from headers alone, every module's fate and every byte of every output file.
+
+Pure: nothing is read or written here, and `--dry-run` ends with what `plan_conversion` returns.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter, defaultdict
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, Literal, get_args
+
+from awq2marlin._version import __version__
+from awq2marlin.awq import is_output_embedding, module_name
+from awq2marlin.checkpoint import AwqModule, Checkpoint, awq_modules
+from awq2marlin.errors import CheckpointError, Problem, refuse
+from awq2marlin.folder import CONFIG_FILENAME
+from awq2marlin.marlin import (
+    fusion_group,
+    is_single_group,
+    num_groups,
+    padded_shapes,
+    qweight_shape,
+    unaligned_reason,
+)
+from awq2marlin.quantization import (
+    MANIFEST_FILENAME,
+    AwqQuantization,
+    MarlinQuantization,
+    marlin_document,
+    without_quantization,
+)
+from awq2marlin.repack import Repack
+from awq2marlin.safetensors_header import Header, TensorInfo, encode_header
+
+#: What to do with modules whose shapes Marlin cannot take.
+Unaligned = Literal["keep", "pad", "error"]
+UNALIGNED_CHOICES: tuple[Unaligned, ...] = get_args(Unaligned)
+
+
+@dataclass(frozen=True)
+class ModulePlan:
+    """What becomes of one quantized module.
+
+    Attributes:
+        name: full name.
+        size_k: in features K.
+        size_n: out features N.
+        padded_k: K in the output; K unless padded.
+        padded_n: N in the output; N unless padded.
+        parts: which of ``qweight``, ``qzeros``, ``scales`` it has.
+        converted: whether it becomes Marlin; otherwise it is kept in AWQ layout.
+        reason: why it is kept, in words; empty for a converted module.
+    """
+
+    name: str
+    size_k: int
+    size_n: int
+    padded_k: int
+    padded_n: int
+    parts: tuple[str, ...]
+    converted: bool
+    reason: str = ""
+
+    @property
+    def is_padded(self) -> bool:
+        """Whether the output is larger than the source."""
+        return (self.padded_k, self.padded_n) != (self.size_k, self.size_n)
+
+
+@dataclass(frozen=True)
+class Span:
+    """A run of a shard's data and what is done with it; offsets are into the data, in bytes.
+
+    Attributes:
+        source: (start, end) in the source.
+        target: (start, end) in the target.
+        repack: how it is rewritten; None copies it.
+    """
+
+    source: tuple[int, int]
+    target: tuple[int, int]
+    repack: Repack | None
+
+
+@dataclass(frozen=True)
+class ShardPlan:
+    """How one file becomes one file. Picklable.
+
+    Attributes:
+        name: the file's name, the same in source and output.
+        source: the source's header.
+        target: the output's header.
+        spans: runs that cover the data of both, in order.
+    """
+
+    name: str
+    source: Header
+    target: Header
+    spans: tuple[Span, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A whole conversion.
+
+    Attributes:
+        checkpoint: the source.
+        quantization: the source's quantization.
+        unaligned: the option it was made with.
+        modules: every quantized module's fate, by name.
+        shards: every file's, sorted by name.
+    """
+
+    checkpoint: Checkpoint
+    quantization: AwqQuantization
+    unaligned: Unaligned
+    modules: Mapping[str, ModulePlan]
+    shards: tuple[ShardPlan, ...]
+
+    @cached_property
+    def converted(self) -> list[ModulePlan]:
+        """The modules that become Marlin."""
+        return [module for module in self.modules.values() if module.converted]
+
+    @cached_property
+    def kept(self) -> list[ModulePlan]:
+        """The quantized modules that stay in AWQ layout."""
+        return [module for module in self.modules.values() if not module.converted]
+
+    @property
+    def source_bytes(self) -> int:
+        """Bytes of all source shards."""
+        return sum(shard.source.file_size for shard in self.shards)
+
+    @property
+    def target_bytes(self) -> int:
+        """Bytes of all output shards."""
+        return sum(shard.target.file_size for shard in self.shards)
+
+    @property
+    def source_data_bytes(self) -> int:
+        """Bytes of all tensors in the source."""
+        return sum(shard.source.data_size for shard in self.shards)
+
+    @property
+    def target_data_bytes(self) -> int:
+        """Bytes of all tensors in the output; more than the source's only where modules are padded."""
+        return sum(shard.target.data_size for shard in self.shards)
+
+    def config(self) -> dict[str, Any]:
+        """Returns the output's ``config.json``."""
+        padded = {module.name: (module.size_k, module.size_n) for module in self.converted if module.is_padded}
+        kept = [module.name for module in self.kept]
+        document = marlin_document(self.quantization, kept, self.checkpoint.unquantized_modules, padded)
+        return without_quantization(self.checkpoint.config, document)
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 over everything that decides the output's bytes, but the tensors' data."""
+        folder = self.checkpoint.folder
+        identity = {
+            "version": __version__,
+            "unaligned": self.unaligned,
+            "config": _sha256(folder.read(CONFIG_FILENAME)),
+            "shards": [
+                (shard.name, shard.source.file_size, _sha256(shard.source.text), _sha256(shard.target.text))
+                for shard in self.shards
+            ],
+            "side_files": [(name, folder.size(name)) for name in self.checkpoint.side_files],
+        }
+        return "sha256:" + _sha256(json.dumps(identity, sort_keys=True).encode())
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def plan_conversion(checkpoint: Checkpoint, unaligned: Unaligned = "keep") -> Plan:
+    """Returns the plan of a conversion.
+
+    Args:
+        checkpoint: an AWQ checkpoint.
+        unaligned: what to do with modules whose shapes Marlin cannot take: ``keep`` them in AWQ layout,
+            ``pad`` them with zeros, or ``error``.
+
+    Raises:
+        CheckpointError: if the checkpoint is already converted, its modules do not agree, or, with
+            ``error``, any module is unaligned.
+    """
+    quantization = checkpoint.quantization
+    if isinstance(quantization, MarlinQuantization):
+        raise refuse(
+            "already-converted",
+            "this checkpoint is already Marlin-native; 'awq2marlin revert' gives the AWQ one back",
+            file=CONFIG_FILENAME,
+        )
+    if checkpoint.folder.exists(MANIFEST_FILENAME):
+        raise refuse(
+            "already-converted",
+            "an AWQ checkpoint must not hold a file of this name; remove it",
+            file=MANIFEST_FILENAME,
+        )
+    found = awq_modules(checkpoint.tensors, quantization, checkpoint.shard_of)
+    modules = _plan_modules(found, checkpoint, quantization, unaligned)
+    if unaligned == "error":
+        _refuse_unaligned(modules, checkpoint)
+    shards = tuple(_plan_shard(name, header, modules, quantization) for name, header in checkpoint.shards.items())
+    return Plan(checkpoint, quantization, unaligned, modules, shards)
+
+
+def _plan_modules(
+    found: Mapping[str, AwqModule],
+    checkpoint: Checkpoint,
+    quantization: AwqQuantization,
+    unaligned: Unaligned,
+) -> dict[str, ModulePlan]:
+    groups: dict[str, list[AwqModule]] = defaultdict(list)
+    for module in found.values():
+        groups[fusion_group(module.name)].append(module)
+    in_full_precision = {fusion_group(name): name for name in reversed(checkpoint.unquantized_modules)}
+    plans = {}
+    for key, members in groups.items():
+        for planned in _plan_group(members, in_full_precision.get(key), quantization, unaligned):
+            plans[planned.name] = planned
+    return {name: plans[name] for name in found}
+
+
+def _plan_group(
+    members: list[AwqModule],
+    in_full_precision: str | None,
+    quantization: AwqQuantization,
+    unaligned: Unaligned,
+) -> list[ModulePlan]:
+    """Decides over modules that runtimes fuse: together or not at all."""
+    reasons = {}
+    for module in members:
+        if is_output_embedding(module.name):
+            reasons[module.name] = "output embedding"
+        elif in_full_precision:
+            reasons[module.name] = f"fused with {in_full_precision}, which is not quantized"
+        elif unaligned != "pad":
+            reason = unaligned_reason(module.size_k, module.size_n, quantization.bits, quantization.group_size)
+            if reason:
+                reasons[module.name] = f"unaligned: {reason}"
+    if reasons:
+        blocker = next(iter(reasons))
+        return [
+            _module_plan(module, reasons.get(module.name, f"fused with {blocker}, which is kept")) for module in members
+        ]
+    sizes = [(module.size_k, module.size_n) for module in members]
+    if any(unaligned_reason(*size, quantization.bits, quantization.group_size) for size in sizes):
+        sizes = padded_shapes(sizes, quantization.group_size)
+    return [
+        replace(_module_plan(module), padded_k=size_k, padded_n=size_n)
+        for module, (size_k, size_n) in zip(members, sizes, strict=True)
+    ]
+
+
+def _module_plan(module: AwqModule, reason: str = "") -> ModulePlan:
+    return ModulePlan(
+        module.name,
+        module.size_k,
+        module.size_n,
+        module.size_k,
+        module.size_n,
+        module.parts,
+        converted=not reason,
+        reason=reason,
+    )
+
+
+def _refuse_unaligned(modules: Mapping[str, ModulePlan], checkpoint: Checkpoint) -> None:
+    problems = [
+        Problem(
+            checkpoint.shard_of[module_name(module.name, "qweight")],
+            module.name,
+            "unaligned",
+            f"{module.reason}; use --unaligned keep or pad",
+        )
+        for module in modules.values()
+        if not module.converted and not is_output_embedding(module.name)
+    ]
+    if problems:
+        raise CheckpointError(problems)
+
+
+def _plan_shard(
+    name: str, source: Header, modules: Mapping[str, ModulePlan], quantization: AwqQuantization
+) -> ShardPlan:
+    targets: dict[str, TensorInfo] = {}
+    spans: list[Span] = []
+    position = 0
+    for tensor in source.by_offset:
+        module, _, part = tensor.name.rpartition(".")
+        plan = modules.get(module)
+        repack, shape = None, tensor.shape
+        if plan is not None and plan.converted and part in plan.parts:
+            repack = repack_of(plan, part, quantization)
+            shape = target_shape(plan, part, quantization)
+        size = repack.target_rows * repack.target_row_bytes if repack else tensor.size
+        targets[tensor.name] = TensorInfo(tensor.name, tensor.dtype, shape, position, position + size)
+        spans.append(Span((tensor.start, tensor.end), (position, position + size), repack))
+        position += size
+    return ShardPlan(name, source, encode_header(source, targets), _merge_copies(spans))
+
+
+def _merge_copies(spans: list[Span]) -> tuple[Span, ...]:
+    """Joins neighbouring runs that are only copied, so that small tensors cost nothing."""
+    merged: list[Span] = []
+    for span in spans:
+        if merged and span.repack is None and merged[-1].repack is None:
+            before = merged.pop()
+            span = Span((before.source[0], span.source[1]), (before.target[0], span.target[1]), None)
+        merged.append(span)
+    return tuple(merged)
+
+
+def repack_of(module: ModulePlan, part: str, quantization: AwqQuantization | MarlinQuantization) -> Repack:
+    """Returns how one tensor of a converted module is repacked.
+
+    Args:
+        module: the module, with its true and padded sizes.
+        part: ``qweight``, ``qzeros`` or ``scales``.
+        quantization: for bits and group size.
+    """
+    groups = num_groups(module.size_k, quantization.group_size)
+    source_rows = module.size_k if part == "qweight" else groups
+    shape = target_shape(module, part, quantization)
+    single = is_single_group(module.padded_k, quantization.group_size)
+    return Repack(part, quantization.bits, source_rows, shape[0], module.size_n, module.padded_n, single)  # type: ignore[arg-type]
+
+
+def target_shape(module: ModulePlan, part: str, quantization: AwqQuantization | MarlinQuantization) -> tuple[int, int]:
+    """Returns the shape of one tensor of a converted module in the output."""
+    groups = num_groups(module.padded_k, quantization.group_size)
+    if part == "qweight":
+        return qweight_shape(module.padded_k, module.padded_n, quantization.bits)
+    return (groups, module.padded_n if part == "scales" else module.padded_n * quantization.bits // 32)
+
+
+def count_reasons(plan: Plan) -> Counter[str]:
+    """Returns how many modules are kept for each kind of reason."""
+    return Counter(module.reason.split(":")[0].split(" with ")[0] for module in plan.kept)

@@ -1,0 +1,206 @@
+"""The one JSON object that every command prints with ``--json``; its shape is documented in docs/json.md."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from awq2marlin.errors import EXIT_DIFFERENCE, EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, Problem
+
+if TYPE_CHECKING:
+    from awq2marlin.conversion import ConvertResult
+    from awq2marlin.demonstration import DemoResult
+    from awq2marlin.inspection import InspectResult
+    from awq2marlin.plan import ModulePlan
+    from awq2marlin.reversion import RevertResult
+    from awq2marlin.verification import VerifyResult
+
+SCHEMA_VERSION = 1
+
+STATUS = {
+    EXIT_DONE: "done",
+    EXIT_FAILED: "failed",
+    EXIT_USAGE: "usage",
+    EXIT_DIFFERENCE: "difference",
+    EXIT_INTERRUPTED: "interrupted",
+}
+
+
+@dataclass
+class Report:
+    """What a command did, in the shape of its JSON object.
+
+    Attributes:
+        command: its name; empty if the command line could not be understood.
+        source: the folder read; empty if unknown.
+        output: the folder written or compared with; empty if there is none.
+        files: ``{name, bytes, sha256}`` of every file written, compared or found; ``sha256`` may be null.
+        modules: ``{name, K, N, layout, padded, verified, reason}`` of every quantized module.
+        bytes: bytes written, compared or found.
+        seconds: wall time.
+        warnings: oddities that do no harm.
+        left_behind: files of the source that do not belong to the checkpoint, with the reason.
+        details: what only this command has to say.
+    """
+
+    command: str
+    source: str = ""
+    output: str = ""
+    files: list[dict[str, Any]] = field(default_factory=list)
+    modules: list[dict[str, Any]] = field(default_factory=list)
+    bytes: int = 0
+    seconds: float = 0.0
+    warnings: list[str] = field(default_factory=list)
+    left_behind: dict[str, str] = field(default_factory=dict)
+    details: dict[str, Any] = field(default_factory=dict)
+
+    def document(self, exit_code: int, problems: Sequence[Problem] = ()) -> dict[str, Any]:
+        """Returns the JSON object.
+
+        Args:
+            exit_code: the process's.
+            problems: what went wrong.
+        """
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "command": self.command,
+            "status": STATUS[exit_code],
+            "exit_code": exit_code,
+            "source": self.source,
+            "output": self.output,
+            "files": self.files,
+            "modules": self.modules,
+            "bytes": self.bytes,
+            "seconds": round(self.seconds, 3),
+            "warnings": self.warnings,
+            "left_behind": self.left_behind,
+            "details": self.details,
+            "errors": [
+                {"file": each.file, "tensor": each.tensor, "code": each.code, "message": each.message}
+                for each in problems
+            ],
+        }
+
+
+def _files(sizes: Iterable[tuple[str, int]]) -> list[dict[str, Any]]:
+    return [{"name": name, "bytes": size, "sha256": None} for name, size in sizes]
+
+
+def _module(module: ModulePlan, verified: frozenset[str]) -> dict[str, Any]:
+    return {
+        "name": module.name,
+        "K": module.size_k,
+        "N": module.size_n,
+        "layout": "marlin" if module.converted else "awq",
+        "padded": [module.padded_k, module.padded_n] if module.is_padded else None,
+        "verified": module.name in verified,
+        "reason": module.reason,
+    }
+
+
+def of_conversion(result: ConvertResult) -> Report:
+    """Returns the report of a conversion."""
+    verified = frozenset(result.verified)
+    return Report(
+        "convert",
+        str(result.source),
+        str(result.output),
+        files=_files(result.shards.items()),
+        modules=[_module(module, verified) for module in result.modules],
+        bytes=result.output_bytes,
+        seconds=result.seconds,
+        warnings=list(result.warnings),
+        left_behind=dict(result.left_behind),
+        details={
+            "dry_run": result.dry_run,
+            "converted": len(result.converted),
+            "kept": len(result.kept),
+            "verified": len(result.verified),
+            "resumed": list(result.resumed),
+            "source_bytes": result.source_bytes,
+            "side_files": list(result.files),
+        },
+    )
+
+
+def of_verification(result: VerifyResult) -> Report:
+    """Returns the report of a verification that found no difference."""
+    verified = frozenset(module.name for module in result.modules)
+    return Report(
+        "verify",
+        str(result.source),
+        str(result.output),
+        modules=[_module(module, verified) for module in result.modules],
+        bytes=result.bytes,
+        seconds=result.seconds,
+        details={
+            "modules_verified": len(result.modules),
+            "modules_converted": result.modules_total,
+            "other_tensors": result.tensors,
+            "side_files": result.files,
+        },
+    )
+
+
+def of_reversion(result: RevertResult) -> Report:
+    """Returns the report of a reversion."""
+    return Report(
+        "revert",
+        str(result.source),
+        str(result.output),
+        files=[{"name": file.name, "bytes": file.size, "sha256": file.sha256} for file in result.files],
+        bytes=result.bytes,
+        seconds=result.seconds,
+        left_behind=dict(result.left_behind),
+    )
+
+
+def of_inspection(result: InspectResult) -> Report:
+    """Returns the report of an inspection."""
+    return Report(
+        "inspect",
+        str(result.path),
+        files=_files(result.shards.items()),
+        modules=[
+            {
+                "name": module.name,
+                "K": module.size_k,
+                "N": module.size_n,
+                "group_size": module.group_size,
+                "layout": module.layout,
+                "aligned": module.aligned,
+                "padded": list(module.padded) if module.padded else None,
+                "reason": module.reason,
+                "bytes": module.bytes,
+            }
+            for module in result.modules
+        ],
+        bytes=result.bytes,
+        warnings=list(result.warnings),
+        left_behind=dict(result.left_behind),
+        details={
+            "format": result.format,
+            "model_type": result.model_type,
+            "bits": result.bits,
+            "group_size": result.group_size,
+            "zero_point": result.zero_point,
+            "tensors": result.tensors,
+            "unquantized_modules": list(result.unquantized_modules),
+            "side_files": list(result.files),
+        },
+    )
+
+
+def of_demonstration(result: DemoResult) -> Report:
+    """Returns the report of a demonstration."""
+    report = of_conversion(result.conversion)
+    report.command = "demo"
+    report.files = of_reversion(result.reversion).files
+    report.seconds = result.seconds
+    report.details |= {
+        "folder": str(result.folder) if result.kept else None,
+        "modules_verified": len(result.verification.modules),
+        "identical_files": result.identical,
+    }
+    return report

@@ -1,0 +1,287 @@
+"""The way back: from a converted checkpoint to the AWQ one it was made from, byte for byte.
+
+Headers come from the manifest, data from the inverse repack, side files and texts as they were. Every file
+is compared with the size and digest that the manifest recorded before it gets its name.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from awq2marlin._version import __version__
+from awq2marlin.checkpoint import Checkpoint, open_checkpoint
+from awq2marlin.digest import Xxh3
+from awq2marlin.errors import difference, refuse
+from awq2marlin.folder import CONFIG_FILENAME, Folder
+from awq2marlin.manifest import Manifest, ManifestShard, read_manifest
+from awq2marlin.output import FinishedFile, OutputFolder, claim, refuse_overlap, told_as_output_error
+from awq2marlin.pairing import pair_modules
+from awq2marlin.plan import ModulePlan, repack_of
+from awq2marlin.progress import Progress, Silence
+from awq2marlin.quantization import MANIFEST_FILENAME, AwqQuantization, MarlinQuantization
+from awq2marlin.repack import Repack
+from awq2marlin.safetensors_header import Header
+from awq2marlin.stream import PIECE_BYTES, Piece, copy_pieces, rewrite_file
+from awq2marlin.workers import default_workers, run_side_by_side, share_workers
+
+
+@dataclass(frozen=True)
+class RestoredFile:
+    """A file of the AWQ checkpoint that was given back.
+
+    Attributes:
+        name: relative path.
+        size: bytes.
+        sha256: 64 hexadecimal digits, of what was written.
+    """
+
+    name: str
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class RevertResult:
+    """What a reversion did.
+
+    Attributes:
+        source: the converted checkpoint's folder.
+        output: the AWQ checkpoint's folder.
+        files: every restored file, sorted by name.
+        left_behind: files of the original that the conversion had not carried over, with the reason.
+        bytes: bytes written.
+        seconds: wall time.
+    """
+
+    source: Path
+    output: Path
+    files: tuple[RestoredFile, ...]
+    left_behind: Mapping[str, str]
+    bytes: int
+    seconds: float
+
+
+def revert(
+    converted: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    *,
+    workers: int | None = None,
+    progress: Progress | None = None,
+) -> RevertResult:
+    """Gives back the AWQ checkpoint that a converted one was made from, every file byte for byte.
+
+    Interrupted at any moment, the same call resumes.
+
+    Args:
+        converted: folder of the converted checkpoint; never written to.
+        output: folder to write; must not exist, be empty, or hold an unfinished run of the same call.
+        workers: threads; by default as many as there are processors, at most eight.
+        progress: told what is being done.
+
+    Raises:
+        DifferenceError: if a restored file is not the one recorded; the output has no ``config.json`` then.
+        CheckpointError: if the folder is no sound converted checkpoint.
+        OutputError: if the output folder is foreign, in use, full or unwritable.
+    """
+    started = time.perf_counter()
+    progress, workers = progress or Silence(), workers or default_workers()
+    marlin = open_checkpoint(converted)
+    if not isinstance(marlin.quantization, MarlinQuantization):
+        raise refuse(
+            "not-converted",
+            "this checkpoint is AWQ already; there is nothing to revert",
+            file=CONFIG_FILENAME,
+        )
+    manifest = read_manifest(marlin.folder)
+    modules = _paired_modules(manifest, marlin, marlin.quantization)
+    root = Path(output)
+    refuse_overlap(marlin.folder.root, root)
+    names = [*manifest.shards, *manifest.files, *manifest.texts]
+    digest = _plan_digest(marlin.folder)
+    with told_as_output_error(root), claim(root, digest, names) as out:
+        restored = _restore_shards(marlin, manifest, modules, out, workers, progress)
+        restored += [_restore_file(name, marlin.folder, manifest, out) for name in manifest.files]
+        restored += [_restore_text(name, text, out) for name, text in manifest.texts.items() if name != CONFIG_FILENAME]
+        config = manifest.texts[CONFIG_FILENAME].encode("utf-8")
+        out.commit(config)
+    restored.append(RestoredFile(CONFIG_FILENAME, len(config), hashlib.sha256(config).hexdigest()))
+    files = tuple(sorted(restored, key=lambda file: file.name))
+    return RevertResult(
+        marlin.folder.root,
+        root,
+        files,
+        manifest.left_behind,
+        sum(file.size for file in files),
+        time.perf_counter() - started,
+    )
+
+
+def _plan_digest(folder: Folder) -> str:
+    identity = hashlib.sha256(f"revert {__version__}\n".encode())
+    for name in (MANIFEST_FILENAME, CONFIG_FILENAME):
+        identity.update(hashlib.sha256(folder.read(name)).digest())
+    return "sha256:" + identity.hexdigest()
+
+
+def _paired_modules(manifest: Manifest, marlin: Checkpoint, quantization: MarlinQuantization) -> dict[str, ModulePlan]:
+    source = {name: shard.source_header for name, shard in manifest.shards.items()}
+    awq = AwqQuantization(quantization.bits, quantization.group_size, quantization.zero_point, None, MANIFEST_FILENAME)
+    return pair_modules(source, awq, marlin)
+
+
+@dataclass(frozen=True)
+class _RestoreTask:
+    """One shard to restore.
+
+    Attributes:
+        name: file name.
+        converted: resolved path of the converted file.
+        header: its header.
+        shard: what the manifest says of it.
+        modules: every converted module.
+        quantization: of the converted checkpoint.
+        partial: where the restored file grows.
+        workers: threads to use.
+    """
+
+    name: str
+    converted: Path
+    header: Header
+    shard: ManifestShard
+    modules: Mapping[str, ModulePlan]
+    quantization: MarlinQuantization
+    partial: Path
+    workers: int
+
+
+def _restore_shards(
+    marlin: Checkpoint,
+    manifest: Manifest,
+    modules: Mapping[str, ModulePlan],
+    out: OutputFolder,
+    workers: int,
+    progress: Progress,
+) -> list[RestoredFile]:
+    assert isinstance(marlin.quantization, MarlinQuantization)
+    restored = _trusted_shards(marlin.folder, manifest, out, progress)
+    todo = [name for name in manifest.shards if name not in out.finished]
+    at_once, threads = share_workers(workers, len(todo))
+    tasks = [
+        _RestoreTask(
+            name,
+            marlin.folder.path(name),
+            marlin.shards[name],
+            manifest.shards[name],
+            modules,
+            marlin.quantization,
+            out.partial(name),
+            threads,
+        )
+        for name in todo
+    ]
+
+    def finish(done: tuple[RestoredFile, FinishedFile]) -> None:
+        file, finished = done
+        out.publish(file.name)
+        out.remember(file.name, finished)
+        restored.append(file)
+
+    progress.start("revert", sum(task.shard.source_header.data_size for task in tasks))
+    run_side_by_side(_restore_shard, tasks, at_once, progress.advance, finish)
+    progress.finish()
+    return restored
+
+
+def _trusted_shards(folder: Folder, manifest: Manifest, out: OutputFolder, progress: Progress) -> list[RestoredFile]:
+    """Returns the shards that an earlier run restored, hashed again."""
+    trusted = []
+    for name, shard in manifest.shards.items():
+        sha256 = hashlib.sha256()
+        if name in out.finished and out.recheck(name, folder.path(name), progress.note, [sha256]):
+            trusted.append(RestoredFile(name, shard.source_size, sha256.hexdigest()))
+    return trusted
+
+
+def _restore_shard(task: _RestoreTask, advance: Callable[[int], None]) -> tuple[RestoredFile, FinishedFile]:
+    """Restores one shard under its partial name and compares it with what the manifest recorded."""
+    shard, sha256 = task.shard, hashlib.sha256()
+    read, made = Xxh3(task.header.prefix), Xxh3()
+    rewrite_file(
+        (task.converted, task.name),
+        task.partial,
+        _pieces(task.header, shard.source_header, task.modules, task.quantization),
+        prefix=shard.source_header.prefix,
+        source_hashes=[read],
+        target_hashes=[made, sha256],
+        workers=task.workers,
+        progress=advance,
+    )
+    if (task.header.file_size, str(read)) != (shard.target_size, shard.target_digest):
+        raise difference(
+            "wrong-digest",
+            "this converted file is not the one that the conversion wrote (recorded "
+            f"{shard.target_size} bytes, {shard.target_digest}; found {task.header.file_size}, {read}); it was "
+            "changed or damaged since: fetch it again",
+            file=task.name,
+        )
+    known = {str(made), f"sha256:{sha256.hexdigest()}"}
+    if shard.source_header.file_size != shard.source_size or not known.issuperset(shard.source_digests):
+        raise difference(
+            "wrong-digest",
+            f"the restored file is not the original: recorded {shard.source_size} bytes, "
+            f"{', '.join(shard.source_digests)}; restored {shard.source_header.file_size}, {', '.join(sorted(known))}",
+            file=task.name,
+        )
+    return (
+        RestoredFile(task.name, shard.source_size, sha256.hexdigest()),
+        FinishedFile(task.header.file_size, str(read), shard.source_size, str(made)),
+    )
+
+
+def _pieces(
+    converted: Header, source: Header, modules: Mapping[str, ModulePlan], quantization: MarlinQuantization
+) -> Iterator[Piece]:
+    for tensor in converted.by_offset:
+        read_at = converted.data_start + tensor.start
+        write_at = source.data_start + source.tensors[tensor.name].start
+        name, _, part = tensor.name.rpartition(".")
+        module = modules.get(name)
+        if module is None or part not in module.parts:
+            yield from copy_pieces(read_at, write_at, tensor.size)
+        else:
+            yield from _unpack_pieces(repack_of(module, part, quantization), read_at, write_at)
+
+
+def _unpack_pieces(repack: Repack, read_at: int, write_at: int) -> Iterator[Piece]:
+    rows_at_once = max(1, PIECE_BYTES // repack.target_row_bytes)
+    for first in range(0, repack.target_rows, rows_at_once):
+        last = min(first + rows_at_once, repack.target_rows)
+        begin, end = repack.source_range(first, last)
+        read = first * repack.target_row_bytes, (last - first) * repack.target_row_bytes
+        yield Piece((read_at + read[0], read[1]), (write_at + begin, end - begin), repack.backward)
+
+
+def _restore_file(name: str, folder: Folder, manifest: Manifest, out: OutputFolder) -> RestoredFile:
+    size, digest = manifest.files[name]
+    made, sha256, found = Xxh3(), hashlib.sha256(), folder.size(name)
+    rewrite_file((folder.path(name), name), out.partial(name), copy_pieces(0, 0, found), target_hashes=[made, sha256])
+    if (found, str(made)) != (size, digest):
+        raise difference(
+            "wrong-digest",
+            f"the file is not the original: recorded {size} bytes, {digest}; found "
+            f"{found}, {made}; it was changed since the conversion",
+            file=name,
+        )
+    out.publish(name)
+    return RestoredFile(name, size, sha256.hexdigest())
+
+
+def _restore_text(name: str, text: str, out: OutputFolder) -> RestoredFile:
+    data = text.encode("utf-8")
+    out.write(name, data)
+    return RestoredFile(name, len(data), hashlib.sha256(data).hexdigest())

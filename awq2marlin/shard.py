@@ -1,0 +1,125 @@
+"""The unit of work: one shard in, one shard out. Picklable tasks, a pure function."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from awq2marlin.digest import Xxh3
+from awq2marlin.errors import refuse
+from awq2marlin.folder import open_regular
+from awq2marlin.plan import ShardPlan, Span
+from awq2marlin.stream import PIECE_BYTES, Piece, copy_pieces, rewrite_file
+
+
+@dataclass(frozen=True)
+class ShardTask:
+    """One shard to convert.
+
+    Attributes:
+        plan: what becomes of its bytes.
+        source: resolved path of the source file.
+        partial: where the output grows.
+        final: its name once it is complete, on the same file system.
+        workers: threads to use.
+    """
+
+    plan: ShardPlan
+    source: Path
+    partial: Path
+    final: Path
+    workers: int
+
+
+@dataclass(frozen=True)
+class ShardResult:
+    """A finished shard.
+
+    Attributes:
+        name: file name.
+        source_size: bytes of the source.
+        source_digest: ``xxh3_128:hex`` of the source as it was read.
+        target_size: bytes of the output.
+        target_digest: ``xxh3_128:hex`` of the output as it was written.
+        seconds: wall time.
+    """
+
+    name: str
+    source_size: int
+    source_digest: str
+    target_size: int
+    target_digest: str
+    seconds: float
+
+
+def convert_shard(task: ShardTask, progress: Callable[[int], None] | None = None) -> ShardResult:
+    """Converts one shard: reads it once, writes it once, and only then gives it its final name.
+
+    Args:
+        task: what to do.
+        progress: called by any thread with the bytes read since its last call.
+
+    Raises:
+        CheckpointError: if the source is not what was planned with.
+        OSError: if reading or writing fails; the final name does not exist then.
+    """
+    started = time.perf_counter()
+    plan = task.plan
+    _check_unchanged(task)
+    source_digest, target_digest = Xxh3(plan.source.prefix), Xxh3()
+    rewrite_file(
+        (task.source, plan.name),
+        task.partial,
+        _pieces(plan),
+        prefix=plan.target.prefix,
+        source_hashes=[source_digest],
+        target_hashes=[target_digest],
+        workers=task.workers,
+        progress=progress,
+    )
+    task.final.parent.mkdir(parents=True, exist_ok=True)
+    task.partial.replace(task.final)
+    return ShardResult(
+        plan.name,
+        plan.source.file_size,
+        str(source_digest),
+        plan.target.file_size,
+        str(target_digest),
+        time.perf_counter() - started,
+    )
+
+
+def _check_unchanged(task: ShardTask) -> None:
+    prefix = task.plan.source.prefix
+    with open_regular(task.source, task.plan.name) as stream:
+        size = os.fstat(stream.fileno()).st_size
+        if size != task.plan.source.file_size or stream.read(len(prefix)) != prefix:
+            raise refuse(
+                "changed",
+                "the file changed after it was planned with; nothing may write to the source "
+                "during a conversion. Run the command again",
+                file=task.plan.name,
+            )
+
+
+def _pieces(plan: ShardPlan) -> Iterator[Piece]:
+    for span in plan.spans:
+        read_at, write_at = plan.source.data_start + span.source[0], plan.target.data_start + span.target[0]
+        if span.repack is None:
+            yield from copy_pieces(read_at, write_at, span.source[1] - span.source[0])
+        else:
+            yield from _repack_pieces(span, read_at, write_at)
+
+
+def _repack_pieces(span: Span, read_at: int, write_at: int) -> Iterator[Piece]:
+    repack = span.repack
+    assert repack is not None
+    rows_at_once = max(1, PIECE_BYTES // repack.target_row_bytes)
+    for first in range(0, repack.target_rows, rows_at_once):
+        last = min(first + rows_at_once, repack.target_rows)
+        begin, end = repack.source_range(first, last)
+        write = first * repack.target_row_bytes, (last - first) * repack.target_row_bytes
+        yield Piece((read_at + begin, end - begin), (write_at + write[0], write[1]), repack.forward)

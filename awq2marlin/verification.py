@@ -1,0 +1,383 @@
+"""Comparing a converted checkpoint with its source, value for value.
+
+Both layouts are unpacked to plain values by `reference`, which shares nothing with the converter's repack,
+and compared exactly: q, z and the bits of the scales. Every other tensor and file is compared byte for
+byte. The first difference is named with its place.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from awq2marlin.awq import module_name
+from awq2marlin.checkpoint import Checkpoint, open_checkpoint
+from awq2marlin.errors import CheckpointError, DifferenceError, difference, refuse
+from awq2marlin.folder import CONFIG_FILENAME, INDEX_FILENAME, Folder
+from awq2marlin.marlin import is_single_group
+from awq2marlin.pairing import pair_modules
+from awq2marlin.plan import ModulePlan
+from awq2marlin.progress import Progress, Silence
+from awq2marlin.quantization import AwqQuantization, MarlinQuantization, marlin_document, without_quantization
+from awq2marlin.reference import unpack_awq, unpack_marlin_qweight, unpack_marlin_qzeros, unpermute_columns
+from awq2marlin.safetensors_header import Header, TensorInfo
+from awq2marlin.workers import default_workers
+
+#: How many modules to look at: a number, or all of them.
+Layers = int | Literal["all"]
+
+_BAND_BYTES = 1 << 20
+
+
+@dataclass(frozen=True)
+class VerifyResult:
+    """What a verification looked at; it raises where it finds a difference.
+
+    Attributes:
+        source: the AWQ checkpoint's folder.
+        output: the converted checkpoint's folder.
+        modules: converted modules whose values were compared.
+        modules_total: converted modules there are.
+        tensors: other tensors, compared byte for byte.
+        files: side files, compared byte for byte.
+        bytes: bytes of the source's tensors and files that were compared.
+        seconds: wall time.
+    """
+
+    source: Path
+    output: Path
+    modules: tuple[ModulePlan, ...]
+    modules_total: int
+    tensors: int
+    files: int
+    bytes: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class TensorFiles:
+    """Tensors that can be read by rows, wherever they lie.
+
+    Attributes:
+        folder: of the checkpoint.
+        shards: headers by file name.
+        shard_of: the file of each tensor.
+    """
+
+    folder: Folder
+    shards: Mapping[str, Header]
+    shard_of: Mapping[str, str]
+
+    @classmethod
+    def of(cls, folder: Folder, shards: Mapping[str, Header]) -> TensorFiles:
+        """Makes it from the headers."""
+        return cls(folder, shards, {name: shard for shard, header in shards.items() for name in header.tensors})
+
+    def info(self, name: str) -> TensorInfo:
+        """Returns a tensor's description."""
+        return self.shards[self.shard_of[name]].tensors[name]
+
+    def read(self, name: str, begin: int, end: int) -> npt.NDArray[np.uint8]:
+        """Returns bytes ``begin`` to ``end`` of a tensor's data."""
+        shard = self.shard_of[name]
+        with self.folder.open(shard) as stream:
+            stream.seek(self.shards[shard].data_start + self.info(name).start + begin)
+            data = stream.read(end - begin)
+        if len(data) != end - begin:
+            raise refuse("truncated", "the file became shorter while it was read", file=shard, tensor=name)
+        return np.frombuffer(data, np.uint8)
+
+    def rows(self, name: str, first: int, last: int, dtype: type[np.generic]) -> npt.NDArray[Any]:
+        """Returns rows ``first`` to ``last`` of a two-dimensional tensor, as elements of ``dtype``."""
+        tensor = self.info(name)
+        row_bytes = tensor.size // tensor.shape[0]
+        return self.read(name, first * row_bytes, last * row_bytes).view(dtype).reshape(last - first, -1)
+
+
+def verify(
+    source: str | os.PathLike[str],
+    output: str | os.PathLike[str],
+    *,
+    layers: Layers = "all",
+    workers: int | None = None,
+    progress: Progress | None = None,
+) -> VerifyResult:
+    """Compares a converted checkpoint with its source.
+
+    Args:
+        source: folder of the AWQ checkpoint.
+        output: folder of the converted one.
+        layers: how many converted modules to compare value for value, spread over the model, or ``"all"``.
+            Everything else is always compared in full.
+        workers: threads; by default as many as there are processors.
+        progress: told what is being done.
+
+    Raises:
+        DifferenceError: naming the first difference: file, tensor, row, column, expected and found.
+        CheckpointError: if either folder is no readable checkpoint of its kind.
+        OSError: if reading fails.
+    """
+    started = time.perf_counter()
+    progress = progress or Silence()
+    awq, marlin = _open_pair(source, output)
+    modules = _pair(awq, marlin)
+    chosen = sample_modules(modules, layers)
+    parts = {module_name(each.name, part) for each in modules for part in each.parts}
+    others = [name for name in awq.tensors if name not in parts]
+    side_files = [*awq.side_files, *([INDEX_FILENAME] if awq.has_index else [])]
+    files = 0
+    old, new = TensorFiles.of(awq.folder, awq.shards), TensorFiles.of(marlin.folder, marlin.shards)
+    total = _module_bytes(chosen, old) + sum(old.info(name).size for name in others)
+    progress.start("verify", total)
+    for name in side_files:
+        if name != INDEX_FILENAME or not any(each.is_padded for each in modules):
+            _compare_files(awq.folder, marlin.folder, name)
+            files += 1
+    jobs: list[Callable[[], None]] = [
+        *(_tensor_job(name, old, new, progress) for name in others),
+        *(_module_job(each, awq, old, new, progress) for each in chosen),
+    ]
+    _run(jobs, workers or default_workers())
+    progress.finish()
+    return VerifyResult(
+        awq.folder.root,
+        marlin.folder.root,
+        tuple(chosen),
+        len(modules),
+        len(others),
+        files,
+        total,
+        time.perf_counter() - started,
+    )
+
+
+def _open_pair(source: str | os.PathLike[str], output: str | os.PathLike[str]) -> tuple[Checkpoint, Checkpoint]:
+    awq, marlin = open_checkpoint(source), open_checkpoint(output)
+    if not isinstance(awq.quantization, AwqQuantization):
+        raise refuse(
+            "already-converted",
+            "the first folder must be the AWQ source; this one is converted",
+            file=str(source),
+        )
+    if not isinstance(marlin.quantization, MarlinQuantization):
+        raise refuse(
+            "not-converted",
+            "the second folder must be a converted checkpoint; this one is AWQ",
+            file=str(output),
+        )
+    return awq, marlin
+
+
+def _pair(awq: Checkpoint, marlin: Checkpoint) -> list[ModulePlan]:
+    """Compares everything that headers and configs say; returns the converted modules."""
+    assert isinstance(awq.quantization, AwqQuantization)
+    try:
+        converted = pair_modules(awq.shards, awq.quantization, marlin)
+    except CheckpointError as error:
+        raise DifferenceError(error.problems) from None
+    _compare_configs(awq, marlin)
+    return list(converted.values())
+
+
+def _compare_configs(awq: Checkpoint, marlin: Checkpoint) -> None:
+    """Compares the output's config with the one that its own lists of modules imply."""
+    quantization = marlin.quantization
+    assert isinstance(quantization, MarlinQuantization)
+    assert isinstance(awq.quantization, AwqQuantization)
+    expected = marlin_document(
+        awq.quantization, list(quantization.awq_modules), awq.unquantized_modules, quantization.padded_modules
+    )
+    found = marlin.config.get("quantization_config")
+    if found != expected:
+        keys = [key for key in expected if not isinstance(found, dict) or found.get(key) != expected[key]]
+        raise difference(
+            "config",
+            f"quantization_config differs from what the source implies, in {', '.join(keys) or 'an additional key'}",
+            file=CONFIG_FILENAME,
+        )
+    if without_quantization(awq.config) != without_quantization(marlin.config):
+        raise difference(
+            "config", "a key other than quantization_config differs from the source's", file=CONFIG_FILENAME
+        )
+
+
+def sample_modules(modules: Sequence[ModulePlan], layers: Layers) -> list[ModulePlan]:
+    """Returns some modules, one of each shape first, then spread evenly over the model; always the same ones.
+
+    Args:
+        modules: all of them, in order.
+        layers: how many, or ``"all"``.
+    """
+    if layers == "all" or layers >= len(modules):
+        return list(modules)
+    by_shape: dict[tuple[int, ...], int] = {}
+    for index, each in enumerate(modules):
+        by_shape.setdefault((each.size_k, each.size_n), index)
+    spread = [index * len(modules) // layers for index in range(layers)]
+    wanted = list(dict.fromkeys([*by_shape.values(), *spread]))[:layers]
+    return [modules[index] for index in sorted(wanted)]
+
+
+def _module_bytes(modules: Sequence[ModulePlan], files: TensorFiles) -> int:
+    return sum(files.info(module_name(each.name, part)).size for each in modules for part in each.parts)
+
+
+def _run(jobs: Sequence[Callable[[], None]], workers: int) -> None:
+    """Runs comparisons side by side; the error raised is that of the first job, in order, that found one."""
+    with ThreadPoolExecutor(workers, thread_name_prefix="verify") as pool:
+        running = [pool.submit(job) for job in jobs]
+        try:
+            for each in running:
+                each.result()
+        except BaseException:
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+
+
+def verify_modules(
+    modules: Sequence[ModulePlan],
+    quantization: AwqQuantization,
+    source: TensorFiles,
+    output: TensorFiles,
+    *,
+    workers: int,
+    progress: Progress,
+) -> None:
+    """Compares modules value for value; the converter calls it before its output becomes loadable.
+
+    Args:
+        modules: which.
+        quantization: the source's.
+        source: the AWQ tensors.
+        output: the Marlin tensors.
+        workers: threads.
+        progress: told of every module.
+
+    Raises:
+        DifferenceError: naming the first difference.
+    """
+    progress.start("verify", _module_bytes(modules, source))
+    _run([_module_job_of(each, quantization, source, output, progress) for each in modules], workers)
+    progress.finish()
+
+
+def _module_job(
+    each: ModulePlan, awq: Checkpoint, old: TensorFiles, new: TensorFiles, progress: Progress
+) -> Callable[[], None]:
+    assert isinstance(awq.quantization, AwqQuantization)
+    return _module_job_of(each, awq.quantization, old, new, progress)
+
+
+def _module_job_of(
+    each: ModulePlan, quantization: AwqQuantization, old: TensorFiles, new: TensorFiles, progress: Progress
+) -> Callable[[], None]:
+    def job() -> None:
+        for part in each.parts:
+            for first, expected, found in _plain_bands(each, part, quantization, old, new):
+                _compare_values(module_name(each.name, part), part, first, expected, found, new)
+            progress.advance(old.info(module_name(each.name, part)).size)
+
+    return job
+
+
+def _plain_bands(
+    each: ModulePlan, part: str, quantization: AwqQuantization, old: TensorFiles, new: TensorFiles
+) -> Iterator[tuple[int, npt.NDArray[Any], npt.NDArray[Any]]]:
+    """Yields (first row, expected, found): bands of plain values of one tensor, padding included."""
+    name = module_name(each.name, part)
+    bits, size_n = quantization.bits, each.size_n
+    source_rows, target = old.info(name).shape[0], new.info(name)
+    band = 16 if part == "qweight" else 1
+    rows_at_once = max(1, _BAND_BYTES // max(1, target.size // target.shape[0]))
+    single = is_single_group(each.padded_k, quantization.group_size)
+    for first in range(0, target.shape[0], rows_at_once):
+        last = min(first + rows_at_once, target.shape[0])
+        begin, end = (min(row * band, source_rows) for row in (first, last))
+        if part == "scales":
+            old_values = old.rows(name, begin, end, np.uint16)
+            found = unpermute_columns(new.rows(name, first, last, np.uint16), single)
+        else:
+            old_values = unpack_awq(old.rows(name, begin, end, np.uint32), bits)
+            unpack = unpack_marlin_qweight if part == "qweight" else unpack_marlin_qzeros
+            found = unpack(new.rows(name, first, last, np.uint32), bits)
+        expected = old_values
+        if old_values.shape != found.shape:
+            expected = np.zeros(found.shape, found.dtype)
+            expected[: end - begin, :size_n] = old_values
+        yield first * band, expected, found
+
+
+def _compare_values(
+    name: str,
+    part: str,
+    first_row: int,
+    expected: npt.NDArray[Any],
+    found: npt.NDArray[Any],
+    files: TensorFiles,
+) -> None:
+    if np.array_equal(expected, found):
+        return
+    row, column = (int(index) for index in np.argwhere(expected != found)[0])
+    what = {"qweight": "value", "qzeros": "zero point", "scales": "scale (bits)"}[part]
+    raise difference(
+        "different-value",
+        f"{what} at row {first_row + row}, column {column}: "
+        f"expected {expected[row, column]}, found {found[row, column]}",
+        file=files.shard_of[name],
+        tensor=name,
+    )
+
+
+def _tensor_job(name: str, old: TensorFiles, new: TensorFiles, progress: Progress) -> Callable[[], None]:
+    def job() -> None:
+        size = old.info(name).size
+        for begin in range(0, size, _BAND_BYTES):
+            end = min(begin + _BAND_BYTES, size)
+            expected, found = old.read(name, begin, end), new.read(name, begin, end)
+            if not np.array_equal(expected, found):
+                at = int(np.argmax(expected != found))
+                raise difference(
+                    "different-bytes",
+                    f"{_place(old.info(name), begin + at)}: expected byte {expected[at]:#04x}, found {found[at]:#04x}",
+                    file=new.shard_of[name],
+                    tensor=name,
+                )
+            progress.advance(end - begin)
+
+    return job
+
+
+def _place(tensor: TensorInfo, offset: int) -> str:
+    """Returns where a byte of a tensor lies, as row and column where that makes sense."""
+    if len(tensor.shape) != 2 or not tensor.size:
+        return f"byte {offset}"
+    row, rest = divmod(offset, tensor.size // tensor.shape[0])
+    return f"row {row}, column {rest * tensor.shape[1] // (tensor.size // tensor.shape[0])}, byte {offset}"
+
+
+def _compare_files(old: Folder, new: Folder, name: str) -> None:
+    if not new.exists(name):
+        raise difference("missing-file", "the source has this file, the output does not", file=name)
+    with old.open(name) as expected, new.open(name) as found:
+        offset = 0
+        while True:
+            left, right = expected.read(_BAND_BYTES), found.read(_BAND_BYTES)
+            if left != right:
+                at = next(
+                    (i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b),
+                    min(len(left), len(right)),
+                )
+                raise difference(
+                    "different-bytes", f"the file differs from the source's at byte {offset + at}", file=name
+                )
+            if not left:
+                return
+            offset += len(left)
