@@ -378,17 +378,19 @@ def machine_facts() -> MachineFacts:
     if lack:
         lacks.append(lack)
     elif not any(device.is_supported for device in devices):
-        lacks.append(Lack("No GPU of compute capability 8.0 or newer.", "Use a machine with one (A100, RTX 30xx or newer)."))
+        lacks.append(
+            Lack("No GPU of compute capability 8.0 or newer.", "Use a machine with one (A100, RTX 30xx or newer).")
+        )
 
     folder = cache_dir()
     sizes = [path.stat().st_size for path in folder.glob("*.cubin")] if folder.is_dir() else []
     if not _is_writable(folder):
         lacks.append(
-            Lack(f"Compiled kernels cannot be kept in {folder}.", f"export {CACHE_DIR_VARIABLE}=/a/folder/you/may/write")
+            Lack(
+                f"Compiled kernels cannot be kept in {folder}.", f"export {CACHE_DIR_VARIABLE}=/a/folder/you/may/write"
+            )
         )
-    return MachineFacts(
-        driver_version, devices, core, nvrtc, sources, folder, len(sizes), sum(sizes), tuple(lacks)
-    )
+    return MachineFacts(driver_version, devices, core, nvrtc, sources, folder, len(sizes), sum(sizes), tuple(lacks))
 
 
 def _version_of(package: str) -> str | None:

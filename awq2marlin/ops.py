@@ -11,11 +11,12 @@ import ctypes
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from awq2marlin import jit
+from awq2marlin import jit, layout
+from awq2marlin.awq import AWQ_PACK_ORDER, inverse_order
 from awq2marlin.kernel_configs import (
     MIN_CAPABILITY,
     Dtype,
@@ -26,15 +27,13 @@ from awq2marlin.kernel_configs import (
     repack_source,
     sum_splits_source,
 )
+from awq2marlin.marlin import GPTQ_MARLIN_TILE, MARLIN_SUPPORTED_GROUP_SIZES, MARLIN_TILE_N
 
 if TYPE_CHECKING:
-    from cuda.core import Kernel, LaunchConfig, Stream
+    from cuda.core import LaunchConfig, Stream
 
-_TILE_ROWS, _TILE_COLUMNS = 16, 64
-_GROUP_SIZES = (32, 64, 128)
+_GROUP_SIZES = tuple(size for size in MARLIN_SUPPORTED_GROUP_SIZES if size > 0)
 _DTYPES: dict[torch.dtype, Dtype] = {torch.float16: "fp16", torch.bfloat16: "bf16"}
-_INTERLEAVE = {4: (0, 2, 4, 6, 1, 3, 5, 7), 8: (0, 2, 1, 3)}
-_AWQ_ORDER = {4: (0, 2, 4, 6, 1, 3, 5, 7), 8: (0, 2, 1, 3)}
 
 #: Columns that the CPU implementation decodes at once, to bound its memory.
 _CPU_COLUMNS = 1024
@@ -77,8 +76,8 @@ def marlin_gemm(
     return torch.ops.awq2marlin.marlin_gemm(a, qweight, scales, qzeros, bias, num_bits)  # type: ignore[no-any-return]
 
 
-def awq_marlin_repack(qweight: torch.Tensor, *, num_bits: int = 4) -> torch.Tensor:
-    """Returns AWQ weights in the Marlin layout, the same bytes on every device.
+def repack_awq(qweight: torch.Tensor, *, num_bits: int = 4) -> torch.Tensor:
+    """Returns AWQ weights in the Marlin layout, the same bytes on every device; on a GPU at memory speed.
 
     Args:
         qweight: int32 [K, N/f], f = 32/num_bits, K % 16 = 0 and N % 64 = 0; rows may have a stride.
@@ -121,7 +120,7 @@ def warm_up(
         ValueError: the tensors do not fit, or are not on a CUDA device.
         KernelUnavailableError: a kernel cannot be compiled or loaded.
     """
-    size_k = qweight.shape[0] * _TILE_ROWS
+    size_k = qweight.shape[0] * GPTQ_MARLIN_TILE
     shape = check_gemm(scales.new_empty((1, size_k)), qweight, scales, qzeros, None, num_bits)
     if qweight.device.type != "cuda":
         raise ValueError(f"qweight is on {qweight.device}; needed: a CUDA device, the only one that needs a warm-up.")
@@ -174,9 +173,9 @@ def check_gemm(
     _check_dims("scales", scales, "[G, N]")
 
     size_k = a.shape[1]
-    if qweight.shape[0] * _TILE_ROWS != size_k:
+    if qweight.shape[0] * GPTQ_MARLIN_TILE != size_k:
         raise _shape_error("qweight", qweight, f"[{size_k}/16, N*16/{pack_factor}], as a is {_shape_of(a)}")
-    size_n = qweight.shape[1] * pack_factor // _TILE_ROWS
+    size_n = qweight.shape[1] * pack_factor // GPTQ_MARLIN_TILE
     _check_aligned(qweight, size_n, size_k)
     if scales.shape[1] != size_n:
         raise _shape_error("scales", scales, f"[G, {size_n}], as qweight is {_shape_of(qweight)}")
@@ -247,7 +246,9 @@ def _group_size(scales: torch.Tensor, size_k: int) -> int:
 def _check_rows(name: str, tensor: torch.Tensor, row_multiple: int) -> None:
     """Checks that rows are dense, and that they start where the widest load of a kernel may."""
     if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
-        raise ValueError(f"{name} has strides {tensor.stride()}; needed: a last stride of 1. Nothing is copied silently.")
+        raise ValueError(
+            f"{name} has strides {tensor.stride()}; needed: a last stride of 1. Nothing is copied silently."
+        )
     stride = tensor.stride(0) if tensor.dim() == 2 and tensor.shape[0] > 1 else 0
     offset = tensor.storage_offset()
     if stride % row_multiple or offset % row_multiple:
@@ -271,7 +272,7 @@ torch.library.define(
 )
 
 
-@torch.library.register_fake("awq2marlin::marlin_gemm")
+@torch.library.register_fake("awq2marlin::marlin_gemm")  # type: ignore[untyped-decorator]
 def _marlin_gemm_fake(
     a: torch.Tensor,
     qweight: torch.Tensor,
@@ -301,7 +302,7 @@ def _marlin_gemm_cpu(
     for start in range(0, shape.size_n, _CPU_COLUMNS):
         stop = min(start + _CPU_COLUMNS, shape.size_n)
         weight = dequantize(
-            qweight[:, start * _TILE_ROWS // pack_factor : stop * _TILE_ROWS // pack_factor],
+            qweight[:, start * GPTQ_MARLIN_TILE // pack_factor : stop * GPTQ_MARLIN_TILE // pack_factor],
             scales[:, start:stop],
             None if qzeros is None else qzeros[:, start // pack_factor : stop // pack_factor],
             num_bits=num_bits,
@@ -333,17 +334,17 @@ def _check_repack(qweight: torch.Tensor, num_bits: int) -> tuple[int, int]:
     _check_dtype("qweight", qweight, torch.int32)
     _check_dims("qweight", qweight, "[K, N/f]")
     size_k, size_n = qweight.shape[0], qweight.shape[1] * pack_factor
-    if size_k % _TILE_ROWS or size_n % _TILE_COLUMNS or not size_k or not size_n:
+    if size_k % GPTQ_MARLIN_TILE or size_n % MARLIN_TILE_N or not size_k or not size_n:
         raise _shape_error("qweight", qweight, f"[K, N/{pack_factor}] with K a multiple of 16 and N of 64")
     _check_rows("qweight", qweight, 4)
     return size_k, size_n
 
 
 def _new_marlin_weight(qweight: torch.Tensor, size_k: int, size_n: int, num_bits: int) -> torch.Tensor:
-    return qweight.new_empty((size_k // _TILE_ROWS, size_n * _TILE_ROWS // _pack_factor(num_bits)))
+    return qweight.new_empty((size_k // GPTQ_MARLIN_TILE, size_n * GPTQ_MARLIN_TILE // _pack_factor(num_bits)))
 
 
-@torch.library.register_fake("awq2marlin::awq_marlin_repack")
+@torch.library.register_fake("awq2marlin::awq_marlin_repack")  # type: ignore[untyped-decorator]
 def _repack_fake(qweight: torch.Tensor, num_bits: int) -> torch.Tensor:
     return _new_marlin_weight(qweight, *_check_repack(qweight, num_bits), num_bits)
 
@@ -351,19 +352,14 @@ def _repack_fake(qweight: torch.Tensor, num_bits: int) -> torch.Tensor:
 @torch.library.impl("awq2marlin::awq_marlin_repack", "cpu")
 def _repack_cpu(qweight: torch.Tensor, num_bits: int) -> torch.Tensor:
     size_k, size_n = _check_repack(qweight, num_bits)
-    fields = _unpack(qweight, num_bits)  # [K, N/f, f]: field i is column order[i]
-    values = torch.empty_like(fields)
-    values[:, :, list(_AWQ_ORDER[num_bits])] = fields
-    tiles = values.reshape(size_k // _TILE_ROWS, _TILE_ROWS, size_n // _TILE_COLUMNS, _TILE_COLUMNS)
-    tiles = tiles.transpose(1, 2).reshape(size_k // _TILE_ROWS, size_n // _TILE_COLUMNS, -1)
-    return _pack(tiles[:, :, _tile_order(num_bits)].reshape(size_k // _TILE_ROWS, -1), num_bits)
+    return layout.awq_marlin_repack(qweight, size_k, size_n, num_bits)
 
 
 @torch.library.impl("awq2marlin::awq_marlin_repack", "cuda")
 def _repack_cuda(qweight: torch.Tensor, num_bits: int) -> torch.Tensor:
     size_k, size_n = _check_repack(qweight, num_bits)
     out = _new_marlin_weight(qweight, size_k, size_n, num_bits)
-    threads = size_k // _TILE_ROWS * (size_n // _TILE_COLUMNS) * 4
+    threads = size_k // GPTQ_MARLIN_TILE * (size_n // MARLIN_TILE_N) * 4
     args = (qweight.data_ptr(), out.data_ptr(), _int(size_k), _int(size_n), qweight.stride(0))
     _launch(repack_source(num_bits), _device(qweight.device.index), (-(-threads // 256), 1, 1), 1, 256, 0, args)
     return out
@@ -383,58 +379,19 @@ def dequantize(
         qzeros: int32 [G, N/f], or None.
         num_bits: 4 or 8.
     """
-    tile_rows, columns = qweight.shape[0], scales.shape[1]
-    values = _unpack(qweight, num_bits).reshape(tile_rows, columns // _TILE_COLUMNS, -1)
-    tiles = torch.empty_like(values)
-    tiles[:, :, _tile_order(num_bits)] = values
-    quantized = tiles.reshape(tile_rows, -1, _TILE_ROWS, _TILE_COLUMNS).transpose(1, 2).reshape(-1, columns)
-
-    wide = torch.empty_like(scales, dtype=torch.float64, memory_format=torch.contiguous_format)
-    wide[:, _scale_order(columns, is_single=scales.shape[0] == 1)] = scales.double()
-    zeros = torch.full_like(wide, 1 << (num_bits - 1))
-    if qzeros is not None:
-        fields = _unpack(qzeros, num_bits)
-        positions = torch.empty_like(fields)
-        positions[:, :, list(_INTERLEAVE[num_bits])] = fields
-        zeros[:, _scale_order(columns, is_single=False)] = positions.reshape(-1, columns).double()
-    group_size = quantized.shape[0] // scales.shape[0]
-    return (quantized - zeros.repeat_interleave(group_size, 0)) * wide.repeat_interleave(group_size, 0)
-
-
-def _unpack(packed: torch.Tensor, num_bits: int) -> torch.Tensor:
-    """[R, C] words -> [R, C, f] fields, lowest bits first."""
-    shifts = torch.arange(0, 32, num_bits, device=packed.device)
-    return (packed.unsqueeze(-1) >> shifts) & ((1 << num_bits) - 1)
-
-
-def _pack(fields: torch.Tensor, num_bits: int) -> torch.Tensor:
-    """[R, C*f] fields -> [R, C] words."""
-    shifts = torch.arange(0, 32, num_bits, device=fields.device)
-    words = (fields.reshape(fields.shape[0], -1, 32 // num_bits).long() << shifts).sum(-1)
-    return torch.where(words >= 1 << 31, words - (1 << 32), words).int()
-
-
-@functools.cache
-def _tile_order(num_bits: int) -> list[int]:
-    """For each field of a tile, in the order of storage, the place (64 * row + column) of its value."""
-    pack_factor = _pack_factor(num_bits)
-    order = []
-    for lane in range(32):
-        for block in range(4):
-            row, column = 2 * (lane % 4), 16 * block + lane // 4
-            values = [_TILE_COLUMNS * (row + r) + column + c for c in (0, 8) for r in (0, 1, 8, 9)]
-            for word in range(8 // pack_factor):
-                order += [values[word * pack_factor + i] for i in _INTERLEAVE[num_bits]]
-    return order
-
-
-def _scale_order(columns: int, *, is_single: bool) -> list[int]:
-    """For each position of a row of scales, the column that it holds."""
-    if is_single:
-        block = [2 * i + offset for i in range(4) for offset in (0, 1, 8, 9, 16, 17, 24, 25)]
+    size_k, (num_groups, size_n) = qweight.shape[0] * GPTQ_MARLIN_TILE, scales.shape
+    group_size = size_k // num_groups
+    awq = layout.marlin_awq_repack(qweight, size_k, size_n, num_bits)
+    order = list(inverse_order(AWQ_PACK_ORDER[num_bits]))
+    quantized = layout.unpack_cols(awq, num_bits, size_k, size_n).reshape(size_k, -1, len(order))[..., order]
+    weight = quantized.reshape(size_k, size_n).double()
+    if qzeros is None:
+        weight -= 1 << (num_bits - 1)
     else:
-        block = [i + 8 * m for i in range(8) for m in range(8)]
-    return [start + column for start in range(0, columns, len(block)) for column in block]
+        zeros = layout.marlin_unpack_zero_points(qzeros, num_groups, size_n, num_bits)
+        weight -= zeros.double().repeat_interleave(group_size, 0)
+    plain_scales = layout.marlin_unpermute_scales(scales, size_k, size_n, group_size)
+    return weight * plain_scales.double().repeat_interleave(group_size, 0)
 
 
 # ---- the launch -----------------------------------------------------------------------------------------------
@@ -460,7 +417,8 @@ def _device(index: int) -> _Device:
     capability = (properties.major, properties.minor)
     if capability < MIN_CAPABILITY:
         raise jit.KernelUnavailableError(
-            f"cuda:{index} ({properties.name}) has compute capability {capability[0]}.{capability[1]}; needed: 8.0 or newer."
+            f"cuda:{index} ({properties.name}) has compute capability {capability[0]}.{capability[1]}; "
+            "needed: 8.0 or newer."
         )
     return _Device(index, capability, properties.multi_processor_count)
 
@@ -554,7 +512,7 @@ def _launch(
         if not jit.is_loaded(source, device.index) and torch.cuda.is_current_stream_capturing():
             raise jit.KernelUnavailableError(
                 f"{source.name} is not loaded yet, and a CUDA graph capture forbids loading. "
-                "Call awq2marlin.ops.warm_up(qweight, scales, qzeros) for the layer, or the operator once, before the capture."
+                "Before the capture, call awq2marlin.ops.warm_up(qweight, scales, qzeros) for the layer."
             )
         kernel = jit.load(source, device.index, device.capability, shared_bytes)
         stream = torch.cuda.current_stream().cuda_stream
@@ -566,7 +524,7 @@ def _launch(
 def _core_launch() -> Callable[..., None]:
     from cuda.core import launch
 
-    return launch
+    return cast(Callable[..., None], launch)
 
 
 @functools.lru_cache(maxsize=256)
@@ -586,6 +544,4 @@ def _launch_config(
     shape: dict[str, Any] = {"grid": grid}
     if cluster > 1:
         shape = {"grid": (grid[0] // cluster, *grid[1:]), "cluster": (cluster, 1, 1)}
-    return LaunchConfig(
-        **shape, block=threads, shmem_size=shared_bytes, programmatic_stream_serialization=overlaps
-    )
+    return LaunchConfig(**shape, block=threads, shmem_size=shared_bytes, programmatic_stream_serialization=overlaps)
