@@ -26,7 +26,9 @@ def test_header_has_the_constants_of_the_python_package():
 
 def test_scale_positions_invert_the_permutations():
     """The compiler itself evaluates the header's functions, for every lane and column."""
-    pytest.importorskip("cuda.bindings", reason="The run-time compiler is not installed: pip install 'awq2marlin[cuda]'")
+    pytest.importorskip(
+        "cuda.bindings", reason="The run-time compiler is not installed: pip install 'awq2marlin[cuda]'"
+    )
     lines = ['#include "marlin_layout.cuh"', "using namespace marlin;"]
     for lane in range(32):
         for m in range(8):
