@@ -423,6 +423,31 @@ def _device(index: int) -> _Device:
     return _Device(index, capability, properties.multi_processor_count)
 
 
+def problem_of(
+    a: torch.Tensor,
+    qweight: torch.Tensor,
+    scales: torch.Tensor,
+    qzeros: torch.Tensor | None = None,
+    *,
+    num_bits: int = 4,
+) -> GemmProblem:
+    """Checks CUDA tensors and describes their product, for :func:`pick_config` and :func:`launch_gemm`.
+
+    Args:
+        a: see :func:`marlin_gemm`, and so for the rest.
+        qweight: as there.
+        scales: as there.
+        qzeros: as there.
+        num_bits: as there.
+
+    Raises:
+        TypeError: as :func:`marlin_gemm` does.
+        ValueError: as :func:`marlin_gemm` does.
+    """
+    shape = check_gemm(a, qweight, scales, qzeros, None, num_bits)
+    return _problem(a.shape[0], shape, a.dtype, num_bits, _device(a.device.index))
+
+
 def _problem(size_m: int, shape: LayerShape, dtype: torch.dtype, num_bits: int, device: _Device) -> GemmProblem:
     return GemmProblem(
         size_m,
