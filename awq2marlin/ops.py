@@ -35,6 +35,9 @@ if TYPE_CHECKING:
 _GROUP_SIZES = tuple(size for size in MARLIN_SUPPORTED_GROUP_SIZES if size > 0)
 _DTYPES: dict[torch.dtype, Dtype] = {torch.float16: "fp16", torch.bfloat16: "bf16"}
 
+#: Kernels count the distance between the tokens of a block in 32 bits.
+_MAX_TOKEN_STRIDE = 1 << 23
+
 #: Columns that the CPU implementation decodes at once, to bound its memory.
 _CPU_COLUMNS = 1024
 
@@ -182,6 +185,8 @@ def check_gemm(
     group_size = _group_size(scales, size_k)
 
     _check_rows("a", a, 8)
+    if a.stride(0) > _MAX_TOKEN_STRIDE and a.shape[0] > 1:
+        raise ValueError(f"a has row stride {a.stride(0)}; needed: at most {_MAX_TOKEN_STRIDE}.")
     _check_rows("qweight", qweight, 4)
     _check_rows("scales", scales, 8)
     if qzeros is not None:

@@ -93,7 +93,7 @@ struct StepRange {
   int begin, end;
 };
 __device__ __forceinline__ StepRange split_steps(int num_steps, int split, int num_splits) {
-  return {int(i64(num_steps) * split / num_splits), int(i64(num_steps) * (split + 1) / num_splits)};
+  return {int(u32(num_steps * split) / u32(num_splits)), int(u32(num_steps * (split + 1)) / u32(num_splits))};
 }
 
 // ---- a finished tile ------------------------------------------------------------------------------------------------

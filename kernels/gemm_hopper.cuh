@@ -38,6 +38,8 @@ class HopperGemm {
 
   static constexpr int kRowChunks = kStageRows / 8;              // of 16 bytes, XOR-swizzled as wgmma wants
   static constexpr int kRoundTokens = kCopyWarps * kWarpLanes / kRowChunks;
+  static constexpr int kActLoads = kTokens / kRoundTokens;       // cp.async of a copying thread in a stage
+  static_assert(kRoundTokens % 8 == 0, "the swizzle of a thread's chunk is the same in every round");
   static constexpr int kActBytes = kTokens * kStageRows * 2;
   static constexpr int kLoads = L::kLaneWords / 4;               // 16-byte loads of a lane in a tile
   static constexpr int kWeightBytes = kStageTiles * kWarpgroupWarps * L::kTileWords * 4;
@@ -118,12 +120,37 @@ class HopperGemm {
 
   // ---- the copying warps ---------------------------------------------------------------------------------------------
 
+  // What one copying thread fetches for every stage. Pointers move on; nothing is computed twice.
+  struct Copier {
+    const u16* act_gl_rd;             // its chunk of the block's first token
+    int token_offsets[kActLoads];     // from there to its tokens
+    const u32* weights_gl_rd;         // its 16 bytes of the warp's tile
+    u32 act_sh_wr, weights_sh_wr;     // in slot 0
+  };
+
+  __device__ __forceinline__ Copier make_copier(StepRange range) const {
+    const int thread = threadIdx.x - kMathThreads, chunk = thread % kRowChunks, first = thread / kRowChunks;
+    const int w = warp - kMathWarps;
+    Copier copier;
+    copier.act_gl_rd = args.a + i64(first_token) * args.a_stride + i64(range.begin) * kStageRows + 8 * chunk;
+#pragma unroll
+    for (int i = 0; i < kActLoads; ++i)
+      // Tokens past the last repeat it: they are columns of the product that nobody stores.
+      copier.token_offsets[i] = min(first + i * kRoundTokens, args.size_m - 1 - first_token) * int(args.a_stride);
+    copier.weights_gl_rd = args.qweight + i64(range.begin) * kStageTiles * args.qweight_stride +
+                           i64(tile_n(w)) * L::kTileWords + lane * L::kLaneWords;
+    copier.act_sh_wr = shared + (first * kRowChunks + (chunk ^ (first % 8))) * 16;
+    copier.weights_sh_wr = weight_sh(0, 0, w, 0);
+    return copier;
+  }
+
   __device__ __forceinline__ void copy(StepRange range) const {
+    Copier copier = make_copier(range);
     Place filling, arriving;
     for (int step = range.begin; step < range.end + kLag; ++step) {
       if (step < range.end) {
         if (step >= range.begin + kStages) mbarrier_wait(empty(filling.slot), filling.parity ^ 1);
-        copy_stage(step, filling.slot);
+        copy_stage(copier, filling.slot * kStageBytes);
         filling.advance();
       }
       cp_async_commit();
@@ -137,24 +164,19 @@ class HopperGemm {
     }
   }
 
-  __device__ __forceinline__ void copy_stage(int step, int slot) const {
-    const int thread = threadIdx.x - kMathThreads, chunk = thread % kRowChunks, last_token = args.size_m - 1 - first_token;
-    const u16* act_gl_rd = args.a + i64(first_token) * args.a_stride + step * kStageRows + 8 * chunk;
-    const u32 act_sh_wr = shared + slot * kStageBytes;
+  __device__ __forceinline__ void copy_stage(Copier& copier, u32 slot_offset) const {
 #pragma unroll
-    for (int i = 0; i < kTokens / kRoundTokens; ++i) {
-      const int token = thread / kRowChunks + i * kRoundTokens;
-      // Tokens past the last repeat it: they are columns of the product that nobody stores.
-      cp_async_16(act_sh_wr + (token * kRowChunks + (chunk ^ (token % 8))) * 16, act_gl_rd + min(token, last_token) * args.a_stride);
-    }
-    const int w = warp - kMathWarps;
-    const u32* tile_gl_rd = args.qweight + i64(step) * kStageTiles * args.qweight_stride + i64(tile_n(w)) * L::kTileWords +
-                            lane * L::kLaneWords;
+    for (int i = 0; i < kActLoads; ++i)
+      cp_async_16(copier.act_sh_wr + slot_offset + i * (kRoundTokens * kRowChunks * 16), copier.act_gl_rd + copier.token_offsets[i]);
+    copier.act_gl_rd += kStageRows;
 #pragma unroll
-    for (int i = 0; i < kStageTiles; ++i)
+    for (int i = 0; i < kStageTiles; ++i) {
 #pragma unroll
       for (int part = 0; part < kLoads; ++part)
-        cp_async_16(weight_sh(slot, i, w, part), tile_gl_rd + i * args.qweight_stride + 4 * part);
+        cp_async_16(copier.weights_sh_wr + slot_offset + (i * kWarpgroupWarps * kLoads + part) * (kWarpLanes * 16),
+                    copier.weights_gl_rd + 4 * part);
+      copier.weights_gl_rd += args.qweight_stride;
+    }
   }
 
   // ---- the multiplying warps ------------------------------------------------------------------------------------------
@@ -195,6 +217,7 @@ class HopperGemm {
         wgmma_commit();
         wgmma_wait<1>();  // the batch before is done: its registers are free, and after a stage's last batch so is its slot
         if (batch == 0) {
+          __syncwarp();  // all lanes have read their words
           if (step > range.begin && lane == 0) mbarrier_arrive(empty(released));
           released = place.slot;
         }

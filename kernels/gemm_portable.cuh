@@ -64,10 +64,16 @@ class PortableGemm {
         groups(args, tile_n, lane),
         weights_gl_rd(args.qweight + i64(warp_k * kWarpTiles) * args.qweight_stride + i64(tile_n) * L::kTileWords +
                       lane * L::kLaneWords),
-        act_gl_rd(args.a + i64(first_token) * args.a_stride + threadIdx.x % kRowChunks * 8),
         weights_sh(shared_address(shared) + kActBytes + threadIdx.x / kWarpLanes * kWarpTiles * L::kTileWords * 4 + lane * 16),
         act_sh_wr(shared_address(shared) + act_offset(threadIdx.x / kRowChunks, threadIdx.x % kRowChunks)),
-        act_sh_rd(shared_address(shared) + act_offset(lane % 8, 4 * warp_k + lane / 8)) {}
+        act_sh_rd(shared_address(shared) + act_offset(lane % 8, 4 * warp_k + lane / 8)) {
+#pragma unroll
+    for (int i = 0; i < kActLoads; ++i) {
+      // Tokens past the last repeat it: they are columns of the product that nobody stores.
+      const int token = min(first_token + int(threadIdx.x) / kRowChunks + i * (kThreads / kRowChunks), args.size_m - 1);
+      act_gl_rd[i] = args.a + token * args.a_stride + threadIdx.x % kRowChunks * 8;
+    }
+  }
 
   // Copies run kStages - 1 ahead. One barrier a stage: behind it the stage has arrived for all, and all are done with the one
   // before, which is the next to be filled.
@@ -98,13 +104,9 @@ class PortableGemm {
 
   __device__ __forceinline__ void fetch(int step, int end, int slot) const {
     if (step < end) {
-      const u16* row_gl_rd = act_gl_rd + step * kStageRows;
 #pragma unroll
-      for (int i = 0; i < kActLoads; ++i) {
-        // Tokens past the last repeat it: they are columns of the product that nobody stores.
-        const int token = min(int(threadIdx.x) / kRowChunks + i * (kThreads / kRowChunks), args.size_m - 1 - first_token);
-        cp_async_16(act_sh_wr + slot * kStageBytes + i * (kThreads * 16), row_gl_rd + token * args.a_stride);
-      }
+      for (int i = 0; i < kActLoads; ++i)
+        cp_async_16(act_sh_wr + slot * kStageBytes + i * (kThreads * 16), act_gl_rd[i] + step * kStageRows);
       const u32* tile_gl_rd = weights_gl_rd + i64(step) * (kStageRows / kTileRows) * args.qweight_stride;
 #pragma unroll
       for (int i = 0; i < kWarpTiles; ++i)
@@ -174,7 +176,7 @@ class PortableGemm {
   const int lane, warp_n, warp_k, tile_n, first_token;
   const GroupReader<T, kBits> groups;
   const u32* weights_gl_rd;
-  const u16* act_gl_rd;
+  const u16* act_gl_rd[kActLoads];
   const u32 weights_sh, act_sh_wr, act_sh_rd;
   float sums[kTokenTiles][kTileBlocks][4] = {};
 };
