@@ -148,9 +148,9 @@ def compile_kernel(source: KernelSource, arch: str) -> CompiledKernel:
     from cuda.core import Program, ProgramOptions
 
     options = ProgramOptions(
-        name=source.name, arch=arch, std="c++17", include_path=str(kernels_dir()), ptxas_options="-v"
+        name=source.name, arch=arch, std="c++17", include_path=str(kernels_dir()), ptxas_options="-v", no_cache=True
     )
-    log = io.StringIO()
+    log = io.StringIO()  # the assembler's report; NVRTC's own cache (no_cache above) would leave it empty
     try:
         code = Program(source.text, "c++", options).compile("cubin", logs=log)
     except Exception as exc:  # the bindings have several classes for a refusal

@@ -141,9 +141,10 @@ class SmallConfig:
 
     @property
     def shared_bytes(self) -> int:
-        """Shared memory of a block: two steps of activations for each warp, later its sums."""
+        """Shared memory of a block: each warp's two steps of activations, later its sums; what other blocks send."""
         columns, tokens = self.tile
-        return self.warps * max(2 * tokens * self.step_rows * 2, _sum_bytes(columns, tokens))
+        received = (tokens * columns // 4 + MAX_SPLITS) * 16
+        return self.warps * max(2 * tokens * self.step_rows * 2, _sum_bytes(columns, tokens)) + received
 
     @property
     def resident_blocks(self) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
@@ -136,6 +137,7 @@ def warm_up(
         size_m += max(1, size_m // 8)
     sources[sum_splits_source(_DTYPES[scales.dtype])] = 0
     with torch.cuda.device(device.index):
+        _bind_thread(device.index)
         for source, shared_bytes in sources.items():
             jit.load(source, device.index, device.capability, shared_bytes)
     return len(sources)
@@ -544,10 +546,23 @@ def _launch(
                 f"{source.name} is not loaded yet, and a CUDA graph capture forbids loading. "
                 "Before the capture, call awq2marlin.ops.warm_up(qweight, scales, qzeros) for the layer."
             )
+        _bind_thread(device.index)
         kernel = jit.load(source, device.index, device.capability, shared_bytes)
         stream = torch.cuda.current_stream().cuda_stream
         config = _launch_config(grid, cluster, threads, shared_bytes, overlaps)
         _core_launch()(_stream(stream), config, kernel, *args)
+
+
+_thread = threading.local()
+
+
+def _bind_thread(device_index: int) -> None:
+    """Gives a thread that is new to CUDA a context: torch puts that off until its own first call needs one."""
+    if not getattr(_thread, "is_bound", False):
+        from cuda.core import Device
+
+        Device(device_index).set_current()
+        _thread.is_bound = True
 
 
 @functools.cache

@@ -124,6 +124,11 @@ __device__ __forceinline__ void store_quad(const GemmArguments& args, i64 row, i
   *reinterpret_cast<uint2*>(args.out + row * args.size_n + column) = make_uint2(pack2(T{}, v.x, v.y), pack2(T{}, v.z, v.w));
 }
 
+// A split's sums of four columns, for sum_splits to add up.
+__device__ __forceinline__ void store_partial(const GemmArguments& args, int split, i64 row, int column, F32x4 v) {
+  *reinterpret_cast<F32x4*>(args.workspace + (i64(split) * args.size_m + row) * args.size_n + column) = v;
+}
+
 __device__ __forceinline__ bool splits_are_cluster(const GemmArguments& args) { return args.num_splits > 1 && !args.workspace; }
 
 // Writes the block's tile out, or sums it with those of the blocks that share its columns. The order of summation is that of
@@ -137,12 +142,10 @@ __device__ __forceinline__ void finish_tile(const GemmArguments& args, SumTile<k
   const int columns = min(kColumns, args.size_n - first_column);
 
   if (args.workspace) {
-    float* partial = args.workspace + i64(split) * args.size_m * args.size_n;
     for (int i = threadIdx.x; i < tokens * kQuads; i += num_threads) {
       const int token = i / kQuads, column = 4 * (i % kQuads);
       if (column < columns)
-        *reinterpret_cast<F32x4*>(partial + i64(first_token + token) * args.size_n + first_column + column) =
-            tile.quad(token, column);
+        store_partial(args, split, first_token + token, first_column + column, tile.quad(token, column));
     }
     return;
   }

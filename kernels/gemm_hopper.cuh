@@ -23,6 +23,7 @@ class HopperGemm {
   static constexpr int kMathWarps = kWarpgroups * kWarpgroupWarps;
   static constexpr int kMathThreads = kMathWarps * kWarpLanes;
   static constexpr int kCopyWarps = kWarpgroupWarps;
+  static constexpr int kCopyThreads = kCopyWarps * kWarpLanes;
   static constexpr int kColumns = kWarpgroupWarps * kTileColumns;
   static constexpr int kBlocks = kTileBlocks / kWarpgroups;      // blocks j of a warpgroup
   static constexpr int kWords = L::kLaneWords / kWarpgroups;     // a lane's words in them
@@ -37,7 +38,7 @@ class HopperGemm {
   static_assert(kStageRows * 2 == 128, "a row of tokens is one 128-byte swizzle line");
 
   static constexpr int kRowChunks = kStageRows / 8;              // of 16 bytes, XOR-swizzled as wgmma wants
-  static constexpr int kRoundTokens = kCopyWarps * kWarpLanes / kRowChunks;
+  static constexpr int kRoundTokens = kCopyThreads / kRowChunks;
   static constexpr int kActLoads = kTokens / kRoundTokens;       // cp.async of a copying thread in a stage
   static_assert(kRoundTokens % 8 == 0, "the swizzle of a thread's chunk is the same in every round");
   static constexpr int kActBytes = kTokens * kStageRows * 2;
@@ -46,14 +47,13 @@ class HopperGemm {
   static constexpr int kStageBytes = kActBytes + kWeightBytes;
   static constexpr int kSumBytes = SumTile<kColumns>::bytes(kTokens);
   static constexpr int kBarriersOffset = kStages * kStageBytes > kSumBytes ? kStages * kStageBytes : kSumBytes;
-  static constexpr int kLag = kStages - 2;                       // stages on their way while the copying warp looks back
   static_assert(kStageBytes % 1024 == 0 && kActBytes % 1024 == 0, "a swizzle pattern starts on 1024 bytes");
-  static_assert(kLag >= 1, "a stage must be on its way while another is multiplied");
+  static_assert(kStages >= 3, "a stage must be on its way while one is multiplied and another not yet released");
 
  public:
   static constexpr int kThreads = (kMathWarps + kCopyWarps) * kWarpLanes;
-  // A multiprocessor has 65536 registers, 168 for each of these threads in multiples of 8: 128 * 40 + 256 * 232 is as many.
-  static constexpr int kCopyRegisters = 40, kMathRegisters = 232;
+  // A multiprocessor has 65536 registers, 168 for each of these threads in multiples of 8: 128 * 56 + 256 * 224 is as many.
+  static constexpr int kCopyRegisters = 56, kMathRegisters = 224;
   static_assert(kThreads == 384, "the shares of registers are counted for three warpgroups");
   static constexpr int kSharedBytes = kBarriersOffset + 2 * kStages * 8;
 
@@ -104,7 +104,7 @@ class HopperGemm {
   __device__ __forceinline__ void init_barriers() const {
     if (threadIdx.x == 0)
       for (int slot = 0; slot < kStages; ++slot) {
-        mbarrier_init(full(slot), kCopyWarps);
+        mbarrier_init(full(slot), kCopyThreads);
         mbarrier_init(empty(slot), kMathWarps);
       }
   }
@@ -146,22 +146,15 @@ class HopperGemm {
 
   __device__ __forceinline__ void copy(StepRange range) const {
     Copier copier = make_copier(range);
-    Place filling, arriving;
-    for (int step = range.begin; step < range.end + kLag; ++step) {
-      if (step < range.end) {
-        if (step >= range.begin + kStages) mbarrier_wait(empty(filling.slot), filling.parity ^ 1);
-        copy_stage(copier, filling.slot * kStageBytes);
-        filling.advance();
-      }
-      cp_async_commit();
-      if (step >= range.begin + kLag) {
-        cp_async_wait<kLag>();
-        fence_proxy_async();
-        __syncwarp();
-        if (lane == 0) mbarrier_arrive(full(arriving.slot));
-        arriving.advance();
-      }
+    Place place;
+#pragma unroll 1  // there are few registers here
+    for (int step = range.begin; step < range.end; ++step) {
+      if (step >= range.begin + kStages) mbarrier_wait(empty(place.slot), place.parity ^ 1);
+      copy_stage(copier, place.slot * kStageBytes);
+      mbarrier_arrive_after_copies(full(place.slot));
+      place.advance();
     }
+    cp_async_wait_all();  // a block must not leave while copies to it are under way
   }
 
   __device__ __forceinline__ void copy_stage(Copier& copier, u32 slot_offset) const {
@@ -196,6 +189,7 @@ class HopperGemm {
     int released = 0;
     for (int step = range.begin; step < range.end; ++step) {
       mbarrier_wait(full(place.slot), place.parity);
+      fence_proxy_async();
       u32 words[kStageTiles][kWords];
       load_words(words, place.slot);
       const u64 act = wgmma_descriptor(shared + place.slot * kStageBytes);

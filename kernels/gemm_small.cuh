@@ -33,27 +33,31 @@ class SmallGemm {
   static constexpr int kActLoads = kTokens * kRowChunks / kWarpLanes;  // cp.async of a lane in a step
   static constexpr int kSumBytes = SumTile<kTileColumns>::bytes(kTokens);
   static constexpr int kWarpBytes = 2 * kActBytes > kSumBytes ? 2 * kActBytes : kSumBytes;
+  static constexpr int kQuads = kTileColumns / 4;
+  static constexpr int kMaxSplits = 8;  // what every GPU with clusters takes
+  static constexpr int kReceivedBytes = (kTokens * kQuads + kMaxSplits) * 16;
   static_assert(kTokens * kRowChunks % kWarpLanes == 0, "the lanes of a warp copy whole rounds of chunks");
   static_assert(kRowChunks >= 8, "the swizzle permutes eight chunks");
 
  public:
   static constexpr int kThreads = kWarps * kWarpLanes;
-  static constexpr int kSharedBytes = kWarps * kWarpBytes;
+  static constexpr int kSharedBytes = kWarps * kWarpBytes + kReceivedBytes;
 
   // grid: (splits, tiles of 64 columns, 1); without a workspace the splits of a tile form a cluster.
   static __device__ __forceinline__ void run(const GemmArguments& args) {
     extern __shared__ __align__(128) unsigned char shared[];
     const int warp = threadIdx.x / kWarpLanes, lane = threadIdx.x % kWarpLanes;
     start_next_launch();
+#if MARLIN_HAS_CLUSTERS
+    if (splits_are_cluster(args)) cluster_arrive();
+#endif
     SmallGemm gemm(args, shared + warp * kWarpBytes, lane);
     gemm.prefetch(warp);
     wait_for_last_launch();
     gemm.sum_rows(warp);
     gemm.deposit();
     __syncthreads();
-    const SumTile<kTileColumns> tile = sum_warps(shared, args.size_m);
-    __syncthreads();
-    finish_tile<T, kTileColumns>(args, tile, blockIdx.x, 0, kTokens, blockIdx.y * kTileColumns, kThreads);
+    finish(args, shared);
   }
 
  private:
@@ -181,21 +185,47 @@ class SmallGemm {
     }
   }
 
-  // Into the first warp's tile, in the order of the warps. A thread reads and writes its own places only.
-  static __device__ __forceinline__ SumTile<kTileColumns> sum_warps(unsigned char* shared, int tokens) {
-    constexpr int kQuads = kTileColumns / 4;
-    const SumTile<kTileColumns> total{reinterpret_cast<float*>(shared)};
-    for (int i = threadIdx.x; i < min(tokens, kTokens) * kQuads; i += kThreads) {
-      const int token = i / kQuads, column = 4 * (i % kQuads);
-      F32x4 sum = total.quad(token, column);
+  static __device__ __forceinline__ F32x4 sum_warps(unsigned char* shared, int token, int column) {
+    F32x4 sum = {0.f, 0.f, 0.f, 0.f};
 #pragma unroll
-      for (int warp = 1; warp < kWarps; ++warp) {
-        const SumTile<kTileColumns> tile{reinterpret_cast<float*>(shared + warp * kWarpBytes)};
-        accumulate(sum, tile.quad(token, column));
+    for (int warp = 0; warp < kWarps; ++warp)
+      accumulate(sum, SumTile<kTileColumns>{reinterpret_cast<float*>(shared + warp * kWarpBytes)}.quad(token, column));
+    return sum;
+  }
+
+  // The warps' sums, and those of the blocks that share the columns, added up in the order of K: out, or to the workspace.
+  // Within a cluster block r finishes every num_splits-th four columns from the r-th on; the others write their parts of
+  // those into its shared memory, each to a place of its own, so that one barrier is enough.
+  static __device__ __forceinline__ void finish(const GemmArguments& args, unsigned char* shared) {
+    const int split = blockIdx.x, first_column = blockIdx.y * kTileColumns;
+    const int quads = min(args.size_m, kTokens) * kQuads;
+#if MARLIN_HAS_CLUSTERS
+    if (splits_are_cluster(args)) {
+      const u32 received = shared_address(shared) + kWarps * kWarpBytes;
+      const int quads_each = (quads + args.num_splits - 1) / args.num_splits;
+      cluster_wait();
+      for (int i = threadIdx.x; i < quads; i += kThreads)
+        store_cluster(cluster_address(received + (split * quads_each + i / args.num_splits) * 16, i % args.num_splits),
+                      sum_warps(shared, i / kQuads, 4 * (i % kQuads)));
+      cluster_sync();
+      for (int i = threadIdx.x; i * args.num_splits + split < quads; i += kThreads) {
+        F32x4 sum = {0.f, 0.f, 0.f, 0.f};
+        for (int rank = 0; rank < args.num_splits; ++rank)
+          accumulate(sum, *reinterpret_cast<const F32x4*>(shared + kWarps * kWarpBytes + (rank * quads_each + i) * 16));
+        const int quad = i * args.num_splits + split;
+        store_quad<T>(args, quad / kQuads, first_column + 4 * (quad % kQuads), sum);
       }
-      total.quad(token, column) = sum;
+      return;
     }
-    return total;
+#endif
+    for (int i = threadIdx.x; i < quads; i += kThreads) {
+      const int token = i / kQuads, column = 4 * (i % kQuads);
+      const F32x4 sum = sum_warps(shared, token, column);
+      if (args.workspace)
+        store_partial(args, split, token, first_column + column, sum);
+      else
+        store_quad<T>(args, token, first_column + column, sum);
+    }
   }
 
   template <int kStage>

@@ -53,6 +53,8 @@ __device__ __forceinline__ void cp_async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(kPending) : "memory");
 }
 
+__device__ __forceinline__ void cp_async_wait_all() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+
 // ---- shared memory --------------------------------------------------------------------------------------------------
 
 __device__ __forceinline__ void ldmatrix_x4(u32 (&v)[4], u32 address) {
@@ -178,9 +180,17 @@ __device__ __forceinline__ F32x4 load_cluster(u32 address) {
   return v;
 }
 
+// That a block of the cluster runs at all must be known before its memory is written: say so early, ask late.
+__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }
+__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.aligned;" ::: "memory"); }
 // A last barrier before blocks leave: it orders no memory.
 __device__ __forceinline__ void cluster_leave() {
-  asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.aligned;" ::: "memory");
+  cluster_arrive();
+  cluster_wait();
+}
+__device__ __forceinline__ void store_cluster(u32 address, F32x4 v) {
+  asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(address), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w)
+               : "memory");
 }
 
 // ---- mbarriers ----------------------------------------------------------------------------------------------------------
@@ -190,6 +200,10 @@ __device__ __forceinline__ void mbarrier_init(u32 barrier, u32 arrivals) {
 }
 __device__ __forceinline__ void mbarrier_arrive(u32 barrier) {
   asm volatile("{.reg .b64 state; mbarrier.arrive.shared::cta.b64 state, [%0];}" ::"r"(barrier) : "memory");
+}
+// Arrives once all copies that this thread has started are there.
+__device__ __forceinline__ void mbarrier_arrive_after_copies(u32 barrier) {
+  asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
 }
 // Returns once the phase of that parity is complete.
 __device__ __forceinline__ void mbarrier_wait(u32 barrier, u32 parity) {
@@ -205,7 +219,7 @@ __device__ __forceinline__ void mbarrier_wait(u32 barrier, u32 parity) {
       "r"(parity)
       : "memory");
 }
-// What this thread wrote to shared memory becomes visible to wgmma, which reads through another proxy.
+// What this thread wrote to shared memory, or saw written, becomes visible to its wgmma, which read through another proxy.
 __device__ __forceinline__ void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 #else
 #define MARLIN_HAS_CLUSTERS 0
