@@ -265,7 +265,7 @@ class HopperConfig:
 
 
 def small_configs(problem: GemmProblem) -> Iterator[SmallConfig]:
-    """Yields what the kernel for few tokens can do, up to 16 of them: long steps first, then short ones by more warps."""
+    """Yields what the kernel for up to 16 tokens can do: long steps first, then short ones by more warps."""
     if problem.size_m > 16:
         return
     is_single = problem.group_size == problem.size_k
