@@ -63,6 +63,22 @@ def test_other_values_are_refused_naming_what_was_found_and_what_is_supported(ar
 
 
 @pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (([4], 128, True), "found [4]"),
+        (({"bits": 4}, 128, True), "found {'bits': 4}"),
+        ((4.0, 128, True), "found 4.0"),
+        ((4, 128.0, True), "found 128.0"),
+        ((4, [128], True), "found [128]"),
+    ],
+)
+def test_numbers_that_are_no_integers_are_refused_as_any_other_value(arguments, said):
+    with pytest.raises(ValueError, match="must be one of") as raised:
+        AWQMarlinConfig(*arguments)
+    assert said in str(raised.value)
+
+
+@pytest.mark.parametrize(
     ("document", "expected"),
     [
         ({"bits": 4, "group_size": 128, "zero_point": True}, (4, 128, True)),
@@ -111,6 +127,7 @@ def test_from_config_of_a_subclass_makes_one_of_it():
         ({"bits": 3, "group_size": 128}, ["weight_bits", "[4, 8]", "found 3"]),
         ({"w_bit": 4, "q_group_size": 256}, ["group_size", "found 256"]),
         ({"bits": 4, "group_size": 128, "zero_point": "yes"}, ["zero_point", "found 'yes'"]),
+        ({"bits": [4], "group_size": 128}, ["weight_bits", "found [4]"]),
     ],
 )
 def test_from_config_refuses_what_is_missing_or_unsupported_by_name(document, said):
