@@ -121,7 +121,9 @@ def tree(folder: Path) -> dict[str, Any]:
 def walk(document: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
     """Yields the path of every value in a JSON document, the document's own first."""
     yield path
-    items = document.items() if isinstance(document, dict) else enumerate(document) if isinstance(document, list) else ()
+    items = (
+        document.items() if isinstance(document, dict) else enumerate(document) if isinstance(document, list) else ()
+    )
     for key, value in items:
         yield from walk(value, (*path, key))
 

@@ -183,11 +183,15 @@ def test_a_malformed_header_is_refused_by_us_and_by_the_official_library(name: s
 #: What the library lets pass and we refuse: the format forbids it, or two readers may see two things.
 REFUSED_BY_US = {
     "duplicate tensor": (
-        raw_file(b'{"t":{"dtype":"U8","shape":[0],"data_offsets":[0,0]},"t":{"dtype":"I8","shape":[0],"data_offsets":[0,0]}}'),
+        raw_file(
+            b'{"t":{"dtype":"U8","shape":[0],"data_offsets":[0,0]},"t":{"dtype":"I8","shape":[0],"data_offsets":[0,0]}}'
+        ),
         "duplicate-key",
     ),
     "duplicate tensor by escape": (
-        raw_file(b'{"t":{"dtype":"U8","shape":[0],"data_offsets":[0,0]},"\\u0074":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}}'),
+        raw_file(
+            b'{"t":{"dtype":"U8","shape":[0],"data_offsets":[0,0]},"\\u0074":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}}'
+        ),
         "duplicate-key",
     ),
     "duplicate metadata key": (raw_file(b'{"__metadata__":{"a":"1","a":"2"}}'), "duplicate-key"),
@@ -246,7 +250,9 @@ def test_every_data_type_has_the_librarys_size(dtype: str) -> None:
 
 
 def test_a_file_cut_anywhere_is_refused() -> None:
-    header = b'{"a":{"dtype":"U8","shape":[4],"data_offsets":[0,4]},"b":{"dtype":"F16","shape":[2],"data_offsets":[4,8]}} '
+    header = (
+        b'{"a":{"dtype":"U8","shape":[4],"data_offsets":[0,4]},"b":{"dtype":"F16","shape":[2],"data_offsets":[4,8]}} '
+    )
     whole = raw_file(header, b"12345678")
     read(whole)
     for length in range(len(whole)):
@@ -290,7 +296,9 @@ def test_giants_are_refused_in_little_memory(awq) -> None:
     )
 
     def refused() -> str:
-        done = subprocess.run([sys.executable, "-c", script, awq], capture_output=True, text=True, timeout=60, check=False)
+        done = subprocess.run(
+            [sys.executable, "-c", script, awq], capture_output=True, text=True, timeout=60, check=False
+        )
         assert not done.stderr
         return done.stdout
 
@@ -319,7 +327,9 @@ def test_a_damaged_shard_is_named_and_nothing_is_written(awq, tmp_path, run) -> 
 
 @pytest.mark.parametrize("name", [SHARD, INDEX, "config.json", "quant_config.json", "tokenizer.json"])
 @pytest.mark.parametrize("kind", ["folder", "pipe", "socket", "device"])
-def test_what_is_no_regular_file_is_refused_without_waiting(awq, tmp_path, run, name: str, kind: str, monkeypatch) -> None:
+def test_what_is_no_regular_file_is_refused_without_waiting(
+    awq, tmp_path, run, name: str, kind: str, monkeypatch
+) -> None:
     (awq / name).unlink(missing_ok=True)
     if kind == "folder":
         (awq / name).mkdir()
