@@ -578,12 +578,12 @@ CASES = [
     ),
     Case("odd_tensors_and_scaled_activations", plain(SMOLLM), (3, 4), (7, 0), change=add_tensors(ODD_TENSORS)),
     Case(
-        "a_config_with_infinity_and_escapes",
+        "a_config_with_nan_infinity_and_escapes",
         plain(),
         (7, 0),
         change=write_files(
             {
-                "config.json": '{"a": [1e-05, Infinity, 12345678901234567890],\r\n "ü\\ud83d\\ude00": "\\u0000",'
+                "config.json": '{"a": [1e-05, NaN, -Infinity, 12345678901234567890],\r\n "ü\\ud83d\\ude00": "\\u0000",'
                 '"quantization_config":{"quant_method":"awq","w_bit":4,"bits":4,"group_size":64}, "z": null}'.encode()
             }
         ),
