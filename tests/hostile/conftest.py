@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hostile_files import write_awq
+from tests.hostile.hostile_files import write_awq
 
 from awq2marlin import convert
 from awq2marlin.cli import main

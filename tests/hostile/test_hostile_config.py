@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 import pytest
-from hostile_files import (
+from tests.hostile.hostile_files import (
     INDEX,
     MANIFEST,
     MODULE,

@@ -11,7 +11,7 @@ import sys
 import tracemalloc
 
 import pytest
-from hostile_files import INDEX, MODULE, NASTY, SHARD, entry, raw_file, split_file
+from tests.hostile.hostile_files import INDEX, MODULE, NASTY, SHARD, entry, raw_file, split_file
 from safetensors import SafetensorError, deserialize
 
 from awq2marlin.errors import CheckpointError

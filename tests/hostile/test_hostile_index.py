@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from hostile_files import INDEX, MODULE, NASTY, SHARD, pack_tensors, tree, unpack_tensors, write_awq
+from tests.hostile.hostile_files import INDEX, MODULE, NASTY, SHARD, pack_tensors, tree, unpack_tensors, write_awq
 
 from awq2marlin import CheckpointError, convert, inspect, revert
 from awq2marlin.checkpoint import open_checkpoint

@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from hostile_files import INDEX, MANIFEST, SHARD, tree, write_awq
+from tests.hostile.hostile_files import INDEX, MANIFEST, SHARD, tree, write_awq
 
 from awq2marlin import OutputError, convert, revert, verify
 
