@@ -13,11 +13,11 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
-from equality import assert_identical
+from tests.equality import assert_identical
 from hypothesis import example, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from shapes import SMALL_SHAPES, UNALIGNED_SHAPES
+from tests.shapes import SMALL_SHAPES, UNALIGNED_SHAPES
 
 from awq2marlin import layout, reference
 from awq2marlin.marlin import padded_shapes
