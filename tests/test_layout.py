@@ -13,17 +13,17 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
-from tests.equality import assert_identical
 from hypothesis import example, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from tests.shapes import SMALL_SHAPES, UNALIGNED_SHAPES
 
 from awq2marlin import layout, reference
 from awq2marlin.marlin import padded_shapes
 from awq2marlin.plan import ModulePlan, repack_of
 from awq2marlin.quantization import AwqQuantization
 from awq2marlin.repack import Repack
+from tests.equality import assert_identical
+from tests.shapes import SMALL_SHAPES, UNALIGNED_SHAPES
 
 # --- the three implementations behind one interface -------------------------------------------------------
 

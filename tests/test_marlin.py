@@ -5,9 +5,9 @@ import itertools
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
-from tests.shapes import MODEL_SHAPES, SMALL_SHAPES, UNALIGNED_SHAPES
 
 from awq2marlin import awq, layout, marlin
+from tests.shapes import MODEL_SHAPES, SMALL_SHAPES, UNALIGNED_SHAPES
 
 # --- constants --------------------------------------------------------------------------------------------
 
