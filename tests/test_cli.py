@@ -21,6 +21,7 @@ import pytest
 
 from awq2marlin import __version__, console
 from awq2marlin.cli import main
+from awq2marlin.shard import ShardResult, ShardTask, convert_shard
 from awq2marlin.synthetic import write_checkpoint
 from tests.e2e import oracle
 from tests.e2e.inputs import hub_snapshot, layer, plain, say
@@ -306,6 +307,29 @@ def test_a_difference_exits_3(made: Path, damaged: Path, capsys: pytest.CaptureF
         assert error["message"] in err
         assert run(capsys, *arguments)[:2] == (3, "")
     assert not Path("back", "config.json").exists()
+
+
+def test_a_conversion_that_fails_its_own_verification_exits_3_and_is_never_loadable(
+    made: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wrong(task: ShardTask, progress: Any) -> ShardResult:
+        done = convert_shard(task, progress)
+        data = bytearray(task.final.read_bytes())
+        data[task.plan.target.data_start + task.plan.target.tensors["model.layers.0.mlp.up_proj.qweight"].start] ^= 1
+        task.final.write_bytes(data)
+        return done
+
+    with monkeypatch.context() as patch:
+        patch.setattr("awq2marlin.conversion.convert_shard", wrong)
+        code, out, err = run(capsys, "convert", made / "awq", "output", "--json", "--verify", "all")
+    (error,) = read_json(out, "convert", 3)["errors"]
+    assert (code, error["tensor"]) == (3, "model.layers.0.mlp.up_proj.qweight")
+    assert error["message"].startswith("value at row 0, column 0: expected ")
+    assert error["message"] in err
+    assert not Path("output", "config.json").exists()
+    code, _, err = run(capsys, "convert", made / "awq", "output")
+    assert (code, err) == (0, f"{SHARD} was finished by an earlier run but is damaged now; it is made again\n")
+    assert oracle.file_hashes(Path("output")) == oracle.file_hashes(made / "marlin")
 
 
 USAGE = [
