@@ -7,6 +7,7 @@ byte. The first difference is named with its place.
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -196,17 +197,22 @@ def _compare_configs(awq: Checkpoint, marlin: Checkpoint) -> None:
         awq.quantization, list(quantization.awq_modules), awq.unquantized_modules, quantization.padded_modules
     )
     found = marlin.config.get("quantization_config")
-    if found != expected:
-        keys = [key for key in expected if not isinstance(found, dict) or found.get(key) != expected[key]]
+    if not _is_same(found, expected):
+        keys = [key for key in expected if not isinstance(found, dict) or not _is_same(found.get(key), expected[key])]
         raise difference(
             "config",
             f"quantization_config differs from what the source implies, in {', '.join(keys) or 'an additional key'}",
             file=CONFIG_FILENAME,
         )
-    if without_quantization(awq.config) != without_quantization(marlin.config):
+    if not _is_same(without_quantization(awq.config), without_quantization(marlin.config)):
         raise difference(
             "config", "a key other than quantization_config differs from the source's", file=CONFIG_FILENAME
         )
+
+
+def _is_same(left: Any, right: Any) -> bool:
+    """Returns whether two JSON values are the same; to ``==`` alone 1, 1.0 and true are."""
+    return json.dumps(left, sort_keys=True) == json.dumps(right, sort_keys=True)
 
 
 def sample_modules(modules: Sequence[ModulePlan], layers: Layers) -> list[ModulePlan]:
