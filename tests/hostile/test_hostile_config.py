@@ -354,3 +354,12 @@ def test_a_config_of_odd_values_converts_verifies_and_comes_back(awq, tmp_path, 
         assert say("inspect", path)[0] == 0
     assert run("revert", tmp_path / "out", tmp_path / "back").code == 0
     assert (tmp_path / "back/config.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("others", [{}, {".g_idx": zeros("I32", 64)}, {"qweight": zeros("I32", 64, 16)}])
+def test_a_tensor_of_a_module_without_a_name_is_refused(awq, refused, others: dict[str, Any]) -> None:
+    """Found by fuzzing: `.qweight` was looked up as `qweight`, the tensor of the whole model."""
+    parts = {"qweight": zeros("I32", 64, 16), "scales": zeros("F16", 1, 128), "qzeros": zeros("I32", 1, 16)}
+    sound = parts if "qweight" in others else {}
+    (awq / SHARD).write_bytes(pack_tensors({".qweight": zeros("I32", 64, 16), **others, **sound}))
+    refused("bad-name", "begins with a dot", file=SHARD)
