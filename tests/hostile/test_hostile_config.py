@@ -362,4 +362,5 @@ def test_a_tensor_of_a_module_without_a_name_is_refused(awq, refused, others: di
     parts = {"qweight": zeros("I32", 64, 16), "scales": zeros("F16", 1, 128), "qzeros": zeros("I32", 1, 16)}
     sound = parts if "qweight" in others else {}
     (awq / SHARD).write_bytes(pack_tensors({".qweight": zeros("I32", 64, 16), **others, **sound}))
-    refused("bad-name", "begins with a dot", file=SHARD)
+    tensor = min([".qweight", *(name for name in others if name.startswith("."))])
+    refused("bad-name", "begins with a dot", file=SHARD, tensor=tensor)
