@@ -214,31 +214,21 @@ def _compare_configs(awq: Checkpoint, marlin: Checkpoint, modules: Sequence[Modu
     padded = {each.name: (each.size_k, each.size_n) for each in modules if each.is_padded}
     expected = marlin_document(awq.quantization, list(quantization.awq_modules), awq.unquantized_modules, padded)
     found = marlin.config.get("quantization_config")
-<<<<<<< HEAD
     if not _same_json(found, expected):
         known = found if isinstance(found, dict) else {}
         keys = [key for key in expected if not _same_json(known.get(key), expected[key])]
         keys += [key for key in ("padded_modules",) if key in known and key not in expected]
-=======
-    if not _is_same(found, expected):
-        keys = [key for key in expected if not isinstance(found, dict) or not _is_same(found.get(key), expected[key])]
->>>>>>> wt-hostile
         raise difference(
             "config",
             f"quantization_config differs from what the source implies, in {', '.join(keys) or 'an additional key'}",
             file=CONFIG_FILENAME,
         )
-<<<<<<< HEAD
     if not _same_json(without_quantization(awq.config), without_quantization(marlin.config)):
-=======
-    if not _is_same(without_quantization(awq.config), without_quantization(marlin.config)):
->>>>>>> wt-hostile
         raise difference(
             "config", "a key other than quantization_config differs from the source's", file=CONFIG_FILENAME
         )
 
 
-<<<<<<< HEAD
 def _same_json(left: Any, right: Any) -> bool:
     """Returns whether two documents hold the same; to Python, false equals 0 and NaN does not equal NaN."""
     return json.dumps(left, sort_keys=True) == json.dumps(right, sort_keys=True)
@@ -288,13 +278,6 @@ def _recorded_files(manifest: Manifest, awq: Checkpoint, marlin: Checkpoint) -> 
         yield marlin.folder, name, size, digest
 
 
-=======
-def _is_same(left: Any, right: Any) -> bool:
-    """Returns whether two JSON values are the same; to ``==`` alone 1, 1.0 and true are."""
-    return json.dumps(left, sort_keys=True) == json.dumps(right, sort_keys=True)
-
-
->>>>>>> wt-hostile
 def sample_modules(modules: Sequence[ModulePlan], layers: Layers) -> list[ModulePlan]:
     """Returns some modules, one of each shape first, then spread evenly over the model; always the same ones.
 
