@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 from awq2marlin._version import __version__
 from awq2marlin.digest import is_digest
 from awq2marlin.errors import printable, refuse
-from awq2marlin.folder import CONFIG_FILENAME, Folder, check_name, find_clash
+from awq2marlin.folder import CONFIG_FILENAME, INDEX_FILENAME, Folder, check_name, find_clash
 from awq2marlin.quantization import FORMAT_VERSION, MANIFEST_FILENAME
 from awq2marlin.safetensors_header import LENGTH_BYTES, MAX_HEADER_BYTES, Header, parse_header
 
@@ -62,7 +62,8 @@ class Manifest:
 
     def names(self) -> list[str]:
         """Returns the files of the converted checkpoint that its conversion wrote."""
-        return sorted({*self.shards, *self.files, CONFIG_FILENAME, MANIFEST_FILENAME})
+        made = {INDEX_FILENAME} & {*self.texts}  # padding changes the index, so its original text is kept
+        return sorted({*self.shards, *self.files, *made, CONFIG_FILENAME, MANIFEST_FILENAME})
 
     def encode(self) -> bytes:
         """Returns the file's bytes; equal manifests give equal bytes."""
