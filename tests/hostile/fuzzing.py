@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from hostile_files import (
+from tests.hostile.hostile_files import (
     INDEX,
     MANIFEST,
     NASTY,

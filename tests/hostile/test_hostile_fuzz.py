@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from fuzzing import TARGETS
+from tests.hostile.fuzzing import TARGETS
 from hypothesis import HealthCheck, given, settings
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hostile_files import (
+from tests.hostile.hostile_files import (
     MANIFEST,
     MODULE,
     NASTY,
