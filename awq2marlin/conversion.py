@@ -12,12 +12,13 @@ import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 from awq2marlin.checkpoint import open_checkpoint
 from awq2marlin.digest import Xxh3
-from awq2marlin.errors import OutputError, Problem, refuse
+from awq2marlin.errors import DifferenceError, OutputError, Problem, refuse
 from awq2marlin.folder import CONFIG_FILENAME, INDEX_FILENAME, Folder, hub_repository
 from awq2marlin.manifest import Manifest, ManifestShard, read_manifest
 from awq2marlin.output import FinishedFile, OutputFolder, claim, read_journal, refuse_overlap, told_as_output_error
@@ -121,7 +122,7 @@ def convert(
     resumed: tuple[str, ...] = ()
     verified: tuple[str, ...] = ()
     if not dry_run:
-        owned = owned_files(root, overwrite)
+        owned = partial(owned_files, root, overwrite)
         with told_as_output_error(root), claim(root, plan.digest, output_names(plan), owned=owned) as out:
             resumed = _trusted_shards(plan, out, progress)
             _refuse_full_disk(plan, out, resumed)
@@ -154,10 +155,13 @@ def encode_json(document: Any) -> bytes:
 def owned_files(root: Path, overwrite: bool) -> list[str] | None:
     """Returns the files that ``--overwrite`` may remove from ``root``, or None if it is not to be touched.
 
+    What an unfinished conversion may remove stands in its journal, so that is not repeated here.
+
     Raises:
         OutputError: if ``root`` holds a finished conversion and ``overwrite`` is False.
     """
-    finished = (root / MANIFEST_FILENAME).exists() and read_journal(root) is None
+    unfinished = read_journal(root) is not None
+    finished = not unfinished and (root / MANIFEST_FILENAME).exists()
     if finished and not overwrite:
         raise OutputError(
             Problem(
@@ -171,7 +175,7 @@ def owned_files(root: Path, overwrite: bool) -> list[str] | None:
         return None
     if finished:
         return read_manifest(Folder.at(root)).names()
-    return [] if read_journal(root) else None
+    return [] if unfinished else None
 
 
 def _trusted_shards(plan: Plan, out: OutputFolder, progress: Progress) -> tuple[str, ...]:
@@ -278,7 +282,11 @@ def _verify(plan: Plan, out: OutputFolder, verify: Verify, workers: int, progres
     source = TensorFiles.of(plan.checkpoint.folder, plan.checkpoint.shards)
     folder = Folder.at(out.root)
     output = TensorFiles.of(folder, {shard.name: folder.read_header(shard.name) for shard in plan.shards})
-    verify_modules(chosen, plan.quantization, source, output, workers=workers, progress=progress)
+    try:
+        verify_modules(chosen, plan.quantization, source, output, workers=workers, progress=progress)
+    except DifferenceError:
+        out.forget_all()
+        raise
     return tuple(each.name for each in chosen)
 
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, BinaryIO
 
@@ -232,4 +234,31 @@ def open_regular(path: Path, name: str) -> BinaryIO:
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise refuse("not-a-file", "it is not a regular file", file=name)
-    return open(descriptor, "rb", buffering=0)  # noqa: PTH123 - a descriptor, not a path
+    return NamedFile(descriptor, name)
+
+
+class NamedFile(FileIO):
+    """A file open for reading whose errors say its name, so that none is taken for an error of the output."""
+
+    def __init__(self, descriptor: int, name: str) -> None:
+        """Takes over a descriptor; ``name`` is for messages."""
+        super().__init__(descriptor, "rb")
+        self._name = name
+
+    def readinto(self, buffer: Any, /) -> int | None:
+        """Reads into a buffer."""
+        with self._told():
+            return super().readinto(buffer)
+
+    def read(self, size: int | None = -1, /) -> bytes | Any:
+        """Reads at most ``size`` bytes, by default all."""
+        with self._told():
+            return super().read(size)
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            problem = problem_from_os_error(error)
+            raise refuse(problem.code, f"cannot read it: {problem.message}", file=self._name) from None

@@ -19,7 +19,7 @@ from typing import BinaryIO, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from awq2marlin.errors import problem_from_os_error, refuse
+from awq2marlin.errors import refuse
 from awq2marlin.folder import open_regular
 
 Bytes = npt.NDArray[np.uint8]
@@ -183,11 +183,7 @@ def _read_exactly(stream: BinaryIO, offset: int, buffer: Bytes, name: str) -> No
     stream.seek(offset)
     view = buffer.data
     while view:
-        try:
-            count = stream.readinto(view)  # type: ignore[attr-defined]
-        except OSError as error:  # told apart from a failed write, which would blame the output
-            problem = problem_from_os_error(error)
-            raise refuse(problem.code, f"cannot read it: {problem.message}", file=name) from None
+        count = stream.readinto(view)  # type: ignore[attr-defined]
         if not count:
             raise refuse(
                 "truncated",

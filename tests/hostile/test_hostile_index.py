@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 
 import pytest
-from tests.hostile.hostile_files import INDEX, MODULE, NASTY, SHARD, pack_tensors, tree, unpack_tensors, write_awq
 
 from awq2marlin import CheckpointError, convert, inspect, revert
 from awq2marlin.checkpoint import open_checkpoint
 from awq2marlin.folder import is_safe_name
+from tests.hostile.hostile_files import INDEX, MODULE, NASTY, SHARD, pack_tensors, tree, unpack_tensors, write_awq
 
 UNSAFE_NAMES = [
     "",
