@@ -16,7 +16,7 @@ from typing import Any, Literal, get_args
 from awq2marlin._version import __version__
 from awq2marlin.awq import is_output_embedding, module_name
 from awq2marlin.checkpoint import AwqModule, Checkpoint, awq_modules
-from awq2marlin.errors import CheckpointError, Problem, printable, refuse
+from awq2marlin.errors import CheckpointError, Problem, refuse
 from awq2marlin.folder import CONFIG_FILENAME, INDEX_FILENAME
 from awq2marlin.marlin import (
     fusion_group,
@@ -210,37 +210,12 @@ def plan_conversion(checkpoint: Checkpoint, unaligned: Unaligned = "keep") -> Pl
             "an AWQ checkpoint must not hold a file of this name; remove it",
             file=MANIFEST_FILENAME,
         )
-    _refuse_clashes(checkpoint)
     found = awq_modules(checkpoint.tensors, quantization, checkpoint.shard_of)
     modules = _plan_modules(found, checkpoint, quantization, unaligned)
     if unaligned == "error":
         _refuse_unaligned(modules, checkpoint)
     shards = tuple(_plan_shard(name, header, modules, quantization) for name, header in checkpoint.shards.items())
     return Plan(checkpoint, quantization, unaligned, modules, shards)
-
-
-def _refuse_clashes(checkpoint: Checkpoint) -> None:
-    """Refuses files that some file systems take for one, since `revert` must give them back anywhere."""
-    ours = [MANIFEST_FILENAME, CONFIG_FILENAME, INDEX_FILENAME, *checkpoint.legacy_configs, *checkpoint.shards]
-    folded: dict[str, str] = {}
-    problems = []
-    for name in (*ours, *checkpoint.side_files):
-        other = folded.setdefault(name.casefold(), name)
-        if other != name:
-            problems.append(_clash(name, other))
-    for name in checkpoint.side_files:
-        parents = name.split("/")[:-1]
-        for depth in range(len(parents)):
-            other = folded.get("/".join(parents[: depth + 1]).casefold(), "")
-            if other:
-                problems.append(_clash(name, other))
-    if problems:
-        raise CheckpointError(problems)
-
-
-def _clash(name: str, other: str) -> Problem:
-    message = f"this name differs from {printable(other)} in case only, which not every file system keeps; rename one"
-    return Problem(name, "", "unsafe-name", message)
 
 
 def _plan_modules(
