@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 
 import pytest
@@ -9,6 +10,7 @@ from hostile_files import INDEX, MODULE, NASTY, SHARD, pack_tensors, tree, unpac
 
 from awq2marlin import CheckpointError, convert, inspect, revert
 from awq2marlin.checkpoint import open_checkpoint
+from awq2marlin.cli import main
 from awq2marlin.folder import is_safe_name
 
 UNSAFE_NAMES = [
@@ -226,3 +228,20 @@ def test_the_error_from_python_is_the_same(awq) -> None:
     with pytest.raises(CheckpointError, match="only plain relative paths") as caught:
         inspect(awq)
     assert caught.value.problems[0].file == INDEX
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_names_that_the_terminal_cannot_encode_are_escaped(tmp_path, monkeypatch, encoding: str) -> None:
+    awq = write_awq(tmp_path / "awq", modules={"模型.proj": (128, 64)})
+    for name in ("模型.txt", "模型.bin"):
+        (awq / name).write_text("x")
+    for command in (
+        ["inspect", awq],
+        ["convert", awq, tmp_path / "out"],
+        ["revert", tmp_path / "out", tmp_path / "back"],
+    ):
+        stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+        monkeypatch.setattr("sys.stdout", stream)
+        assert main([*map(str, command)]) == 0
+        stream.flush()
+        assert rb"\u6a21\u578b." in stream.buffer.getvalue()
