@@ -11,6 +11,7 @@ from hostile_files import INDEX, MODULE, NASTY, SHARD, pack_tensors, tree, unpac
 from awq2marlin import CheckpointError, convert, inspect, revert
 from awq2marlin.checkpoint import open_checkpoint
 from awq2marlin.cli import main
+from awq2marlin.errors import Awq2MarlinError, Problem
 from awq2marlin.folder import is_safe_name
 
 UNSAFE_NAMES = [
@@ -245,3 +246,17 @@ def test_names_that_the_terminal_cannot_encode_are_escaped(tmp_path, monkeypatch
         assert main([*map(str, command)]) == 0
         stream.flush()
         assert rb"\u6a21\u578b." in stream.buffer.getvalue()
+
+
+def test_module_names_inside_a_message_are_escaped(tmp_path, run, say) -> None:
+    name = NASTY.replace("\ud800", "")
+    awq = write_awq(tmp_path / "awq", modules={f"{name}.q_proj": (128, 48), f"{name}.k_proj": (128, 64)})
+    command = ["convert", awq, tmp_path / "out", "--unaligned", "error"]
+    run(*command).refused("unaligned", "fused with", r"x\x1b[31m", "use --unaligned keep or pad")
+    assert say(*command)[0] == 1
+
+
+def test_every_line_of_an_error_is_printable() -> None:
+    problem = Problem(NASTY, NASTY, "code", NASTY)
+    assert str(problem).isprintable()
+    assert len(str(Awq2MarlinError([problem] * 30)).splitlines()) == 21
