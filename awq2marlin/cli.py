@@ -5,6 +5,7 @@ What a command needs is imported when it runs, so that ``awq2marlin --help`` is 
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
@@ -276,6 +277,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: without the program's name; by default the process's.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a name that the terminal cannot show must not end the command
+            stream.reconfigure(errors="backslashreplace")
     try:
         return _main(arguments)
     except BrokenPipeError:  # the reader of our output left; nothing more can be told, not even at exit

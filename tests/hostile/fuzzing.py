@@ -15,6 +15,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from hypothesis import strategies as st
+from safetensors import deserialize
+
+from awq2marlin import convert, inspect
+from awq2marlin.checkpoint import open_checkpoint
+from awq2marlin.errors import Awq2MarlinError, CheckpointError
+from awq2marlin.folder import Folder
+from awq2marlin.manifest import read_manifest
+from awq2marlin.plan import plan_conversion
+from awq2marlin.quantization import AwqQuantization, read_config, read_quantization
+from awq2marlin.safetensors_header import DTYPE_BITS, encode_header, parse_header, read_header
 from tests.hostile.hostile_files import (
     INDEX,
     MANIFEST,
@@ -31,17 +42,6 @@ from tests.hostile.hostile_files import (
     write_awq,
     zeros,
 )
-from hypothesis import strategies as st
-from safetensors import deserialize
-
-from awq2marlin import convert, inspect
-from awq2marlin.checkpoint import open_checkpoint
-from awq2marlin.errors import Awq2MarlinError, CheckpointError
-from awq2marlin.folder import Folder
-from awq2marlin.manifest import read_manifest
-from awq2marlin.plan import plan_conversion
-from awq2marlin.quantization import AwqQuantization, read_config, read_quantization
-from awq2marlin.safetensors_header import DTYPE_BITS, encode_header, parse_header, read_header
 
 NAMES = st.one_of(
     st.sampled_from(["a", "b", "m.qweight", "m.scales", "m.weight", "__metadata__", "../x", "", "\ud800", NASTY]),

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from tests.hostile.fuzzing import TARGETS
 from hypothesis import HealthCheck, given, settings
+
+from tests.hostile.fuzzing import TARGETS
 
 
 @pytest.mark.parametrize("target", TARGETS)

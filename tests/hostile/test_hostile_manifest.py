@@ -12,6 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from awq2marlin import CheckpointError, DifferenceError, convert, inspect, revert, verify
+from awq2marlin.folder import Folder
+from awq2marlin.manifest import read_manifest
 from tests.hostile.hostile_files import (
     MANIFEST,
     MODULE,
@@ -29,10 +33,6 @@ from tests.hostile.hostile_files import (
     walk,
     zeros,
 )
-
-from awq2marlin import CheckpointError, DifferenceError, convert, inspect, revert, verify
-from awq2marlin.folder import Folder
-from awq2marlin.manifest import read_manifest
 
 QWEIGHT = f"{MODULE}.qweight"
 KEPT = "model.layers.0.self_attn.o_proj"
@@ -300,11 +300,11 @@ def test_very_many_shards_are_read_in_linear_time(marlin) -> None:
     document = document_of(marlin)
     shard = {**document["shards"].pop(SHARD), "source_header": pack_header(b"{}")}
     shard["source"] = {**shard["source"], "size": 10}
-    document["shards"] = {f"{number}.safetensors": shard for number in range(40_000)}
+    document["shards"] = {f"{number}.safetensors": shard for number in range(20_000)}
     set_manifest(marlin, document)
     started = time.process_time()
-    assert len(read_manifest(Folder.at(marlin)).shards) == 40_000
-    assert time.process_time() - started < 20  # it was a minute when every shard summed all before it
+    assert len(read_manifest(Folder.at(marlin)).shards) == 20_000
+    assert time.process_time() - started < 12  # it was half a minute when every shard summed all before it
 
 
 @pytest.mark.parametrize(
