@@ -34,9 +34,9 @@ class AWQMarlinConfig:
         Raises:
             ValueError: naming what was found and what is supported.
         """
-        if weight_bits not in SCALAR_TYPES:
+        if type(weight_bits) is not int or weight_bits not in SCALAR_TYPES:
             raise ValueError(f"weight_bits must be one of {list(AWQ_SUPPORTED_BITS)}, found {weight_bits!r}")
-        if group_size not in MARLIN_SUPPORTED_GROUP_SIZES:
+        if type(group_size) is not int or group_size not in MARLIN_SUPPORTED_GROUP_SIZES:
             raise ValueError(f"group_size must be one of {MARLIN_SUPPORTED_GROUP_SIZES}, found {group_size!r}")
         if not isinstance(zero_point, bool):
             raise ValueError(f"zero_point must be True or False, found {zero_point!r}")  # noqa: TRY004 - one type for all
@@ -47,7 +47,7 @@ class AWQMarlinConfig:
         self.quant_type = SCALAR_TYPES[weight_bits]
 
     def __repr__(self) -> str:
-        """Returns the call that makes an equal one."""
+        """Returns the call that makes one like it."""
         arguments = f"weight_bits={self.weight_bits}, group_size={self.group_size}, zero_point={self.zero_point}"
         return f"AWQMarlinConfig({arguments})"
 

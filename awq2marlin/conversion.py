@@ -25,10 +25,10 @@ from awq2marlin.output import FinishedFile, OutputFolder, claim, read_journal, r
 from awq2marlin.plan import ModulePlan, Plan, ShardPlan, Unaligned, plan_conversion
 from awq2marlin.progress import Progress, Silence
 from awq2marlin.quantization import MANIFEST_FILENAME
-from awq2marlin.shard import ShardTask, convert_shard
+from awq2marlin.shard import ShardResult, ShardTask, convert_shard
 from awq2marlin.stream import copy_pieces, rewrite_file
 from awq2marlin.verification import TensorFiles, sample_modules, verify_modules
-from awq2marlin.workers import default_workers
+from awq2marlin.workers import default_workers, run_side_by_side, share_workers
 
 #: How many converted modules are compared with the source before the output becomes loadable.
 DEFAULT_VERIFIED = 8
@@ -208,15 +208,20 @@ def _refuse_full_disk(plan: Plan, out: OutputFolder, resumed: tuple[str, ...]) -
 
 def _convert_shards(plan: Plan, out: OutputFolder, workers: int, progress: Progress) -> None:
     todo = [shard for shard in plan.shards if shard.name not in out.finished]
-    progress.start("convert", sum(shard.source.data_size for shard in todo))
-    for shard in todo:
-        source = plan.checkpoint.folder.path(shard.name)
-        task = ShardTask(shard, source, out.partial(shard.name), out.final(shard.name), workers)
-        done = convert_shard(task, progress.advance)
+    at_once, threads = share_workers(workers, len(todo))
+    folder = plan.checkpoint.folder
+    tasks = [
+        ShardTask(shard, folder.path(shard.name), out.partial(shard.name), out.final(shard.name), threads)
+        for shard in todo
+    ]
+
+    def finish(done: ShardResult) -> None:
         out.remember(
-            done.name,
-            FinishedFile(done.source_size, done.source_digest, done.target_size, done.target_digest),
+            done.name, FinishedFile(done.source_size, done.source_digest, done.target_size, done.target_digest)
         )
+
+    progress.start("convert", sum(shard.source.data_size for shard in todo))
+    run_side_by_side(convert_shard, tasks, at_once, progress.advance, finish)
     progress.finish()
 
 

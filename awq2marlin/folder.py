@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import FileIO
-from pathlib import Path, PureWindowsPath
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, BinaryIO
 
-from awq2marlin.errors import CheckpointError, problem_from_os_error, refuse
+from awq2marlin.errors import CheckpointError, printable, problem_from_os_error, refuse
 from awq2marlin.safetensors_header import Header, parse_json, read_header
 
 #: A JSON side file (config, index, manifest) above this size is refused unread.
@@ -27,6 +27,8 @@ CONFIG_FILENAME = "config.json"
 def is_safe_name(name: str) -> bool:
     """Returns whether ``name`` is a plain relative path inside a folder, on every operating system.
 
+    Hidden names are not: no checkpoint needs one, and ours begin with a dot while an output is unfinished.
+
     Args:
         name: a path with forward slashes, from a file or the network.
     """
@@ -35,7 +37,7 @@ def is_safe_name(name: str) -> bool:
     windows = PureWindowsPath(name)
     if windows.drive or windows.root or ":" in name:
         return False
-    return all(part not in ("", ".", "..") for part in name.split("/"))
+    return all(part and not part.startswith(".") for part in name.split("/"))
 
 
 def check_name(name: Any, file: str) -> str:
@@ -46,15 +48,36 @@ def check_name(name: Any, file: str) -> str:
         file: the file that says it, for the message.
 
     Raises:
-        CheckpointError: if it is not a string, is absolute, has ``..`` or control characters.
+        CheckpointError: if it is not a string, is absolute or hidden, has ``..`` or control characters.
     """
     if not isinstance(name, str) or not is_safe_name(name):
         raise refuse(
             "unsafe-name",
-            f"it names {str(name)!r}; only relative paths inside the folder are taken",
+            f"it names {printable(str(name))!r}; only plain relative paths inside the folder are taken",
             file=file,
         )
     return name
+
+
+def find_clash(names: Collection[str]) -> tuple[str, str] | None:
+    """Returns two of the names that cannot stand in one folder on every file system, or None.
+
+    Such are equal names, names that differ in case only, and a file's name inside another file's.
+
+    Args:
+        names: safe relative paths of files.
+    """
+    folded: dict[str, str] = {}
+    for name in names:
+        other = folded.get(name.casefold())
+        if other is not None:
+            return name, other
+        folded[name.casefold()] = name
+    for name in names:
+        for parent in PurePosixPath(name.casefold()).parents:
+            if str(parent) in folded:
+                return name, folded[str(parent)]
+    return None
 
 
 def hub_repository(folder: Path) -> Path | None:

@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 from awq2marlin._version import __version__
 from awq2marlin.digest import is_digest
 from awq2marlin.errors import printable, refuse
-from awq2marlin.folder import CONFIG_FILENAME, INDEX_FILENAME, Folder, check_name
+from awq2marlin.folder import CONFIG_FILENAME, INDEX_FILENAME, Folder, check_name, find_clash
 from awq2marlin.quantization import FORMAT_VERSION, MANIFEST_FILENAME
 from awq2marlin.safetensors_header import LENGTH_BYTES, MAX_HEADER_BYTES, Header, parse_header
 
@@ -124,21 +124,11 @@ def read_manifest(folder: Folder) -> Manifest:
         texts[check_name(name, MANIFEST_FILENAME)] = text
     if CONFIG_FILENAME not in texts or not shards:
         document.bad("it names no shards, or has no text of config.json")
-    _refuse_clashes(document, [*shards, *files, *texts])
+    clash = find_clash([MANIFEST_FILENAME, *shards, *files, *texts])
+    if clash:
+        document.bad(f"it names {printable(clash[0])!r} twice, or as a file and as a folder")
     left_behind = {str(name): str(reason) for name, reason in document.get("left_behind", dict).items()}
     return Manifest(shards, texts, files, source.optional("repo_id"), source.optional("revision"), left_behind)
-
-
-def _refuse_clashes(document: _Checked, names: list[str]) -> None:
-    folded: dict[str, str] = {}
-    for name in names:
-        if name.casefold() in folded or name == MANIFEST_FILENAME:
-            document.bad(f"it names the file {printable(name)!r} twice, or itself")
-        folded[name.casefold()] = name
-    for name in names:
-        parents = name.casefold().split("/")[:-1]
-        if any("/".join(parents[: depth + 1]) in folded for depth in range(len(parents))):
-            document.bad(f"it names {printable(name)!r} inside another file")
 
 
 def _shard(name: str, entry: _Checked, room: int) -> ManifestShard:

@@ -9,18 +9,22 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from awq2marlin.awq import AWQ_PACK_ORDER, inverse_order, pack_factor
+from awq2marlin.machine_code import address, kernel
 from awq2marlin.marlin import GPTQ_MARLIN_TILE, MARLIN_INTERLEAVE, SCALE_PERM, SCALE_PERM_SINGLE
 
 Bytes = npt.NDArray[np.uint8]
 
 #: Bytes of one element of ``scales``, fp16 or bf16.
 _SCALE_BYTES = 2
+
+#: What a kernel of ``qweight`` needs to stage one tile.
+_SCRATCH_BYTES = 512
 
 
 @dataclass(frozen=True)
@@ -95,19 +99,22 @@ class Repack:
         source.reshape(rows, self.source_row_bytes)[:] = whole[:rows, : self.source_row_bytes]
 
     def _apply(self, source: Bytes, target: Bytes, *, inverse: bool) -> None:
-        from awq2marlin import repack_kernels as kernels
-
+        sizes_fit = source.size == target.size and target.size % self.target_row_bytes == 0 and self.padded_n % 64 == 0
+        if not (sizes_fit and source.flags.c_contiguous and target.flags.c_contiguous):
+            raise ValueError(  # the kernels trust their sizes
+                f"pieces of {source.size} and {target.size} bytes are not whole rows of {self.target_row_bytes} bytes"
+            )
         if self.part == "scales":
-            columns = _scale_columns(self.single_group, inverse)
-            kernels.gather_columns(source.view(np.uint16), target.view(np.uint16), columns)
+            table = _scale_columns(self.single_group, inverse)
+            name, sizes = "gather_columns", (source.size // _SCALE_BYTES // table.size, table.size)
         elif self.part == "qzeros":
-            fields = _zero_point_fields(self.num_bits, inverse)
-            kernels.gather_fields(source.view(np.uint32), target.view(np.uint32), fields, self.num_bits)
+            table = _zero_point_fields(self.num_bits, inverse)
+            name, sizes = f"gather_fields_{self.num_bits}bit", (source.size * 8 // self.num_bits // table.size, 0)
         else:
+            table = np.empty(_SCRATCH_BYTES, np.uint8)
             name = f"{'unpack' if inverse else 'repack'}_qweight_{self.num_bits}bit"
-            kernel: Any = getattr(kernels, name)
-            rows, words = target.size // self.target_row_bytes, self.padded_n // pack_factor(self.num_bits)
-            kernel(source.view(np.uint32), target.view(np.uint32), rows, words)
+            sizes = (target.size // self.target_row_bytes, self.padded_n // pack_factor(self.num_bits))
+        kernel(name)(address(source), address(target), address(table), *sizes)
 
 
 @cache

@@ -7,26 +7,17 @@ swap (Hacker's Delight, 2nd ed., section 7-3, "Transposing a bit matrix", on nib
 4x4 byte matrix and two rounds. Sixteen matrices (4 row pairs x 4 blocks) go side by side through the
 rounds, which the compiler turns into vector instructions.
 
-Importing this module imports Numba. The first call of a kernel on a machine compiles it (about a second)
-and stores the machine code; later processes load it. All kernels release the GIL.
+This module is Numba's side: it is imported only where `machine_code` finds nothing compiled yet. The kernels
+take plain pointers and allocate nothing, so that their machine code stands alone; the names of their
+arguments are the same throughout.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
-import numpy as np
-from numba import njit, uint8, uint32, uint64
-
-
-def _compiled(function: Callable[..., None]) -> Callable[..., None]:
-    """Compiles without the GIL; stores the machine code if there is a place that can be written."""
-    try:
-        compiled: Callable[..., None] = njit(nogil=True, cache=True)(function)
-    except RuntimeError:  # Numba finds no writable folder for its cache: compile again in every process
-        compiled = njit(nogil=True)(function)
-    return compiled
+from llvmlite import binding
+from numba import cfunc, njit, types, uint32, uint64
 
 
 @njit(inline="always")
@@ -76,20 +67,20 @@ def _transpose_bytes(w0: Any, w1: Any, w2: Any, w3: Any) -> Any:
 # by side in ``staged``: word i of matrix x is staged[16 i + x]; so a column's sixteen words are contiguous.
 
 
-@_compiled
-def repack_qweight_4bit(source: Any, target: Any, tile_rows: int, row_words: int) -> None:
+def repack_qweight_4bit(source: Any, target: Any, staged: Any, tile_rows: Any, row_words: Any) -> None:
     """Repacks rows of tiles from AWQ to Marlin, 4 bits.
 
     Args:
         source: uint32 [16 * tile_rows * row_words], AWQ words, row by row.
         target: uint32, same length, Marlin words; written.
+        staged: uint32 [128], scratch.
         tile_rows: how many rows of tiles.
         row_words: words in a row, N / 8, a multiple of 8.
     """
-    staged = np.empty(128, np.uint32)
     words = uint64(row_words)
-    for tile in range(uint64(tile_rows) * (words // uint64(8))):
-        tile_row, tile_column = tile // (words // uint64(8)), tile % (words // uint64(8))
+    tiles = words // uint64(8)
+    for tile in range(uint64(tile_rows) * tiles):
+        tile_row, tile_column = tile // tiles, tile % tiles
         for r in range(16):
             at = (uint64(16) * tile_row + uint64(r)) * words + uint64(8) * tile_column
             to = uint64(16 * ((r >> 3) + 4 * (r & 1)) + 4 * ((r & 7) >> 1))
@@ -112,13 +103,12 @@ def repack_qweight_4bit(source: Any, target: Any, tile_rows: int, row_words: int
             target[at + x + uint64(112)] = c7
 
 
-@_compiled
-def unpack_qweight_4bit(source: Any, target: Any, tile_rows: int, row_words: int) -> None:
+def unpack_qweight_4bit(source: Any, target: Any, staged: Any, tile_rows: Any, row_words: Any) -> None:
     """Undoes `repack_qweight_4bit`: Marlin words in ``source``, AWQ words to ``target``, same shapes."""
-    staged = np.empty(128, np.uint32)
     words = uint64(row_words)
-    for tile in range(uint64(tile_rows) * (words // uint64(8))):
-        tile_row, tile_column = tile // (words // uint64(8)), tile % (words // uint64(8))
+    tiles = words // uint64(8)
+    for tile in range(uint64(tile_rows) * tiles):
+        tile_row, tile_column = tile // tiles, tile % tiles
         at = uint64(128) * tile
         for x in range(uint64(16)):
             (
@@ -147,20 +137,20 @@ def unpack_qweight_4bit(source: Any, target: Any, tile_rows: int, row_words: int
 # MARLIN_INTERLEAVE[i]: 0 2 1 3, so value v is row (v >> 1) + 2 * (v & 1).
 
 
-@_compiled
-def repack_qweight_8bit(source: Any, target: Any, tile_rows: int, row_words: int) -> None:
+def repack_qweight_8bit(source: Any, target: Any, staged: Any, tile_rows: Any, row_words: Any) -> None:
     """Repacks rows of tiles from AWQ to Marlin, 8 bits.
 
     Args:
         source: uint32 [16 * tile_rows * row_words], AWQ words, row by row.
         target: uint32, same length, Marlin words; written.
+        staged: uint32 [128], scratch.
         tile_rows: how many rows of tiles.
         row_words: words in a row, N / 4, a multiple of 16.
     """
-    staged = np.empty(64, np.uint32)
     words = uint64(row_words)
-    for tile in range(uint64(tile_rows) * (words // uint64(16))):
-        tile_row, tile_column = tile // (words // uint64(16)), tile % (words // uint64(16))
+    tiles = words // uint64(16)
+    for tile in range(uint64(tile_rows) * tiles):
+        tile_row, tile_column = tile // tiles, tile % tiles
         for part in range(4):
             for r in range(16):
                 at = (uint64(16) * tile_row + uint64(r)) * words + uint64(16) * tile_column + uint64(part)
@@ -176,13 +166,12 @@ def repack_qweight_8bit(source: Any, target: Any, tile_rows: int, row_words: int
                 target[at + uint64(2) * x + uint64(96)] = c3
 
 
-@_compiled
-def unpack_qweight_8bit(source: Any, target: Any, tile_rows: int, row_words: int) -> None:
+def unpack_qweight_8bit(source: Any, target: Any, staged: Any, tile_rows: Any, row_words: Any) -> None:
     """Undoes `repack_qweight_8bit`: Marlin words in ``source``, AWQ words to ``target``, same shapes."""
-    staged = np.empty(64, np.uint32)
     words = uint64(row_words)
-    for tile in range(uint64(tile_rows) * (words // uint64(16))):
-        tile_row, tile_column = tile // (words // uint64(16)), tile % (words // uint64(16))
+    tiles = words // uint64(16)
+    for tile in range(uint64(tile_rows) * tiles):
+        tile_row, tile_column = tile // tiles, tile % tiles
         for part in range(4):
             at = uint64(256) * tile + uint64(128 * (part & 1) + (part >> 1))
             for x in range(uint64(16)):
@@ -199,41 +188,84 @@ def unpack_qweight_8bit(source: Any, target: Any, tile_rows: int, row_words: int
                     target[to + uint64(4) * block] = staged[at + block]
 
 
-@_compiled
-def gather_fields(source: Any, target: Any, fields: Any, num_bits: int) -> None:
-    """Rearranges the packed fields of every block of words by a table.
+def gather_fields_4bit(source: Any, target: Any, fields: Any, blocks: Any, _unused: Any) -> None:
+    """Rearranges the nibbles of every block of eight words by a table.
 
     Args:
-        source: uint32 [blocks * fields.size * num_bits / 32].
+        source: uint32 [8 * blocks].
         target: uint32, same length; written.
-        fields: uint8 [fields of a block]; field i of a target block is field ``fields[i]`` of the source's,
-            counted upward from the block's first word's lowest bits.
-        num_bits: bits per field.
+        fields: uint8 [64]; field i of a target block is field ``fields[i]`` of the source's, counted upward
+            from the block's first word's lowest bits.
+        blocks: how many.
     """
-    bits = uint32(num_bits)
-    per_word = uint32(32) // bits
-    mask = (uint32(1) << bits) - uint32(1)
-    words = fields.size // per_word
-    for block in range(source.size // words):
-        for word in range(words):
+    for block in range(uint64(blocks)):
+        for word in range(uint64(8)):
             value = uint32(0)
-            for i in range(per_word):
-                field = uint32(fields[word * per_word + i])
-                found = (source[block * words + field // per_word] >> (bits * (field % per_word))) & mask
-                value |= uint32(found << (bits * uint32(i)))
-            target[block * words + word] = value
+            for i in range(uint64(8)):
+                field = uint64(fields[word * uint64(8) + i])
+                found = source[block * uint64(8) + (field >> uint64(3))] >> uint32(uint64(4) * (field & uint64(7)))
+                value |= (found & uint32(15)) << uint32(uint64(4) * i)
+            target[block * uint64(8) + word] = value
 
 
-@_compiled
-def gather_columns(source: Any, target: Any, columns: Any) -> None:
+def gather_fields_8bit(source: Any, target: Any, fields: Any, blocks: Any, _unused: Any) -> None:
+    """Rearranges the bytes of every block of sixteen words by a table; as `gather_fields_4bit`."""
+    for block in range(uint64(blocks)):
+        for word in range(uint64(16)):
+            value = uint32(0)
+            for i in range(uint64(4)):
+                field = uint64(fields[word * uint64(4) + i])
+                found = source[block * uint64(16) + (field >> uint64(2))] >> uint32(uint64(8) * (field & uint64(3)))
+                value |= (found & uint32(255)) << uint32(uint64(8) * i)
+            target[block * uint64(16) + word] = value
+
+
+def gather_columns(source: Any, target: Any, columns: Any, blocks: Any, width: Any) -> None:
     """Rearranges 16-bit elements within every block by a table.
 
     Args:
-        source: uint16 [blocks * columns.size].
+        source: uint16 [blocks * width].
         target: uint16, same length; written.
-        columns: uint8 [elements of a block]; element i of a target block is ``columns[i]`` of the source's.
+        columns: uint8 [width]; element i of a target block is ``columns[i]`` of the source's.
+        blocks: how many.
+        width: elements of a block.
     """
-    width = uint64(columns.size)
-    for block in range(uint64(source.size) // width):
-        for i in range(width):
-            target[block * width + i] = source[block * width + uint64(uint8(columns[i]))]
+    for block in range(uint64(blocks)):
+        for i in range(uint64(width)):
+            target[block * uint64(width) + i] = source[block * uint64(width) + uint64(columns[i])]
+
+
+#: Types of each kernel's source and target elements, and of its table or scratch.
+_KERNELS: dict[Any, tuple[Any, Any]] = {
+    repack_qweight_4bit: (types.uint32, types.uint32),
+    unpack_qweight_4bit: (types.uint32, types.uint32),
+    repack_qweight_8bit: (types.uint32, types.uint32),
+    unpack_qweight_8bit: (types.uint32, types.uint32),
+    gather_fields_4bit: (types.uint32, types.uint8),
+    gather_fields_8bit: (types.uint32, types.uint8),
+    gather_columns: (types.uint16, types.uint8),
+}
+
+
+def compile_kernels() -> tuple[dict[str, str], bytes]:
+    """Compiles every kernel for this processor.
+
+    Returns:
+        The symbol of each kernel, by the function's name, and one object file that holds them all.
+    """
+    binding.initialize_native_target()
+    binding.initialize_native_asmprinter()
+    names, module = {}, binding.parse_assembly("")
+    for function, (element, table) in _KERNELS.items():
+        pointers = [types.CPointer(each) for each in (element, element, table)]  # type: ignore[no-untyped-call]
+        compiled = cfunc(types.void(*pointers, types.int64, types.int64), error_model="numpy")(function)
+        names[function.__name__] = compiled.native_name
+        module.link_in(binding.parse_assembly(compiled.inspect_llvm()))
+    machine = binding.Target.from_default_triple().create_target_machine(
+        cpu=binding.get_host_cpu_name(),
+        features=binding.get_host_cpu_features().flatten(),
+        opt=3,
+        codemodel="jitdefault",
+        jit=True,
+    )
+    return names, machine.emit_object(module)

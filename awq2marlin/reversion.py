@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,7 +27,7 @@ from awq2marlin.quantization import MANIFEST_FILENAME, AwqQuantization, MarlinQu
 from awq2marlin.repack import Repack
 from awq2marlin.safetensors_header import Header
 from awq2marlin.stream import PIECE_BYTES, Piece, copy_pieces, rewrite_file
-from awq2marlin.workers import default_workers
+from awq2marlin.workers import default_workers, run_side_by_side, share_workers
 
 
 @dataclass(frozen=True)
@@ -134,6 +134,31 @@ def _paired_modules(manifest: Manifest, marlin: Checkpoint, quantization: Marlin
     return pair_modules(source, awq, marlin)
 
 
+@dataclass(frozen=True)
+class _RestoreTask:
+    """One shard to restore.
+
+    Attributes:
+        name: file name.
+        converted: resolved path of the converted file.
+        header: its header.
+        shard: what the manifest says of it.
+        modules: every converted module.
+        quantization: of the converted checkpoint.
+        partial: where the restored file grows.
+        workers: threads to use.
+    """
+
+    name: str
+    converted: Path
+    header: Header
+    shard: ManifestShard
+    modules: Mapping[str, ModulePlan]
+    quantization: MarlinQuantization
+    partial: Path
+    workers: int
+
+
 def _restore_shards(
     marlin: Checkpoint,
     manifest: Manifest,
@@ -142,67 +167,80 @@ def _restore_shards(
     workers: int,
     progress: Progress,
 ) -> list[RestoredFile]:
-    progress.start("revert", sum(shard.source_header.data_size for shard in manifest.shards.values()))
-    restored = []
-    for name, shard in manifest.shards.items():
-        sha256 = hashlib.sha256()
-        if name in out.finished and out.recheck(name, marlin.folder.path(name), progress.note, [sha256]):
-            progress.advance(shard.source_header.data_size)
-        else:
-            sha256 = hashlib.sha256()
-            _restore_shard(name, marlin, shard, modules, out, sha256, workers, progress)
-        restored.append(RestoredFile(name, shard.source_size, sha256.hexdigest()))
+    assert isinstance(marlin.quantization, MarlinQuantization)
+    restored = _trusted_shards(marlin.folder, manifest, out, progress)
+    todo = [name for name in manifest.shards if name not in out.finished]
+    at_once, threads = share_workers(workers, len(todo))
+    tasks = [
+        _RestoreTask(
+            name,
+            marlin.folder.path(name),
+            marlin.shards[name],
+            manifest.shards[name],
+            modules,
+            marlin.quantization,
+            out.partial(name),
+            threads,
+        )
+        for name in todo
+    ]
+
+    def finish(done: tuple[RestoredFile, FinishedFile]) -> None:
+        file, finished = done
+        out.publish(file.name)
+        out.remember(file.name, finished)
+        restored.append(file)
+
+    progress.start("revert", sum(task.shard.source_header.data_size for task in tasks))
+    run_side_by_side(_restore_shard, tasks, at_once, progress.advance, finish)
     progress.finish()
     return restored
 
 
-def _restore_shard(
-    name: str,
-    marlin: Checkpoint,
-    shard: ManifestShard,
-    modules: Mapping[str, ModulePlan],
-    out: OutputFolder,
-    sha256: hashlib._Hash,
-    workers: int,
-    progress: Progress,
-) -> None:
-    header = marlin.shards[name]
-    assert isinstance(marlin.quantization, MarlinQuantization)
-    read, made = Xxh3(header.prefix), Xxh3()
+def _trusted_shards(folder: Folder, manifest: Manifest, out: OutputFolder, progress: Progress) -> list[RestoredFile]:
+    """Returns the shards that an earlier run restored, hashed again."""
+    trusted = []
+    for name, shard in manifest.shards.items():
+        sha256 = hashlib.sha256()
+        if name in out.finished and out.recheck(name, folder.path(name), progress.note, [sha256]):
+            trusted.append(RestoredFile(name, shard.source_size, sha256.hexdigest()))
+    return trusted
+
+
+def _restore_shard(task: _RestoreTask, advance: Callable[[int], None]) -> tuple[RestoredFile, FinishedFile]:
+    """Restores one shard under its partial name and compares it with what the manifest recorded."""
+    shard, sha256 = task.shard, hashlib.sha256()
+    read, made = Xxh3(task.header.prefix), Xxh3()
     rewrite_file(
-        (marlin.folder.path(name), name),
-        out.partial(name),
-        _pieces(header, shard.source_header, modules, marlin.quantization),
+        (task.converted, task.name),
+        task.partial,
+        _pieces(task.header, shard.source_header, task.modules, task.quantization),
         prefix=shard.source_header.prefix,
         source_hashes=[read],
         target_hashes=[made, sha256],
-        workers=workers,
-        progress=progress.advance,
+        workers=task.workers,
+        progress=advance,
     )
-    if (header.file_size, str(read)) != (shard.target_size, shard.target_digest):
+    if (task.header.file_size, str(read)) != (shard.target_size, shard.target_digest):
         raise difference(
             "wrong-digest",
             "this converted file is not the one that the conversion wrote (recorded "
-            f"{shard.target_size} bytes, {shard.target_digest}; found {header.file_size}, {read}); it was "
+            f"{shard.target_size} bytes, {shard.target_digest}; found {task.header.file_size}, {read}); it was "
             "changed or damaged since: fetch it again",
-            file=name,
+            file=task.name,
         )
-    if (shard.source_header.file_size, str(made)) != (shard.source_size, shard.source_digests[0]):
+    known = {str(made), f"sha256:{sha256.hexdigest()}"}
+    if shard.source_header.file_size != shard.source_size or not known.issuperset(shard.source_digests):
         raise difference(
             "wrong-digest",
             f"the restored file is not the original: recorded {shard.source_size} bytes, "
-            f"{shard.source_digests[0]}; restored {shard.source_header.file_size}, {made}",
-            file=name,
+            f"{', '.join(shard.source_digests)}; restored {shard.source_header.file_size}, {', '.join(sorted(known))}",
+            file=task.name,
         )
-    for known in shard.source_digests:
-        if known.startswith("sha256:") and known != f"sha256:{sha256.hexdigest()}":
-            raise difference(
-                "wrong-digest",
-                f"the restored file is not the original: recorded {known}, restored sha256:{sha256.hexdigest()}",
-                file=name,
-            )
-    out.publish(name)
-    out.remember(name, FinishedFile(header.file_size, str(read), shard.source_size, str(made)))
+    return (
+        RestoredFile(task.name, shard.source_size, sha256.hexdigest()),
+        FinishedFile(task.header.file_size, str(read), shard.source_size, str(made)),
+    )
 
 
 def _pieces(

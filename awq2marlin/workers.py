@@ -1,14 +1,79 @@
-"""How many threads to use."""
+"""How many threads to use, and running shards side by side with them."""
 
 from __future__ import annotations
 
 import os
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from typing import TypeVar
 
 #: Beyond this many, memory bandwidth and the disk are the limit, not the processors.
 MAX_DEFAULT_WORKERS = 8
+
+_Task = TypeVar("_Task")
+_Done = TypeVar("_Done")
 
 
 def default_workers() -> int:
     """Returns the number of processors this process may use, at most `MAX_DEFAULT_WORKERS`."""
     available = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return min(available, MAX_DEFAULT_WORKERS)
+
+
+def share_workers(workers: int, shards: int) -> tuple[int, int]:
+    """Returns how many shards to work on at once, and with how many threads each.
+
+    A file takes one writer at a time, so several shards at once are faster than several threads on one; yet
+    the last shard, often the largest, must not be left to a single thread. So there are up to twice as many
+    threads as workers, of which some always wait for a file.
+
+    Args:
+        workers: threads that shall compute.
+        shards: shards there are.
+    """
+    at_once = max(1, min(workers, shards))
+    return at_once, max(1, min(workers, 2 * workers // at_once))
+
+
+class StoppedError(Exception):
+    """Raised in a thread to stop it, because another failed or the user interrupted."""
+
+
+def run_side_by_side(
+    function: Callable[[_Task, Callable[[int], None]], _Done],
+    tasks: Sequence[_Task],
+    at_once: int,
+    advance: Callable[[int], None],
+    finish: Callable[[_Done], None],
+) -> None:
+    """Calls ``function`` on every task, several at once.
+
+    If one fails, or the user interrupts, the others are stopped at their next report of progress.
+
+    Args:
+        function: called with a task and with where to report progress, in bytes.
+        tasks: what to do.
+        at_once: how many at the same time.
+        advance: told of the progress of all of them.
+        finish: called in this thread with each result, in the order in which they come.
+
+    Raises:
+        Exception: what the first task that failed raised, or ``finish``.
+    """
+    stopped = threading.Event()
+
+    def report(count: int) -> None:
+        if stopped.is_set():
+            raise StoppedError
+        advance(count)
+
+    with ThreadPoolExecutor(at_once, thread_name_prefix="shard") as pool:
+        running = [pool.submit(function, task, report) for task in tasks]
+        try:
+            for each in as_completed(running):
+                finish(each.result())
+        except BaseException:
+            stopped.set()
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise

@@ -1,0 +1,176 @@
+"""How fast `awq2marlin convert` is beside `cp -r` of the same folder, in one run, alternating.
+
+    python benchmarks/convert_speed.py --ram /dev/shm --disk /var/tmp --out benchmarks/results/convert_speed.json
+
+Makes a checkpoint of Llama-3-8B's shapes, and compares whole processes, start-up included:
+
+* on a RAM disk: `convert --verify none` against `cp -r`;
+* on a disk, the source hot in the page cache: `convert --verify none` (which syncs what it writes) against
+  `cp -r` and a `sync` of the copied files;
+* peak resident memory, also of a checkpoint with four times the layers (header-only growth, same shapes).
+
+Prints medians and the ratios pair by pair; writes them with machine, date and commit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+from awq2marlin._version import __version__
+from awq2marlin.synthetic import llama_recipe, write_checkpoint
+
+#: Hidden, intermediate, key/value and vocabulary sizes of Llama-3-8B.
+LLAMA3_8B = {"hidden": 4096, "intermediate": 14336, "kv_size": 1024, "vocab": 128256}
+
+_MEASURE = """
+import os, resource, subprocess, sys, time
+started = time.perf_counter()
+code = subprocess.run(sys.argv[1:], stdout=subprocess.DEVNULL).returncode
+print(time.perf_counter() - started, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss, code)
+"""
+
+
+def measure(command: list[str]) -> tuple[float, float]:
+    """Returns wall seconds and peak resident megabytes of the largest process of a command."""
+    run = subprocess.run([sys.executable, "-c", _MEASURE, *command], check=True, capture_output=True, text=True)
+    seconds, kilobytes, code = run.stdout.split()
+    if code != "0":
+        raise RuntimeError(f"{command} failed with {code}: {run.stderr}")
+    return float(seconds), int(kilobytes) / 1000
+
+
+def alternate(ours: list[str], theirs: list[str], target: Path, runs: int) -> dict[str, object]:
+    """Runs both commands in turn, each into a fresh target; returns medians and the ratios pair by pair."""
+    pairs = []
+    for run in range(runs + 1):
+        pair = []
+        for command in (ours, theirs):
+            shutil.rmtree(target, ignore_errors=True)
+            os.sync()
+            pair.append(measure(command))
+        if run:  # the first pair warms up: page allocation, caches of compiled code
+            pairs.append(pair)
+            print(
+                f"  convert {pair[0][0]:.2f} s, copy {pair[1][0]:.2f} s, ratio {pair[0][0] / pair[1][0]:.2f}",
+                flush=True,
+            )
+    shutil.rmtree(target, ignore_errors=True)
+    ratios = [mine[0] / other[0] for mine, other in pairs]
+    return {
+        "convert_s": [round(mine[0], 3) for mine, _ in pairs],
+        "copy_s": [round(other[0], 3) for _, other in pairs],
+        "convert_median_s": round(statistics.median(mine[0] for mine, _ in pairs), 3),
+        "copy_median_s": round(statistics.median(other[0] for _, other in pairs), 3),
+        "ratio_median": round(statistics.median(ratios), 3),
+        "ratio_min": round(min(ratios), 3),
+        "ratio_max": round(max(ratios), 3),
+        "convert_peak_MB": round(max(mine[1] for mine, _ in pairs), 1),
+    }
+
+
+def compare(place: Path, source: Path, runs: int, workers: int, sync: bool) -> dict[str, object]:
+    """Compares converting with copying in one place."""
+    target = place / "awq2marlin-bench-target"
+    ours = [
+        sys.executable,
+        "-m",
+        "awq2marlin",
+        "convert",
+        str(source),
+        str(target),
+        "--verify",
+        "none",
+        "--quiet",
+        "--workers",
+        str(workers),
+    ]
+    theirs = ["cp", "-r", str(source), str(target)]
+    if sync:
+        theirs = ["sh", "-c", f"cp -r {source} {target} && find {target} -type f -exec sync {{}} + && sync {target}"]
+    print(f"{place}: {'cp -r and sync' if sync else 'cp -r'}, {workers} workers", flush=True)
+    return alternate(ours, theirs, target, runs)
+
+
+def make(folder: Path, layers: int) -> Path:
+    """Makes the checkpoint, in four shards."""
+    write_checkpoint(folder, llama_recipe(layers=layers, shards=4, **LLAMA3_8B))
+    return folder
+
+
+def machine() -> dict[str, object]:
+    """Returns what the figures belong to."""
+    cpu = next(
+        (
+            line.split(":")[1].strip()
+            for line in Path("/proc/cpuinfo").read_text().splitlines()
+            if line.startswith("model name")
+        ),
+        platform.processor(),
+    )
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    return {
+        "cpu": cpu,
+        "cores": len(os.sched_getaffinity(0)),
+        "kernel": platform.release(),
+        "python": platform.python_version(),
+        "version": __version__,
+        "commit": commit.stdout.strip(),
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ram", type=Path, help="a folder on a RAM disk with twice the checkpoint's room")
+    parser.add_argument("--disk", type=Path, help="a folder on a disk with twice the checkpoint's room")
+    parser.add_argument("--layers", type=int, default=16, help="layers on the RAM disk")
+    parser.add_argument("--disk-layers", type=int, default=16, help="layers on the disk")
+    parser.add_argument("--runs", type=int, default=5, help="counted pairs")
+    parser.add_argument("--workers", type=int, nargs="+", default=[len(os.sched_getaffinity(0))])
+    parser.add_argument(
+        "--memory", action="store_true", help="also measure peak memory with four times the layers, on disk"
+    )
+    parser.add_argument("--out", type=Path, help="where to write the figures as JSON")
+    options = parser.parse_args()
+    results: dict[str, object] = {"machine": machine()}
+    for name, place, layers in (("ram", options.ram, options.layers), ("disk", options.disk, options.disk_layers)):
+        if place is None:
+            continue
+        source = make(place / "awq2marlin-bench-source", layers)
+        try:
+            size = sum(path.stat().st_size for path in source.iterdir())
+            for workers in options.workers:
+                figures = compare(place, source, options.runs, workers, sync=name == "disk")
+                results[f"{name}, {workers} workers"] = {"layers": layers, "bytes": size, **figures}
+        finally:
+            shutil.rmtree(source)
+    if options.memory:
+        results["memory"] = [peak_memory(options.disk, layers) for layers in (4, 16)]
+    print(json.dumps(results, indent=1))
+    if options.out:
+        options.out.write_text(json.dumps(results, indent=1) + "\n", "utf-8")
+
+
+def peak_memory(place: Path, layers: int) -> dict[str, object]:
+    """Returns the peak resident memory of converting a checkpoint of so many layers."""
+    source, target = make(place / "awq2marlin-bench-source", layers), place / "awq2marlin-bench-target"
+    try:
+        size = sum(path.stat().st_size for path in source.iterdir())
+        _, peak = measure([sys.executable, "-m", "awq2marlin", "convert", str(source), str(target), "--quiet"])
+        return {"layers": layers, "bytes": size, "peak_MB": round(peak, 1)}
+    finally:
+        shutil.rmtree(source)
+        shutil.rmtree(target, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    main()
