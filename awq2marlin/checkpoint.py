@@ -272,8 +272,13 @@ def awq_modules(
     parts_of: dict[str, set[str]] = defaultdict(set)
     for name in tensors:
         module, _, part = name.rpartition(".")
-        if part in (*QUANTIZED_PARTS, "g_idx", "weight"):
+        if part not in (*QUANTIZED_PARTS, "g_idx", "weight"):
+            continue
+        if not name.startswith("."):
             parts_of[module].add(part)
+        elif part != "weight":
+            message = "its name begins with a dot, so its module has no name; rename it"
+            problems.append(Problem(shard_of[name], name, "bad-name", message))
     modules = {}
     for name, parts in sorted(parts_of.items()):
         if not parts & {"qweight", "qzeros"}:

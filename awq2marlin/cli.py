@@ -5,7 +5,9 @@ What a command needs is imported when it runs, so that ``awq2marlin --help`` is 
 
 from __future__ import annotations
 
+import io
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -71,7 +73,7 @@ def _root(
     version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
 ) -> None:
     if version:
-        print(f"awq2marlin {__version__}")
+        print(f"awq2marlin {__version__}", flush=True)
         raise typer.Exit
 
 
@@ -79,7 +81,7 @@ def _root(
 def convert(
     source: _Source,
     output: Annotated[
-        Path | None, typer.Argument(metavar="[OUTPUT]", help="Folder to write; by default ./<name>-marlin.")
+        Path | None, typer.Argument(metavar="OUTPUT", help="Folder to write; by default ./<name>-marlin.")
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the whole plan and write nothing.")] = False,
     unaligned: Annotated[
@@ -192,7 +194,7 @@ def inspect(
 def demo(
     folder: Annotated[
         Path | None,
-        typer.Argument(metavar="[FOLDER]", help="Where to leave the files; a temporary folder if not given."),
+        typer.Argument(metavar="FOLDER", help="Where to leave the files; a temporary folder if not given."),
     ] = None,
     quiet: _Quiet = False,
     as_json: _Json = False,
@@ -232,14 +234,19 @@ def _run(
     from awq2marlin import report as reports
 
     started = time.perf_counter()
+    progress = None if quiet else console.ConsoleProgress()
     try:
-        result = work(None if quiet else console.ConsoleProgress())
+        result = work(progress)
         if as_json:
-            _print_json(getattr(reports, report)(result).document(EXIT_DONE))
+            done: Report = getattr(reports, report)(result)
+            done.seconds = done.seconds or time.perf_counter() - started
+            _print_json(done.document(EXIT_DONE))
         elif not quiet:
             (getattr(console, show) if isinstance(show, str) else show)(result)
     except Awq2MarlinError as error:
         code, problems, text = error.exit_code, error.problems, str(error)
+    except BrokenPipeError:
+        raise
     except OSError as error:
         problem = problem_from_os_error(error)
         code, problems, text = EXIT_FAILED, (problem,), str(problem)
@@ -251,6 +258,8 @@ def _run(
         code, problems, text = EXIT_INTERRUPTED, (problem,), str(problem)
     else:
         return
+    if progress is not None:
+        progress.finish()
     console.print_problems(problems, text)
     if as_json:
         _print_json(Report(command, seconds=time.perf_counter() - started).document(code, problems))
@@ -268,21 +277,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: without the program's name; by default the process's.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a name that the terminal cannot show must not end the command
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        return _main(arguments)
+    except BrokenPipeError:  # the reader of our output left; nothing more can be told, not even at exit
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(nowhere, stream.fileno())
+        return EXIT_FAILED
+
+
+def _main(arguments: list[str]) -> int:
     try:
         code = typer.main.get_command(app).main(args=arguments, prog_name="awq2marlin", standalone_mode=False)
     except _UsageError as error:
         message = printable(error.format_message())  # type: ignore[attr-defined]
-        print(
-            f"usage error: {message}\nTry 'awq2marlin --help' or 'awq2marlin COMMAND --help'.",
-            file=sys.stderr,
-        )
+        if message:  # empty where the help was printed instead
+            print(
+                f"usage error: {message}\nTry 'awq2marlin --help' or 'awq2marlin COMMAND --help'.",
+                file=sys.stderr,
+            )
         if "--json" in arguments:
             command = arguments[0] if arguments[0] in _COMMANDS else ""
             _print_json(Report(command).document(EXIT_USAGE, [Problem("", "", "usage", message)]))
         return EXIT_USAGE
     except (KeyboardInterrupt, typer.Abort):
         return EXIT_INTERRUPTED
-    except BrokenPipeError:  # the reader of our output left; nothing more can be told
-        sys.stderr.close()
-        return EXIT_FAILED
     return code if isinstance(code, int) else EXIT_DONE

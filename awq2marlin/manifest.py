@@ -111,23 +111,26 @@ def read_manifest(folder: Folder) -> Manifest:
         document.bad(f"format_version is not {FORMAT_VERSION}; install a newer awq2marlin")
     source = document.sub("source")
     shards: dict[str, ManifestShard] = {}
+    room = MAX_HEADER_BYTES  # for all headers together
     for name, entry in document.entries("shards"):
-        room = MAX_HEADER_BYTES - sum(len(shard.source_header.text) for shard in shards.values())
         shards[check_name(name, MANIFEST_FILENAME)] = _shard(name, entry, room)
+        room -= len(shards[name].source_header.text)
     files = {}
     for name, entry in document.entries("files"):
         files[check_name(name, MANIFEST_FILENAME)] = (entry.size(), entry.digests()[0])
     texts: dict[str, str] = {}
     for name, text in document.get("texts", dict).items():
-        if not isinstance(text, str):
-            document.bad(f"the text of {printable(name)!r} is not a string")
+        if not isinstance(text, str) or any("\ud800" <= char <= "\udfff" for char in text):
+            document.bad(f"the text of {printable(name)!r} is not a string of whole characters")
         texts[check_name(name, MANIFEST_FILENAME)] = text
     if CONFIG_FILENAME not in texts or not shards:
         document.bad("it names no shards, or has no text of config.json")
     clash = find_clash([MANIFEST_FILENAME, *shards, *files, *texts])
     if clash:
         document.bad(f"it names {printable(clash[0])!r} twice, or as a file and as a folder")
-    left_behind = {str(name): str(reason) for name, reason in document.get("left_behind", dict).items()}
+    left_behind = document.get("left_behind", dict)
+    if not all(isinstance(reason, str) for reason in left_behind.values()):
+        document.bad("left_behind must map names to reasons")
     return Manifest(shards, texts, files, source.optional("repo_id"), source.optional("revision"), left_behind)
 
 

@@ -17,7 +17,7 @@ from awq2marlin._version import __version__
 from awq2marlin.awq import is_output_embedding, module_name
 from awq2marlin.checkpoint import AwqModule, Checkpoint, awq_modules
 from awq2marlin.errors import CheckpointError, Problem, refuse
-from awq2marlin.folder import CONFIG_FILENAME
+from awq2marlin.folder import CONFIG_FILENAME, INDEX_FILENAME
 from awq2marlin.marlin import (
     fusion_group,
     is_single_group,
@@ -160,12 +160,14 @@ class Plan:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 over everything that decides the output's bytes, but the tensors' data."""
+        """SHA-256 over everything that decides the output's bytes, but the data of tensors and side files."""
         folder = self.checkpoint.folder
+        index = [INDEX_FILENAME] if self.checkpoint.has_index else []
+        texts = [CONFIG_FILENAME, *self.checkpoint.legacy_configs, *index]
         identity = {
             "version": __version__,
             "unaligned": self.unaligned,
-            "config": _sha256(folder.read(CONFIG_FILENAME)),
+            "texts": [(name, _sha256(folder.read(name))) for name in texts],
             "shards": [
                 (shard.name, shard.source.file_size, _sha256(shard.source.text), _sha256(shard.target.text))
                 for shard in self.shards
@@ -190,7 +192,11 @@ def plan_conversion(checkpoint: Checkpoint, unaligned: Unaligned = "keep") -> Pl
     Raises:
         CheckpointError: if the checkpoint is already converted, its modules do not agree, or, with
             ``error``, any module is unaligned.
+        ValueError: if ``unaligned`` is none of the three.
     """
+    if unaligned not in UNALIGNED_CHOICES:
+        choices = ", ".join(map(repr, UNALIGNED_CHOICES))
+        raise ValueError(f"unaligned must be one of {choices}, found {unaligned!r}")
     quantization = checkpoint.quantization
     if isinstance(quantization, MarlinQuantization):
         raise refuse(

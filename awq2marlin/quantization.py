@@ -296,6 +296,8 @@ def read_marlin_quantization(document: Mapping[str, Any], place: str) -> MarlinQ
             f"version {FORMAT_VERSION}. Install a newer awq2marlin",
             file=place,
         )
+    if document.get("zero_point") is None:
+        raise refuse("bad-config", "zero_point is missing; a conversion always writes it", file=place)
     basics = _awq_quantization(document, place)
     manifest = document.get("manifest")
     if manifest != MANIFEST_FILENAME:

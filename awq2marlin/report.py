@@ -36,7 +36,8 @@ class Report:
         source: the folder read; empty if unknown.
         output: the folder written or compared with; empty if there is none.
         files: ``{name, bytes, sha256}`` of every file written, compared or found; ``sha256`` may be null.
-        modules: ``{name, K, N, layout, padded, verified, reason}`` of every quantized module.
+        modules: ``{name, K, N, layout, padded, verified, reason}`` of every quantized module that was looked at;
+            `inspect` adds ``group_size``, ``aligned`` and ``bytes``.
         bytes: bytes written, compared or found.
         seconds: wall time.
         warnings: oddities that do no harm.
@@ -171,6 +172,7 @@ def of_inspection(result: InspectResult) -> Report:
                 "layout": module.layout,
                 "aligned": module.aligned,
                 "padded": list(module.padded) if module.padded else None,
+                "verified": False,
                 "reason": module.reason,
                 "bytes": module.bytes,
             }

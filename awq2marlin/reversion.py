@@ -98,6 +98,7 @@ def revert(
             file=CONFIG_FILENAME,
         )
     manifest = read_manifest(marlin.folder)
+    _check_files(manifest, marlin.folder)
     modules = _paired_modules(manifest, marlin, marlin.quantization)
     root = Path(output)
     refuse_overlap(marlin.folder.root, root)
@@ -119,6 +120,16 @@ def revert(
         sum(file.size for file in files),
         time.perf_counter() - started,
     )
+
+
+def _check_files(manifest: Manifest, folder: Folder) -> None:
+    """Refuses missing and unsafe files before anything is written."""
+    for name in manifest.files:
+        if not folder.exists(name):
+            raise refuse(
+                "missing-file", "the manifest names this file, but it is not there; download it too", file=name
+            )
+        folder.path(name)
 
 
 def _plan_digest(folder: Folder) -> str:

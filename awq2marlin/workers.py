@@ -61,6 +61,10 @@ def run_side_by_side(
     Raises:
         Exception: what the first task that failed raised, or ``finish``.
     """
+    if at_once == 1:
+        for task in tasks:
+            finish(function(task, advance))
+        return
     stopped = threading.Event()
 
     def report(count: int) -> None:

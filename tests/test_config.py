@@ -195,7 +195,9 @@ def layer_with(name, how):
 
 
 @pytest.mark.parametrize("how", ["nothing", "parameter", "no parameter", "buffer", "attribute"])
-@pytest.mark.parametrize("new", [torch.arange(4, dtype=torch.int32), torch.ones(2, 3, dtype=torch.float16)], ids=str)
+@pytest.mark.parametrize(
+    "new", [torch.arange(4, dtype=torch.int32), torch.ones(2, 3, dtype=torch.float16)], ids=["int32", "fp16"]
+)
 def test_replace_parameter_replaces_whatever_bears_the_name(how, new):
     layer = layer_with("qweight", how)
     layout.replace_parameter(layer, "qweight", new)

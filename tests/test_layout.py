@@ -13,17 +13,17 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
-from tests.equality import assert_identical
 from hypothesis import example, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from tests.shapes import SMALL_SHAPES, UNALIGNED_SHAPES
 
 from awq2marlin import layout, reference
 from awq2marlin.marlin import padded_shapes
 from awq2marlin.plan import ModulePlan, repack_of
 from awq2marlin.quantization import AwqQuantization
 from awq2marlin.repack import Repack
+from tests.equality import assert_identical
+from tests.shapes import SMALL_SHAPES, UNALIGNED_SHAPES
 
 # --- the three implementations behind one interface -------------------------------------------------------
 
@@ -751,7 +751,7 @@ def test_inputs_need_not_be_contiguous(name):
 
 @pytest.mark.parametrize("name", TORCH_MAPS)
 def test_results_lie_on_the_input_s_device(name):
-    # The meta device stands for any other than the CPU: a constant left on the CPU would not do there.
+    # The meta device stands for any other than the CPU: mixed arithmetic with a constant on the CPU fails there.
     tensor, function = torch_call(name)
     result, expected = function(tensor.to("meta")), function(tensor)
     assert result.device.type == "meta"
@@ -860,6 +860,7 @@ def words(rows, columns, dtype=torch.int32):
         (lambda: layout.marlin_awq_repack(words(1, 128, torch.int64), 16, 64, 4), ["q_weight", "int32", "int64"]),
         (lambda: layout.marlin_awq_repack(words(1, 128), 16, 64, 3), ["num_bits", "4, 8", "found 3"]),
     ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "call",
 )
 def test_errors_name_what_was_found_and_what_is_needed(call, said):
     with pytest.raises(ValueError, match="must") as raised:

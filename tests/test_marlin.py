@@ -5,9 +5,9 @@ import itertools
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
-from tests.shapes import MODEL_SHAPES, SMALL_SHAPES, UNALIGNED_SHAPES
 
 from awq2marlin import awq, layout, marlin
+from tests.shapes import MODEL_SHAPES, SMALL_SHAPES, UNALIGNED_SHAPES
 
 # --- constants --------------------------------------------------------------------------------------------
 
@@ -414,7 +414,8 @@ def supports_shape(*arguments):
 
 
 @given(st.integers(1, 40), st.integers(1, 20), st.integers(1, 4), st.sampled_from([-1, 32, 64, 128, 256, 512]))
-@example(2, 4, 1, 128)
+@example(2, 6, 1, 512)  # one group over the whole layer: it need not divide
+@example(2, 6, 2, 512)  # one group over a partition only: it must
 def test_verify_marlin_supports_shape_is_the_strict_rule(n_32s, k_64s, partitions, group_size):
     partition_k = 64 * k_64s
     arguments = (32 * n_32s, partition_k, partition_k * partitions, group_size)
@@ -427,6 +428,11 @@ def test_the_strict_rule_allows_nothing_that_is_not_aligned(shape):
     strict = supports_shape(n, k, k, g)
     assert strict is (n % 64 == 0 and k % 128 == 0 and (g in (-1, k) or k % g == 0))
     assert not strict or marlin.is_aligned(k, n, bits, g)
+
+
+def test_one_group_over_the_whole_layer_need_not_divide_it():
+    assert supports_shape(64, 384, 384, 512)
+    assert not supports_shape(64, 384, 768, 512)
 
 
 def test_the_strict_rule_refuses_some_of_what_is_converted():

@@ -6,6 +6,7 @@ import importlib.metadata
 import inspect
 import os
 import pkgutil
+import re
 import subprocess
 import sys
 from functools import cache
@@ -23,7 +24,7 @@ PUBLIC_FUNCTIONS = ("convert", "verify", "revert", "inspect", "demo")
 #: The order of imports, lowest first: a module imports only from layers below its own.
 LAYERS = [
     ["_version", "awq", "errors", "progress", "reference", "repack_kernels", "workers"],
-    ["marlin", "safetensors_header"],
+    ["machine_code", "marlin", "safetensors_header"],
     ["config", "folder", "layout", "repack"],
     ["quantization", "stream", "synthetic"],
     ["checkpoint", "digest"],
@@ -89,7 +90,7 @@ codes = [
     main(["inspect", output, "--json"]),
     main(["revert", output, back, "--quiet"]),
 ]
-print(codes, "torch" in sys.modules, "numba" in sys.modules)
+print(codes, "torch" in sys.modules)
 """
 
 
@@ -97,7 +98,7 @@ def test_commands_on_a_cpu_import_no_torch(tmp_path):
     source, output, back = tmp_path / "source", tmp_path / "output", tmp_path / "back"
     write_checkpoint(source, llama_recipe(128, 256, 1, 64, 32, group_size=64))
     out = run_python(COMMANDS, source, output, back, cwd=tmp_path)
-    assert out.splitlines()[-1] == "[0, 0, 0, 0] False True"
+    assert out.splitlines()[-1] == "[0, 0, 0, 0] False"
     assert (output / "config.json").is_file()
     assert (back / "model.safetensors").read_bytes() == (source / "model.safetensors").read_bytes()
 
@@ -312,11 +313,8 @@ def test_only_the_layout_and_the_config_import_torch():
 
 
 def test_every_foreign_package_is_a_declared_dependency():
-    try:
-        required = importlib.metadata.requires("awq2marlin") or []
-    except importlib.metadata.PackageNotFoundError:
-        pytest.skip("The package is not installed here, so it has no metadata to compare with.")
-    declared = {line.split(";")[0].split(">")[0].strip().lower() for line in required if "extra ==" not in line}
+    text = (PACKAGE.parent / "pyproject.toml").read_text("utf-8")
+    declared = set(re.findall(r'^    "([\w-]+)', text.split("\ndependencies = [")[1].split("\n]")[0], re.MULTILINE))
     used = {name for module in MODULES for name in third_party(module)}
     assert used <= declared, f"not declared: {sorted(used - declared)}"
 

@@ -11,7 +11,19 @@ import pytest
 
 from awq2marlin import CheckpointError, convert
 from awq2marlin.synthetic import write_checkpoint
-from tests.e2e.inputs import INDEX, SINGLE, add_tensors, edit_json, join_file, layer, old_config, plain, say, split_file
+from tests.e2e.inputs import (
+    INDEX,
+    SINGLE,
+    add_tensors,
+    edit_json,
+    join_file,
+    layer,
+    old_config,
+    plain,
+    say,
+    split_file,
+    write_files,
+)
 
 Change = Callable[[Path], Any]
 Q_PROJ = "model.layers.0.self_attn.q_proj"
@@ -190,6 +202,22 @@ def test_refused_by_name_before_a_byte_is_written(name: str, tmp_path: Path) -> 
     assert (problem.code, problem.file) == (code, where)
     assert text in problem.message
     assert problem.message.isprintable()
+    assert not (tmp_path / "output").exists()
+
+
+@pytest.mark.parametrize(
+    "names", [("NOTICE", "notice"), ("a/x.txt", "A"), ("Marlin_Manifest.json", None), ("Config.JSON", None)]
+)
+def test_names_that_differ_only_in_case_are_refused(names: tuple[str, str | None], tmp_path: Path) -> None:
+    """Such a checkpoint could not be given back on every file system, so the manifest takes none."""
+    write_checkpoint(tmp_path / "source", plain(layer()))
+    write_files({name: name.encode() for name in names if name})(tmp_path / "source")
+    if len(list((tmp_path / "source").iterdir())) < 5:
+        pytest.skip("This file system does not tell such names apart.")
+    with pytest.raises(CheckpointError) as caught:
+        convert(tmp_path / "source", tmp_path / "output")
+    assert {problem.code for problem in caught.value.problems} == {"unsafe-name"}
+    assert "rename one" in str(caught.value)
     assert not (tmp_path / "output").exists()
 
 

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.hostile.hostile_files import write_awq
 
 from awq2marlin import convert
 from awq2marlin.cli import main
+from tests.hostile.hostile_files import write_awq
 
 
 @dataclass(frozen=True)

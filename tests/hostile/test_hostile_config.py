@@ -6,6 +6,8 @@ import json
 from typing import Any
 
 import pytest
+
+from awq2marlin import convert
 from tests.hostile.hostile_files import (
     INDEX,
     MANIFEST,
@@ -19,8 +21,6 @@ from tests.hostile.hostile_files import (
     write_awq,
     zeros,
 )
-
-from awq2marlin import convert
 
 AWQ: dict[str, Any] = {"quant_method": "awq", "version": "gemm", "bits": 4, "group_size": 64, "zero_point": True}
 QWEIGHT, QZEROS, SCALES = (f"{MODULE}.{part}" for part in ("qweight", "qzeros", "scales"))
@@ -354,3 +354,13 @@ def test_a_config_of_odd_values_converts_verifies_and_comes_back(awq, tmp_path, 
         assert say("inspect", path)[0] == 0
     assert run("revert", tmp_path / "out", tmp_path / "back").code == 0
     assert (tmp_path / "back/config.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("others", [{}, {".g_idx": zeros("I32", 64)}, {"qweight": zeros("I32", 64, 16)}])
+def test_a_tensor_of_a_module_without_a_name_is_refused(awq, refused, others: dict[str, Any]) -> None:
+    """Found by fuzzing: `.qweight` was looked up as `qweight`, the tensor of the whole model."""
+    parts = {"qweight": zeros("I32", 64, 16), "scales": zeros("F16", 1, 128), "qzeros": zeros("I32", 1, 16)}
+    sound = parts if "qweight" in others else {}
+    (awq / SHARD).write_bytes(pack_tensors({".qweight": zeros("I32", 64, 16), **others, **sound}))
+    tensor = min([".qweight", *(name for name in others if name.startswith("."))])
+    refused("bad-name", "begins with a dot", file=SHARD, tensor=tensor)

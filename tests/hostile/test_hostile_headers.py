@@ -11,11 +11,11 @@ import sys
 import tracemalloc
 
 import pytest
-from tests.hostile.hostile_files import INDEX, MODULE, NASTY, SHARD, entry, raw_file, split_file
 from safetensors import SafetensorError, deserialize
 
 from awq2marlin.errors import CheckpointError
 from awq2marlin.safetensors_header import DTYPE_BITS, Header, encode_header, read_header
+from tests.hostile.hostile_files import INDEX, MODULE, NASTY, SHARD, entry, raw_file, split_file
 
 
 def read(content: bytes) -> Header:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import json
 
 import pytest
-from tests.hostile.hostile_files import INDEX, MODULE, NASTY, SHARD, pack_tensors, tree, unpack_tensors, write_awq
 
 from awq2marlin import CheckpointError, convert, inspect, revert
 from awq2marlin.checkpoint import open_checkpoint
+from awq2marlin.cli import main
+from awq2marlin.errors import Awq2MarlinError, Problem
 from awq2marlin.folder import is_safe_name
+from tests.hostile.hostile_files import INDEX, MODULE, NASTY, SHARD, pack_tensors, tree, unpack_tensors, write_awq
 
 UNSAFE_NAMES = [
     "",
@@ -161,7 +164,7 @@ def test_a_tensor_that_the_index_forgets_is_noted(tmp_path) -> None:
 
 
 def test_a_huge_index_of_one_entry_each_is_refused_in_time(awq, run) -> None:
-    (awq / INDEX).write_text(json.dumps({"weight_map": {f"t{i}": "gone.safetensors" for i in range(200_000)}}))
+    (awq / INDEX).write_text(json.dumps({"weight_map": {f"t{i}": "gone.safetensors" for i in range(50_000)}}))
     run("inspect", awq).refused("missing-file", file="gone.safetensors")
 
 
@@ -226,3 +229,34 @@ def test_the_error_from_python_is_the_same(awq) -> None:
     with pytest.raises(CheckpointError, match="only plain relative paths") as caught:
         inspect(awq)
     assert caught.value.problems[0].file == INDEX
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_names_that_the_terminal_cannot_encode_are_escaped(tmp_path, monkeypatch, encoding: str) -> None:
+    awq = write_awq(tmp_path / "awq", modules={"模型.proj": (128, 64)})
+    for name in ("模型.txt", "模型.bin"):
+        (awq / name).write_text("x")
+    for command in (
+        ["inspect", awq],
+        ["convert", awq, tmp_path / "out"],
+        ["revert", tmp_path / "out", tmp_path / "back"],
+    ):
+        stream = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+        monkeypatch.setattr("sys.stdout", stream)
+        assert main([*map(str, command)]) == 0
+        stream.flush()
+        assert rb"\u6a21\u578b." in stream.buffer.getvalue()
+
+
+def test_module_names_inside_a_message_are_escaped(tmp_path, run, say) -> None:
+    name = NASTY.replace("\ud800", "")
+    awq = write_awq(tmp_path / "awq", modules={f"{name}.q_proj": (128, 48), f"{name}.k_proj": (128, 64)})
+    command = ["convert", awq, tmp_path / "out", "--unaligned", "error"]
+    run(*command).refused("unaligned", "fused with", r"x\x1b[31m", "use --unaligned keep or pad")
+    assert say(*command)[0] == 1
+
+
+def test_every_line_of_an_error_is_printable() -> None:
+    problem = Problem(NASTY, NASTY, "code", NASTY)
+    assert str(problem).isprintable()
+    assert len(str(Awq2MarlinError([problem] * 30)).splitlines()) == 21

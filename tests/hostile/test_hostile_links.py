@@ -8,9 +8,9 @@ import shutil
 from pathlib import Path
 
 import pytest
-from tests.hostile.hostile_files import INDEX, MANIFEST, SHARD, tree, write_awq
 
 from awq2marlin import OutputError, convert, revert, verify
+from tests.hostile.hostile_files import INDEX, MANIFEST, SHARD, tree, write_awq
 
 SECRET = "the private key of somebody"
 
