@@ -150,14 +150,8 @@ def _table(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
 def _print_lists(left_behind: dict[str, str], warnings: Sequence[str]) -> None:
     for warning in warnings:
         _say(f"note       {printable(warning)}")
-<<<<<<< HEAD
-    names = [
-        f"{printable(name)} ({printable(reason)})" for name, reason in list(left_behind.items())[:_MAX_NAMES_SHOWN]
-    ]
-=======
     shown = list(left_behind.items())[:_MAX_NAMES_SHOWN]
     names = [f"{printable(name)} ({printable(reason)})" for name, reason in shown]
->>>>>>> wt-hostile
     if names:
         more = f", and {len(left_behind) - len(names)} more" if len(left_behind) > len(names) else ""
         _say(f"not carried over: {', '.join(names)}{more}")
