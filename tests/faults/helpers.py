@@ -184,6 +184,12 @@ def run_here(capsys, *arguments):
     return Outcome(code, captured.out, captured.err)
 
 
+def finished_shards(out):
+    """Returns the shards that the journal of an unfinished folder remembers."""
+    journal = out / WORK / "journal.json"
+    return sorted(json.loads(journal.read_text())["finished"]) if journal.exists() else []
+
+
 #: After a disturbance in the last instant the work is done; a rerun must then say so and touch nothing.
 FINISHED = {
     "convert": "the folder holds a finished conversion",

@@ -11,6 +11,7 @@ import json
 import os
 import signal
 import sys
+import threading
 from pathlib import Path
 
 from awq2marlin import stream
@@ -24,7 +25,7 @@ class Stepper:
         self.root = str(Path(request["root"]).resolve())
         self.at, self.do = request.get("at"), request.get("do")
         self.trace = os.open(request["trace"], os.O_CREAT | os.O_TRUNC | os.O_WRONLY)
-        self.count = 0
+        self.count, self.lock = 0, threading.Lock()
 
     def install(self):
         write = stream._write_exactly
@@ -54,8 +55,9 @@ class Stepper:
         path = str(Path(os.fsdecode(path)).absolute())
         if path != self.root and not path.startswith(self.root + os.sep):
             return
-        now, self.count = self.count, self.count + 1
-        os.write(self.trace, f"{event} {os.path.relpath(path, self.root)}\n".encode())
+        with self.lock:
+            now, self.count = self.count, self.count + 1
+            os.write(self.trace, f"{event} {os.path.relpath(path, self.root)}\n".encode())
         if now == self.at:
             self.act()
 

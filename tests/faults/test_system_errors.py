@@ -60,14 +60,15 @@ def test_an_error_at_any_step_is_told_once_and_a_rerun_completes(source, expecte
     for at in range(list(MESSAGES).index(what), len(steps), len(MESSAGES)):  # between them, they strike at every step
         shutil.rmtree(out, ignore_errors=True)
         outcome = stepped.run(*arguments, root=out, at=at, do=what)
+        step = stepped.trace[at]
         if outcome.code == 0:
             # only tidying up may fail silently, and making a folder that is there already
-            assert at > commit or steps[at].startswith("os.mkdir"), steps[at]
+            assert at > commit or step.startswith("os.mkdir"), step
             continue
         error = refused(outcome)
-        assert message in error["message"], steps[at]
+        assert message in error["message"], step
         assert error["code"] == code
-        assert error["file"].startswith(str(out)), steps[at]
+        assert error["file"].startswith(str(out)), step
         assert at > commit or not (out / "config.json").exists()
         check_rerun(run(*arguments[:-1]), out, expected)
 
