@@ -261,8 +261,8 @@ CONFIG_CHANGES: dict[str, tuple[Callable[[Path], None], str, str]] = {
     "awq_modules_not_sorted": (edit_quantization(lambda q: q["awq_modules"].reverse()), "config", "in awq_modules"),
     "an_unquantized_module_forgotten": (
         edit_quantization(lambda q: q["unquantized_modules"].pop()),
-        "config",
-        "in unquantized_modules",
+        "contradiction",
+        "unquantized_modules does not name it",
     ),
     "false_padded_modules": (
         edit_quantization(lambda q: q.update(padded_modules={UP: [192, 500]})),
@@ -350,7 +350,11 @@ STRUCTURE_CHANGES: dict[str, tuple[Callable[[Path], None], str, str]] = {
         "wrong-shape",
         f"{UP}.scales",
     ),
-    "another_shape": (edit_header(NORM, lambda h: h[NORM].update(shape=[192, 1])), "wrong-shape", NORM),
+    "another_shape": (
+        edit_header(f"{UP}.bias", lambda h: h[f"{UP}.bias"].update(shape=[512, 1])),
+        "wrong-shape",
+        f"{UP}.bias",
+    ),
     "names_swapped_in_the_header": (edit_header(f"{Q_PROJ}.scales", swap_entries), "moved-tensor", ""),
     "names_in_another_order": (edit_header(NORM, reorder), "header", ""),
     "metadata_lost": (edit_header(NORM, lambda h: h.pop("__metadata__")), "header", ""),
