@@ -328,7 +328,7 @@ def test_a_conversion_that_fails_its_own_verification_exits_3_and_is_never_loada
     assert error["message"] in err
     assert not Path("output", "config.json").exists()
     code, _, err = run(capsys, "convert", made / "awq", "output")
-    assert (code, err) == (0, f"{SHARD} was finished by an earlier run but is damaged now; it is made again\n")
+    assert (code, err) == (0, "")  # after a difference nothing is trusted, so there is nothing to find damaged
     assert oracle.file_hashes(Path("output")) == oracle.file_hashes(made / "marlin")
 
 
