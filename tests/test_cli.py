@@ -327,7 +327,8 @@ def test_a_conversion_that_fails_its_own_verification_exits_3_and_is_never_loada
     assert error["message"].startswith("value at row 0, column 0: expected ")
     assert error["message"] in err
     assert not Path("output", "config.json").exists()
-    assert run(capsys, "convert", made / "awq", "output")[0] == 0, "the same command makes the wrong shard again"
+    code, _, err = run(capsys, "convert", made / "awq", "output")
+    assert (code, err) == (0, "")  # after a difference nothing is trusted, so there is nothing to find damaged
     assert oracle.file_hashes(Path("output")) == oracle.file_hashes(made / "marlin")
 
 
