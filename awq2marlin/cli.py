@@ -127,7 +127,7 @@ def convert(
 
         (console.print_plan if dry_run else console.print_conversion)(result)
 
-    _run("convert", work, show, "of_conversion", quiet, as_json)
+    _run("convert", work, show, "of_conversion", [source, *([output] if output else [])], quiet, as_json)
 
 
 @app.command()
@@ -153,7 +153,7 @@ def verify(
 
         return run(source, output, layers=layers, workers=workers, progress=progress)
 
-    _run("verify", work, "print_verification", "of_verification", quiet, as_json)
+    _run("verify", work, "print_verification", "of_verification", [source, output], quiet, as_json)
 
 
 @app.command()
@@ -171,7 +171,7 @@ def revert(
 
         return run(converted, output, workers=workers, progress=progress)
 
-    _run("revert", work, "print_reversion", "of_reversion", quiet, as_json)
+    _run("revert", work, "print_reversion", "of_reversion", [converted, output], quiet, as_json)
 
 
 @app.command()
@@ -187,7 +187,7 @@ def inspect(
 
         return run(path)
 
-    _run("inspect", work, "print_inspection", "of_inspection", quiet, as_json)
+    _run("inspect", work, "print_inspection", "of_inspection", [path], quiet, as_json)
 
 
 @app.command()
@@ -206,14 +206,15 @@ def demo(
 
         return run(folder, progress=progress)
 
-    _run("demo", work, "print_demonstration", "of_demonstration", quiet, as_json)
+    _run("demo", work, "print_demonstration", "of_demonstration", [], quiet, as_json)
 
 
 def _run(
     command: str,
     work: Callable[[Progress | None], Any],
     show: Callable[[Any], None] | str,
-    report: str,
+    report_maker: str,
+    where: Sequence[Path],
     quiet: bool,
     as_json: bool,
 ) -> None:
@@ -223,7 +224,8 @@ def _run(
         command: its name.
         work: the library call; given where to tell its progress.
         show: prints its result for people; a name is a function of `console`.
-        report: the function of `report` that makes the JSON report of its result.
+        report_maker: the function of `report` that makes the JSON report of its result.
+        where: the folders that the user named, source first.
         quiet: whether to print errors only.
         as_json: whether to print the JSON object.
 
@@ -238,7 +240,7 @@ def _run(
     try:
         result = work(progress)
         if as_json:
-            done: Report = getattr(reports, report)(result)
+            done: Report = getattr(reports, report_maker)(result)
             done.seconds = done.seconds or time.perf_counter() - started
             _print_json(done.document(EXIT_DONE))
         elif not quiet:
@@ -262,7 +264,9 @@ def _run(
         progress.finish()
     console.print_problems(problems, text)
     if as_json:
-        _print_json(Report(command, seconds=time.perf_counter() - started).document(code, problems))
+        source, output = [*map(str, where), "", ""][:2]
+        report = Report(command, source, output, seconds=time.perf_counter() - started)
+        _print_json(report.document(code, problems))
     raise typer.Exit(code)
 
 

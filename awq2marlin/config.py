@@ -93,7 +93,9 @@ class AWQMarlinConfig:
 
 
 def _either(config: Mapping[str, Any], name: str, old_name: str) -> Any:
-    for key in (name, old_name):
-        if config.get(key) is not None:
-            return config[key]
-    raise ValueError(f"the quantization config has neither {name!r} nor {old_name!r}; found {sorted(config)}")
+    found = {key: config[key] for key in (name, old_name) if config.get(key) is not None}
+    if not found:
+        raise ValueError(f"the quantization config has neither {name!r} nor {old_name!r}; found {sorted(config)}")
+    if len(set(map(repr, found.values()))) > 1:
+        raise ValueError(f"the quantization config contradicts itself: {found}")
+    return next(iter(found.values()))

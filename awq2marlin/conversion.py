@@ -27,8 +27,8 @@ from awq2marlin.progress import Progress, Silence
 from awq2marlin.quantization import MANIFEST_FILENAME
 from awq2marlin.shard import ShardResult, ShardTask, convert_shard
 from awq2marlin.stream import copy_pieces, rewrite_file
-from awq2marlin.verification import TensorFiles, sample_modules, verify_modules
-from awq2marlin.workers import default_workers, run_side_by_side, share_workers
+from awq2marlin.verification import TensorFiles, check_count, sample_modules, verify_modules
+from awq2marlin.workers import check_workers, run_side_by_side, share_workers
 
 #: How many converted modules are compared with the source before the output becomes loadable.
 DEFAULT_VERIFIED = 8
@@ -46,7 +46,7 @@ class ConvertResult:
         dry_run: whether nothing was written.
         modules: every quantized module's fate, in order.
         shards: bytes of every output shard, by name.
-        files: side files carried over.
+        files: bytes of every side file carried over, by name.
         left_behind: files of the source that are not carried over, with the reason.
         warnings: oddities of the source that do no harm.
         source_bytes: bytes of the source's shards.
@@ -61,7 +61,7 @@ class ConvertResult:
     dry_run: bool
     modules: tuple[ModulePlan, ...]
     shards: Mapping[str, int]
-    files: tuple[str, ...]
+    files: Mapping[str, int]
     left_behind: Mapping[str, str]
     warnings: tuple[str, ...]
     source_bytes: int
@@ -112,10 +112,12 @@ def convert(
     Raises:
         CheckpointError: if the source is no convertible AWQ checkpoint; nothing has been written.
         OutputError: if the output folder is foreign, in use, full or unwritable.
+        ValueError: if an argument is none of its choices.
         DifferenceError: if the verification finds a difference; the output has no ``config.json`` then.
     """
+    check_count("verify", verify, ("all", "none"))
     started = time.perf_counter()
-    progress, workers = progress or Silence(), workers or default_workers()
+    progress, workers = progress or Silence(), check_workers(workers)
     plan = plan_conversion(open_checkpoint(source), unaligned)
     root = Path(output) if output is not None else default_output(plan.checkpoint.folder.root)
     refuse_overlap(plan.checkpoint.folder.root, root)
@@ -259,7 +261,8 @@ def _write_manifest(plan: Plan, out: OutputFolder, carried: Mapping[str, tuple[i
         rewritten.append(INDEX_FILENAME)
     shards = {shard.name: _manifest_shard(shard, out.finished[shard.name]) for shard in plan.shards}
     texts = {name: _exact_text(checkpoint.folder, name) for name in rewritten}
-    manifest = Manifest(shards, texts, carried, None, None, checkpoint.left_behind)
+    digests = {name: (len(text.encode()), str(Xxh3(text.encode()))) for name, text in texts.items()}
+    manifest = Manifest(shards, texts, digests, carried, None, None, checkpoint.left_behind)
     out.write(MANIFEST_FILENAME, manifest.encode())
 
 
@@ -300,7 +303,7 @@ def _result(
         dry_run=dry_run,
         modules=tuple(plan.modules.values()),
         shards={shard.name: shard.target.file_size for shard in plan.shards},
-        files=checkpoint.side_files,
+        files={name: checkpoint.folder.size(name) for name in checkpoint.side_files},
         left_behind=checkpoint.left_behind,
         warnings=checkpoint.warnings,
         source_bytes=plan.source_bytes,

@@ -17,8 +17,9 @@ from typing import Any, BinaryIO
 from awq2marlin.errors import CheckpointError, printable, problem_from_os_error, refuse
 from awq2marlin.safetensors_header import Header, parse_json, read_header
 
-#: A JSON side file (config, index, manifest) above this size is refused unread.
-MAX_JSON_BYTES = 100_000_000
+#: A JSON side file (config, index, manifest) above this size is refused unread: parsed it takes many times as much
+#: memory, and the index of the largest models published, with 200,000 tensors, has 25 MB.
+MAX_JSON_BYTES = 32_000_000
 
 INDEX_FILENAME = "model.safetensors.index.json"
 CONFIG_FILENAME = "config.json"

@@ -47,6 +47,7 @@ class Manifest:
     Attributes:
         shards: by file name.
         texts: exact text of source files that are not in the output as they were.
+        text_digests: (size, digest) of those texts.
         files: (size, digest) of files carried over unchanged.
         repo_id: repository on the Hub it came from, if any.
         revision: commit of that repository.
@@ -55,6 +56,7 @@ class Manifest:
 
     shards: Mapping[str, ManifestShard]
     texts: Mapping[str, str]
+    text_digests: Mapping[str, tuple[int, str]]
     files: Mapping[str, tuple[int, str]]
     repo_id: str | None
     revision: str | None
@@ -80,10 +82,15 @@ class Manifest:
                 for name, shard in sorted(self.shards.items())
             },
             "texts": dict(sorted(self.texts.items())),
-            "files": {name: {"size": size, "digests": [digest]} for name, (size, digest) in sorted(self.files.items())},
+            "text_digests": _recorded(self.text_digests),
+            "files": _recorded(self.files),
             "left_behind": dict(sorted(self.left_behind.items())),
         }
         return (json.dumps(document, indent=1, ensure_ascii=True) + "\n").encode("ascii")
+
+
+def _recorded(files: Mapping[str, tuple[int, str]]) -> dict[str, dict[str, Any]]:
+    return {name: {"size": size, "digests": [digest]} for name, (size, digest) in sorted(files.items())}
 
 
 def _pack(text: bytes) -> str:
@@ -115,14 +122,18 @@ def read_manifest(folder: Folder) -> Manifest:
     for name, entry in document.entries("shards"):
         shards[check_name(name, MANIFEST_FILENAME)] = _shard(name, entry, room)
         room -= len(shards[name].source_header.text)
-    files = {}
-    for name, entry in document.entries("files"):
-        files[check_name(name, MANIFEST_FILENAME)] = (entry.size(), entry.digests()[0])
+    files = {
+        check_name(name, MANIFEST_FILENAME): (entry.size(), entry.digests()[0])
+        for name, entry in document.entries("files")
+    }
     texts: dict[str, str] = {}
     for name, text in document.get("texts", dict).items():
         if not isinstance(text, str) or any("\ud800" <= char <= "\udfff" for char in text):
             document.bad(f"the text of {printable(name)!r} is not a string of whole characters")
         texts[check_name(name, MANIFEST_FILENAME)] = text
+    text_digests = {name: (entry.size(), entry.digests()[0]) for name, entry in document.entries("text_digests")}
+    if text_digests.keys() != texts.keys():
+        document.bad("texts and text_digests name different files")
     if CONFIG_FILENAME not in texts or not shards:
         document.bad("it names no shards, or has no text of config.json")
     clash = find_clash([MANIFEST_FILENAME, *shards, *files, *texts])
@@ -131,7 +142,9 @@ def read_manifest(folder: Folder) -> Manifest:
     left_behind = document.get("left_behind", dict)
     if not all(isinstance(reason, str) for reason in left_behind.values()):
         document.bad("left_behind must map names to reasons")
-    return Manifest(shards, texts, files, source.optional("repo_id"), source.optional("revision"), left_behind)
+    return Manifest(
+        shards, texts, text_digests, files, source.optional("repo_id"), source.optional("revision"), left_behind
+    )
 
 
 def _shard(name: str, entry: _Checked, room: int) -> ManifestShard:

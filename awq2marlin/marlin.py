@@ -156,7 +156,6 @@ def padded_shapes(sizes: Iterable[tuple[int, int]], group_size: int) -> list[tup
 FUSED_SIBLINGS: tuple[tuple[str, ...], ...] = (
     ("q_proj", "k_proj", "v_proj"),
     ("q", "k", "v"),
-    ("wq", "wk", "wv"),
     ("query", "key", "value"),
     ("gate_proj", "up_proj"),
     ("gate", "up"),
@@ -168,7 +167,7 @@ FUSED_SIBLINGS: tuple[tuple[str, ...], ...] = (
 )
 
 _FAMILY = {name: family[0] for family in FUSED_SIBLINGS for name in family}
-_EXPERT = re.compile(r"^((?:.*\.)?[^.]*experts)\.[0-9]+\.")
+_EXPERT = re.compile(r"^((?:.*\.)?[^.]*experts)\.[0-9]+(?:\.|$)")
 
 
 def fusion_group(module: str) -> str:

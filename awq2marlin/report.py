@@ -35,7 +35,7 @@ class Report:
         command: its name; empty if the command line could not be understood.
         source: the folder read; empty if unknown.
         output: the folder written or compared with; empty if there is none.
-        files: ``{name, bytes, sha256}`` of every file written, compared or found; ``sha256`` may be null.
+        files: ``{name, bytes, sha256}`` of every file written or found; ``sha256`` is null but for `revert`.
         modules: ``{name, K, N, layout, padded, verified, reason}`` of every quantized module that was looked at;
             `inspect` adds ``group_size``, ``aligned`` and ``bytes``.
         bytes: bytes written, compared or found.
@@ -107,7 +107,7 @@ def of_conversion(result: ConvertResult) -> Report:
         "convert",
         str(result.source),
         str(result.output),
-        files=_files(result.shards.items()),
+        files=_files([*result.shards.items(), *result.files.items()]),
         modules=[_module(module, verified) for module in result.modules],
         bytes=result.output_bytes,
         seconds=result.seconds,

@@ -32,10 +32,26 @@ from awq2marlin.progress import Progress, Silence
 from awq2marlin.quantization import AwqQuantization, MarlinQuantization, marlin_document, without_quantization
 from awq2marlin.reference import unpack_awq, unpack_marlin_qweight, unpack_marlin_qzeros, unpermute_columns
 from awq2marlin.safetensors_header import Header, TensorInfo
-from awq2marlin.workers import default_workers
+from awq2marlin.workers import check_workers
 
 #: How many modules to look at: a number, or all of them.
 Layers = int | Literal["all"]
+
+
+def check_count(name: str, value: object, words: tuple[str, ...]) -> None:
+    """Refuses anything but a number from 0 and certain words.
+
+    Args:
+        name: the argument's.
+        value: what the caller gave.
+        words: the words it may be.
+
+    Raises:
+        ValueError: naming the argument, what was found and what is needed.
+    """
+    if value not in words and (type(value) is not int or value < 0):
+        raise ValueError(f"{name} must be a number from 0 or {' or '.join(map(repr, words))}, found {value!r}")
+
 
 _BAND_BYTES = 1 << 20
 
@@ -129,6 +145,7 @@ def verify(
         CheckpointError: if either folder is no readable checkpoint of its kind.
         OSError: if reading fails.
     """
+    check_count("layers", layers, ("all",))
     started = time.perf_counter()
     progress = progress or Silence()
     awq, marlin = _open_pair(source, output)
@@ -152,7 +169,7 @@ def verify(
         *(_module_job(each, awq, old, new, progress) for each in chosen),
         *(_digest_job(*recorded, progress) for recorded in hashed),
     ]
-    _run(jobs, workers or default_workers())
+    _run(jobs, check_workers(workers))
     progress.finish()
     return VerifyResult(
         awq.folder.root,
