@@ -13,7 +13,19 @@ import pytest
 from awq2marlin import folder, stream
 from awq2marlin import output as output_module
 
-from .helpers import ENVIRONMENT, MANIFEST, WORK, Outcome, check_rerun, command, contents, digests, refused, run_process
+from .helpers import (
+    ENVIRONMENT,
+    MANIFEST,
+    WORK,
+    Outcome,
+    check_rerun,
+    command,
+    contents,
+    digests,
+    finished_shards,
+    refused,
+    run_process,
+)
 
 MESSAGES = {
     "ENOSPC": ("disk-full", "the disk is full; free some space and run the same command again, it resumes"),
