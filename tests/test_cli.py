@@ -189,7 +189,8 @@ def test_json_of_convert(made: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert (code, err) == (0, "")
     assert (document["source"], document["output"]) == (str(made / "awq"), "output")
     size = Path("output", SHARD).stat().st_size
-    assert document["files"] == [{"name": SHARD, "bytes": size, "sha256": None}]
+    files = {SHARD: size, "README.md": 72, "generation_config.json": 25}
+    assert document["files"] == [{"name": name, "bytes": size, "sha256": None} for name, size in files.items()]
     assert document["bytes"] == size
     assert document["seconds"] > 0
     assert document["left_behind"] == {"pytorch_model.bin": "pickled weights"}

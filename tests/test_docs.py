@@ -169,7 +169,9 @@ def test_format_document_lists_the_config_keys():
 
 def test_format_document_lists_the_manifest_keys():
     shard = ManifestShard(Header(b"{}", {}), 10, ("xxh3_128:" + "0" * 32,), 10, "xxh3_128:" + "0" * 32)
-    manifest = Manifest({"<file>": shard}, {"<file>": ""}, {"<file>": (0, "")}, None, None, {"<file>": ""})
+    manifest = Manifest(
+        {"<file>": shard}, {"<file>": ""}, {"<file>": (0, "")}, {"<file>": (0, "")}, None, None, {"<file>": ""}
+    )
     written = list(_paths(json.loads(manifest.encode())))
     assert sorted(_table("marlin-native.md", "manifest")) == sorted(written)
 

@@ -439,7 +439,12 @@ MANIFEST_CHANGES: dict[str, tuple[Callable[[Path], Any], str]] = {
         "model-00001-of-00002.safetensors",
     ),
     "the_text_of_the_config": (edit_json(MANIFEST, lambda m: m["texts"].update({"config.json": "{}"})), "config.json"),
-    "a_text_too_many": (edit_json(MANIFEST, lambda m: m["texts"].update({"x.json": "{}"})), "x.json"),
+    "a_text_too_many": (
+        edit_json(
+            MANIFEST, lambda m: [m[key].update({"x.json": m[key]["config.json"]}) for key in ("texts", "text_digests")]
+        ),
+        "x.json",
+    ),
     "the_digest_of_a_side_file": (
         edit_json(MANIFEST, lambda m: m["files"]["README.md"].update(digests=[OTHER])),
         "README.md",

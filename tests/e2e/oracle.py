@@ -263,12 +263,14 @@ class Expected:
         quantization: the ``quantization_config``.
         converted: the modules that become Marlin, with (K, N) in the output.
         kept: the quantized modules that do not.
+        unaligned: those of them whose own shape is not aligned.
     """
 
     shards: dict[str, dict[str, Entry]]
     quantization: dict[str, Any]
     converted: dict[str, tuple[int, int]]
     kept: list[str]
+    unaligned: list[str]
 
 
 def expect(source: Path, quantization: dict[str, Any], unaligned: str) -> Expected:
@@ -309,7 +311,8 @@ def expect(source: Path, quantization: dict[str, Any], unaligned: str) -> Expect
     if padded:
         document["padded_modules"] = padded
     new = {name: _expected_shard(shard, modules, converted, bits, group) for name, shard in shards.items()}
-    return Expected(new, document, converted, kept)
+    unaligned_modules = [name for name in kept if not is_aligned(*modules[name], bits, group)]
+    return Expected(new, document, converted, kept, unaligned_modules)
 
 
 def _expected_shard(

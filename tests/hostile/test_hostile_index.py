@@ -252,7 +252,7 @@ def test_module_names_inside_a_message_are_escaped(tmp_path, run, say) -> None:
     name = NASTY.replace("\ud800", "")
     awq = write_awq(tmp_path / "awq", modules={f"{name}.q_proj": (128, 48), f"{name}.k_proj": (128, 64)})
     command = ["convert", awq, tmp_path / "out", "--unaligned", "error"]
-    run(*command).refused("unaligned", "fused with", r"x\x1b[31m", "use --unaligned keep or pad")
+    run(*command).refused("unaligned", r"x\x1b[31m", "use --unaligned keep or pad")
     assert say(*command)[0] == 1
 
 
