@@ -1,0 +1,195 @@
+// What all GEMM kernels share: the arguments, a lane's scales and zero points, and the way a finished tile leaves.
+#pragma once
+
+#include "decode.cuh"
+
+namespace marlin {
+
+// out[size_m, size_n] = a[size_m, size_k] @ ((q - z) * s) + bias. Strides count elements of the tensor (words for packed ones).
+struct GemmArguments {
+  const u16* a;          // [size_m, size_k]
+  const u32* qweight;    // [size_k / 16, size_n * 16 / f]
+  const u16* scales;     // [num_groups, size_n], in the 32-wide order when num_groups is 1
+  const u32* qzeros;     // [num_groups, size_n / f], or null: every zero point is 2^(bits-1)
+  const u16* bias;       // [size_n], plain order, or null
+  u16* out;              // [size_m, size_n], contiguous
+  float* workspace;      // [splits, size_m, size_n] partial sums for sum_splits, or null: this launch finishes the job
+  int size_m, size_n, size_k, group_size;  // group_size = size_k when there is one group
+  int num_splits;        // blocks (of a cluster, without a workspace) that share K
+  i64 a_stride, qweight_stride, scales_stride, qzeros_stride;
+};
+
+// The entry points take the arguments one by one: whoever launches needs to know no structure's padding.
+#define MARLIN_GEMM_PARAMETERS                                                                                          \
+  const u16 *a, const u32 *qweight, const u16 *scales, const u32 *qzeros, const u16 *bias, u16 *out, float *workspace,  \
+      int size_m, int size_n, int size_k, int group_size, int num_splits, i64 a_stride, i64 qweight_stride,             \
+      i64 scales_stride, i64 qzeros_stride
+#define MARLIN_GEMM_ARGUMENTS                                                                                       \
+  GemmArguments {                                                                                                   \
+    a, qweight, scales, qzeros, bias, out, workspace, size_m, size_n, size_k, group_size, num_splits, a_stride,     \
+        qweight_stride, scales_stride, qzeros_stride                                                                \
+  }
+
+// The scales and zero points of one lane's eight columns (lane/4 + 8*m) in one group and one tile, as memory has them. They are
+// read long before they are needed, so reading must not look at them: GroupReader::scales and ::zeros do, at the time of use.
+template <int kBits>
+struct LaneGroup {
+  u32 scales[kTileBlocks];  // per block j: column c low, column c + 8 high
+  u32 zeros[Layout<kBits>::kZeroWords];
+};
+
+// Reads LaneGroups of one tile of columns.
+//
+// A single group's scales belong to whole columns: the main loop then multiplies by one and the finished sums are scaled, in fp32.
+template <class T, int kBits>
+class GroupReader {
+  using L = Layout<kBits>;
+
+ public:
+  __device__ __forceinline__ GroupReader(const GemmArguments& args, int tile, int lane)
+      : is_single(args.group_size >= args.size_k),
+        has_zeros(args.qzeros != nullptr),
+        scales_gl_rd(args.scales + tile * kTileColumns),
+        // Without zero points any address will do that can be read: the weights' first tile is large enough.
+        zeros_gl_rd((has_zeros ? args.qzeros + tile * L::kTileZeroWords : args.qweight) + L::kZeroWords * (lane / 4)),
+        scales_stride(is_single ? 0 : args.scales_stride),
+        zeros_stride(is_single || !has_zeros ? 0 : args.qzeros_stride) {}
+
+  // With a single group, any index means that one.
+  __device__ __forceinline__ void read(LaneGroup<kBits>& into, int group, int lane) const {
+    const U32x4 s = load_cached(scales_gl_rd + group * scales_stride + grouped_scale_position(lane, 0));
+    into.scales[0] = s.x, into.scales[1] = s.y, into.scales[2] = s.z, into.scales[3] = s.w;
+#pragma unroll
+    for (int i = 0; i < L::kZeroWords; ++i) into.zeros[i] = load_cached_word(zeros_gl_rd + group * zeros_stride + i);
+  }
+
+  // The scales of block j as a pair (columns c and c + 8), in type T.
+  __device__ __forceinline__ u32 scales(const LaneGroup<kBits>& group, int j) const {
+    return is_single ? ones(T{}) : group.scales[j];
+  }
+
+  // The zero points of block j as a pair of 16-bit integers.
+  __device__ __forceinline__ u32 zeros(const LaneGroup<kBits>& group, int j) const {
+    if constexpr (kBits == 4) return (word(group.zeros[0]) >> (4 * j)) & 0x000f000fu;
+    if constexpr (kBits == 8) return (word(group.zeros[j / 2]) >> (8 * (j % 2))) & 0x00ff00ffu;
+  }
+
+  // What finished sums of the lane's m-th column are still to be multiplied by.
+  __device__ __forceinline__ float final_scale(int lane, int m) const {
+    return is_single ? low_float(T{}, scales_gl_rd[single_scale_position(lane, m)]) : 1.f;
+  }
+
+ private:
+  __device__ __forceinline__ u32 word(u32 zeros) const { return has_zeros ? zeros : L::kImpliedZeros; }
+
+  bool is_single, has_zeros;
+  const u16* scales_gl_rd;
+  const u32* zeros_gl_rd;
+  i64 scales_stride, zeros_stride;
+};
+
+// A block's part of K, in whole steps: [begin, end). Shares differ by one step at most.
+struct StepRange {
+  int begin, end;
+};
+__device__ __forceinline__ StepRange split_steps(int num_steps, int split, int num_splits) {
+  return {int(u32(num_steps * split) / u32(num_splits)), int(u32(num_steps * (split + 1)) / u32(num_splits))};
+}
+
+// ---- a finished tile ------------------------------------------------------------------------------------------------
+
+// Sums wait in shared memory as [tokens][columns] in fp32. The padding spreads a warp's stores over all banks: in an
+// accumulator fragment lane l holds column l/4 and tokens 2*(l%4), +1, and 2 * (columns + 4) = 8 modulo 32.
+template <int kColumns>
+struct SumTile {
+  static_assert(kColumns % 16 == 0, "a row must start on 16 bytes and two rows lie 8 banks apart");
+  static constexpr int kStride = kColumns + 4;
+  float* sums;
+
+  __device__ __forceinline__ float& at(int token, int column) const { return sums[token * kStride + column]; }
+  __device__ __forceinline__ F32x4& quad(int token, int column) const {
+    return *reinterpret_cast<F32x4*>(sums + token * kStride + column);
+  }
+  static __host__ __device__ constexpr int bytes(int tokens) { return tokens * kStride * 4; }
+};
+
+__device__ __forceinline__ void accumulate(F32x4& sum, const F32x4& v) { sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w; }
+
+template <class T>
+__device__ __forceinline__ void store_quad(const GemmArguments& args, i64 row, int column, F32x4 v) {
+  if (args.bias) {
+    const uint2 b = *reinterpret_cast<const uint2*>(args.bias + column);
+    accumulate(v, {low_float(T{}, b.x), high_float(T{}, b.x), low_float(T{}, b.y), high_float(T{}, b.y)});
+  }
+  *reinterpret_cast<uint2*>(args.out + row * args.size_n + column) = make_uint2(pack2(T{}, v.x, v.y), pack2(T{}, v.z, v.w));
+}
+
+// A split's sums of four columns, for sum_splits to add up.
+__device__ __forceinline__ void store_partial(const GemmArguments& args, int split, i64 row, int column, F32x4 v) {
+  *reinterpret_cast<F32x4*>(args.workspace + (i64(split) * args.size_m + row) * args.size_n + column) = v;
+}
+
+__device__ __forceinline__ bool splits_are_cluster(const GemmArguments& args) { return args.num_splits > 1 && !args.workspace; }
+
+// Writes the block's tile out, or sums it with those of the blocks that share its columns. The order of summation is that of
+// K, whoever comes first: two runs give the same bits. `num_threads` threads call it, after a barrier among them; threads of
+// the block that do not must call skip_finish instead.
+template <class T, int kColumns>
+__device__ __forceinline__ void finish_tile(const GemmArguments& args, SumTile<kColumns> tile, int split, int first_token,
+                                            int num_tokens, int first_column, int num_threads) {
+  constexpr int kQuads = kColumns / 4;
+  const int tokens = min(num_tokens, args.size_m - first_token);
+  const int columns = min(kColumns, args.size_n - first_column);
+
+  if (args.workspace) {
+    for (int i = threadIdx.x; i < tokens * kQuads; i += num_threads) {
+      const int token = i / kQuads, column = 4 * (i % kQuads);
+      if (column < columns)
+        store_partial(args, split, first_token + token, first_column + column, tile.quad(token, column));
+    }
+    return;
+  }
+
+#if MARLIN_HAS_CLUSTERS
+  if (splits_are_cluster(args)) {
+    cluster_sync();
+    for (int i = threadIdx.x + num_threads * split; i < tokens * kQuads; i += num_threads * args.num_splits) {
+      const int token = i / kQuads, column = 4 * (i % kQuads);
+      const u32 address = shared_address(&tile.quad(token, column));
+      F32x4 sum = load_cluster(cluster_address(address, 0));
+      for (int rank = 1; rank < args.num_splits; ++rank) accumulate(sum, load_cluster(cluster_address(address, rank)));
+      if (column < columns) store_quad<T>(args, first_token + token, first_column + column, sum);
+    }
+    cluster_leave();  // a block's shared memory must outlive its readers
+    return;
+  }
+#endif
+
+  for (int i = threadIdx.x; i < tokens * kQuads; i += num_threads) {
+    const int token = i / kQuads, column = 4 * (i % kQuads);
+    if (column < columns) store_quad<T>(args, first_token + token, first_column + column, tile.quad(token, column));
+  }
+}
+
+__device__ __forceinline__ void skip_finish(const GemmArguments& args) {
+#if MARLIN_HAS_CLUSTERS
+  if (splits_are_cluster(args)) {
+    cluster_sync();
+    cluster_leave();
+  }
+#endif
+}
+
+// The second launch when the first left partial sums in the workspace: one thread for four columns of a row.
+template <class T>
+__device__ __forceinline__ void sum_splits(const GemmArguments& args) {
+  const i64 size = i64(args.size_m) * args.size_n;
+  for (i64 i = 4 * (i64(blockIdx.x) * blockDim.x + threadIdx.x); i < size; i += i64(4) * gridDim.x * blockDim.x) {
+    F32x4 sum = *reinterpret_cast<const F32x4*>(args.workspace + i);
+    for (int split = 1; split < args.num_splits; ++split)
+      accumulate(sum, *reinterpret_cast<const F32x4*>(args.workspace + split * size + i));
+    store_quad<T>(args, i / args.size_n, int(i % args.size_n), sum);
+  }
+}
+
+}  // namespace marlin
