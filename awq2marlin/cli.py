@@ -47,10 +47,14 @@ app = typer.Typer(
 #: The common base of the command line parser's usage errors.
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 
-_COMMANDS = ("convert", "verify", "revert", "inspect", "demo")
+_COMMANDS = ("convert", "verify", "revert", "inspect", "demo", "doctor")
 
 _Source = Annotated[Path, typer.Argument(metavar="SOURCE", help="Folder of the AWQ checkpoint.")]
 _Workers = Annotated[int | None, typer.Option(min=1, max=256, help="Threads; by default one a processor, at most 8.")]
+_Device = Annotated[
+    Literal["auto", "cpu", "cuda"] | None,
+    typer.Option(help="Also run the compared modules through the Marlin GEMM: on a GPU, or the exact CPU reference."),
+]
 _Json = Annotated[
     bool, typer.Option("--json", help="Print one JSON object on standard output, all else on standard error.")
 ]
@@ -103,6 +107,7 @@ def convert(
             help="Modules to compare with the source before the output becomes loadable.",
         ),
     ] = "8",
+    device: _Device = None,
     quiet: _Quiet = False,
     as_json: _Json = False,
 ) -> None:
@@ -119,6 +124,7 @@ def convert(
             overwrite=overwrite,
             verify=verify,
             dry_run=dry_run,
+            device=device,
             progress=progress,
         )
 
@@ -143,6 +149,10 @@ def verify(
         ),
     ] = "all",
     workers: _Workers = None,
+    device: _Device = None,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE.png", help="With --device: draw the GEMM's error against depth.")
+    ] = None,
     quiet: _Quiet = False,
     as_json: _Json = False,
 ) -> None:
@@ -151,7 +161,15 @@ def verify(
     def work(progress: Progress | None) -> Any:
         from awq2marlin.verification import verify as run
 
-        return run(source, output, layers=layers, workers=workers, progress=progress)
+        result = run(source, output, layers=layers, workers=workers, device=device, progress=progress)
+        if plot is not None and result.gemm is not None:
+            from awq2marlin.error_plot import plot_errors
+
+            plot_errors(result.gemm, plot)
+        return result
+
+    if plot is not None and device is None:
+        raise typer.BadParameter("--plot needs --device: it draws what the GEMM said")
 
     _run("verify", work, "print_verification", "of_verification", [source, output], quiet, as_json)
 
@@ -207,6 +225,18 @@ def demo(
         return run(folder, progress=progress)
 
     _run("demo", work, "print_demonstration", "of_demonstration", [], quiet, as_json)
+
+
+@app.command()
+def doctor(quiet: _Quiet = False, as_json: _Json = False) -> None:
+    """Show what this machine has for running the Marlin GEMM, and the command that mends what is missing."""
+
+    def work(_progress: Progress | None) -> Any:
+        from awq2marlin.diagnosis import doctor as run
+
+        return run()
+
+    _run("doctor", work, "print_doctor", "of_doctor", [], quiet, as_json)
 
 
 def _run(

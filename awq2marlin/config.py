@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from awq2marlin.awq import AWQ_SUPPORTED_BITS, LEGACY_CONFIG_FILENAMES, pack_factor
+from awq2marlin.awq import AWQ_SUPPORTED_BITS, LEGACY_CONFIG_FILENAMES, is_output_embedding, pack_factor
 from awq2marlin.marlin import MARLIN_SUPPORTED_GROUP_SIZES, SCALAR_TYPES
 
 if TYPE_CHECKING:
     import torch
+
+    from awq2marlin.linear import AWQMarlinLinearMethod
 
 
 class AWQMarlinConfig:
@@ -72,6 +74,21 @@ class AWQMarlinConfig:
     def get_config_filenames(cls) -> list[str]:
         """Returns the files beside ``config.json`` in which older tools kept the quantization config."""
         return list(LEGACY_CONFIG_FILENAMES)
+
+    def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> AWQMarlinLinearMethod | None:
+        """Returns how a layer keeps and applies its weights, or None for one that is not quantized.
+
+        Args:
+            layer: of the engine: a ``torch.nn.Linear`` or a class derived from one called ``LinearBase``.
+            prefix: its full name; the output embedding is left alone.
+        """
+        import torch
+
+        from awq2marlin.linear import AWQMarlinLinearMethod
+
+        bases = {each.__name__ for each in type(layer).__mro__}
+        is_linear = isinstance(layer, torch.nn.Linear) or "LinearBase" in bases
+        return AWQMarlinLinearMethod(self) if is_linear and not is_output_embedding(prefix) else None
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> AWQMarlinConfig:

@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from awq2marlin.checkpoint import open_checkpoint
 from awq2marlin.digest import Xxh3
@@ -27,8 +27,12 @@ from awq2marlin.progress import Progress, Silence
 from awq2marlin.quantization import MANIFEST_FILENAME
 from awq2marlin.shard import ShardResult, ShardTask, convert_shard
 from awq2marlin.stream import copy_pieces, rewrite_file
-from awq2marlin.verification import TensorFiles, check_count, sample_modules, verify_modules
+from awq2marlin.tensor_files import TensorFiles
+from awq2marlin.verification import Device, check_count, run_gemm, sample_modules, verify_modules
 from awq2marlin.workers import check_workers, run_side_by_side, share_workers
+
+if TYPE_CHECKING:
+    from awq2marlin.gemm_verification import GemmRun
 
 #: How many converted modules are compared with the source before the output becomes loadable.
 DEFAULT_VERIFIED = 8
@@ -53,6 +57,7 @@ class ConvertResult:
         output_bytes: bytes of the output's shards.
         resumed: shards that an earlier run had finished.
         verified: modules compared value for value.
+        gemm: what the Marlin GEMM said of them; None if it was not asked.
         seconds: wall time.
     """
 
@@ -68,6 +73,7 @@ class ConvertResult:
     output_bytes: int
     resumed: tuple[str, ...]
     verified: tuple[str, ...]
+    gemm: GemmRun | None
     seconds: float
 
     @property
@@ -90,6 +96,7 @@ def convert(
     overwrite: bool = False,
     verify: Verify = DEFAULT_VERIFIED,
     dry_run: bool = False,
+    device: Device | None = None,
     progress: Progress | None = None,
 ) -> ConvertResult:
     """Converts an AWQ checkpoint to a Marlin-native one (docs/marlin-native.md).
@@ -107,6 +114,7 @@ def convert(
         verify: how many converted modules to compare with the source, value for value, before the output
             becomes loadable; ``"all"`` or ``"none"``.
         dry_run: plan only; nothing is written.
+        device: also run those modules through the Marlin GEMM, on ``"cuda"``, ``"cpu"`` or ``"auto"``.
         progress: told what is being done.
 
     Raises:
@@ -123,6 +131,7 @@ def convert(
     refuse_overlap(plan.checkpoint.folder.root, root)
     resumed: tuple[str, ...] = ()
     verified: tuple[str, ...] = ()
+    gemm: GemmRun | None = None
     if not dry_run:
         owned = partial(owned_files, root, overwrite)
         with told_as_output_error(root), claim(root, plan.digest, output_names(plan), owned=owned) as out:
@@ -130,9 +139,9 @@ def convert(
             _refuse_full_disk(plan, out, resumed)
             _convert_shards(plan, out, workers, progress)
             _write_manifest(plan, out, _carry_side_files(plan, out))
-            verified = _verify(plan, out, verify, workers, progress)
+            verified, gemm = _verify(plan, out, verify, workers, device, progress)
             out.commit(encode_json(plan.config()))
-    return _result(plan, root, dry_run, resumed, verified, time.perf_counter() - started)
+    return _result(plan, root, dry_run, resumed, verified, gemm, time.perf_counter() - started)
 
 
 def default_output(source: Path) -> Path:
@@ -277,24 +286,33 @@ def _exact_text(folder: Folder, name: str) -> str:
         raise refuse("bad-json", f"it is not UTF-8 (byte {error.start})", file=name) from None
 
 
-def _verify(plan: Plan, out: OutputFolder, verify: Verify, workers: int, progress: Progress) -> tuple[str, ...]:
+def _verify(
+    plan: Plan, out: OutputFolder, verify: Verify, workers: int, device: Device | None, progress: Progress
+) -> tuple[tuple[str, ...], GemmRun | None]:
     """Compares converted modules with the source, from the disk, before the output becomes loadable."""
     if verify == "none" or verify == 0:
-        return ()
+        return (), None
     chosen = sample_modules(plan.converted, verify)
     source = TensorFiles.of(plan.checkpoint.folder, plan.checkpoint.shards)
     folder = Folder.at(out.root)
     output = TensorFiles.of(folder, {shard.name: folder.read_header(shard.name) for shard in plan.shards})
     try:
         verify_modules(chosen, plan.quantization, source, output, workers=workers, progress=progress)
+        gemm = run_gemm(chosen, plan.quantization, source, output, device, progress)
     except DifferenceError:
         out.forget_all()
         raise
-    return tuple(each.name for each in chosen)
+    return tuple(each.name for each in chosen), gemm
 
 
 def _result(
-    plan: Plan, root: Path, dry_run: bool, resumed: tuple[str, ...], verified: tuple[str, ...], seconds: float
+    plan: Plan,
+    root: Path,
+    dry_run: bool,
+    resumed: tuple[str, ...],
+    verified: tuple[str, ...],
+    gemm: GemmRun | None,
+    seconds: float,
 ) -> ConvertResult:
     checkpoint = plan.checkpoint
     return ConvertResult(
@@ -310,5 +328,6 @@ def _result(
         output_bytes=plan.target_bytes,
         resumed=resumed,
         verified=verified,
+        gemm=gemm,
         seconds=seconds,
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from awq2marlin.errors import EXIT_DIFFERENCE, EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, Problem
@@ -11,6 +11,8 @@ from awq2marlin.errors import EXIT_DIFFERENCE, EXIT_DONE, EXIT_FAILED, EXIT_INTE
 if TYPE_CHECKING:
     from awq2marlin.conversion import ConvertResult
     from awq2marlin.demonstration import DemoResult
+    from awq2marlin.diagnosis import DoctorResult
+    from awq2marlin.gemm_verification import GemmRun
     from awq2marlin.inspection import InspectResult
     from awq2marlin.plan import ModulePlan
     from awq2marlin.reversion import RevertResult
@@ -100,6 +102,13 @@ def _module(module: ModulePlan, verified: frozenset[str]) -> dict[str, Any]:
     }
 
 
+def _gemm(run: GemmRun | None) -> dict[str, Any]:
+    """Returns the keys ``device`` and ``gemm`` of the details; null where the GEMM was not asked."""
+    if run is None:
+        return {"device": None, "gemm": None}
+    return {"device": run.device_name, "gemm": [asdict(check) for check in run.checks]}
+
+
 def of_conversion(result: ConvertResult) -> Report:
     """Returns the report of a conversion."""
     verified = frozenset(result.verified)
@@ -121,6 +130,7 @@ def of_conversion(result: ConvertResult) -> Report:
             "resumed": list(result.resumed),
             "source_bytes": result.source_bytes,
             "side_files": list(result.files),
+            **_gemm(result.gemm),
         },
     )
 
@@ -140,6 +150,7 @@ def of_verification(result: VerifyResult) -> Report:
             "modules_converted": result.modules_total,
             "other_tensors": result.tensors,
             "side_files": result.files,
+            **_gemm(result.gemm),
         },
     )
 
@@ -206,3 +217,25 @@ def of_demonstration(result: DemoResult) -> Report:
         "identical_files": result.identical,
     }
     return report
+
+
+def of_doctor(result: DoctorResult) -> Report:
+    """Returns the report of a look at the machine."""
+    machine = result.machine
+    return Report(
+        "doctor",
+        details={
+            "ready": result.ready,
+            "torch": result.torch_version,
+            "torch_cuda": result.torch_cuda,
+            "driver": machine.driver_version,
+            "devices": [asdict(device) for device in machine.devices],
+            "cuda_core": machine.cuda_core_version,
+            "nvrtc": machine.nvrtc_version,
+            "kernels": str(machine.kernels_dir) if machine.kernels_dir else None,
+            "cache": str(machine.cache_dir),
+            "cached_kernels": machine.cached_kernels,
+            "cached_bytes": machine.cached_bytes,
+            "missing": [asdict(lack) for lack in machine.lacks],
+        },
+    )

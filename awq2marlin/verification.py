@@ -10,11 +10,11 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -31,11 +31,18 @@ from awq2marlin.plan import ModulePlan
 from awq2marlin.progress import Progress, Silence
 from awq2marlin.quantization import AwqQuantization, MarlinQuantization, marlin_document, without_quantization
 from awq2marlin.reference import unpack_awq, unpack_marlin_qweight, unpack_marlin_qzeros, unpermute_columns
-from awq2marlin.safetensors_header import Header, TensorInfo
+from awq2marlin.safetensors_header import TensorInfo
+from awq2marlin.tensor_files import TensorFiles
 from awq2marlin.workers import check_workers
+
+if TYPE_CHECKING:
+    from awq2marlin.gemm_verification import GemmRun
 
 #: How many modules to look at: a number, or all of them.
 Layers = int | Literal["all"]
+
+#: Where to run modules through the GEMM.
+Device = Literal["auto", "cpu", "cuda"]
 
 
 def check_count(name: str, value: object, words: tuple[str, ...]) -> None:
@@ -69,6 +76,7 @@ class VerifyResult:
         files: side files, compared byte for byte.
         bytes: bytes of the source's tensors and files that were compared.
         seconds: wall time.
+        gemm: what the Marlin GEMM said of the same modules; None if it was not asked.
     """
 
     source: Path
@@ -79,46 +87,7 @@ class VerifyResult:
     files: int
     bytes: int
     seconds: float
-
-
-@dataclass(frozen=True)
-class TensorFiles:
-    """Tensors that can be read by rows, wherever they lie.
-
-    Attributes:
-        folder: of the checkpoint.
-        shards: headers by file name.
-        shard_of: the file of each tensor.
-    """
-
-    folder: Folder
-    shards: Mapping[str, Header]
-    shard_of: Mapping[str, str]
-
-    @classmethod
-    def of(cls, folder: Folder, shards: Mapping[str, Header]) -> TensorFiles:
-        """Makes it from the headers."""
-        return cls(folder, shards, {name: shard for shard, header in shards.items() for name in header.tensors})
-
-    def info(self, name: str) -> TensorInfo:
-        """Returns a tensor's description."""
-        return self.shards[self.shard_of[name]].tensors[name]
-
-    def read(self, name: str, begin: int, end: int) -> npt.NDArray[np.uint8]:
-        """Returns bytes ``begin`` to ``end`` of a tensor's data."""
-        shard = self.shard_of[name]
-        with self.folder.open(shard) as stream:
-            stream.seek(self.shards[shard].data_start + self.info(name).start + begin)
-            data = stream.read(end - begin)
-        if len(data) != end - begin:
-            raise refuse("truncated", "the file became shorter while it was read", file=shard, tensor=name)
-        return np.frombuffer(data, np.uint8)
-
-    def rows(self, name: str, first: int, last: int, dtype: type[np.generic]) -> npt.NDArray[Any]:
-        """Returns rows ``first`` to ``last`` of a two-dimensional tensor, as elements of ``dtype``."""
-        tensor = self.info(name)
-        row_bytes = tensor.size // tensor.shape[0]
-        return self.read(name, first * row_bytes, last * row_bytes).view(dtype).reshape(last - first, -1)
+    gemm: GemmRun | None = None
 
 
 def verify(
@@ -127,6 +96,7 @@ def verify(
     *,
     layers: Layers = "all",
     workers: int | None = None,
+    device: Device | None = None,
     progress: Progress | None = None,
 ) -> VerifyResult:
     """Compares a converted checkpoint with its source.
@@ -138,6 +108,8 @@ def verify(
             which also hashes every file and compares the digests with the manifest's. Everything else is
             always compared in full.
         workers: threads; by default as many as there are processors.
+        device: also run the chosen modules through the Marlin GEMM, on ``"cuda"``, ``"cpu"`` (an exact reference)
+            or ``"auto"``, the GPU if there is one.
         progress: told what is being done.
 
     Raises:
@@ -171,6 +143,8 @@ def verify(
     ]
     _run(jobs, check_workers(workers))
     progress.finish()
+    assert isinstance(awq.quantization, AwqQuantization)
+    gemm = run_gemm(chosen, awq.quantization, old, new, device, progress)
     return VerifyResult(
         awq.folder.root,
         marlin.folder.root,
@@ -180,7 +154,24 @@ def verify(
         len(files),
         total,
         time.perf_counter() - started,
+        gemm,
     )
+
+
+def run_gemm(
+    modules: Sequence[ModulePlan],
+    quantization: AwqQuantization,
+    source: TensorFiles,
+    output: TensorFiles,
+    device: Device | None,
+    progress: Progress,
+) -> GemmRun | None:
+    """Runs modules through the Marlin GEMM, if a device is named; see `gemm_verification.check_modules`."""
+    if device is None:
+        return None
+    from awq2marlin.gemm_verification import check_modules  # brings torch along
+
+    return check_modules(modules, quantization, source, output, device, progress)
 
 
 def _open_pair(source: str | os.PathLike[str], output: str | os.PathLike[str]) -> tuple[Checkpoint, Checkpoint]:

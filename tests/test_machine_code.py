@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 
-from awq2marlin import machine_code
+from awq2marlin.cache import cache_folder
 
 #: Repacks one tile of 4-bit words and prints a checksum, and whether Numba had to be imported.
 SCRIPT = """
@@ -87,10 +87,10 @@ def test_without_a_writable_cache_each_process_compiles(filled, tmp_path):
 
 def test_the_cache_follows_the_environment(monkeypatch, tmp_path):
     monkeypatch.setenv("AWQ2MARLIN_CACHE", str(tmp_path / "mine"))
-    assert machine_code.cache_folder() == tmp_path / "mine"
+    assert cache_folder() == tmp_path / "mine"
     monkeypatch.delenv("AWQ2MARLIN_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
-    assert machine_code.cache_folder() == tmp_path / "xdg" / "awq2marlin"
+    assert cache_folder() == tmp_path / "xdg" / "awq2marlin"
 
 
 def test_the_kernels_refuse_sizes_that_do_not_fit():
