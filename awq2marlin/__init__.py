@@ -19,14 +19,19 @@ if TYPE_CHECKING:
     from awq2marlin.conversion import convert as convert
     from awq2marlin.demonstration import DemoResult as DemoResult
     from awq2marlin.demonstration import demo as demo
+    from awq2marlin.diagnosis import DoctorResult as DoctorResult
+    from awq2marlin.diagnosis import doctor as doctor
     from awq2marlin.errors import Awq2MarlinError as Awq2MarlinError
     from awq2marlin.errors import CheckpointError as CheckpointError
     from awq2marlin.errors import DifferenceError as DifferenceError
     from awq2marlin.errors import OutputError as OutputError
     from awq2marlin.errors import Problem as Problem
+    from awq2marlin.gemm_verification import GemmCheck as GemmCheck
+    from awq2marlin.gemm_verification import GemmRun as GemmRun
     from awq2marlin.inspection import InspectResult as InspectResult
     from awq2marlin.inspection import ModuleInfo as ModuleInfo
     from awq2marlin.inspection import inspect as inspect
+    from awq2marlin.jit import KernelUnavailableError as KernelUnavailableError
     from awq2marlin.layout import awq_marlin_repack as awq_marlin_repack
     from awq2marlin.layout import awq_to_marlin_zero_points as awq_to_marlin_zero_points
     from awq2marlin.layout import get_scale_perms as get_scale_perms
@@ -43,6 +48,7 @@ if TYPE_CHECKING:
     from awq2marlin.layout import unpack_cols as unpack_cols
     from awq2marlin.layout import verify_marlin_supported as verify_marlin_supported
     from awq2marlin.layout import verify_marlin_supports_shape as verify_marlin_supports_shape
+    from awq2marlin.linear import AWQMarlinLinearMethod as AWQMarlinLinearMethod
     from awq2marlin.marlin import GPTQ_MARLIN_MIN_THREAD_K as GPTQ_MARLIN_MIN_THREAD_K
     from awq2marlin.marlin import GPTQ_MARLIN_MIN_THREAD_N as GPTQ_MARLIN_MIN_THREAD_N
     from awq2marlin.marlin import GPTQ_MARLIN_TILE as GPTQ_MARLIN_TILE
@@ -51,6 +57,9 @@ if TYPE_CHECKING:
     from awq2marlin.marlin import SCALAR_TYPE_UINT8 as SCALAR_TYPE_UINT8
     from awq2marlin.marlin import ScalarType as ScalarType
     from awq2marlin.marlin import is_aligned as is_aligned
+    from awq2marlin.ops import marlin_gemm as marlin_gemm
+    from awq2marlin.ops import repack_awq as repack_awq
+    from awq2marlin.ops import warm_up as warm_up
     from awq2marlin.plan import ModulePlan as ModulePlan
     from awq2marlin.progress import Progress as Progress
     from awq2marlin.reversion import RestoredFile as RestoredFile
@@ -97,6 +106,11 @@ _HOMES: dict[str, str] = {
             "ScalarType",
             "is_aligned",
         ],
+        "diagnosis": ["DoctorResult", "doctor"],
+        "gemm_verification": ["GemmCheck", "GemmRun"],
+        "jit": ["KernelUnavailableError"],
+        "linear": ["AWQMarlinLinearMethod"],
+        "ops": ["marlin_gemm", "repack_awq", "warm_up"],
         "plan": ["ModulePlan"],
         "progress": ["Progress"],
         "reversion": ["RestoredFile", "RevertResult", "revert"],

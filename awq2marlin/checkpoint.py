@@ -15,7 +15,7 @@ from typing import Any
 
 from awq2marlin.awq import LEGACY_CONFIG_FILENAMES, QUANTIZED_PARTS, SCALE_DTYPES, module_name, pack_factor
 from awq2marlin.errors import CheckpointError, Problem, printable, refuse
-from awq2marlin.folder import CONFIG_FILENAME, INDEX_FILENAME, Folder, check_name, is_safe_name
+from awq2marlin.folder import CONFIG_FILENAME, INDEX_FILENAME, Folder, check_name, find_clash, is_safe_name
 from awq2marlin.marlin import MARLIN_SUPPORTED_GROUP_SIZES, MAX_SIZE_N, num_groups
 from awq2marlin.quantization import (
     MANIFEST_FILENAME,
@@ -27,6 +27,7 @@ from awq2marlin.quantization import (
 from awq2marlin.safetensors_header import DTYPE_BITS, Header, TensorInfo
 
 SINGLE_SHARD = "model.safetensors"
+_OWN_FILENAMES = (CONFIG_FILENAME, INDEX_FILENAME, MANIFEST_FILENAME, *LEGACY_CONFIG_FILENAMES)
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _FLOAT_PREFIXES = ("F", "BF")
 
@@ -115,6 +116,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     shards = {name: folder.read_header(name) for name in shard_names}
     warnings = _check_inventory(shards, weight_map)
     side_files, left_behind = _sort_files(names, shard_names)
+    _refuse_clash([*_OWN_FILENAMES, *shard_names, *side_files])
     for name in side_files:
         folder.path(name)  # refuses what leads out of the folder before anything is written
     return Checkpoint(
@@ -136,25 +138,33 @@ def _read_index(folder: Folder) -> dict[str, str] | None:
     weight_map = document.get("weight_map") if isinstance(document, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
         raise refuse("bad-index", "it must hold an object 'weight_map' from tensor names to files", file=INDEX_FILENAME)
-    for shard in sorted({str(shard) for shard in weight_map.values()}):
+    for shard in weight_map.values():
         check_name(shard, INDEX_FILENAME)
+    for shard in sorted(set(weight_map.values())):
         if not shard.endswith(".safetensors"):
             raise refuse(
                 "pickled-weights",
                 f"it names {printable(shard)!r}; only .safetensors files are read",
                 file=INDEX_FILENAME,
             )
-    return {name: check_name(shard, INDEX_FILENAME) for name, shard in weight_map.items()}
+    return weight_map
 
 
 def _shard_names(folder: Folder, names: list[str], weight_map: dict[str, str] | None) -> list[str]:
     if weight_map is not None:
-        return sorted(set(weight_map.values()))
+        named = sorted(set(weight_map.values()))
+        missing = [name for name in named if not folder.exists(name)]
+        if missing:
+            message = "the index names this file, but it is not there; download it too"
+            raise CheckpointError(Problem(name, "", "missing-file", message) for name in missing)
+        return named
     if folder.exists(SINGLE_SHARD):
         return [SINGLE_SHARD]
     found = [name for name in names if name.endswith(".safetensors") and "/" not in name and not _is_hidden(name)]
-    if len(found) == 1:
+    if len(found) == 1 and is_safe_name(found[0]):
         return found
+    if len(found) == 1:
+        raise _unsafe(found[0])
     if found:
         raise refuse(
             "no-index",
@@ -204,13 +214,29 @@ def _check_inventory(shards: Mapping[str, Header], weight_map: dict[str, str] | 
     return warnings
 
 
+def _unsafe(name: str) -> CheckpointError:
+    return refuse("unsafe-name", "this file's name cannot be carried over; rename it", file=name)
+
+
+def _refuse_clash(names: list[str]) -> None:
+    """Refuses what other file systems could not hold, and `revert` would not give back."""
+    clash = find_clash(names)
+    if clash:
+        raise refuse(
+            "unsafe-name",
+            f"this name and {printable(clash[1])!r} differ only in case, or one is inside the other, so that "
+            "some file systems cannot hold both; rename or remove one",
+            file=clash[0],
+        )
+
+
 def _is_hidden(name: str) -> bool:
     return any(part.startswith(".") for part in name.split("/"))
 
 
 def _sort_files(names: list[str], shard_names: list[str]) -> tuple[list[str], dict[str, str]]:
     """Returns the side files that are carried over, and what is left behind with the reason."""
-    handled = {*shard_names, INDEX_FILENAME, CONFIG_FILENAME, MANIFEST_FILENAME, *LEGACY_CONFIG_FILENAMES}
+    handled = {*shard_names, *_OWN_FILENAMES}
     side_files, left_behind = [], {}
     for name in names:
         if name in handled:
@@ -222,7 +248,7 @@ def _sort_files(names: list[str], shard_names: list[str]) -> tuple[list[str], di
         elif name.endswith(_PICKLE_SUFFIXES) or name.endswith(".bin.index.json"):
             left_behind[name] = "pickled weights"
         elif not is_safe_name(name):
-            raise refuse("unsafe-name", "this file's name cannot be carried over; rename it", file=name)
+            raise _unsafe(name)
         else:
             side_files.append(name)
     return side_files, left_behind
@@ -246,8 +272,13 @@ def awq_modules(
     parts_of: dict[str, set[str]] = defaultdict(set)
     for name in tensors:
         module, _, part = name.rpartition(".")
-        if part in (*QUANTIZED_PARTS, "g_idx", "weight"):
+        if part not in (*QUANTIZED_PARTS, "g_idx", "weight"):
+            continue
+        if not name.startswith("."):
             parts_of[module].add(part)
+        elif part != "weight":
+            message = "its name begins with a dot, so its module has no name; rename it"
+            problems.append(Problem(shard_of[name], name, "bad-name", message))
     modules = {}
     for name, parts in sorted(parts_of.items()):
         if not parts & {"qweight", "qzeros"}:

@@ -5,7 +5,9 @@ What a command needs is imported when it runs, so that ``awq2marlin --help`` is 
 
 from __future__ import annotations
 
+import io
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -45,10 +47,14 @@ app = typer.Typer(
 #: The common base of the command line parser's usage errors.
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 
-_COMMANDS = ("convert", "verify", "revert", "inspect", "demo")
+_COMMANDS = ("convert", "verify", "revert", "inspect", "demo", "doctor")
 
 _Source = Annotated[Path, typer.Argument(metavar="SOURCE", help="Folder of the AWQ checkpoint.")]
 _Workers = Annotated[int | None, typer.Option(min=1, max=256, help="Threads; by default one a processor, at most 8.")]
+_Device = Annotated[
+    Literal["auto", "cpu", "cuda"] | None,
+    typer.Option(help="Also run the compared modules through the Marlin GEMM: on a GPU, or the exact CPU reference."),
+]
 _Json = Annotated[
     bool, typer.Option("--json", help="Print one JSON object on standard output, all else on standard error.")
 ]
@@ -71,7 +77,7 @@ def _root(
     version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
 ) -> None:
     if version:
-        print(f"awq2marlin {__version__}")
+        print(f"awq2marlin {__version__}", flush=True)
         raise typer.Exit
 
 
@@ -79,7 +85,7 @@ def _root(
 def convert(
     source: _Source,
     output: Annotated[
-        Path | None, typer.Argument(metavar="[OUTPUT]", help="Folder to write; by default ./<name>-marlin.")
+        Path | None, typer.Argument(metavar="OUTPUT", help="Folder to write; by default ./<name>-marlin.")
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the whole plan and write nothing.")] = False,
     unaligned: Annotated[
@@ -101,6 +107,7 @@ def convert(
             help="Modules to compare with the source before the output becomes loadable.",
         ),
     ] = "8",
+    device: _Device = None,
     quiet: _Quiet = False,
     as_json: _Json = False,
 ) -> None:
@@ -117,6 +124,7 @@ def convert(
             overwrite=overwrite,
             verify=verify,
             dry_run=dry_run,
+            device=device,
             progress=progress,
         )
 
@@ -125,7 +133,7 @@ def convert(
 
         (console.print_plan if dry_run else console.print_conversion)(result)
 
-    _run("convert", work, show, "of_conversion", quiet, as_json)
+    _run("convert", work, show, "of_conversion", [source, *([output] if output else [])], quiet, as_json)
 
 
 @app.command()
@@ -141,6 +149,10 @@ def verify(
         ),
     ] = "all",
     workers: _Workers = None,
+    device: _Device = None,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE.png", help="With --device: draw the GEMM's error against depth.")
+    ] = None,
     quiet: _Quiet = False,
     as_json: _Json = False,
 ) -> None:
@@ -149,9 +161,17 @@ def verify(
     def work(progress: Progress | None) -> Any:
         from awq2marlin.verification import verify as run
 
-        return run(source, output, layers=layers, workers=workers, progress=progress)
+        result = run(source, output, layers=layers, workers=workers, device=device, progress=progress)
+        if plot is not None and result.gemm is not None:
+            from awq2marlin.error_plot import plot_errors
 
-    _run("verify", work, "print_verification", "of_verification", quiet, as_json)
+            plot_errors(result.gemm, plot)
+        return result
+
+    if plot is not None and device is None:
+        raise typer.BadParameter("--plot needs --device: it draws what the GEMM said")
+
+    _run("verify", work, "print_verification", "of_verification", [source, output], quiet, as_json)
 
 
 @app.command()
@@ -169,7 +189,7 @@ def revert(
 
         return run(converted, output, workers=workers, progress=progress)
 
-    _run("revert", work, "print_reversion", "of_reversion", quiet, as_json)
+    _run("revert", work, "print_reversion", "of_reversion", [converted, output], quiet, as_json)
 
 
 @app.command()
@@ -185,14 +205,14 @@ def inspect(
 
         return run(path)
 
-    _run("inspect", work, "print_inspection", "of_inspection", quiet, as_json)
+    _run("inspect", work, "print_inspection", "of_inspection", [path], quiet, as_json)
 
 
 @app.command()
 def demo(
     folder: Annotated[
         Path | None,
-        typer.Argument(metavar="[FOLDER]", help="Where to leave the files; a temporary folder if not given."),
+        typer.Argument(metavar="FOLDER", help="Where to leave the files; a temporary folder if not given."),
     ] = None,
     quiet: _Quiet = False,
     as_json: _Json = False,
@@ -204,14 +224,27 @@ def demo(
 
         return run(folder, progress=progress)
 
-    _run("demo", work, "print_demonstration", "of_demonstration", quiet, as_json)
+    _run("demo", work, "print_demonstration", "of_demonstration", [], quiet, as_json)
+
+
+@app.command()
+def doctor(quiet: _Quiet = False, as_json: _Json = False) -> None:
+    """Show what this machine has for running the Marlin GEMM, and the command that mends what is missing."""
+
+    def work(_progress: Progress | None) -> Any:
+        from awq2marlin.diagnosis import doctor as run
+
+        return run()
+
+    _run("doctor", work, "print_doctor", "of_doctor", [], quiet, as_json)
 
 
 def _run(
     command: str,
     work: Callable[[Progress | None], Any],
     show: Callable[[Any], None] | str,
-    report: str,
+    report_maker: str,
+    where: Sequence[Path],
     quiet: bool,
     as_json: bool,
 ) -> None:
@@ -221,7 +254,8 @@ def _run(
         command: its name.
         work: the library call; given where to tell its progress.
         show: prints its result for people; a name is a function of `console`.
-        report: the function of `report` that makes the JSON report of its result.
+        report_maker: the function of `report` that makes the JSON report of its result.
+        where: the folders that the user named, source first.
         quiet: whether to print errors only.
         as_json: whether to print the JSON object.
 
@@ -232,14 +266,19 @@ def _run(
     from awq2marlin import report as reports
 
     started = time.perf_counter()
+    progress = None if quiet else console.ConsoleProgress()
     try:
-        result = work(None if quiet else console.ConsoleProgress())
+        result = work(progress)
         if as_json:
-            _print_json(getattr(reports, report)(result).document(EXIT_DONE))
+            done: Report = getattr(reports, report_maker)(result)
+            done.seconds = done.seconds or time.perf_counter() - started
+            _print_json(done.document(EXIT_DONE))
         elif not quiet:
             (getattr(console, show) if isinstance(show, str) else show)(result)
     except Awq2MarlinError as error:
         code, problems, text = error.exit_code, error.problems, str(error)
+    except BrokenPipeError:
+        raise
     except OSError as error:
         problem = problem_from_os_error(error)
         code, problems, text = EXIT_FAILED, (problem,), str(problem)
@@ -251,9 +290,13 @@ def _run(
         code, problems, text = EXIT_INTERRUPTED, (problem,), str(problem)
     else:
         return
+    if progress is not None:
+        progress.finish()
     console.print_problems(problems, text)
     if as_json:
-        _print_json(Report(command, seconds=time.perf_counter() - started).document(code, problems))
+        source, output = [*map(str, where), "", ""][:2]
+        report = Report(command, source, output, seconds=time.perf_counter() - started)
+        _print_json(report.document(code, problems))
     raise typer.Exit(code)
 
 
@@ -268,21 +311,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: without the program's name; by default the process's.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a name that the terminal cannot show must not end the command
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        return _main(arguments)
+    except BrokenPipeError:  # the reader of our output left; nothing more can be told, not even at exit
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for stream in (sys.stdout, sys.stderr):
+            os.dup2(nowhere, stream.fileno())
+        return EXIT_FAILED
+
+
+def _main(arguments: list[str]) -> int:
     try:
         code = typer.main.get_command(app).main(args=arguments, prog_name="awq2marlin", standalone_mode=False)
     except _UsageError as error:
         message = printable(error.format_message())  # type: ignore[attr-defined]
-        print(
-            f"usage error: {message}\nTry 'awq2marlin --help' or 'awq2marlin COMMAND --help'.",
-            file=sys.stderr,
-        )
+        if message:  # empty where the help was printed instead
+            print(
+                f"usage error: {message}\nTry 'awq2marlin --help' or 'awq2marlin COMMAND --help'.",
+                file=sys.stderr,
+            )
         if "--json" in arguments:
             command = arguments[0] if arguments[0] in _COMMANDS else ""
             _print_json(Report(command).document(EXIT_USAGE, [Problem("", "", "usage", message)]))
         return EXIT_USAGE
     except (KeyboardInterrupt, typer.Abort):
         return EXIT_INTERRUPTED
-    except BrokenPipeError:  # the reader of our output left; nothing more can be told
-        sys.stderr.close()
-        return EXIT_FAILED
     return code if isinstance(code, int) else EXIT_DONE

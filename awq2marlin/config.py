@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from awq2marlin.awq import AWQ_SUPPORTED_BITS, LEGACY_CONFIG_FILENAMES, pack_factor
+from awq2marlin.awq import AWQ_SUPPORTED_BITS, LEGACY_CONFIG_FILENAMES, is_output_embedding, pack_factor
 from awq2marlin.marlin import MARLIN_SUPPORTED_GROUP_SIZES, SCALAR_TYPES
 
 if TYPE_CHECKING:
     import torch
+
+    from awq2marlin.linear import AWQMarlinLinearMethod
 
 
 class AWQMarlinConfig:
@@ -34,9 +36,9 @@ class AWQMarlinConfig:
         Raises:
             ValueError: naming what was found and what is supported.
         """
-        if weight_bits not in SCALAR_TYPES:
+        if type(weight_bits) is not int or weight_bits not in SCALAR_TYPES:
             raise ValueError(f"weight_bits must be one of {list(AWQ_SUPPORTED_BITS)}, found {weight_bits!r}")
-        if group_size not in MARLIN_SUPPORTED_GROUP_SIZES:
+        if type(group_size) is not int or group_size not in MARLIN_SUPPORTED_GROUP_SIZES:
             raise ValueError(f"group_size must be one of {MARLIN_SUPPORTED_GROUP_SIZES}, found {group_size!r}")
         if not isinstance(zero_point, bool):
             raise ValueError(f"zero_point must be True or False, found {zero_point!r}")  # noqa: TRY004 - one type for all
@@ -47,7 +49,7 @@ class AWQMarlinConfig:
         self.quant_type = SCALAR_TYPES[weight_bits]
 
     def __repr__(self) -> str:
-        """Returns the call that makes an equal one."""
+        """Returns the call that makes one like it."""
         arguments = f"weight_bits={self.weight_bits}, group_size={self.group_size}, zero_point={self.zero_point}"
         return f"AWQMarlinConfig({arguments})"
 
@@ -73,6 +75,21 @@ class AWQMarlinConfig:
         """Returns the files beside ``config.json`` in which older tools kept the quantization config."""
         return list(LEGACY_CONFIG_FILENAMES)
 
+    def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> AWQMarlinLinearMethod | None:
+        """Returns how a layer keeps and applies its weights, or None for one that is not quantized.
+
+        Args:
+            layer: of the engine: a ``torch.nn.Linear`` or a class derived from one called ``LinearBase``.
+            prefix: its full name; the output embedding is left alone.
+        """
+        import torch
+
+        from awq2marlin.linear import AWQMarlinLinearMethod
+
+        bases = {each.__name__ for each in type(layer).__mro__}
+        is_linear = isinstance(layer, torch.nn.Linear) or "LinearBase" in bases
+        return AWQMarlinLinearMethod(self) if is_linear and not is_output_embedding(prefix) else None
+
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> AWQMarlinConfig:
         """Returns the config that a ``quantization_config`` describes.
@@ -93,7 +110,9 @@ class AWQMarlinConfig:
 
 
 def _either(config: Mapping[str, Any], name: str, old_name: str) -> Any:
-    for key in (name, old_name):
-        if config.get(key) is not None:
-            return config[key]
-    raise ValueError(f"the quantization config has neither {name!r} nor {old_name!r}; found {sorted(config)}")
+    found = {key: config[key] for key in (name, old_name) if config.get(key) is not None}
+    if not found:
+        raise ValueError(f"the quantization config has neither {name!r} nor {old_name!r}; found {sorted(config)}")
+    if len(set(map(repr, found.values()))) > 1:
+        raise ValueError(f"the quantization config contradicts itself: {found}")
+    return next(iter(found.values()))

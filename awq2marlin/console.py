@@ -18,6 +18,8 @@ from awq2marlin.errors import Problem, printable
 if TYPE_CHECKING:
     from awq2marlin.conversion import ConvertResult
     from awq2marlin.demonstration import DemoResult
+    from awq2marlin.diagnosis import DoctorResult
+    from awq2marlin.gemm_verification import GemmRun
     from awq2marlin.inspection import InspectResult
     from awq2marlin.reversion import RevertResult
     from awq2marlin.verification import VerifyResult
@@ -25,6 +27,9 @@ if TYPE_CHECKING:
 #: Seconds between two plain progress lines, where there is no terminal.
 PLAIN_INTERVAL = 5.0
 _MAX_NAMES_SHOWN = 8
+
+#: Columns of tables that hold numbers, flush right.
+_NUMBERS = {"K", "N", "modules", "size", "max error", "mean error", "of bound"}
 
 
 def size_text(count: float) -> str:
@@ -137,7 +142,9 @@ def _table(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     for header in headers:
         table.add_column(
-            header, overflow="fold", justify="right" if header in ("K", "N", "modules", "size") else "left"
+            header,
+            overflow="fold",
+            justify="right" if header in _NUMBERS else "left",
         )
     for row in rows:
         table.add_row(*map(printable, row))
@@ -150,7 +157,8 @@ def _table(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
 def _print_lists(left_behind: dict[str, str], warnings: Sequence[str]) -> None:
     for warning in warnings:
         _say(f"note       {printable(warning)}")
-    names = [f"{printable(name)} ({reason})" for name, reason in list(left_behind.items())[:_MAX_NAMES_SHOWN]]
+    shown = list(left_behind.items())[:_MAX_NAMES_SHOWN]
+    names = [f"{printable(name)} ({printable(reason)})" for name, reason in shown]
     if names:
         more = f", and {len(left_behind) - len(names)} more" if len(left_behind) > len(names) else ""
         _say(f"not carried over: {', '.join(names)}{more}")
@@ -188,6 +196,7 @@ def print_conversion(result: ConvertResult) -> None:
         _say(f"padded     {padded} modules with zeros")
     if result.verified:
         _say(f"verified   {len(result.verified)} modules value for value; 'awq2marlin verify' compares everything")
+    print_gemm(result.gemm)
     _say(f"wrote      {size_text(result.output_bytes)} in {result.seconds:.1f} s{rate}")
     _say(f"output     {printable(str(result.output))}")
     _print_lists(dict(result.left_behind), result.warnings)
@@ -200,6 +209,51 @@ def print_verification(result: VerifyResult) -> None:
     _say(f"equal: {len(result.modules)} of {result.modules_total} converted modules, value for value")
     _say(f"       {result.tensors} other tensors and {result.files} files, byte for byte")
     _say(f"compared {size_text(result.bytes)} in {result.seconds:.1f} s")
+    print_gemm(result.gemm)
+
+
+def print_gemm(run: GemmRun | None) -> None:
+    """Prints what the Marlin GEMM said of each module, if it was asked."""
+    if run is None:
+        return
+    tokens = ", ".join(map(str, run.checks[0].sizes_m)) if run.checks else ""
+    _say(f"run on {printable(run.device_name)}: identity activations gave back every weight bit for bit;")
+    _say(f"random ones, M = {tokens}, against float64:")
+    _table(
+        ("module", "K", "N", "type", "max error", "mean error", "of bound"),
+        (
+            (
+                check.name,
+                str(check.size_k),
+                str(check.size_n),
+                check.dtype,
+                f"{check.max_error:.2e}",
+                f"{check.mean_error:.2e}",
+                f"{check.max_relative:.3f} x {check.bound:.2e}",
+            )
+            for check in run.checks
+        ),
+    )
+
+
+def print_doctor(result: DoctorResult) -> None:
+    """Prints what the machine has and what is missing."""
+    machine = result.machine
+    _say(f"PyTorch    {result.torch_version} (CUDA {result.torch_cuda or 'none: a CPU build'})")
+    _say(f"driver     {'serves CUDA ' + machine.driver_version if machine.driver_version else 'none'}")
+    for device in machine.devices:
+        capability = ".".join(map(str, device.capability))
+        fit = "" if device.is_supported else ", too old: 8.0 is needed"
+        memory = size_text(device.memory_bytes)
+        _say(f"device {device.index}   {printable(device.name)}, compute capability {capability}, {memory}{fit}")
+    _say(f"NVRTC      {machine.nvrtc_version or 'none'} (cuda-core {machine.cuda_core_version or 'none'})")
+    _say(f"kernels    {machine.kernels_dir or 'none'}")
+    _say(f"cache      {machine.cache_dir}: {machine.cached_kernels} kernels, {size_text(machine.cached_bytes)}")
+    for lack in machine.lacks:
+        _say(f"missing    {printable(lack.what)}")
+        _say(f"           {printable(lack.remedy)}")
+    verdict = "the Marlin GEMM runs on the GPU here" if result.ready else "the Marlin GEMM does not run on a GPU here"
+    _say(f"{verdict}; convert, verify and revert need none")
 
 
 def print_reversion(result: RevertResult) -> None:

@@ -12,12 +12,13 @@ import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from awq2marlin.checkpoint import open_checkpoint
 from awq2marlin.digest import Xxh3
-from awq2marlin.errors import OutputError, Problem, refuse
+from awq2marlin.errors import DifferenceError, OutputError, Problem, refuse
 from awq2marlin.folder import CONFIG_FILENAME, INDEX_FILENAME, Folder, hub_repository
 from awq2marlin.manifest import Manifest, ManifestShard, read_manifest
 from awq2marlin.output import FinishedFile, OutputFolder, claim, read_journal, refuse_overlap, told_as_output_error
@@ -26,8 +27,12 @@ from awq2marlin.progress import Progress, Silence
 from awq2marlin.quantization import MANIFEST_FILENAME
 from awq2marlin.shard import ShardResult, ShardTask, convert_shard
 from awq2marlin.stream import copy_pieces, rewrite_file
-from awq2marlin.verification import TensorFiles, sample_modules, verify_modules
-from awq2marlin.workers import default_workers, run_side_by_side, share_workers
+from awq2marlin.tensor_files import TensorFiles
+from awq2marlin.verification import Device, check_count, run_gemm, sample_modules, verify_modules
+from awq2marlin.workers import check_workers, run_side_by_side, share_workers
+
+if TYPE_CHECKING:
+    from awq2marlin.gemm_verification import GemmRun
 
 #: How many converted modules are compared with the source before the output becomes loadable.
 DEFAULT_VERIFIED = 8
@@ -45,13 +50,14 @@ class ConvertResult:
         dry_run: whether nothing was written.
         modules: every quantized module's fate, in order.
         shards: bytes of every output shard, by name.
-        files: side files carried over.
+        files: bytes of every side file carried over, by name.
         left_behind: files of the source that are not carried over, with the reason.
         warnings: oddities of the source that do no harm.
         source_bytes: bytes of the source's shards.
         output_bytes: bytes of the output's shards.
         resumed: shards that an earlier run had finished.
         verified: modules compared value for value.
+        gemm: what the Marlin GEMM said of them; None if it was not asked.
         seconds: wall time.
     """
 
@@ -60,13 +66,14 @@ class ConvertResult:
     dry_run: bool
     modules: tuple[ModulePlan, ...]
     shards: Mapping[str, int]
-    files: tuple[str, ...]
+    files: Mapping[str, int]
     left_behind: Mapping[str, str]
     warnings: tuple[str, ...]
     source_bytes: int
     output_bytes: int
     resumed: tuple[str, ...]
     verified: tuple[str, ...]
+    gemm: GemmRun | None
     seconds: float
 
     @property
@@ -89,6 +96,7 @@ def convert(
     overwrite: bool = False,
     verify: Verify = DEFAULT_VERIFIED,
     dry_run: bool = False,
+    device: Device | None = None,
     progress: Progress | None = None,
 ) -> ConvertResult:
     """Converts an AWQ checkpoint to a Marlin-native one (docs/marlin-native.md).
@@ -106,30 +114,34 @@ def convert(
         verify: how many converted modules to compare with the source, value for value, before the output
             becomes loadable; ``"all"`` or ``"none"``.
         dry_run: plan only; nothing is written.
+        device: also run those modules through the Marlin GEMM, on ``"cuda"``, ``"cpu"`` or ``"auto"``.
         progress: told what is being done.
 
     Raises:
         CheckpointError: if the source is no convertible AWQ checkpoint; nothing has been written.
         OutputError: if the output folder is foreign, in use, full or unwritable.
+        ValueError: if an argument is none of its choices.
         DifferenceError: if the verification finds a difference; the output has no ``config.json`` then.
     """
+    check_count("verify", verify, ("all", "none"))
     started = time.perf_counter()
-    progress, workers = progress or Silence(), workers or default_workers()
+    progress, workers = progress or Silence(), check_workers(workers)
     plan = plan_conversion(open_checkpoint(source), unaligned)
     root = Path(output) if output is not None else default_output(plan.checkpoint.folder.root)
     refuse_overlap(plan.checkpoint.folder.root, root)
     resumed: tuple[str, ...] = ()
     verified: tuple[str, ...] = ()
+    gemm: GemmRun | None = None
     if not dry_run:
-        owned = owned_files(root, overwrite)
+        owned = partial(owned_files, root, overwrite)
         with told_as_output_error(root), claim(root, plan.digest, output_names(plan), owned=owned) as out:
             resumed = _trusted_shards(plan, out, progress)
             _refuse_full_disk(plan, out, resumed)
             _convert_shards(plan, out, workers, progress)
             _write_manifest(plan, out, _carry_side_files(plan, out))
-            verified = _verify(plan, out, verify, workers, progress)
+            verified, gemm = _verify(plan, out, verify, workers, device, progress)
             out.commit(encode_json(plan.config()))
-    return _result(plan, root, dry_run, resumed, verified, time.perf_counter() - started)
+    return _result(plan, root, dry_run, resumed, verified, gemm, time.perf_counter() - started)
 
 
 def default_output(source: Path) -> Path:
@@ -154,10 +166,13 @@ def encode_json(document: Any) -> bytes:
 def owned_files(root: Path, overwrite: bool) -> list[str] | None:
     """Returns the files that ``--overwrite`` may remove from ``root``, or None if it is not to be touched.
 
+    What an unfinished conversion may remove stands in its journal, so that is not repeated here.
+
     Raises:
         OutputError: if ``root`` holds a finished conversion and ``overwrite`` is False.
     """
-    finished = (root / MANIFEST_FILENAME).exists() and read_journal(root) is None
+    unfinished = read_journal(root) is not None
+    finished = not unfinished and (root / MANIFEST_FILENAME).exists()
     if finished and not overwrite:
         raise OutputError(
             Problem(
@@ -171,7 +186,7 @@ def owned_files(root: Path, overwrite: bool) -> list[str] | None:
         return None
     if finished:
         return read_manifest(Folder.at(root)).names()
-    return [] if read_journal(root) else None
+    return [] if unfinished else None
 
 
 def _trusted_shards(plan: Plan, out: OutputFolder, progress: Progress) -> tuple[str, ...]:
@@ -255,7 +270,8 @@ def _write_manifest(plan: Plan, out: OutputFolder, carried: Mapping[str, tuple[i
         rewritten.append(INDEX_FILENAME)
     shards = {shard.name: _manifest_shard(shard, out.finished[shard.name]) for shard in plan.shards}
     texts = {name: _exact_text(checkpoint.folder, name) for name in rewritten}
-    manifest = Manifest(shards, texts, carried, None, None, checkpoint.left_behind)
+    digests = {name: (len(text.encode()), str(Xxh3(text.encode()))) for name, text in texts.items()}
+    manifest = Manifest(shards, texts, digests, carried, None, None, checkpoint.left_behind)
     out.write(MANIFEST_FILENAME, manifest.encode())
 
 
@@ -270,20 +286,33 @@ def _exact_text(folder: Folder, name: str) -> str:
         raise refuse("bad-json", f"it is not UTF-8 (byte {error.start})", file=name) from None
 
 
-def _verify(plan: Plan, out: OutputFolder, verify: Verify, workers: int, progress: Progress) -> tuple[str, ...]:
+def _verify(
+    plan: Plan, out: OutputFolder, verify: Verify, workers: int, device: Device | None, progress: Progress
+) -> tuple[tuple[str, ...], GemmRun | None]:
     """Compares converted modules with the source, from the disk, before the output becomes loadable."""
     if verify == "none" or verify == 0:
-        return ()
+        return (), None
     chosen = sample_modules(plan.converted, verify)
     source = TensorFiles.of(plan.checkpoint.folder, plan.checkpoint.shards)
     folder = Folder.at(out.root)
     output = TensorFiles.of(folder, {shard.name: folder.read_header(shard.name) for shard in plan.shards})
-    verify_modules(chosen, plan.quantization, source, output, workers=workers, progress=progress)
-    return tuple(each.name for each in chosen)
+    try:
+        verify_modules(chosen, plan.quantization, source, output, workers=workers, progress=progress)
+        gemm = run_gemm(chosen, plan.quantization, source, output, device, progress)
+    except DifferenceError:
+        out.forget_all()
+        raise
+    return tuple(each.name for each in chosen), gemm
 
 
 def _result(
-    plan: Plan, root: Path, dry_run: bool, resumed: tuple[str, ...], verified: tuple[str, ...], seconds: float
+    plan: Plan,
+    root: Path,
+    dry_run: bool,
+    resumed: tuple[str, ...],
+    verified: tuple[str, ...],
+    gemm: GemmRun | None,
+    seconds: float,
 ) -> ConvertResult:
     checkpoint = plan.checkpoint
     return ConvertResult(
@@ -292,12 +321,13 @@ def _result(
         dry_run=dry_run,
         modules=tuple(plan.modules.values()),
         shards={shard.name: shard.target.file_size for shard in plan.shards},
-        files=checkpoint.side_files,
+        files={name: checkpoint.folder.size(name) for name in checkpoint.side_files},
         left_behind=checkpoint.left_behind,
         warnings=checkpoint.warnings,
         source_bytes=plan.source_bytes,
         output_bytes=plan.target_bytes,
         resumed=resumed,
         verified=verified,
+        gemm=gemm,
         seconds=seconds,
     )

@@ -35,6 +35,10 @@ def printable(text: str) -> str:
     """
     if len(text) > MAX_NAME_LENGTH:
         text = f"{text[:MAX_NAME_LENGTH]}… ({len(text)} characters)"
+    return _escaped(text)
+
+
+def _escaped(text: str) -> str:
     if text.isprintable():
         return text
     return "".join(
@@ -62,7 +66,7 @@ class Problem:
     def __str__(self) -> str:
         """Returns ``file: tensor: message`` without the parts that are empty, escaped."""
         places = [printable(place) for place in (self.file, self.tensor) if place]
-        return ": ".join([*places, self.message])
+        return ": ".join([*places, _escaped(self.message)])
 
 
 class Awq2MarlinError(Exception):

@@ -7,16 +7,19 @@ from __future__ import annotations
 
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path, PureWindowsPath
+from io import FileIO
+from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, BinaryIO
 
-from awq2marlin.errors import CheckpointError, problem_from_os_error, refuse
+from awq2marlin.errors import CheckpointError, printable, problem_from_os_error, refuse
 from awq2marlin.safetensors_header import Header, parse_json, read_header
 
-#: A JSON side file (config, index, manifest) above this size is refused unread.
-MAX_JSON_BYTES = 100_000_000
+#: A JSON side file (config, index, manifest) above this size is refused unread: parsed it takes many times as much
+#: memory, and the index of the largest models published, with 200,000 tensors, has 25 MB.
+MAX_JSON_BYTES = 32_000_000
 
 INDEX_FILENAME = "model.safetensors.index.json"
 CONFIG_FILENAME = "config.json"
@@ -24,6 +27,8 @@ CONFIG_FILENAME = "config.json"
 
 def is_safe_name(name: str) -> bool:
     """Returns whether ``name`` is a plain relative path inside a folder, on every operating system.
+
+    Hidden names are not: no checkpoint needs one, and ours begin with a dot while an output is unfinished.
 
     Args:
         name: a path with forward slashes, from a file or the network.
@@ -33,7 +38,7 @@ def is_safe_name(name: str) -> bool:
     windows = PureWindowsPath(name)
     if windows.drive or windows.root or ":" in name:
         return False
-    return all(part not in ("", ".", "..") for part in name.split("/"))
+    return all(part and not part.startswith(".") for part in name.split("/"))
 
 
 def check_name(name: Any, file: str) -> str:
@@ -44,15 +49,36 @@ def check_name(name: Any, file: str) -> str:
         file: the file that says it, for the message.
 
     Raises:
-        CheckpointError: if it is not a string, is absolute, has ``..`` or control characters.
+        CheckpointError: if it is not a string, is absolute or hidden, has ``..`` or control characters.
     """
     if not isinstance(name, str) or not is_safe_name(name):
         raise refuse(
             "unsafe-name",
-            f"it names {str(name)!r}; only relative paths inside the folder are taken",
+            f"it names {printable(str(name))!r}; only plain relative paths inside the folder are taken",
             file=file,
         )
     return name
+
+
+def find_clash(names: Collection[str]) -> tuple[str, str] | None:
+    """Returns two of the names that cannot stand in one folder on every file system, or None.
+
+    Such are equal names, names that differ in case only, and a file's name inside another file's.
+
+    Args:
+        names: safe relative paths of files.
+    """
+    folded: dict[str, str] = {}
+    for name in names:
+        other = folded.get(name.casefold())
+        if other is not None:
+            return name, other
+        folded[name.casefold()] = name
+    for name in names:
+        for parent in PurePosixPath(name.casefold()).parents:
+            if str(parent) in folded:
+                return name, folded[str(parent)]
+    return None
 
 
 def hub_repository(folder: Path) -> Path | None:
@@ -209,4 +235,31 @@ def open_regular(path: Path, name: str) -> BinaryIO:
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
         raise refuse("not-a-file", "it is not a regular file", file=name)
-    return open(descriptor, "rb", buffering=0)  # noqa: PTH123 - a descriptor, not a path
+    return NamedFile(descriptor, name)
+
+
+class NamedFile(FileIO):
+    """A file open for reading whose errors say its name, so that none is taken for an error of the output."""
+
+    def __init__(self, descriptor: int, name: str) -> None:
+        """Takes over a descriptor; ``name`` is for messages."""
+        super().__init__(descriptor, "rb")
+        self._name = name
+
+    def readinto(self, buffer: Any, /) -> int | None:
+        """Reads into a buffer."""
+        with self._told():
+            return super().readinto(buffer)
+
+    def read(self, size: int | None = -1, /) -> bytes | Any:
+        """Reads at most ``size`` bytes, by default all."""
+        with self._told():
+            return super().read(size)
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            problem = problem_from_os_error(error)
+            raise refuse(problem.code, f"cannot read it: {problem.message}", file=self._name) from None

@@ -21,14 +21,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from awq2marlin.cache import CACHE_VARIABLE, cache_folder
+
 if TYPE_CHECKING:
     from cuda.core import Kernel
 
 #: The name of the one entry point of every source that is compiled here.
 ENTRY_POINT = "awq2marlin_kernel"
-
-#: Where compiled kernels are kept, if not in the user's cache folder.
-CACHE_DIR_VARIABLE = "AWQ2MARLIN_KERNEL_CACHE"
 
 #: What to type where the run-time compiler is missing.
 INSTALL_COMMAND = "pip install 'awq2marlin[cuda]'"
@@ -172,10 +171,7 @@ def _read_resources(log: str) -> Resources:
 
 def cache_dir() -> Path:
     """Returns the folder of compiled kernels; it need not exist yet."""
-    named = os.environ.get(CACHE_DIR_VARIABLE)
-    if named:
-        return Path(named)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "awq2marlin" / "kernels"
+    return cache_folder() / "kernels"
 
 
 class KernelCache:
@@ -386,9 +382,7 @@ def machine_facts() -> MachineFacts:
     sizes = [path.stat().st_size for path in folder.glob("*.cubin")] if folder.is_dir() else []
     if not _is_writable(folder):
         lacks.append(
-            Lack(
-                f"Compiled kernels cannot be kept in {folder}.", f"export {CACHE_DIR_VARIABLE}=/a/folder/you/may/write"
-            )
+            Lack(f"Compiled kernels cannot be kept in {folder}.", f"export {CACHE_VARIABLE}=/a/folder/you/may/write")
         )
     return MachineFacts(driver_version, devices, core, nvrtc, sources, folder, len(sizes), sum(sizes), tuple(lacks))
 

@@ -126,7 +126,8 @@ def marlin_permute_scales(s: torch.Tensor, size_k: int, size_n: int, group_size:
         [G, N], contiguous, a new tensor.
 
     Raises:
-        ValueError: if the shape is not [G, N], or N not a multiple of the block.
+        ValueError: if the shape is not [G, N], N not a multiple of the block, or the group size neither -1
+            nor positive.
     """
     return _permute_scales(s, size_k, size_n, group_size, inverse=False)
 
@@ -137,6 +138,8 @@ def marlin_unpermute_scales(s: torch.Tensor, size_k: int, size_n: int, group_siz
 
 
 def _permute_scales(s: torch.Tensor, size_k: int, size_n: int, group_size: int, *, inverse: bool) -> torch.Tensor:
+    if group_size != -1 and group_size <= 0:
+        raise ValueError(f"group_size must be -1 or positive, found {group_size}")
     _check_tensor("s", s, (num_groups(size_k, group_size), size_n))
     perm = SCALE_PERM_SINGLE if is_single_group(size_k, group_size) else SCALE_PERM
     _check_multiple("size_n", size_n, len(perm))
@@ -204,8 +207,9 @@ def marlin_zero_points(zp: torch.Tensor, size_k: int, size_n: int, num_bits: int
         int32 [G, N / f].
 
     Raises:
-        ValueError: if the shape is not [G, N], or N not a multiple of 64.
+        ValueError: if the shape is not [G, N], N not a multiple of 64, or the bits are others.
     """
+    pack_factor(num_bits)  # refuses other bits
     _check_tensor("zp", zp, (size_k, size_n))
     _check_multiple("size_n", size_n, MARLIN_TILE_N)
     permuted = _gather_columns(zp, SCALE_PERM)  # always blocks of 64, even for a single group

@@ -23,6 +23,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from awq2marlin.cache import cache_folder
+
 #: A kernel: (source, target, table or scratch, two sizes). Pointers as addresses; the GIL is released.
 Kernel = Callable[[int, int, int, int, int], None]
 
@@ -66,15 +68,6 @@ def kernel(name: str) -> Kernel:
         if _linked is None:
             _linked = _load() or _compile()
     return _linked.functions[name]
-
-
-def cache_folder() -> Path:
-    """Returns where machine code is kept: ``AWQ2MARLIN_CACHE``, or the user's cache folder."""
-    chosen = os.environ.get("AWQ2MARLIN_CACHE")
-    if chosen:
-        return Path(chosen)
-    base = os.environ.get("XDG_CACHE_HOME") or (os.environ.get("LOCALAPPDATA") if os.name == "nt" else None)
-    return (Path(base) if base else Path.home() / ".cache") / "awq2marlin"
 
 
 def _cached_file() -> Path:

@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 from awq2marlin._version import __version__
 from awq2marlin.digest import is_digest
 from awq2marlin.errors import printable, refuse
-from awq2marlin.folder import CONFIG_FILENAME, Folder, check_name
+from awq2marlin.folder import CONFIG_FILENAME, INDEX_FILENAME, Folder, check_name, find_clash
 from awq2marlin.quantization import FORMAT_VERSION, MANIFEST_FILENAME
 from awq2marlin.safetensors_header import LENGTH_BYTES, MAX_HEADER_BYTES, Header, parse_header
 
@@ -47,6 +47,7 @@ class Manifest:
     Attributes:
         shards: by file name.
         texts: exact text of source files that are not in the output as they were.
+        text_digests: (size, digest) of those texts.
         files: (size, digest) of files carried over unchanged.
         repo_id: repository on the Hub it came from, if any.
         revision: commit of that repository.
@@ -55,6 +56,7 @@ class Manifest:
 
     shards: Mapping[str, ManifestShard]
     texts: Mapping[str, str]
+    text_digests: Mapping[str, tuple[int, str]]
     files: Mapping[str, tuple[int, str]]
     repo_id: str | None
     revision: str | None
@@ -62,7 +64,8 @@ class Manifest:
 
     def names(self) -> list[str]:
         """Returns the files of the converted checkpoint that its conversion wrote."""
-        return sorted({*self.shards, *self.files, CONFIG_FILENAME, MANIFEST_FILENAME})
+        made = {INDEX_FILENAME} & {*self.texts}  # padding changes the index, so its original text is kept
+        return sorted({*self.shards, *self.files, *made, CONFIG_FILENAME, MANIFEST_FILENAME})
 
     def encode(self) -> bytes:
         """Returns the file's bytes; equal manifests give equal bytes."""
@@ -79,10 +82,15 @@ class Manifest:
                 for name, shard in sorted(self.shards.items())
             },
             "texts": dict(sorted(self.texts.items())),
-            "files": {name: {"size": size, "digests": [digest]} for name, (size, digest) in sorted(self.files.items())},
+            "text_digests": _recorded(self.text_digests),
+            "files": _recorded(self.files),
             "left_behind": dict(sorted(self.left_behind.items())),
         }
         return (json.dumps(document, indent=1, ensure_ascii=True) + "\n").encode("ascii")
+
+
+def _recorded(files: Mapping[str, tuple[int, str]]) -> dict[str, dict[str, Any]]:
+    return {name: {"size": size, "digests": [digest]} for name, (size, digest) in sorted(files.items())}
 
 
 def _pack(text: bytes) -> str:
@@ -110,34 +118,33 @@ def read_manifest(folder: Folder) -> Manifest:
         document.bad(f"format_version is not {FORMAT_VERSION}; install a newer awq2marlin")
     source = document.sub("source")
     shards: dict[str, ManifestShard] = {}
+    room = MAX_HEADER_BYTES  # for all headers together
     for name, entry in document.entries("shards"):
-        room = MAX_HEADER_BYTES - sum(len(shard.source_header.text) for shard in shards.values())
         shards[check_name(name, MANIFEST_FILENAME)] = _shard(name, entry, room)
-    files = {}
-    for name, entry in document.entries("files"):
-        files[check_name(name, MANIFEST_FILENAME)] = (entry.size(), entry.digests()[0])
+        room -= len(shards[name].source_header.text)
+    files = {
+        check_name(name, MANIFEST_FILENAME): (entry.size(), entry.digests()[0])
+        for name, entry in document.entries("files")
+    }
     texts: dict[str, str] = {}
     for name, text in document.get("texts", dict).items():
-        if not isinstance(text, str):
-            document.bad(f"the text of {printable(name)!r} is not a string")
+        if not isinstance(text, str) or any("\ud800" <= char <= "\udfff" for char in text):
+            document.bad(f"the text of {printable(name)!r} is not a string of whole characters")
         texts[check_name(name, MANIFEST_FILENAME)] = text
+    text_digests = {name: (entry.size(), entry.digests()[0]) for name, entry in document.entries("text_digests")}
+    if text_digests.keys() != texts.keys():
+        document.bad("texts and text_digests name different files")
     if CONFIG_FILENAME not in texts or not shards:
         document.bad("it names no shards, or has no text of config.json")
-    _refuse_clashes(document, [*shards, *files, *texts])
-    left_behind = {str(name): str(reason) for name, reason in document.get("left_behind", dict).items()}
-    return Manifest(shards, texts, files, source.optional("repo_id"), source.optional("revision"), left_behind)
-
-
-def _refuse_clashes(document: _Checked, names: list[str]) -> None:
-    folded: dict[str, str] = {}
-    for name in names:
-        if name.casefold() in folded or name == MANIFEST_FILENAME:
-            document.bad(f"it names the file {printable(name)!r} twice, or itself")
-        folded[name.casefold()] = name
-    for name in names:
-        parents = name.casefold().split("/")[:-1]
-        if any("/".join(parents[: depth + 1]) in folded for depth in range(len(parents))):
-            document.bad(f"it names {printable(name)!r} inside another file")
+    clash = find_clash([MANIFEST_FILENAME, *shards, *files, *texts])
+    if clash:
+        document.bad(f"it names {printable(clash[0])!r} twice, or as a file and as a folder")
+    left_behind = document.get("left_behind", dict)
+    if not all(isinstance(reason, str) for reason in left_behind.values()):
+        document.bad("left_behind must map names to reasons")
+    return Manifest(
+        shards, texts, text_digests, files, source.optional("repo_id"), source.optional("revision"), left_behind
+    )
 
 
 def _shard(name: str, entry: _Checked, room: int) -> ManifestShard:

@@ -115,6 +115,11 @@ def _round_up(value: int, multiple: int) -> int:
     return -(-value // multiple) * multiple
 
 
+def paddings(size_k: int, size_n: int) -> list[tuple[int, int]]:
+    """Returns the shapes to which a module may be padded: K to 128 and N to 64, or K to 64 and N to 128."""
+    return [(_round_up(size_k, 128), _round_up(size_n, 64)), (_round_up(size_k, 64), _round_up(size_n, 128))]
+
+
 def padded_shapes(sizes: Iterable[tuple[int, int]], group_size: int) -> list[tuple[int, int]]:
     """Returns the aligned shapes to which modules fused together are padded.
 
@@ -151,7 +156,6 @@ def padded_shapes(sizes: Iterable[tuple[int, int]], group_size: int) -> list[tup
 FUSED_SIBLINGS: tuple[tuple[str, ...], ...] = (
     ("q_proj", "k_proj", "v_proj"),
     ("q", "k", "v"),
-    ("wq", "wk", "wv"),
     ("query", "key", "value"),
     ("gate_proj", "up_proj"),
     ("gate", "up"),
@@ -163,7 +167,7 @@ FUSED_SIBLINGS: tuple[tuple[str, ...], ...] = (
 )
 
 _FAMILY = {name: family[0] for family in FUSED_SIBLINGS for name in family}
-_EXPERT = re.compile(r"^((?:.*\.)?[^.]*experts)\.[0-9]+\.")
+_EXPERT = re.compile(r"^((?:.*\.)?[^.]*experts)\.[0-9]+(?:\.|$)")
 
 
 def fusion_group(module: str) -> str:

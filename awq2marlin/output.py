@@ -7,11 +7,11 @@ goes after it.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,8 +27,14 @@ from awq2marlin.stream import Hash
 WORK_DIRECTORY = ".awq2marlin"
 JOURNAL_FILENAME = "journal.json"
 _LOCK_FILENAME = "lock"
+_PARTIAL_SUFFIX = ".partial"
+_NEW_SUFFIX = ".new"
 _JOURNAL_VERSION = 1
 _MAX_NAMES_SHOWN = 5
+_START_ANEW = "choose another folder, or use --overwrite with 'convert', to start anew"
+
+#: Answers which files of an earlier conversion a run may remove; None if the folder must be empty or its own.
+Owned = Callable[[], Iterable[str] | None]
 
 
 @dataclass(frozen=True)
@@ -54,7 +60,8 @@ class Journal:
 
     Attributes:
         plan: digest of the plan it follows.
-        names: every file that the run may leave in the folder.
+        names: every file that the run may leave in the folder, and those of an earlier conversion that it
+            replaces: all that it may remove.
         finished: the shards that are complete.
     """
 
@@ -77,14 +84,32 @@ def refuse_overlap(source: Path, output: Path) -> None:
     Raises:
         OutputError: if either lies inside the other, or the output lies in the source's Hub cache.
     """
-    resolved = output.resolve()
+    resolved = _real(output)
     protected = hub_repository(source) or source
-    if resolved == source or (output.exists() and output.samefile(source)):
+    if _is_same(resolved, source):
         raise _refused("overlap", output, "the output folder is the source; choose another")
-    if resolved.is_relative_to(protected):
+    if any(_is_same(folder, protected) for folder in (resolved, *resolved.parents)):
         raise _refused("overlap", output, "the output folder lies inside the source; choose one outside it")
-    if source.is_relative_to(resolved):
+    if any(_is_same(folder, resolved) for folder in source.parents):
         raise _refused("overlap", output, "the source lies inside the output folder; choose another")
+
+
+def _real(path: Path) -> Path:
+    """Returns ``path`` with its links resolved, as far as it exists; unlike `Path.resolve`, also in a loop of links."""
+    return Path(os.path.realpath(path))
+
+
+def _is_same(path: Path, other: Path) -> bool:
+    """Returns whether two resolved paths are one folder, be it by two mounts of it or by the case of letters."""
+    try:
+        return path == other or path.samefile(other)
+    except OSError:  # one of them is not there
+        return False
+
+
+def _leads_outside(root: Path, path: Path) -> bool:
+    """Returns whether a link on the way makes ``path``, which begins with ``root``, lie elsewhere."""
+    return not _real(path.parent).is_relative_to(_real(root))
 
 
 class OutputFolder:
@@ -95,11 +120,13 @@ class OutputFolder:
         work: where partial files grow.
     """
 
-    def __init__(self, root: Path, journal: Journal) -> None:
+    def __init__(self, root: Path, names: Sequence[str], journal: Journal, *, may_replace: bool) -> None:
         """Takes a folder that `claim` has locked."""
         self.root = root
         self.work = root / WORK_DIRECTORY
+        self._names = names
         self._journal = journal
+        self._may_replace = may_replace
 
     @property
     def finished(self) -> Mapping[str, FinishedFile]:
@@ -107,8 +134,8 @@ class OutputFolder:
         return self._journal.finished
 
     def partial(self, name: str) -> Path:
-        """Returns where the partial file of ``name`` grows."""
-        return self.work / (name.replace("/", "+") + ".partial")
+        """Returns where the partial file of ``name`` grows; its own name is short, however long or deep that one is."""
+        return self.work / (hashlib.sha256(name.encode()).hexdigest()[:16] + _PARTIAL_SUFFIX)
 
     def final(self, name: str) -> Path:
         """Returns the final path of ``name``; no link inside the folder leads it elsewhere.
@@ -117,15 +144,32 @@ class OutputFolder:
             OutputError: if a folder on the way is a link that leads out of the output folder.
         """
         path = self.root / name
-        if not path.parent.resolve().is_relative_to(self.root.resolve()):
+        if _leads_outside(self.root, path):
             raise _refused("unsafe-link", path, "a folder on the way is a link that leads out of the output folder")
         return path
 
     def remember(self, name: str, finished: FinishedFile) -> None:
         """Writes into the journal that a shard is complete under its final name."""
-        sync_folder(self.final(name).parent)
+        self._sync_up(self.final(name).parent)
         self._journal.finished[name] = finished
         _write_journal(self.work, self._journal)
+
+    def forget_all(self) -> None:
+        """Lets a later run make every shard again: one that held a wrong value speaks against all of them."""
+        self._journal.finished.clear()
+        _write_journal(self.work, self._journal)
+
+    def _forget(self, name: str) -> None:
+        del self._journal.finished[name]
+        _write_journal(self.work, self._journal)
+        self.final(name).unlink(missing_ok=True)
+
+    def _sync_up(self, folder: Path) -> None:
+        """Makes the names in a folder durable, and the folder's own name up to the root."""
+        sync_folder(folder)
+        while folder != self.root:
+            folder = folder.parent
+            sync_folder(folder)
 
     def recheck(self, name: str, source: Path, note: Callable[[str], None], also: Sequence[Hash] = ()) -> bool:
         """Hashes a finished shard and its source again, before it is trusted.
@@ -140,24 +184,26 @@ class OutputFolder:
             Whether it is still what the journal remembers.
 
         Raises:
-            OutputError: if the source is another one now.
+            OutputError: if the source is another one now, and the run is not one that replaces what it finds.
         """
         entry = self._journal.finished[name]
         if xxh3_of_file((source, name)) != (entry.source_size, entry.source_digest):
-            raise _refused(
-                "other-plan",
-                self.root,
-                "the folder holds an unfinished conversion of another source: "
-                f"{printable(name)} has other contents now; use --overwrite or another folder to start anew",
-            )
+            if not self._may_replace:
+                raise _refused(
+                    "other-plan",
+                    self.root,
+                    "the folder holds an unfinished conversion of another source: "
+                    f"{printable(name)} has other contents now; {_START_ANEW}",
+                )
+            note(f"{printable(name)} has other contents now; it is made again")
+            self._forget(name)
+            return False
         final = self.final(name)
         found = xxh3_of_file((final.resolve(), name), also) if final.is_file() else None
         if found == (entry.target_size, entry.target_digest):
             return True
         note(f"{printable(name)} was finished by an earlier run but is damaged now; it is made again")
-        del self._journal.finished[name]
-        _write_journal(self.work, self._journal)
-        final.unlink(missing_ok=True)
+        self._forget(name)
         return False
 
     def write(self, name: str, data: bytes) -> None:
@@ -177,15 +223,14 @@ class OutputFolder:
 
     def commit(self, config: bytes) -> None:
         """Writes ``config.json``, the mark of a whole checkpoint, once all else is durable."""
-        for folder in {self.final(name).parent for name in self._journal.names}:
-            if folder.is_dir():
-                sync_folder(folder)
+        for folder in {self.final(name).parent for name in self._names}:
+            self._sync_up(folder)
         self.write(CONFIG_FILENAME, config)
         sync_folder(self.root)
 
 
 @contextmanager
-def claim(root: Path, plan: str, names: Iterable[str], *, owned: Iterable[str] | None = None) -> Iterator[OutputFolder]:
+def claim(root: Path, plan: str, names: Iterable[str], *, owned: Owned = lambda: None) -> Iterator[OutputFolder]:
     """Claims an output folder for one run, new or resumed.
 
     Everything of the run is undone by nobody but a later run: on an error the folder stays as it is, without
@@ -195,8 +240,8 @@ def claim(root: Path, plan: str, names: Iterable[str], *, owned: Iterable[str] |
         root: the folder; created if needed.
         plan: digest of the plan; a journal of another plan is refused.
         names: every file that the run will leave in the folder.
-        owned: with ``--overwrite``, what else may be removed first: the files that the folder's own manifest
-            names. None refuses a folder that is not empty or this run's own.
+        owned: asked when nobody else can change the folder: with ``--overwrite``, what may be removed first: the
+            files that the folder's own manifest names. None refuses a folder that is not empty or this run's own.
 
     Yields:
         The folder, locked until the context ends.
@@ -205,88 +250,140 @@ def claim(root: Path, plan: str, names: Iterable[str], *, owned: Iterable[str] |
         OutputError: if the folder is foreign, finished, in use, or of another plan.
         OSError: if it cannot be written.
     """
-    _refuse_foreign(root, owned)
+    _refuse_unusable(root)
+    if not (root / WORK_DIRECTORY).exists():  # a foreign folder is not touched, not even to lock it
+        _refuse_foreign(root, owned())
     created = _make_folder(root)
+    names = sorted(names)
+    try:
+        with _locked(root):
+            removable = owned()
+            journal = _open_journal(root, plan, names, removable)
+            with _journal_kept_while_needed(root, created):
+                yield OutputFolder(root, names, journal, may_replace=removable is not None)
+    except BaseException:
+        if created:
+            with suppress(OSError):  # not empty: it keeps what was done, or another process has begun there
+                root.rmdir()
+        raise
+
+
+@contextmanager
+def _locked(root: Path) -> Iterator[None]:
+    """Holds the lock of a folder, and on leaving removes ``.awq2marlin/`` unless there is a journal in it.
+
+    The lock file goes while the lock is held, and then the folder only if it is empty: so nobody who comes in
+    between can lose a lock or a journal of his own.
+    """
     work = root / WORK_DIRECTORY
-    work.mkdir(exist_ok=True)
     lock = FileLock(work / _LOCK_FILENAME)
     try:
+        work.mkdir(exist_ok=True)
         lock.acquire(timeout=0)
-    except Timeout:
-        raise _refused(
-            "in-use", root, "another process is writing this folder; wait for it or choose another"
-        ) from None
+    except (Timeout, FileNotFoundError):  # the latter: who held it removes the folder just now
+        raise _in_use(root) from None
     try:
-        journal = _open_journal(root, plan, sorted(names), owned)
-        yield OutputFolder(root, journal)
-        _remove_work(work)
+        if not (work / _LOCK_FILENAME).exists():  # what we locked was removed before we had it
+            raise _in_use(root)
+        yield
+    finally:
+        finished = not (work / JOURNAL_FILENAME).exists()
+        if finished:
+            _remove_leftovers(work)
+            (work / _LOCK_FILENAME).unlink(missing_ok=True)
+        lock.release()
+        if finished:
+            with suppress(OSError):
+                work.rmdir()
+
+
+def _in_use(root: Path) -> OutputError:
+    return _refused("in-use", root, "another process is writing this folder; wait for it or choose another")
+
+
+@contextmanager
+def _journal_kept_while_needed(root: Path, created: bool) -> Iterator[None]:
+    """Removes the journal, the mark of an unfinished folder, after success or if a new folder got nothing at all."""
+    journal = root / WORK_DIRECTORY / JOURNAL_FILENAME
+    try:
+        yield
     except BaseException:
         if created and _holds_nothing(root):
-            _remove_work(work)
-            lock.release()
-            shutil.rmtree(work, ignore_errors=True)
-            root.rmdir()
+            journal.unlink()
         raise
-    finally:
-        lock.release()
-        if not (work / JOURNAL_FILENAME).exists():
-            shutil.rmtree(work, ignore_errors=True)
+    journal.unlink()
 
 
 def _make_folder(root: Path) -> bool:
-    if root.exists():
-        return False
-    root.mkdir(parents=True)
-    return True
+    """Makes a folder and those above it, durably; returns whether it was not there before."""
+    missing = [folder for folder in (root, *root.parents) if not folder.exists()]
+    root.mkdir(parents=True, exist_ok=True)
+    for folder in missing:
+        sync_folder(folder.parent)
+    return root in missing
 
 
 def _holds_nothing(root: Path) -> bool:
+    present = [path.name for path in root.iterdir()]
+    return present == [WORK_DIRECTORY] and not any((root / WORK_DIRECTORY).glob("*" + _PARTIAL_SUFFIX))
+
+
+def _refuse_unusable(root: Path) -> None:
+    if os.path.lexists(root) and not root.is_dir():
+        raise _refused("not-a-folder", root, "there is a file of this name; choose another output folder")
     work = root / WORK_DIRECTORY
-    return [path.name for path in root.iterdir()] == [WORK_DIRECTORY] and not any(
-        path.name not in (_LOCK_FILENAME, JOURNAL_FILENAME) for path in work.iterdir()
-    )
+    if work.is_symlink() or (work.exists() and not work.is_dir()):
+        raise _refused("unsafe-link", work, "it must be a folder of the converter's own; remove it")
 
 
 def _refuse_foreign(root: Path, owned: Iterable[str] | None) -> None:
-    if not os.path.lexists(root):
+    """Refuses a folder that holds anything, unless something of it may be removed."""
+    if owned is not None or not root.is_dir():
         return
-    if not root.is_dir():
-        raise _refused("not-a-folder", root, "there is a file of this name; choose another output folder")
     present = sorted(path.name for path in root.iterdir() if path.name != WORK_DIRECTORY)
-    if not present or owned is not None or read_journal(root) is not None:
+    if not present:
         return
     shown = ", ".join(printable(name) for name in present[:_MAX_NAMES_SHOWN])
     more = ", ..." if len(present) > _MAX_NAMES_SHOWN else ""
     raise _refused("not-empty", root, f"the folder is not empty ({shown}{more}); choose another, or an empty one")
 
 
-def _open_journal(root: Path, plan: str, names: list[str], owned: Iterable[str] | None) -> Journal:
-    work = root / WORK_DIRECTORY
-    found = read_journal(root)
-    if found is not None and found.plan != plan and owned is None:
+def _open_journal(root: Path, plan: str, names: Sequence[str], owned: Iterable[str] | None) -> Journal:
+    """Returns the journal of this plan, found or begun, and removes what is not finished.
+
+    The journal names all that is going to be removed before anything is, so that a run killed on the way has
+    lost track of nothing.
+    """
+    journal = read_journal(root)
+    if journal is None:
+        _refuse_foreign(root, owned)
+    elif journal.plan != plan and owned is None:
         raise _refused(
             "other-plan",
             root,
             "the folder holds an unfinished conversion of another source, other options or "
-            "another version; finish that one, or use --overwrite to start anew",
+            f"another version; finish that one, {_START_ANEW}",
         )
-    if owned is not None:
-        _remove(root, {*owned, *(found.names if found else ())})
-        found = None
-    if found is None:
-        leftovers = sorted(path.name for path in root.iterdir() if path.name in {name.split("/")[0] for name in names})
-        if leftovers:
-            raise _refused(
-                "not-empty",
-                root,
-                f"it holds {printable(leftovers[0])}, which is not ours; choose another folder",
-            )
-        found = Journal(plan, names)
-        _write_journal(work, found)
-    (root / CONFIG_FILENAME).unlink(missing_ok=True)
-    for partial in work.glob("*.partial"):
-        partial.unlink()
-    return found
+    _remove_leftovers(root / WORK_DIRECTORY)
+    if journal is None or journal.plan != plan:
+        ours = {*(owned or ()), *(journal.names if journal else ())}
+        _refuse_clashes(root, names, ours)
+        journal = Journal(plan, sorted({*names, *ours}))
+        _write_journal(root / WORK_DIRECTORY, journal)
+        sync_folder(root)
+    _remove(root, {*journal.names} - {*journal.finished})
+    return journal
+
+
+def _refuse_clashes(root: Path, names: Sequence[str], ours: set[str]) -> None:
+    """Refuses what stands where a file of ours, or a folder for it, has to go."""
+    for name in names:
+        folders = [parent.as_posix() for parent in Path(name).parents if parent != Path()]
+        taken = [each for each in folders if os.path.lexists(root / each) and not (root / each).is_dir()]
+        taken += [name] if os.path.lexists(root / name) else []
+        foreign = [printable(each) for each in taken if each not in ours]
+        if foreign:
+            raise _refused("not-empty", root, f"it holds {foreign[0]}, which is not ours; choose another folder")
 
 
 def read_journal(root: Path) -> Journal | None:
@@ -309,10 +406,13 @@ def read_journal(root: Path) -> Journal | None:
 
 
 def _parse_journal(document: Any) -> Journal:
+    if type(document["names"]) is not list:
+        raise refuse("bad-journal", "names must be a list")
     names = [check_name(name, JOURNAL_FILENAME) for name in document["names"]]
     finished = {name: FinishedFile(**entry) for name, entry in document["finished"].items()}
     for name, entry in finished.items():
-        if name not in names or not is_digest(entry.source_digest) or not is_digest(entry.target_digest):
+        sound = is_digest(entry.source_digest) and is_digest(entry.target_digest)
+        if name not in names or not sound or {type(entry.source_size), type(entry.target_size)} != {int}:
             raise refuse("bad-journal", "an entry is malformed")
     if document["version"] != _JOURNAL_VERSION or not isinstance(document["plan"], str):
         raise refuse("bad-journal", "the version is another")
@@ -327,8 +427,9 @@ def _write_journal(work: Path, journal: Journal) -> None:
         "names": journal.names,
         "finished": finished,
     }
-    new = work / (JOURNAL_FILENAME + ".new")
-    with new.open("w", encoding="utf-8") as stream:
+    new = work / (JOURNAL_FILENAME + _NEW_SUFFIX)
+    new.unlink(missing_ok=True)
+    with new.open("x", encoding="utf-8") as stream:  # never through a link
         json.dump(document, stream, indent=1)
         stream.flush()
         os.fsync(stream.fileno())
@@ -338,27 +439,26 @@ def _write_journal(work: Path, journal: Journal) -> None:
 
 def _remove(root: Path, names: set[str]) -> None:
     """Removes the files named, ``config.json`` first, and the folders that became empty; nothing else."""
-    real_root = root.resolve()
     for name in sorted(names, key=lambda name: (name != CONFIG_FILENAME, name)):
         path = root / name
-        if (
-            is_safe_name(name)
-            and path.parent.resolve().is_relative_to(real_root)
-            and (path.is_file() or path.is_symlink())
-        ):
+        is_file = path.is_symlink() or path.is_file()
+        if is_safe_name(name) and not _leads_outside(root, path) and is_file:
             path.unlink()
+            if name == CONFIG_FILENAME:  # not loadable from here on, whatever happens
+                sync_folder(root)
     parents = {parent for name in names for parent in Path(name).parents if parent != Path()}
     for parent in sorted(parents, key=lambda path: -len(path.parts)):
         folder = root / parent
-        if folder.is_dir() and not folder.is_symlink() and not any(folder.iterdir()):
+        is_folder = folder.is_dir() and not folder.is_symlink()
+        if is_folder and not _leads_outside(root, folder) and not any(folder.iterdir()):
             folder.rmdir()
 
 
-def _remove_work(work: Path) -> None:
-    """Removes the journal, the mark of an unfinished folder; the lock goes when it is released."""
-    (work / JOURNAL_FILENAME).unlink(missing_ok=True)
-    for rest in work.glob("*.partial"):
-        rest.unlink()
+def _remove_leftovers(work: Path) -> None:
+    """Removes what a run that was killed may have left half-written."""
+    for suffix in (_PARTIAL_SUFFIX, _NEW_SUFFIX):
+        for path in work.glob("*" + suffix):
+            path.unlink()
 
 
 def sync_folder(folder: Path) -> None:

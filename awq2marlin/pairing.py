@@ -12,7 +12,7 @@ from awq2marlin.awq import module_name, pack_factor
 from awq2marlin.checkpoint import AwqModule, Checkpoint, awq_modules
 from awq2marlin.errors import printable, refuse
 from awq2marlin.folder import CONFIG_FILENAME
-from awq2marlin.marlin import GPTQ_MARLIN_TILE, is_aligned
+from awq2marlin.marlin import GPTQ_MARLIN_TILE, is_aligned, paddings
 from awq2marlin.plan import ModulePlan, target_shape
 from awq2marlin.quantization import AwqQuantization, MarlinQuantization
 from awq2marlin.safetensors_header import Header
@@ -37,7 +37,7 @@ def pair_modules(
     _same_names(source, shard_of, marlin)
     tensors = {name: tensor for header in source.values() for name, tensor in header.tensors.items()}
     modules = awq_modules(tensors, quantization, shard_of)
-    _known_modules(marlin.quantization, modules)
+    _known_modules(marlin, modules)
     converted = {
         name: _converted(module, marlin)
         for name, module in modules.items()
@@ -92,16 +92,30 @@ def _same_names(source: Mapping[str, Header], shard_of: Mapping[str, str], marli
             raise refuse("moved-tensor", "the tensors lie in another order than in the source", file=shard)
 
 
-def _known_modules(quantization: MarlinQuantization, modules: Mapping[str, AwqModule]) -> None:
-    for key in ("awq_modules", "padded_modules"):
-        unknown = sorted(set(getattr(quantization, key)) - set(modules))
+def _known_modules(marlin: Checkpoint, modules: Mapping[str, AwqModule]) -> None:
+    quantization = marlin.quantization
+    assert isinstance(quantization, MarlinQuantization)
+    for key, known, what in (
+        ("awq_modules", set(modules), "quantized"),
+        ("padded_modules", set(modules), "quantized"),
+        ("unquantized_modules", set(marlin.unquantized_modules), "in full precision"),
+    ):
+        unknown = sorted(set(getattr(quantization, key)) - known)
         if unknown:
             raise refuse(
                 "unknown-module",
-                f"{key} names {printable(unknown[0])}, which the source does not have quantized",
+                f"{key} names {printable(unknown[0])}, which is not there {what}",
                 file=CONFIG_FILENAME,
                 tensor=unknown[0],
             )
+    forgotten = sorted(set(marlin.unquantized_modules) - quantization.unquantized_modules)
+    if forgotten:
+        raise refuse(
+            "contradiction",
+            "the module is in full precision, but unquantized_modules does not name it",
+            file=CONFIG_FILENAME,
+            tensor=forgotten[0],
+        )
     both = sorted(quantization.awq_modules & set(quantization.padded_modules))
     if both:
         raise refuse(
@@ -131,11 +145,17 @@ def _converted(module: AwqModule, marlin: Checkpoint) -> ModulePlan:
                 shape[0] * GPTQ_MARLIN_TILE,
                 shape[1] * pack_factor(quantization.bits) // GPTQ_MARLIN_TILE,
             )
-    fits = padded_k >= module.size_k and padded_n >= module.size_n
-    if not fits or not is_aligned(padded_k, padded_n, quantization.bits, quantization.group_size):
+        if (padded_k, padded_n) not in paddings(module.size_k, module.size_n):
+            raise refuse(
+                "unaligned",
+                f"K={padded_k}, N={padded_n} is not how a source of K={module.size_k}, N={module.size_n} is padded",
+                file=marlin.shard_of[module_name(module.name, "qweight")],
+                tensor=module.name,
+            )
+    if not is_aligned(padded_k, padded_n, quantization.bits, quantization.group_size):
         raise refuse(
             "unaligned",
-            f"K={padded_k}, N={padded_n} cannot be Marlin for a source of K={module.size_k}, N={module.size_n}",
+            f"K={padded_k}, N={padded_n} cannot be Marlin",
             file=marlin.shard_of[module_name(module.name, "qweight")],
             tensor=module.name,
         )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -17,7 +17,7 @@ from awq2marlin._version import __version__
 from awq2marlin.awq import is_output_embedding, module_name
 from awq2marlin.checkpoint import AwqModule, Checkpoint, awq_modules
 from awq2marlin.errors import CheckpointError, Problem, refuse
-from awq2marlin.folder import CONFIG_FILENAME
+from awq2marlin.folder import CONFIG_FILENAME, INDEX_FILENAME
 from awq2marlin.marlin import (
     fusion_group,
     is_single_group,
@@ -160,12 +160,14 @@ class Plan:
 
     @cached_property
     def digest(self) -> str:
-        """SHA-256 over everything that decides the output's bytes, but the tensors' data."""
+        """SHA-256 over everything that decides the output's bytes, but the data of tensors and side files."""
         folder = self.checkpoint.folder
+        index = [INDEX_FILENAME] if self.checkpoint.has_index else []
+        texts = [CONFIG_FILENAME, *self.checkpoint.legacy_configs, *index]
         identity = {
             "version": __version__,
             "unaligned": self.unaligned,
-            "config": _sha256(folder.read(CONFIG_FILENAME)),
+            "texts": [(name, _sha256(folder.read(name))) for name in texts],
             "shards": [
                 (shard.name, shard.source.file_size, _sha256(shard.source.text), _sha256(shard.target.text))
                 for shard in self.shards
@@ -190,7 +192,11 @@ def plan_conversion(checkpoint: Checkpoint, unaligned: Unaligned = "keep") -> Pl
     Raises:
         CheckpointError: if the checkpoint is already converted, its modules do not agree, or, with
             ``error``, any module is unaligned.
+        ValueError: if ``unaligned`` is none of the three.
     """
+    if unaligned not in UNALIGNED_CHOICES:
+        choices = ", ".join(map(repr, UNALIGNED_CHOICES))
+        raise ValueError(f"unaligned must be one of {choices}, found {unaligned!r}")
     quantization = checkpoint.quantization
     if isinstance(quantization, MarlinQuantization):
         raise refuse(
@@ -207,7 +213,7 @@ def plan_conversion(checkpoint: Checkpoint, unaligned: Unaligned = "keep") -> Pl
     found = awq_modules(checkpoint.tensors, quantization, checkpoint.shard_of)
     modules = _plan_modules(found, checkpoint, quantization, unaligned)
     if unaligned == "error":
-        _refuse_unaligned(modules, checkpoint)
+        _refuse_unaligned(modules, checkpoint, quantization)
     shards = tuple(_plan_shard(name, header, modules, quantization) for name, header in checkpoint.shards.items())
     return Plan(checkpoint, quantization, unaligned, modules, shards)
 
@@ -273,17 +279,14 @@ def _module_plan(module: AwqModule, reason: str = "") -> ModulePlan:
     )
 
 
-def _refuse_unaligned(modules: Mapping[str, ModulePlan], checkpoint: Checkpoint) -> None:
-    problems = [
-        Problem(
-            checkpoint.shard_of[module_name(module.name, "qweight")],
-            module.name,
-            "unaligned",
-            f"{module.reason}; use --unaligned keep or pad",
-        )
-        for module in modules.values()
-        if not module.converted and not is_output_embedding(module.name)
-    ]
+def _refuse_unaligned(modules: Mapping[str, ModulePlan], checkpoint: Checkpoint, quantization: AwqQuantization) -> None:
+    problems = []
+    for module in modules.values():
+        reason = unaligned_reason(module.size_k, module.size_n, quantization.bits, quantization.group_size)
+        if reason and not is_output_embedding(module.name):
+            shard = checkpoint.shard_of[module_name(module.name, "qweight")]
+            message = f"unaligned: {reason}; use --unaligned keep or pad"
+            problems.append(Problem(shard, module.name, "unaligned", message))
     if problems:
         raise CheckpointError(problems)
 
@@ -340,8 +343,3 @@ def target_shape(module: ModulePlan, part: str, quantization: AwqQuantization | 
     if part == "qweight":
         return qweight_shape(module.padded_k, module.padded_n, quantization.bits)
     return (groups, module.padded_n if part == "scales" else module.padded_n * quantization.bits // 32)
-
-
-def count_reasons(plan: Plan) -> Counter[str]:
-    """Returns how many modules are kept for each kind of reason."""
-    return Counter(module.reason.split(":")[0].split(" with ")[0] for module in plan.kept)

@@ -124,7 +124,7 @@ def read_quantization(folder: Folder, config: Mapping[str, Any]) -> AwqQuantizat
             file=CONFIG_FILENAME,
         )
     for place, document in documents.items():
-        method = str(document.get("quant_method") or document.get("method") or "").lower()
+        method = _word(document, "quant_method", place) or _word(document, "method", place)
         if method == MARLIN_QUANT_METHOD:
             return read_marlin_quantization(document, place)
         _refuse_foreign(document, method, place)
@@ -186,6 +186,16 @@ def _quantization_documents(folder: Folder, config: Mapping[str, Any]) -> dict[s
     return {place: _object(document, place) for place, document in places.items()}
 
 
+def _word(document: Mapping[str, Any], key: str, place: str) -> str:
+    """Returns a value that names something, in small letters; empty if it is absent."""
+    value = document.get(key)
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise refuse("bad-config", f"{key} must be a string, found {printable(repr(value))}", file=place)
+    return value.lower()
+
+
 def _refuse_foreign(document: Mapping[str, Any], method: str, place: str) -> None:
     def foreign(what: str) -> NoReturn:
         raise refuse(
@@ -200,11 +210,11 @@ def _refuse_foreign(document: Mapping[str, Any], method: str, place: str) -> Non
         foreign(f"a checkpoint of quant_method {printable(method)!r}")
     if not method and ("desc_act" in document or "damp_percent" in document):
         foreign(_METHOD_NAMES["gptq"])
-    if str(document.get("backend") or "").lower() in ("llm-awq", "llm_awq"):
+    if _word(document, "backend", place) in ("llm-awq", "llm_awq"):
         foreign(_LAYOUT_NAMES["llm-awq"])
     for key in _LAYOUT_KEYS:
-        layout = str(document.get(key) or "gemm").lower()
-        if layout != "gemm":
+        layout = _word(document, key, place)
+        if layout not in ("gemm", ""):
             foreign(_LAYOUT_NAMES.get(layout, f"AWQ with {key} {printable(layout)!r}"))
 
 
@@ -286,6 +296,8 @@ def read_marlin_quantization(document: Mapping[str, Any], place: str) -> MarlinQ
             f"version {FORMAT_VERSION}. Install a newer awq2marlin",
             file=place,
         )
+    if document.get("zero_point") is None:
+        raise refuse("bad-config", "zero_point is missing; a conversion always writes it", file=place)
     basics = _awq_quantization(document, place)
     manifest = document.get("manifest")
     if manifest != MANIFEST_FILENAME:

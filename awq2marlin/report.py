@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from awq2marlin.errors import EXIT_DIFFERENCE, EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, Problem
@@ -11,6 +11,8 @@ from awq2marlin.errors import EXIT_DIFFERENCE, EXIT_DONE, EXIT_FAILED, EXIT_INTE
 if TYPE_CHECKING:
     from awq2marlin.conversion import ConvertResult
     from awq2marlin.demonstration import DemoResult
+    from awq2marlin.diagnosis import DoctorResult
+    from awq2marlin.gemm_verification import GemmRun
     from awq2marlin.inspection import InspectResult
     from awq2marlin.plan import ModulePlan
     from awq2marlin.reversion import RevertResult
@@ -35,8 +37,9 @@ class Report:
         command: its name; empty if the command line could not be understood.
         source: the folder read; empty if unknown.
         output: the folder written or compared with; empty if there is none.
-        files: ``{name, bytes, sha256}`` of every file written, compared or found; ``sha256`` may be null.
-        modules: ``{name, K, N, layout, padded, verified, reason}`` of every quantized module.
+        files: ``{name, bytes, sha256}`` of every file written or found; ``sha256`` is null but for `revert`.
+        modules: ``{name, K, N, layout, padded, verified, reason}`` of every quantized module that was looked at;
+            `inspect` adds ``group_size``, ``aligned`` and ``bytes``.
         bytes: bytes written, compared or found.
         seconds: wall time.
         warnings: oddities that do no harm.
@@ -99,6 +102,13 @@ def _module(module: ModulePlan, verified: frozenset[str]) -> dict[str, Any]:
     }
 
 
+def _gemm(run: GemmRun | None) -> dict[str, Any]:
+    """Returns the keys ``device`` and ``gemm`` of the details; null where the GEMM was not asked."""
+    if run is None:
+        return {"device": None, "gemm": None}
+    return {"device": run.device_name, "gemm": [asdict(check) for check in run.checks]}
+
+
 def of_conversion(result: ConvertResult) -> Report:
     """Returns the report of a conversion."""
     verified = frozenset(result.verified)
@@ -106,7 +116,7 @@ def of_conversion(result: ConvertResult) -> Report:
         "convert",
         str(result.source),
         str(result.output),
-        files=_files(result.shards.items()),
+        files=_files([*result.shards.items(), *result.files.items()]),
         modules=[_module(module, verified) for module in result.modules],
         bytes=result.output_bytes,
         seconds=result.seconds,
@@ -120,6 +130,7 @@ def of_conversion(result: ConvertResult) -> Report:
             "resumed": list(result.resumed),
             "source_bytes": result.source_bytes,
             "side_files": list(result.files),
+            **_gemm(result.gemm),
         },
     )
 
@@ -139,6 +150,7 @@ def of_verification(result: VerifyResult) -> Report:
             "modules_converted": result.modules_total,
             "other_tensors": result.tensors,
             "side_files": result.files,
+            **_gemm(result.gemm),
         },
     )
 
@@ -171,6 +183,7 @@ def of_inspection(result: InspectResult) -> Report:
                 "layout": module.layout,
                 "aligned": module.aligned,
                 "padded": list(module.padded) if module.padded else None,
+                "verified": False,
                 "reason": module.reason,
                 "bytes": module.bytes,
             }
@@ -204,3 +217,25 @@ def of_demonstration(result: DemoResult) -> Report:
         "identical_files": result.identical,
     }
     return report
+
+
+def of_doctor(result: DoctorResult) -> Report:
+    """Returns the report of a look at the machine."""
+    machine = result.machine
+    return Report(
+        "doctor",
+        details={
+            "ready": result.ready,
+            "torch": result.torch_version,
+            "torch_cuda": result.torch_cuda,
+            "driver": machine.driver_version,
+            "devices": [asdict(device) for device in machine.devices],
+            "cuda_core": machine.cuda_core_version,
+            "nvrtc": machine.nvrtc_version,
+            "kernels": str(machine.kernels_dir) if machine.kernels_dir else None,
+            "cache": str(machine.cache_dir),
+            "cached_kernels": machine.cached_kernels,
+            "cached_bytes": machine.cached_bytes,
+            "missing": [asdict(lack) for lack in machine.lacks],
+        },
+    )

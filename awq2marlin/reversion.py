@@ -27,7 +27,7 @@ from awq2marlin.quantization import MANIFEST_FILENAME, AwqQuantization, MarlinQu
 from awq2marlin.repack import Repack
 from awq2marlin.safetensors_header import Header
 from awq2marlin.stream import PIECE_BYTES, Piece, copy_pieces, rewrite_file
-from awq2marlin.workers import default_workers, run_side_by_side, share_workers
+from awq2marlin.workers import check_workers, run_side_by_side, share_workers
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def revert(
         OutputError: if the output folder is foreign, in use, full or unwritable.
     """
     started = time.perf_counter()
-    progress, workers = progress or Silence(), workers or default_workers()
+    progress, workers = progress or Silence(), check_workers(workers)
     marlin = open_checkpoint(converted)
     if not isinstance(marlin.quantization, MarlinQuantization):
         raise refuse(
@@ -98,6 +98,8 @@ def revert(
             file=CONFIG_FILENAME,
         )
     manifest = read_manifest(marlin.folder)
+    _check_files(manifest, marlin.folder)
+    _check_texts(manifest)
     modules = _paired_modules(manifest, marlin, marlin.quantization)
     root = Path(output)
     refuse_overlap(marlin.folder.root, root)
@@ -119,6 +121,16 @@ def revert(
         sum(file.size for file in files),
         time.perf_counter() - started,
     )
+
+
+def _check_files(manifest: Manifest, folder: Folder) -> None:
+    """Refuses missing and unsafe files before anything is written."""
+    for name in manifest.files:
+        if not folder.exists(name):
+            raise refuse(
+                "missing-file", "the manifest names this file, but it is not there; download it too", file=name
+            )
+        folder.path(name)
 
 
 def _plan_digest(folder: Folder) -> str:
@@ -279,6 +291,19 @@ def _restore_file(name: str, folder: Folder, manifest: Manifest, out: OutputFold
         )
     out.publish(name)
     return RestoredFile(name, size, sha256.hexdigest())
+
+
+def _check_texts(manifest: Manifest) -> None:
+    """Compares the texts with the digests recorded beside them, before the first byte is written."""
+    for name, text in manifest.texts.items():
+        data = text.encode("utf-8")
+        if (len(data), str(Xxh3(data))) != manifest.text_digests[name]:
+            raise difference(
+                "wrong-digest",
+                "the text that the manifest keeps is not the one it recorded; the "
+                "manifest was changed or damaged since the conversion: fetch it again",
+                file=name,
+            )
 
 
 def _restore_text(name: str, text: str, out: OutputFolder) -> RestoredFile:

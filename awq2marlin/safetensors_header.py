@@ -9,7 +9,6 @@ Marlin.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -51,6 +50,9 @@ DTYPE_BITS = {
 
 _ENTRY_KEYS = {"dtype", "shape", "data_offsets"}
 _MAX_ELEMENTS = 1 << 60
+
+#: How deep JSON may be nested: safetensors' own parser stops at 128, no config comes near.
+_MAX_DEPTH = 100
 
 
 @dataclass(frozen=True)
@@ -121,7 +123,8 @@ def parse_json(text: bytes, file: str, *, constants: bool = False) -> Any:
     Args:
         text: UTF-8 bytes.
         file: the file's name, for messages.
-        constants: whether ``NaN`` and ``Infinity`` are taken, as Python and Transformers write them.
+        constants: whether ``NaN`` and ``Infinity`` are taken, as Python and Transformers write them, and
+            ``-0``, a floating-point number to other readers, as a whole one.
 
     Raises:
         CheckpointError: if it is not UTF-8, not JSON, nested too deeply, or names a key twice.
@@ -138,11 +141,17 @@ def parse_json(text: bytes, file: str, *, constants: bool = False) -> Any:
     def no_constant(name: str) -> NoReturn:
         raise refuse("bad-json", f"{name} is not JSON", file=file)
 
+    def whole(digits: str) -> int:
+        if digits == "-0":
+            no_constant(digits)
+        return int(digits)
+
     try:
-        return json.loads(
+        document = json.loads(
             text.decode("utf-8"),
             object_pairs_hook=unique,
             parse_constant=None if constants else no_constant,
+            parse_int=None if constants else whole,
         )
     except UnicodeDecodeError as error:
         raise refuse("bad-json", f"it is not UTF-8 (byte {error.start})", file=file) from None
@@ -150,6 +159,23 @@ def parse_json(text: bytes, file: str, *, constants: bool = False) -> Any:
         raise refuse("bad-json", "the JSON is nested too deeply", file=file) from None
     except ValueError as error:
         raise refuse("bad-json", f"it is not valid JSON ({printable(str(error))})", file=file) from None
+    _refuse_depth(document, file)
+    return document
+
+
+def _refuse_depth(document: Any, file: str) -> None:
+    """Refuses what later recursion could not take; parsing alone stops only at the interpreter's limit."""
+    level = [document] if isinstance(document, (dict, list)) else []
+    for _ in range(_MAX_DEPTH):
+        level = [
+            child
+            for value in level
+            for child in (value.values() if isinstance(value, dict) else value)
+            if isinstance(child, (dict, list))
+        ]
+        if not level:
+            return
+    raise refuse("bad-json", f"the JSON is nested too deeply, more than {_MAX_DEPTH} levels", file=file)
 
 
 def read_header(stream: BinaryIO, file_size: int, file: str) -> Header:
@@ -204,7 +230,8 @@ def parse_header(text: bytes, data_size: int, file: str) -> Header:
     if not text.startswith(b"{"):
         raise refuse("bad-header", "the header does not begin with '{'; this is not a safetensors file", file=file)
     document = parse_json(text, file)
-    metadata = document.pop("__metadata__", {})
+    metadata = document.pop("__metadata__", None)
+    metadata = {} if metadata is None else metadata
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
         raise refuse("bad-header", "__metadata__ must map strings to strings", file=file)
     for string in (*document, *metadata, *metadata.values()):
@@ -226,18 +253,20 @@ def _tensor_info(name: str, entry: Any, file: str) -> TensorInfo:
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
         bad("unknown-dtype", f"the data type {printable(str(dtype))!r} is not one of the format's")
     if not _are_sizes(shape):
-        bad("bad-header", "its shape must be a list of whole numbers, none negative")
+        bad("bad-header", "its shape must be a list of whole numbers, none negative or beyond 2^62")
     if not _are_sizes(offsets) or len(offsets) != 2:
-        bad("bad-header", "its data_offsets must be two whole numbers, none negative")
+        bad("bad-header", "its data_offsets must be two whole numbers, none negative or beyond 2^62")
     start, end = offsets
-    elements = math.prod(shape) if len(shape) <= 64 else _MAX_ELEMENTS + 1
-    if elements > _MAX_ELEMENTS:
-        bad("shape-overflow", f"its shape {printable(str(shape))} has more elements than any file can hold")
+    elements = 1
+    for size in shape:  # one by one: a zero at the end does not make good an overflow before it
+        elements *= size
+        if elements > _MAX_ELEMENTS:
+            bad("shape-overflow", f"its shape {printable(str(shape))} has more elements than any file can hold")
     bits = elements * DTYPE_BITS[dtype]
     if bits % 8 or end - start != bits // 8:
         bad(
             "size-mismatch",
-            f"its shape {shape} of {dtype} needs {bits / 8:.0f} bytes, "
+            f"its shape {printable(str(shape))} of {dtype} needs {bits / 8:.0f} bytes, "
             f"its data_offsets {[start, end]} hold {end - start}",
         )
     return TensorInfo(name, dtype, tuple(shape), start, end)

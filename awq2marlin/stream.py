@@ -19,13 +19,16 @@ from typing import BinaryIO, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from awq2marlin.errors import problem_from_os_error, refuse
+from awq2marlin.errors import refuse
 from awq2marlin.folder import open_regular
 
 Bytes = npt.NDArray[np.uint8]
 
 #: Length of a piece in bytes, about: two of them and their source fit a core's second-level cache.
 PIECE_BYTES = 1 << 20
+
+#: How much is written before the disk is told to begin.
+WRITE_BACK_BYTES = 16 << 20
 
 
 class Hash(Protocol):
@@ -144,6 +147,7 @@ class _Rewriter:
                 _update(self._source_hashes, found)
                 _update(self._target_hashes, made)
             _write_exactly(target, piece.write[0], made)
+            _start_writing_back(target, *piece.write)
             if self._progress is not None:
                 self._progress(piece.read[1])
 
@@ -179,11 +183,7 @@ def _read_exactly(stream: BinaryIO, offset: int, buffer: Bytes, name: str) -> No
     stream.seek(offset)
     view = buffer.data
     while view:
-        try:
-            count = stream.readinto(view)  # type: ignore[attr-defined]
-        except OSError as error:  # told apart from a failed write, which would blame the output
-            problem = problem_from_os_error(error)
-            raise refuse(problem.code, f"cannot read it: {problem.message}", file=name) from None
+        count = stream.readinto(view)  # type: ignore[attr-defined]
         if not count:
             raise refuse(
                 "truncated",
@@ -198,6 +198,17 @@ def _write_exactly(stream: BinaryIO, offset: int, buffer: Bytes) -> None:
     view = buffer.data
     while view:
         view = view[stream.write(view) :]
+
+
+def _start_writing_back(stream: BinaryIO, offset: int, length: int) -> None:
+    """Lets the disk begin while later pieces are computed, so that the final sync has little left to do.
+
+    Linux starts to write dirty pages back, without waiting, when it is told that they are not needed soon.
+    """
+    before, after = offset // WRITE_BACK_BYTES, (offset + length) // WRITE_BACK_BYTES
+    if after > before and hasattr(os, "posix_fadvise"):
+        begin = max(0, before - 1) * WRITE_BACK_BYTES  # once more what other threads may have written late
+        os.posix_fadvise(stream.fileno(), begin, after * WRITE_BACK_BYTES - begin, os.POSIX_FADV_DONTNEED)
 
 
 def rewrite_file(

@@ -2,37 +2,63 @@
 
 Both layouts are unpacked to plain values by `reference`, which shares nothing with the converter's repack,
 and compared exactly: q, z and the bits of the scales. Every other tensor and file is compared byte for
-byte. The first difference is named with its place.
+byte, and the manifest with what `revert` has to give back. The first difference is named with its place.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from awq2marlin.awq import module_name
 from awq2marlin.checkpoint import Checkpoint, open_checkpoint
-from awq2marlin.errors import CheckpointError, DifferenceError, difference, refuse
+from awq2marlin.digest import xxh3_of_file
+from awq2marlin.errors import CheckpointError, DifferenceError, difference, printable, refuse
 from awq2marlin.folder import CONFIG_FILENAME, INDEX_FILENAME, Folder
+from awq2marlin.manifest import Manifest, read_manifest
 from awq2marlin.marlin import is_single_group
 from awq2marlin.pairing import pair_modules
 from awq2marlin.plan import ModulePlan
 from awq2marlin.progress import Progress, Silence
 from awq2marlin.quantization import AwqQuantization, MarlinQuantization, marlin_document, without_quantization
 from awq2marlin.reference import unpack_awq, unpack_marlin_qweight, unpack_marlin_qzeros, unpermute_columns
-from awq2marlin.safetensors_header import Header, TensorInfo
-from awq2marlin.workers import default_workers
+from awq2marlin.safetensors_header import TensorInfo
+from awq2marlin.tensor_files import TensorFiles
+from awq2marlin.workers import check_workers
+
+if TYPE_CHECKING:
+    from awq2marlin.gemm_verification import GemmRun
 
 #: How many modules to look at: a number, or all of them.
 Layers = int | Literal["all"]
+
+#: Where to run modules through the GEMM.
+Device = Literal["auto", "cpu", "cuda"]
+
+
+def check_count(name: str, value: object, words: tuple[str, ...]) -> None:
+    """Refuses anything but a number from 0 and certain words.
+
+    Args:
+        name: the argument's.
+        value: what the caller gave.
+        words: the words it may be.
+
+    Raises:
+        ValueError: naming the argument, what was found and what is needed.
+    """
+    if value not in words and (type(value) is not int or value < 0):
+        raise ValueError(f"{name} must be a number from 0 or {' or '.join(map(repr, words))}, found {value!r}")
+
 
 _BAND_BYTES = 1 << 20
 
@@ -50,6 +76,7 @@ class VerifyResult:
         files: side files, compared byte for byte.
         bytes: bytes of the source's tensors and files that were compared.
         seconds: wall time.
+        gemm: what the Marlin GEMM said of the same modules; None if it was not asked.
     """
 
     source: Path
@@ -60,46 +87,7 @@ class VerifyResult:
     files: int
     bytes: int
     seconds: float
-
-
-@dataclass(frozen=True)
-class TensorFiles:
-    """Tensors that can be read by rows, wherever they lie.
-
-    Attributes:
-        folder: of the checkpoint.
-        shards: headers by file name.
-        shard_of: the file of each tensor.
-    """
-
-    folder: Folder
-    shards: Mapping[str, Header]
-    shard_of: Mapping[str, str]
-
-    @classmethod
-    def of(cls, folder: Folder, shards: Mapping[str, Header]) -> TensorFiles:
-        """Makes it from the headers."""
-        return cls(folder, shards, {name: shard for shard, header in shards.items() for name in header.tensors})
-
-    def info(self, name: str) -> TensorInfo:
-        """Returns a tensor's description."""
-        return self.shards[self.shard_of[name]].tensors[name]
-
-    def read(self, name: str, begin: int, end: int) -> npt.NDArray[np.uint8]:
-        """Returns bytes ``begin`` to ``end`` of a tensor's data."""
-        shard = self.shard_of[name]
-        with self.folder.open(shard) as stream:
-            stream.seek(self.shards[shard].data_start + self.info(name).start + begin)
-            data = stream.read(end - begin)
-        if len(data) != end - begin:
-            raise refuse("truncated", "the file became shorter while it was read", file=shard, tensor=name)
-        return np.frombuffer(data, np.uint8)
-
-    def rows(self, name: str, first: int, last: int, dtype: type[np.generic]) -> npt.NDArray[Any]:
-        """Returns rows ``first`` to ``last`` of a two-dimensional tensor, as elements of ``dtype``."""
-        tensor = self.info(name)
-        row_bytes = tensor.size // tensor.shape[0]
-        return self.read(name, first * row_bytes, last * row_bytes).view(dtype).reshape(last - first, -1)
+    gemm: GemmRun | None = None
 
 
 def verify(
@@ -108,6 +96,7 @@ def verify(
     *,
     layers: Layers = "all",
     workers: int | None = None,
+    device: Device | None = None,
     progress: Progress | None = None,
 ) -> VerifyResult:
     """Compares a converted checkpoint with its source.
@@ -115,9 +104,12 @@ def verify(
     Args:
         source: folder of the AWQ checkpoint.
         output: folder of the converted one.
-        layers: how many converted modules to compare value for value, spread over the model, or ``"all"``.
-            Everything else is always compared in full.
+        layers: how many converted modules to compare value for value, spread over the model, or ``"all"``,
+            which also hashes every file and compares the digests with the manifest's. Everything else is
+            always compared in full.
         workers: threads; by default as many as there are processors.
+        device: also run the chosen modules through the Marlin GEMM, on ``"cuda"``, ``"cpu"`` (an exact reference)
+            or ``"auto"``, the GPU if there is one.
         progress: told what is being done.
 
     Raises:
@@ -125,38 +117,61 @@ def verify(
         CheckpointError: if either folder is no readable checkpoint of its kind.
         OSError: if reading fails.
     """
+    check_count("layers", layers, ("all",))
     started = time.perf_counter()
     progress = progress or Silence()
     awq, marlin = _open_pair(source, output)
     modules = _pair(awq, marlin)
+    padded = any(each.is_padded for each in modules)
+    files = [*awq.side_files, *([INDEX_FILENAME] if awq.has_index and not padded else [])]
+    for name in files:
+        _compare_files(awq.folder, marlin.folder, name)
+    if awq.has_index and padded:
+        _compare_padded_index(awq, marlin)
+    manifest = _compare_manifest(awq, marlin, files)
     chosen = sample_modules(modules, layers)
     parts = {module_name(each.name, part) for each in modules for part in each.parts}
     others = [name for name in awq.tensors if name not in parts]
-    side_files = [*awq.side_files, *([INDEX_FILENAME] if awq.has_index else [])]
-    files = 0
     old, new = TensorFiles.of(awq.folder, awq.shards), TensorFiles.of(marlin.folder, marlin.shards)
+    hashed = list(_recorded_files(manifest, awq, marlin)) if layers == "all" else []
     total = _module_bytes(chosen, old) + sum(old.info(name).size for name in others)
-    progress.start("verify", total)
-    for name in side_files:
-        if name != INDEX_FILENAME or not any(each.is_padded for each in modules):
-            _compare_files(awq.folder, marlin.folder, name)
-            files += 1
+    progress.start("verify", total + sum(size for _, _, size, _ in hashed))
     jobs: list[Callable[[], None]] = [
         *(_tensor_job(name, old, new, progress) for name in others),
         *(_module_job(each, awq, old, new, progress) for each in chosen),
+        *(_digest_job(*recorded, progress) for recorded in hashed),
     ]
-    _run(jobs, workers or default_workers())
+    _run(jobs, check_workers(workers))
     progress.finish()
+    assert isinstance(awq.quantization, AwqQuantization)
+    gemm = run_gemm(chosen, awq.quantization, old, new, device, progress)
     return VerifyResult(
         awq.folder.root,
         marlin.folder.root,
         tuple(chosen),
         len(modules),
         len(others),
-        files,
+        len(files),
         total,
         time.perf_counter() - started,
+        gemm,
     )
+
+
+def run_gemm(
+    modules: Sequence[ModulePlan],
+    quantization: AwqQuantization,
+    source: TensorFiles,
+    output: TensorFiles,
+    device: Device | None,
+    progress: Progress,
+) -> GemmRun | None:
+    """Runs modules through the Marlin GEMM, if a device is named; see `gemm_verification.check_modules`."""
+    if device is None:
+        return None
+    from awq2marlin.gemm_verification import check_modules  # brings torch along
+
+    return check_modules(modules, quantization, source, output, device, progress)
 
 
 def _open_pair(source: str | os.PathLike[str], output: str | os.PathLike[str]) -> tuple[Checkpoint, Checkpoint]:
@@ -183,30 +198,92 @@ def _pair(awq: Checkpoint, marlin: Checkpoint) -> list[ModulePlan]:
         converted = pair_modules(awq.shards, awq.quantization, marlin)
     except CheckpointError as error:
         raise DifferenceError(error.problems) from None
-    _compare_configs(awq, marlin)
-    return list(converted.values())
+    modules = list(converted.values())
+    _compare_headers(awq, marlin)
+    _compare_configs(awq, marlin, modules)
+    return modules
 
 
-def _compare_configs(awq: Checkpoint, marlin: Checkpoint) -> None:
+def _compare_headers(awq: Checkpoint, marlin: Checkpoint) -> None:
+    """Compares what the pairing does not ask: the metadata and the order of the names."""
+    for name, header in awq.shards.items():
+        expected, found = (json.loads(each.text) for each in (header, marlin.shards[name]))
+        if expected.get("__metadata__") != found.get("__metadata__"):
+            raise difference("header", "the header's metadata is not the source's", file=name)
+        if list(expected) != list(found):
+            raise difference("header", "the header's names stand in another order than in the source", file=name)
+
+
+def _compare_configs(awq: Checkpoint, marlin: Checkpoint, modules: Sequence[ModulePlan]) -> None:
     """Compares the output's config with the one that its own lists of modules imply."""
     quantization = marlin.quantization
     assert isinstance(quantization, MarlinQuantization)
     assert isinstance(awq.quantization, AwqQuantization)
-    expected = marlin_document(
-        awq.quantization, list(quantization.awq_modules), awq.unquantized_modules, quantization.padded_modules
-    )
+    padded = {each.name: (each.size_k, each.size_n) for each in modules if each.is_padded}
+    expected = marlin_document(awq.quantization, list(quantization.awq_modules), awq.unquantized_modules, padded)
     found = marlin.config.get("quantization_config")
-    if found != expected:
-        keys = [key for key in expected if not isinstance(found, dict) or found.get(key) != expected[key]]
+    if not _same_json(found, expected):
+        known = found if isinstance(found, dict) else {}
+        keys = [key for key in expected if not _same_json(known.get(key), expected[key])]
+        keys += [key for key in ("padded_modules",) if key in known and key not in expected]
         raise difference(
             "config",
             f"quantization_config differs from what the source implies, in {', '.join(keys) or 'an additional key'}",
             file=CONFIG_FILENAME,
         )
-    if without_quantization(awq.config) != without_quantization(marlin.config):
+    if not _same_json(without_quantization(awq.config), without_quantization(marlin.config)):
         raise difference(
             "config", "a key other than quantization_config differs from the source's", file=CONFIG_FILENAME
         )
+
+
+def _same_json(left: Any, right: Any) -> bool:
+    """Returns whether two documents hold the same; to Python, false equals 0 and NaN does not equal NaN."""
+    return json.dumps(left, sort_keys=True) == json.dumps(right, sort_keys=True)
+
+
+def _compare_padded_index(awq: Checkpoint, marlin: Checkpoint) -> None:
+    """Compares the indexes where padding makes another total size."""
+    expected, found = (each.folder.read_json(INDEX_FILENAME) for each in (awq, marlin))
+    metadata = expected.get("metadata")
+    if isinstance(metadata, dict) and "total_size" in metadata:
+        metadata["total_size"] = sum(header.data_size for header in marlin.shards.values())
+    if not _same_json(expected, found):
+        raise difference("different-bytes", "it differs from the source's in more than total_size", file=INDEX_FILENAME)
+
+
+def _compare_manifest(awq: Checkpoint, marlin: Checkpoint, files: Sequence[str]) -> Manifest:
+    """Compares what `revert` would give back with the source, but for digests.
+
+    Args:
+        awq: the source.
+        marlin: the converted checkpoint.
+        files: those that both hold, byte for byte.
+    """
+    manifest = read_manifest(marlin.folder)
+    texts = [CONFIG_FILENAME, *awq.legacy_configs]
+    if awq.has_index and INDEX_FILENAME not in files:
+        texts.append(INDEX_FILENAME)
+    for recorded, there in ((manifest.shards, awq.shards), (manifest.files, files), (manifest.texts, texts)):
+        for name in sorted(set(recorded) ^ set(there)):
+            which = "the manifest" if name in recorded else "the source"
+            raise difference("manifest", f"only {which} has it, so it would not come back as it was", file=name)
+    for name, shard in manifest.shards.items():
+        if shard.source_header.text != awq.shards[name].text:
+            raise difference("manifest", "the header that the manifest keeps is not the source's", file=name)
+    for name, text in manifest.texts.items():
+        if text.encode("utf-8", "surrogatepass") != awq.folder.read(name):
+            raise difference("manifest", "the text that the manifest keeps is not the source's", file=name)
+    return manifest
+
+
+def _recorded_files(manifest: Manifest, awq: Checkpoint, marlin: Checkpoint) -> Iterator[tuple[Folder, str, int, str]]:
+    """Yields folder, name, size and digest of every file whose digest the manifest records."""
+    for name, shard in manifest.shards.items():
+        yield awq.folder, name, shard.source_size, shard.source_digests[0]
+        yield marlin.folder, name, shard.target_size, shard.target_digest
+    for name, (size, digest) in manifest.files.items():
+        yield marlin.folder, name, size, digest
 
 
 def sample_modules(modules: Sequence[ModulePlan], layers: Layers) -> list[ModulePlan]:
@@ -351,6 +428,21 @@ def _tensor_job(name: str, old: TensorFiles, new: TensorFiles, progress: Progres
                     tensor=name,
                 )
             progress.advance(end - begin)
+
+    return job
+
+
+def _digest_job(folder: Folder, name: str, size: int, digest: str, progress: Progress) -> Callable[[], None]:
+    def job() -> None:
+        found = xxh3_of_file((folder.path(name), name))
+        if found != (size, digest):
+            raise difference(
+                "manifest",
+                f"the manifest records {size} bytes, {digest}; the file in {printable(str(folder.root))} has "
+                f"{found[0]}, {found[1]}",
+                file=name,
+            )
+        progress.advance(size)
 
     return job
 

@@ -21,6 +21,22 @@ def default_workers() -> int:
     return min(available, MAX_DEFAULT_WORKERS)
 
 
+def check_workers(workers: int | None) -> int:
+    """Returns how many threads to use.
+
+    Args:
+        workers: as the caller says; None for `default_workers`.
+
+    Raises:
+        ValueError: if it is below 1.
+    """
+    if workers is None:
+        return default_workers()
+    if workers < 1:
+        raise ValueError(f"workers must be at least 1, found {workers}")
+    return workers
+
+
 def share_workers(workers: int, shards: int) -> tuple[int, int]:
     """Returns how many shards to work on at once, and with how many threads each.
 
@@ -61,6 +77,10 @@ def run_side_by_side(
     Raises:
         Exception: what the first task that failed raised, or ``finish``.
     """
+    if at_once == 1:
+        for task in tasks:
+            finish(function(task, advance))
+        return
     stopped = threading.Event()
 
     def report(count: int) -> None:

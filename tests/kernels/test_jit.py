@@ -18,7 +18,7 @@ needs_compiler = pytest.mark.skipif(
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv(jit.CACHE_DIR_VARIABLE, str(tmp_path / "cache"))
+    monkeypatch.setenv(jit.CACHE_VARIABLE, str(tmp_path / "cache"))
     return jit.KernelCache(jit.cache_dir())
 
 
@@ -125,8 +125,8 @@ def test_machine_facts_count_the_cache(cache):
 @pytest.mark.skipif(os.geteuid() == 0, reason="Root may write everywhere.")
 def test_machine_facts_tell_of_a_cache_that_cannot_be_written(tmp_path, monkeypatch):
     tmp_path.chmod(0o500)
-    monkeypatch.setenv(jit.CACHE_DIR_VARIABLE, str(tmp_path / "cache"))
-    assert any(jit.CACHE_DIR_VARIABLE in lack.remedy for lack in jit.machine_facts().lacks)
+    monkeypatch.setenv(jit.CACHE_VARIABLE, str(tmp_path / "cache"))
+    assert any(jit.CACHE_VARIABLE in lack.remedy for lack in jit.machine_facts().lacks)
 
 
 def test_resources_are_read_from_the_assemblers_report():

@@ -1,0 +1,54 @@
+"""A picture of a verification through the GEMM: error against depth, one colour for each kind of module."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from pathlib import Path
+
+from awq2marlin.errors import refuse
+from awq2marlin.gemm_verification import GemmCheck, GemmRun
+
+#: Distinct also for readers who do not see all colours alike (Okabe and Ito, Color Universal Design, 2008).
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999933")
+
+
+def depth_of(module: str) -> int:
+    """Returns the first number in a module's name, its layer; -1 if there is none."""
+    found = re.search(r"(?:^|\.)(\d+)(?:\.|$)", module)
+    return int(found[1]) if found else -1
+
+
+def plot_errors(run: GemmRun, file: Path) -> None:
+    """Draws the largest error of every module, and the bound beside it.
+
+    Args:
+        run: what the GEMM said.
+        file: where the picture goes; its ending chooses the format.
+
+    Raises:
+        CheckpointError: if Matplotlib is not installed.
+        OSError: if the file cannot be written.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise refuse("no-matplotlib", "--plot needs Matplotlib: pip install 'awq2marlin[plot]'") from None
+    kinds: dict[str, list[GemmCheck]] = defaultdict(list)
+    for check in run.checks:
+        kinds[check.name.rpartition(".")[2]].append(check)
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    axes = figure.add_subplot()
+    for index, (kind, checks) in enumerate(sorted(kinds.items())):
+        checks.sort(key=lambda check: depth_of(check.name))
+        depths, colour = [depth_of(check.name) for check in checks], _COLOURS[index % len(_COLOURS)]
+        axes.plot(depths, [check.max_error for check in checks], "o-", color=colour, label=kind, markersize=4)
+        axes.plot(depths, [check.bound for check in checks], ":", color=colour, linewidth=1)
+    axes.set_yscale("log")
+    axes.set_xlabel("layer")
+    axes.set_ylabel("largest |output - float64 reference|")
+    axes.set_title(f"Marlin GEMM against float64, {run.device_name} (dotted: the bound)", loc="left")
+    axes.legend(frameon=False, ncols=2)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", alpha=0.25)
+    figure.savefig(file, dpi=160)

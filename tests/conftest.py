@@ -1,0 +1,29 @@
+"""What all tests share: the golden layers, the folder of real inputs, hypothesis' settings."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import settings
+
+TESTS = Path(__file__).resolve().parent
+
+# The first call of a compiled kernel takes a second or more: a deadline would fail it, and nothing else.
+settings.register_profile("awq2marlin", deadline=None, print_blob=True)
+settings.load_profile("awq2marlin")
+
+
+@pytest.fixture(scope="session")
+def shared_dir():
+    """The folder of real inputs that lies beside a maintainer's checkout."""
+    folder = TESTS.parent.parent / "shared"
+    if not folder.is_dir():
+        pytest.skip("The real inputs in ../shared are not part of the repository and are not here.")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def golden():
+    """Small layers computed with vLLM 0.25's own functions: every array by its name, ``CASE/ARRAY``."""
+    with np.load(TESTS / "golden" / "marlin_layout.npz") as arrays:
+        return dict(arrays)

@@ -1,0 +1,281 @@
+"""Links: followed inside the checkpoint and from a snapshot of the Hub cache into its blobs, never elsewhere."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from awq2marlin import OutputError, convert, revert, verify
+from tests.hostile.hostile_files import INDEX, MANIFEST, SHARD, tree, write_awq
+
+SECRET = "the private key of somebody"
+
+
+@pytest.fixture
+def private(tmp_path) -> Path:
+    path = tmp_path / "home" / "id_ed25519"
+    path.parent.mkdir()
+    path.write_text(SECRET)
+    return path
+
+
+def unlink_and_link(path: Path, target: object) -> None:
+    path.unlink(missing_ok=True)
+    path.parent.mkdir(exist_ok=True)
+    path.symlink_to(target)  # type: ignore[arg-type]
+
+
+def nowhere(folder: Path) -> bool:
+    """Returns whether no file of a folder holds the secret, nor any link leads to it."""
+    return not any(
+        path.is_symlink() or (path.is_file() and SECRET.encode() in path.read_bytes()) for path in folder.rglob("*")
+    )
+
+
+@pytest.mark.parametrize(
+    "name", ["tokenizer.json", "sub/tokenizer.json", SHARD, "config.json", INDEX, "quant_config.json", "README.md"]
+)
+@pytest.mark.parametrize("how", ["absolute", "relative", "through a link", "through a folder"])
+def test_a_link_out_of_the_checkpoint_is_refused(awq, private, tmp_path, run, name: str, how: str) -> None:
+    if how == "absolute":
+        unlink_and_link(awq / name, private)
+    elif how == "relative":
+        unlink_and_link(awq / name, Path(os.path.relpath(private, (awq / name).parent)))
+    elif how == "through a link":
+        (awq / "z.txt").symlink_to(private)
+        unlink_and_link(awq / name, awq / "z.txt")
+    else:
+        (awq / "z").symlink_to(private.parent)
+        unlink_and_link(awq / name, awq / "z" / private.name)
+    before = tree(tmp_path)
+    for command in (["convert", awq, tmp_path / "out"], ["inspect", awq]):
+        outcome = run(*command)
+        outcome.refused("unsafe-link", "leads out of the checkpoint's folder", "copy the file there")
+        assert outcome.report["errors"][0]["file"] in (name, "README.md", "sub/tokenizer.json", "z", "z.txt")
+        assert SECRET not in outcome.out + outcome.err
+    assert tree(tmp_path) == before
+
+
+def test_a_link_to_a_folder_is_refused(awq, private, tmp_path, run) -> None:
+    (awq / "docs").symlink_to(private.parent)
+    run("convert", awq, tmp_path / "out").refused("unsafe-link", file="docs")
+    (awq / "docs").unlink()
+    (awq / "real").mkdir()
+    (awq / "real/x.txt").write_text("x")
+    (awq / "docs").symlink_to("real")
+    run("convert", awq, tmp_path / "out").refused("not-a-file", file="docs")
+    (awq / "docs").unlink()
+    (awq / "docs").symlink_to("..")
+    run("convert", awq, tmp_path / "out").refused("unsafe-link", file="docs")
+    (awq / "docs").unlink()
+    (awq / "docs").symlink_to(".")
+    run("convert", awq, tmp_path / "out").refused("not-a-file", file="docs")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", SHARD, "config.json", INDEX])
+def test_loops_and_broken_links_are_refused(awq, tmp_path, run, name: str) -> None:
+    unlink_and_link(awq / name, "loop")
+    (awq / "loop").symlink_to(name)
+    outcome = run("convert", awq, tmp_path / "out")
+    outcome.refused("unsafe-link", "link")
+    (awq / "loop").unlink()
+    run("convert", awq, tmp_path / "out").refused("not-found", file=name)
+    unlink_and_link(awq / name, name)
+    run("convert", awq, tmp_path / "out").refused("unsafe-link", file=name)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_source_that_is_a_loop_or_a_file_is_refused(awq, tmp_path, run) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    run("inspect", tmp_path / "loop").refused("not-found", "loop")
+    run("inspect", tmp_path / "gone").refused("not-found")
+    run("inspect", awq / SHARD).refused("not-a-folder", "name the folder")
+
+
+def test_a_hidden_or_stray_link_is_not_even_followed(awq, private, tmp_path) -> None:
+    (awq / ".netrc").symlink_to(private)
+    (awq / "stray.bin").symlink_to(private)
+    (awq / ".git").symlink_to(private.parent)
+    os.mkfifo(awq / ".pipe")
+    result = convert(awq, tmp_path / "out", workers=1)
+    assert set(result.left_behind) == {".netrc", "stray.bin", ".git", ".pipe"}
+    assert nowhere(tmp_path / "out")
+
+
+def test_links_inside_the_checkpoint_are_followed_and_become_files(awq, tmp_path) -> None:
+    plain = tmp_path / "plain"
+    shutil.copytree(awq, plain)
+    (plain / "tokenizer.json").write_text("{}")
+    (awq / "store").mkdir()
+    for name, target in ((SHARD, "store/weights"), ("config.json", "store/config")):
+        (awq / name).rename(awq / target)
+        (awq / name).symlink_to(target)
+    (awq / "store/tokenizer").write_text("{}")
+    (awq / "tokenizer.json").symlink_to(awq / "store/tokenizer")
+    convert(awq, tmp_path / "out", workers=1)
+    convert(plain, tmp_path / "expected", workers=1)
+    assert nowhere(tmp_path / "out")
+    for name in (SHARD, "config.json", "tokenizer.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "expected" / name).read_bytes()
+
+
+def test_the_source_itself_may_be_a_link(awq, tmp_path) -> None:
+    (tmp_path / "link").symlink_to(awq)
+    assert convert(tmp_path / "link", tmp_path / "out", workers=1).source == awq
+
+
+# --- Snapshots of the Hub cache ---------------------------------------------------------------------------------------
+
+REVISION = "3f9a1c0de5b84a7798c2f7a0c6d1e2b3a4f50617"
+
+
+@pytest.fixture
+def snapshot(tmp_path) -> Path:
+    """A snapshot as huggingface_hub lays it out: every file a relative link to a blob named by its digest."""
+    return make_snapshot(tmp_path / "hub" / "models--org--tiny-awq")
+
+
+def make_snapshot(repository: Path) -> Path:
+    folder = repository / "snapshots" / REVISION
+    (repository / "blobs").mkdir(parents=True)
+    (repository / "refs").mkdir()
+    (repository / "refs/main").write_text(REVISION)
+    write_awq(folder, shards=2)
+    (folder / "sub").mkdir()
+    (folder / "sub/tokenizer.json").write_text("{}")
+    for path in [path for path in folder.rglob("*") if path.is_file()]:
+        blob = repository / "blobs" / hashlib.sha256(path.read_bytes()).hexdigest()
+        path.replace(blob)
+        path.symlink_to(os.path.relpath(blob, path.parent))
+    return folder
+
+
+def test_a_snapshot_converts_verifies_and_comes_back(snapshot, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    before = tree(tmp_path / "hub")
+    result = convert(snapshot, workers=1)
+    assert result.output == Path("tiny-awq-marlin")
+    assert nowhere(tmp_path / "tiny-awq-marlin")
+    verify(snapshot, "tiny-awq-marlin", workers=1)
+    revert("tiny-awq-marlin", "back", workers=1)
+    assert tree(tmp_path / "back") == {
+        path.relative_to(snapshot).as_posix(): path.read_bytes() if path.is_file() else "folder"
+        for path in snapshot.rglob("*")
+    }
+    assert tree(tmp_path / "hub") == before
+
+
+@pytest.mark.parametrize("where", ["another repository's blobs", "another snapshot", "refs", "the cache", "home"])
+@pytest.mark.parametrize("name", ["tokenizer.json", "config.json", "model-00001-of-00002.safetensors"])
+def test_a_snapshots_link_elsewhere_is_refused(snapshot, private, tmp_path, run, where: str, name: str) -> None:
+    repository = snapshot.parent.parent
+    other = make_snapshot(tmp_path / "hub" / "models--org--private")
+    target = {
+        "another repository's blobs": next((other.parent.parent / "blobs").iterdir()),
+        "another snapshot": repository / "snapshots" / "other" / "file",
+        "refs": repository / "refs/main",
+        "the cache": tmp_path / "hub" / "token",
+        "home": private,
+    }[where]
+    target.parent.mkdir(exist_ok=True)
+    target.touch()
+    unlink_and_link(snapshot / name, os.path.relpath(target, snapshot))
+    run("convert", snapshot, tmp_path / "out").refused("unsafe-link", "leads out", file=name)
+    assert not (tmp_path / "out").exists()
+
+
+def test_blobs_that_are_links_themselves_are_refused(snapshot, private, tmp_path, run) -> None:
+    repository = snapshot.parent.parent
+    (repository / "blobs/evil").symlink_to(private)
+    (snapshot / "tokenizer.json").symlink_to("../../blobs/evil")
+    run("convert", snapshot, tmp_path / "out").refused("unsafe-link", file="tokenizer.json")
+    (snapshot / "tokenizer.json").unlink()
+    (repository / "blobs").rename(tmp_path / "home/blobs")
+    (repository / "blobs").symlink_to(tmp_path / "home/blobs")
+    run("convert", snapshot, tmp_path / "out").refused("unsafe-link", file="config.json")
+    (repository / "blobs").unlink()
+    (repository / "blobs").symlink_to("/")
+    unlink_and_link(snapshot / "config.json", f"../../blobs/{private}")
+    run("convert", snapshot, tmp_path / "out").refused("unsafe-link", file="config.json")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("layout", ["models--a/other/rev", "other/snapshots/rev", "models--a/snapshots/rev/sub"])
+def test_only_a_snapshot_may_link_to_blobs(snapshot, tmp_path, run, layout: str) -> None:
+    folder = tmp_path / layout
+    shutil.copytree(snapshot.parent.parent / "blobs", folder.parent.parent / "blobs")
+    shutil.copytree(snapshot, folder, symlinks=True)
+    run("inspect", folder).refused("unsafe-link", file="config.json")
+
+
+# --- Converted checkpoints and outputs --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [SHARD, "config.json", MANIFEST, "README.md"])
+def test_a_converted_checkpoint_with_a_link_out_is_refused(
+    sound_awq, marlin, private, tmp_path, run, name: str
+) -> None:
+    unlink_and_link(marlin / name, private)
+    outcome = run("revert", marlin, tmp_path / "back")
+    outcome.refused("unsafe-link", "leads out", file=name)
+    assert not (tmp_path / "back").exists()
+    if name != MANIFEST:  # `verify` compares with the source itself and needs no manifest
+        run("verify", sound_awq, marlin).refused("unsafe-link", "leads out", file=name)
+
+
+def test_a_link_in_the_output_is_replaced_not_followed(awq, private, tmp_path) -> None:
+    out = tmp_path / "out"
+    convert(awq, out, workers=1)
+    for name in (SHARD, "config.json", "README.md"):
+        unlink_and_link(out / name, private)
+    convert(awq, out, workers=1, overwrite=True)
+    assert private.read_text() == SECRET
+    assert nowhere(out)
+
+
+def test_a_linked_folder_in_the_output_is_not_written_through(awq, private, tmp_path) -> None:
+    (awq / "home").mkdir()
+    (awq / "home" / private.name).write_text("another")
+    out = tmp_path / "out"
+    convert(awq, out, workers=1)
+    shutil.rmtree(out / "home")
+    (out / "home").symlink_to(private.parent)
+    with pytest.raises(OutputError, match=r"leads out of the output folder|not ours"):
+        convert(awq, out, workers=1, overwrite=True)
+    assert private.read_text() == SECRET
+    assert not (out / "config.json").exists()
+
+
+def _work_folder_is_a_link(out: Path, home: Path) -> None:
+    (home / "thesis.partial").write_text(SECRET)
+    (out / ".awq2marlin").symlink_to(home)
+
+
+def _lock_is_a_link(out: Path, home: Path) -> None:
+    (out / ".awq2marlin").mkdir()
+    (out / ".awq2marlin/lock").symlink_to(home / "id_ed25519")
+
+
+def _next_journal_is_a_link(out: Path, home: Path) -> None:
+    (out / ".awq2marlin").mkdir()
+    (out / ".awq2marlin/journal.json.new").symlink_to(home / "id_ed25519")
+
+
+@pytest.mark.parametrize("trap", [_work_folder_is_a_link, _lock_is_a_link, _next_journal_is_a_link])
+@pytest.mark.parametrize("command", ["convert", "convert --overwrite", "revert"])
+def test_a_prepared_output_folder_leads_nobody_out(awq, marlin, private, tmp_path, run, trap, command: str) -> None:
+    """A stranger's folder may hold `.awq2marlin` as he likes; nothing outside it is written, emptied or removed."""
+    out = tmp_path / "out"
+    if command == "convert --overwrite":
+        shutil.copytree(marlin, out)
+    else:
+        out.mkdir()
+    trap(out, private.parent)
+    before = tree(private.parent)
+    run(*(["revert", marlin, out] if command == "revert" else ["convert", awq, out, *command.split()[1:]]))
+    assert tree(private.parent) == before

@@ -1,0 +1,325 @@
+"""What the documents say is what the code does: examples run, links resolve, and every list is complete.
+
+The examples of one document run in order, in one namespace, in a temporary folder that holds `EXAMPLES`.
+"""
+
+from __future__ import annotations
+
+import ast
+import errno
+import json
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+
+import awq2marlin
+from awq2marlin import errors
+from awq2marlin.cli import app, main
+from awq2marlin.manifest import Manifest, ManifestShard
+from awq2marlin.marlin import FUSED_SIBLINGS
+from awq2marlin.quantization import AwqQuantization, marlin_document
+from awq2marlin.report import STATUS, Report
+from awq2marlin.safetensors_header import Header
+from awq2marlin.synthetic import llama_recipe, write_checkpoint
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "awq2marlin"
+DOCS = ROOT / "docs"
+
+#: AWQ checkpoints that the examples find in their folder.
+EXAMPLES = ("model-awq", "Llama-3-8B-AWQ")
+
+
+def _documents() -> list[Path]:
+    """Every Markdown file of the project, but what lies in hidden or built folders."""
+    skipped = {"build", "dist", "node_modules", "venv"}
+    return sorted(
+        path
+        for path in ROOT.rglob("*.md")
+        if not any(part.startswith(".") or part in skipped for part in path.relative_to(ROOT).parts)
+    )
+
+
+def _name(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+FENCE = re.compile(
+    r"^(?P<indent> *)```(?P<language>[^\n`]*)\n(?P<code>.*?)^(?P=indent)```\s*$", re.DOTALL | re.MULTILINE
+)
+
+
+def _python_blocks(text: str) -> Iterator[tuple[int, str]]:
+    """Yields (line, code) of the fenced blocks marked ``python``."""
+    for match in FENCE.finditer(text):
+        if match["language"].strip() == "python":
+            yield text.count("\n", 0, match.start("code")), match["code"]
+
+
+READERS_PAGES = [path for path in _documents() if path.parent == DOCS or path == ROOT / "README.md"]
+RUNNABLE = [path for path in READERS_PAGES if any(_python_blocks(path.read_text("utf-8")))]
+
+
+@pytest.fixture
+def model_folder(tmp_path, monkeypatch):
+    """A temporary working folder that holds the checkpoints of the examples, with modules of both fates."""
+    for name in EXAMPLES:
+        write_checkpoint(tmp_path / name, llama_recipe(192, 512, 1, 64, 256, group_size=64, shards=2))
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize("path", RUNNABLE, ids=_name)
+@pytest.mark.usefixtures("model_folder")
+def test_python_examples_run(path):
+    namespace = {"__name__": "__main__"}
+    for line, code in _python_blocks(path.read_text("utf-8")):
+        # Blank lines first, so that a traceback names the document's line.
+        exec(compile("\n" * line + code, str(path), "exec"), namespace)
+
+
+LINK = re.compile(r"!?\[[^\]\[]*\]\((?P<target>[^()\s]+)\)")
+
+
+def _prose(text: str) -> str:
+    return re.sub(r"`[^`\n]*`", "", FENCE.sub("", text))
+
+
+def _anchors(text: str) -> set[str]:
+    headings = re.findall(r"^#+ +(.+?)\s*$", FENCE.sub("", text), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("path", _documents(), ids=_name)
+def test_relative_links_resolve(path):
+    for match in LINK.finditer(_prose(path.read_text("utf-8"))):
+        target, _, anchor = match["target"].partition("#")
+        if re.match(r"[a-z]+:", target):
+            continue
+        linked = (path.parent / target) if target else path
+        if target.endswith("kernels/README.md") and not (ROOT / "kernels").exists():
+            continue  # the kernels come with a change of their own
+        assert linked.exists(), f"{_name(path)} links to {match['target']}, which does not exist"
+        if anchor and linked.suffix == ".md":
+            assert anchor in _anchors(linked.read_text("utf-8")), f"{_name(path)} links to {match['target']}"
+
+
+def _options() -> dict[str, set[str]]:
+    """The options of every command, as its ``--help`` shows them."""
+    group = typer.main.get_command(app)
+    assert hasattr(group, "commands")
+    commands = {"": group, **group.commands}
+    help_names = set(group.context_settings["help_option_names"])
+    return {
+        name: help_names | {option for each in command.params for option in each.opts if option.startswith("-")}
+        for name, command in commands.items()
+    }
+
+
+def _code(text: str) -> Iterator[str]:
+    """Yields the commands of fenced blocks, continued lines joined, and the inline code outside of them."""
+    for match in FENCE.finditer(text):
+        for line in match["code"].replace("\\\n", " ").splitlines():
+            yield from re.split(r" (?:&&|\||;) ", line)
+    yield from re.findall(r"`([^`\n]+)`", FENCE.sub("", text))
+
+
+def test_options_named_in_documents_exist():
+    options = _options()
+    every = set().union(*options.values())
+    for path in _documents():
+        for line in _code(path.read_text("utf-8")):
+            code = line.strip().removeprefix("$ ").removeprefix("python -m ")
+            if code.startswith("--"):
+                option = re.split(r"[ =]", code)[0]
+                assert option in every, f"{_name(path)}: no command has the option {option}"
+            elif code.startswith("awq2marlin ") and len(words := shlex.split(code, comments=True)) > 1:
+                command = "" if words[1].startswith("-") else words[1]
+                if command != "COMMAND":
+                    assert command in options, f"{_name(path)}: there is no command in {code!r}"
+                    named = {word.split("=")[0] for word in words[1:] if word.startswith("-")}
+                    assert named <= options[command], f"{_name(path)}: {code!r} has an option that is not there"
+
+
+def test_every_option_is_described():
+    text = "\n".join(path.read_text("utf-8") for path in READERS_PAGES)
+    missing = {
+        option for each in _options().values() for option in each if option.startswith("--") and option not in text
+    }
+    assert not missing, f"no document names {sorted(missing)}"
+
+
+def _table(document: str, keys: str) -> list[str]:
+    """Returns the first column of the table that ``<!-- keys: ... -->`` heads, without its back quotes."""
+    _, marker, rest = (DOCS / document).read_text("utf-8").partition(f"<!-- keys: {keys} -->\n")
+    assert marker, f"docs/{document} has no table of {keys}"
+    table = rest.split("\n\n")[0].splitlines()[2:]
+    return [name for row in table for name in re.findall(r"`([^`]+)`", row.split("|")[1])]
+
+
+def test_format_document_lists_the_config_keys():
+    quantization = AwqQuantization(4, 128, True, None, "config.json")
+    written = marlin_document(quantization, [], [], {"module": (64, 64)})
+    assert sorted(_table("marlin-native.md", "quantization_config")) == sorted(written)
+
+
+def test_format_document_lists_the_manifest_keys():
+    shard = ManifestShard(Header(b"{}", {}), 10, ("xxh3_128:" + "0" * 32,), 10, "xxh3_128:" + "0" * 32)
+    manifest = Manifest(
+        {"<file>": shard}, {"<file>": ""}, {"<file>": (0, "")}, {"<file>": (0, "")}, None, None, {"<file>": ""}
+    )
+    written = list(_paths(json.loads(manifest.encode())))
+    assert sorted(_table("marlin-native.md", "manifest")) == sorted(written)
+
+
+def _paths(document: object, prefix: str = "") -> Iterator[str]:
+    if isinstance(document, dict):
+        for key, value in document.items():
+            yield from _paths(value, f"{prefix}.{key}" if prefix else key)
+    else:
+        yield prefix
+
+
+def test_format_document_lists_the_fused_modules():
+    _, _, rest = (DOCS / "marlin-native.md").read_text("utf-8").partition("| family |\n| --- |\n")
+    rows = rest.split("\n\n")[0].splitlines()
+    assert [tuple(re.findall(r"`([^`]+)`", row)) for row in rows] == list(FUSED_SIBLINGS)
+
+
+def test_json_document_lists_the_keys_of_a_report():
+    assert _table("json.md", "report") == list(Report("convert").document(0))
+
+
+@pytest.mark.usefixtures("model_folder")
+def test_json_document_lists_the_keys_of_every_command(capsys):
+    def run(*arguments: str) -> dict[str, Any]:
+        assert main([*arguments, "--quiet", "--json"]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    convert = run("convert", "model-awq", "model-marlin")
+    assert _table("json.md", "convert modules") == list(convert["modules"][0])
+    assert _table("json.md", "convert details") == list(convert["details"])
+    verify = run("verify", "model-awq", "model-marlin")
+    assert _table("json.md", "convert modules") == list(verify["modules"][0])
+    assert _table("json.md", "verify details") == list(verify["details"])
+    inspect = run("inspect", "model-marlin")
+    assert _table("json.md", "inspect modules") == list(inspect["modules"][0])
+    assert _table("json.md", "inspect details") == list(inspect["details"])
+    revert = run("revert", "model-marlin", "model-back")
+    assert (revert["modules"], revert["details"]) == ([], {})
+    demo = run("demo")
+    assert _table("json.md", "convert details") + _table("json.md", "demo details") == list(demo["details"])
+
+
+def test_json_examples_have_the_shape_of_a_report():
+    blocks = [match["code"] for match in FENCE.finditer((DOCS / "json.md").read_text("utf-8"))]
+    keys = list(Report("convert").document(0))
+    assert [(list(json.loads(block)), json.loads(block)["status"]) for block in blocks] == [
+        (keys, "done"),
+        (keys, "failed"),
+    ]
+
+
+def test_json_document_lists_every_status():
+    text = (DOCS / "json.md").read_text("utf-8")
+    found = re.findall(r"^\| `([a-z]+)` \| (\d+) \|", text, re.MULTILINE)
+    assert {int(code): status for status, code in found} == STATUS
+
+
+def test_json_document_lists_every_error_code():
+    listed = _table("json.md", "error codes")
+    assert listed == sorted(set(listed)), "the table is not sorted, or lists a code twice"
+    assert set(listed) == _error_codes()
+
+
+def _error_codes() -> set[str]:
+    """Every code that the package can report, read from its source."""
+    system = {code for code, _ in errors._ADVICE.values()}
+    unknown = max(errno.errorcode) + 1
+    codes = system | {errors.problem_from_os_error(OSError(unknown, "unknown")).code}
+    for path in sorted(PACKAGE.rglob("*.py")):
+        codes |= _Codes(ast.parse(path.read_text("utf-8"))).codes
+    return codes
+
+
+class _Codes:
+    """The error codes in one module.
+
+    A code stands at a known place in the calls that make a problem, or a function passes on a parameter of its
+    own to that place and is then itself such a call. Generators of problems yield (tensor, code, message).
+    """
+
+    def __init__(self, tree: ast.Module) -> None:
+        self.codes: set[str] = set()
+        self._makers = {"Problem": 2, "refuse": 0, "difference": 0}
+        functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
+        for _ in range(3):  # wrappers of wrappers
+            for function in functions:
+                self._learn(function)
+        for node in ast.walk(tree):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in self._makers:
+                self._take(self._code_of(node))
+            elif isinstance(node, ast.Yield) and isinstance(node.value, ast.Tuple) and len(node.value.elts) == 3:
+                self._take(node.value.elts[1])
+
+    def _learn(self, function: ast.FunctionDef) -> None:
+        parameters = [each.arg for each in function.args.args]
+        for node in ast.walk(function):
+            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in self._makers:
+                code = self._code_of(node)
+                if isinstance(code, ast.Name) and code.id in parameters:
+                    self._makers[function.name] = parameters.index(code.id)
+
+    def _code_of(self, call: ast.Call) -> ast.expr | None:
+        named = [keyword.value for keyword in call.keywords if keyword.arg == "code"]
+        place = self._makers[call.func.id]
+        return named[0] if named else call.args[place] if len(call.args) > place else None
+
+    def _take(self, code: ast.expr | None) -> None:
+        if isinstance(code, ast.IfExp):
+            self._take(code.body)
+            self._take(code.orelse)
+        elif isinstance(code, ast.Constant) and isinstance(code.value, str):
+            self.codes.add(code.value)
+        else:  # passed on: `problem.code`, a parameter, or a yielded code
+            assert isinstance(code, (ast.Name, ast.Attribute, type(None))), f"a code is computed: {ast.dump(code)}"
+
+
+def test_design_document_lists_every_module():
+    modules = {
+        path.relative_to(PACKAGE).with_suffix("").as_posix()
+        for path in PACKAGE.rglob("*.py")
+        if not path.is_relative_to(PACKAGE / "__pycache__")
+    }
+    listed = _table("design.md", "modules")
+    assert len(listed) == len(set(listed)), "docs/design.md lists a module twice"
+    assert set(listed) == modules, "the table of modules in docs/design.md is not that of the package"
+
+
+def test_design_document_lists_modules_before_what_they_import():
+    rank = {name: place for place, name in enumerate(_table("design.md", "modules"))}
+    for path in PACKAGE.rglob("*.py"):
+        name = path.relative_to(PACKAGE).with_suffix("").as_posix()
+        for imported in _imported(ast.parse(path.read_text("utf-8"))) & rank.keys():
+            assert rank[name] < rank[imported], f"{name} imports {imported}, which stands above it in docs/design.md"
+
+
+def _imported(tree: ast.Module) -> set[str]:
+    """The modules of the package that a module imports, at its top or within a function."""
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module == "awq2marlin":
+            found |= {each.name for each in node.names}
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("awq2marlin."):
+            found.add(node.module.removeprefix("awq2marlin.").replace(".", "/"))
+    return found
+
+
+def test_python_document_names_every_public_name():
+    text = (DOCS / "python.md").read_text("utf-8")
+    missing = [name for name in awq2marlin.__all__ if f"`{name}`" not in text and f"`{name}(" not in text]
+    assert not missing, f"docs/python.md does not name {missing}"

@@ -1,0 +1,393 @@
+"""What the package promises as a whole: light imports, lasting names, imports one way, docstrings."""
+
+import ast
+import importlib
+import importlib.metadata
+import inspect
+import os
+import pkgutil
+import re
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+import awq2marlin
+from awq2marlin.synthetic import llama_recipe, write_checkpoint
+
+PACKAGE = Path(awq2marlin.__file__).parent
+MODULES = sorted(".".join(path.relative_to(PACKAGE).with_suffix("").parts) for path in PACKAGE.rglob("*.py"))
+PUBLIC_FUNCTIONS = ("convert", "verify", "revert", "inspect", "demo")
+
+#: The order of imports, lowest first: a module imports only from layers below its own.
+LAYERS = [
+    ["_version", "awq", "errors", "progress", "reference", "repack_kernels", "workers"],
+    ["machine_code", "marlin", "safetensors_header"],
+    ["config", "folder", "layout", "repack"],
+    ["quantization", "stream", "synthetic"],
+    ["checkpoint", "digest"],
+    ["manifest", "output", "plan"],
+    ["pairing", "shard"],
+    ["inspection", "reversion", "verification"],
+    ["conversion"],
+    ["demonstration"],
+    ["console", "report"],
+    ["cli"],
+    ["__main__"],
+]
+LAYER = {module: number for number, modules in enumerate(LAYERS) for module in modules}
+
+
+def run_python(code, *arguments, cwd=None):
+    """Runs code in a fresh interpreter that finds this package; returns what it printed."""
+    path = os.pathsep.join(filter(None, [str(PACKAGE.parent), os.environ.get("PYTHONPATH")]))
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env={**os.environ, "PYTHONPATH": path},
+        timeout=120,
+        check=False,
+    )
+    assert done.returncode == 0, f"exit code {done.returncode}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+# --- imports are light ------------------------------------------------------------------------------------
+
+
+def test_importing_the_package_imports_no_torch_numpy_or_numba():
+    out = run_python(
+        "import sys, awq2marlin\n"
+        "dir(awq2marlin), awq2marlin.__version__\n"
+        "print([name for name in ('torch', 'numpy', 'numba', 'typer', 'safetensors') if name in sys.modules])\n"
+        "print([name for name in sys.modules if name.startswith('awq2marlin.')])"
+    )
+    assert out.splitlines() == ["[]", "['awq2marlin._version']"]
+
+
+def test_help_imports_no_torch_numpy_or_numba():
+    out = run_python(
+        "import sys\n"
+        "from awq2marlin.cli import main\n"
+        "code = main(['--help'])\n"
+        "print(code, [name for name in ('torch', 'numpy', 'numba') if name in sys.modules])"
+    )
+    assert "convert" in out
+    assert out.splitlines()[-1] == "0 []"
+
+
+COMMANDS = """
+import sys
+from awq2marlin.cli import main
+source, output, back = sys.argv[1:]
+codes = [
+    main(["convert", source, output, "--quiet", "--verify", "all"]),
+    main(["verify", source, output, "--quiet"]),
+    main(["inspect", output, "--json"]),
+    main(["revert", output, back, "--quiet"]),
+]
+print(codes, "torch" in sys.modules)
+"""
+
+
+def test_commands_on_a_cpu_import_no_torch(tmp_path):
+    source, output, back = tmp_path / "source", tmp_path / "output", tmp_path / "back"
+    write_checkpoint(source, llama_recipe(128, 256, 1, 64, 32, group_size=64))
+    out = run_python(COMMANDS, source, output, back, cwd=tmp_path)
+    assert out.splitlines()[-1] == "[0, 0, 0, 0] False"
+    assert (output / "config.json").is_file()
+    assert (back / "model.safetensors").read_bytes() == (source / "model.safetensors").read_bytes()
+
+
+NO_PROBE = """
+import torch
+
+def probe(*args, **kwargs):
+    raise RuntimeError("a GPU was probed")
+
+for name in ("is_available", "device_count", "current_device", "get_device_properties", "get_device_capability",
+             "get_device_name", "init", "_lazy_init"):
+    setattr(torch.cuda, name, probe)
+
+import awq2marlin
+from awq2marlin import layout
+layout.verify_marlin_supported(awq2marlin.SCALAR_TYPE_UINT4, 128, True)
+layout.verify_marlin_supports_shape(64, 128, 128, 128)
+awq2marlin.AWQMarlinConfig(4, 128, True).get_supported_act_dtypes()
+layout.marlin_make_workspace("cpu")
+layout.marlin_make_empty_g_idx("cpu")
+layout.awq_marlin_repack(torch.zeros(16, 8, dtype=torch.int32), 16, 64, 4)
+print(torch.cuda.is_initialized())
+"""
+
+
+def test_importing_the_layout_and_checking_support_probes_no_gpu():
+    assert run_python(NO_PROBE).split() == ["False"]
+
+
+def test_making_a_config_imports_no_torch():
+    out = run_python(
+        "import sys, awq2marlin\n"
+        "config = awq2marlin.AWQMarlinConfig.from_config({'bits': 4, 'group_size': 128})\n"
+        "print(config.quant_type, 'torch' in sys.modules)"
+    )
+    assert out.split() == ["uint4", "False"]
+
+
+# --- names last -------------------------------------------------------------------------------------------
+
+WALK = """
+import importlib, pkgutil, types, awq2marlin
+names = {names!r}
+{before}
+for module in pkgutil.walk_packages(awq2marlin.__path__, "awq2marlin."):
+    importlib.import_module(module.name)
+for name in names:
+    value = getattr(awq2marlin, name)
+    assert isinstance(value, types.FunctionType), (name, value)
+    assert value.__name__ == name and value.__module__.startswith("awq2marlin."), value
+print("callable")
+"""
+
+
+@pytest.mark.parametrize(
+    "before",
+    ["", "from awq2marlin import " + ", ".join(PUBLIC_FUNCTIONS)],
+    ids=["asked for first after", "asked for before"],
+)
+def test_public_functions_stay_callable_after_every_submodule_was_imported(before):
+    assert run_python(WALK.format(names=PUBLIC_FUNCTIONS, before=before)).split() == ["callable"]
+
+
+def test_no_submodule_bears_a_public_name():
+    submodules = {module.name for module in pkgutil.iter_modules(awq2marlin.__path__)}
+    assert submodules.isdisjoint(awq2marlin.__all__)
+    assert submodules.isdisjoint(PUBLIC_FUNCTIONS)
+
+
+@pytest.mark.parametrize("name", awq2marlin.__all__)
+def test_every_public_name_resolves(name):
+    value = getattr(awq2marlin, name)
+    if inspect.isfunction(value) or inspect.isclass(value):
+        assert value.__name__ == name
+
+
+def test_public_names_are_those_that_users_are_told_of():
+    assert set(PUBLIC_FUNCTIONS) <= set(awq2marlin.__all__)
+    assert dir(awq2marlin) == sorted(awq2marlin.__all__)
+    assert len(set(awq2marlin.__all__)) == len(awq2marlin.__all__)
+    namespace = {}
+    exec("from awq2marlin import *", namespace)
+    assert set(awq2marlin.__all__) <= set(namespace)
+
+
+def test_the_whole_layout_that_users_are_told_of_is_public():
+    told = {
+        "AWQMarlinConfig",
+        "GPTQ_MARLIN_MIN_THREAD_K",
+        "GPTQ_MARLIN_MIN_THREAD_N",
+        "GPTQ_MARLIN_TILE",
+        "MARLIN_SUPPORTED_GROUP_SIZES",
+        "SCALAR_TYPE_UINT4",
+        "SCALAR_TYPE_UINT8",
+        "awq_marlin_repack",
+        "awq_to_marlin_zero_points",
+        "get_scale_perms",
+        "is_aligned",
+        "marlin_make_empty_g_idx",
+        "marlin_make_workspace",
+        "marlin_permute_scales",
+        "marlin_zero_points",
+        "pack_cols",
+        "replace_parameter",
+        "unpack_cols",
+        "verify_marlin_supported",
+        "verify_marlin_supports_shape",
+    }
+    inverses = {
+        "marlin_awq_repack",
+        "marlin_to_awq_zero_points",
+        "marlin_unpack_zero_points",
+        "marlin_unpermute_scales",
+    }
+    assert sorted((told | inverses) - set(awq2marlin.__all__)) == []
+
+
+def test_an_unknown_name_is_an_attribute_error_that_names_it():
+    with pytest.raises(AttributeError, match="'awq2marlin' has no attribute 'no_such_name'"):
+        _ = awq2marlin.no_such_name
+    with pytest.raises(ImportError, match="no_such_name"):
+        exec("from awq2marlin import no_such_name")
+
+
+def test_what_type_checkers_see_is_what_is_imported():
+    block = next(node for node in tree("__init__").body if isinstance(node, ast.If))
+    seen = {}
+    for node in block.body:
+        assert isinstance(node, ast.ImportFrom)
+        for alias in node.names:
+            assert alias.asname == alias.name, f"{alias.name} is not exported as itself"
+            seen[alias.name] = node.module.removeprefix("awq2marlin.")
+    assert seen == awq2marlin._HOMES
+
+
+# --- imports go one way -----------------------------------------------------------------------------------
+
+
+@cache
+def tree(module):
+    return ast.parse(PACKAGE.joinpath(*module.split(".")).with_suffix(".py").read_text("utf-8"))
+
+
+@cache
+def imports(module):
+    """Modules of the package that a module imports, wherever in it, with the line."""
+    found = {}
+    for node in ast.walk(tree(module)):
+        if isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{module}.py:{node.lineno}: imports are absolute"
+            if node.module == "awq2marlin":
+                names = [alias.name for alias in node.names]
+            elif (node.module or "").startswith("awq2marlin."):
+                names = [node.module.removeprefix("awq2marlin.")]
+            else:
+                continue
+        elif isinstance(node, ast.Import):
+            names = [alias.name.removeprefix("awq2marlin.") for alias in node.names if alias.name.startswith("awq2m")]
+        else:
+            continue
+        for name in names:
+            found.setdefault(name, node.lineno)
+    return found
+
+
+def third_party(module, at_top_level=False):
+    """Names of the foreign packages that a module imports."""
+    nodes = tree(module).body if at_top_level else ast.walk(tree(module))
+    found = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            found |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found.add(node.module.partition(".")[0])
+    return found - set(sys.stdlib_module_names) - {"awq2marlin"}
+
+
+def test_every_module_stands_in_one_layer():
+    placed = [module for modules in LAYERS for module in modules]
+    assert sorted(placed) == [module for module in MODULES if module != "__init__"]
+
+
+@pytest.mark.parametrize("module", [module for module in MODULES if module != "__init__"])
+def test_imports_go_down_only(module):
+    upward = [
+        f"{module}.py:{line} imports {other}: layer {LAYER[module]} from layer {LAYER[other]}"
+        for other, line in imports(module).items()
+        if LAYER[other] >= LAYER[module]
+    ]
+    assert upward == []
+
+
+def test_the_package_itself_imports_only_its_version():
+    top = [node for node in tree("__init__").body if isinstance(node, ast.ImportFrom)]
+    assert [node.module for node in top if node.module.startswith("awq2marlin")] == ["awq2marlin._version"]
+
+
+def test_verification_shares_no_code_with_the_converter_s_repack():
+    assert imports("reference") == {}
+    assert {"repack", "repack_kernels", "layout", "shard", "conversion"}.isdisjoint(imports("verification"))
+
+
+def test_file_reading_knows_neither_format():
+    for module in ("safetensors_header", "folder", "stream", "digest"):
+        assert {"awq", "marlin", "repack", "quantization"}.isdisjoint(imports(module)), module
+
+
+def test_only_the_layout_and_the_config_import_torch():
+    assert {module for module in MODULES if "torch" in third_party(module)} == {"config", "layout"}
+    assert "torch" not in {node.names[0].name for node in tree("config").body if isinstance(node, ast.Import)}
+
+
+def test_every_foreign_package_is_a_declared_dependency():
+    text = (PACKAGE.parent / "pyproject.toml").read_text("utf-8")
+    declared = set(re.findall(r'^    "([\w-]+)', text.split("\ndependencies = [")[1].split("\n]")[0], re.MULTILINE))
+    used = {name for module in MODULES for name in third_party(module)}
+    assert used <= declared, f"not declared: {sorted(used - declared)}"
+
+
+# --- documentation ----------------------------------------------------------------------------------------
+
+
+def definitions(node, prefix=""):
+    """Public functions, classes and methods: (qualified name, node)."""
+    for child in node.body:
+        if isinstance(child, ast.FunctionDef | ast.ClassDef | ast.AsyncFunctionDef) and not child.name.startswith("_"):
+            yield f"{prefix}{child.name}", child
+            if isinstance(child, ast.ClassDef):
+                yield from definitions(child, f"{prefix}{child.name}.")
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_every_public_definition_has_a_docstring(module):
+    assert ast.get_docstring(tree(module)), f"{module}.py has no docstring"
+    missing = [
+        f"{module}.py:{node.lineno} {name}" for name, node in definitions(tree(module)) if not ast.get_docstring(node)
+    ]
+    assert missing == []
+
+
+@pytest.mark.parametrize("name", [name for name in awq2marlin.__all__ if awq2marlin._HOMES.get(name) == "layout"])
+def test_layout_docstrings_tell_arguments_and_errors(name):
+    function = getattr(awq2marlin, name)
+    text = inspect.getdoc(function)
+    parameters = list(inspect.signature(function).parameters)
+    undone = text.startswith("Undoes") and "Args:" not in text  # refers to the map that it undoes
+    missing = [] if undone else [parameter for parameter in parameters if f"{parameter}:" not in text]
+    assert missing == [], f"{name} does not describe {missing}"
+    raises = "pack" in name or "permute" in name or "zero_points" in name or "verify" in name
+    assert undone or not raises or "ValueError" in text, f"{name} does not say what it raises"
+
+
+def test_zero_point_functions_say_that_size_k_is_the_number_of_groups():
+    for name in ("marlin_zero_points", "awq_to_marlin_zero_points"):
+        assert "size_k: the number of groups" in inspect.getdoc(getattr(awq2marlin, name)), name
+
+
+# --- the distribution -------------------------------------------------------------------------------------
+
+
+def test_the_version_is_written_once_and_is_the_distribution_s():
+    version = (PACKAGE / "_version.py").read_text("utf-8").split('__version__ = "')[1].split('"')[0]
+    assert awq2marlin.__version__ == version
+    try:
+        installed = importlib.metadata.version("awq2marlin")
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("The package is not installed here, so it has no metadata to compare with.")
+    assert installed == version, "install the package again: its metadata is of another version"
+
+
+def test_the_command_is_declared():
+    try:
+        points = importlib.metadata.distribution("awq2marlin").entry_points
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("The package is not installed here, so it has no metadata to compare with.")
+    assert [(point.name, point.value) for point in points] == [("awq2marlin", "awq2marlin.cli:main")]
+    module, _, function = points["awq2marlin"].value.partition(":")
+    assert callable(getattr(importlib.import_module(module), function))
+
+
+def test_python_m_runs_the_same_command():
+    out = run_python(
+        "import runpy, sys; sys.argv = ['awq2marlin', '--version']\n"
+        "try: runpy.run_module('awq2marlin', run_name='__main__')\n"
+        "except SystemExit as end: print(end.code)"
+    )
+    assert out.split() == ["awq2marlin", awq2marlin.__version__, "0"]
+
+
+def test_the_package_is_marked_as_typed():
+    assert (PACKAGE / "py.typed").is_file()
