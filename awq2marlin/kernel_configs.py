@@ -194,6 +194,11 @@ class PortableConfig:
     reduction: Reduction = "workspace"
 
     @property
+    def resident_blocks(self) -> int:
+        """Blocks that a multiprocessor holds at once."""
+        return 1
+
+    @property
     def tile(self) -> tuple[int, int]:
         """Columns and tokens of a block."""
         return 256, 8 * self.token_tiles
@@ -226,6 +231,7 @@ class HopperConfig:
         num_bits: 4 or 8.
         tokens: of a block.
         stages: of the pipeline through shared memory.
+        resident_blocks: that a multiprocessor holds at once; two are possible with 32 tokens.
         num_splits: blocks that share K.
         reduction: how their sums come together.
     """
@@ -234,6 +240,7 @@ class HopperConfig:
     num_bits: int
     tokens: int
     stages: int
+    resident_blocks: int = 1
     num_splits: int = 1
     reduction: Reduction = "cluster"
 
@@ -257,8 +264,9 @@ class HopperConfig:
     @property
     def source(self) -> KernelSource:
         """The kernel's source."""
-        parameters = f"{_CPP_TYPES[self.dtype]}, {self.num_bits}, {self.tokens}, {self.stages}"
-        return _gemm_source("gemm_hopper.cuh", f"HopperGemm<{parameters}>", self.threads, self.shared_bytes, 1)
+        parameters = f"{self.num_bits}, {self.tokens}, {self.stages}, {self.resident_blocks}"
+        implementation = f"HopperGemm<{_CPP_TYPES[self.dtype]}, {parameters}>"
+        return _gemm_source("gemm_hopper.cuh", implementation, self.threads, self.shared_bytes, self.resident_blocks)
 
 
 # ---- the table: which kernels can serve a problem ---------------------------------------------------------
@@ -299,9 +307,15 @@ def hopper_configs(problem: GemmProblem) -> Iterator[HopperConfig]:
     """Yields what the Hopper kernel can do: everything, on compute capability 9.0 alone."""
     if problem.capability != HOPPER:
         return
-    for tokens in (32, 64, 128):
-        stages = 6 if problem.num_bits == 8 else 8
-        yield HopperConfig(dtype=problem.dtype, num_bits=problem.num_bits, tokens=tokens, stages=stages)
+    for tokens, resident_blocks in ((32, 1), (32, 2), (64, 1), (128, 1)):
+        stages = 8 if problem.num_bits == 4 else 5 if resident_blocks == 2 else 6
+        yield HopperConfig(
+            dtype=problem.dtype,
+            num_bits=problem.num_bits,
+            tokens=tokens,
+            stages=stages,
+            resident_blocks=resident_blocks,
+        )
 
 
 def all_configs(problem: GemmProblem) -> list[GemmConfig]:
@@ -326,14 +340,14 @@ def pick_config(problem: GemmProblem) -> GemmConfig:
     """
     if problem.size_m <= 16:
         return _pick_small(problem)
-    configs: list[GemmConfig] = [*hopper_configs(problem)] or [*portable_configs(problem)]
+    configs: list[HopperConfig | PortableConfig] = [*hopper_configs(problem)] or [*portable_configs(problem)]
     candidates = [
-        with_splits(config, num_splits)
+        replace(config, num_splits=num_splits)
         for config in configs
         for num_splits in range(1, MAX_SPLITS + 1)
         if num_splits * 64 <= problem.size_k and _may_split(problem, num_splits)
     ]
-    return min(candidates, key=lambda config: _steps_in_a_row(config, problem))
+    return min(candidates, key=lambda config: _microseconds(config, problem))
 
 
 def _pick_small(problem: GemmProblem) -> GemmConfig:
@@ -387,12 +401,25 @@ def _may_split(problem: GemmProblem, num_splits: int) -> bool:
     return num_splits == 1 or problem.has_clusters or workspace_bytes <= MAX_WORKSPACE_BYTES
 
 
-def _steps_in_a_row(config: GemmConfig, problem: GemmProblem) -> float:
-    """Time in units of a step of 64 rows by 128 tokens: waves of blocks, each with its steps and its ends."""
+def _microseconds(config: HopperConfig | PortableConfig, problem: GemmProblem) -> float:
+    """Estimates a launch: waves of blocks, each with its steps and its ends."""
     splits, tiles_n, tiles_m = grid_of(config, problem)
-    waves = -(-tiles_n * tiles_m // (_blocks_at_once(problem, 1, splits) // splits))
-    steps = -(-problem.size_k // (64 * splits)) + 2 + (4 if splits > 1 else 0)
-    return waves * steps * {32: 0.6, 64: 0.7, 128: 1.0}[config.tile[1]]
+    waves = -(-tiles_n * tiles_m // (_blocks_at_once(problem, config.resident_blocks, splits) // splits))
+    step, ends, sharing = _STEP_TIMES[type(config), config.tile[1], config.resident_blocks]
+    return waves * (-(-problem.size_k // (64 * splits)) * step + ends + (sharing if splits > 1 else 0))
+
+
+#: Microseconds on an H200, fitted to sweeps over the benchmark's shapes: for a step of 64 rows, for the ends of a
+#: block, and for summing with the blocks that share K. Keys are kernel, tokens of a block, and blocks that a
+#: multiprocessor holds.
+_STEP_TIMES: dict[tuple[type, int, int], tuple[float, float, float]] = {
+    (HopperConfig, 32, 1): (0.59, 0.8, 2.2),
+    (HopperConfig, 32, 2): (0.88, 2.4, 4.1),
+    (HopperConfig, 64, 1): (0.58, 2.9, 2.4),
+    (HopperConfig, 128, 1): (0.75, 2.0, 3.0),
+    (PortableConfig, 32, 1): (0.85, 2.0, 3.0),
+    (PortableConfig, 64, 1): (1.05, 2.0, 3.0),
+}
 
 
 # ---- the other kernels ------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@
 
 namespace marlin {
 
-template <class T, int kBits, int kTokens, int kStages>
+template <class T, int kBits, int kTokens, int kStages, int kResidentBlocks>
 class HopperGemm {
   using L = Layout<kBits>;
   using D = Decoder<T, kBits>;
@@ -52,8 +52,14 @@ class HopperGemm {
 
  public:
   static constexpr int kThreads = (kMathWarps + kCopyWarps) * kWarpLanes;
-  // A multiprocessor has 65536 registers, 168 for each of these threads in multiples of 8: 128 * 56 + 256 * 224 is as many.
-  static constexpr int kCopyRegisters = 56, kMathRegisters = 224;
+  // A multiprocessor has 65536 registers: 168 for each of these threads, in multiples of 8, or 80 when it holds two blocks.
+  // Few sums leave room for two, whose decoding hides each other's waiting.
+  static_assert(kResidentBlocks == 1 || (kResidentBlocks == 2 && kTokens == 32), "the sums must fit the registers");
+  static constexpr int kEntryRegisters = kResidentBlocks == 2 ? 80 : 168;
+  static constexpr int kCopyRegisters = kResidentBlocks == 2 ? 32 : 56;
+  static constexpr int kMathRegisters = kResidentBlocks == 2 ? 104 : 224;
+  static_assert(kCopyThreads * kCopyRegisters + kMathThreads * kMathRegisters == kThreads * kEntryRegisters,
+                "what some give is what others take");
   static_assert(kThreads == 384, "the shares of registers are counted for three warpgroups");
   static constexpr int kSharedBytes = kBarriersOffset + 2 * kStages * 8;
 
