@@ -6,6 +6,7 @@ to one. The generated source asserts that both sides count threads and shared me
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol
@@ -162,7 +163,7 @@ class SmallConfig:
         by_shared_memory = SHARED_BYTES // (self.shared_bytes + 1024)
         return max(1, min(by_registers, by_shared_memory))
 
-    @property
+    @functools.cached_property
     def source(self) -> KernelSource:
         """The kernel's source."""
         cpp = _CPP_TYPES[self.dtype]
@@ -215,7 +216,7 @@ class PortableConfig:
         stage = 64 * (2 * tokens + columns * self.num_bits // 8)
         return max(self.stages * stage, _sum_bytes(columns, tokens))
 
-    @property
+    @functools.cached_property
     def source(self) -> KernelSource:
         """The kernel's source."""
         parameters = f"{_CPP_TYPES[self.dtype]}, {self.num_bits}, {self.token_tiles}, {self.stages}"
@@ -261,7 +262,7 @@ class HopperConfig:
         stage = 64 * (2 * tokens + columns * self.num_bits // 8)
         return max(self.stages * stage, _sum_bytes(columns, tokens)) + 2 * self.stages * 8
 
-    @property
+    @functools.cached_property
     def source(self) -> KernelSource:
         """The kernel's source."""
         parameters = f"{self.num_bits}, {self.tokens}, {self.stages}, {self.resident_blocks}"
@@ -332,6 +333,7 @@ def with_splits(config: GemmConfig, num_splits: int, reduction: Reduction | None
 # ---- the one place that picks -----------------------------------------------------------------------------
 
 
+@functools.lru_cache(maxsize=1 << 14)
 def pick_config(problem: GemmProblem) -> GemmConfig:
     """Picks the kernel and its parameters for a problem.
 
