@@ -1,9 +1,9 @@
 // The GEMM for few tokens (up to 8, or 16), where reading the weights is all the time there is.
 //
-// The transposed weight is operand A of mma.m16n8k16, the tokens are its 8 columns. A warp owns one tile of 64 columns. A lane
-// copies its own 16 bytes of every tile, several steps ahead, to a place in shared memory that no other lane looks at, and
-// reads from there what the tensor core wants: many bytes in flight, few registers, no barrier. Few registers also leave room
-// for the blocks of the next launch, which may be set up meanwhile.
+// The transposed weight is operand A of mma.m16n8k16, the tokens are its 8 columns. A warp owns one tile of 64 columns. It copies
+// the weights of every step ahead to shared memory that no other warp looks at, and a lane reads from there what the tensor core
+// wants: many bytes in flight, few registers, no barrier. Few registers also leave room for the blocks of the next launch, which
+// may be set up meanwhile.
 // The warps of a block share the rows, and so do the blocks of a split; nothing is summed across warps before the end.
 //
 // Scales are not applied to weights but, in fp32, to a group's sum: cheaper, as a group has more rows than a lane has sums.
@@ -28,7 +28,7 @@ class SmallGemm {
   static constexpr int kScaledRows = kGroupSize < kStepRows ? kGroupSize : kStepRows;  // rows summed before scaling
   static constexpr int kScaledTiles = kScaledRows / kTileRows;
   static constexpr int kStepGroups = kStepRows / kScaledRows;
-  static constexpr int kLoads = L::kLaneWords / 4;  // 16-byte loads of a lane in a tile
+  static constexpr int kLoads = L::kLaneChunks;  // 16-byte loads of a lane in a tile
 
   // Activations of a step wait in shared memory, rows of tokens, 16-byte chunks XOR-swizzled for ldmatrix.
   static constexpr int kRowChunks = kStepRows / 8;
@@ -74,7 +74,7 @@ class SmallGemm {
       : args(args),
         shared(warp_shared),
         lane(lane),
-        weights_gl_rd(args.qweight + i64(blockIdx.y) * L::kTileWords + lane * L::kLaneWords),
+        weights_gl_rd(args.qweight + i64(blockIdx.y) * L::kTileWords + lane * 4),
         groups(args, blockIdx.y, lane) {}
 
   // The warp's first step of weights, into L2: all that may be done before the kernel before us is through.
@@ -122,7 +122,8 @@ class SmallGemm {
 #pragma unroll
       for (int i = 0; i < kStepTiles; ++i) {
 #pragma unroll
-        for (int part = 0; part < kLoads; ++part) cp_async_16(weight_sh(slot, i, part), tile_gl_rd + 4 * part);
+        for (int round = 0; round < kLoads; ++round)
+          cp_async_16(tile_sh(slot, i) + copied_chunk_place<kBits>(lane, round) * 16, tile_gl_rd + round * (kWarpLanes * 4));
         tile_gl_rd += args.qweight_stride;
       }
 #pragma unroll
@@ -148,7 +149,8 @@ class SmallGemm {
       }
       u32 words[kLoads][4];
 #pragma unroll
-      for (int part = 0; part < kLoads; ++part) load_shared(words[part], weight_sh(slot, i, part));
+      for (int part = 0; part < kLoads; ++part) 
+        load_shared(words[part], tile_sh(slot, i) + (part * kWarpLanes + lane) * 16);
       const LaneGroup<kBits>& group = step_groups.of[i / kScaledTiles];
 #pragma unroll
       for (int j = 0; j < kTileBlocks; ++j) {
@@ -238,9 +240,8 @@ class SmallGemm {
   __device__ __forceinline__ u32 act_sh(int slot, int token, int chunk) const {
     return shared_address(shared) + slot * kStageBytes + (token * kRowChunks + (chunk ^ (token % 8))) * 16;
   }
-  // Lanes lie 16 bytes apart, so that a warp's access sweeps all banks.
-  __device__ __forceinline__ u32 weight_sh(int slot, int tile, int part) const {
-    return shared_address(shared) + slot * kStageBytes + kActBytes + ((tile * kLoads + part) * kWarpLanes + lane) * 16;
+  __device__ __forceinline__ u32 tile_sh(int slot, int tile) const {
+    return shared_address(shared) + slot * kStageBytes + kActBytes + tile * (L::kTileWords * 4);
   }
 
   const GemmArguments& args;
