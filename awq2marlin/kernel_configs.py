@@ -6,6 +6,7 @@ to one. The generated source asserts that both sides count threads and shared me
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol
@@ -24,6 +25,9 @@ MAX_SPLITS = 8
 
 #: The most that partial sums may take where they go through global memory.
 MAX_WORKSPACE_BYTES = 64 << 20
+
+#: Shared memory of a multiprocessor of compute capability 9.0.
+SHARED_BYTES = 228 << 10
 
 _CPP_TYPES = {"fp16": "Half", "bf16": "Bfloat16"}
 
@@ -114,8 +118,9 @@ class SmallConfig:
         num_bits: 4 or 8.
         group_rows: the group size, or any that divides K when there is one group.
         token_tiles: tokens, in eights.
-        step_rows: rows that a warp has in flight.
+        step_rows: rows of a warp's step.
         warps: of a block; they share K.
+        stages: steps in shared memory, one of which is being multiplied.
         num_splits: blocks that share K.
         reduction: how their sums come together.
     """
@@ -126,6 +131,7 @@ class SmallConfig:
     token_tiles: int
     step_rows: int
     warps: int
+    stages: int
     num_splits: int = 1
     reduction: Reduction = "cluster"
 
@@ -141,23 +147,29 @@ class SmallConfig:
 
     @property
     def shared_bytes(self) -> int:
-        """Shared memory of a block: each warp's two steps of activations, later its sums; what other blocks send."""
+        """Shared memory of a block: each warp's steps, later its sums; what other blocks send."""
         columns, tokens = self.tile
+        step = self.step_rows * (2 * tokens + columns * self.num_bits // 8)
         received = (tokens * columns // 4 + MAX_SPLITS) * 16
-        return self.warps * max(2 * tokens * self.step_rows * 2, _sum_bytes(columns, tokens)) + received
+        return self.warps * max(self.stages * step, _sum_bytes(columns, tokens)) + received
 
     @property
     def resident_blocks(self) -> int:
         """Blocks that a multiprocessor holds at once: the compiler's limit on registers follows."""
-        warps = {(4, 1, 64): 16, (4, 1, 128): 12, (4, 2, 64): 12, (4, 2, 128): 8, (8, 1, 64): 12, (8, 2, 64): 8}
-        needs_more = self.token_tiles == 2 and self.group_rows == 32  # twice the sums of groups under way
-        return (8 if needs_more else warps[self.num_bits, self.token_tiles, self.step_rows]) // self.warps
+        warps = {(4, 1): 20, (4, 2): 12, (8, 1): 16, (8, 2): 12}[self.num_bits, self.token_tiles]
+        if self.token_tiles == 2 and self.group_rows == 32:
+            warps = 8  # two groups under way, each with its sums
+        by_registers = warps // self.warps
+        by_shared_memory = SHARED_BYTES // (self.shared_bytes + 1024)
+        return max(1, min(by_registers, by_shared_memory))
 
-    @property
+    @functools.cached_property
     def source(self) -> KernelSource:
         """The kernel's source."""
         cpp = _CPP_TYPES[self.dtype]
-        parameters = f"{self.num_bits}, {self.group_rows}, {self.token_tiles}, {self.step_rows}, {self.warps}"
+        parameters = (
+            f"{self.num_bits}, {self.group_rows}, {self.token_tiles}, {self.step_rows}, {self.warps}, {self.stages}"
+        )
         implementation = f"SmallGemm<{cpp}, {parameters}>"
         return _gemm_source("gemm_small.cuh", implementation, self.threads, self.shared_bytes, self.resident_blocks)
 
@@ -183,6 +195,11 @@ class PortableConfig:
     reduction: Reduction = "workspace"
 
     @property
+    def resident_blocks(self) -> int:
+        """Blocks that a multiprocessor holds at once."""
+        return 1
+
+    @property
     def tile(self) -> tuple[int, int]:
         """Columns and tokens of a block."""
         return 256, 8 * self.token_tiles
@@ -199,7 +216,7 @@ class PortableConfig:
         stage = 64 * (2 * tokens + columns * self.num_bits // 8)
         return max(self.stages * stage, _sum_bytes(columns, tokens))
 
-    @property
+    @functools.cached_property
     def source(self) -> KernelSource:
         """The kernel's source."""
         parameters = f"{_CPP_TYPES[self.dtype]}, {self.num_bits}, {self.token_tiles}, {self.stages}"
@@ -215,6 +232,7 @@ class HopperConfig:
         num_bits: 4 or 8.
         tokens: of a block.
         stages: of the pipeline through shared memory.
+        resident_blocks: that a multiprocessor holds at once; two are possible with 32 tokens.
         num_splits: blocks that share K.
         reduction: how their sums come together.
     """
@@ -223,6 +241,7 @@ class HopperConfig:
     num_bits: int
     tokens: int
     stages: int
+    resident_blocks: int = 1
     num_splits: int = 1
     reduction: Reduction = "cluster"
 
@@ -243,34 +262,33 @@ class HopperConfig:
         stage = 64 * (2 * tokens + columns * self.num_bits // 8)
         return max(self.stages * stage, _sum_bytes(columns, tokens)) + 2 * self.stages * 8
 
-    @property
+    @functools.cached_property
     def source(self) -> KernelSource:
         """The kernel's source."""
-        parameters = f"{_CPP_TYPES[self.dtype]}, {self.num_bits}, {self.tokens}, {self.stages}"
-        return _gemm_source("gemm_hopper.cuh", f"HopperGemm<{parameters}>", self.threads, self.shared_bytes, 1)
+        parameters = f"{self.num_bits}, {self.tokens}, {self.stages}, {self.resident_blocks}"
+        implementation = f"HopperGemm<{_CPP_TYPES[self.dtype]}, {parameters}>"
+        return _gemm_source("gemm_hopper.cuh", implementation, self.threads, self.shared_bytes, self.resident_blocks)
 
 
 # ---- the table: which kernels can serve a problem ---------------------------------------------------------
 
 
 def small_configs(problem: GemmProblem) -> Iterator[SmallConfig]:
-    """Yields what the kernel for few tokens can do: up to 16 of them."""
+    """Yields what the kernel for up to 16 tokens can do: long steps first, then short ones by more warps."""
     if problem.size_m > 16:
         return
     is_single = problem.group_size == problem.size_k
-    token_tiles = 1 if problem.size_m <= 8 else 2
-    for step_rows in (128, 64):
-        # Long steps keep more loads in flight, where registers allow them and K is a multiple.
-        needs_short = problem.num_bits == 8 or problem.group_size < 128 or problem.size_k % 128 != 0
-        if step_rows == 128 and needs_short:
+    for step_rows, warps, stages in ((128, 4, 2), (64, 8, 2)) if problem.num_bits == 4 else ((64, 4, 3),):
+        if step_rows == 128 and (problem.group_size < 128 or problem.size_k % 128):
             continue
         yield SmallConfig(
             dtype=problem.dtype,
             num_bits=problem.num_bits,
             group_rows=step_rows if is_single else problem.group_size,
-            token_tiles=token_tiles,
+            token_tiles=1 if problem.size_m <= 8 else 2,
             step_rows=step_rows,
-            warps=8 if problem.num_bits == 4 and token_tiles == 1 and step_rows == 64 else 4,
+            warps=warps,
+            stages=stages,
             reduction="cluster" if problem.has_clusters else "workspace",
         )
 
@@ -290,9 +308,15 @@ def hopper_configs(problem: GemmProblem) -> Iterator[HopperConfig]:
     """Yields what the Hopper kernel can do: everything, on compute capability 9.0 alone."""
     if problem.capability != HOPPER:
         return
-    for tokens in (32, 64, 128):
-        stages = 6 if problem.num_bits == 8 else 8
-        yield HopperConfig(dtype=problem.dtype, num_bits=problem.num_bits, tokens=tokens, stages=stages)
+    for tokens, resident_blocks in ((32, 1), (32, 2), (64, 1), (128, 1)):
+        stages = 8 if problem.num_bits == 4 else 5 if resident_blocks == 2 else 6
+        yield HopperConfig(
+            dtype=problem.dtype,
+            num_bits=problem.num_bits,
+            tokens=tokens,
+            stages=stages,
+            resident_blocks=resident_blocks,
+        )
 
 
 def all_configs(problem: GemmProblem) -> list[GemmConfig]:
@@ -309,6 +333,7 @@ def with_splits(config: GemmConfig, num_splits: int, reduction: Reduction | None
 # ---- the one place that picks -----------------------------------------------------------------------------
 
 
+@functools.lru_cache(maxsize=1 << 14)
 def pick_config(problem: GemmProblem) -> GemmConfig:
     """Picks the kernel and its parameters for a problem.
 
@@ -317,35 +342,48 @@ def pick_config(problem: GemmProblem) -> GemmConfig:
     """
     if problem.size_m <= 16:
         return _pick_small(problem)
-    configs: list[GemmConfig] = [*hopper_configs(problem)] or [*portable_configs(problem)]
+    configs: list[HopperConfig | PortableConfig] = [*hopper_configs(problem)] or [*portable_configs(problem)]
     candidates = [
-        with_splits(config, num_splits)
+        replace(config, num_splits=num_splits)
         for config in configs
         for num_splits in range(1, MAX_SPLITS + 1)
         if num_splits * 64 <= problem.size_k and _may_split(problem, num_splits)
     ]
-    return min(candidates, key=lambda config: _steps_in_a_row(config, problem))
+    return min(candidates, key=lambda config: _microseconds(config, problem))
 
 
 def _pick_small(problem: GemmProblem) -> GemmConfig:
-    """Few tokens: as many blocks as fit at once, and at least one step for every warp."""
-    best: GemmConfig | None = None
+    """Few tokens: fill the multiprocessors in one go, with long steps if that works out as well."""
+    picked, picked_share = None, 0.0
     for config in small_configs(problem):
-        tiles = problem.size_n // config.tile[0]
-        num_splits = max(
-            splits
-            for splits in range(1, MAX_SPLITS + 1)
-            if splits == 1
-            or (
-                tiles * splits <= _blocks_at_once(problem, config.resident_blocks, splits)
-                and splits * config.warps * config.step_rows <= problem.size_k
-            )
+        num_splits = _small_splits(config, problem)
+        slots = problem.multiprocessors * config.resident_blocks
+        share = problem.size_n // config.tile[0] * num_splits / slots
+        if picked is None or picked_share < 0.9 < share <= 1:
+            picked, picked_share = with_splits(config, num_splits), share
+    assert picked is not None, "some config serves every problem"
+    return picked
+
+
+def _small_splits(config: SmallConfig, problem: GemmProblem) -> int:
+    """Returns how many blocks should share K: all that run at once, with a step for every warp of theirs."""
+    tiles, steps = problem.size_n // config.tile[0], problem.size_k // config.step_rows
+    possible = [
+        splits
+        for splits in range(1, MAX_SPLITS + 1)
+        if splits == 1
+        or (
+            tiles * splits <= _blocks_at_once(problem, config.resident_blocks, splits)
+            and splits * config.warps <= steps
         )
-        best = with_splits(config, num_splits)
-        if config.token_tiles > 1 or tiles * num_splits > 2 * problem.multiprocessors:
-            break  # enough warps; otherwise shorter steps by more of them
-    assert best is not None, "some config serves every problem"
-    return best
+    ]
+    if config.token_tiles == 1:
+        return possible[-1]
+    # With more tokens arithmetic counts, too: the fewest steps on the busiest multiprocessor.
+    return min(
+        reversed(possible),
+        key=lambda splits: -(-tiles * splits // problem.multiprocessors) * -(-steps // (splits * config.warps)),
+    )
 
 
 def _blocks_at_once(problem: GemmProblem, resident_blocks: int, num_splits: int) -> int:
@@ -353,8 +391,10 @@ def _blocks_at_once(problem: GemmProblem, resident_blocks: int, num_splits: int)
     slots = problem.multiprocessors * resident_blocks
     if not problem.has_clusters:
         return slots
-    # A cluster lies within one GPC, so that larger ones leave multiprocessors over (seen on an H200).
-    return int(slots * {1: 1.0, 2: 1.0, 3: 0.9}.get(num_splits, 0.83))
+    # A cluster lies within one GPC, so that larger ones leave multiprocessors over, and more so when they hold a block
+    # each (the shares were found by timing on an H200).
+    left_over = {1: 0.0, 2: 0.0, 3: 0.1}.get(num_splits, 0.17)
+    return int(slots * (1 - left_over * (1.0 if resident_blocks == 1 else 0.9)))
 
 
 def _may_split(problem: GemmProblem, num_splits: int) -> bool:
@@ -363,12 +403,25 @@ def _may_split(problem: GemmProblem, num_splits: int) -> bool:
     return num_splits == 1 or problem.has_clusters or workspace_bytes <= MAX_WORKSPACE_BYTES
 
 
-def _steps_in_a_row(config: GemmConfig, problem: GemmProblem) -> float:
-    """Time in units of a step of 64 rows by 128 tokens: waves of blocks, each with its steps and its ends."""
+def _microseconds(config: HopperConfig | PortableConfig, problem: GemmProblem) -> float:
+    """Estimates a launch: waves of blocks, each with its steps and its ends."""
     splits, tiles_n, tiles_m = grid_of(config, problem)
-    waves = -(-tiles_n * tiles_m // (_blocks_at_once(problem, 1, splits) // splits))
-    steps = -(-problem.size_k // (64 * splits)) + 2 + (4 if splits > 1 else 0)
-    return waves * steps * {32: 0.6, 64: 0.7, 128: 1.0}[config.tile[1]]
+    waves = -(-tiles_n * tiles_m // (_blocks_at_once(problem, config.resident_blocks, splits) // splits))
+    step, ends, sharing = _STEP_TIMES[type(config), config.tile[1], config.resident_blocks]
+    return waves * (-(-problem.size_k // (64 * splits)) * step + ends + (sharing if splits > 1 else 0))
+
+
+#: Microseconds on an H200, fitted to sweeps over the benchmark's shapes: for a step of 64 rows, for the ends of a
+#: block, and for summing with the blocks that share K. Keys are kernel, tokens of a block, and blocks that a
+#: multiprocessor holds.
+_STEP_TIMES: dict[tuple[type, int, int], tuple[float, float, float]] = {
+    (HopperConfig, 32, 1): (0.59, 0.8, 2.2),
+    (HopperConfig, 32, 2): (0.88, 2.4, 4.1),
+    (HopperConfig, 64, 1): (0.58, 2.9, 2.4),
+    (HopperConfig, 128, 1): (0.75, 2.0, 3.0),
+    (PortableConfig, 32, 1): (0.85, 2.0, 3.0),
+    (PortableConfig, 64, 1): (1.05, 2.0, 3.0),
+}
 
 
 # ---- the other kernels ------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@
 
 namespace marlin {
 
-template <class T, int kBits, int kTokens, int kStages>
+template <class T, int kBits, int kTokens, int kStages, int kResidentBlocks>
 class HopperGemm {
   using L = Layout<kBits>;
   using D = Decoder<T, kBits>;
@@ -42,7 +42,7 @@ class HopperGemm {
   static constexpr int kActLoads = kTokens / kRoundTokens;       // cp.async of a copying thread in a stage
   static_assert(kRoundTokens % 8 == 0, "the swizzle of a thread's chunk is the same in every round");
   static constexpr int kActBytes = kTokens * kStageRows * 2;
-  static constexpr int kLoads = L::kLaneWords / 4;               // 16-byte loads of a lane in a tile
+  static constexpr int kLoads = L::kLaneChunks;                  // 16-byte loads of a lane in a tile
   static constexpr int kWeightBytes = kStageTiles * kWarpgroupWarps * L::kTileWords * 4;
   static constexpr int kStageBytes = kActBytes + kWeightBytes;
   static constexpr int kSumBytes = SumTile<kColumns>::bytes(kTokens);
@@ -52,8 +52,14 @@ class HopperGemm {
 
  public:
   static constexpr int kThreads = (kMathWarps + kCopyWarps) * kWarpLanes;
-  // A multiprocessor has 65536 registers, 168 for each of these threads in multiples of 8: 128 * 56 + 256 * 224 is as many.
-  static constexpr int kCopyRegisters = 56, kMathRegisters = 224;
+  // A multiprocessor has 65536 registers: 168 for each of these threads, in multiples of 8, or 80 when it holds two blocks.
+  // Few sums leave room for two, whose decoding hides each other's waiting.
+  static_assert(kResidentBlocks == 1 || (kResidentBlocks == 2 && kTokens == 32), "the sums must fit the registers");
+  static constexpr int kEntryRegisters = kResidentBlocks == 2 ? 80 : 168;
+  static constexpr int kCopyRegisters = kResidentBlocks == 2 ? 32 : 56;
+  static constexpr int kMathRegisters = kResidentBlocks == 2 ? 104 : 224;
+  static_assert(kCopyThreads * kCopyRegisters + kMathThreads * kMathRegisters == kThreads * kEntryRegisters,
+                "what some give is what others take");
   static_assert(kThreads == 384, "the shares of registers are counted for three warpgroups");
   static constexpr int kSharedBytes = kBarriersOffset + 2 * kStages * 8;
 
@@ -124,7 +130,7 @@ class HopperGemm {
   struct Copier {
     const u16* act_gl_rd;             // its chunk of the block's first token
     int token_offsets[kActLoads];     // from there to its tokens
-    const u32* weights_gl_rd;         // its 16 bytes of the warp's tile
+    const u32* weights_gl_rd;         // its first chunk of the warp's tile
     u32 act_sh_wr, weights_sh_wr;     // in slot 0
   };
 
@@ -138,9 +144,9 @@ class HopperGemm {
       // Tokens past the last repeat it: they are columns of the product that nobody stores.
       copier.token_offsets[i] = min(first + i * kRoundTokens, args.size_m - 1 - first_token) * int(args.a_stride);
     copier.weights_gl_rd = args.qweight + i64(range.begin) * kStageTiles * args.qweight_stride +
-                           i64(tile_n(w)) * L::kTileWords + lane * L::kLaneWords;
+                           i64(tile_n(w)) * L::kTileWords + lane * 4;
     copier.act_sh_wr = shared + (first * kRowChunks + (chunk ^ (first % 8))) * 16;
-    copier.weights_sh_wr = weight_sh(0, 0, w, 0);
+    copier.weights_sh_wr = tile_sh(0, 0, w);
     return copier;
   }
 
@@ -165,9 +171,10 @@ class HopperGemm {
 #pragma unroll
     for (int i = 0; i < kStageTiles; ++i) {
 #pragma unroll
-      for (int part = 0; part < kLoads; ++part)
-        cp_async_16(copier.weights_sh_wr + slot_offset + (i * kWarpgroupWarps * kLoads + part) * (kWarpLanes * 16),
-                    copier.weights_gl_rd + 4 * part);
+      for (int round = 0; round < kLoads; ++round)
+        cp_async_16(copier.weights_sh_wr + slot_offset + i * (kWarpgroupWarps * L::kTileWords * 4) +
+                        copied_chunk_place<kBits>(lane, round) * 16,
+                    copier.weights_gl_rd + round * (kWarpLanes * 4));
       copier.weights_gl_rd += args.qweight_stride;
     }
   }
@@ -185,13 +192,14 @@ class HopperGemm {
     Constants constants;
 
     u32 weight[kBatches][kBatchTiles][kBlocks][4];  // one batch is multiplied while the next is decoded
+    const u32 words_sh = words_place();
     Place place;
     int released = 0;
     for (int step = range.begin; step < range.end; ++step) {
       mbarrier_wait(full(place.slot), place.parity);
       fence_proxy_async();
       u32 words[kStageTiles][kWords];
-      load_words(words, place.slot);
+      load_words(words, place.slot, words_sh);
       const u64 act = wgmma_descriptor(shared + place.slot * kStageBytes);
 #pragma unroll
       for (int batch = 0; batch < kBatches; ++batch) {
@@ -221,13 +229,14 @@ class HopperGemm {
     wgmma_wait<0>();
   }
 
-  __device__ __forceinline__ void load_words(u32 (&words)[kStageTiles][kWords], int slot) const {
-    const int w = warp % kWarpgroupWarps;
+  // Where the lane's words of its warpgroup's blocks lie: half of its chunk, or with 8 bits one of its two chunks.
+  __device__ __forceinline__ u32 words_place() const {
+    return warp % kWarpgroupWarps * (L::kTileWords * 4) + lane * 16 + warpgroup * (kBits == 4 ? 8 : kWarpLanes * 16);
+  }
+
+  __device__ __forceinline__ void load_words(u32 (&words)[kStageTiles][kWords], int slot, u32 place) const {
 #pragma unroll
-    for (int i = 0; i < kStageTiles; ++i) {
-      if constexpr (kBits == 4) load_shared(words[i], weight_sh(slot, i, w, 0) + 8 * warpgroup);
-      if constexpr (kBits == 8) load_shared(words[i], weight_sh(slot, i, w, warpgroup));
-    }
+    for (int i = 0; i < kStageTiles; ++i) load_shared(words[i], tile_sh(slot, i, 0) + place);
   }
 
   static __device__ __forceinline__ void decode_batch(u32 (&weight)[kBatchTiles][kBlocks][4], const u32 (*words)[kWords],
@@ -278,8 +287,8 @@ class HopperGemm {
   __device__ __forceinline__ int tile_n(int w) const {
     return min(int(blockIdx.y) * kWarpgroupWarps + w, args.size_n / kTileColumns - 1);
   }
-  __device__ __forceinline__ u32 weight_sh(int slot, int tile, int w, int part) const {
-    return shared + slot * kStageBytes + kActBytes + (((tile * kWarpgroupWarps + w) * kLoads + part) * kWarpLanes + lane) * 16;
+  __device__ __forceinline__ u32 tile_sh(int slot, int tile, int w) const {
+    return shared + slot * kStageBytes + kActBytes + (tile * kWarpgroupWarps + w) * (L::kTileWords * 4);
   }
   __device__ __forceinline__ u32 full(int slot) const { return shared + kBarriersOffset + 8 * slot; }
   __device__ __forceinline__ u32 empty(int slot) const { return shared + kBarriersOffset + 8 * (kStages + slot); }

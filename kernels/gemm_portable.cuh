@@ -2,8 +2,7 @@
 //
 // As in gemm_small.cuh the transposed weight is operand A. A block computes 256 columns by 32 or 64 tokens: four warps side by
 // side own a tile of 64 columns each, and two such rows of warps share the rows of every stage. So a weight is decoded once
-// for all tokens of the block. Activations are shared by the block; a weight belongs to one lane, which copies its own 16 bytes
-// to shared memory and reads them back itself: no other thread is waited for.
+// for all tokens of the block. Activations are shared by the block, weights by no two warps.
 #pragma once
 
 #include "gemm_common.cuh"
@@ -27,7 +26,7 @@ class PortableGemm {
   // A row of activations is 64 numbers, eight 16-byte chunks, XOR-swizzled for ldmatrix.
   static constexpr int kRowChunks = kStageRows / 8;
   static constexpr int kActBytes = kTokens * kStageRows * 2;
-  static constexpr int kLoads = L::kLaneWords / 4;  // 16-byte loads of a lane in a tile
+  static constexpr int kLoads = L::kLaneChunks;  // 16-byte loads of a lane in a tile
   static constexpr int kWeightBytes = kWarpsN * kWarpsK * kWarpTiles * L::kTileWords * 4;
   static constexpr int kStageBytes = kActBytes + kWeightBytes;
   static constexpr int kSumBytes = SumTile<kColumns>::bytes(kTokens);
@@ -63,8 +62,8 @@ class PortableGemm {
         first_token(blockIdx.z * kTokens),
         groups(args, tile_n, lane),
         weights_gl_rd(args.qweight + i64(warp_k * kWarpTiles) * args.qweight_stride + i64(tile_n) * L::kTileWords +
-                      lane * L::kLaneWords),
-        weights_sh(shared_address(shared) + kActBytes + threadIdx.x / kWarpLanes * kWarpTiles * L::kTileWords * 4 + lane * 16),
+                      lane * 4),
+        weights_sh(shared_address(shared) + kActBytes + threadIdx.x / kWarpLanes * kWarpTiles * L::kTileWords * 4),
         act_sh_wr(shared_address(shared) + act_offset(threadIdx.x / kRowChunks, threadIdx.x % kRowChunks)),
         act_sh_rd(shared_address(shared) + act_offset(lane % 8, 4 * warp_k + lane / 8)) {
 #pragma unroll
@@ -111,8 +110,9 @@ class PortableGemm {
 #pragma unroll
       for (int i = 0; i < kWarpTiles; ++i)
 #pragma unroll
-        for (int part = 0; part < kLoads; ++part)
-          cp_async_16(weight_sh(slot, i, part), tile_gl_rd + i * args.qweight_stride + 4 * part);
+        for (int round = 0; round < kLoads; ++round)
+          cp_async_16(tile_sh(slot, i) + copied_chunk_place<kBits>(lane, round) * 16,
+                      tile_gl_rd + i * args.qweight_stride + round * (kWarpLanes * 4));
     }
     cp_async_commit();
   }
@@ -126,7 +126,7 @@ class PortableGemm {
     for (int i = 0; i < kWarpTiles; ++i)
 #pragma unroll
       for (int part = 0; part < kLoads; ++part)
-        load_shared(reinterpret_cast<u32(&)[4]>(words[i][4 * part]), weight_sh(slot, i, part));
+        load_shared(reinterpret_cast<u32(&)[4]>(words[i][4 * part]), tile_sh(slot, i) + (part * kWarpLanes + lane) * 16);
 #pragma unroll
     for (int j = 0; j < kTileBlocks; ++j) {
       const auto offsets = D::offsets(groups.zeros(group, j));
@@ -167,9 +167,8 @@ class PortableGemm {
   static __device__ __forceinline__ u32 act_offset(int token, int chunk) {
     return (token * kRowChunks + (chunk ^ (token % 8))) * 16;
   }
-  // Lanes lie 16 bytes apart, so that a warp's access sweeps all banks.
-  __device__ __forceinline__ u32 weight_sh(int slot, int tile, int part) const {
-    return weights_sh + slot * kStageBytes + (tile * kLoads + part) * (kWarpLanes * 16);
+  __device__ __forceinline__ u32 tile_sh(int slot, int tile) const {
+    return weights_sh + slot * kStageBytes + tile * (L::kTileWords * 4);
   }
 
   const GemmArguments& args;

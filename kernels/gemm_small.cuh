@@ -1,7 +1,9 @@
 // The GEMM for few tokens (up to 8, or 16), where reading the weights is all the time there is.
 //
-// The transposed weight is operand A of mma.m16n8k16, the tokens are its 8 columns. A warp owns one tile of 64 columns and
-// reads its weights straight from global memory into the registers that the tensor core wants: no shared memory, no barrier.
+// The transposed weight is operand A of mma.m16n8k16, the tokens are its 8 columns. A warp owns one tile of 64 columns. It copies
+// the weights of every step ahead to shared memory that no other warp looks at, and a lane reads from there what the tensor core
+// wants: many bytes in flight, few registers, no barrier. Few registers also leave room for the blocks of the next launch, which
+// may be set up meanwhile.
 // The warps of a block share the rows, and so do the blocks of a split; nothing is summed across warps before the end.
 //
 // Scales are not applied to weights but, in fp32, to a group's sum: cheaper, as a group has more rows than a lane has sums.
@@ -11,7 +13,7 @@
 
 namespace marlin {
 
-template <class T, int kBits, int kGroupSize, int kTokenTiles, int kStepRows, int kWarps>
+template <class T, int kBits, int kGroupSize, int kTokenTiles, int kStepRows, int kWarps, int kStages>
 class SmallGemm {
   using L = Layout<kBits>;
   using D = Decoder<T, kBits>;
@@ -20,19 +22,22 @@ class SmallGemm {
   static_assert(kTokenTiles == 1 || kTokenTiles == 2, "more tokens want shared weights: see gemm_portable.cuh");
 
   static constexpr int kTokens = 8 * kTokenTiles;
-  static_assert(kStepRows == 64 || kStepRows == 128, "rows that a warp has in flight; they must divide K");
+  static_assert(kStepRows == 64 || kStepRows == 128, "rows of a step, which must divide K");
+  static_assert(kStages >= 2, "a step is on its way while another is multiplied");
   static constexpr int kStepTiles = kStepRows / kTileRows;
   static constexpr int kScaledRows = kGroupSize < kStepRows ? kGroupSize : kStepRows;  // rows summed before scaling
   static constexpr int kScaledTiles = kScaledRows / kTileRows;
   static constexpr int kStepGroups = kStepRows / kScaledRows;
-  static constexpr int kLoads = L::kLaneWords / 4;  // 16-byte loads of a lane in a tile
+  static constexpr int kLoads = L::kLaneChunks;  // 16-byte loads of a lane in a tile
 
   // Activations of a step wait in shared memory, rows of tokens, 16-byte chunks XOR-swizzled for ldmatrix.
   static constexpr int kRowChunks = kStepRows / 8;
   static constexpr int kActBytes = kTokens * kStepRows * 2;
   static constexpr int kActLoads = kTokens * kRowChunks / kWarpLanes;  // cp.async of a lane in a step
   static constexpr int kSumBytes = SumTile<kTileColumns>::bytes(kTokens);
-  static constexpr int kWarpBytes = 2 * kActBytes > kSumBytes ? 2 * kActBytes : kSumBytes;
+  static constexpr int kWeightBytes = kStepTiles * L::kTileWords * 4;
+  static constexpr int kStageBytes = kActBytes + kWeightBytes;
+  static constexpr int kWarpBytes = kStages * kStageBytes > kSumBytes ? kStages * kStageBytes : kSumBytes;
   static constexpr int kQuads = kTileColumns / 4;
   static constexpr int kMaxSplits = 8;  // what every GPU with clusters takes
   static constexpr int kReceivedBytes = (kTokens * kQuads + kMaxSplits) * 16;
@@ -61,76 +66,78 @@ class SmallGemm {
   }
 
  private:
-  struct Stage {
-    U32x4 weights[kStepTiles][kLoads];
-    LaneGroup<kBits> groups[kStepGroups];
+  struct Groups {
+    LaneGroup<kBits> of[kStepGroups];
   };
 
   __device__ __forceinline__ SmallGemm(const GemmArguments& args, unsigned char* warp_shared, int lane)
       : args(args),
         shared(warp_shared),
         lane(lane),
-        weights_gl_rd(args.qweight + i64(blockIdx.y) * L::kTileWords + lane * L::kLaneWords),
+        weights_gl_rd(args.qweight + i64(blockIdx.y) * L::kTileWords + lane * 4),
         groups(args, blockIdx.y, lane) {}
-
-  // The warp's share of the block's share of K, one step loading while another is multiplied.
-  __device__ __forceinline__ void sum_rows(int warp) {
-    const StepRange range = split_steps(args.size_k / kStepRows, blockIdx.x, args.num_splits);
-    int step = range.begin + warp;
-    fetch<0>(step, range.end);
-    while (step < range.end) {
-      fetch<1>(step + kWarps, range.end);
-      multiply<0>();
-      step += kWarps;
-      if (step >= range.end) break;
-      fetch<0>(step + kWarps, range.end);
-      multiply<1>();
-      step += kWarps;
-    }
-    cp_async_wait<0>();
-    __syncwarp();  // the sums go where the activations were
-  }
 
   // The warp's first step of weights, into L2: all that may be done before the kernel before us is through.
   __device__ __forceinline__ void prefetch(int warp) const {
-    constexpr int kLineWords = 32, kLines = L::kTileWords / kLineWords * kStepTiles;
+    constexpr int kLineWords = 32, kTileLines = L::kTileWords / kLineWords;
     const StepRange range = split_steps(args.size_k / kStepRows, blockIdx.x, args.num_splits);
     const int step = range.begin + warp;
     if (step < range.end)
-      for (int line = lane; line < kLines; line += kWarpLanes)
-        prefetch_l2(args.qweight + i64(blockIdx.y) * L::kTileWords + line % (L::kTileWords / kLineWords) * kLineWords +
-                    (i64(step) * kStepTiles + line / (L::kTileWords / kLineWords)) * args.qweight_stride);
+#pragma unroll
+      for (int line = lane; line < kTileLines * kStepTiles; line += kWarpLanes)
+        prefetch_l2(args.qweight + i64(blockIdx.y) * L::kTileWords + line % kTileLines * kLineWords +
+                    (i64(step) * kStepTiles + line / kTileLines) * args.qweight_stride);
   }
 
-  template <int kStage>
-  __device__ __forceinline__ void fetch(int step, int end) {
+  // The warp's share of the block's share of K. Copies run kStages - 1 steps ahead, scales and zero points one.
+  __device__ __forceinline__ void sum_rows(int warp) {
+    const StepRange range = split_steps(args.size_k / kStepRows, blockIdx.x, args.num_splits);
+    int step = range.begin + warp;
+#pragma unroll
+    for (int i = 0; i < kStages - 1; ++i) fetch(step + i * kWarps, range.end, i);
+    Groups now, next;
+    if (step < range.end) read_groups(next, step);
+
+    for (int slot = 0; step < range.end; step += kWarps) {
+      now = next;
+      if (step + kWarps < range.end) read_groups(next, step + kWarps);
+      cp_async_wait<kStages - 2>();
+      __syncwarp();  // the step is there for all lanes, and all are done with the one before, the next to be overwritten
+      fetch(step + (kStages - 1) * kWarps, range.end, slot == 0 ? kStages - 1 : slot - 1);
+      multiply(slot, now);
+      slot = slot == kStages - 1 ? 0 : slot + 1;
+    }
+    cp_async_wait<0>();
+    __syncwarp();  // the sums go where the steps were
+  }
+
+  __device__ __forceinline__ void read_groups(Groups& into, int step) const {
+#pragma unroll
+    for (int i = 0; i < kStepGroups; ++i) groups.read(into.of[i], (step * kStepRows + i * kScaledRows) / kGroupSize, lane);
+  }
+
+  __device__ __forceinline__ void fetch(int step, int end, int slot) const {
     if (step < end) {
-      const int row = step * kStepRows;
-      const u32* tile_gl_rd = weights_gl_rd + i64(row / kTileRows) * args.qweight_stride;
+      const u32* tile_gl_rd = weights_gl_rd + i64(step) * kStepTiles * args.qweight_stride;
 #pragma unroll
-      for (int i = 0; i < kStepTiles; ++i)
+      for (int i = 0; i < kStepTiles; ++i) {
 #pragma unroll
-        for (int part = 0; part < kLoads; ++part)
-          // A lane's 32 bytes of 8-bit weights are two loads from one sector: let L1 keep it in between.
-          stages[kStage].weights[i][part] = kLoads == 1 ? load_streaming(tile_gl_rd + i * args.qweight_stride)
-                                                        : load_cached(tile_gl_rd + i * args.qweight_stride + 4 * part);
-#pragma unroll
-      for (int i = 0; i < kStepGroups; ++i) groups.read(stages[kStage].groups[i], (row + i * kScaledRows) / kGroupSize, lane);
+        for (int round = 0; round < kLoads; ++round)
+          cp_async_16(tile_sh(slot, i) + copied_chunk_place<kBits>(lane, round) * 16, tile_gl_rd + round * (kWarpLanes * 4));
+        tile_gl_rd += args.qweight_stride;
+      }
 #pragma unroll
       for (int i = 0; i < kActLoads; ++i) {
         const int token = (lane + i * kWarpLanes) / kRowChunks, chunk = (lane + i * kWarpLanes) % kRowChunks;
         // Absent tokens are columns of the product that nobody stores: whatever lies there may stay.
-        if (token < args.size_m) cp_async_16(act_sh<kStage>(token, chunk), args.a + token * args.a_stride + row + 8 * chunk);
+        if (token < args.size_m)
+          cp_async_16(act_sh(slot, token, chunk), args.a + token * args.a_stride + step * kStepRows + 8 * chunk);
       }
     }
     cp_async_commit();
   }
 
-  template <int kStage>
-  __device__ __forceinline__ void multiply() {
-    cp_async_wait<1>();
-    __syncwarp();
-    Stage& stage = stages[kStage];
+  __device__ __forceinline__ void multiply(int slot, const Groups& step_groups) {
     float partial[kTokenTiles][kTileBlocks][4];
     u32 act[kTokenTiles][4];  // operand B of two tiles
 #pragma unroll
@@ -138,20 +145,22 @@ class SmallGemm {
       if (i % kScaledTiles == 0) clear(partial);
       if (i % 2 == 0) {
 #pragma unroll
-        for (int t = 0; t < kTokenTiles; ++t) ldmatrix_x4(act[t], act_sh<kStage>(8 * t + lane % 8, 2 * i + lane / 8));
+        for (int t = 0; t < kTokenTiles; ++t) ldmatrix_x4(act[t], act_sh(slot, 8 * t + lane % 8, 2 * i + lane / 8));
       }
-      const LaneGroup<kBits>& group = stage.groups[i / kScaledTiles];
+      u32 words[kLoads][4];
+#pragma unroll
+      for (int part = 0; part < kLoads; ++part) 
+        load_shared(words[part], tile_sh(slot, i) + (part * kWarpLanes + lane) * 16);
+      const LaneGroup<kBits>& group = step_groups.of[i / kScaledTiles];
 #pragma unroll
       for (int j = 0; j < kTileBlocks; ++j) {
         u32 weight[4];
-        D::decode(weight, reinterpret_cast<const u32*>(stage.weights[i]) + j * L::kBlockWords,
-                  D::offsets(groups.zeros(group, j)));
+        D::decode(weight, &words[0][0] + j * L::kBlockWords, D::offsets(groups.zeros(group, j)));
 #pragma unroll
         for (int t = 0; t < kTokenTiles; ++t) mma(T{}, partial[t][j], weight, act[t][2 * (i % 2)], act[t][2 * (i % 2) + 1]);
       }
       if (i % kScaledTiles == kScaledTiles - 1) add_scaled(partial, group);
     }
-    __syncwarp();  // before anyone refills these activations
   }
 
   static __device__ __forceinline__ void clear(float (&partial)[kTokenTiles][kTileBlocks][4]) {
@@ -228,9 +237,11 @@ class SmallGemm {
     }
   }
 
-  template <int kStage>
-  __device__ __forceinline__ u32 act_sh(int token, int chunk) const {
-    return shared_address(shared) + kStage * kActBytes + (token * kRowChunks + (chunk ^ (token % 8))) * 16;
+  __device__ __forceinline__ u32 act_sh(int slot, int token, int chunk) const {
+    return shared_address(shared) + slot * kStageBytes + (token * kRowChunks + (chunk ^ (token % 8))) * 16;
+  }
+  __device__ __forceinline__ u32 tile_sh(int slot, int tile) const {
+    return shared_address(shared) + slot * kStageBytes + kActBytes + tile * (L::kTileWords * 4);
   }
 
   const GemmArguments& args;
@@ -238,7 +249,6 @@ class SmallGemm {
   const int lane;
   const u32* weights_gl_rd;
   const GroupReader<T, kBits> groups;
-  Stage stages[2];
   float sums[kTokenTiles][kTileBlocks][4] = {};
 };
 
