@@ -40,16 +40,15 @@ def check_workers(workers: int | None) -> int:
 def share_workers(workers: int, shards: int) -> tuple[int, int]:
     """Returns how many shards to work on at once, and with how many threads each.
 
-    A file takes one writer at a time, so several shards at once are faster than several threads on one; yet
-    the last shard, often the largest, must not be left to a single thread. So there are up to twice as many
-    threads as workers, of which some always wait for a file.
+    The system lets one thread at a time write a file. Two threads keep a file busy: one writes while the other
+    reads and computes. More of them only wait, so they go to the next shard instead.
 
     Args:
-        workers: threads that shall compute.
+        workers: threads there shall be.
         shards: shards there are.
     """
-    at_once = max(1, min(workers, shards))
-    return at_once, max(1, min(workers, 2 * workers // at_once))
+    at_once = max(1, min(workers // 2, shards))
+    return at_once, max(1, workers // at_once)
 
 
 class StoppedError(Exception):
