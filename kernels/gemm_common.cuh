@@ -88,6 +88,24 @@ class GroupReader {
   i64 scales_stride, zeros_stride;
 };
 
+// A warp copies one tile of weights to shared memory just as it lies in global memory, from end to end. The two halves of a
+// 32-byte sector must go to neighbouring places: otherwise each half costs a sector (seen in an H200's counters).
+template <int kBits>
+__device__ __forceinline__ void copy_tile(u32 tile_sh, const u32* tile_gl_rd, int lane) {
+#pragma unroll
+  for (int round = 0; round < Layout<kBits>::kLaneChunks; ++round)
+    cp_async_16(tile_sh + (round * kWarpLanes + lane) * 16, tile_gl_rd + (round * kWarpLanes + lane) * 4);
+}
+
+// A lane's words of that tile.
+template <int kBits>
+__device__ __forceinline__ void load_lane_words(u32 (&words)[Layout<kBits>::kLaneWords], u32 tile_sh, int lane) {
+  constexpr int kChunks = Layout<kBits>::kLaneChunks;
+#pragma unroll
+  for (int chunk = 0; chunk < kChunks; ++chunk)
+    load_shared(reinterpret_cast<u32(&)[4]>(words[4 * chunk]), tile_sh + (lane * kChunks + chunk) * 16);
+}
+
 // A block's part of K, in whole steps: [begin, end). Shares differ by one step at most.
 struct StepRange {
   int begin, end;

@@ -42,7 +42,6 @@ class HopperGemm {
   static constexpr int kActLoads = kTokens / kRoundTokens;       // cp.async of a copying thread in a stage
   static_assert(kRoundTokens % 8 == 0, "the swizzle of a thread's chunk is the same in every round");
   static constexpr int kActBytes = kTokens * kStageRows * 2;
-  static constexpr int kLoads = L::kLaneChunks;                  // 16-byte loads of a lane in a tile
   static constexpr int kWeightBytes = kStageTiles * kWarpgroupWarps * L::kTileWords * 4;
   static constexpr int kStageBytes = kActBytes + kWeightBytes;
   static constexpr int kSumBytes = SumTile<kColumns>::bytes(kTokens);
@@ -130,7 +129,7 @@ class HopperGemm {
   struct Copier {
     const u16* act_gl_rd;             // its chunk of the block's first token
     int token_offsets[kActLoads];     // from there to its tokens
-    const u32* weights_gl_rd;         // its first chunk of the warp's tile
+    const u32* weights_gl_rd;         // the warp's tile
     u32 act_sh_wr, weights_sh_wr;     // in slot 0
   };
 
@@ -144,7 +143,7 @@ class HopperGemm {
       // Tokens past the last repeat it: they are columns of the product that nobody stores.
       copier.token_offsets[i] = min(first + i * kRoundTokens, args.size_m - 1 - first_token) * int(args.a_stride);
     copier.weights_gl_rd = args.qweight + i64(range.begin) * kStageTiles * args.qweight_stride +
-                           i64(tile_n(w)) * L::kTileWords + lane * 4;
+                           i64(tile_n(w)) * L::kTileWords;
     copier.act_sh_wr = shared + (first * kRowChunks + (chunk ^ (first % 8))) * 16;
     copier.weights_sh_wr = tile_sh(0, 0, w);
     return copier;
@@ -170,11 +169,7 @@ class HopperGemm {
     copier.act_gl_rd += kStageRows;
 #pragma unroll
     for (int i = 0; i < kStageTiles; ++i) {
-#pragma unroll
-      for (int round = 0; round < kLoads; ++round)
-        cp_async_16(copier.weights_sh_wr + slot_offset + i * (kWarpgroupWarps * L::kTileWords * 4) +
-                        copied_chunk_place<kBits>(lane, round) * 16,
-                    copier.weights_gl_rd + round * (kWarpLanes * 4));
+      copy_tile<kBits>(copier.weights_sh_wr + slot_offset + i * (kWarpgroupWarps * L::kTileWords * 4), copier.weights_gl_rd, lane);
       copier.weights_gl_rd += args.qweight_stride;
     }
   }
@@ -229,9 +224,9 @@ class HopperGemm {
     wgmma_wait<0>();
   }
 
-  // Where the lane's words of its warpgroup's blocks lie: half of its chunk, or with 8 bits one of its two chunks.
+  // Where the lane's words of its warpgroup's blocks lie in a row of tiles.
   __device__ __forceinline__ u32 words_place() const {
-    return warp % kWarpgroupWarps * (L::kTileWords * 4) + lane * 16 + warpgroup * (kBits == 4 ? 8 : kWarpLanes * 16);
+    return (warp % kWarpgroupWarps * L::kTileWords + lane * L::kLaneWords + warpgroup * kWords) * 4;
   }
 
   __device__ __forceinline__ void load_words(u32 (&words)[kStageTiles][kWords], int slot, u32 place) const {

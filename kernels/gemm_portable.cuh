@@ -26,7 +26,6 @@ class PortableGemm {
   // A row of activations is 64 numbers, eight 16-byte chunks, XOR-swizzled for ldmatrix.
   static constexpr int kRowChunks = kStageRows / 8;
   static constexpr int kActBytes = kTokens * kStageRows * 2;
-  static constexpr int kLoads = L::kLaneChunks;  // 16-byte loads of a lane in a tile
   static constexpr int kWeightBytes = kWarpsN * kWarpsK * kWarpTiles * L::kTileWords * 4;
   static constexpr int kStageBytes = kActBytes + kWeightBytes;
   static constexpr int kSumBytes = SumTile<kColumns>::bytes(kTokens);
@@ -61,8 +60,7 @@ class PortableGemm {
         tile_n(min(int(blockIdx.y * kWarpsN) + warp_n, args.size_n / kTileColumns - 1)),
         first_token(blockIdx.z * kTokens),
         groups(args, tile_n, lane),
-        weights_gl_rd(args.qweight + i64(warp_k * kWarpTiles) * args.qweight_stride + i64(tile_n) * L::kTileWords +
-                      lane * 4),
+        weights_gl_rd(args.qweight + i64(warp_k * kWarpTiles) * args.qweight_stride + i64(tile_n) * L::kTileWords),
         weights_sh(shared_address(shared) + kActBytes + threadIdx.x / kWarpLanes * kWarpTiles * L::kTileWords * 4),
         act_sh_wr(shared_address(shared) + act_offset(threadIdx.x / kRowChunks, threadIdx.x % kRowChunks)),
         act_sh_rd(shared_address(shared) + act_offset(lane % 8, 4 * warp_k + lane / 8)) {
@@ -109,10 +107,7 @@ class PortableGemm {
       const u32* tile_gl_rd = weights_gl_rd + i64(step) * (kStageRows / kTileRows) * args.qweight_stride;
 #pragma unroll
       for (int i = 0; i < kWarpTiles; ++i)
-#pragma unroll
-        for (int round = 0; round < kLoads; ++round)
-          cp_async_16(tile_sh(slot, i) + copied_chunk_place<kBits>(lane, round) * 16,
-                      tile_gl_rd + i * args.qweight_stride + round * (kWarpLanes * 4));
+        copy_tile<kBits>(tile_sh(slot, i), tile_gl_rd + i * args.qweight_stride, lane);
     }
     cp_async_commit();
   }
@@ -123,10 +118,7 @@ class PortableGemm {
     for (int t = 0; t < kTokenTiles; ++t) ldmatrix_x4(act[t], act_sh_rd + slot * kStageBytes + t * (8 * kRowChunks * 16));
     u32 words[kWarpTiles][L::kLaneWords];
 #pragma unroll
-    for (int i = 0; i < kWarpTiles; ++i)
-#pragma unroll
-      for (int part = 0; part < kLoads; ++part)
-        load_shared(reinterpret_cast<u32(&)[4]>(words[i][4 * part]), tile_sh(slot, i) + (part * kWarpLanes + lane) * 16);
+    for (int i = 0; i < kWarpTiles; ++i) load_lane_words<kBits>(words[i], tile_sh(slot, i), lane);
 #pragma unroll
     for (int j = 0; j < kTileBlocks; ++j) {
       const auto offsets = D::offsets(groups.zeros(group, j));

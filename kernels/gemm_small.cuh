@@ -28,7 +28,6 @@ class SmallGemm {
   static constexpr int kScaledRows = kGroupSize < kStepRows ? kGroupSize : kStepRows;  // rows summed before scaling
   static constexpr int kScaledTiles = kScaledRows / kTileRows;
   static constexpr int kStepGroups = kStepRows / kScaledRows;
-  static constexpr int kLoads = L::kLaneChunks;  // 16-byte loads of a lane in a tile
 
   // Activations of a step wait in shared memory, rows of tokens, 16-byte chunks XOR-swizzled for ldmatrix.
   static constexpr int kRowChunks = kStepRows / 8;
@@ -74,7 +73,7 @@ class SmallGemm {
       : args(args),
         shared(warp_shared),
         lane(lane),
-        weights_gl_rd(args.qweight + i64(blockIdx.y) * L::kTileWords + lane * 4),
+        weights_gl_rd(args.qweight + i64(blockIdx.y) * L::kTileWords),
         groups(args, blockIdx.y, lane) {}
 
   // The warp's first step of weights, into L2: all that may be done before the kernel before us is through.
@@ -121,9 +120,7 @@ class SmallGemm {
       const u32* tile_gl_rd = weights_gl_rd + i64(step) * kStepTiles * args.qweight_stride;
 #pragma unroll
       for (int i = 0; i < kStepTiles; ++i) {
-#pragma unroll
-        for (int round = 0; round < kLoads; ++round)
-          cp_async_16(tile_sh(slot, i) + copied_chunk_place<kBits>(lane, round) * 16, tile_gl_rd + round * (kWarpLanes * 4));
+        copy_tile<kBits>(tile_sh(slot, i), tile_gl_rd, lane);
         tile_gl_rd += args.qweight_stride;
       }
 #pragma unroll
@@ -147,15 +144,13 @@ class SmallGemm {
 #pragma unroll
         for (int t = 0; t < kTokenTiles; ++t) ldmatrix_x4(act[t], act_sh(slot, 8 * t + lane % 8, 2 * i + lane / 8));
       }
-      u32 words[kLoads][4];
-#pragma unroll
-      for (int part = 0; part < kLoads; ++part) 
-        load_shared(words[part], tile_sh(slot, i) + (part * kWarpLanes + lane) * 16);
+      u32 words[L::kLaneWords];
+      load_lane_words<kBits>(words, tile_sh(slot, i), lane);
       const LaneGroup<kBits>& group = step_groups.of[i / kScaledTiles];
 #pragma unroll
       for (int j = 0; j < kTileBlocks; ++j) {
         u32 weight[4];
-        D::decode(weight, &words[0][0] + j * L::kBlockWords, D::offsets(groups.zeros(group, j)));
+        D::decode(weight, words + j * L::kBlockWords, D::offsets(groups.zeros(group, j)));
 #pragma unroll
         for (int t = 0; t < kTokenTiles; ++t) mma(T{}, partial[t][j], weight, act[t][2 * (i % 2)], act[t][2 * (i % 2) + 1]);
       }

@@ -38,16 +38,6 @@ struct Layout {
   static constexpr u32 kImpliedZeros = kBits == 4 ? 0x88888888u : 0x80808080u; // without qzeros
 };
 
-// A tile in shared memory is kLaneChunks rows of one 16-byte chunk for each lane, so that a warp's access sweeps all banks. A warp
-// copies it in as many rounds, reading memory from end to end: in round r lane l copies chunk 32 r + l to this place. With 4 bits
-// that is the lane's own chunk; with 8, two neighbours bring each other's.
-template <int kBits>
-__host__ __device__ constexpr int copied_chunk_place(int lane, int round) {
-  constexpr int kChunks = Layout<kBits>::kLaneChunks;
-  const int chunk = kWarpLanes * round + lane;
-  return chunk % kChunks * kWarpLanes + chunk / kChunks;
-}
-
 // Where `scales` holds the scale of the lane's m-th column, as an offset into the tile's 64 scales.
 __host__ __device__ constexpr int grouped_scale_position(int lane, int m) { return 8 * (lane / 4) + m; }
 
