@@ -19,15 +19,6 @@ __device__ __forceinline__ u32 shared_address(const void* p) { return static_cas
 
 // ---- global memory ------------------------------------------------------------------------------------------------
 
-// Weights are read once: keep them out of L1, so that it stays free for what is read again.
-__device__ __forceinline__ U32x4 load_streaming(const u32* p) {
-  U32x4 v;
-  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "l"(p));
-  return v;
-}
-
 __device__ __forceinline__ U32x4 load_cached(const void* p) {
   U32x4 v;
   asm volatile("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
