@@ -19,7 +19,7 @@ import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from awq2marlin.cache import CACHE_VARIABLE, cache_folder
 
@@ -32,7 +32,8 @@ ENTRY_POINT = "awq2marlin_kernel"
 #: What to type where the run-time compiler is missing.
 INSTALL_COMMAND = "pip install 'awq2marlin[cuda]'"
 
-_COMPILE_OPTIONS = ("std=c++17", "ptxas_options=-v")
+#: NVRTC's own cache (no_cache) would leave the assembler's report empty.
+_COMPILE_OPTIONS: dict[str, Any] = {"std": "c++17", "ptxas_options": "-v", "no_cache": True}
 _DIGEST_BYTES = hashlib.sha256().digest_size
 
 
@@ -146,10 +147,8 @@ def compile_kernel(source: KernelSource, arch: str) -> CompiledKernel:
     compiler_version()
     from cuda.core import Program, ProgramOptions
 
-    options = ProgramOptions(
-        name=source.name, arch=arch, std="c++17", include_path=str(kernels_dir()), ptxas_options="-v", no_cache=True
-    )
-    log = io.StringIO()  # the assembler's report; NVRTC's own cache (no_cache above) would leave it empty
+    options = ProgramOptions(name=source.name, arch=arch, include_path=str(kernels_dir()), **_COMPILE_OPTIONS)
+    log = io.StringIO()
     try:
         code = Program(source.text, "c++", options).compile("cubin", logs=log)
     except Exception as exc:  # the bindings have several classes for a refusal
@@ -189,7 +188,7 @@ class KernelCache:
     def key(source: KernelSource, arch: str) -> str:
         """Returns the digest of everything that machine code depends on."""
         digest = hashlib.sha256(headers_digest())
-        for part in (source.text, arch, compiler_version(), *_COMPILE_OPTIONS):
+        for part in (source.text, arch, compiler_version(), repr(_COMPILE_OPTIONS)):
             digest.update(part.encode() + b"\0")
         return digest.hexdigest()
 
@@ -411,10 +410,7 @@ def _driver_facts() -> tuple[str | None, tuple[DeviceFacts, ...], Lack | None]:
     return f"{version // 1000}.{version % 1000 // 10}", devices, None
 
 
-def _device_facts(driver: object, index: int) -> DeviceFacts:
-    from typing import Any
-
-    api: Any = driver
+def _device_facts(api: Any, index: int) -> DeviceFacts:
     names = api.CUdevice_attribute
 
     def attribute(which: object) -> int:

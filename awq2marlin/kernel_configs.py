@@ -86,6 +86,8 @@ class GemmConfig(Protocol):
         ...
 
     @property
+    def resident_blocks(self) -> int: ...  # noqa: D102
+    @property
     def tile(self) -> tuple[int, int]:
         """Columns and tokens of a block."""
         ...
@@ -347,23 +349,31 @@ def with_splits(config: GemmConfig, num_splits: int, reduction: Reduction | None
 # ---- the one place that picks -----------------------------------------------------------------------------
 
 
+def candidates(problem: GemmProblem) -> list[GemmConfig]:
+    """Returns the unsplit configs among which :func:`pick_config` chooses.
+
+    They depend on the number of tokens only by whether it is at most 8, at most 16, or more.
+    """
+    few: list[GemmConfig] = [*small_configs(problem)]
+    return few or [*hopper_configs(problem)] or [*portable_configs(problem)]
+
+
 @functools.lru_cache(maxsize=1 << 14)
 def pick_config(problem: GemmProblem) -> GemmConfig:
     """Picks the kernel and its parameters for a problem.
 
     The rules come from sweeps on an H200 over the eight layer shapes of ``benchmarks/gemm.py`` (4 bits, g = 128): few
-    tokens want as many blocks as fit at once; more tokens want the fewest steps one after the other.
+    tokens want as many blocks as fit at once; for more, the shortest estimate wins.
     """
     if problem.size_m <= 16:
         return _pick_small(problem)
-    configs: list[HopperConfig | PortableConfig] = [*hopper_configs(problem)] or [*portable_configs(problem)]
-    candidates = [
-        replace(config, num_splits=num_splits)
-        for config in configs
+    choices = [
+        with_splits(config, num_splits)
+        for config in candidates(problem)
         for num_splits in range(1, MAX_SPLITS + 1)
         if num_splits * 64 <= problem.size_k and _may_split(problem, num_splits)
     ]
-    return min(candidates, key=lambda config: _microseconds(config, problem))
+    return min(choices, key=lambda config: _microseconds(config, problem))
 
 
 def _pick_small(problem: GemmProblem) -> GemmConfig:
@@ -417,7 +427,7 @@ def _may_split(problem: GemmProblem, num_splits: int) -> bool:
     return num_splits == 1 or problem.has_clusters or workspace_bytes <= MAX_WORKSPACE_BYTES
 
 
-def _microseconds(config: HopperConfig | PortableConfig, problem: GemmProblem) -> float:
+def _microseconds(config: GemmConfig, problem: GemmProblem) -> float:
     """Estimates a launch: waves of blocks, each with its steps and its ends."""
     splits, tiles_n, tiles_m = grid_of(config, problem)
     waves = -(-tiles_n * tiles_m // (_blocks_at_once(problem, config.resident_blocks, splits) // splits))

@@ -11,7 +11,7 @@ import ctypes
 import functools
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -23,6 +23,7 @@ from awq2marlin.kernel_configs import (
     Dtype,
     GemmConfig,
     GemmProblem,
+    candidates,
     grid_of,
     pick_config,
     repack_source,
@@ -128,19 +129,23 @@ def warm_up(
     shape = check_gemm(scales.new_empty((1, size_k)), qweight, scales, qzeros, None, num_bits)
     if qweight.device.type != "cuda":
         raise ValueError(f"qweight is on {qweight.device}; needed: a CUDA device, the only one that needs a warm-up.")
-    sources: dict[jit.KernelSource, int] = {}
     device = _device(qweight.device.index)
-    size_m = 1
-    while size_m <= max_tokens:
-        config = pick_config(_problem(size_m, shape, scales.dtype, num_bits, device))
-        sources[config.source] = config.shared_bytes
-        size_m += max(1, size_m // 8)
-    sources[sum_splits_source(_DTYPES[scales.dtype])] = 0
+    sources = _sources_of(_problem(max_tokens, shape, scales.dtype, num_bits, device))
     with torch.cuda.device(device.index):
         _bind_thread(device.index)
         for source, shared_bytes in sources.items():
             jit.load(source, device.index, device.capability, shared_bytes)
     return len(sources)
+
+
+def _sources_of(largest: GemmProblem) -> dict[jit.KernelSource, int]:
+    """Returns every kernel that a layer may need up to so many tokens, with its shared memory."""
+    sources = {sum_splits_source(largest.dtype): 0}
+    for size_m in (1, 9, 17):  # the least tokens of each set of candidates
+        if size_m <= largest.size_m:
+            for config in candidates(replace(largest, size_m=size_m)):
+                sources[config.source] = config.shared_bytes
+    return sources
 
 
 # ---- checks -----------------------------------------------------------------------------------------------

@@ -1,11 +1,20 @@
 """One description of the problem, one table, one place that picks."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 
 from awq2marlin import kernel_configs as configs
-from awq2marlin.kernel_configs import GemmProblem, all_configs, all_sources, grid_of, pick_config, with_splits
+from awq2marlin import ops
+from awq2marlin.kernel_configs import (
+    GemmProblem,
+    all_configs,
+    all_sources,
+    grid_of,
+    pick_config,
+    with_splits,
+)
 
 CAPABILITIES = [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)]
 SIZES_M = [1, 2, 8, 9, 16, 17, 32, 33, 64, 65, 128, 129, 1000, 70_000]
@@ -39,6 +48,18 @@ def test_whatever_is_picked_covers_the_output_and_fits_the_gpu(capability):
         assert 1 <= splits <= configs.MAX_SPLITS
         assert config.shared_bytes <= shared_limit
         assert config.reduction == ("cluster" if problem.has_clusters else "workspace")
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_a_warm_up_knows_whatever_may_be_picked(capability):
+    for problem in problems(capability):
+        assert ops._sources_of(problem)[pick_config(problem).source] == pick_config(problem).shared_bytes
+
+
+def test_a_warm_up_for_few_tokens_leaves_out_the_rest():
+    problem = GemmProblem(70_000, 4096, 4096, 128, 4, "fp16")
+    few, all_of_them = (ops._sources_of(replace(problem, size_m=size_m)) for size_m in (8, 70_000))
+    assert few.keys() < all_of_them.keys()
 
 
 def test_every_problem_has_a_portable_kernel():
