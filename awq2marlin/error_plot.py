@@ -32,6 +32,7 @@ def plot_errors(run: GemmRun, file: Path) -> None:
     """
     try:
         from matplotlib.figure import Figure
+        from matplotlib.ticker import MaxNLocator
     except ImportError:
         raise refuse("no-matplotlib", "--plot needs Matplotlib: pip install 'awq2marlin[plot]'") from None
     kinds: dict[str, list[GemmCheck]] = defaultdict(list)
@@ -45,6 +46,7 @@ def plot_errors(run: GemmRun, file: Path) -> None:
         axes.plot(depths, [check.max_error for check in checks], "o-", color=colour, label=kind, markersize=4)
         axes.plot(depths, [check.bound for check in checks], ":", color=colour, linewidth=1)
     axes.set_yscale("log")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("layer")
     axes.set_ylabel("largest |output - float64 reference|")
     axes.set_title(f"Marlin GEMM against float64, {run.device_name} (dotted: the bound)", loc="left")

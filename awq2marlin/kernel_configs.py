@@ -66,13 +66,25 @@ class GemmConfig(Protocol):
     """What a launch needs to know of a config, whichever kernel it is for."""
 
     @property
-    def num_splits(self) -> int: ...  # noqa: D102
+    def num_splits(self) -> int:
+        """How many blocks share a tile over K."""
+        ...
+
     @property
-    def reduction(self) -> Reduction: ...  # noqa: D102
+    def reduction(self) -> Reduction:
+        """How the parts of a split tile are summed."""
+        ...
+
     @property
-    def threads(self) -> int: ...  # noqa: D102
+    def threads(self) -> int:
+        """Threads of a block."""
+        ...
+
     @property
-    def shared_bytes(self) -> int: ...  # noqa: D102
+    def shared_bytes(self) -> int:
+        """Dynamic shared memory of a block, in bytes."""
+        ...
+
     @property
     def resident_blocks(self) -> int: ...  # noqa: D102
     @property
@@ -81,7 +93,9 @@ class GemmConfig(Protocol):
         ...
 
     @property
-    def source(self) -> KernelSource: ...  # noqa: D102
+    def source(self) -> KernelSource:
+        """The instantiation that it runs."""
+        ...
 
 
 def grid_of(config: GemmConfig, problem: GemmProblem) -> tuple[int, int, int]:

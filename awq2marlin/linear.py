@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 
@@ -10,8 +10,17 @@ from awq2marlin.layout import awq_to_marlin_zero_points, marlin_permute_scales, 
 from awq2marlin.marlin import num_groups, unaligned_reason
 from awq2marlin.ops import marlin_gemm, repack_awq
 
-if TYPE_CHECKING:
-    from awq2marlin.config import AWQMarlinConfig
+
+class QuantConfig(Protocol):
+    """What a layer needs to know of how it is quantized; `AWQMarlinConfig` is one."""
+
+    weight_bits: int
+    group_size: int
+    zero_point: bool
+    pack_factor: int
+
+    def get_supported_act_dtypes(self) -> list[torch.dtype]:
+        """Returns the activation types that the kernels take."""
 
 
 class AWQMarlinLinearMethod:
@@ -21,7 +30,7 @@ class AWQMarlinLinearMethod:
     :meth:`process_weights_after_loading` once, and :meth:`apply` for every forward pass.
     """
 
-    def __init__(self, quant_config: AWQMarlinConfig) -> None:
+    def __init__(self, quant_config: QuantConfig) -> None:
         """Serves layers that are quantized as ``quant_config`` says."""
         self.quant_config = quant_config
 

@@ -226,6 +226,7 @@ def test_json_of_verify(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert (code, err) == (0, "")
     assert [module["name"] for module in document["modules"]] == ["model.layers.0.mlp.down_proj"]
     details = {"modules_verified": 1, "modules_converted": 3, "other_tensors": 14, "side_files": 2}
+    details |= {"device": None, "gemm": None}
     assert document["details"] == details
     assert (document["source"], document["output"]) == (str(made / "awq"), str(made / "marlin"))
 
