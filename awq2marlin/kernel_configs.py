@@ -86,7 +86,10 @@ class GemmConfig(Protocol):
         ...
 
     @property
-    def resident_blocks(self) -> int: ...  # noqa: D102
+    def resident_blocks(self) -> int:
+        """Blocks that a multiprocessor holds at once."""
+        ...
+
     @property
     def tile(self) -> tuple[int, int]:
         """Columns and tokens of a block."""
