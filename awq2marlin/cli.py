@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -311,6 +312,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: without the program's name; by default the process's.
     """
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # NumPy's idle threads would take time from ours
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a name that the terminal cannot show must not end the command
             stream.reconfigure(errors="backslashreplace")
