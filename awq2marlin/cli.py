@@ -8,7 +8,6 @@ from __future__ import annotations
 import io
 import json
 import os
-import os
 import sys
 import time
 from collections.abc import Callable, Sequence

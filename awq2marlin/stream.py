@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,13 +113,23 @@ class _Rewriter:
         self._source_hashes, self._target_hashes = source_hashes, target_hashes
         self._progress = progress
 
+        self._changed = threading.Condition()
+        self._at_work = 0
+        self._failure: BaseException | None = None
+
     def close(self) -> None:
+        """Leaves no piece to take, and turns away those who wait."""
         self._turnstile.close()
         with self._take:
             self._pieces = enumerate(iter(()))
 
+    def enter(self) -> None:
+        """Announces a thread that is going to `work`, so that `finish` waits for it."""
+        with self._changed:
+            self._at_work += 1
+
     def work(self) -> None:
-        """Takes pieces until none is left; the body of every thread."""
+        """Takes pieces until none is left; the body of every thread that entered. `finish` tells what went wrong."""
         try:
             with (
                 open_regular(self._source_path, self._source_name) as source,
@@ -129,9 +138,20 @@ class _Rewriter:
                 self._work(source, target)
         except _AbandonedError:
             pass
-        except BaseException:
+        except BaseException as error:
+            self._failure = self._failure or error
             self.close()
-            raise
+        finally:
+            with self._changed:
+                self._at_work -= 1
+                self._changed.notify_all()
+
+    def finish(self) -> None:
+        """Waits for every thread that entered and raises what the first one that failed raised."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._at_work == 0)
+        if self._failure is not None:
+            raise self._failure
 
     def _work(self, source: BinaryIO, target: BinaryIO) -> None:
         buffers = _Buffers()
@@ -243,25 +263,51 @@ def rewrite_file(
         for each in target_hashes:
             each.update(prefix)
         shared = _Rewriter(source, target, pieces, source_hashes, target_hashes, progress)
-        if workers <= 1:
+        with _open_to_help(shared):
+            for _ in range(workers - 1):
+                shared.enter()
+                threading.Thread(target=shared.work, name="rewrite").start()
+            shared.enter()
             shared.work()
-        else:
-            _run_threads(shared, workers)
+        try:
+            shared.finish()
+        except KeyboardInterrupt:  # met while waiting for the others
+            shared.close()
+            shared.finish()
+            raise
         os.fsync(stream.fileno())
 
 
-def _run_threads(shared: _Rewriter, workers: int) -> None:
-    with ThreadPoolExecutor(workers, thread_name_prefix="rewrite") as pool:
-        try:
-            threads = [pool.submit(shared.work) for _ in range(workers)]
-            done, _ = wait(threads, return_when=FIRST_EXCEPTION)
-        except BaseException:  # an interrupt reaches this thread only
-            shared.close()
-            raise
-    for thread in done:
-        thread.result()
-    for thread in threads:
-        thread.result()
+_under_way: list[_Rewriter] = []
+_under_way_lock = threading.Lock()
+
+
+@contextmanager
+def _open_to_help(shared: _Rewriter) -> Iterator[None]:
+    """Lets threads that have nothing else to do join a pass while it is under way."""
+    with _under_way_lock:
+        _under_way.append(shared)
+    try:
+        yield
+    finally:
+        with _under_way_lock:
+            _under_way.remove(shared)
+
+
+def help_others() -> None:
+    """Joins the passes that other threads of this process are at, until none has work left.
+
+    Their own threads tell what goes wrong.
+    """
+    helped: list[_Rewriter] = []
+    while True:
+        with _under_way_lock:
+            shared = next((each for each in _under_way if each not in helped), None)
+            if shared is None:
+                return
+            shared.enter()
+        helped.append(shared)
+        shared.work()
 
 
 def digest_file(source: tuple[Path, str], hashes: Sequence[Hash]) -> int:

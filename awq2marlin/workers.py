@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import TypeVar
 
+from awq2marlin.stream import help_others
+
 #: Beyond this many, memory bandwidth and the disk are the limit, not the processors.
 MAX_DEFAULT_WORKERS = 8
 
@@ -40,15 +42,15 @@ def check_workers(workers: int | None) -> int:
 def share_workers(workers: int, shards: int) -> tuple[int, int]:
     """Returns how many shards to work on at once, and with how many threads each.
 
-    The system lets one thread at a time write a file. Two threads keep a file busy: one writes while the other
-    reads and computes. More of them only wait, so they go to the next shard instead.
+    The system lets one thread at a time write a file, so each thread has a shard of its own as long as there are
+    enough; then those that have none left help with the others.
 
     Args:
         workers: threads there shall be.
         shards: shards there are.
     """
-    at_once = max(1, min(workers // 2, shards))
-    return at_once, max(1, workers // at_once)
+    at_once = max(1, min(workers, shards))
+    return at_once, workers // at_once
 
 
 class StoppedError(Exception):
@@ -89,6 +91,8 @@ def run_side_by_side(
 
     with ThreadPoolExecutor(at_once, thread_name_prefix="shard") as pool:
         running = [pool.submit(function, task, report) for task in tasks]
+        for _ in range(at_once - 1):  # what a thread does when no task is left
+            pool.submit(help_others)
         try:
             for each in as_completed(running):
                 finish(each.result())

@@ -23,11 +23,11 @@ PUBLIC_FUNCTIONS = ("convert", "verify", "revert", "inspect", "demo")
 
 #: The order of imports, lowest first: a module imports only from layers below its own.
 LAYERS = [
-    ["_version", "awq", "cache", "errors", "progress", "reference", "repack_kernels", "workers"],
+    ["_version", "awq", "cache", "errors", "progress", "reference", "repack_kernels"],
     ["jit", "machine_code", "marlin", "safetensors_header"],
     ["diagnosis", "folder", "kernel_configs", "layout", "repack"],
     ["compile_matrix", "ops", "quantization", "stream", "synthetic"],
-    ["linear", "checkpoint", "digest", "tensor_files"],
+    ["linear", "checkpoint", "digest", "tensor_files", "workers"],
     ["config", "manifest", "output", "plan"],
     ["gemm_verification", "pairing", "shard"],
     ["error_plot", "inspection", "reversion", "verification"],
