@@ -133,6 +133,8 @@ def convert(
 
         (console.print_plan if dry_run else console.print_conversion)(result)
 
+    if device is not None and verify in ("none", 0):
+        raise typer.BadParameter("--device needs --verify N or all: it runs the modules that are compared")
     _run("convert", work, show, "of_conversion", [source, *([output] if output else [])], quiet, as_json)
 
 
@@ -286,7 +288,8 @@ def _run(
         problem = Problem("", "", "out-of-memory", "there is not enough memory; use fewer --workers")
         code, problems, text = EXIT_FAILED, (problem,), str(problem)
     except KeyboardInterrupt:
-        problem = Problem("", "", "interrupted", "interrupted; the same command resumes where it stopped")
+        resumes = "; the same command resumes where it stopped" if command in ("convert", "revert") else ""
+        problem = Problem("", "", "interrupted", f"interrupted{resumes}")
         code, problems, text = EXIT_INTERRUPTED, (problem,), str(problem)
     else:
         return

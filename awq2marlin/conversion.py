@@ -28,7 +28,7 @@ from awq2marlin.quantization import MANIFEST_FILENAME
 from awq2marlin.shard import ShardResult, ShardTask, convert_shard
 from awq2marlin.stream import copy_pieces, rewrite_file
 from awq2marlin.tensor_files import TensorFiles
-from awq2marlin.verification import Device, check_count, run_gemm, sample_modules, verify_modules
+from awq2marlin.verification import Device, check_count, check_device, run_gemm, sample_modules, verify_modules
 from awq2marlin.workers import check_workers, run_side_by_side, share_workers
 
 if TYPE_CHECKING:
@@ -124,6 +124,9 @@ def convert(
         DifferenceError: if the verification finds a difference; the output has no ``config.json`` then.
     """
     check_count("verify", verify, ("all", "none"))
+    if device is not None and verify in ("none", 0):
+        raise ValueError("device needs verify: it runs the modules that are compared")
+    check_device(device)
     started = time.perf_counter()
     progress, workers = progress or Silence(), check_workers(workers)
     plan = plan_conversion(open_checkpoint(source), unaligned)
@@ -203,7 +206,9 @@ def _trusted_shards(plan: Plan, out: OutputFolder, progress: Progress) -> tuple[
 
 
 def _refuse_full_disk(plan: Plan, out: OutputFolder, resumed: tuple[str, ...]) -> None:
+    folder = plan.checkpoint.folder
     needed = sum(shard.target.file_size for shard in plan.shards if shard.name not in resumed)
+    needed += sum(folder.size(name) for name in plan.checkpoint.side_files)
     free = shutil.disk_usage(out.root).free
     if needed > free:
         raise OutputError(

@@ -111,8 +111,7 @@ class _Rewriter:
         self._take = threading.Lock()
         self._turnstile = _Turnstile()
         self._source_hashes, self._target_hashes = source_hashes, target_hashes
-        self._progress = progress
-
+        self.progress = progress
         self._changed = threading.Condition()
         self._at_work = 0
         self._failure: BaseException | None = None
@@ -128,6 +127,12 @@ class _Rewriter:
         with self._changed:
             self._at_work += 1
 
+    def leave(self) -> None:
+        """Takes an announcement back, or ends it."""
+        with self._changed:
+            self._at_work -= 1
+            self._changed.notify_all()
+
     def work(self) -> None:
         """Takes pieces until none is left; the body of every thread that entered. `finish` tells what went wrong."""
         try:
@@ -142,9 +147,7 @@ class _Rewriter:
             self._failure = self._failure or error
             self.close()
         finally:
-            with self._changed:
-                self._at_work -= 1
-                self._changed.notify_all()
+            self.leave()
 
     def finish(self) -> None:
         """Waits for every thread that entered and raises what the first one that failed raised."""
@@ -168,8 +171,8 @@ class _Rewriter:
                 _update(self._target_hashes, made)
             _write_exactly(target, piece.write[0], made)
             _start_writing_back(target, *piece.write)
-            if self._progress is not None:
-                self._progress(piece.read[1])
+            if self.progress is not None:
+                self.progress(piece.read[1])
 
     def _next_piece(self) -> tuple[int, Piece] | None:
         with self._take:
@@ -264,9 +267,7 @@ def rewrite_file(
             each.update(prefix)
         shared = _Rewriter(source, target, pieces, source_hashes, target_hashes, progress)
         with _open_to_help(shared):
-            for _ in range(workers - 1):
-                shared.enter()
-                threading.Thread(target=shared.work, name="rewrite").start()
+            _start_threads(shared, workers - 1)
             shared.enter()
             shared.work()
         try:
@@ -276,6 +277,17 @@ def rewrite_file(
             shared.finish()
             raise
         os.fsync(stream.fileno())
+
+
+def _start_threads(shared: _Rewriter, count: int) -> None:
+    """Starts threads beside the caller's; fewer, where the system gives no more."""
+    for _ in range(count):
+        shared.enter()
+        try:
+            threading.Thread(target=shared.work, name="rewrite").start()
+        except RuntimeError:
+            shared.leave()
+            return
 
 
 _under_way: list[_Rewriter] = []
@@ -289,20 +301,24 @@ def _open_to_help(shared: _Rewriter) -> Iterator[None]:
         _under_way.append(shared)
     try:
         yield
+    except BaseException:
+        shared.close()
+        raise
     finally:
         with _under_way_lock:
             _under_way.remove(shared)
 
 
-def help_others() -> None:
-    """Joins the passes that other threads of this process are at, until none has work left.
+def help_others(progress: Callable[[int], None]) -> None:
+    """Joins the passes that other threads are at, until none has work left. Their own threads tell what goes wrong.
 
-    Their own threads tell what goes wrong.
+    Args:
+        progress: only passes that report to it are joined: those of the caller's own run.
     """
     helped: list[_Rewriter] = []
     while True:
         with _under_way_lock:
-            shared = next((each for each in _under_way if each not in helped), None)
+            shared = next((each for each in _under_way if each.progress is progress and each not in helped), None)
             if shared is None:
                 return
             shared.enter()

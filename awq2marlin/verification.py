@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -43,6 +43,25 @@ Layers = int | Literal["all"]
 
 #: Where to run modules through the GEMM.
 Device = Literal["auto", "cpu", "cuda"]
+
+
+def check_device(device: str | None) -> None:
+    """Refuses a device that is none of the choices, or not there, before any work is done.
+
+    Args:
+        device: as the caller gave it.
+
+    Raises:
+        ValueError: if it is none of `Device`.
+        CheckpointError: if it is ``"cuda"`` and there is no GPU that PyTorch can use.
+    """
+    if device is None:
+        return
+    if device not in get_args(Device):
+        raise ValueError(f"device must be one of {get_args(Device)}, found {device!r}")
+    from awq2marlin.gemm_verification import pick_device  # brings torch along
+
+    pick_device(device)
 
 
 def check_count(name: str, value: object, words: tuple[str, ...]) -> None:
@@ -118,6 +137,7 @@ def verify(
         OSError: if reading fails.
     """
     check_count("layers", layers, ("all",))
+    check_device(device)
     started = time.perf_counter()
     progress = progress or Silence()
     awq, marlin = _open_pair(source, output)

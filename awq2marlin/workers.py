@@ -90,10 +90,10 @@ def run_side_by_side(
         advance(count)
 
     with ThreadPoolExecutor(at_once, thread_name_prefix="shard") as pool:
-        running = [pool.submit(function, task, report) for task in tasks]
-        for _ in range(at_once - 1):  # what a thread does when no task is left
-            pool.submit(help_others)
         try:
+            running = [pool.submit(function, task, report) for task in tasks]
+            for _ in range(at_once - 1):  # what a thread does when no task is left
+                pool.submit(help_others, report)
             for each in as_completed(running):
                 finish(each.result())
         except BaseException:

@@ -5,7 +5,9 @@ import signal
 
 import pytest
 
-from .helpers import check_rerun, contents, finished_shards, run_process, start, stop_when
+from awq2marlin import convert
+
+from .helpers import check_rerun, contents, finished_shards, make_source, run_process, start, stop_when
 
 
 def check_interrupted(outcome):
@@ -20,9 +22,18 @@ def check_interrupted(outcome):
     }
 
 
+@pytest.fixture(scope="module")
+def many_shards(tmp_path_factory):
+    """A checkpoint that is still far from done when its first shard is, with its conversion."""
+    folder = tmp_path_factory.mktemp("many")
+    make_source(folder / "source", size_k=1024, size_n=4096, layers=16, shards=12)
+    convert(folder / "source", folder / "marlin")
+    return folder
+
+
 @pytest.mark.parametrize("workers", [1, 2])
-def test_an_interrupted_conversion_says_that_it_resumes_and_does(large, tmp_path, workers):
-    out = tmp_path / "out"
+def test_an_interrupted_conversion_says_that_it_resumes_and_does(many_shards, tmp_path, workers):
+    large, out = many_shards, tmp_path / "out"
     command = ("convert", large / "source", out, "--json", "--workers", workers)
     check_interrupted(stop_when(start(*command), lambda: finished_shards(out), signal.SIGINT))
     assert not (out / "config.json").exists()
