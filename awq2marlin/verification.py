@@ -44,6 +44,8 @@ Layers = int | Literal["all"]
 #: Where to run modules through the GEMM.
 Device = Literal["auto", "cpu", "cuda"]
 
+_BAND_BYTES = 1 << 20
+
 
 def check_device(device: str | None) -> None:
     """Refuses a device that is none of the choices, or not there, before any work is done.
@@ -77,9 +79,6 @@ def check_count(name: str, value: object, words: tuple[str, ...]) -> None:
     """
     if value not in words and (type(value) is not int or value < 0):
         raise ValueError(f"{name} must be a number from 0 or {' or '.join(map(repr, words))}, found {value!r}")
-
-
-_BAND_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
