@@ -279,7 +279,7 @@ def _write_manifest(plan: Plan, out: OutputFolder, carried: Mapping[str, tuple[i
     texts = {name: _exact_text(checkpoint.folder, name) for name in rewritten}
     digests = {name: (len(text.encode()), str(Xxh3(text.encode()))) for name, text in texts.items()}
     card = SourceCard.of(checkpoint.card, checkpoint.folder.read(checkpoint.card)) if checkpoint.card else None
-    manifest = Manifest(shards, texts, digests, carried, None, None, checkpoint.left_behind, card)
+    manifest = Manifest(shards, texts, digests, carried, None, None, checkpoint.left_behind, card=card)
     out.write(MANIFEST_FILENAME, manifest.encode())
 
 

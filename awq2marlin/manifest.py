@@ -181,9 +181,8 @@ def read_manifest(folder: Folder) -> Manifest:
     left_behind = document.get("left_behind", dict)
     if not all(isinstance(reason, str) for reason in left_behind.values()):
         document.bad("left_behind must map names to reasons")
-    return Manifest(
-        shards, texts, text_digests, files, source.optional("repo_id"), source.optional("revision"), left_behind, card
-    )
+    repo_id, revision = source.optional("repo_id"), source.optional("revision")
+    return Manifest(shards, texts, text_digests, files, repo_id, revision, left_behind, card=card)
 
 
 def _shard(name: str, entry: _Checked, room: int) -> ManifestShard:

@@ -19,7 +19,7 @@ from awq2marlin.synthetic import llama_recipe, write_checkpoint
 
 PACKAGE = Path(awq2marlin.__file__).parent
 MODULES = sorted(".".join(path.relative_to(PACKAGE).with_suffix("").parts) for path in PACKAGE.rglob("*.py"))
-PUBLIC_FUNCTIONS = ("convert", "verify", "revert", "inspect", "demo")
+PUBLIC_FUNCTIONS = ("convert", "verify", "revert", "push", "inspect", "demo")
 
 #: The order of imports, lowest first: a module imports only from layers below its own.
 LAYERS = [
@@ -29,9 +29,9 @@ LAYERS = [
     ["compile_matrix", "ops", "quantization", "stream", "synthetic"],
     ["linear", "checkpoint", "digest", "tensor_files", "workers"],
     ["config", "manifest", "output", "plan"],
-    ["gemm_verification", "pairing", "shard"],
+    ["gemm_verification", "pairing", "publication", "shard"],
     ["error_plot", "inspection", "model_card", "reversion", "verification"],
-    ["conversion"],
+    ["conversion", "upload"],
     ["demonstration"],
     ["console", "report"],
     ["cli"],
