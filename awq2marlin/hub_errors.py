@@ -143,8 +143,9 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 
 def _advice(error: BaseException) -> tuple[str, str]:
     """Returns code and advice for one exception; empty if the tables do not know it."""
-    is_answer = hasattr(error, "server_message")  # an error of the client, which knows more than its cause of HTTP
-    response = getattr(error, "response", None) if is_answer else None
+    response = getattr(error, "response", None)
+    if response is not None and not hasattr(error, "server_message"):
+        return "", ""  # HTTP's own error, of which the client made one that knows more
     status = getattr(response, "status_code", None)
     for kind in type(error).__mro__:
         if kind.__name__ in BY_NAME and not (status == 429 or (status or 0) >= 500):

@@ -303,15 +303,13 @@ class Publication:
 
     def _list(self, revision: str) -> None:
         """Reads what is in the repository, and at which commit."""
-        from huggingface_hub import RepoFile
-
         with self._told():
             self._head = self._api.model_info(self.repo_id, revision=revision).sha
-            entries = list(self._api.list_repo_tree(self.repo_id, recursive=True, revision=self._head))
+            entries: list[Any] = list(self._api.list_repo_tree(self.repo_id, recursive=True, revision=self._head))
         self._files = {
             entry.path: FileIdentity(entry.size, entry.lfs.sha256 if entry.lfs else "", entry.blob_id)
             for entry in entries
-            if isinstance(entry, RepoFile)
+            if hasattr(entry, "blob_id")  # folders have none
         }
 
     def _refuse_foreign(self, is_ours: Callable[[bytes], bool]) -> None:
