@@ -20,7 +20,7 @@ def depth_of(module: str) -> int:
 
 
 def plot_errors(run: GemmRun, file: Path) -> None:
-    """Draws the largest error of every module, and the bound beside it.
+    """Draws the largest error of every module, each as a part of the bound that holds for its element.
 
     Args:
         run: what the GEMM said.
@@ -43,14 +43,15 @@ def plot_errors(run: GemmRun, file: Path) -> None:
     for index, (kind, checks) in enumerate(sorted(kinds.items())):
         checks.sort(key=lambda check: depth_of(check.name))
         depths, colour = [depth_of(check.name) for check in checks], _COLOURS[index % len(_COLOURS)]
-        axes.plot(depths, [check.max_error for check in checks], "o-", color=colour, label=kind, markersize=4)
-        axes.plot(depths, [check.bound for check in checks], ":", color=colour, linewidth=1)
-    axes.set_yscale("log")
+        axes.plot(depths, [check.max_relative for check in checks], "o-", color=colour, label=kind, markersize=4)
+    axes.axhline(1, color="black", linestyle="--", linewidth=1)
+    axes.annotate("the bound", (0, 1), xycoords=("axes fraction", "data"), xytext=(4, 3), textcoords="offset points")
+    axes.set_ylim(bottom=0)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("layer")
-    axes.set_ylabel("largest |output - float64 reference|")
-    axes.set_title(f"Marlin GEMM against float64, {run.device_name} (dotted: the bound)", loc="left")
-    axes.legend(frameon=False, ncols=2)
+    axes.set_ylabel("largest |output - float64 reference| / bound")
+    axes.set_title(f"Marlin GEMM against float64, {run.device_name}", loc="left")
+    figure.legend(frameon=False, loc="outside right center")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", alpha=0.25)
     figure.savefig(file, dpi=160)

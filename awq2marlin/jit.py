@@ -422,7 +422,7 @@ def _device_facts(api: Any, index: int) -> DeviceFacts:
     )
     return DeviceFacts(
         index=index,
-        name=api.cuDeviceGetName(128, index)[1].decode().rstrip("\0"),
+        name=api.cuDeviceGetName(128, index)[1].partition(b"\0")[0].decode(),
         capability=capability,
         memory_bytes=int(api.cuDeviceTotalMem(index)[1]),
         multiprocessors=attribute(names.CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT),

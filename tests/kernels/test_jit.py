@@ -122,6 +122,21 @@ def test_machine_facts_count_the_cache(cache):
     assert (facts.cached_kernels, facts.cached_bytes) == (1, 100)
 
 
+def test_a_device_name_ends_at_its_first_zero_byte():
+    class Driver:
+        class CUdevice_attribute:  # noqa: N801
+            CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR = 9
+            CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR = 0
+            CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT = 132
+
+        cuDeviceGetName = staticmethod(lambda _length, _index: (0, b"NVIDIA H200\0\0\0  "))  # noqa: N815
+        cuDeviceGetAttribute = staticmethod(lambda which, _index: (0, which))  # noqa: N815
+        cuDeviceTotalMem = staticmethod(lambda _index: (0, 1 << 37))  # noqa: N815
+
+    facts = jit._device_facts(Driver, 0)
+    assert facts == jit.DeviceFacts(0, "NVIDIA H200", (9, 0), 1 << 37, 132, is_supported=True)
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="Root may write everywhere.")
 def test_machine_facts_tell_of_a_cache_that_cannot_be_written(tmp_path, monkeypatch):
     tmp_path.chmod(0o500)
