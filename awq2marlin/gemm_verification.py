@@ -119,7 +119,8 @@ def check_modules(
 
     Raises:
         DifferenceError: naming the first module, row and column that differ.
-        CheckpointError: if the device is not there, or the kernel cannot be compiled or run on it.
+        CheckpointError: if the device is not there or has not enough memory, or the kernel cannot be compiled or run
+            on it.
     """
     chosen = pick_device(device)
     name = torch.cuda.get_device_name() if chosen == "cuda" else "CPU reference"
@@ -132,6 +133,9 @@ def check_modules(
             checks.append(_check_module(module, quantization, source, output, chosen))
         except KernelUnavailableError as error:
             raise refuse("no-kernel", str(error), tensor=module.name) from None
+        except torch.cuda.OutOfMemoryError as error:
+            message = f"{name} has not enough memory to run it: {str(error).splitlines()[0]}"
+            raise refuse("out-of-memory", message, tensor=module.name) from None
         progress.advance(_qweight_bytes(module, source))
     progress.finish()
     return GemmRun(chosen, name, tuple(checks))
@@ -151,7 +155,7 @@ def _check_module(
     sizes_m = SIZES_M if device == "cuda" else SIZES_M_CPU
     errors = [_numeric_errors(size_m, weight, marlin, seed) for seed, size_m in enumerate(sizes_m)]
     worst = max(errors, key=lambda each: each.max_relative)
-    if not worst.max_relative <= 1:  # NaN too
+    if worst.max_relative > 1:
         raise difference(
             "gemm-error",
             f"the GEMM's error is {worst.max_relative:.3g} times the bound that K={module.padded_k} and {dtype} imply",
@@ -284,9 +288,11 @@ def _numeric_errors(size_m: int, weight: _AwqWeight, marlin: _MarlinModule, seed
         error = (found[:, first:last] - reference).abs()
         before = (gamma + rounding) * magnitude
         bound = before + rounding * (reference.abs() + before) + torch.finfo(marlin.dtype).tiny
-        ratio = error / bound
+        ratio = torch.nan_to_num(
+            error / bound, nan=math.inf
+        )  # a NaN is as wrong as can be, and unlike NaN inf compares
         at = int(ratio.argmax())
-        if not float(ratio.flatten()[at]) <= relative:
+        if float(ratio.flatten()[at]) >= relative:
             relative, bound_there = float(ratio.flatten()[at]), float(bound.flatten()[at])
         largest, total = max(largest, float(error.max())), total + float(error.sum())
     return _Errors(largest, total / found.numel(), relative, bound_there)
