@@ -17,7 +17,7 @@ import torch
 
 from awq2marlin.awq import module_name
 from awq2marlin.errors import difference, refuse
-from awq2marlin.jit import KernelUnavailableError
+from awq2marlin.jit import KernelUnavailableError, telling
 from awq2marlin.marlin import num_groups
 from awq2marlin.ops import marlin_gemm
 from awq2marlin.plan import ModulePlan
@@ -115,7 +115,8 @@ def check_modules(
         source: the AWQ tensors.
         output: the Marlin tensors.
         device: ``cuda``, ``cpu``, or ``auto``.
-        progress: told of every module, in bytes of its ``qweight``, and of the device if it was to be chosen.
+        progress: told of every module, in bytes of its ``qweight``, of the device if it was to be chosen, and of
+            kernels that had to be compiled.
 
     Raises:
         DifferenceError: naming the first module, row and column that differ.
@@ -130,7 +131,8 @@ def check_modules(
     checks = []
     for module in modules:
         try:
-            checks.append(_check_module(module, quantization, source, output, chosen))
+            with telling(progress.note):
+                checks.append(_check_module(module, quantization, source, output, chosen))
         except KernelUnavailableError as error:
             raise refuse("no-kernel", str(error), tensor=module.name) from None
         except torch.cuda.OutOfMemoryError as error:

@@ -17,6 +17,9 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -221,10 +224,28 @@ class KernelCache:
         return True
 
 
+def _say_on_stderr(text: str) -> None:
+    print(f"awq2marlin: {text}", file=sys.stderr)
+
+
+_say: ContextVar[Callable[[str], None]] = ContextVar("say", default=_say_on_stderr)
+
+
+@contextmanager
+def telling(say: Callable[[str], None]) -> Iterator[None]:
+    """Lets :func:`build` tell ``say`` what it compiles, for callers with a display of their own."""
+    token = _say.set(say)
+    try:
+        yield
+    finally:
+        _say.reset(token)
+
+
 def build(source: KernelSource, arch: str) -> bytes:
     """Returns the machine code of a kernel, from the cache or else from the compiler.
 
-    Says on stderr what it compiles: the first use of a kernel takes a second, and nobody should wonder why.
+    Says on stderr, or as :func:`telling` decides, what it compiles: the first use of a kernel takes a second, and
+    nobody should wonder why.
 
     Raises:
         KernelUnavailableError: if it has to be compiled and cannot be.
@@ -237,7 +258,7 @@ def build(source: KernelSource, arch: str) -> bytes:
         cubin = compile_kernel(source, arch).cubin
         kept = f"kept in {cache.folder}" if cache.put(key, cubin) else f"not kept: {cache.folder} cannot be written"
         seconds = time.perf_counter() - start
-        print(f"awq2marlin: compiled {source.name} for {arch} in {seconds:.1f} s, {kept}", file=sys.stderr)
+        _say.get()(f"compiled {source.name} for {arch} in {seconds:.1f} s, {kept}")
     return cubin
 
 

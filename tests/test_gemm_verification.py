@@ -18,6 +18,7 @@ from awq2marlin import (
     KernelUnavailableError,
     convert,
     gemm_verification,
+    jit,
     marlin_gemm,
     verify,
 )
@@ -192,6 +193,20 @@ def test_a_device_that_cannot_is_a_refusal_that_names_the_module(
     (problem,) = raised.value.problems
     assert (problem.code, problem.tensor) == (code, UP)
     assert words in problem.message
+
+
+def test_compilation_is_told_as_progress_and_not_printed(
+    pair: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def compiling(*arguments: Any, **options: Any) -> torch.Tensor:
+        jit._say.get()("compiled a kernel")
+        return marlin_gemm(*arguments, **options)
+
+    monkeypatch.setattr(gemm_verification, "marlin_gemm", compiling)
+    assert main(["verify", *map(str, pair), "--device", "cpu", "--quiet"]) == 0
+    assert capsys.readouterr() == ("", "")
+    assert main(["verify", *map(str, pair), "--device", "cpu"]) == 0
+    assert "compiled a kernel" in capsys.readouterr().err
 
 
 def test_json_holds_every_check_and_the_picture_is_drawn(

@@ -107,6 +107,17 @@ def test_first_use_says_what_it_compiles_and_the_second_is_silent(cache, capsys)
 
 @needs_compiler
 @pytest.mark.usefixtures("cache")
+def test_a_caller_may_ask_to_be_told_instead(capsys):
+    said = []
+    with jit.telling(said.append):
+        jit.build(repack_source(4), "sm_80")
+    (text,) = said
+    assert text.startswith("compiled Repack<4> for sm_80 in ")
+    assert capsys.readouterr().err == ""
+
+
+@needs_compiler
+@pytest.mark.usefixtures("cache")
 def test_source_that_does_not_compile_is_refused_with_the_compilers_words():
     with pytest.raises(jit.KernelUnavailableError, match=r"broken does not compile for sm_80(.|\n)*undefined"):
         jit.build(jit.KernelSource("broken", "int x = undefined;"), "sm_80")
