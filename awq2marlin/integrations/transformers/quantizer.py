@@ -14,6 +14,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from awq2marlin.errors import refuse
 from awq2marlin.folder import CONFIG_FILENAME
+from awq2marlin.integrations.transformers.saving import save_format_with
 from awq2marlin.integrations.transformers.skeleton import Headers, Skeleton
 from awq2marlin.module_repack import awq_to_marlin, marlin_to_awq
 from awq2marlin.plan import ModulePlan
@@ -78,6 +79,13 @@ class MarlinNativeQuantizer(HfQuantizer):
         self._warn_of_rounding(headers)
         self._skeleton = Skeleton(model, headers, self.quantization_config.quantization, self._dtype)
         self._skeleton.build()
+        return model
+
+    def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:  # noqa: ARG002
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+        save_format_with(model, self._skeleton)
+        del self._skeleton  # it holds the headers
         return model
 
     def _warn_of_rounding(self, headers: Headers) -> None:
