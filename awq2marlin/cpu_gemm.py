@@ -26,6 +26,10 @@ from awq2marlin.marlin import (
 #: Bytes of weight that are decoded at once.
 PIECE_BYTES = 1 << 19
 
+#: Up to so many tokens, pieces are multiplied in this thread: waking others for so little costs more than it saves,
+#: by far on a busy machine.
+_FEW_TOKENS = 4
+
 
 def multiply(
     a: torch.Tensor, qweight: torch.Tensor, scales: torch.Tensor, qzeros: torch.Tensor | None, num_bits: int
@@ -46,15 +50,25 @@ def multiply(
     rows_at_once = GPTQ_MARLIN_TILE * max(1, PIECE_BYTES // row_of_tiles)
     piece = torch.empty((rows_at_once, size_n), dtype=torch.float64)
     source, source_stride = qweight.data_ptr(), qweight.stride(0) * qweight.element_size()
-    wide, out = a.double(), torch.zeros((a.shape[0], size_n), dtype=torch.float64)
+    wide, out = a.double().contiguous(), torch.zeros((a.shape[0], size_n), dtype=torch.float64)
     for start in range(0, size_k, rows_at_once):
         stop = min(start + rows_at_once, size_k)
         for row in range(start, stop, GPTQ_MARLIN_TILE):
             tile_row = source + row // GPTQ_MARLIN_TILE * source_stride
             target = piece.data_ptr() + (row - start) * size_n * 8
             decode(tile_row, target, address(tables[row * num_groups // size_k]), tiles, 0)
-        out.addmm_(wide[:, start:stop], piece[: stop - start])
+        _add_product(out, wide[:, start:stop], piece[: stop - start])
     return out
+
+
+def _add_product(out: torch.Tensor, tokens: torch.Tensor, rows: torch.Tensor) -> None:
+    """Adds ``tokens @ rows`` to ``out``: float64 [M, r] by [r, N] to [M, N]."""
+    if len(tokens) > _FEW_TOKENS:
+        out.addmm_(tokens, rows)
+        return
+    add = kernel("add_product")
+    for token in range(len(tokens)):
+        add(rows.data_ptr(), out[token].data_ptr(), tokens[token].data_ptr(), *rows.shape)
 
 
 def _tables(scales: torch.Tensor, qzeros: torch.Tensor | None, num_bits: int) -> npt.NDArray[np.float64]:

@@ -281,6 +281,23 @@ def decode_qweight_8bit(source: Any, target: Any, table: Any, tiles: Any, _unuse
                         target[row * size_n + n] = (q - table[n]) * table[size_n + n]
 
 
+def add_product(source: Any, target: Any, table: Any, rows: Any, size_n: Any) -> None:
+    """Adds the product of one token and some rows of a weight, row by row.
+
+    Args:
+        source: float64 [rows, size_n], the weight's rows.
+        target: float64 [size_n]; added to.
+        table: float64 [rows], the token's values.
+        rows: how many.
+        size_n: N.
+    """
+    width = uint64(size_n)
+    for row in range(uint64(rows)):
+        value = table[row]
+        for n in range(width):
+            target[n] += value * source[row * width + n]
+
+
 #: Types of each kernel's source and target elements, and of its table or scratch.
 _KERNELS: dict[Any, tuple[Any, Any, Any]] = {
     repack_qweight_4bit: (types.uint32, types.uint32, types.uint32),
@@ -292,6 +309,7 @@ _KERNELS: dict[Any, tuple[Any, Any, Any]] = {
     gather_columns: (types.uint16, types.uint16, types.uint8),
     decode_qweight_4bit: (types.uint32, types.float64, types.float64),
     decode_qweight_8bit: (types.uint32, types.float64, types.float64),
+    add_product: (types.float64, types.float64, types.float64),
 }
 
 
