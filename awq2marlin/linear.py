@@ -216,7 +216,8 @@ class MarlinLinear(torch.nn.Module):
             TypeError: as `marlin_gemm` does.
             ValueError: as `marlin_gemm` does.
         """
-        rows, bias = x.reshape(-1, x.shape[-1]).contiguous(), self.bias  # the kernels take dense rows only
+        rows = x.reshape(-1, x.shape[-1]).contiguous()  # the kernels take dense rows only
+        bias: torch.Tensor | None = self.bias
         if self.padded_k != self.in_features:
             rows = functional.pad(rows, (0, self.padded_k - self.in_features))
         if bias is not None and self.padded_n != self.out_features:

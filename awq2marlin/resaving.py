@@ -46,7 +46,9 @@ def complete_saved(root: Path, padded_modules: Mapping[str, tuple[int, int]]) ->
     checkpoint = open_checkpoint(root)
     saved = checkpoint.quantization
     if not isinstance(saved, MarlinQuantization):
-        raise refuse("not-converted", "the saved config is not that of a Marlin-native checkpoint", file=CONFIG_FILENAME)
+        raise refuse(
+            "not-converted", "the saved config is not that of a Marlin-native checkpoint", file=CONFIG_FILENAME
+        )
     unchanged = checkpoint.config["quantization_config"].get("modules_to_not_convert")
     awq = AwqQuantization(saved.bits, saved.group_size, saved.zero_point, unchanged, CONFIG_FILENAME)
     kept = [name for name in _quantized(checkpoint) if _is_awq(name, checkpoint, saved.bits)]

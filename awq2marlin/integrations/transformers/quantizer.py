@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +17,7 @@ from awq2marlin.errors import refuse
 from awq2marlin.folder import CONFIG_FILENAME
 from awq2marlin.integrations.transformers.saving import save_format_with
 from awq2marlin.integrations.transformers.skeleton import Headers, Skeleton
+from awq2marlin.jit import KernelUnavailableError, machine_facts
 from awq2marlin.module_repack import awq_to_marlin, marlin_to_awq
 from awq2marlin.plan import ModulePlan
 from awq2marlin.quantization import MARLIN_QUANT_METHOD, read_marlin_quantization
@@ -34,7 +36,7 @@ class MarlinNativeConfig(QuantizationConfigMixin):
         document: the whole config, as it stands in config.json.
     """
 
-    quant_method = MARLIN_QUANT_METHOD
+    quant_method: Any = MARLIN_QUANT_METHOD  # Transformers' own are members of an enumeration
 
     def __init__(self, **document: Any) -> None:
         """Takes the keys of docs/marlin-native.md.
@@ -57,6 +59,24 @@ class MarlinNativeQuantizer(HfQuantizer):
     requires_calibration = True  # a model is converted by `awq2marlin convert`, not while it is loaded
     quantization_config: MarlinNativeConfig
 
+    def validate_environment(self, device_map: Any = None, **kwargs: Any) -> None:  # noqa: ARG002
+        """Checks that the kernels run where the model is to go.
+
+        Raises:
+            CheckpointError: for a device that is neither a CPU nor a CUDA GPU.
+            KernelUnavailableError: for a GPU that the kernels cannot be compiled for or run on, naming what is missing.
+        """
+        kinds = {str(place).partition(":")[0] for place in _places(device_map)}
+        others = sorted(kinds & {"hpu", "mlu", "mps", "musa", "neuron", "npu", "sdaa", "tpu", "xla", "xpu"})
+        if others:
+            message = f"device_map names {others[0]}; Marlin kernels run on CUDA GPUs and, slowly, on a CPU"
+            raise refuse("unsupported-device", message)
+        if any(kind == "cuda" or kind.isdigit() for kind in kinds):
+            lacks = machine_facts().lacks
+            if lacks:
+                told = "\n".join(f"{lack.what} {lack.remedy}" for lack in lacks)
+                raise KernelUnavailableError(f"Marlin kernels cannot run on a GPU here:\n{told}")
+
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """Returns the dtype that was asked for, if the kernels take it.
 
@@ -75,16 +95,18 @@ class MarlinNativeQuantizer(HfQuantizer):
         checkpoint_files: list[str] | None = None,
         **kwargs: Any,  # noqa: ARG002
     ) -> Any:
-        headers = Headers.read(checkpoint_files or [])
+        if getattr(model.config, "distributed_config", None) is not None:
+            message = "packed weights cannot be cut for tensor parallelism here; use device_map, or serve with vLLM"
+            raise refuse("unsupported-parallelism", message)
+        headers = Headers.read(_safetensors(checkpoint_files))
         self._warn_of_rounding(headers)
         self._skeleton = Skeleton(model, headers, self.quantization_config.quantization, self._dtype)
         self._skeleton.build()
         return model
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:  # noqa: ARG002
-        for parameter in model.parameters():
-            parameter.requires_grad_(False)
-        save_format_with(model, self._skeleton)
+        self._skeleton.finish()
+        save_format_with(model, self._skeleton.padded)
         del self._skeleton  # it holds the headers
         return model
 
@@ -124,8 +146,21 @@ class MarlinNativeQuantizer(HfQuantizer):
 
     @property
     def is_compileable(self) -> bool:
-        """Whether ``generate`` may compile the model: as a whole, if there are no experts to choose."""
+        """Whether ``generate`` may compile the model by itself: yes, the kernels are operators of torch."""
         return True
+
+
+def _places(device_map: Any) -> list[Any]:
+    return list(device_map.values()) if isinstance(device_map, Mapping) else [device_map]
+
+
+def _safetensors(checkpoint_files: list[str] | None) -> list[str]:
+    """Returns the files to load, after a check that they are safetensors."""
+    files = checkpoint_files or []
+    if not files or not all(file.endswith(".safetensors") for file in files):
+        message = "it is loaded from safetensors files only, not from a state dict or pickled weights"
+        raise refuse("no-weights", message, file=Path(files[0]).name if files else "")
+    return files
 
 
 class Repack(ConversionOps):
@@ -152,7 +187,14 @@ class Repack(ConversionOps):
         return self
 
     @torch.no_grad()
-    def convert(self, input_dict: Mapping[str, Any], full_layer_name: str = "", **kwargs: Any) -> dict[str, Any]:  # noqa: ARG002
+    def convert(
+        self,
+        input_dict: dict[str, Any],
+        source_patterns: list[str],  # noqa: ARG002
+        target_patterns: list[str],  # noqa: ARG002
+        full_layer_name: str = "",
+        **kwargs: Any,  # noqa: ARG002
+    ) -> dict[str, Any]:
         """Returns the tensor under its full name, in the layout of the model, or of the file if inverse."""
         part, kept, num_bits, group_size, dtype = self._arguments
         (tensors,) = input_dict.values()

@@ -1,4 +1,4 @@
-"""``save_pretrained`` of a loaded model: the same format again, with a manifest from which `revert` restores tensors."""
+"""``save_pretrained`` of a loaded model: the same format, with a manifest from which `revert` restores tensors."""
 
 from __future__ import annotations
 
@@ -11,12 +11,11 @@ from typing import Any
 import torch
 from transformers.core_model_loading import revert_weight_conversion
 
-from awq2marlin.integrations.transformers.skeleton import Skeleton
 from awq2marlin.plan import ModulePlan
 from awq2marlin.resaving import complete_saved
 
 
-def save_format_with(model: Any, skeleton: Skeleton) -> None:
+def save_format_with(model: Any, padded: Mapping[str, ModulePlan]) -> None:
     """Lets a model's ``save_pretrained`` complete what Transformers writes.
 
     Transformers gives a quantizer no say once the files are written, and a manifest needs their digests; so this one
@@ -25,9 +24,9 @@ def save_format_with(model: Any, skeleton: Skeleton) -> None:
 
     Args:
         model: a loaded one.
-        skeleton: what replaced its modules.
+        padded: the modules that the files hold padded, by their names in the model.
     """
-    model._marlin_padded_modules = dict(skeleton.padded)
+    model._marlin_padded_modules = dict(padded)
     model.save_pretrained = MethodType(save_pretrained, model)
 
 

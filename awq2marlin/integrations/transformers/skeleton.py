@@ -78,6 +78,7 @@ class Skeleton:
         """
         self._model, self._headers = model, headers
         self._quantization, self._dtype = quantization, dtype
+        self._dtypes: dict[str, torch.dtype] = {}
         self.kept: dict[str, ModulePlan] = {}
         self.padded: dict[str, ModulePlan] = {}
 
@@ -96,6 +97,20 @@ class Skeleton:
             problems += self._replace_experts(name, experts)
         if problems:
             raise CheckpointError(problems)
+        self._dtypes = {name: parameter.dtype for name, parameter in self._model.named_parameters()}
+
+    def finish(self) -> None:
+        """Brings the loaded model to the types it was built with, and freezes the packed layers.
+
+        Some versions of Transformers load a tensor that was renamed in the type of the file.
+        """
+        wide = [re.compile(pattern.replace("*", ".*")) for pattern in self._model._get_dtype_plan(self._dtype)]
+        for name, parameter in self._model.named_parameters():
+            if parameter.dtype != self._dtypes[name] and not any(pattern.search(name) for pattern in wide):
+                parameter.data = parameter.data.to(self._dtypes[name])
+        for module in self._model.modules():
+            if isinstance(module, MarlinLinear):
+                module.requires_grad_(False)
 
     def _replace_linear(self, name: str, plan: ModulePlan) -> list[Problem]:
         old = self._model.get_submodule(name)
