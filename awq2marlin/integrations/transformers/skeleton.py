@@ -155,13 +155,14 @@ class Skeleton:
             return [self._unfit(some, f"the experts of {type(old).__name__} are not supported packed")]
         needed = {"up", "down", *(["gate"] if old.has_gate else [])}
         roles = {role: plan.roles[role] for role in needed & plan.roles.keys()}
+        parent_in_file = some.name.rsplit(".", 2)[0]
+        message = "the other experts of its layer are packed, and this one is not there packed; all of them are needed"
         missing = [
-            Problem("", module_name(f"{name}.{number}", role), "missing-tensor", "the experts of its layer are packed, "
-                    "but it is not there packed: all of them are needed")
+            Problem("", f"{parent_in_file}.{number}.{roles.get(role, role)}", "missing-tensor", message)
             for number in range(old.num_experts)
             for role in sorted(needed)
             if (number, roles.get(role)) not in found
-        ]  # fmt: skip
+        ]
         if missing:
             return missing
         layers = {
