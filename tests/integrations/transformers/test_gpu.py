@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.integrations.checkpoints import Format, read_tensors
-from tests.integrations.conftest import ARCHITECTURES, Case
+from tests.integrations.transformers.checkpoints import Format, read_tensors
+from tests.integrations.transformers.conftest import ARCHITECTURES, Case
 
 MakeCase = Callable[..., Case]
 pytestmark = pytest.mark.gpu
@@ -89,7 +89,7 @@ def test_the_real_model_writes_the_dense_model_s_64_tokens(shared_dir: Path, tmp
     from transformers import AutoTokenizer
 
     from awq2marlin import convert
-    from tests.integrations.checkpoints import write_dense
+    from tests.integrations.transformers.checkpoints import write_dense
 
     awq = shared_dir / "models" / "smollm2-135m-awq-g64"
     convert(awq, tmp_path / "marlin", verify="none")

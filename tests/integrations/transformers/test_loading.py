@@ -18,8 +18,8 @@ from awq2marlin.integrations.transformers import MarlinNativeConfig
 from awq2marlin.integrations.transformers.experts import MarlinExperts
 from awq2marlin.integrations.transformers.versions import check_version
 from awq2marlin.linear import MarlinLinear
-from tests.integrations.checkpoints import Format, read_tensors, write_tensors
-from tests.integrations.conftest import ARCHITECTURES, Case
+from tests.integrations.transformers.checkpoints import Format, read_tensors, write_tensors
+from tests.integrations.transformers.conftest import ARCHITECTURES, Case
 
 MakeCase = Callable[..., Case]
 

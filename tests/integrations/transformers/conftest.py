@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 import awq2marlin.integrations.transformers  # noqa: F401 - registers the format
 from awq2marlin import convert
-from tests.integrations.checkpoints import Format, write_awq, write_dense
+from tests.integrations.transformers.checkpoints import Format, write_awq, write_dense
 
 SIZES: dict[str, Any] = {
     "hidden_size": 128,

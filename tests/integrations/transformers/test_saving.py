@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM
 
 from awq2marlin import inspect, revert, verify
 from awq2marlin.errors import CheckpointError, DifferenceError
-from tests.integrations.checkpoints import Format, read_tensors
-from tests.integrations.conftest import Case
+from tests.integrations.transformers.checkpoints import Format, read_tensors
+from tests.integrations.transformers.conftest import Case
 
 MakeCase = Callable[..., Case]
 

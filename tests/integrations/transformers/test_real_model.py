@@ -11,8 +11,8 @@ import torch
 from transformers import AutoTokenizer
 
 from awq2marlin import convert
-from tests.integrations.checkpoints import write_dense
-from tests.integrations.conftest import Case
+from tests.integrations.transformers.checkpoints import write_dense
+from tests.integrations.transformers.conftest import Case
 
 MODEL = "smollm2-135m-awq-g64"
 PROMPT = "Explain in simple words why the sky is blue."
