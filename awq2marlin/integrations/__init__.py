@@ -1,1 +1,1 @@
-"""What lets inference engines load Marlin-native checkpoints, one package or module an engine."""
+"""Loaders for the engines people use; each imported only by its engine or its user."""
