@@ -2,7 +2,7 @@
 
 ``torch.ops.awq2marlin.marlin_gemm`` and ``torch.ops.awq2marlin.awq_marlin_repack`` work under
 ``torch.compile`` and ``torch.export``. On a CUDA device they run the kernels of ``kernels/``, on the current
-stream; on a CPU, slow code that is easy to believe. ``kernels/README.md`` explains the layout.
+stream; on a CPU, `cpu_gemm` and `layout`. ``kernels/README.md`` explains the layout.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from awq2marlin import jit, layout
+from awq2marlin import cpu_gemm, jit, layout
 from awq2marlin.awq import AWQ_PACK_ORDER, inverse_order
 from awq2marlin.kernel_configs import (
     MIN_CAPABILITY,
@@ -39,9 +39,6 @@ _DTYPES: dict[torch.dtype, Dtype] = {torch.float16: "fp16", torch.bfloat16: "bf1
 
 #: Kernels count the distance between the tokens of a block in 32 bits.
 _MAX_TOKEN_STRIDE = 1 << 23
-
-#: Columns that the CPU implementation decodes at once, to bound its memory.
-_CPU_COLUMNS = 1024
 
 
 # ---- the public calls -------------------------------------------------------------------------------------
@@ -320,22 +317,9 @@ def _marlin_gemm_cpu(
     bias: torch.Tensor | None,
     num_bits: int,
 ) -> torch.Tensor:
-    """Decodes the weight and multiplies in float64: exact but for the sum's last bits."""
-    shape = check_gemm(a, qweight, scales, qzeros, bias, num_bits)
-    pack_factor = _pack_factor(num_bits)
-    out = a.new_empty((a.shape[0], shape.size_n))
-    wide = a.double()
-    for start in range(0, shape.size_n, _CPU_COLUMNS):
-        stop = min(start + _CPU_COLUMNS, shape.size_n)
-        weight = dequantize(
-            qweight[:, start * GPTQ_MARLIN_TILE // pack_factor : stop * GPTQ_MARLIN_TILE // pack_factor],
-            scales[:, start:stop],
-            None if qzeros is None else qzeros[:, start // pack_factor : stop // pack_factor],
-            num_bits=num_bits,
-        )
-        product = wide @ weight
-        out[:, start:stop] = product if bias is None else product + bias[start:stop].double()
-    return out
+    check_gemm(a, qweight, scales, qzeros, bias, num_bits)
+    product = cpu_gemm.multiply(a, qweight, scales, qzeros, num_bits)
+    return (product if bias is None else product + bias.double()).to(a.dtype)
 
 
 @torch.library.impl("awq2marlin::marlin_gemm", "cuda")

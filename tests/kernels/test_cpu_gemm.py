@@ -7,7 +7,7 @@ import pytest
 import torch
 from gemm_cases import DTYPES, SMALL_SHAPES, random_layer, random_tokens
 
-from awq2marlin import ops
+from awq2marlin import cpu_gemm, ops
 
 GOLDEN = np.load(Path(__file__).parents[1] / "golden" / "marlin_layout.npz")
 CASES = sorted({key.split("/")[0] for key in GOLDEN.files})
@@ -77,7 +77,7 @@ def test_wide_layers_are_decoded_in_pieces(monkeypatch):
     layer = random_layer(128, 320, 64, has_bias=True)
     a = random_tokens(2, layer)
     whole = layer(a)
-    monkeypatch.setattr(ops, "_CPU_COLUMNS", 128)
+    monkeypatch.setattr(cpu_gemm, "PIECE_BYTES", 1)
     torch.testing.assert_close(layer(a), whole, rtol=1e-3, atol=0)
 
 
