@@ -101,6 +101,10 @@ class OutputError(Awq2MarlinError):
     """The output folder cannot be used: foreign, in use, unwritable, full, or of another conversion."""
 
 
+class ExecutorError(Awq2MarlinError):
+    """The executor that was handed in cannot do the work: a worker died, or sees other files than this process."""
+
+
 class DifferenceError(Awq2MarlinError):
     """A comparison found a difference."""
 
