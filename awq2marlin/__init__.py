@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from awq2marlin.errors import CheckpointError as CheckpointError
     from awq2marlin.errors import DifferenceError as DifferenceError
     from awq2marlin.errors import ExecutorError as ExecutorError
+    from awq2marlin.errors import HubError as HubError
     from awq2marlin.errors import OutputError as OutputError
     from awq2marlin.errors import Problem as Problem
     from awq2marlin.gemm_verification import GemmCheck as GemmCheck
@@ -77,7 +78,15 @@ _HOMES: dict[str, str] = {
         "config": ["AWQMarlinConfig"],
         "conversion": ["ConvertResult", "convert"],
         "demonstration": ["DemoResult", "demo"],
-        "errors": ["Awq2MarlinError", "CheckpointError", "DifferenceError", "ExecutorError", "OutputError", "Problem"],
+        "errors": [
+            "Awq2MarlinError",
+            "CheckpointError",
+            "DifferenceError",
+            "ExecutorError",
+            "HubError",
+            "OutputError",
+            "Problem",
+        ],
         "inspection": ["InspectResult", "ModuleInfo", "inspect"],
         "layout": [
             "awq_marlin_repack",

@@ -24,7 +24,7 @@ PUBLIC_FUNCTIONS = ("convert", "verify", "revert", "inspect", "demo")
 #: The order of imports, lowest first: a module imports only from layers below its own.
 LAYERS = [
     ["_version", "awq", "cache", "errors", "progress", "reference", "repack_kernels"],
-    ["jit", "machine_code", "marlin", "safetensors_header"],
+    ["hub_errors", "jit", "machine_code", "marlin", "safetensors_header"],
     ["diagnosis", "folder", "kernel_configs", "layout", "repack"],
     ["compile_matrix", "ops", "quantization", "stream", "synthetic"],
     ["linear", "checkpoint", "digest", "tensor_files", "workers"],
