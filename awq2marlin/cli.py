@@ -49,7 +49,14 @@ _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 
 _COMMANDS = ("convert", "verify", "revert", "inspect", "demo", "doctor")
 
-_Source = Annotated[Path, typer.Argument(metavar="SOURCE", help="Folder of the AWQ checkpoint.")]
+_Source = Annotated[
+    str,
+    typer.Argument(
+        metavar="SOURCE",
+        help="Folder of the AWQ checkpoint, or a repository of the Hub: org/name[@revision], where there is no such "
+        "folder, or hf://org/name[@revision].",
+    ),
+]
 _Workers = Annotated[int | None, typer.Option(min=1, max=256, help="Threads; by default one a processor, at most 8.")]
 _Device = Annotated[
     Literal["auto", "cpu", "cuda"] | None,
@@ -108,6 +115,14 @@ def convert(
         ),
     ] = "8",
     device: _Device = None,
+    low_disk: Annotated[
+        bool,
+        typer.Option(
+            "--low-disk",
+            help="Of a repository: remove each shard as soon as it is converted and compared; needs the output plus "
+            "two shards of disk.",
+        ),
+    ] = False,
     quiet: _Quiet = False,
     as_json: _Json = False,
 ) -> None:
@@ -125,6 +140,7 @@ def convert(
             verify=verify,
             dry_run=dry_run,
             device=device,
+            low_disk=low_disk,
             progress=progress,
         )
 
@@ -135,13 +151,15 @@ def convert(
 
     if device is not None and verify in ("none", 0):
         raise typer.BadParameter("--device needs --verify N or all: it runs the modules that are compared")
+    if device is not None and low_disk:
+        raise typer.BadParameter("--device needs the whole source, which --low-disk removes; use 'verify' afterwards")
     _run("convert", work, show, "of_conversion", [source, *([output] if output else [])], quiet, as_json)
 
 
 @app.command()
 def verify(
     source: _Source,
-    output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="Folder of the converted checkpoint.")],
+    output: Annotated[str, typer.Argument(metavar="OUTPUT", help="Folder of the converted one, or its repository.")],
     layers: Annotated[
         Any,
         typer.Option(
@@ -196,7 +214,10 @@ def revert(
 
 @app.command()
 def inspect(
-    path: Annotated[Path, typer.Argument(metavar="PATH", help="Folder of an AWQ or a converted checkpoint.")],
+    path: Annotated[
+        str,
+        typer.Argument(metavar="PATH", help="Folder of an AWQ or a converted checkpoint, or a repository of the Hub."),
+    ],
     quiet: _Quiet = False,
     as_json: _Json = False,
 ) -> None:
@@ -246,7 +267,7 @@ def _run(
     work: Callable[[Progress | None], Any],
     show: Callable[[Any], None] | str,
     report_maker: str,
-    where: Sequence[Path],
+    where: Sequence[Path | str],
     quiet: bool,
     as_json: bool,
 ) -> None:
