@@ -20,7 +20,7 @@ import typer
 import awq2marlin
 from awq2marlin import errors, hub_errors
 from awq2marlin.cli import app, main
-from awq2marlin.manifest import Manifest, ManifestShard
+from awq2marlin.manifest import Manifest, ManifestShard, SourceCard
 from awq2marlin.marlin import FUSED_SIBLINGS
 from awq2marlin.quantization import AwqQuantization, marlin_document
 from awq2marlin.report import STATUS, Report
@@ -170,7 +170,14 @@ def test_format_document_lists_the_config_keys():
 def test_format_document_lists_the_manifest_keys():
     shard = ManifestShard(Header(b"{}", {}), 10, ("xxh3_128:" + "0" * 32,), 10, "xxh3_128:" + "0" * 32)
     manifest = Manifest(
-        {"<file>": shard}, {"<file>": ""}, {"<file>": (0, "")}, {"<file>": (0, "")}, None, None, {"<file>": ""}
+        {"<file>": shard},
+        {"<file>": ""},
+        {"<file>": (0, "")},
+        {"<file>": (0, "")},
+        None,
+        None,
+        {"<file>": ""},
+        SourceCard.of("", b""),
     )
     written = list(_paths(json.loads(manifest.encode())))
     assert sorted(_table("marlin-native.md", "manifest")) == sorted(written)
