@@ -266,7 +266,8 @@ class Publication:
         from huggingface_hub import get_token
 
         if get_token() is None:
-            raise self._refused(
+            raise _refused(
+                self.repo_id,
                 "hub-unauthorized",
                 "pushing needs a token that may write: make one at "
                 f"{hub_url()}/settings/tokens, then log in with 'hf auth login' or set HF_TOKEN",
@@ -285,7 +286,8 @@ class Publication:
                 return
         self.exists, self.repo_id = True, info.id
         if self.target.private and not info.private:
-            raise self._refused(
+            raise _refused(
+                self.repo_id,
                 "target-public",
                 "the repository exists and is public, though --private was asked for; nothing was "
                 "uploaded: make it private in its settings, or choose another",
@@ -301,15 +303,13 @@ class Publication:
 
     def _list(self, revision: str) -> None:
         """Reads what is in the repository, and at which commit."""
-        from huggingface_hub import RepoFile
-
         with self._told():
             self._head = self._api.model_info(self.repo_id, revision=revision).sha
-            entries = list(self._api.list_repo_tree(self.repo_id, recursive=True, revision=self._head))
+            entries: list[Any] = list(self._api.list_repo_tree(self.repo_id, recursive=True, revision=self._head))
         self._files = {
             entry.path: FileIdentity(entry.size, entry.lfs.sha256 if entry.lfs else "", entry.blob_id)
             for entry in entries
-            if isinstance(entry, RepoFile)
+            if hasattr(entry, "blob_id")  # folders have none
         }
 
     def _refuse_foreign(self, is_ours: Callable[[bytes], bool]) -> None:
@@ -318,7 +318,8 @@ class Publication:
         may_remove = self.target.overwrite or self.target.create_pr
         is_there = CONFIG_FILENAME in self._files
         if is_there and not may_remove and not (manifest is not None and is_ours(manifest)):
-            raise self._refused(
+            raise _refused(
+                self.repo_id,
                 "target-taken",
                 "the repository holds a checkpoint of another model or run: use --overwrite to replace it, "
                 "--create-pr to propose that, or choose another",
@@ -327,7 +328,8 @@ class Publication:
         self.stale = tuple(sorted(left - self._names - {CONFIG_FILENAME}))
         if self.stale and not is_there and not may_remove:
             shown = ", ".join(printable(name) for name in self.stale[:_MAX_NAMES_SHOWN])
-            raise self._refused(
+            raise _refused(
+                self.repo_id,
                 "target-taken",
                 f"the repository holds {len(self.stale)} files of another checkpoint ({shown}): use --overwrite to "
                 "replace them, or choose another",
@@ -344,7 +346,8 @@ class Publication:
     def _refuse_lost(self, files: Mapping[str, Content], identities: Mapping[str, FileIdentity]) -> None:
         lost = [name for name in sorted(files) if not self.has(name, identities[name])]
         if lost:
-            raise self._refused(
+            raise _refused(
+                self.repo_id,
                 "hub-incomplete",
                 f"after the commit the repository does not hold {printable(lost[0])} and {len(lost) - 1} more as they "
                 "were sent: look whether its .gitignore names them, or whether somebody else writes to it",
@@ -356,8 +359,9 @@ class Publication:
         with told_as_hub_error(self.repo_id, revision):
             yield
 
-    def _refused(self, code: str, message: str) -> HubError:
-        return HubError(Problem(self.repo_id, "", code, message))
+
+def _refused(repo_id: str, code: str, message: str) -> HubError:
+    return HubError(Problem(repo_id, "", code, message))
 
 
 def _upload_groups(files: Mapping[str, Content]) -> Iterator[list[str]]:

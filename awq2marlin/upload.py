@@ -206,8 +206,17 @@ def _contents(checkpoint: Checkpoint, manifest: Manifest, repo_id: str) -> dict[
     names = [*checkpoint.shards, *checkpoint.side_files, *index, CONFIG_FILENAME, MANIFEST_FILENAME]
     files: dict[str, Content] = {name: folder.path(name) for name in names}
     if checkpoint.card is not None:
-        files[CARD_FILENAME] = addressed(folder.read(checkpoint.card, MAX_CARD_BYTES), repo_id)
+        files[CARD_FILENAME] = _card(folder.read(checkpoint.card, MAX_CARD_BYTES), repo_id)
     return files
+
+
+def _card(card: bytes, repo_id: str) -> bytes:
+    try:
+        card.decode("utf-8")
+    except UnicodeDecodeError as error:
+        message = f"it is not UTF-8 (byte {error.start}), and the Hub takes no other model card; save it as UTF-8"
+        raise refuse("hub-bad-card", message, file=CARD_FILENAME) from None
+    return addressed(card, repo_id)
 
 
 def _sound_files(manifest: Manifest, files: Mapping[str, Content], progress: Progress) -> dict[str, FileIdentity]:

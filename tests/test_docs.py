@@ -1,6 +1,7 @@
 """What the documents say is what the code does: examples run, links resolve, and every list is complete.
 
-The examples of one document run in order, in one namespace, in a temporary folder that holds `EXAMPLES`.
+The examples of one document run in order, in one namespace, in a temporary folder that holds `EXAMPLES`; the Hub that
+they speak of is one on loopback.
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ def model_folder(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("path", RUNNABLE, ids=_name)
-@pytest.mark.usefixtures("model_folder")
+@pytest.mark.usefixtures("model_folder", "hub")
 def test_python_examples_run(path):
     namespace = {"__name__": "__main__"}
     for line, code in _python_blocks(path.read_text("utf-8")):
@@ -201,7 +202,7 @@ def test_json_document_lists_the_keys_of_a_report():
     assert _table("json.md", "report") == list(Report("convert").document(0))
 
 
-@pytest.mark.usefixtures("model_folder")
+@pytest.mark.usefixtures("model_folder", "hub")
 def test_json_document_lists_the_keys_of_every_command(capsys):
     def run(*arguments: str) -> dict[str, Any]:
         assert main([*arguments, "--quiet", "--json"]) == 0
@@ -218,6 +219,8 @@ def test_json_document_lists_the_keys_of_every_command(capsys):
     assert _table("json.md", "inspect details") == list(inspect["details"])
     revert = run("revert", "model-marlin", "model-back")
     assert (revert["modules"], revert["details"]) == ([], {})
+    push = run("push", "model-marlin", "org/model-marlin")
+    assert (push["modules"], _table("json.md", "push details")) == ([], list(push["details"]))
     demo = run("demo")
     assert _table("json.md", "convert details") + _table("json.md", "demo details") == list(demo["details"])
 

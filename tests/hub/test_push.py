@@ -324,6 +324,12 @@ def test_a_card_may_be_edited_or_missing(hub, marlin):
     assert CARD not in held(hub, "org/other")
 
 
+def test_a_card_that_is_not_utf_8_is_refused_before_the_hub_is_asked(hub, marlin):
+    (marlin / CARD).write_bytes(b"# Mod\xe8le\n")
+    assert "is not UTF-8 (byte 5)" in refused("hub-bad-card", marlin, "org/new")
+    assert hub.requests() == []
+
+
 def test_a_card_that_the_hub_refuses_is_told(hub, marlin):
     (marlin / CARD).write_text("---\ntags: {a: b}\n---\n")
     assert '"tags" must be a string or a list of strings' in refused("hub-bad-card", marlin, "org/new")
@@ -497,7 +503,7 @@ def test_the_client_s_progress_bars_are_as_they_were(marlin):
 
 
 def test_an_interrupted_command_says_that_it_resumes(hub, marlin):
-    hub.misbehave("/lfs/upload/*", bytes_per_second=10_000, times=None)
+    hub.misbehave("/lfs/upload/*", bytes_per_second=100_000, times=None)
     process = subprocess.Popen(
         [sys.executable, "-m", "awq2marlin", "push", str(marlin), "org/new"],
         stdout=subprocess.PIPE,
