@@ -7,38 +7,33 @@ verified, and no step looks back.
 from __future__ import annotations
 
 import os
-import shutil
 import time
-from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from concurrent.futures import Executor
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from awq2marlin.checkpoint import open_checkpoint
-from awq2marlin.departures import departing, is_conversion_of
-from awq2marlin.errors import HubError, OutputError, Problem
-from awq2marlin.folder import CARD_FILENAME, CONFIG_FILENAME, INDEX_FILENAME, Folder, hub_repository
-from awq2marlin.hub import HUB_PREFIX, HubName, is_ambiguous, open_hub, parse_source
-from awq2marlin.manifest import read_manifest
+from awq2marlin.departures import departing
+from awq2marlin.folder import CARD_FILENAME, CONFIG_FILENAME, Folder
+from awq2marlin.hub import parse_source
 from awq2marlin.model_card import model_card
-from awq2marlin.output import (
-    FETCHED_DIRECTORY,
-    WORK_DIRECTORY,
-    OutputFolder,
-    claim,
-    read_journal,
-    refuse_overlap,
-    told_as_output_error,
+from awq2marlin.output import OutputFolder, claim, refuse_overlap, told_as_output_error
+from awq2marlin.pipeline import Work, convert_shards
+from awq2marlin.places import (
+    default_output,
+    open_source_of_run,
+    open_target,
+    output_names,
+    owned_files,
+    refuse_full_disk,
 )
-from awq2marlin.pipeline import Work, convert_shards, two_largest
 from awq2marlin.plan import ModulePlan, Plan, Unaligned, plan_conversion
 from awq2marlin.progress import Progress, Silence
 from awq2marlin.publication import FileIdentity, Publication, PushTarget
-from awq2marlin.quantization import MANIFEST_FILENAME
 from awq2marlin.side_files import carry_side_files, encode_json, write_manifest
 from awq2marlin.tensor_files import TensorFiles
 from awq2marlin.upload import DEFAULT_MESSAGE, PushResult, push_folder
@@ -164,12 +159,14 @@ def convert(
     check_workers(workers)
     target = PushTarget(push_to) if isinstance(push_to, str) else push_to
     started = time.perf_counter()
-    work = Work(workers, executor, 0 if verify == "none" else verify, low_disk, progress or Silence())
+    progress = progress or Silence()
     root = Path(output) if output is not None else default_output(parse_source(source))
-    folder, pinned = _open_source(source, root, overwrite, work)
+    folder, pinned = open_source_of_run(source, root, overwrite=overwrite, low_disk=low_disk, progress=progress)
+    early = low_disk or folder.origin is not None
+    work = Work(workers, executor, 0 if verify == "none" else verify, early, low_disk, progress)
     plan = plan_conversion(open_checkpoint(folder), unaligned)
     refuse_overlap(folder.root, root)
-    publication = None if target is None else _open_target(target, plan, root, overwrite)
+    publication = None if target is None else open_target(target, plan, root, overwrite)
     resumed: tuple[str, ...] = ()
     verified: tuple[str, ...] = ()
     gemm: GemmRun | None = None
@@ -180,112 +177,28 @@ def convert(
         with told_as_output_error(root), claim(root, plan.digest, names, owned=owned, pinned=pinned) as out:
             passing = publication if low_disk else None
             resumed = _trusted_shards(plan, out, work, passing)
-            _refuse_full_disk(plan, out, work, passing)
+            refuse_full_disk(plan, out, low_disk=low_disk, is_passed_on=passing is not None)
             verified = tuple(module.name for module in work.chosen(plan))
             if passing is not None:
                 pushed = _pass_on(plan, out, work, passing, commit_message or DEFAULT_MESSAGE)
             else:
-                convert_shards(plan, out, work)
-                write_manifest(plan, out, carry_side_files(plan, out))
-                gemm = None if low_disk else _verify(plan, out, work, device)
-                _write_card(plan, out, verified, gemm)
-                out.commit(encode_json(plan.config()))
+                gemm = _complete(plan, out, work, device)
                 if publication is not None:
-                    pushed = push_folder(root, publication.target, commit_message, False, work.progress)
+                    pushed = push_folder(root, publication.target, commit_message, False, progress)
         if passing is not None:
             with suppress(OSError):  # not empty: there is something that is not ours
                 root.rmdir()
     return _result(plan, root, dry_run, resumed, verified, gemm, pushed, time.perf_counter() - started)
 
 
-def default_output(source: Path | HubName) -> Path:
-    """Returns ``./<name>-marlin`` for a source, a snapshot of the Hub cache by its repository's name."""
-    if isinstance(source, HubName):
-        return Path(f"{source.repo_id.partition('/')[2]}-marlin")
-    source = Folder.at(source).root
-    repository = hub_repository(source)
-    name = repository.name.split("--")[-1] if repository else source.name
-    return Path(f"{name}-marlin")
-
-
-def output_names(plan: Plan) -> list[str]:
-    """Returns every file that a conversion leaves in its output folder."""
-    shards = [shard.name for shard in plan.shards]
-    index = [INDEX_FILENAME] if plan.checkpoint.has_index else []
-    return sorted([*shards, *plan.checkpoint.side_files, *index, CARD_FILENAME, CONFIG_FILENAME, MANIFEST_FILENAME])
-
-
-def owned_files(root: Path, overwrite: bool) -> list[str] | None:
-    """Returns the files that ``--overwrite`` may remove from ``root``, or None if it is not to be touched.
-
-    What an unfinished conversion may remove stands in its journal, so that is not repeated here.
-
-    Raises:
-        OutputError: if ``root`` holds a finished conversion and ``overwrite`` is False.
-    """
-    unfinished = read_journal(root) is not None
-    finished = not unfinished and (root / MANIFEST_FILENAME).exists()
-    if finished and not overwrite:
-        raise OutputError(
-            Problem(
-                str(root),
-                "",
-                "not-empty",
-                "the folder holds a finished conversion; use --overwrite to replace it, or choose another",
-            )
-        )
-    if not overwrite:
-        return None
-    if finished:
-        return read_manifest(Folder.at(root)).names()
-    return [] if unfinished else None
-
-
-def _open_source(
-    source: str | os.PathLike[str], root: Path, overwrite: bool, work: Work
-) -> tuple[Folder, tuple[str, str] | None]:
-    """Opens the source; of a repository, the commit that an unfinished run in ``root`` began with.
-
-    Returns:
-        The source, and what a later run has to know of it; see `Journal.pinned`.
-    """
-    name = parse_source(source)
-    if not isinstance(name, HubName):
-        if is_ambiguous(source):
-            work.progress.note(f"{source} is a folder here and is taken; {HUB_PREFIX}{source} is the one on the Hub")
-        return Folder.at(name), None
-    place = root.absolute() / WORK_DIRECTORY / FETCHED_DIRECTORY if work.low_disk else None
-    folder = open_hub(name, place=place)
-    journal = None if overwrite else read_journal(root)
-    if journal and journal.pinned and journal.pinned != (str(name), folder.commit) and journal.pinned[0] == str(name):
-        work.progress.note(
-            f"{name} has moved on to {folder.commit}; this run goes on with {journal.pinned[1]}, which it began with "
-            "(--overwrite begins anew)"
-        )
-        folder = open_hub(name, commit=journal.pinned[1], place=place)
-    return folder, (str(name), folder.commit)
-
-
-def _open_target(target: PushTarget, plan: Plan, root: Path, overwrite: bool) -> Publication:
-    """Looks at where the result shall go, and refuses it unless it may, before any work.
-
-    A pull request that an unfinished run in ``root`` opened is the target of this one.
-    """
-    journal = read_journal(root)
-    target = replace(target, overwrite=target.overwrite or overwrite)
-    if target.create_pr and journal is not None and journal.pull_request is not None:
-        target = replace(target, create_pr=False, revision=journal.pull_request[0], overwrite=True)
-    publication = Publication.open(target, output_names(plan), lambda manifest: is_conversion_of(plan, manifest))
-    if publication.is_loadable and journal is None and not (target.overwrite or target.create_pr):
-        raise HubError(
-            Problem(
-                publication.repo_id,
-                "",
-                "target-finished",
-                "the repository holds this very conversion already; use --overwrite to do it again",
-            )
-        )
-    return publication
+def _complete(plan: Plan, out: OutputFolder, work: Work, device: Device | None) -> GemmRun | None:
+    """Makes the output whole: shards, side files, manifest, comparison, card, and ``config.json`` last."""
+    convert_shards(plan, out, work)
+    write_manifest(plan, out, carry_side_files(plan, out))
+    gemm = _verify(plan, out, work, device)
+    _write_card(plan, out, work, gemm)
+    out.commit(encode_json(plan.config()))
+    return gemm
 
 
 def _pass_on(plan: Plan, out: OutputFolder, work: Work, publication: Publication, message: str) -> PushResult:
@@ -294,7 +207,7 @@ def _pass_on(plan: Plan, out: OutputFolder, work: Work, publication: Publication
     with departing(publication, out, message, work.progress) as departures:
         convert_shards(plan, out, work, departures)
         write_manifest(plan, out, carry_side_files(plan, out))
-        _write_card(plan, out, tuple(module.name for module in work.chosen(plan)), None)
+        _write_card(plan, out, work, None)
         shards = {shard.name for shard in plan.shards}
         rest = [name for name in output_names(plan) if name not in shards and name != CONFIG_FILENAME]
         departures.send_rest(rest, encode_json(plan.config()))
@@ -315,7 +228,8 @@ def _pass_on(plan: Plan, out: OutputFolder, work: Work, publication: Publication
     )
 
 
-def _write_card(plan: Plan, out: OutputFolder, verified: Sequence[str], gemm: GemmRun | None) -> None:
+def _write_card(plan: Plan, out: OutputFolder, work: Work, gemm: GemmRun | None) -> None:
+    verified = [module.name for module in work.chosen(plan)]
     repo_id, revision = plan.checkpoint.folder.origin or (None, None)
     out.write(CARD_FILENAME, model_card(plan, verified, gemm, repo_id=repo_id, revision=revision))
 
@@ -327,7 +241,7 @@ def _trusted_shards(plan: Plan, out: OutputFolder, work: Work, publication: Publ
     sent is trusted if ``publication`` has it.
     """
     folder = plan.checkpoint.folder
-    if work.low_disk:  # what was not compared as this run is asked to, cannot be any more: its source may be gone
+    if work.compares_early:  # what was not compared as this run is asked to, cannot be any more: its source may be gone
         for name in [name for name, entry in out.finished.items() if entry.verified != work.early_check]:
             out.forget(name)
     for name, entry in [*out.finished.items()]:
@@ -349,46 +263,17 @@ def _trusted_shards(plan: Plan, out: OutputFolder, work: Work, publication: Publ
     return trusted
 
 
-def _refuse_full_disk(plan: Plan, out: OutputFolder, work: Work, publication: Publication | None) -> None:
-    """Compares what the output and what has to be fetched need with the space that their disks have."""
-    folder, side_files = plan.checkpoint.folder, plan.checkpoint.side_files
-    todo = [shard for shard in plan.shards if shard.name not in out.finished]
-    targets = [shard.target.file_size for shard in todo]
-    written = sum(map(folder.size, side_files)) + (sum(targets) if publication is None else two_largest(targets))
-    place, fetched = folder.disk_need([*(shard.name for shard in todo), *side_files])
-    if work.low_disk:
-        fetched = min(fetched, two_largest([shard.source.file_size for shard in todo]))
-    needs: dict[int, int] = defaultdict(int)
-    for path, size in ((out.root, written), (place, fetched)):
-        there = next(each for each in (path, *path.absolute().parents) if each.exists())
-        needs[there.stat().st_dev] += size
-        free = shutil.disk_usage(there).free
-        if needs[there.stat().st_dev] > free:
-            raise OutputError(
-                Problem(
-                    str(path),
-                    "",
-                    "disk-full",
-                    f"the conversion needs {needs[there.stat().st_dev] / 1e9:.2f} GB, the disk has "
-                    f"{free / 1e9:.2f} GB free; free some space{_low_disk_advice(folder, work)} or choose another disk",
-                )
-            )
-
-
-def _low_disk_advice(folder: Folder, work: Work) -> str:
-    return ", use --low-disk" if folder.origin and not work.low_disk else ""
-
-
 def _verify(plan: Plan, out: OutputFolder, work: Work, device: Device | None) -> GemmRun | None:
     """Compares converted modules with the source, from the disk, before the output becomes loadable."""
     chosen, workers = work.chosen(plan), check_workers(work.workers)
-    if not chosen:
+    if not chosen or (work.compares_early and device is None):
         return None
     source = TensorFiles.of(plan.checkpoint.folder, plan.checkpoint.shards)
     folder = Folder.at(out.root)
     output = TensorFiles.of(folder, {shard.name: folder.read_header(shard.name) for shard in plan.shards})
     with out.distrusted_after_a_difference():
-        verify_modules(chosen, plan.quantization, source, output, workers=workers, progress=work.progress)
+        if not work.compares_early:
+            verify_modules(chosen, plan.quantization, source, output, workers=workers, progress=work.progress)
         return run_gemm(chosen, plan.quantization, source, output, device, work.progress)
 
 

@@ -32,13 +32,16 @@ class Work:
         workers: threads, of this process or for one shard of an executor; None for the default.
         executor: does the shards instead of threads of this process.
         verify: how many converted modules to compare with the source.
-        low_disk: whether each source shard is compared and released as soon as it is converted.
+        compares_early: whether each shard is compared with its source as soon as it is converted, while the next is
+            fetched; otherwise all are in the end.
+        low_disk: whether each source shard is released after that.
         progress: told what is being done.
     """
 
     workers: int | None
     executor: Executor | None
     verify: Layers
+    compares_early: bool
     low_disk: bool
     progress: Progress
 
@@ -49,7 +52,7 @@ class Work:
     @property
     def early_check(self) -> str:
         """What the journal notes of the comparison where it comes before; empty where it comes at the end."""
-        return f"verify {self.verify}" if self.low_disk else ""
+        return f"verify {self.verify}" if self.compares_early else ""
 
 
 def two_largest(sizes: Sequence[int]) -> int:
@@ -73,13 +76,13 @@ def convert_shards(plan: Plan, out: OutputFolder, work: Work, departures: Depart
     folder, progress = plan.checkpoint.folder, work.progress
     todo = {shard.name: shard for shard in plan.shards if shard.name not in out.finished}
     files = {name: shard.source.file_size for name, shard in todo.items()}
-    chosen = work.chosen(plan) if work.low_disk else []
+    chosen = work.chosen(plan) if work.compares_early else []
 
     def finish(done: ShardResult) -> None:
         _publish(done, out)
         if work.executor is not None:  # from elsewhere, nothing is heard until a shard is done
             progress.advance(todo[done.name].source.data_size)
-        if work.low_disk:
+        if work.compares_early:
             _compare(plan, todo[done.name], chosen, out, check_workers(work.workers))
         out.remember(done.name, _journal_entry(done, work))
         if work.low_disk:

@@ -34,6 +34,7 @@ LAYERS = [
     ["upload"],
     ["departures"],
     ["pipeline"],
+    ["places"],
     ["conversion"],
     ["demonstration"],
     ["console", "report"],
