@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from awq2marlin.errors import Awq2MarlinError as Awq2MarlinError
     from awq2marlin.errors import CheckpointError as CheckpointError
     from awq2marlin.errors import DifferenceError as DifferenceError
+    from awq2marlin.errors import ExecutorError as ExecutorError
     from awq2marlin.errors import HubError as HubError
     from awq2marlin.errors import OutputError as OutputError
     from awq2marlin.errors import Problem as Problem
@@ -63,6 +64,7 @@ if TYPE_CHECKING:
     from awq2marlin.ops import warm_up as warm_up
     from awq2marlin.plan import ModulePlan as ModulePlan
     from awq2marlin.progress import Progress as Progress
+    from awq2marlin.publication import PushTarget as PushTarget
     from awq2marlin.reversion import RestoredFile as RestoredFile
     from awq2marlin.reversion import RevertResult as RevertResult
     from awq2marlin.reversion import revert as revert
@@ -80,7 +82,15 @@ _HOMES: dict[str, str] = {
         "config": ["AWQMarlinConfig"],
         "conversion": ["ConvertResult", "convert"],
         "demonstration": ["DemoResult", "demo"],
-        "errors": ["Awq2MarlinError", "CheckpointError", "DifferenceError", "HubError", "OutputError", "Problem"],
+        "errors": [
+            "Awq2MarlinError",
+            "CheckpointError",
+            "DifferenceError",
+            "ExecutorError",
+            "HubError",
+            "OutputError",
+            "Problem",
+        ],
         "inspection": ["InspectResult", "ModuleInfo", "inspect"],
         "layout": [
             "awq_marlin_repack",
@@ -117,6 +127,7 @@ _HOMES: dict[str, str] = {
         "ops": ["marlin_gemm", "repack_awq", "warm_up"],
         "plan": ["ModulePlan"],
         "progress": ["Progress"],
+        "publication": ["PushTarget"],
         "reversion": ["RestoredFile", "RevertResult", "revert"],
         "upload": ["PushResult", "PushedFile", "push"],
         "verification": ["VerifyResult", "verify"],

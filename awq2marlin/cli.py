@@ -31,6 +31,7 @@ from awq2marlin.report import Report
 
 if TYPE_CHECKING:
     from awq2marlin.progress import Progress
+    from awq2marlin.publication import PushTarget
 
 _Result = TypeVar("_Result")
 
@@ -49,7 +50,14 @@ _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 
 _COMMANDS = ("convert", "verify", "revert", "push", "inspect", "demo", "doctor")
 
-_Source = Annotated[Path, typer.Argument(metavar="SOURCE", help="Folder of the AWQ checkpoint.")]
+_Source = Annotated[
+    str,
+    typer.Argument(
+        metavar="SOURCE",
+        help="Folder of the AWQ checkpoint, or a repository of the Hub: org/name[@revision], where there is no such "
+        "folder, or hf://org/name[@revision].",
+    ),
+]
 _Workers = Annotated[int | None, typer.Option(min=1, max=256, help="Threads; by default one a processor, at most 8.")]
 _Device = Annotated[
     Literal["auto", "cpu", "cuda"] | None,
@@ -108,6 +116,31 @@ def convert(
         ),
     ] = "8",
     device: _Device = None,
+    low_disk: Annotated[
+        bool,
+        typer.Option(
+            "--low-disk",
+            help="Of a repository: remove each shard as soon as it is converted and compared; needs the output plus "
+            "two shards of disk. With --push-to: send each shard at once and keep nothing.",
+        ),
+    ] = False,
+    push_to: Annotated[
+        str | None,
+        typer.Option(metavar="ORG/NAME", help="Repository of the Hub that gets the result; made if needed."),
+    ] = None,
+    private: Annotated[
+        bool, typer.Option("--private", help="With --push-to: make a new repository private; an existing one must be.")
+    ] = False,
+    revision: Annotated[
+        str | None,
+        typer.Option(metavar="BRANCH", help="With --push-to: branch to commit to, made if needed; by default main."),
+    ] = None,
+    create_pr: Annotated[
+        bool, typer.Option("--create-pr", help="With --push-to: open a pull request instead of changing the branch.")
+    ] = False,
+    commit_message: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="With --push-to: first line of the commits' messages.")
+    ] = None,
     quiet: _Quiet = False,
     as_json: _Json = False,
 ) -> None:
@@ -125,6 +158,9 @@ def convert(
             verify=verify,
             dry_run=dry_run,
             device=device,
+            low_disk=low_disk,
+            push_to=target,
+            commit_message=commit_message,
             progress=progress,
         )
 
@@ -135,13 +171,21 @@ def convert(
 
     if device is not None and verify in ("none", 0):
         raise typer.BadParameter("--device needs --verify N or all: it runs the modules that are compared")
+    if device is not None and low_disk:
+        raise typer.BadParameter("--device needs the whole source, which --low-disk removes; use 'verify' afterwards")
+    if push_to is None and (private or revision or create_pr or commit_message):
+        raise typer.BadParameter(
+            "--private, --revision, --create-pr and --commit-message need --push-to; "
+            "a revision of the source is named org/name@revision"
+        )
+    target = None if push_to is None else _push_target(push_to, private, revision, create_pr, overwrite)
     _run("convert", work, show, "of_conversion", [source, *([output] if output else [])], quiet, as_json)
 
 
 @app.command()
 def verify(
     source: _Source,
-    output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="Folder of the converted checkpoint.")],
+    output: Annotated[str, typer.Argument(metavar="OUTPUT", help="Folder of the converted one, or its repository.")],
     layers: Annotated[
         Any,
         typer.Option(
@@ -237,18 +281,16 @@ def push(
             progress=progress,
         )
 
-    from awq2marlin.publication import PushTarget
-
-    try:
-        PushTarget(repository, private, revision, create_pr, overwrite)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
+    _push_target(repository, private, revision, create_pr, overwrite)
     _run("push", work, "print_push", "of_push", [folder, Path(repository)], quiet, as_json)
 
 
 @app.command()
 def inspect(
-    path: Annotated[Path, typer.Argument(metavar="PATH", help="Folder of an AWQ or a converted checkpoint.")],
+    path: Annotated[
+        str,
+        typer.Argument(metavar="PATH", help="Folder of an AWQ or a converted checkpoint, or a repository of the Hub."),
+    ],
     quiet: _Quiet = False,
     as_json: _Json = False,
 ) -> None:
@@ -293,12 +335,22 @@ def doctor(quiet: _Quiet = False, as_json: _Json = False) -> None:
     _run("doctor", work, "print_doctor", "of_doctor", [], quiet, as_json)
 
 
+def _push_target(repository: str, private: bool, revision: str | None, create_pr: bool, overwrite: bool) -> PushTarget:
+    """Returns where to push; a usage error if the names are none."""
+    from awq2marlin.publication import PushTarget
+
+    try:
+        return PushTarget(repository, private, revision, create_pr, overwrite)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+
+
 def _run(
     command: str,
     work: Callable[[Progress | None], Any],
     show: Callable[[Any], None] | str,
     report_maker: str,
-    where: Sequence[Path],
+    where: Sequence[Path | str],
     quiet: bool,
     as_json: bool,
 ) -> None:

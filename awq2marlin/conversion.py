@@ -6,31 +6,39 @@ verified, and no step looks back.
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
 import time
 from collections.abc import Mapping
+from concurrent.futures import Executor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from awq2marlin.checkpoint import open_checkpoint
-from awq2marlin.digest import Xxh3
-from awq2marlin.errors import DifferenceError, OutputError, Problem, refuse
-from awq2marlin.folder import CARD_FILENAME, CONFIG_FILENAME, INDEX_FILENAME, Folder, hub_repository
-from awq2marlin.manifest import Manifest, ManifestShard, SourceCard, read_manifest
+from awq2marlin.departures import departing
+from awq2marlin.folder import CARD_FILENAME, CONFIG_FILENAME, Folder
+from awq2marlin.hub import parse_source
 from awq2marlin.model_card import model_card
-from awq2marlin.output import FinishedFile, OutputFolder, claim, read_journal, refuse_overlap, told_as_output_error
-from awq2marlin.plan import ModulePlan, Plan, ShardPlan, Unaligned, plan_conversion
+from awq2marlin.output import OutputFolder, claim, refuse_overlap, told_as_output_error
+from awq2marlin.pipeline import Work, convert_shards
+from awq2marlin.places import (
+    default_output,
+    open_source_of_run,
+    open_target,
+    output_names,
+    owned_files,
+    refuse_full_disk,
+)
+from awq2marlin.plan import ModulePlan, Plan, Unaligned, plan_conversion
 from awq2marlin.progress import Progress, Silence
-from awq2marlin.quantization import MANIFEST_FILENAME
-from awq2marlin.shard import ShardResult, ShardTask, convert_shard
-from awq2marlin.stream import copy_pieces, rewrite_file
+from awq2marlin.publication import FileIdentity, Publication, PushTarget
+from awq2marlin.side_files import carry_side_files, encode_json, write_manifest
 from awq2marlin.tensor_files import TensorFiles
-from awq2marlin.verification import Device, check_count, check_device, run_gemm, sample_modules, verify_modules
-from awq2marlin.workers import check_workers, run_side_by_side, share_workers
+from awq2marlin.upload import DEFAULT_MESSAGE, PushResult, push_folder
+from awq2marlin.verification import Device, check_count, check_device, run_gemm, verify_modules
+from awq2marlin.workers import check_workers
 
 if TYPE_CHECKING:
     from awq2marlin.gemm_verification import GemmRun
@@ -46,7 +54,7 @@ class ConvertResult:
     """What a conversion did, or with ``dry_run`` would do.
 
     Attributes:
-        source: the source's folder.
+        source: the source's folder, or ``org/name@commit``.
         output: the output's folder.
         dry_run: whether nothing was written.
         modules: every quantized module's fate, in order.
@@ -60,9 +68,10 @@ class ConvertResult:
         verified: modules compared value for value.
         gemm: what the Marlin GEMM said of them; None if it was not asked.
         seconds: wall time.
+        pushed: what came of ``push_to``; None without it.
     """
 
-    source: Path
+    source: Path | str
     output: Path
     dry_run: bool
     modules: tuple[ModulePlan, ...]
@@ -76,6 +85,7 @@ class ConvertResult:
     verified: tuple[str, ...]
     gemm: GemmRun | None
     seconds: float
+    pushed: PushResult | None = None
 
     @property
     def converted(self) -> list[ModulePlan]:
@@ -98,6 +108,10 @@ def convert(
     verify: Verify = DEFAULT_VERIFIED,
     dry_run: bool = False,
     device: Device | None = None,
+    executor: Executor | None = None,
+    low_disk: bool = False,
+    push_to: str | PushTarget | None = None,
+    commit_message: str | None = None,
     progress: Progress | None = None,
 ) -> ConvertResult:
     """Converts an AWQ checkpoint to a Marlin-native one (docs/marlin-native.md).
@@ -105,212 +119,162 @@ def convert(
     Interrupted at any moment, the same call resumes and ends with the same bytes.
 
     Args:
-        source: folder of the AWQ checkpoint; never written to.
+        source: folder of the AWQ checkpoint, never written to; or a repository of the Hub, ``org/name[@revision]``
+            or ``hf://org/name[@revision]``, whose next shard is fetched while one is converted.
         output: folder to write; by default ``./<name>-marlin``.
         unaligned: what to do with modules whose shapes Marlin cannot take: ``"keep"`` them in AWQ layout,
             ``"pad"`` them with zeros, or ``"error"``.
-        workers: threads; by default as many as there are processors, at most eight.
+        workers: threads; by default as many as there are processors, at most eight. With an executor, threads
+            for one shard, by default one.
         overwrite: remove an earlier conversion in ``output`` first: only files that its own manifest or
             journal names.
         verify: how many converted modules to compare with the source, value for value, before the output
             becomes loadable; ``"all"`` or ``"none"``.
         dry_run: plan only; nothing is written.
         device: also run those modules through the Marlin GEMM, on ``"cuda"``, ``"cpu"`` or ``"auto"``.
+        executor: does the shards instead of threads of this process: of threads or processes, Dask's, MPI's. Its
+            workers must see source and output under the same paths. Everything else is done here.
+        low_disk: fetch the source's shards to a place of our own, compare each with its conversion at once, and then
+            remove it, so that never more than two are there. With ``push_to`` finished shards are sent while others
+            are converted, each in a commit of its own, and removed here; nothing is left in ``output``.
+        push_to: repository of the Hub that the result is sent to, ``org/name`` or a `PushTarget`; in one commit once
+            all is done, unless ``low_disk``.
+        commit_message: first line of the commits' messages.
         progress: told what is being done.
 
     Raises:
         CheckpointError: if the source is no convertible AWQ checkpoint; nothing has been written.
+        HubError: if the Hub or the network refuses.
         OutputError: if the output folder is foreign, in use, full or unwritable.
+        ExecutorError: if the executor broke, or its workers do not see the same files.
         ValueError: if an argument is none of its choices.
         DifferenceError: if the verification finds a difference; the output has no ``config.json`` then.
     """
     check_count("verify", verify, ("all", "none"))
     if device is not None and verify in ("none", 0):
         raise ValueError("device needs verify: it runs the modules that are compared")
+    if device is not None and low_disk:
+        raise ValueError("device needs the whole source at the end, which low_disk removes; use verify() afterwards")
     check_device(device)
+    check_workers(workers)
+    target = PushTarget(push_to) if isinstance(push_to, str) else push_to
     started = time.perf_counter()
-    progress, workers = progress or Silence(), check_workers(workers)
-    plan = plan_conversion(open_checkpoint(source), unaligned)
-    root = Path(output) if output is not None else default_output(plan.checkpoint.folder.root)
-    refuse_overlap(plan.checkpoint.folder.root, root)
+    progress = progress or Silence()
+    root = Path(output) if output is not None else default_output(parse_source(source))
+    folder, pinned = open_source_of_run(source, root, overwrite=overwrite, low_disk=low_disk, progress=progress)
+    early = low_disk or folder.origin is not None
+    work = Work(workers, executor, 0 if verify == "none" else verify, early, low_disk, progress)
+    plan = plan_conversion(open_checkpoint(folder), unaligned)
+    refuse_overlap(folder.root, root)
+    publication = None if target is None else open_target(target, plan, root, overwrite)
     resumed: tuple[str, ...] = ()
     verified: tuple[str, ...] = ()
     gemm: GemmRun | None = None
+    pushed: PushResult | None = None
     if not dry_run:
         owned = partial(owned_files, root, overwrite)
-        with told_as_output_error(root), claim(root, plan.digest, output_names(plan), owned=owned) as out:
-            resumed = _trusted_shards(plan, out, progress)
-            _refuse_full_disk(plan, out, resumed)
-            _convert_shards(plan, out, workers, progress)
-            _write_manifest(plan, out, _carry_side_files(plan, out))
-            verified, gemm = _verify(plan, out, verify, workers, device, progress)
-            out.write(CARD_FILENAME, model_card(plan, verified, gemm))
-            out.commit(encode_json(plan.config()))
-    return _result(plan, root, dry_run, resumed, verified, gemm, time.perf_counter() - started)
+        names = output_names(plan)
+        with told_as_output_error(root), claim(root, plan.digest, names, owned=owned, pinned=pinned) as out:
+            passing = publication if low_disk else None
+            resumed = _trusted_shards(plan, out, work, passing)
+            refuse_full_disk(plan, out, low_disk=low_disk, is_passed_on=passing is not None)
+            verified = tuple(module.name for module in work.chosen(plan))
+            if passing is not None:
+                pushed = _pass_on(plan, out, work, passing, commit_message or DEFAULT_MESSAGE)
+            else:
+                gemm = _complete(plan, out, work, device)
+                if publication is not None:
+                    pushed = push_folder(root, publication.target, commit_message, False, progress)
+        if passing is not None:
+            with suppress(OSError):  # not empty: there is something that is not ours
+                root.rmdir()
+    return _result(plan, root, dry_run, resumed, verified, gemm, pushed, time.perf_counter() - started)
 
 
-def default_output(source: Path) -> Path:
-    """Returns ``./<name>-marlin`` for a source folder, a snapshot of the Hub cache by its repository's name."""
-    repository = hub_repository(source)
-    name = repository.name.split("--")[-1] if repository else source.name
-    return Path(f"{name}-marlin")
+def _complete(plan: Plan, out: OutputFolder, work: Work, device: Device | None) -> GemmRun | None:
+    """Makes the output whole: shards, side files, manifest, comparison, card, and ``config.json`` last."""
+    convert_shards(plan, out, work)
+    write_manifest(plan, out, carry_side_files(plan, out))
+    gemm = _verify(plan, out, work, device)
+    _write_card(plan, out, work, gemm)
+    out.commit(encode_json(plan.config()))
+    return gemm
 
 
-def output_names(plan: Plan) -> list[str]:
-    """Returns every file that a conversion leaves in its output folder."""
-    shards = [shard.name for shard in plan.shards]
-    index = [INDEX_FILENAME] if plan.checkpoint.has_index else []
-    return sorted([*shards, *plan.checkpoint.side_files, *index, CARD_FILENAME, CONFIG_FILENAME, MANIFEST_FILENAME])
+def _pass_on(plan: Plan, out: OutputFolder, work: Work, publication: Publication, message: str) -> PushResult:
+    """Converts shards and sends each to the Hub, where the checkpoint becomes whole; nothing of it stays here."""
+    started, created, removed = time.perf_counter(), not publication.exists, publication.stale
+    with departing(publication, out, message, work.progress) as departures:
+        convert_shards(plan, out, work, departures)
+        write_manifest(plan, out, carry_side_files(plan, out))
+        _write_card(plan, out, work, None)
+        shards = {shard.name for shard in plan.shards}
+        rest = [name for name in output_names(plan) if name not in shards and name != CONFIG_FILENAME]
+        departures.send_rest(rest, encode_json(plan.config()))
+    out.discard()
+    return PushResult(
+        source=out.root,
+        repo_id=publication.repo_id,
+        revision=publication.revision,
+        url=publication.url,
+        commit=publication.commits[-1] if publication.commits else None,
+        pull_request=publication.pull_request,
+        created=created,
+        dry_run=False,
+        files=tuple(sorted(departures.files, key=lambda file: file.name)),
+        removed=removed,
+        left_behind={},
+        seconds=time.perf_counter() - started,
+    )
 
 
-def encode_json(document: Any) -> bytes:
-    """Returns a JSON side file's bytes."""
-    return (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
+def _write_card(plan: Plan, out: OutputFolder, work: Work, gemm: GemmRun | None) -> None:
+    verified = [module.name for module in work.chosen(plan)]
+    repo_id, revision = plan.checkpoint.folder.origin or (None, None)
+    out.write(CARD_FILENAME, model_card(plan, verified, gemm, repo_id=repo_id, revision=revision))
 
 
-def owned_files(root: Path, overwrite: bool) -> list[str] | None:
-    """Returns the files that ``--overwrite`` may remove from ``root``, or None if it is not to be touched.
+def _trusted_shards(plan: Plan, out: OutputFolder, work: Work, publication: Publication | None) -> tuple[str, ...]:
+    """Returns the shards that an earlier run finished, source and output hashed again.
 
-    What an unfinished conversion may remove stands in its journal, so that is not repeated here.
-
-    Raises:
-        OutputError: if ``root`` holds a finished conversion and ``overwrite`` is False.
+    The contents of a repository's files are fixed by its commit, so they are not fetched again to be hashed. What was
+    sent is trusted if ``publication`` has it.
     """
-    unfinished = read_journal(root) is not None
-    finished = not unfinished and (root / MANIFEST_FILENAME).exists()
-    if finished and not overwrite:
-        raise OutputError(
-            Problem(
-                str(root),
-                "",
-                "not-empty",
-                "the folder holds a finished conversion; use --overwrite to replace it, or choose another",
-            )
-        )
-    if not overwrite:
-        return None
-    if finished:
-        return read_manifest(Folder.at(root)).names()
-    return [] if unfinished else None
-
-
-def _trusted_shards(plan: Plan, out: OutputFolder, progress: Progress) -> tuple[str, ...]:
-    """Returns the shards that an earlier run finished, source and output hashed again."""
     folder = plan.checkpoint.folder
+    if work.compares_early:  # what was not compared as this run is asked to, cannot be any more: its source may be gone
+        for name in [name for name, entry in out.finished.items() if entry.verified != work.early_check]:
+            out.forget(name)
+    for name, entry in [*out.finished.items()]:
+        if entry.sent and not (
+            publication is not None and publication.has(name, FileIdentity(entry.target_size, entry.sent))
+        ):
+            out.forget(name)
     trusted = tuple(
         shard.name
         for shard in plan.shards
-        if shard.name in out.finished and out.recheck(shard.name, folder.path(shard.name), progress.note)
+        if shard.name in out.finished
+        and (
+            out.finished[shard.name].sent
+            or out.recheck(shard.name, None if folder.origin else folder.path(shard.name), work.progress.note)
+        )
     )
     if trusted:
-        progress.note(f"resuming: {len(trusted)} of {len(plan.shards)} shards are already there")
+        work.progress.note(f"resuming: {len(trusted)} of {len(plan.shards)} shards are already there")
     return trusted
 
 
-def _refuse_full_disk(plan: Plan, out: OutputFolder, resumed: tuple[str, ...]) -> None:
-    folder = plan.checkpoint.folder
-    needed = sum(shard.target.file_size for shard in plan.shards if shard.name not in resumed)
-    needed += sum(folder.size(name) for name in plan.checkpoint.side_files)
-    free = shutil.disk_usage(out.root).free
-    if needed > free:
-        raise OutputError(
-            Problem(
-                str(out.root),
-                "",
-                "disk-full",
-                f"the conversion needs {needed / 1e9:.2f} GB, the disk has "
-                f"{free / 1e9:.2f} GB free; free some space or choose another disk",
-            )
-        )
-
-
-def _convert_shards(plan: Plan, out: OutputFolder, workers: int, progress: Progress) -> None:
-    todo = [shard for shard in plan.shards if shard.name not in out.finished]
-    at_once, threads = share_workers(workers, len(todo))
-    folder = plan.checkpoint.folder
-    tasks = [
-        ShardTask(shard, folder.path(shard.name), out.partial(shard.name), out.final(shard.name), threads)
-        for shard in todo
-    ]
-
-    def finish(done: ShardResult) -> None:
-        out.remember(
-            done.name, FinishedFile(done.source_size, done.source_digest, done.target_size, done.target_digest)
-        )
-
-    progress.start("convert", sum(shard.source.data_size for shard in todo))
-    run_side_by_side(convert_shard, tasks, at_once, progress.advance, finish)
-    progress.finish()
-
-
-def _carry_side_files(plan: Plan, out: OutputFolder) -> dict[str, tuple[int, str]]:
-    """Copies what belongs to the checkpoint unchanged; returns size and digest of each file."""
-    folder = plan.checkpoint.folder
-    names = list(plan.checkpoint.side_files)
-    if plan.checkpoint.has_index:
-        if plan.source_data_bytes == plan.target_data_bytes:
-            names.append(INDEX_FILENAME)
-        else:
-            out.write(INDEX_FILENAME, _padded_index(plan))
-    carried = {}
-    for name in names:
-        digest, size = Xxh3(), folder.size(name)
-        rewrite_file((folder.path(name), name), out.partial(name), copy_pieces(0, 0, size), target_hashes=[digest])
-        out.publish(name)
-        carried[name] = (size, str(digest))
-    return carried
-
-
-def _padded_index(plan: Plan) -> bytes:
-    """Returns the source's index with the total size that padding makes."""
-    document = plan.checkpoint.folder.read_json(INDEX_FILENAME)
-    metadata = document.get("metadata")
-    if isinstance(metadata, dict) and "total_size" in metadata:
-        metadata["total_size"] = plan.target_data_bytes
-    return encode_json(document)
-
-
-def _write_manifest(plan: Plan, out: OutputFolder, carried: Mapping[str, tuple[int, str]]) -> None:
-    checkpoint = plan.checkpoint
-    rewritten = [CONFIG_FILENAME, *checkpoint.legacy_configs]
-    if checkpoint.has_index and INDEX_FILENAME not in carried:
-        rewritten.append(INDEX_FILENAME)
-    shards = {shard.name: _manifest_shard(shard, out.finished[shard.name]) for shard in plan.shards}
-    texts = {name: _exact_text(checkpoint.folder, name) for name in rewritten}
-    digests = {name: (len(text.encode()), str(Xxh3(text.encode()))) for name, text in texts.items()}
-    card = SourceCard.of(checkpoint.card, checkpoint.folder.read(checkpoint.card)) if checkpoint.card else None
-    manifest = Manifest(shards, texts, digests, carried, None, None, checkpoint.left_behind, card=card)
-    out.write(MANIFEST_FILENAME, manifest.encode())
-
-
-def _manifest_shard(shard: ShardPlan, done: FinishedFile) -> ManifestShard:
-    return ManifestShard(shard.source, done.source_size, (done.source_digest,), done.target_size, done.target_digest)
-
-
-def _exact_text(folder: Folder, name: str) -> str:
-    try:
-        return folder.read(name).decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise refuse("bad-json", f"it is not UTF-8 (byte {error.start})", file=name) from None
-
-
-def _verify(
-    plan: Plan, out: OutputFolder, verify: Verify, workers: int, device: Device | None, progress: Progress
-) -> tuple[tuple[str, ...], GemmRun | None]:
+def _verify(plan: Plan, out: OutputFolder, work: Work, device: Device | None) -> GemmRun | None:
     """Compares converted modules with the source, from the disk, before the output becomes loadable."""
-    if verify == "none" or verify == 0:
-        return (), None
-    chosen = sample_modules(plan.converted, verify)
+    chosen, workers = work.chosen(plan), check_workers(work.workers)
+    if not chosen or (work.compares_early and device is None):
+        return None
     source = TensorFiles.of(plan.checkpoint.folder, plan.checkpoint.shards)
     folder = Folder.at(out.root)
     output = TensorFiles.of(folder, {shard.name: folder.read_header(shard.name) for shard in plan.shards})
-    try:
-        verify_modules(chosen, plan.quantization, source, output, workers=workers, progress=progress)
-        gemm = run_gemm(chosen, plan.quantization, source, output, device, progress)
-    except DifferenceError:
-        out.forget_all()
-        raise
-    return tuple(each.name for each in chosen), gemm
+    with out.distrusted_after_a_difference():
+        if not work.compares_early:
+            verify_modules(chosen, plan.quantization, source, output, workers=workers, progress=work.progress)
+        return run_gemm(chosen, plan.quantization, source, output, device, work.progress)
 
 
 def _result(
@@ -320,11 +284,12 @@ def _result(
     resumed: tuple[str, ...],
     verified: tuple[str, ...],
     gemm: GemmRun | None,
+    pushed: PushResult | None,
     seconds: float,
 ) -> ConvertResult:
     checkpoint = plan.checkpoint
     return ConvertResult(
-        source=checkpoint.folder.root,
+        source=checkpoint.folder.where,
         output=root,
         dry_run=dry_run,
         modules=tuple(plan.modules.values()),
@@ -338,4 +303,5 @@ def _result(
         verified=verified,
         gemm=gemm,
         seconds=seconds,
+        pushed=pushed,
     )

@@ -101,6 +101,10 @@ class OutputError(Awq2MarlinError):
     """The output folder cannot be used: foreign, in use, unwritable, full, or of another conversion."""
 
 
+class ExecutorError(Awq2MarlinError):
+    """The executor that was handed in cannot do the work: a worker died, or sees other files than this process."""
+
+
 class HubError(Awq2MarlinError):
     """The Hub, its client or the network refused: not found, no access, no connection, too many requests."""
 

@@ -167,6 +167,7 @@ class Plan:
         texts = [CONFIG_FILENAME, *self.checkpoint.legacy_configs, *index, *card]
         identity = {
             "version": __version__,
+            "origin": folder.origin,
             "unaligned": self.unaligned,
             "texts": [(name, _sha256(folder.read(name))) for name in texts],
             "shards": [

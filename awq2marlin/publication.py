@@ -21,9 +21,9 @@ from typing import TYPE_CHECKING, Any
 
 from awq2marlin._version import __version__
 from awq2marlin.errors import CheckpointError, HubError, Problem, printable
-from awq2marlin.folder import CONFIG_FILENAME, INDEX_FILENAME, MAX_JSON_BYTES, Folder
+from awq2marlin.folder import CONFIG_FILENAME, INDEX_FILENAME, MAX_JSON_BYTES
 from awq2marlin.hub_errors import hub_url, told_as_hub_error
-from awq2marlin.manifest import read_manifest
+from awq2marlin.manifest import decode_manifest
 from awq2marlin.progress import Progress
 from awq2marlin.quantization import MANIFEST_FILENAME
 
@@ -162,6 +162,11 @@ class Publication:
             return self.pull_request
         branch = "" if self._revision == DEFAULT_BRANCH else f"/tree/{self._revision}"
         return f"{hub_url()}/{self.repo_id}{branch}"
+
+    @property
+    def is_loadable(self) -> bool:
+        """Whether a ``config.json`` is there, the mark of a whole checkpoint."""
+        return CONFIG_FILENAME in self._files
 
     @property
     def revision(self) -> str:
@@ -392,12 +397,10 @@ def _names_in(manifest: bytes | None) -> list[str]:
     """Returns the files that an earlier conversion wrote, as its manifest says; none if that is no manifest."""
     if manifest is None:
         return []
-    with TemporaryDirectory(prefix="awq2marlin-") as folder:
-        Path(folder, MANIFEST_FILENAME).write_bytes(manifest)
-        try:
-            return read_manifest(Folder.at(folder)).names()
-        except CheckpointError:
-            return []
+    try:
+        return decode_manifest(manifest).names()
+    except CheckpointError:
+        return []
 
 
 @contextmanager

@@ -13,7 +13,6 @@ from typing import Any
 
 from awq2marlin.awq import QUANTIZED_PARTS, module_name, pack_factor
 from awq2marlin.checkpoint import Checkpoint, open_checkpoint
-from awq2marlin.conversion import encode_json
 from awq2marlin.digest import Xxh3, xxh3_of_file
 from awq2marlin.errors import refuse
 from awq2marlin.folder import CONFIG_FILENAME, INDEX_FILENAME
@@ -30,6 +29,7 @@ from awq2marlin.quantization import (
     without_quantization,
 )
 from awq2marlin.safetensors_header import Header, TensorInfo, encode_header
+from awq2marlin.side_files import encode_json
 
 
 def complete_saved(root: Path, padded_modules: Mapping[str, tuple[int, int]]) -> None:

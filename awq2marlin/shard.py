@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import secrets
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from awq2marlin._version import __version__
 from awq2marlin.digest import Xxh3
-from awq2marlin.errors import refuse
+from awq2marlin.errors import ExecutorError, Problem, refuse
 from awq2marlin.folder import open_regular
 from awq2marlin.plan import ShardPlan, Span
 from awq2marlin.stream import PIECE_BYTES, Piece, copy_pieces, rewrite_file
@@ -22,24 +25,27 @@ class ShardTask:
     Attributes:
         plan: what becomes of its bytes.
         source: resolved path of the source file.
-        partial: where the output grows.
-        final: its name once it is complete, on the same file system.
+        partial: where the output grows; every attempt adds letters of its own, so that two never write one file.
         workers: threads to use.
+        sha256: what the source's has to be, 64 hexadecimal digits; None if that is not known.
+        version: of this package; whoever does the task must have the same.
     """
 
     plan: ShardPlan
     source: Path
     partial: Path
-    final: Path
     workers: int
+    sha256: str | None = None
+    version: str = __version__
 
 
 @dataclass(frozen=True)
 class ShardResult:
-    """A finished shard.
+    """A finished shard, complete and synced, but without its final name.
 
     Attributes:
         name: file name.
+        partial: where the output is.
         source_size: bytes of the source.
         source_digest: ``xxh3_128:hex`` of the source as it was read.
         target_size: bytes of the output.
@@ -48,6 +54,7 @@ class ShardResult:
     """
 
     name: str
+    partial: Path
     source_size: int
     source_digest: str
     target_size: int
@@ -56,40 +63,67 @@ class ShardResult:
 
 
 def convert_shard(task: ShardTask, progress: Callable[[int], None] | None = None) -> ShardResult:
-    """Converts one shard: reads it once, writes it once, and only then gives it its final name.
+    """Converts one shard: reads it once, writes it once.
+
+    Done twice, also at the same time, it writes the same bytes to two files; whoever asked for it gives one of them
+    the final name.
 
     Args:
         task: what to do.
         progress: called by any thread with the bytes read since its last call.
 
     Raises:
-        CheckpointError: if the source is not what was planned with.
-        OSError: if reading or writing fails; the final name does not exist then.
+        CheckpointError: if the source is not what was planned with, or what its SHA-256 says.
+        ExecutorError: if this process is not of the version that made the task.
+        OSError: if reading or writing fails.
     """
     started = time.perf_counter()
     plan = task.plan
+    _check_version(task)
     _check_unchanged(task)
+    partial = task.partial.with_name(f"{secrets.token_hex(4)}-{task.partial.name}")
     source_digest, target_digest = Xxh3(plan.source.prefix), Xxh3()
+    sha256 = hashlib.sha256(plan.source.prefix) if task.sha256 else None
     rewrite_file(
         (task.source, plan.name),
-        task.partial,
+        partial,
         _pieces(plan),
         prefix=plan.target.prefix,
-        source_hashes=[source_digest],
+        source_hashes=[source_digest, *([sha256] if sha256 else [])],
         target_hashes=[target_digest],
         workers=task.workers,
         progress=progress,
     )
-    task.final.parent.mkdir(parents=True, exist_ok=True)
-    task.partial.replace(task.final)
+    if sha256 and sha256.hexdigest() != task.sha256:
+        partial.unlink()
+        raise refuse(
+            "wrong-digest",
+            f"the file that was fetched has SHA-256 {sha256.hexdigest()}, the Hub says {task.sha256}; "
+            f"remove {task.source} if it is there and run the same command again, it fetches it anew",
+            file=plan.name,
+        )
     return ShardResult(
         plan.name,
+        partial,
         plan.source.file_size,
         str(source_digest),
         plan.target.file_size,
         str(target_digest),
         time.perf_counter() - started,
     )
+
+
+def _check_version(task: ShardTask) -> None:
+    if task.version != __version__:
+        raise ExecutorError(
+            Problem(
+                task.plan.name,
+                "",
+                "other-version",
+                f"a worker has awq2marlin {__version__}, this conversion was begun with {task.version}; "
+                "install the same version for all of them",
+            )
+        )
 
 
 def _check_unchanged(task: ShardTask) -> None:
