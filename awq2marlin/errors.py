@@ -101,6 +101,16 @@ class OutputError(Awq2MarlinError):
     """The output folder cannot be used: foreign, in use, unwritable, full, or of another conversion."""
 
 
+class BatchError(Awq2MarlinError):
+    """The list of a batch, or its record, cannot be used; the problems stand in the list's order."""
+
+    def __init__(self, problems: Problem | Iterable[Problem]) -> None:
+        """Takes one problem or several."""
+        in_order = (problems,) if isinstance(problems, Problem) else tuple(problems)
+        super().__init__(in_order)
+        self.problems = in_order
+
+
 class DifferenceError(Awq2MarlinError):
     """A comparison found a difference."""
 

@@ -1,0 +1,465 @@
+"""Many conversions, one after the other or side by side: what is done stays done, and one failure stops no other.
+
+What is left is decided by the record and by what is on the disk. An item counts as done if its record says so
+and the output still has the manifest that was recorded, with every file in its length. A finished output that
+the record does not tell of is compared with the source before it counts as done.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from datetime import datetime, timezone
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+
+from awq2marlin.batch_file import BatchItem, check_entries, check_options, read_batch_file
+from awq2marlin.batch_record import BatchRecord, ItemResult, open_record, read_record
+from awq2marlin.checkpoint import open_checkpoint
+from awq2marlin.conversion import DEFAULT_VERIFIED, convert, default_output, encode_json
+from awq2marlin.digest import xxh3_of_file
+from awq2marlin.errors import (
+    EXIT_DIFFERENCE,
+    EXIT_DONE,
+    EXIT_FAILED,
+    Awq2MarlinError,
+    BatchError,
+    CheckpointError,
+    DifferenceError,
+    OutputError,
+    Problem,
+    difference,
+    printable,
+    problem_from_os_error,
+)
+from awq2marlin.folder import CONFIG_FILENAME, Folder
+from awq2marlin.manifest import read_manifest
+from awq2marlin.output import read_journal
+from awq2marlin.plan import plan_conversion
+from awq2marlin.progress import Progress, Silence
+from awq2marlin.quantization import MANIFEST_FILENAME
+from awq2marlin.verification import verify
+from awq2marlin.workers import check_workers, run_side_by_side
+
+#: Added to the name of a list for that of its record.
+RECORD_SUFFIX = ".record.jsonl"
+
+#: Options that decide neither what is written nor what is checked: the record leaves them out.
+_PASSING = ("output", "workers")
+
+_STATUS = {EXIT_DONE: "done", EXIT_FAILED: "failed", EXIT_DIFFERENCE: "difference"}
+
+
+class BatchProgress(Protocol):
+    """Receives what a batch is doing."""
+
+    def start(self, total: int, earlier: Sequence[ItemResult]) -> None:
+        """The batch begins: how many items it has, and what became of some of them in earlier runs."""
+
+    def item(self, source: str, output: str) -> Progress:
+        """An item begins; returns where its conversion tells its progress. Called by any thread."""
+
+    def done(self, result: ItemResult) -> None:
+        """An item that began has ended."""
+
+    def finish(self) -> None:
+        """The batch has ended, or was interrupted."""
+
+
+class _Silence:
+    """Says nothing of a batch."""
+
+    def start(self, total: int, earlier: Sequence[ItemResult]) -> None:
+        """Does nothing."""
+
+    def item(self, source: str, output: str) -> Progress:  # noqa: ARG002 - the protocol's
+        """Returns what says nothing of an item."""
+        return Silence()
+
+    def done(self, result: ItemResult) -> None:
+        """Does nothing."""
+
+    def finish(self) -> None:
+        """Does nothing."""
+
+
+@dataclass(frozen=True)
+class BatchResult:
+    """What became of a batch.
+
+    Attributes:
+        items: what became of each item, in the list's order.
+        dry_run: whether nothing was written.
+        record: the record's file; None if there is none.
+        seconds: wall time.
+    """
+
+    items: tuple[ItemResult, ...]
+    dry_run: bool
+    record: Path | None
+    seconds: float
+
+    @property
+    def failed(self) -> list[ItemResult]:
+        """The items that failed, now or in an earlier run."""
+        return [item for item in self.items if item.exit_code != EXIT_DONE]
+
+    @property
+    def exit_code(self) -> int:
+        """What ``awq2marlin batch`` ends with."""
+        return EXIT_FAILED if self.failed else EXIT_DONE
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One item, with everything decided that can be without opening its source.
+
+    Attributes:
+        item: as the list says it.
+        source: what tells this source from others: an absolute path.
+        output: absolute path of the folder to write.
+        options: keyword arguments of `convert` but ``output``.
+    """
+
+    item: BatchItem
+    source: str
+    output: Path
+    options: Mapping[str, Any]
+
+    @property
+    def recorded_options(self) -> dict[str, Any]:
+        """The options that the record remembers."""
+        return {name: value for name, value in self.options.items() if name not in _PASSING}
+
+    def result(self, exit_code: int, **found: Any) -> ItemResult:
+        """Returns a result of this item."""
+        now = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        return ItemResult(
+            **{
+                "source": self.source,
+                "output": str(self.output),
+                "status": _STATUS[exit_code],
+                "exit_code": exit_code,
+                "options": self.recorded_options,
+                "finished_at": now,
+                **found,
+            }
+        )
+
+
+#: Every option of an item that has a default; the same as `convert`'s.
+_DEFAULTS: Mapping[str, Any] = {"unaligned": "keep", "verify": DEFAULT_VERIFIED, "device": None, "overwrite": False}
+
+
+def convert_many(
+    sources: str | os.PathLike[str] | Iterable[str | os.PathLike[str] | Mapping[str, Any]],
+    *,
+    out_dir: str | os.PathLike[str] | None = None,
+    jobs: int = 1,
+    workers: int | None = None,
+    part: tuple[int, int] = (1, 1),
+    retry_failed: bool = False,
+    record: str | os.PathLike[str] | None = None,
+    dry_run: bool = False,
+    progress: BatchProgress | None = None,
+    **options: Any,
+) -> BatchResult:
+    """Converts many checkpoints. Run again, it does only what is left.
+
+    A failure of one item stops no other; what became of each stands in the result and in the record.
+
+    Args:
+        sources: a list's file, as `batch_file.read_batch_file` takes it, or the list itself: sources, and mappings
+            with ``source`` and options, which are keyword arguments of `convert`.
+        out_dir: folder for the outputs of all items; by default the working directory.
+        jobs: items at the same time.
+        workers: threads of all jobs together; by default one a processor, at most eight.
+        part: (number, of how many): take only every so-manieth item, for several machines that share a list.
+        retry_failed: try again what failed in an earlier run.
+        record: JSONL file of what became of the items; by default the list's name with ``.record.jsonl``. A list
+            that is no file has none by default, and then only the outputs tell what is done.
+        dry_run: plan only; nothing is written.
+        progress: told what is being done.
+        **options: further options of every item that does not give them itself.
+
+    Raises:
+        BatchError: if anything is wrong with the list, the options or the record; nothing has been done.
+        OutputError: if another process runs the same batch.
+        OSError: if the list cannot be read or the record not be written.
+        ValueError: if ``jobs``, ``workers`` or ``part`` is out of range.
+    """
+    started = time.perf_counter()
+    threads, (number, count) = check_workers(workers), part
+    if jobs < 1:
+        raise ValueError(f"jobs must be at least 1, found {jobs}")
+    if not 1 <= number <= count:
+        raise ValueError(f"part must be (number, count) with 1 <= number <= count, found {part}")
+    file: Path | None = None
+    if isinstance(sources, (str, os.PathLike)):
+        file = Path(sources)
+        items = read_batch_file(file)
+    else:
+        items = check_entries(sources)
+    mine = _plan_jobs(items, str(file or ""), Path(out_dir or ""), options)[number - 1 :: count]
+    path = Path(record) if record is not None else default_record(file, part) if file is not None else None
+    watcher = progress or _Silence()
+    with _opened(path, dry_run) as remembered:
+        results = {job.output: found for job in mine if (found := _known(job, remembered, retry_failed))}
+        left = [job for job in mine if job.output not in results]
+        watcher.start(len(mine), list(results.values()))
+
+        def finish(done: tuple[_Job, ItemResult]) -> None:
+            job, result = done
+            results[job.output] = result
+            if not dry_run:
+                remembered.append(result)
+            watcher.done(result)
+
+        at_once = max(1, min(jobs, len(left)))
+        run = partial(_run, watcher=watcher, workers=max(1, threads // at_once), dry_run=dry_run)
+        try:
+            run_side_by_side(run, left, at_once, lambda _count: None, finish)
+        finally:
+            watcher.finish()
+    return BatchResult(tuple(results[job.output] for job in mine), dry_run, path, time.perf_counter() - started)
+
+
+def default_record(file: Path, part: tuple[int, int] = (1, 1)) -> Path:
+    """Returns where the record of a list lies: beside it, one for each part.
+
+    Args:
+        file: the list.
+        part: (number, of how many).
+    """
+    number, count = part
+    return file.with_name(f"{file.name}{f'.{number}-of-{count}' if count > 1 else ''}{RECORD_SUFFIX}")
+
+
+@contextmanager
+def _opened(path: Path | None, dry_run: bool) -> Iterator[BatchRecord]:
+    """Opens the record; a dry run locks and writes nothing, and without a path there is none."""
+    if path is not None and not dry_run:
+        with open_record(path) as record:
+            yield record
+    else:
+        yield BatchRecord(None, read_record(path) if path is not None else {})
+
+
+# --- before anything starts -------------------------------------------------------------------------------
+
+
+def _plan_jobs(items: Sequence[BatchItem], file: str, out_dir: Path, options: Mapping[str, Any]) -> list[_Job]:
+    """Returns what is to be done, in the list's order.
+
+    Raises:
+        BatchError: with everything that is wrong with options and outputs.
+    """
+    wrong = list(check_options(options, "the options of all items"))
+    if "output" in options:
+        wrong.append("the options of all items: each item needs an output of its own; use out_dir")
+    jobs = [_job(item, out_dir, {**_DEFAULTS, **options}) for item in items]
+    for job in jobs:
+        if job.options["device"] is not None and job.options["verify"] in ("none", 0):
+            wrong.append(f"{job.item.place}: device needs verify: it runs the modules that are compared")
+    wrong += _clashes(jobs)
+    if wrong:
+        raise BatchError([Problem(file, "", "bad-batch", each) for each in wrong])
+    return jobs
+
+
+def _job(item: BatchItem, out_dir: Path, defaults: Mapping[str, Any]) -> _Job:
+    source = os.path.realpath(item.source)
+    name = item.options.get("output") or default_output(Path(source))
+    options = {name: value for name, value in {**defaults, **item.options}.items() if name != "output"}
+    return _Job(item, source, Path(os.path.realpath(out_dir / name)), options)
+
+
+def _clashes(jobs: Sequence[_Job]) -> Iterator[str]:
+    """Yields every pair of items of which one would write where the other writes or reads."""
+    outputs: dict[Path, _Job] = {}
+    for job in jobs:
+        other = outputs.setdefault(job.output, job)
+        if other is not job:
+            yield (
+                f"{job.item.place}: its output {printable(str(job.output))} is that of {other.item.place} too; "
+                "give one of them an 'output' of its own"
+            )
+    sources = {Path(job.source): job for job in jobs}
+    for job in jobs:
+        for what, path, others in (
+            ("its output lies in the output", job.output, outputs),
+            ("its output lies in the source", job.output, sources),
+            ("its source lies in the output", Path(job.source), outputs),
+        ):
+            for folder in (path, *path.parents):
+                other = others.get(folder, job)
+                if other.item is not job.item and not (folder == path and "output lies in the output" in what):
+                    yield f"{job.item.place}: {what} of {other.item.place}; choose another"
+
+
+# --- what is left -----------------------------------------------------------------------------------------
+
+
+def _known(job: _Job, record: BatchRecord, retry_failed: bool) -> ItemResult | None:
+    """Returns what became of an item in an earlier run, if nothing of it is left to do now."""
+    last = record.last(str(job.output))
+    if last is None or last.source != job.source:
+        return None
+    if last.exit_code == EXIT_DONE:
+        stands = last.manifest is not None and _whole_manifest(job.output) == last.manifest
+        return replace(last, earlier=True) if stands and _covers(last.options, job.options) else None
+    is_same = dict(last.options) == job.recorded_options
+    return replace(last, earlier=True) if is_same and not retry_failed else None
+
+
+def _covers(done: Mapping[str, Any], asked: Mapping[str, Any]) -> bool:
+    """Returns whether what was done is all that is asked: the same bytes, compared as thoroughly."""
+    if done.get("unaligned") != asked["unaligned"]:
+        return False
+    if asked["device"] is not None and done.get("device") != asked["device"]:
+        return False
+    return _thoroughness(done.get("verify")) >= _thoroughness(asked["verify"])
+
+
+def _thoroughness(value: Any) -> float:
+    words: dict[Any, float] = {"all": float("inf"), "none": 0}
+    return words.get(value, value if type(value) is int else 0)
+
+
+def _holds_finished(output: Path) -> bool:
+    """Returns whether a folder looks like a finished conversion."""
+    names = (CONFIG_FILENAME, MANIFEST_FILENAME)
+    return all((output / name).is_file() for name in names) and read_journal(output) is None
+
+
+def _whole_manifest(output: Path) -> str | None:
+    """Returns the digest of the manifest of a finished conversion whose files all have their length, else None."""
+    try:
+        if not _holds_finished(output):
+            return None
+        folder = Folder.at(output)
+        manifest = read_manifest(folder)
+        sizes = {name: shard.target_size for name, shard in manifest.shards.items()}
+        sizes |= {name: size for name, (size, _) in manifest.files.items()}
+        if any(folder.size(name) != size for name, size in sizes.items()):
+            return None
+        return xxh3_of_file((folder.path(MANIFEST_FILENAME), MANIFEST_FILENAME))[1]
+    except (Awq2MarlinError, OSError):
+        return None
+
+
+# --- one item ---------------------------------------------------------------------------------------------
+
+
+class _Watched:
+    """The progress of one item, which also tells the thread to stop when the batch does."""
+
+    def __init__(self, progress: Progress, report: Callable[[int], None]) -> None:
+        """Passes on to ``progress``; ``report`` raises when the work is to stop."""
+        self._progress, self._report = progress, report
+
+    def start(self, what: str, total: int) -> None:
+        """A stage begins."""
+        self._report(0)
+        self._progress.start(what, total)
+
+    def advance(self, count: int) -> None:
+        """So many bytes are done."""
+        self._report(count)
+        self._progress.advance(count)
+
+    def finish(self) -> None:
+        """The stage is done."""
+        self._progress.finish()
+
+    def note(self, text: str) -> None:
+        """Something worth a line."""
+        self._progress.note(text)
+
+
+def _run(
+    job: _Job, report: Callable[[int], None], *, watcher: BatchProgress, workers: int, dry_run: bool
+) -> tuple[_Job, ItemResult]:
+    """Does one item; what goes wrong with it becomes its result."""
+    report(0)
+    started = time.perf_counter()
+    progress = _Watched(watcher.item(job.item.source, str(job.output)), report)
+    options = {"workers": workers, **{name: value for name, value in job.options.items() if value is not None}}
+    try:
+        result = _plan_only(job) if dry_run else _compare_finished(job, options["workers"], progress)
+        result = result or _convert(job, options, progress)
+    except Awq2MarlinError as error:
+        result = job.result(error.exit_code, errors=error.problems)
+    except OSError as error:
+        result = job.result(EXIT_FAILED, errors=(problem_from_os_error(error),))
+    except MemoryError:
+        problem = Problem("", "", "out-of-memory", "there is not enough memory; use fewer --workers or --jobs")
+        result = job.result(EXIT_FAILED, errors=(problem,))
+    return job, replace(result, seconds=time.perf_counter() - started)
+
+
+def _convert(job: _Job, options: Mapping[str, Any], progress: Progress) -> ItemResult:
+    done = convert(job.item.source, job.output, progress=progress, **options)
+    return job.result(
+        EXIT_DONE,
+        bytes=done.output_bytes,
+        converted=len(done.converted),
+        kept=len(done.kept),
+        verified=len(done.verified),
+        resumed=len(done.resumed),
+        manifest=_whole_manifest(job.output),
+    )
+
+
+def _plan_only(job: _Job) -> ItemResult:
+    plan = plan_conversion(open_checkpoint(job.item.source), job.options["unaligned"])
+    return job.result(
+        EXIT_DONE, status="planned", bytes=plan.target_bytes, converted=len(plan.converted), kept=len(plan.kept)
+    )
+
+
+def _compare_finished(job: _Job, workers: int, progress: Progress) -> ItemResult | None:
+    """Compares a finished output, which the record does not answer for, with the source.
+
+    Returns:
+        The result, if it is what this item would give; None if there is no finished output, or one to replace.
+
+    Raises:
+        CheckpointError: if the source is no convertible AWQ checkpoint.
+        OutputError: if the output is another one, and may not be replaced.
+    """
+    if not _holds_finished(job.output):
+        return None
+    plan = plan_conversion(open_checkpoint(job.item.source), job.options["unaligned"])
+    asked = job.options["verify"]
+    layers = 0 if asked == "none" else asked
+    progress.note(f"{job.output} is there already; it is compared with its source")
+    try:
+        if Folder.at(job.output).read(CONFIG_FILENAME) != encode_json(plan.config()):
+            raise difference("config", "its config is another one", file=CONFIG_FILENAME)
+        device = job.options["device"]
+        found = verify(job.item.source, job.output, layers=layers, workers=workers, device=device, progress=progress)
+    except (CheckpointError, DifferenceError) as error:
+        if job.options["overwrite"]:
+            return None
+        raise _not_this_one(job.output, error) from None
+    return job.result(
+        EXIT_DONE,
+        bytes=plan.target_bytes,
+        converted=len(plan.converted),
+        kept=len(plan.kept),
+        verified=len(found.modules),
+        manifest=_whole_manifest(job.output),
+    )
+
+
+def _not_this_one(output: Path, error: Awq2MarlinError) -> OutputError:
+    message = (
+        f"the folder holds a finished conversion that is not what this item gives ({error.problems[0]}); "
+        "use --overwrite to replace it, or choose another"
+    )
+    return OutputError(Problem(str(output), "", "not-empty", message))
