@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from awq2marlin.errors import Awq2MarlinError as Awq2MarlinError
     from awq2marlin.errors import CheckpointError as CheckpointError
     from awq2marlin.errors import DifferenceError as DifferenceError
+    from awq2marlin.errors import ExecutorError as ExecutorError
     from awq2marlin.errors import OutputError as OutputError
     from awq2marlin.errors import Problem as Problem
     from awq2marlin.gemm_verification import GemmCheck as GemmCheck
@@ -76,7 +77,7 @@ _HOMES: dict[str, str] = {
         "config": ["AWQMarlinConfig"],
         "conversion": ["ConvertResult", "convert"],
         "demonstration": ["DemoResult", "demo"],
-        "errors": ["Awq2MarlinError", "CheckpointError", "DifferenceError", "OutputError", "Problem"],
+        "errors": ["Awq2MarlinError", "CheckpointError", "DifferenceError", "ExecutorError", "OutputError", "Problem"],
         "inspection": ["InspectResult", "ModuleInfo", "inspect"],
         "layout": [
             "awq_marlin_repack",

@@ -11,6 +11,7 @@ import os
 import shutil
 import time
 from collections.abc import Mapping
+from concurrent.futures import Executor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from awq2marlin.checkpoint import open_checkpoint
 from awq2marlin.digest import Xxh3
-from awq2marlin.errors import DifferenceError, OutputError, Problem, refuse
+from awq2marlin.errors import DifferenceError, ExecutorError, OutputError, Problem, refuse
 from awq2marlin.folder import CONFIG_FILENAME, INDEX_FILENAME, Folder, hub_repository
 from awq2marlin.manifest import Manifest, ManifestShard, read_manifest
 from awq2marlin.output import FinishedFile, OutputFolder, claim, read_journal, refuse_overlap, told_as_output_error
@@ -29,13 +30,16 @@ from awq2marlin.shard import ShardResult, ShardTask, convert_shard
 from awq2marlin.stream import copy_pieces, rewrite_file
 from awq2marlin.tensor_files import TensorFiles
 from awq2marlin.verification import Device, check_count, check_device, run_gemm, sample_modules, verify_modules
-from awq2marlin.workers import check_workers, run_side_by_side, share_workers
+from awq2marlin.workers import check_workers, run_on_executor, run_side_by_side, share_workers
 
 if TYPE_CHECKING:
     from awq2marlin.gemm_verification import GemmRun
 
 #: How many converted modules are compared with the source before the output becomes loadable.
 DEFAULT_VERIFIED = 8
+
+#: How many shards an executor is given at once; its workers should never wait for the next.
+MAX_IN_FLIGHT = 64
 
 Verify = int | Literal["all", "none"]
 
@@ -97,6 +101,7 @@ def convert(
     verify: Verify = DEFAULT_VERIFIED,
     dry_run: bool = False,
     device: Device | None = None,
+    executor: Executor | None = None,
     progress: Progress | None = None,
 ) -> ConvertResult:
     """Converts an AWQ checkpoint to a Marlin-native one (docs/marlin-native.md).
@@ -108,18 +113,22 @@ def convert(
         output: folder to write; by default ``./<name>-marlin``.
         unaligned: what to do with modules whose shapes Marlin cannot take: ``"keep"`` them in AWQ layout,
             ``"pad"`` them with zeros, or ``"error"``.
-        workers: threads; by default as many as there are processors, at most eight.
+        workers: threads; by default as many as there are processors, at most eight. With an executor, threads
+            for one shard, by default one.
         overwrite: remove an earlier conversion in ``output`` first: only files that its own manifest or
             journal names.
         verify: how many converted modules to compare with the source, value for value, before the output
             becomes loadable; ``"all"`` or ``"none"``.
         dry_run: plan only; nothing is written.
         device: also run those modules through the Marlin GEMM, on ``"cuda"``, ``"cpu"`` or ``"auto"``.
+        executor: does the shards instead of threads of this process: of threads or processes, Dask's, MPI's. Its
+            workers must see source and output under the same paths. Everything else is done here.
         progress: told what is being done.
 
     Raises:
         CheckpointError: if the source is no convertible AWQ checkpoint; nothing has been written.
         OutputError: if the output folder is foreign, in use, full or unwritable.
+        ExecutorError: if the executor broke, or its workers do not see the same files.
         ValueError: if an argument is none of its choices.
         DifferenceError: if the verification finds a difference; the output has no ``config.json`` then.
     """
@@ -128,7 +137,7 @@ def convert(
         raise ValueError("device needs verify: it runs the modules that are compared")
     check_device(device)
     started = time.perf_counter()
-    progress, workers = progress or Silence(), check_workers(workers)
+    progress, threads = progress or Silence(), check_workers(workers)
     plan = plan_conversion(open_checkpoint(source), unaligned)
     root = Path(output) if output is not None else default_output(plan.checkpoint.folder.root)
     refuse_overlap(plan.checkpoint.folder.root, root)
@@ -140,9 +149,9 @@ def convert(
         with told_as_output_error(root), claim(root, plan.digest, output_names(plan), owned=owned) as out:
             resumed = _trusted_shards(plan, out, progress)
             _refuse_full_disk(plan, out, resumed)
-            _convert_shards(plan, out, workers, progress)
+            _convert_shards(plan, out, threads if executor is None else workers or 1, executor, progress)
             _write_manifest(plan, out, _carry_side_files(plan, out))
-            verified, gemm = _verify(plan, out, verify, workers, device, progress)
+            verified, gemm = _verify(plan, out, verify, threads, device, progress)
             out.commit(encode_json(plan.config()))
     return _result(plan, root, dry_run, resumed, verified, gemm, time.perf_counter() - started)
 
@@ -222,23 +231,42 @@ def _refuse_full_disk(plan: Plan, out: OutputFolder, resumed: tuple[str, ...]) -
         )
 
 
-def _convert_shards(plan: Plan, out: OutputFolder, workers: int, progress: Progress) -> None:
+def _convert_shards(plan: Plan, out: OutputFolder, workers: int, executor: Executor | None, progress: Progress) -> None:
     todo = [shard for shard in plan.shards if shard.name not in out.finished]
-    at_once, threads = share_workers(workers, len(todo))
+    at_once, threads = share_workers(workers, len(todo)) if executor is None else (MAX_IN_FLIGHT, workers)
     folder = plan.checkpoint.folder
-    tasks = [
-        ShardTask(shard, folder.path(shard.name), out.partial(shard.name), out.final(shard.name), threads)
-        for shard in todo
-    ]
+    tasks = (ShardTask(shard, folder.path(shard.name), out.partial(shard.name), threads) for shard in todo)
 
     def finish(done: ShardResult) -> None:
+        _refuse_unseen(done)
+        out.publish(done.name, done.partial)
         out.remember(
             done.name, FinishedFile(done.source_size, done.source_digest, done.target_size, done.target_digest)
         )
+        if executor is not None:  # from elsewhere, nothing is heard until a shard is done
+            progress.advance(sizes[done.name])
 
-    progress.start("convert", sum(shard.source.data_size for shard in todo))
-    run_side_by_side(convert_shard, tasks, at_once, progress.advance, finish)
+    sizes = {shard.name: shard.source.data_size for shard in todo}
+    progress.start("convert", sum(sizes.values()))
+    if executor is None:
+        run_side_by_side(convert_shard, tasks, at_once, progress.advance, finish)
+    else:
+        run_on_executor(executor, convert_shard, tasks, at_once, finish)
     progress.finish()
+
+
+def _refuse_unseen(done: ShardResult) -> None:
+    """Refuses a shard that a worker of an executor wrote where this process cannot see it."""
+    if not done.partial.is_file():
+        raise ExecutorError(
+            Problem(
+                done.name,
+                "",
+                "not-shared",
+                f"a worker wrote {done.partial}, but this process does not see it; "
+                "the output folder must lie on storage that all workers share",
+            )
+        )
 
 
 def _carry_side_files(plan: Plan, out: OutputFolder) -> dict[str, tuple[int, str]]:

@@ -109,6 +109,11 @@ class BatchError(Awq2MarlinError):
         in_order = (problems,) if isinstance(problems, Problem) else tuple(problems)
         super().__init__(in_order)
         self.problems = in_order
+        self.args = (in_order,)  # what a copy is made from
+
+
+class ExecutorError(Awq2MarlinError):
+    """The executor that was handed in cannot do the work: a worker died, or sees other files than this process."""
 
 
 class DifferenceError(Awq2MarlinError):

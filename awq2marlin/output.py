@@ -123,7 +123,7 @@ class OutputFolder:
     def __init__(self, root: Path, names: Sequence[str], journal: Journal, *, may_replace: bool) -> None:
         """Takes a folder that `claim` has locked."""
         self.root = root
-        self.work = root / WORK_DIRECTORY
+        self.work = root.absolute() / WORK_DIRECTORY  # workers of an executor may be elsewhere
         self._names = names
         self._journal = journal
         self._may_replace = may_replace
@@ -215,11 +215,16 @@ class OutputFolder:
             os.fsync(stream.fileno())
         self.publish(name)
 
-    def publish(self, name: str) -> None:
-        """Gives a complete and synced partial file its final name."""
+    def publish(self, name: str, partial: Path | None = None) -> None:
+        """Gives a complete and synced partial file its final name.
+
+        Args:
+            name: the file's.
+            partial: the partial file, where it is not the one that `partial` says.
+        """
         final = self.final(name)
         final.parent.mkdir(parents=True, exist_ok=True)
-        self.partial(name).replace(final)
+        (partial or self.partial(name)).replace(final)
 
     def commit(self, config: bytes) -> None:
         """Writes ``config.json``, the mark of a whole checkpoint, once all else is durable."""

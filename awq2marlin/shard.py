@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+import secrets
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from awq2marlin._version import __version__
 from awq2marlin.digest import Xxh3
-from awq2marlin.errors import refuse
+from awq2marlin.errors import ExecutorError, Problem, refuse
 from awq2marlin.folder import open_regular
 from awq2marlin.plan import ShardPlan, Span
 from awq2marlin.stream import PIECE_BYTES, Piece, copy_pieces, rewrite_file
@@ -22,24 +24,25 @@ class ShardTask:
     Attributes:
         plan: what becomes of its bytes.
         source: resolved path of the source file.
-        partial: where the output grows.
-        final: its name once it is complete, on the same file system.
+        partial: where the output grows; every attempt adds letters of its own, so that two never write one file.
         workers: threads to use.
+        version: of this package; whoever does the task must have the same.
     """
 
     plan: ShardPlan
     source: Path
     partial: Path
-    final: Path
     workers: int
+    version: str = __version__
 
 
 @dataclass(frozen=True)
 class ShardResult:
-    """A finished shard.
+    """A finished shard, complete and synced, but without its final name.
 
     Attributes:
         name: file name.
+        partial: where the output is.
         source_size: bytes of the source.
         source_digest: ``xxh3_128:hex`` of the source as it was read.
         target_size: bytes of the output.
@@ -48,6 +51,7 @@ class ShardResult:
     """
 
     name: str
+    partial: Path
     source_size: int
     source_digest: str
     target_size: int
@@ -56,7 +60,10 @@ class ShardResult:
 
 
 def convert_shard(task: ShardTask, progress: Callable[[int], None] | None = None) -> ShardResult:
-    """Converts one shard: reads it once, writes it once, and only then gives it its final name.
+    """Converts one shard: reads it once, writes it once.
+
+    Done twice, also at the same time, it writes the same bytes to two files; whoever asked for it gives one of them
+    the final name.
 
     Args:
         task: what to do.
@@ -64,15 +71,18 @@ def convert_shard(task: ShardTask, progress: Callable[[int], None] | None = None
 
     Raises:
         CheckpointError: if the source is not what was planned with.
-        OSError: if reading or writing fails; the final name does not exist then.
+        ExecutorError: if this process is not of the version that made the task.
+        OSError: if reading or writing fails.
     """
     started = time.perf_counter()
     plan = task.plan
+    _check_version(task)
     _check_unchanged(task)
+    partial = task.partial.with_name(f"{secrets.token_hex(4)}-{task.partial.name}")
     source_digest, target_digest = Xxh3(plan.source.prefix), Xxh3()
     rewrite_file(
         (task.source, plan.name),
-        task.partial,
+        partial,
         _pieces(plan),
         prefix=plan.target.prefix,
         source_hashes=[source_digest],
@@ -80,16 +90,28 @@ def convert_shard(task: ShardTask, progress: Callable[[int], None] | None = None
         workers=task.workers,
         progress=progress,
     )
-    task.final.parent.mkdir(parents=True, exist_ok=True)
-    task.partial.replace(task.final)
     return ShardResult(
         plan.name,
+        partial,
         plan.source.file_size,
         str(source_digest),
         plan.target.file_size,
         str(target_digest),
         time.perf_counter() - started,
     )
+
+
+def _check_version(task: ShardTask) -> None:
+    if task.version != __version__:
+        raise ExecutorError(
+            Problem(
+                task.plan.name,
+                "",
+                "other-version",
+                f"a worker has awq2marlin {__version__}, this conversion was begun with {task.version}; "
+                "install the same version for all of them",
+            )
+        )
 
 
 def _check_unchanged(task: ShardTask) -> None:

@@ -1,13 +1,15 @@
-"""How many threads to use, and running shards side by side with them."""
+"""How many threads to use, and running shards side by side: with them, or by an executor."""
 
 from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from typing import TypeVar
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import BrokenExecutor, CancelledError, Executor, Future, ThreadPoolExecutor
+from queue import SimpleQueue
+from typing import Generic, TypeVar
 
+from awq2marlin.errors import ExecutorError, Problem
 from awq2marlin.stream import help_others
 
 #: Beyond this many, memory bandwidth and the disk are the limit, not the processors.
@@ -59,24 +61,24 @@ class StoppedError(Exception):
 
 def run_side_by_side(
     function: Callable[[_Task, Callable[[int], None]], _Done],
-    tasks: Sequence[_Task],
+    tasks: Iterable[_Task],
     at_once: int,
     advance: Callable[[int], None],
     finish: Callable[[_Done], None],
 ) -> None:
-    """Calls ``function`` on every task, several at once.
+    """Calls ``function`` on every task, several at once, in threads of this process.
 
     If one fails, or the user interrupts, the others are stopped at their next report of progress.
 
     Args:
         function: called with a task and with where to report progress, in bytes.
-        tasks: what to do.
+        tasks: what to do; each is taken when there is a thread for it.
         at_once: how many at the same time.
         advance: told of the progress of all of them.
         finish: called in this thread with each result, in the order in which they come.
 
     Raises:
-        Exception: what the first task that failed raised, or ``finish``.
+        Exception: what the first task that failed raised, or ``tasks``, or ``finish``.
     """
     if at_once == 1:
         for task in tasks:
@@ -89,14 +91,124 @@ def run_side_by_side(
             raise StoppedError
         advance(count)
 
+    def then_help() -> Iterator[_Task]:
+        yield from tasks
+        for _ in range(at_once - 1):  # what a thread does when no task is left
+            pool.submit(help_others, report)
+
     with ThreadPoolExecutor(at_once, thread_name_prefix="shard") as pool:
         try:
-            running = [pool.submit(function, task, report) for task in tasks]
-            for _ in range(at_once - 1):  # what a thread does when no task is left
-                pool.submit(help_others, report)
-            for each in as_completed(running):
-                finish(each.result())
+            run_on_executor(pool, lambda task: function(task, report), then_help(), at_once, finish)
         except BaseException:
             stopped.set()
             pool.shutdown(wait=False, cancel_futures=True)
             raise
+
+
+def run_on_executor(
+    executor: Executor,
+    function: Callable[[_Task], _Done],
+    tasks: Iterable[_Task],
+    in_flight: int,
+    finish: Callable[[_Done], None],
+) -> None:
+    """Calls ``function`` on every task by an executor: threads, processes, or a cluster.
+
+    If one fails, or the user interrupts, those that have not begun are cancelled. Those that have cannot be
+    stopped from here, and are not waited for.
+
+    Args:
+        executor: any; it stays open.
+        function: called with a task; picklable where the executor needs that, as tasks and results are.
+        tasks: what to do; each is taken when there is room for it, by a thread of its own, so that waiting for
+            one holds up nothing else.
+        in_flight: how many the executor has at the same time.
+        finish: called in this thread with each result, in the order in which they come.
+
+    Raises:
+        ExecutorError: if the executor broke, or gave a task up.
+        Exception: what the first task that failed raised, or ``tasks``, or ``finish``.
+    """
+    feed = _Feed(executor, function, tasks, in_flight)
+    try:
+        for done in feed.results():
+            finish(done)
+    except (BrokenExecutor, CancelledError) as error:
+        raise ExecutorError(
+            Problem(
+                "",
+                "",
+                "broken-executor",
+                "a worker died, perhaps for want of memory, or the executor was shut down "
+                f"({type(error).__name__}); what is finished is kept: run the same command again, it resumes",
+            )
+        ) from None
+    finally:
+        feed.stop()
+
+
+class _Feed(Generic[_Task, _Done]):
+    """Hands tasks to an executor as there is room, and gives the results back as they come."""
+
+    def __init__(
+        self, executor: Executor, function: Callable[[_Task], _Done], tasks: Iterable[_Task], in_flight: int
+    ) -> None:
+        self._executor, self._function, self._tasks = executor, function, iter(tasks)
+        self._room = threading.Semaphore(in_flight)
+        self._lock = threading.Lock()
+        self._under_way: set[Future[_Done]] = set()
+        self._stopped = False
+        #: Finished tasks; then how many there are in all, or why there are no more.
+        self._events: SimpleQueue[Future[_Done] | int | BaseException] = SimpleQueue()
+        threading.Thread(target=self._feed, name="feed", daemon=True).start()
+
+    def results(self) -> Iterator[_Done]:
+        """Yields results in the order in which they come; raises what the first failure raised."""
+        received, total = 0, None
+        while received != total:
+            event = self._events.get()
+            if isinstance(event, int):
+                total = event
+            elif isinstance(event, BaseException):
+                raise event
+            else:
+                received += 1
+                yield event.result()
+
+    def stop(self) -> None:
+        """Submits nothing more, and cancels what has not begun."""
+        with self._lock:
+            self._stopped = True
+            under_way = list(self._under_way)
+        self._room.release()
+        for future in under_way:
+            future.cancel()
+
+    def _feed(self) -> None:
+        count = 0
+        try:
+            while self._has_room() and self._submit(next(self._tasks)):
+                count += 1
+        except StopIteration:
+            self._events.put(count)
+        except BaseException as error:
+            self._events.put(error)
+
+    def _has_room(self) -> bool:
+        self._room.acquire()
+        return not self._stopped
+
+    def _submit(self, task: _Task) -> bool:
+        with self._lock:
+            if self._stopped:
+                return False
+            future = self._executor.submit(self._function, task)
+            self._under_way.add(future)
+        future.add_done_callback(self._finished)
+        return True
+
+    def _finished(self, future: Future[_Done]) -> None:
+        with self._lock:
+            self._under_way.discard(future)
+        self._events.put(future)
+        self._room.release()

@@ -316,9 +316,9 @@ def test_a_conversion_that_fails_its_own_verification_exits_3_and_is_never_loada
 ) -> None:
     def wrong(task: ShardTask, progress: Any) -> ShardResult:
         done = convert_shard(task, progress)
-        data = bytearray(task.final.read_bytes())
+        data = bytearray(done.partial.read_bytes())
         data[task.plan.target.data_start + task.plan.target.tensors["model.layers.0.mlp.up_proj.qweight"].start] ^= 1
-        task.final.write_bytes(data)
+        done.partial.write_bytes(data)
         return done
 
     with monkeypatch.context() as patch:
