@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import datetime, timezone
@@ -30,6 +31,7 @@ from awq2marlin.errors import (
     BatchError,
     CheckpointError,
     DifferenceError,
+    ExecutorError,
     OutputError,
     Problem,
     difference,
@@ -43,7 +45,7 @@ from awq2marlin.plan import plan_conversion
 from awq2marlin.progress import Progress, Silence
 from awq2marlin.quantization import MANIFEST_FILENAME
 from awq2marlin.verification import verify
-from awq2marlin.workers import check_workers, run_side_by_side
+from awq2marlin.workers import KILLED_WORKERS, check_workers, run_side_by_side
 
 #: Added to the name of a list for that of its record.
 RECORD_SUFFIX = ".record.jsonl"
@@ -52,6 +54,10 @@ RECORD_SUFFIX = ".record.jsonl"
 _PASSING = ("output", "workers")
 
 _STATUS = {EXIT_DONE: "done", EXIT_FAILED: "failed", EXIT_DIFFERENCE: "difference"}
+
+
+#: A list's file, or the list itself.
+Sources = str | os.PathLike[str] | Iterable[str | os.PathLike[str] | Mapping[str, Any]]
 
 
 class BatchProgress(Protocol):
@@ -93,20 +99,36 @@ class BatchResult:
 
     Attributes:
         items: what became of each item, in the list's order.
+        file: the list's file; None if it was none.
         dry_run: whether nothing was written.
         record: the record's file; None if there is none.
         seconds: wall time.
     """
 
     items: tuple[ItemResult, ...]
+    file: Path | None
     dry_run: bool
     record: Path | None
     seconds: float
 
     @property
+    def done(self) -> list[ItemResult]:
+        """The items that are done, or in a dry run could be."""
+        return [item for item in self.items if item.exit_code == EXIT_DONE]
+
+    @property
     def failed(self) -> list[ItemResult]:
         """The items that failed, now or in an earlier run."""
         return [item for item in self.items if item.exit_code != EXIT_DONE]
+
+    @property
+    def problems(self) -> list[Problem]:
+        """What went wrong, each with its file's whole path."""
+        return [
+            replace(problem, file=os.path.join(item.source, problem.file))  # noqa: PTH118 - may be absolute or empty
+            for item in self.failed
+            for problem in item.errors
+        ]
 
     @property
     def exit_code(self) -> int:
@@ -156,7 +178,7 @@ _DEFAULTS: Mapping[str, Any] = {"unaligned": "keep", "verify": DEFAULT_VERIFIED,
 
 
 def convert_many(
-    sources: str | os.PathLike[str] | Iterable[str | os.PathLike[str] | Mapping[str, Any]],
+    sources: Sources,
     *,
     out_dir: str | os.PathLike[str] | None = None,
     jobs: int = 1,
@@ -165,6 +187,7 @@ def convert_many(
     retry_failed: bool = False,
     record: str | os.PathLike[str] | None = None,
     dry_run: bool = False,
+    executor: Executor | None = None,
     progress: BatchProgress | None = None,
     **options: Any,
 ) -> BatchResult:
@@ -177,35 +200,30 @@ def convert_many(
             with ``source`` and options, which are keyword arguments of `convert`.
         out_dir: folder for the outputs of all items; by default the working directory.
         jobs: items at the same time.
-        workers: threads of all jobs together; by default one a processor, at most eight.
+        workers: threads of all jobs together; by default one a processor, at most eight. With an executor, threads
+            for one shard, by default one.
         part: (number, of how many): take only every so-manieth item, for several machines that share a list.
         retry_failed: try again what failed in an earlier run.
         record: JSONL file of what became of the items; by default the list's name with ``.record.jsonl``. A list
             that is no file has none by default, and then only the outputs tell what is done.
         dry_run: plan only; nothing is written.
+        executor: does the shards of all items, as for `convert`.
         progress: told what is being done.
         **options: further options of every item that does not give them itself.
 
     Raises:
         BatchError: if anything is wrong with the list, the options or the record; nothing has been done.
         OutputError: if another process runs the same batch.
+        ExecutorError: if the executor broke; what is left can be done by the same call.
         OSError: if the list cannot be read or the record not be written.
         ValueError: if ``jobs``, ``workers`` or ``part`` is out of range.
     """
     started = time.perf_counter()
-    threads, (number, count) = check_workers(workers), part
+    threads = check_workers(workers)
     if jobs < 1:
         raise ValueError(f"jobs must be at least 1, found {jobs}")
-    if not 1 <= number <= count:
-        raise ValueError(f"part must be (number, count) with 1 <= number <= count, found {part}")
-    file: Path | None = None
-    if isinstance(sources, (str, os.PathLike)):
-        file = Path(sources)
-        items = read_batch_file(file)
-    else:
-        items = check_entries(sources)
-    mine = _plan_jobs(items, str(file or ""), Path(out_dir or ""), options)[number - 1 :: count]
-    path = Path(record) if record is not None else default_record(file, part) if file is not None else None
+    mine = _plan_jobs(sources, out_dir, part, options)
+    path = Path(record) if record is not None else _default_record(sources, part)
     watcher = progress or _Silence()
     with _opened(path, dry_run) as remembered:
         results = {job.output: found for job in mine if (found := _known(job, remembered, retry_failed))}
@@ -220,22 +238,47 @@ def convert_many(
             watcher.done(result)
 
         at_once = max(1, min(jobs, len(left)))
-        run = partial(_run, watcher=watcher, workers=max(1, threads // at_once), dry_run=dry_run)
+        share = max(1, threads // at_once) if executor is None else workers
+        run = partial(_run, watcher=watcher, dry_run=dry_run, defaults={"workers": share, "executor": executor})
         try:
             run_side_by_side(run, left, at_once, lambda _count: None, finish)
         finally:
             watcher.finish()
-    return BatchResult(tuple(results[job.output] for job in mine), dry_run, path, time.perf_counter() - started)
+    items = tuple(results[job.output] for job in mine)
+    return BatchResult(items, _file(sources), dry_run, path, time.perf_counter() - started)
 
 
-def default_record(file: Path, part: tuple[int, int] = (1, 1)) -> Path:
-    """Returns where the record of a list lies: beside it, one for each part.
+def _file(sources: Sources) -> Path | None:
+    return Path(sources) if isinstance(sources, (str, os.PathLike)) else None
+
+
+def batch_folders(
+    sources: Sources,
+    *,
+    out_dir: str | os.PathLike[str] | None = None,
+    part: tuple[int, int] = (1, 1),
+    **options: Any,
+) -> tuple[list[Path], list[Path]]:
+    """Returns the folders that `convert_many` would read, and those that it would write.
 
     Args:
-        file: the list.
+        sources: as for `convert_many`, as all others are.
+        out_dir: folder for the outputs.
         part: (number, of how many).
+        **options: options of every item.
+
+    Raises:
+        BatchError: if anything is wrong with the list or the options.
     """
-    number, count = part
+    jobs = _plan_jobs(sources, out_dir, part, options)
+    return [Path(job.source) for job in jobs], [job.output for job in jobs]
+
+
+def _default_record(sources: Sources, part: tuple[int, int]) -> Path | None:
+    """Returns where the record of a list's file lies: beside it, one for each part."""
+    file, (number, count) = _file(sources), part
+    if file is None:
+        return None
     return file.with_name(f"{file.name}{f'.{number}-of-{count}' if count > 1 else ''}{RECORD_SUFFIX}")
 
 
@@ -252,23 +295,30 @@ def _opened(path: Path | None, dry_run: bool) -> Iterator[BatchRecord]:
 # --- before anything starts -------------------------------------------------------------------------------
 
 
-def _plan_jobs(items: Sequence[BatchItem], file: str, out_dir: Path, options: Mapping[str, Any]) -> list[_Job]:
-    """Returns what is to be done, in the list's order.
+def _plan_jobs(
+    sources: Sources, out_dir: str | os.PathLike[str] | None, part: tuple[int, int], options: Mapping[str, Any]
+) -> list[_Job]:
+    """Returns what is to be done by this part, in the list's order; all parts are checked.
 
     Raises:
         BatchError: with everything that is wrong with options and outputs.
+        ValueError: if there is no such part.
     """
+    number, count = part
+    if not 1 <= number <= count:
+        raise ValueError(f"part must be (number, count) with 1 <= number <= count, found {part}")
+    items = read_batch_file(Path(sources)) if isinstance(sources, (str, os.PathLike)) else check_entries(sources)
     wrong = list(check_options(options, "the options of all items"))
     if "output" in options:
         wrong.append("the options of all items: each item needs an output of its own; use out_dir")
-    jobs = [_job(item, out_dir, {**_DEFAULTS, **options}) for item in items]
+    jobs = [_job(item, Path(out_dir or ""), {**_DEFAULTS, **options}) for item in items]
     for job in jobs:
         if job.options["device"] is not None and job.options["verify"] in ("none", 0):
             wrong.append(f"{job.item.place}: device needs verify: it runs the modules that are compared")
     wrong += _clashes(jobs)
     if wrong:
-        raise BatchError([Problem(file, "", "bad-batch", each) for each in wrong])
-    return jobs
+        raise BatchError([Problem(str(_file(sources) or ""), "", "bad-batch", each) for each in wrong])
+    return jobs[number - 1 :: count]
 
 
 def _job(item: BatchItem, out_dir: Path, defaults: Mapping[str, Any]) -> _Job:
@@ -382,17 +432,19 @@ class _Watched:
 
 
 def _run(
-    job: _Job, report: Callable[[int], None], *, watcher: BatchProgress, workers: int, dry_run: bool
+    job: _Job, report: Callable[[int], None], *, watcher: BatchProgress, dry_run: bool, defaults: Mapping[str, Any]
 ) -> tuple[_Job, ItemResult]:
-    """Does one item; what goes wrong with it becomes its result."""
+    """Does one item; what goes wrong with it becomes its result, but for an executor that can do no item."""
     report(0)
     started = time.perf_counter()
     progress = _Watched(watcher.item(job.item.source, str(job.output)), report)
-    options = {"workers": workers, **{name: value for name, value in job.options.items() if value is not None}}
+    options = {**defaults, **{name: value for name, value in job.options.items() if value is not None}}
     try:
         result = _plan_only(job) if dry_run else _compare_finished(job, options["workers"], progress)
         result = result or _convert(job, options, progress)
     except Awq2MarlinError as error:
+        if isinstance(error, ExecutorError) and error.problems[0].code != KILLED_WORKERS:
+            raise
         result = job.result(error.exit_code, errors=error.problems)
     except OSError as error:
         result = job.result(EXIT_FAILED, errors=(problem_from_os_error(error),))
@@ -422,7 +474,7 @@ def _plan_only(job: _Job) -> ItemResult:
     )
 
 
-def _compare_finished(job: _Job, workers: int, progress: Progress) -> ItemResult | None:
+def _compare_finished(job: _Job, workers: int | None, progress: Progress) -> ItemResult | None:
     """Compares a finished output, which the record does not answer for, with the source.
 
     Returns:

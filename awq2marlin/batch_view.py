@@ -17,7 +17,8 @@ from awq2marlin.errors import EXIT_DONE, printable
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from awq2marlin.batch import BatchProgress, ItemResult
+    from awq2marlin.batch import BatchProgress, BatchResult
+    from awq2marlin.batch_record import ItemResult
     from awq2marlin.progress import Progress
 
 #: How often the table is drawn, a second.
@@ -42,6 +43,33 @@ def outcome_text(result: ItemResult) -> str:
         f"{result.status} {place}: {result.converted} converted, {result.kept} kept{verified}, "
         f"{size_text(result.bytes)} in {result.seconds:.1f} s"
     )
+
+
+def print_batch(result: BatchResult) -> None:
+    """Prints the summary of a batch on standard output."""
+    earlier = [item for item in result.items if item.earlier]
+    done, failed = len(result.done), result.failed
+    verb = "could be done" if result.dry_run else "done"
+    before = sum(item.exit_code == EXIT_DONE for item in earlier)
+    by_earlier = f" ({before} of them by earlier runs)" if before else ""
+    print(f"{len(result.items)} items: {done} {verb}{by_earlier}, {len(failed)} failed")
+    for item in failed:
+        print(outcome_text(item))
+    untried = sum(item.exit_code != EXIT_DONE for item in earlier)
+    if untried:
+        print(f"{untried} failed in an earlier run and were not tried again; --retry-failed tries them")
+    elif failed and not result.dry_run:
+        print("run the same command with --retry-failed to try what failed again")
+    wrote = sum(item.bytes for item in result.items if not item.earlier)
+    print(f"{'would write' if result.dry_run else 'wrote'} {size_text(wrote)} in {result.seconds:.1f} s")
+    if result.record is not None and not result.dry_run:
+        print(f"record     {printable(str(result.record))}")
+
+
+def print_failures(result: BatchResult) -> None:
+    """Prints on standard error what failed."""
+    for item in result.failed:
+        print(f"error: {outcome_text(item)}", file=sys.stderr, flush=True)
 
 
 class _Counts:

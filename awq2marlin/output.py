@@ -27,7 +27,7 @@ from awq2marlin.stream import Hash
 WORK_DIRECTORY = ".awq2marlin"
 JOURNAL_FILENAME = "journal.json"
 _LOCK_FILENAME = "lock"
-_PARTIAL_SUFFIX = ".partial"
+PARTIAL_SUFFIX = ".partial"
 _NEW_SUFFIX = ".new"
 _JOURNAL_VERSION = 1
 _MAX_NAMES_SHOWN = 5
@@ -135,7 +135,7 @@ class OutputFolder:
 
     def partial(self, name: str) -> Path:
         """Returns where the partial file of ``name`` grows; its own name is short, however long or deep that one is."""
-        return self.work / (hashlib.sha256(name.encode()).hexdigest()[:16] + _PARTIAL_SUFFIX)
+        return self.work / (hashlib.sha256(name.encode()).hexdigest()[:16] + PARTIAL_SUFFIX)
 
     def final(self, name: str) -> Path:
         """Returns the final path of ``name``; no link inside the folder leads it elsewhere.
@@ -330,7 +330,7 @@ def _make_folder(root: Path) -> bool:
 
 def _holds_nothing(root: Path) -> bool:
     present = [path.name for path in root.iterdir()]
-    return present == [WORK_DIRECTORY] and not any((root / WORK_DIRECTORY).glob("*" + _PARTIAL_SUFFIX))
+    return present == [WORK_DIRECTORY] and not any((root / WORK_DIRECTORY).glob("*" + PARTIAL_SUFFIX))
 
 
 def _refuse_unusable(root: Path) -> None:
@@ -461,7 +461,7 @@ def _remove(root: Path, names: set[str]) -> None:
 
 def _remove_leftovers(work: Path) -> None:
     """Removes what a run that was killed may have left half-written."""
-    for suffix in (_PARTIAL_SUFFIX, _NEW_SUFFIX):
+    for suffix in (PARTIAL_SUFFIX, _NEW_SUFFIX):
         for path in work.glob("*" + suffix):
             path.unlink()
 

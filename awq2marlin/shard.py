@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import secrets
+import socket
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from awq2marlin._version import __version__
@@ -27,6 +28,8 @@ class ShardTask:
         partial: where the output grows; every attempt adds letters of its own, so that two never write one file.
         workers: threads to use.
         version: of this package; whoever does the task must have the same.
+        number: a random one, so that an executor that keeps results (Dask does) never takes this task for an equal
+            one of another run.
     """
 
     plan: ShardPlan
@@ -34,6 +37,7 @@ class ShardTask:
     partial: Path
     workers: int
     version: str = __version__
+    number: int = field(default_factory=lambda: secrets.randbits(64))
 
 
 @dataclass(frozen=True)
@@ -71,12 +75,13 @@ def convert_shard(task: ShardTask, progress: Callable[[int], None] | None = None
 
     Raises:
         CheckpointError: if the source is not what was planned with.
-        ExecutorError: if this process is not of the version that made the task.
+        ExecutorError: if this process is not of the version that made the task, or does not see its files.
         OSError: if reading or writing fails.
     """
     started = time.perf_counter()
     plan = task.plan
     _check_version(task)
+    _check_seen(task)
     _check_unchanged(task)
     partial = task.partial.with_name(f"{secrets.token_hex(4)}-{task.partial.name}")
     source_digest, target_digest = Xxh3(plan.source.prefix), Xxh3()
@@ -112,6 +117,20 @@ def _check_version(task: ShardTask) -> None:
                 "install the same version for all of them",
             )
         )
+
+
+def _check_seen(task: ShardTask) -> None:
+    for path in (task.source, task.partial.parent):
+        if not path.exists():
+            raise ExecutorError(
+                Problem(
+                    str(path),
+                    "",
+                    "not-shared",
+                    f"it is gone, or this worker ({socket.gethostname()}) does not see it; source and output must "
+                    "lie on storage that all workers share, under the same path",
+                )
+            )
 
 
 def _check_unchanged(task: ShardTask) -> None:
