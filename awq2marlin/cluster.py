@@ -9,17 +9,21 @@ from __future__ import annotations
 import os
 import secrets
 import socket
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Executor
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
 from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from awq2marlin._version import __version__
-from awq2marlin.errors import ExecutorError, Problem, printable
+from awq2marlin.errors import CheckpointError, ExecutorError, Problem, printable
 from awq2marlin.folder import CONFIG_FILENAME
 from awq2marlin.output import PARTIAL_SUFFIX, WORK_DIRECTORY
 from awq2marlin.progress import Progress, Silence
+from awq2marlin.safetensors_header import parse_json
 
 #: Seconds until a scheduler that does not answer is given up.
 CONNECT_SECONDS = 10.0
@@ -28,6 +32,11 @@ CONNECT_SECONDS = 10.0
 WORKERS_SECONDS = 120.0
 
 _MAX_SHOWN = 3
+
+_SILENT = (
+    f"no Dask scheduler answers within {CONNECT_SECONDS:.0f} s; check the address, that it runs, and that no firewall "
+    "stands between"
+)
 
 #: What every worker must see: paths with the bytes that are there.
 Probe = tuple[str, bytes]
@@ -69,32 +78,55 @@ def _failed(code: str, address: str, message: str) -> ExecutorError:
 def _connect(address: str) -> Any:
     try:
         import distributed
+        import distributed.comm.addressing as comm
     except ImportError:
         raise _failed("no-dask", "", "--dask needs Dask: pip install 'awq2marlin[dask]'") from None
-    join: Any = distributed.Client  # its own signature has no types
-    where = {"scheduler_file": address} if Path(address).is_file() else {"address": address}
+    client: Any = distributed.Client  # its own signature has no types
+    found = _address_in(Path(address)) if Path(address).is_file() else address
     try:
-        return join(**where, timeout=CONNECT_SECONDS, set_as_default=False)
-    except (OSError, TimeoutError) as error:
-        raise _failed("no-cluster", address, _why(error)) from None
+        host, port = comm.get_address_host_port(found)
     except ValueError as error:
         message = f"it is neither the address of a Dask scheduler (tcp://HOST:8786) nor its scheduler file ({error})"
         raise _failed("no-cluster", address, message) from None
+    _knock(address, host, port)
+    return _within_time(partial(client, found, timeout=CONNECT_SECONDS, set_as_default=False), address)
 
 
-def _why(error: BaseException) -> str:
-    """Returns in words why a scheduler could not be reached; what happened first is the deepest cause."""
-    causes = [error]
-    while (deeper := causes[-1].__cause__ or causes[-1].__context__) is not None:
-        causes.append(deeper)
-    if any(isinstance(each, ConnectionRefusedError) for each in causes):
-        return "nobody listens at this address: the connection is refused; start a scheduler there ('dask scheduler')"
-    if any(isinstance(each, socket.gaierror) for each in causes):
-        return "there is no host of this name"
-    return (
-        f"no Dask scheduler answers within {CONNECT_SECONDS:.0f} s; check the address, that it runs, and that no "
-        "firewall stands between"
-    )
+def _within_time(join: Callable[[], Any], address: str) -> Any:
+    """Returns what ``join`` returns; Dask's own limit does not end the wait for a service that is none of Dask's."""
+    joined: Future[Any] = Future()
+
+    def run() -> None:
+        try:
+            joined.set_result(join())
+        except BaseException as error:
+            joined.set_exception(error)
+
+    threading.Thread(target=run, name="join", daemon=True).start()
+    try:
+        return joined.result(2 * CONNECT_SECONDS)
+    except (OSError, TimeoutError, FutureTimeoutError):
+        raise _failed("no-cluster", address, _SILENT) from None
+
+
+def _address_in(file: Path) -> str:
+    """Returns what a scheduler file (JSON, as ``dask scheduler --scheduler-file`` writes it) says; "" if it is none."""
+    with suppress(CheckpointError, AttributeError):
+        return str(parse_json(file.read_bytes(), str(file)).get("address", ""))
+    return ""
+
+
+def _knock(address: str, host: str, port: int) -> None:
+    """Refuses an address where nothing listens at once; Dask itself would try for long, and not say why."""
+    try:
+        socket.create_connection((host, port), timeout=CONNECT_SECONDS).close()
+    except ConnectionRefusedError:
+        message = "nobody listens at this address; check it, or start a scheduler there ('dask scheduler')"
+        raise _failed("no-cluster", address, message) from None
+    except socket.gaierror:
+        raise _failed("no-cluster", address, "there is no host of this name") from None
+    except OSError:
+        raise _failed("no-cluster", address, _SILENT) from None
 
 
 def _wait_for_workers(client: Any, address: str, progress: Progress) -> None:
