@@ -2,13 +2,14 @@
 
 What is left is decided by the record and by what is on the disk. An item counts as done if its record says so
 and the output still has the manifest that was recorded, with every file in its length. A finished output that
-the record does not tell of is compared with the source before it counts as done.
+the record does not tell of is compared with the source, completely, before it counts as done.
 """
 
 from __future__ import annotations
 
 import os
 import time
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import contextmanager
@@ -45,7 +46,7 @@ from awq2marlin.plan import plan_conversion
 from awq2marlin.progress import Progress, Silence
 from awq2marlin.quantization import MANIFEST_FILENAME
 from awq2marlin.verification import verify
-from awq2marlin.workers import KILLED_WORKERS, check_workers, run_side_by_side
+from awq2marlin.workers import KILLED_WORKERS, StoppedError, check_workers, run_side_by_side
 
 #: Added to the name of a list for that of its record.
 RECORD_SUFFIX = ".record.jsonl"
@@ -451,6 +452,15 @@ def _run(
     except MemoryError:
         problem = Problem("", "", "out-of-memory", "there is not enough memory; use fewer --workers or --jobs")
         result = job.result(EXIT_FAILED, errors=(problem,))
+    except StoppedError:
+        raise
+    except Exception as error:  # a defect of ours: it must not cost the rest of a night's batch, nor be hidden
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        message = (
+            f"{type(error).__name__}: {error} ({Path(place.filename).name}:{place.lineno}); this is a defect of "
+            "awq2marlin: please report it, with what 'awq2marlin convert' prints for this source"
+        )
+        result = job.result(EXIT_FAILED, errors=(Problem("", "", "unexpected-error", message),))
     return job, replace(result, seconds=time.perf_counter() - started)
 
 
@@ -475,7 +485,7 @@ def _plan_only(job: _Job) -> ItemResult:
 
 
 def _compare_finished(job: _Job, workers: int | None, progress: Progress) -> ItemResult | None:
-    """Compares a finished output, which the record does not answer for, with the source.
+    """Compares a finished output, which the record does not answer for, with the source, completely.
 
     Returns:
         The result, if it is what this item would give; None if there is no finished output, or one to replace.
@@ -487,14 +497,12 @@ def _compare_finished(job: _Job, workers: int | None, progress: Progress) -> Ite
     if not _holds_finished(job.output):
         return None
     plan = plan_conversion(open_checkpoint(job.item.source), job.options["unaligned"])
-    asked = job.options["verify"]
-    layers = 0 if asked == "none" else asked
     progress.note(f"{job.output} is there already; it is compared with its source")
     try:
         if Folder.at(job.output).read(CONFIG_FILENAME) != encode_json(plan.config()):
             raise difference("config", "its config is another one", file=CONFIG_FILENAME)
         device = job.options["device"]
-        found = verify(job.item.source, job.output, layers=layers, workers=workers, device=device, progress=progress)
+        found = verify(job.item.source, job.output, workers=workers, device=device, progress=progress)
     except (CheckpointError, DifferenceError) as error:
         if job.options["overwrite"]:
             return None
