@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from awq2marlin.errors import CheckpointError as CheckpointError
     from awq2marlin.errors import DifferenceError as DifferenceError
     from awq2marlin.errors import ExecutorError as ExecutorError
+    from awq2marlin.errors import HubError as HubError
     from awq2marlin.errors import OutputError as OutputError
     from awq2marlin.errors import Problem as Problem
     from awq2marlin.gemm_verification import GemmCheck as GemmCheck
@@ -90,6 +91,7 @@ _HOMES: dict[str, str] = {
             "CheckpointError",
             "DifferenceError",
             "ExecutorError",
+            "HubError",
             "OutputError",
             "Problem",
         ],

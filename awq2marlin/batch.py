@@ -22,7 +22,7 @@ from typing import Any, Protocol
 from awq2marlin.batch_file import BatchItem, check_entries, check_options, read_batch_file
 from awq2marlin.batch_record import BatchRecord, ItemResult, open_record, read_record
 from awq2marlin.checkpoint import open_checkpoint
-from awq2marlin.conversion import DEFAULT_VERIFIED, convert, default_output, encode_json
+from awq2marlin.conversion import DEFAULT_VERIFIED, convert, default_output
 from awq2marlin.digest import xxh3_of_file
 from awq2marlin.errors import (
     EXIT_DIFFERENCE,
@@ -40,11 +40,13 @@ from awq2marlin.errors import (
     problem_from_os_error,
 )
 from awq2marlin.folder import CONFIG_FILENAME, Folder
+from awq2marlin.hub import HUB_PREFIX, HubName, open_source, parse_source
 from awq2marlin.manifest import read_manifest
 from awq2marlin.output import read_journal
 from awq2marlin.plan import plan_conversion
 from awq2marlin.progress import Progress, Silence
 from awq2marlin.quantization import MANIFEST_FILENAME
+from awq2marlin.side_files import encode_json
 from awq2marlin.verification import verify
 from awq2marlin.workers import KILLED_WORKERS, StoppedError, check_workers, run_side_by_side
 
@@ -143,7 +145,7 @@ class _Job:
 
     Attributes:
         item: as the list says it.
-        source: what tells this source from others: an absolute path.
+        source: what tells this source from others: an absolute path, or ``hf://org/name[@revision]``.
         output: absolute path of the folder to write.
         options: keyword arguments of `convert` but ``output``.
     """
@@ -175,7 +177,13 @@ class _Job:
 
 
 #: Every option of an item that has a default; the same as `convert`'s.
-_DEFAULTS: Mapping[str, Any] = {"unaligned": "keep", "verify": DEFAULT_VERIFIED, "device": None, "overwrite": False}
+_DEFAULTS: Mapping[str, Any] = {
+    "unaligned": "keep",
+    "verify": DEFAULT_VERIFIED,
+    "device": None,
+    "overwrite": False,
+    "low_disk": False,
+}
 
 
 def convert_many(
@@ -259,8 +267,8 @@ def batch_folders(
     out_dir: str | os.PathLike[str] | None = None,
     part: tuple[int, int] = (1, 1),
     **options: Any,
-) -> tuple[list[Path], list[Path]]:
-    """Returns the folders that `convert_many` would read, and those that it would write.
+) -> tuple[list[Path | HubName], list[Path]]:
+    """Returns what `convert_many` would read, and the folders that it would write.
 
     Args:
         sources: as for `convert_many`, as all others are.
@@ -272,7 +280,7 @@ def batch_folders(
         BatchError: if anything is wrong with the list or the options.
     """
     jobs = _plan_jobs(sources, out_dir, part, options)
-    return [Path(job.source) for job in jobs], [job.output for job in jobs]
+    return [parse_source(job.item.source) for job in jobs], [job.output for job in jobs]
 
 
 def _default_record(sources: Sources, part: tuple[int, int]) -> Path | None:
@@ -312,10 +320,17 @@ def _plan_jobs(
     wrong = list(check_options(options, "the options of all items"))
     if "output" in options:
         wrong.append("the options of all items: each item needs an output of its own; use out_dir")
-    jobs = [_job(item, Path(out_dir or ""), {**_DEFAULTS, **options}) for item in items]
+    jobs = []
+    for item in items:
+        try:
+            jobs.append(_job(item, Path(out_dir or ""), {**_DEFAULTS, **options}))
+        except CheckpointError as error:  # its source cannot be a name
+            wrong.append(f"{item.place}: {error}")
     for job in jobs:
         if job.options["device"] is not None and job.options["verify"] in ("none", 0):
             wrong.append(f"{job.item.place}: device needs verify: it runs the modules that are compared")
+        if job.options["device"] is not None and job.options["low_disk"]:
+            wrong.append(f"{job.item.place}: device needs the whole source at the end, which low_disk removes")
     wrong += _clashes(jobs)
     if wrong:
         raise BatchError([Problem(str(_file(sources) or ""), "", "bad-batch", each) for each in wrong])
@@ -323,10 +338,19 @@ def _plan_jobs(
 
 
 def _job(item: BatchItem, out_dir: Path, defaults: Mapping[str, Any]) -> _Job:
-    source = os.path.realpath(item.source)
-    name = item.options.get("output") or default_output(Path(source))
+    name = parse_source(item.source)
+    source = HUB_PREFIX + str(name) if isinstance(name, HubName) else os.path.realpath(name)
+    output = item.options.get("output") or _default_output(name)
     options = {name: value for name, value in {**defaults, **item.options}.items() if name != "output"}
-    return _Job(item, source, Path(os.path.realpath(out_dir / name)), options)
+    return _Job(item, source, Path(os.path.realpath(out_dir / output)), options)
+
+
+def _default_output(source: Path | HubName) -> Path:
+    """Returns what `convert` would write; also for a folder that is not there, whose item is going to fail."""
+    try:
+        return default_output(source)
+    except CheckpointError:
+        return Path(f"{Path(os.path.realpath(str(source))).name}-marlin")
 
 
 def _clashes(jobs: Sequence[_Job]) -> Iterator[str]:
@@ -339,7 +363,7 @@ def _clashes(jobs: Sequence[_Job]) -> Iterator[str]:
                 f"{job.item.place}: its output {printable(str(job.output))} is that of {other.item.place} too; "
                 "give one of them an 'output' of its own"
             )
-    sources = {Path(job.source): job for job in jobs}
+    sources = {Path(job.source): job for job in jobs if not job.source.startswith(HUB_PREFIX)}
     for job in jobs:
         for what, path, others in (
             ("its output lies in the output", job.output, outputs),
@@ -496,13 +520,19 @@ def _compare_finished(job: _Job, workers: int | None, progress: Progress) -> Ite
     """
     if not _holds_finished(job.output):
         return None
-    plan = plan_conversion(open_checkpoint(job.item.source), job.options["unaligned"])
+    folder = open_source(job.item.source)
+    plan = plan_conversion(open_checkpoint(folder), job.options["unaligned"])
     progress.note(f"{job.output} is there already; it is compared with its source")
     try:
         if Folder.at(job.output).read(CONFIG_FILENAME) != encode_json(plan.config()):
             raise difference("config", "its config is another one", file=CONFIG_FILENAME)
-        device = job.options["device"]
-        found = verify(job.item.source, job.output, workers=workers, device=device, progress=progress)
+        if job.options["low_disk"] and folder.origin is not None:
+            verified = 0  # the source is not fetched again for that: its commit says that it is the same
+            _check_recorded(job.output, folder.origin)
+        else:
+            device = job.options["device"]
+            found = verify(job.item.source, job.output, workers=workers, device=device, progress=progress)
+            verified = len(found.modules)
     except (CheckpointError, DifferenceError) as error:
         if job.options["overwrite"]:
             return None
@@ -512,9 +542,21 @@ def _compare_finished(job: _Job, workers: int | None, progress: Progress) -> Ite
         bytes=plan.target_bytes,
         converted=len(plan.converted),
         kept=len(plan.kept),
-        verified=len(found.modules),
+        verified=verified,
         manifest=_whole_manifest(job.output),
     )
+
+
+def _check_recorded(output: Path, origin: tuple[str, str]) -> None:
+    """Raises DifferenceError unless an output was made from a commit, and its files are those that it was."""
+    folder = Folder.at(output)
+    manifest = read_manifest(folder)
+    if (manifest.repo_id, manifest.revision) != origin:
+        raise difference("manifest", f"it was made from {manifest.repo_id}@{manifest.revision}")
+    recorded = {name: (shard.target_size, shard.target_digest) for name, shard in manifest.shards.items()}
+    for name, expected in (recorded | dict(manifest.files)).items():
+        if xxh3_of_file((folder.path(name), name)) != expected:
+            raise difference("manifest", "it is not the file that was written", file=name)
 
 
 def _not_this_one(output: Path, error: Awq2MarlinError) -> OutputError:

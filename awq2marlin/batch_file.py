@@ -79,6 +79,7 @@ OPTIONS: Mapping[str, _Kind] = {
     "overwrite": _FLAG,
     "verify": _Kind("a number from 0, 'all' or 'none'", _is_verify),
     "device": _one_of(*get_args(Device), None),
+    "low_disk": _FLAG,
 }
 
 

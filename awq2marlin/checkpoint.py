@@ -98,27 +98,27 @@ class AwqModule:
     parts: tuple[str, ...]
 
 
-def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
+def open_checkpoint(source: str | os.PathLike[str] | Folder) -> Checkpoint:
     """Reads the configs and headers of a checkpoint.
 
     Args:
-        path: its folder.
+        source: its folder.
 
     Raises:
         CheckpointError: if it is not a checkpoint, is malformed or unsafe, or of a foreign format.
     """
-    folder = Folder.at(path)
+    folder = source if isinstance(source, Folder) else Folder.at(source)
     config = read_config(folder)
     quantization = read_quantization(folder, config)
     names = list(folder.names())
     weight_map = _read_index(folder)
     shard_names = _shard_names(folder, names, weight_map)
-    shards = {name: folder.read_header(name) for name in shard_names}
+    shards = folder.read_headers(shard_names)
     warnings = _check_inventory(shards, weight_map)
     side_files, left_behind = _sort_files(names, shard_names)
     _refuse_clash([*_OWN_FILENAMES, *shard_names, *side_files])
     for name in side_files:
-        folder.path(name)  # refuses what leads out of the folder before anything is written
+        folder.check(name)  # refuses what leads out of the folder before anything is written
     return Checkpoint(
         folder,
         config,

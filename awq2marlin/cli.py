@@ -33,6 +33,7 @@ from awq2marlin.errors import (
 from awq2marlin.report import Report
 
 if TYPE_CHECKING:
+    from awq2marlin.hub import HubName
     from awq2marlin.progress import Progress
 
 _Result = TypeVar("_Result")
@@ -52,7 +53,14 @@ _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 
 _COMMANDS = ("convert", "batch", "verify", "revert", "inspect", "demo", "doctor")
 
-_Source = Annotated[Path, typer.Argument(metavar="SOURCE", help="Folder of the AWQ checkpoint.")]
+_Source = Annotated[
+    str,
+    typer.Argument(
+        metavar="SOURCE",
+        help="Folder of the AWQ checkpoint, or a repository of the Hub: org/name[@revision], where there is no such "
+        "folder, or hf://org/name[@revision].",
+    ),
+]
 _Workers = Annotated[int | None, typer.Option(min=1, max=256, help="Threads; by default one a processor, at most 8.")]
 _Device = Annotated[
     Literal["auto", "cpu", "cuda"] | None,
@@ -66,6 +74,14 @@ _Unaligned = Annotated[
 ]
 _Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace an earlier conversion; only files that it wrote are removed.")
+]
+_LowDisk = Annotated[
+    bool,
+    typer.Option(
+        "--low-disk",
+        help="Of a repository: remove each shard as soon as it is converted and compared; needs the output plus "
+        "two shards of disk.",
+    ),
 ]
 _Dask = Annotated[
     str | None,
@@ -129,6 +145,7 @@ def convert(
     overwrite: _Overwrite = False,
     verify: _Verify = "8",
     device: _Device = None,
+    low_disk: _LowDisk = False,
     dask: _Dask = None,
     quiet: _Quiet = False,
     as_json: _Json = False,
@@ -137,9 +154,10 @@ def convert(
 
     def work(progress: Progress | None) -> Any:
         from awq2marlin.conversion import convert as run
+        from awq2marlin.hub import parse_source
 
         address = None if dry_run else dask
-        with _executor(address, lambda: ([source], [output or Path("output")]), progress) as executor:
+        with _executor(address, lambda: ([parse_source(source)], [output or Path("output")]), progress) as executor:
             return run(
                 source,
                 output,
@@ -149,6 +167,7 @@ def convert(
                 verify=verify,
                 dry_run=dry_run,
                 device=device,
+                low_disk=low_disk,
                 executor=executor,
                 progress=progress,
             )
@@ -160,6 +179,8 @@ def convert(
 
     if device is not None and verify in ("none", 0):
         raise typer.BadParameter("--device needs --verify N or all: it runs the modules that are compared")
+    if device is not None and low_disk:
+        raise typer.BadParameter("--device needs the whole source, which --low-disk removes; use 'verify' afterwards")
     _run("convert", work, show, "of_conversion", [source, *([output] if output else [])], quiet, as_json)
 
 
@@ -192,6 +213,7 @@ def batch(
     overwrite: _Overwrite = False,
     verify: _Verify = "8",
     device: _Device = None,
+    low_disk: _LowDisk = False,
     dask: _Dask = None,
     quiet: _Quiet = False,
     as_json: _Json = False,
@@ -202,7 +224,13 @@ def batch(
         from awq2marlin.batch import batch_folders, convert_many
         from awq2marlin.batch_view import batch_progress, print_failures
 
-        options = {"unaligned": unaligned, "overwrite": overwrite, "verify": verify, "device": device}
+        options = {
+            "unaligned": unaligned,
+            "overwrite": overwrite,
+            "verify": verify,
+            "device": device,
+            "low_disk": low_disk,
+        }
         address = None if dry_run else dask
         folders = partial(batch_folders, file, out_dir=out_dir, part=part, **options)
         with _executor(address, folders, progress) as executor:
@@ -234,7 +262,9 @@ def batch(
 
 
 def _executor(
-    address: str | None, folders: Callable[[], tuple[Sequence[Path], Sequence[Path]]], progress: Progress | None
+    address: str | None,
+    folders: Callable[[], tuple[Sequence[Path | HubName], Sequence[Path]]],
+    progress: Progress | None,
 ) -> AbstractContextManager[Executor | None]:
     """Returns the executor that ``--dask`` names; without one the work is done here."""
     if address is None:
@@ -247,7 +277,7 @@ def _executor(
 @app.command()
 def verify(
     source: _Source,
-    output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="Folder of the converted checkpoint.")],
+    output: Annotated[str, typer.Argument(metavar="OUTPUT", help="Folder of the converted one, or its repository.")],
     layers: Annotated[
         Any,
         typer.Option(
@@ -302,7 +332,10 @@ def revert(
 
 @app.command()
 def inspect(
-    path: Annotated[Path, typer.Argument(metavar="PATH", help="Folder of an AWQ or a converted checkpoint.")],
+    path: Annotated[
+        str,
+        typer.Argument(metavar="PATH", help="Folder of an AWQ or a converted checkpoint, or a repository of the Hub."),
+    ],
     quiet: _Quiet = False,
     as_json: _Json = False,
 ) -> None:
@@ -352,7 +385,7 @@ def _run(
     work: Callable[[Progress | None], Any],
     show: Callable[[Any], None] | str,
     report_maker: str,
-    where: Sequence[Path],
+    where: Sequence[Path | str],
     quiet: bool,
     as_json: bool,
 ) -> None:

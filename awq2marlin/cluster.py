@@ -21,6 +21,7 @@ from typing import Any
 from awq2marlin._version import __version__
 from awq2marlin.errors import CheckpointError, ExecutorError, Problem, printable
 from awq2marlin.folder import CONFIG_FILENAME
+from awq2marlin.hub import HubName, hub_cache
 from awq2marlin.output import PARTIAL_SUFFIX, WORK_DIRECTORY
 from awq2marlin.progress import Progress, Silence
 from awq2marlin.safetensors_header import parse_json
@@ -44,13 +45,13 @@ Probe = tuple[str, bytes]
 
 @contextmanager
 def dask_executor(
-    address: str, sources: Iterable[Path], outputs: Iterable[Path], progress: Progress | None = None
+    address: str, sources: Iterable[Path | HubName], outputs: Iterable[Path], progress: Progress | None = None
 ) -> Iterator[Executor]:
     """Joins a Dask cluster for as long as the context lasts.
 
     Args:
         address: of the scheduler, ``tcp://HOST:PORT``, or the path of its scheduler file.
-        sources: folders that will be read.
+        sources: what will be read; repositories come by way of the client's cache.
         outputs: folders that will be written; need not exist.
         progress: told what is waited for.
 
@@ -167,19 +168,23 @@ def _check_versions(versions: Mapping[str, Any]) -> None:
 
 
 @contextmanager
-def _probes(sources: Iterable[Path], outputs: Iterable[Path]) -> Iterator[list[Probe]]:
+def _probes(sources: Iterable[Path | HubName], outputs: Iterable[Path]) -> Iterator[list[Probe]]:
     """Yields what workers must see: the configs of the sources, and new files where the outputs go.
 
     New files, because a folder of the same name can exist on every machine.
     """
     probes: list[Probe] = []
+    folders = {_probe_folder(Path(os.path.realpath(output))) for output in outputs}
     for source in sources:
+        if isinstance(source, HubName):
+            folders.add(_probe_folder(hub_cache()))
+            continue
         with suppress(OSError):  # a source that cannot be read is told by its conversion
             path = Path(os.path.realpath(source)) / CONFIG_FILENAME
             probes.append((str(path), path.read_bytes()))
     made: list[Path] = []
     try:
-        for folder in {_probe_folder(Path(os.path.realpath(output))) for output in outputs}:
+        for folder in folders:
             token = secrets.token_hex(16)
             path = folder / f".awq2marlin-{token}{PARTIAL_SUFFIX}"
             with suppress(PermissionError):  # what may not be written is told by the conversion

@@ -6,7 +6,6 @@ verified, and no step looks back.
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import time
@@ -15,31 +14,36 @@ from concurrent.futures import Executor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 from awq2marlin.checkpoint import open_checkpoint
-from awq2marlin.digest import Xxh3
-from awq2marlin.errors import DifferenceError, ExecutorError, OutputError, Problem, refuse
+from awq2marlin.errors import OutputError, Problem
 from awq2marlin.folder import CONFIG_FILENAME, INDEX_FILENAME, Folder, hub_repository
-from awq2marlin.manifest import Manifest, ManifestShard, read_manifest
-from awq2marlin.output import FinishedFile, OutputFolder, claim, read_journal, refuse_overlap, told_as_output_error
-from awq2marlin.plan import ModulePlan, Plan, ShardPlan, Unaligned, plan_conversion
+from awq2marlin.hub import HUB_PREFIX, HubName, is_ambiguous, open_hub, parse_source
+from awq2marlin.manifest import read_manifest
+from awq2marlin.output import (
+    FETCHED_DIRECTORY,
+    WORK_DIRECTORY,
+    OutputFolder,
+    claim,
+    read_journal,
+    refuse_overlap,
+    told_as_output_error,
+)
+from awq2marlin.pipeline import Work, convert_shards, source_room
+from awq2marlin.plan import ModulePlan, Plan, Unaligned, plan_conversion
 from awq2marlin.progress import Progress, Silence
 from awq2marlin.quantization import MANIFEST_FILENAME
-from awq2marlin.shard import ShardResult, ShardTask, convert_shard
-from awq2marlin.stream import copy_pieces, rewrite_file
+from awq2marlin.side_files import carry_side_files, encode_json, write_manifest
 from awq2marlin.tensor_files import TensorFiles
-from awq2marlin.verification import Device, check_count, check_device, run_gemm, sample_modules, verify_modules
-from awq2marlin.workers import check_workers, run_on_executor, run_side_by_side, share_workers
+from awq2marlin.verification import Device, check_count, check_device, run_gemm, verify_modules
+from awq2marlin.workers import check_workers
 
 if TYPE_CHECKING:
     from awq2marlin.gemm_verification import GemmRun
 
 #: How many converted modules are compared with the source before the output becomes loadable.
 DEFAULT_VERIFIED = 8
-
-#: How many shards an executor is given at once; its workers should never wait for the next.
-MAX_IN_FLIGHT = 64
 
 Verify = int | Literal["all", "none"]
 
@@ -49,7 +53,7 @@ class ConvertResult:
     """What a conversion did, or with ``dry_run`` would do.
 
     Attributes:
-        source: the source's folder.
+        source: the source's folder, or ``org/name@commit``.
         output: the output's folder.
         dry_run: whether nothing was written.
         modules: every quantized module's fate, in order.
@@ -65,7 +69,7 @@ class ConvertResult:
         seconds: wall time.
     """
 
-    source: Path
+    source: Path | str
     output: Path
     dry_run: bool
     modules: tuple[ModulePlan, ...]
@@ -102,6 +106,7 @@ def convert(
     dry_run: bool = False,
     device: Device | None = None,
     executor: Executor | None = None,
+    low_disk: bool = False,
     progress: Progress | None = None,
 ) -> ConvertResult:
     """Converts an AWQ checkpoint to a Marlin-native one (docs/marlin-native.md).
@@ -109,7 +114,8 @@ def convert(
     Interrupted at any moment, the same call resumes and ends with the same bytes.
 
     Args:
-        source: folder of the AWQ checkpoint; never written to.
+        source: folder of the AWQ checkpoint, never written to; or a repository of the Hub, ``org/name[@revision]``
+            or ``hf://org/name[@revision]``, whose next shard is fetched while one is converted.
         output: folder to write; by default ``./<name>-marlin``.
         unaligned: what to do with modules whose shapes Marlin cannot take: ``"keep"`` them in AWQ layout,
             ``"pad"`` them with zeros, or ``"error"``.
@@ -123,10 +129,13 @@ def convert(
         device: also run those modules through the Marlin GEMM, on ``"cuda"``, ``"cpu"`` or ``"auto"``.
         executor: does the shards instead of threads of this process: of threads or processes, Dask's, MPI's. Its
             workers must see source and output under the same paths. Everything else is done here.
+        low_disk: fetch the source's shards to a place of our own, compare each with its conversion at once, and then
+            remove it, so that never more than two are there.
         progress: told what is being done.
 
     Raises:
         CheckpointError: if the source is no convertible AWQ checkpoint; nothing has been written.
+        HubError: if the Hub or the network refuses.
         OutputError: if the output folder is foreign, in use, full or unwritable.
         ExecutorError: if the executor broke, or its workers do not see the same files.
         ValueError: if an argument is none of its choices.
@@ -135,29 +144,38 @@ def convert(
     check_count("verify", verify, ("all", "none"))
     if device is not None and verify in ("none", 0):
         raise ValueError("device needs verify: it runs the modules that are compared")
+    if device is not None and low_disk:
+        raise ValueError("device needs the whole source at the end, which low_disk removes; use verify() afterwards")
     check_device(device)
+    check_workers(workers)
     started = time.perf_counter()
-    progress, threads = progress or Silence(), check_workers(workers)
-    plan = plan_conversion(open_checkpoint(source), unaligned)
-    root = Path(output) if output is not None else default_output(plan.checkpoint.folder.root)
-    refuse_overlap(plan.checkpoint.folder.root, root)
+    work = Work(workers, executor, 0 if verify == "none" else verify, low_disk, progress or Silence())
+    root = Path(output) if output is not None else default_output(parse_source(source))
+    folder, pinned = _open_source(source, root, overwrite, work)
+    plan = plan_conversion(open_checkpoint(folder), unaligned)
+    refuse_overlap(folder.root, root)
     resumed: tuple[str, ...] = ()
     verified: tuple[str, ...] = ()
     gemm: GemmRun | None = None
     if not dry_run:
         owned = partial(owned_files, root, overwrite)
-        with told_as_output_error(root), claim(root, plan.digest, output_names(plan), owned=owned) as out:
-            resumed = _trusted_shards(plan, out, progress)
-            _refuse_full_disk(plan, out, resumed)
-            _convert_shards(plan, out, threads if executor is None else workers or 1, executor, progress)
-            _write_manifest(plan, out, _carry_side_files(plan, out))
-            verified, gemm = _verify(plan, out, verify, threads, device, progress)
+        names = output_names(plan)
+        with told_as_output_error(root), claim(root, plan.digest, names, owned=owned, pinned=pinned) as out:
+            resumed = _trusted_shards(plan, out, work)
+            _refuse_full_disk(plan, out, work)
+            convert_shards(plan, out, work)
+            write_manifest(plan, out, carry_side_files(plan, out))
+            verified = tuple(module.name for module in work.chosen(plan))
+            gemm = None if low_disk else _verify(plan, out, work, device)
             out.commit(encode_json(plan.config()))
     return _result(plan, root, dry_run, resumed, verified, gemm, time.perf_counter() - started)
 
 
-def default_output(source: Path) -> Path:
-    """Returns ``./<name>-marlin`` for a source folder, a snapshot of the Hub cache by its repository's name."""
+def default_output(source: Path | HubName) -> Path:
+    """Returns ``./<name>-marlin`` for a source, a snapshot of the Hub cache by its repository's name."""
+    if isinstance(source, HubName):
+        return Path(f"{source.repo_id.partition('/')[2]}-marlin")
+    source = Folder.at(source).root
     repository = hub_repository(source)
     name = repository.name.split("--")[-1] if repository else source.name
     return Path(f"{name}-marlin")
@@ -168,11 +186,6 @@ def output_names(plan: Plan) -> list[str]:
     shards = [shard.name for shard in plan.shards]
     index = [INDEX_FILENAME] if plan.checkpoint.has_index else []
     return sorted([*shards, *plan.checkpoint.side_files, *index, CONFIG_FILENAME, MANIFEST_FILENAME])
-
-
-def encode_json(document: Any) -> bytes:
-    """Returns a JSON side file's bytes."""
-    return (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")
 
 
 def owned_files(root: Path, overwrite: bool) -> list[str] | None:
@@ -201,23 +214,58 @@ def owned_files(root: Path, overwrite: bool) -> list[str] | None:
     return [] if unfinished else None
 
 
-def _trusted_shards(plan: Plan, out: OutputFolder, progress: Progress) -> tuple[str, ...]:
-    """Returns the shards that an earlier run finished, source and output hashed again."""
+def _open_source(
+    source: str | os.PathLike[str], root: Path, overwrite: bool, work: Work
+) -> tuple[Folder, tuple[str, str] | None]:
+    """Opens the source; of a repository, the commit that an unfinished run in ``root`` began with.
+
+    Returns:
+        The source, and what a later run has to know of it; see `Journal.pinned`.
+    """
+    name = parse_source(source)
+    if not isinstance(name, HubName):
+        if is_ambiguous(source):
+            work.progress.note(f"{source} is a folder here and is taken; {HUB_PREFIX}{source} is the one on the Hub")
+        return Folder.at(name), None
+    place = root.absolute() / WORK_DIRECTORY / FETCHED_DIRECTORY if work.low_disk else None
+    folder = open_hub(name, place=place)
+    journal = None if overwrite else read_journal(root)
+    if journal and journal.pinned and journal.pinned != (str(name), folder.commit) and journal.pinned[0] == str(name):
+        work.progress.note(
+            f"{name} has moved on to {folder.commit}; this run goes on with {journal.pinned[1]}, which it began with "
+            "(--overwrite begins anew)"
+        )
+        folder = open_hub(name, commit=journal.pinned[1], place=place)
+    return folder, (str(name), folder.commit)
+
+
+def _trusted_shards(plan: Plan, out: OutputFolder, work: Work) -> tuple[str, ...]:
+    """Returns the shards that an earlier run finished, source and output hashed again.
+
+    The contents of a repository's files are fixed by its commit, so they are not fetched again to be hashed.
+    """
     folder = plan.checkpoint.folder
+    if work.low_disk:  # what was not compared as this run is asked to, cannot be any more: its source may be gone
+        for name in [name for name, entry in out.finished.items() if entry.verified != work.early_check]:
+            out.forget(name)
     trusted = tuple(
         shard.name
         for shard in plan.shards
-        if shard.name in out.finished and out.recheck(shard.name, folder.path(shard.name), progress.note)
+        if shard.name in out.finished
+        and out.recheck(shard.name, None if folder.origin else folder.path(shard.name), work.progress.note)
     )
     if trusted:
-        progress.note(f"resuming: {len(trusted)} of {len(plan.shards)} shards are already there")
+        work.progress.note(f"resuming: {len(trusted)} of {len(plan.shards)} shards are already there")
     return trusted
 
 
-def _refuse_full_disk(plan: Plan, out: OutputFolder, resumed: tuple[str, ...]) -> None:
+def _refuse_full_disk(plan: Plan, out: OutputFolder, work: Work) -> None:
     folder = plan.checkpoint.folder
-    needed = sum(shard.target.file_size for shard in plan.shards if shard.name not in resumed)
+    todo = [shard for shard in plan.shards if shard.name not in out.finished]
+    needed = sum(shard.target.file_size for shard in todo)
     needed += sum(folder.size(name) for name in plan.checkpoint.side_files)
+    if work.low_disk and folder.origin:
+        needed += source_room([shard.source.file_size for shard in todo])
     free = shutil.disk_usage(out.root).free
     if needed > free:
         raise OutputError(
@@ -231,111 +279,17 @@ def _refuse_full_disk(plan: Plan, out: OutputFolder, resumed: tuple[str, ...]) -
         )
 
 
-def _convert_shards(plan: Plan, out: OutputFolder, workers: int, executor: Executor | None, progress: Progress) -> None:
-    todo = [shard for shard in plan.shards if shard.name not in out.finished]
-    at_once, threads = share_workers(workers, len(todo)) if executor is None else (MAX_IN_FLIGHT, workers)
-    folder = plan.checkpoint.folder
-    tasks = (ShardTask(shard, folder.path(shard.name), out.partial(shard.name), threads) for shard in todo)
-
-    def finish(done: ShardResult) -> None:
-        _refuse_unseen(done)
-        out.publish(done.name, done.partial)
-        out.remember(
-            done.name, FinishedFile(done.source_size, done.source_digest, done.target_size, done.target_digest)
-        )
-        if executor is not None:  # from elsewhere, nothing is heard until a shard is done
-            progress.advance(sizes[done.name])
-
-    sizes = {shard.name: shard.source.data_size for shard in todo}
-    progress.start("convert", sum(sizes.values()))
-    if executor is None:
-        run_side_by_side(convert_shard, tasks, at_once, progress.advance, finish)
-    else:
-        run_on_executor(executor, convert_shard, tasks, at_once, finish)
-    progress.finish()
-
-
-def _refuse_unseen(done: ShardResult) -> None:
-    """Refuses a shard that a worker of an executor wrote where this process cannot see it."""
-    if not done.partial.is_file():
-        raise ExecutorError(
-            Problem(
-                done.name,
-                "",
-                "not-shared",
-                f"a worker wrote {done.partial}, but this process does not see it; "
-                "the output folder must lie on storage that all workers share",
-            )
-        )
-
-
-def _carry_side_files(plan: Plan, out: OutputFolder) -> dict[str, tuple[int, str]]:
-    """Copies what belongs to the checkpoint unchanged; returns size and digest of each file."""
-    folder = plan.checkpoint.folder
-    names = list(plan.checkpoint.side_files)
-    if plan.checkpoint.has_index:
-        if plan.source_data_bytes == plan.target_data_bytes:
-            names.append(INDEX_FILENAME)
-        else:
-            out.write(INDEX_FILENAME, _padded_index(plan))
-    carried = {}
-    for name in names:
-        digest, size = Xxh3(), folder.size(name)
-        rewrite_file((folder.path(name), name), out.partial(name), copy_pieces(0, 0, size), target_hashes=[digest])
-        out.publish(name)
-        carried[name] = (size, str(digest))
-    return carried
-
-
-def _padded_index(plan: Plan) -> bytes:
-    """Returns the source's index with the total size that padding makes."""
-    document = plan.checkpoint.folder.read_json(INDEX_FILENAME)
-    metadata = document.get("metadata")
-    if isinstance(metadata, dict) and "total_size" in metadata:
-        metadata["total_size"] = plan.target_data_bytes
-    return encode_json(document)
-
-
-def _write_manifest(plan: Plan, out: OutputFolder, carried: Mapping[str, tuple[int, str]]) -> None:
-    checkpoint = plan.checkpoint
-    rewritten = [CONFIG_FILENAME, *checkpoint.legacy_configs]
-    if checkpoint.has_index and INDEX_FILENAME not in carried:
-        rewritten.append(INDEX_FILENAME)
-    shards = {shard.name: _manifest_shard(shard, out.finished[shard.name]) for shard in plan.shards}
-    texts = {name: _exact_text(checkpoint.folder, name) for name in rewritten}
-    digests = {name: (len(text.encode()), str(Xxh3(text.encode()))) for name, text in texts.items()}
-    manifest = Manifest(shards, texts, digests, carried, None, None, checkpoint.left_behind)
-    out.write(MANIFEST_FILENAME, manifest.encode())
-
-
-def _manifest_shard(shard: ShardPlan, done: FinishedFile) -> ManifestShard:
-    return ManifestShard(shard.source, done.source_size, (done.source_digest,), done.target_size, done.target_digest)
-
-
-def _exact_text(folder: Folder, name: str) -> str:
-    try:
-        return folder.read(name).decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise refuse("bad-json", f"it is not UTF-8 (byte {error.start})", file=name) from None
-
-
-def _verify(
-    plan: Plan, out: OutputFolder, verify: Verify, workers: int, device: Device | None, progress: Progress
-) -> tuple[tuple[str, ...], GemmRun | None]:
+def _verify(plan: Plan, out: OutputFolder, work: Work, device: Device | None) -> GemmRun | None:
     """Compares converted modules with the source, from the disk, before the output becomes loadable."""
-    if verify == "none" or verify == 0:
-        return (), None
-    chosen = sample_modules(plan.converted, verify)
+    chosen, workers = work.chosen(plan), check_workers(work.workers)
+    if not chosen:
+        return None
     source = TensorFiles.of(plan.checkpoint.folder, plan.checkpoint.shards)
     folder = Folder.at(out.root)
     output = TensorFiles.of(folder, {shard.name: folder.read_header(shard.name) for shard in plan.shards})
-    try:
-        verify_modules(chosen, plan.quantization, source, output, workers=workers, progress=progress)
-        gemm = run_gemm(chosen, plan.quantization, source, output, device, progress)
-    except DifferenceError:
-        out.forget_all()
-        raise
-    return tuple(each.name for each in chosen), gemm
+    with out.distrusted_after_a_difference():
+        verify_modules(chosen, plan.quantization, source, output, workers=workers, progress=work.progress)
+        return run_gemm(chosen, plan.quantization, source, output, device, work.progress)
 
 
 def _result(
@@ -349,7 +303,7 @@ def _result(
 ) -> ConvertResult:
     checkpoint = plan.checkpoint
     return ConvertResult(
-        source=checkpoint.folder.root,
+        source=checkpoint.folder.where,
         output=root,
         dry_run=dry_run,
         modules=tuple(plan.modules.values()),

@@ -116,6 +116,10 @@ class ExecutorError(Awq2MarlinError):
     """The executor that was handed in cannot do the work: a worker died, or sees other files than this process."""
 
 
+class HubError(Awq2MarlinError):
+    """The Hub, its client or the network refused: not found, no access, no connection, too many requests."""
+
+
 class DifferenceError(Awq2MarlinError):
     """A comparison found a difference."""
 

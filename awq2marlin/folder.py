@@ -6,8 +6,9 @@ Nothing here knows of AWQ or Marlin.
 from __future__ import annotations
 
 import os
+import re
 import stat
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import FileIO
@@ -20,6 +21,9 @@ from awq2marlin.safetensors_header import Header, parse_json, read_header
 #: A JSON side file (config, index, manifest) above this size is refused unread: parsed it takes many times as much
 #: memory, and the index of the largest models published, with 200,000 tensors, has 25 MB.
 MAX_JSON_BYTES = 32_000_000
+
+#: Files that the Hub's client shares among repositories lie in its cache as ``blobs/ab/ab12...``.
+_SHARED_BLOB = re.compile(r"[0-9a-f]{2}/[0-9a-f]{64}")
 
 INDEX_FILENAME = "model.safetensors.index.json"
 CONFIG_FILENAME = "config.json"
@@ -97,13 +101,25 @@ class Folder:
     """A folder whose files are read with suspicion.
 
     Symbolic links are followed only to regular files inside the folder or, for a snapshot of the Hub
-    cache, inside that repository's ``blobs``.
+    cache, inside that repository's ``blobs`` and those that all repositories of the cache share.
+
+    What lies elsewhere, and comes when it is needed, is a kin: see `hub.HubFolder`.
 
     Attributes:
         root: resolved path.
     """
 
     root: Path
+
+    @property
+    def where(self) -> Path | str:
+        """What results and messages call it."""
+        return self.root
+
+    @property
+    def origin(self) -> tuple[str, str] | None:
+        """Repository and commit, if it is one of the Hub; these fix the contents of every file."""
+        return None
 
     @classmethod
     def at(cls, path: str | os.PathLike[str]) -> Folder:
@@ -158,7 +174,34 @@ class Folder:
         if resolved.is_relative_to(self.root):
             return True
         repository = hub_repository(self.root)
-        return repository is not None and resolved.is_relative_to(repository / "blobs")
+        if repository is None:
+            return False
+        shared = repository.parent / "blobs"
+        if resolved.is_relative_to(shared):
+            return _SHARED_BLOB.fullmatch(resolved.relative_to(shared).as_posix()) is not None
+        return resolved.is_relative_to(repository / "blobs")
+
+    def check(self, name: str) -> None:
+        """Refuses a file that `path` would refuse; fetches nothing."""
+        self.path(name)
+
+    def fetch(self, name: str, advance: Callable[[int], None]) -> Path:
+        """Returns where a file lies, as `path`, once it is here.
+
+        Args:
+            name: safe relative path.
+            advance: told of the bytes that come, if it has to be fetched.
+        """
+        del advance  # it is here
+        return self.path(name)
+
+    def release(self, name: str) -> None:
+        """Says that a file is needed no more; what was fetched to a place of our own is removed."""
+
+    def sha256(self, name: str) -> str | None:
+        """Returns what the file's SHA-256 has to be, where that is known: 64 hexadecimal digits."""
+        del name
+        return None
 
     def open(self, name: str) -> BinaryIO:
         """Opens a file for reading, unbuffered.
@@ -196,6 +239,10 @@ class Folder:
         """Returns the checked header of a safetensors file."""
         with self.open(name) as stream:
             return read_header(stream, os.fstat(stream.fileno()).st_size, name)
+
+    def read_headers(self, names: Iterable[str]) -> dict[str, Header]:
+        """Returns the checked headers of safetensors files, by name."""
+        return {name: self.read_header(name) for name in names}
 
     def names(self) -> Iterator[str]:
         """Yields the relative path of everything in the folder but folders, sorted; hidden names too.

@@ -10,6 +10,7 @@ from typing import Literal
 
 from awq2marlin.awq import is_output_embedding, module_name
 from awq2marlin.checkpoint import AwqModule, Checkpoint, awq_modules, open_checkpoint
+from awq2marlin.hub import open_source
 from awq2marlin.manifest import read_manifest
 from awq2marlin.marlin import unaligned_reason
 from awq2marlin.pairing import pair_modules
@@ -50,7 +51,7 @@ class InspectResult:
     """What a checkpoint is.
 
     Attributes:
-        path: its folder.
+        path: its folder, or ``org/name@commit``.
         format: ``awq`` or ``marlin_native``.
         bits: 4 or 8.
         group_size: as the config says; -1 for all of K.
@@ -66,7 +67,7 @@ class InspectResult:
         warnings: oddities that do no harm.
     """
 
-    path: Path
+    path: Path | str
     format: Literal["awq", "marlin_native"]
     bits: int
     group_size: int
@@ -86,12 +87,12 @@ def inspect(path: str | os.PathLike[str]) -> InspectResult:
     """Returns what an AWQ or a converted checkpoint is; reads no tensor data.
 
     Args:
-        path: its folder.
+        path: its folder, or a repository of the Hub, ``org/name[@revision]``.
 
     Raises:
         CheckpointError: if it is neither, or malformed.
     """
-    checkpoint = open_checkpoint(path)
+    checkpoint = open_checkpoint(open_source(path))
     quantization = checkpoint.quantization
     if isinstance(quantization, MarlinQuantization):
         modules = _marlin_modules(checkpoint, quantization)
@@ -99,7 +100,7 @@ def inspect(path: str | os.PathLike[str]) -> InspectResult:
         found = awq_modules(checkpoint.tensors, quantization, checkpoint.shard_of)
         modules = [_module_info(module, checkpoint, "awq", None) for module in found.values()]
     return InspectResult(
-        path=checkpoint.folder.root,
+        path=checkpoint.folder.where,
         format="marlin_native" if isinstance(quantization, MarlinQuantization) else "awq",
         bits=quantization.bits,
         group_size=quantization.group_size,

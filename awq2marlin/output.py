@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
@@ -19,12 +20,23 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from awq2marlin.digest import is_digest, xxh3_of_file
-from awq2marlin.errors import CheckpointError, OutputError, Problem, printable, problem_from_os_error, refuse
+from awq2marlin.errors import (
+    CheckpointError,
+    DifferenceError,
+    OutputError,
+    Problem,
+    printable,
+    problem_from_os_error,
+    refuse,
+)
 from awq2marlin.folder import CONFIG_FILENAME, check_name, hub_repository, is_safe_name
 from awq2marlin.safetensors_header import parse_json
 from awq2marlin.stream import Hash
 
 WORK_DIRECTORY = ".awq2marlin"
+
+#: Where source files of a repository lie while they are needed, inside of that.
+FETCHED_DIRECTORY = "source"
 JOURNAL_FILENAME = "journal.json"
 _LOCK_FILENAME = "lock"
 PARTIAL_SUFFIX = ".partial"
@@ -46,12 +58,14 @@ class FinishedFile:
         source_digest: digest of that source.
         target_size: bytes of the output.
         target_digest: digest of the output.
+        verified: which modules were compared with the source before this was written; empty if that comes later.
     """
 
     source_size: int
     source_digest: str
     target_size: int
     target_digest: str
+    verified: str = ""
 
 
 @dataclass
@@ -63,11 +77,13 @@ class Journal:
         names: every file that the run may leave in the folder, and those of an earlier conversion that it
             replaces: all that it may remove.
         finished: the shards that are complete.
+        pinned: the source as the user named it, and the commit that it stood for when the run began; None for a folder.
     """
 
     plan: str
     names: list[str]
     finished: dict[str, FinishedFile] = field(default_factory=dict)
+    pinned: tuple[str, str] | None = None
 
 
 def _refused(code: str, path: Path, message: str) -> OutputError:
@@ -159,7 +175,17 @@ class OutputFolder:
         self._journal.finished.clear()
         _write_journal(self.work, self._journal)
 
-    def _forget(self, name: str) -> None:
+    @contextmanager
+    def distrusted_after_a_difference(self) -> Iterator[None]:
+        """Forgets all shards if a comparison of one with its source fails in the context."""
+        try:
+            yield
+        except DifferenceError:
+            self.forget_all()
+            raise
+
+    def forget(self, name: str) -> None:
+        """Lets this run make a shard again."""
         del self._journal.finished[name]
         _write_journal(self.work, self._journal)
         self.final(name).unlink(missing_ok=True)
@@ -171,12 +197,12 @@ class OutputFolder:
             folder = folder.parent
             sync_folder(folder)
 
-    def recheck(self, name: str, source: Path, note: Callable[[str], None], also: Sequence[Hash] = ()) -> bool:
+    def recheck(self, name: str, source: Path | None, note: Callable[[str], None], also: Sequence[Hash] = ()) -> bool:
         """Hashes a finished shard and its source again, before it is trusted.
 
         Args:
             name: a shard in `finished`.
-            source: resolved path of the file it was made from.
+            source: resolved path of the file it was made from; None if something else fixes its contents.
             note: told if the shard is damaged; it is then forgotten and removed.
             also: further hashes that see the shard's bytes.
 
@@ -187,7 +213,7 @@ class OutputFolder:
             OutputError: if the source is another one now, and the run is not one that replaces what it finds.
         """
         entry = self._journal.finished[name]
-        if xxh3_of_file((source, name)) != (entry.source_size, entry.source_digest):
+        if source is not None and xxh3_of_file((source, name)) != (entry.source_size, entry.source_digest):
             if not self._may_replace:
                 raise _refused(
                     "other-plan",
@@ -196,14 +222,14 @@ class OutputFolder:
                     f"{printable(name)} has other contents now; {_START_ANEW}",
                 )
             note(f"{printable(name)} has other contents now; it is made again")
-            self._forget(name)
+            self.forget(name)
             return False
         final = self.final(name)
         found = xxh3_of_file((final.resolve(), name), also) if final.is_file() else None
         if found == (entry.target_size, entry.target_digest):
             return True
         note(f"{printable(name)} was finished by an earlier run but is damaged now; it is made again")
-        self._forget(name)
+        self.forget(name)
         return False
 
     def write(self, name: str, data: bytes) -> None:
@@ -235,7 +261,14 @@ class OutputFolder:
 
 
 @contextmanager
-def claim(root: Path, plan: str, names: Iterable[str], *, owned: Owned = lambda: None) -> Iterator[OutputFolder]:
+def claim(
+    root: Path,
+    plan: str,
+    names: Iterable[str],
+    *,
+    owned: Owned = lambda: None,
+    pinned: tuple[str, str] | None = None,
+) -> Iterator[OutputFolder]:
     """Claims an output folder for one run, new or resumed.
 
     Everything of the run is undone by nobody but a later run: on an error the folder stays as it is, without
@@ -247,6 +280,7 @@ def claim(root: Path, plan: str, names: Iterable[str], *, owned: Owned = lambda:
         names: every file that the run will leave in the folder.
         owned: asked when nobody else can change the folder: with ``--overwrite``, what may be removed first: the
             files that the folder's own manifest names. None refuses a folder that is not empty or this run's own.
+        pinned: what `Journal.pinned` remembers for a later run.
 
     Yields:
         The folder, locked until the context ends.
@@ -263,7 +297,7 @@ def claim(root: Path, plan: str, names: Iterable[str], *, owned: Owned = lambda:
     try:
         with _locked(root):
             removable = owned()
-            journal = _open_journal(root, plan, names, removable)
+            journal = _open_journal(root, plan, names, removable, pinned)
             with _journal_kept_while_needed(root, created):
                 yield OutputFolder(root, names, journal, may_replace=removable is not None)
     except BaseException:
@@ -295,6 +329,7 @@ def _locked(root: Path) -> Iterator[None]:
         finished = not (work / JOURNAL_FILENAME).exists()
         if finished:
             _remove_leftovers(work)
+            shutil.rmtree(work / FETCHED_DIRECTORY, ignore_errors=True)
             (work / _LOCK_FILENAME).unlink(missing_ok=True)
         lock.release()
         if finished:
@@ -330,7 +365,10 @@ def _make_folder(root: Path) -> bool:
 
 def _holds_nothing(root: Path) -> bool:
     present = [path.name for path in root.iterdir()]
-    return present == [WORK_DIRECTORY] and not any((root / WORK_DIRECTORY).glob("*" + PARTIAL_SUFFIX))
+    work = root / WORK_DIRECTORY
+    return present == [WORK_DIRECTORY] and not any(
+        path for path in (*work.glob("*" + PARTIAL_SUFFIX), *(work / FETCHED_DIRECTORY).glob("**/*")) if path.is_file()
+    )
 
 
 def _refuse_unusable(root: Path) -> None:
@@ -339,6 +377,8 @@ def _refuse_unusable(root: Path) -> None:
     work = root / WORK_DIRECTORY
     if work.is_symlink() or (work.exists() and not work.is_dir()):
         raise _refused("unsafe-link", work, "it must be a folder of the converter's own; remove it")
+    if (work / FETCHED_DIRECTORY).is_symlink():
+        raise _refused("unsafe-link", work / FETCHED_DIRECTORY, "it must be a folder of the converter's own; remove it")
 
 
 def _refuse_foreign(root: Path, owned: Iterable[str] | None) -> None:
@@ -353,7 +393,9 @@ def _refuse_foreign(root: Path, owned: Iterable[str] | None) -> None:
     raise _refused("not-empty", root, f"the folder is not empty ({shown}{more}); choose another, or an empty one")
 
 
-def _open_journal(root: Path, plan: str, names: Sequence[str], owned: Iterable[str] | None) -> Journal:
+def _open_journal(
+    root: Path, plan: str, names: Sequence[str], owned: Iterable[str] | None, pinned: tuple[str, str] | None
+) -> Journal:
     """Returns the journal of this plan, found or begun, and removes what is not finished.
 
     The journal names all that is going to be removed before anything is, so that a run killed on the way has
@@ -373,7 +415,7 @@ def _open_journal(root: Path, plan: str, names: Sequence[str], owned: Iterable[s
     if journal is None or journal.plan != plan:
         ours = {*(owned or ()), *(journal.names if journal else ())}
         _refuse_clashes(root, names, ours)
-        journal = Journal(plan, sorted({*names, *ours}))
+        journal = Journal(plan, sorted({*names, *ours}), pinned=pinned)
         _write_journal(root / WORK_DIRECTORY, journal)
         sync_folder(root)
     _remove(root, {*journal.names} - {*journal.finished})
@@ -416,12 +458,15 @@ def _parse_journal(document: Any) -> Journal:
     names = [check_name(name, JOURNAL_FILENAME) for name in document["names"]]
     finished = {name: FinishedFile(**entry) for name, entry in document["finished"].items()}
     for name, entry in finished.items():
-        sound = is_digest(entry.source_digest) and is_digest(entry.target_digest)
+        sound = is_digest(entry.source_digest) and is_digest(entry.target_digest) and type(entry.verified) is str
         if name not in names or not sound or {type(entry.source_size), type(entry.target_size)} != {int}:
             raise refuse("bad-journal", "an entry is malformed")
     if document["version"] != _JOURNAL_VERSION or not isinstance(document["plan"], str):
         raise refuse("bad-journal", "the version is another")
-    return Journal(document["plan"], names, finished)
+    pinned = document.get("pinned")
+    if pinned is not None and (type(pinned) is not list or [*map(type, pinned)] != [str, str]):
+        raise refuse("bad-journal", "what is pinned is malformed")
+    return Journal(document["plan"], names, finished, (pinned[0], pinned[1]) if pinned else None)
 
 
 def _write_journal(work: Path, journal: Journal) -> None:
@@ -431,6 +476,7 @@ def _write_journal(work: Path, journal: Journal) -> None:
         "plan": journal.plan,
         "names": journal.names,
         "finished": finished,
+        "pinned": journal.pinned,
     }
     new = work / (JOURNAL_FILENAME + _NEW_SUFFIX)
     new.unlink(missing_ok=True)
@@ -460,10 +506,12 @@ def _remove(root: Path, names: set[str]) -> None:
 
 
 def _remove_leftovers(work: Path) -> None:
-    """Removes what a run that was killed may have left half-written."""
-    for suffix in (PARTIAL_SUFFIX, _NEW_SUFFIX):
-        for path in work.glob("*" + suffix):
+    """Removes what a run that was killed may have left half-written, half-fetched files too."""
+    for pattern in ("*" + PARTIAL_SUFFIX, "*" + _NEW_SUFFIX):
+        for path in work.glob(pattern):
             path.unlink()
+    for path in (work / FETCHED_DIRECTORY).glob("**/*.incomplete"):
+        path.unlink()
 
 
 def sync_folder(folder: Path) -> None:

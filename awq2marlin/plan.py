@@ -166,6 +166,7 @@ class Plan:
         texts = [CONFIG_FILENAME, *self.checkpoint.legacy_configs, *index]
         identity = {
             "version": __version__,
+            "origin": folder.origin,
             "unaligned": self.unaligned,
             "texts": [(name, _sha256(folder.read(name))) for name in texts],
             "shards": [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import secrets
 import socket
@@ -27,6 +28,7 @@ class ShardTask:
         source: resolved path of the source file.
         partial: where the output grows; every attempt adds letters of its own, so that two never write one file.
         workers: threads to use.
+        sha256: what the source's has to be, 64 hexadecimal digits; None if that is not known.
         version: of this package; whoever does the task must have the same.
         number: a random one, so that an executor that keeps results (Dask does) never takes this task for an equal
             one of another run.
@@ -36,6 +38,7 @@ class ShardTask:
     source: Path
     partial: Path
     workers: int
+    sha256: str | None = None
     version: str = __version__
     number: int = field(default_factory=lambda: secrets.randbits(64))
 
@@ -74,7 +77,7 @@ def convert_shard(task: ShardTask, progress: Callable[[int], None] | None = None
         progress: called by any thread with the bytes read since its last call.
 
     Raises:
-        CheckpointError: if the source is not what was planned with.
+        CheckpointError: if the source is not what was planned with, or what its SHA-256 says.
         ExecutorError: if this process is not of the version that made the task, or does not see its files.
         OSError: if reading or writing fails.
     """
@@ -85,16 +88,25 @@ def convert_shard(task: ShardTask, progress: Callable[[int], None] | None = None
     _check_unchanged(task)
     partial = task.partial.with_name(f"{secrets.token_hex(4)}-{task.partial.name}")
     source_digest, target_digest = Xxh3(plan.source.prefix), Xxh3()
+    sha256 = hashlib.sha256(plan.source.prefix) if task.sha256 else None
     rewrite_file(
         (task.source, plan.name),
         partial,
         _pieces(plan),
         prefix=plan.target.prefix,
-        source_hashes=[source_digest],
+        source_hashes=[source_digest, *([sha256] if sha256 else [])],
         target_hashes=[target_digest],
         workers=task.workers,
         progress=progress,
     )
+    if sha256 and sha256.hexdigest() != task.sha256:
+        partial.unlink()
+        raise refuse(
+            "wrong-digest",
+            f"the file that was fetched has SHA-256 {sha256.hexdigest()}, the Hub says {task.sha256}; "
+            f"remove {task.source} and run the same command again, it fetches it anew",
+            file=plan.name,
+        )
     return ShardResult(
         plan.name,
         partial,

@@ -24,6 +24,7 @@ from awq2marlin.checkpoint import Checkpoint, open_checkpoint
 from awq2marlin.digest import xxh3_of_file
 from awq2marlin.errors import CheckpointError, DifferenceError, difference, printable, refuse
 from awq2marlin.folder import CONFIG_FILENAME, INDEX_FILENAME, Folder
+from awq2marlin.hub import open_source
 from awq2marlin.manifest import Manifest, read_manifest
 from awq2marlin.marlin import is_single_group
 from awq2marlin.pairing import pair_modules
@@ -86,7 +87,7 @@ class VerifyResult:
     """What a verification looked at; it raises where it finds a difference.
 
     Attributes:
-        source: the AWQ checkpoint's folder.
+        source: the AWQ checkpoint's folder, or ``org/name@commit``.
         output: the converted checkpoint's folder.
         modules: converted modules whose values were compared.
         modules_total: converted modules there are.
@@ -97,8 +98,8 @@ class VerifyResult:
         gemm: what the Marlin GEMM said of the same modules; None if it was not asked.
     """
 
-    source: Path
-    output: Path
+    source: Path | str
+    output: Path | str
     modules: tuple[ModulePlan, ...]
     modules_total: int
     tensors: int
@@ -120,8 +121,8 @@ def verify(
     """Compares a converted checkpoint with its source.
 
     Args:
-        source: folder of the AWQ checkpoint.
-        output: folder of the converted one.
+        source: folder of the AWQ checkpoint, or a repository of the Hub, ``org/name[@revision]``.
+        output: folder of the converted one, or a repository.
         layers: how many converted modules to compare value for value, spread over the model, or ``"all"``,
             which also hashes every file and compares the digests with the manifest's. Everything else is
             always compared in full.
@@ -165,8 +166,8 @@ def verify(
     assert isinstance(awq.quantization, AwqQuantization)
     gemm = run_gemm(chosen, awq.quantization, old, new, device, progress)
     return VerifyResult(
-        awq.folder.root,
-        marlin.folder.root,
+        awq.folder.where,
+        marlin.folder.where,
         tuple(chosen),
         len(modules),
         len(others),
@@ -194,7 +195,7 @@ def run_gemm(
 
 
 def _open_pair(source: str | os.PathLike[str], output: str | os.PathLike[str]) -> tuple[Checkpoint, Checkpoint]:
-    awq, marlin = open_checkpoint(source), open_checkpoint(output)
+    awq, marlin = open_checkpoint(open_source(source)), open_checkpoint(open_source(output))
     if not isinstance(awq.quantization, AwqQuantization):
         raise refuse(
             "already-converted",
@@ -457,7 +458,7 @@ def _digest_job(folder: Folder, name: str, size: int, digest: str, progress: Pro
         if found != (size, digest):
             raise difference(
                 "manifest",
-                f"the manifest records {size} bytes, {digest}; the file in {printable(str(folder.root))} has "
+                f"the manifest records {size} bytes, {digest}; the file in {printable(str(folder.where))} has "
                 f"{found[0]}, {found[1]}",
                 file=name,
             )

@@ -322,7 +322,7 @@ def test_a_conversion_that_fails_its_own_verification_exits_3_and_is_never_loada
         return done
 
     with monkeypatch.context() as patch:
-        patch.setattr("awq2marlin.conversion.convert_shard", wrong)
+        patch.setattr("awq2marlin.pipeline.convert_shard", wrong)
         code, out, err = run(capsys, "convert", made / "awq", "output", "--json", "--verify", "all")
     (error,) = read_json(out, "convert", 3)["errors"]
     assert (code, error["tensor"]) == (3, "model.layers.0.mlp.up_proj.qweight")

@@ -18,7 +18,7 @@ import pytest
 import typer
 
 import awq2marlin
-from awq2marlin import errors
+from awq2marlin import errors, hub_errors
 from awq2marlin.cli import app, main
 from awq2marlin.manifest import Manifest, ManifestShard
 from awq2marlin.marlin import FUSED_SIBLINGS
@@ -240,6 +240,8 @@ def _error_codes() -> set[str]:
     """Every code that the package can report, read from its source."""
     system = {code for code, _ in errors._ADVICE.values()}
     unknown = max(errno.errorcode) + 1
+    system |= {code for code, _ in (*hub_errors.BY_NAME.values(), *hub_errors.BY_STATUS.values())}
+    system |= {hub_errors.SERVER_FAILED[0], hub_errors.BAD_CARD[0]}
     codes = system | {errors.problem_from_os_error(OSError(unknown, "unknown")).code}
     for path in sorted(PACKAGE.rglob("*.py")):
         codes |= _Codes(ast.parse(path.read_text("utf-8"))).codes

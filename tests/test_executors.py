@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from awq2marlin import conversion, convert, errors
+from awq2marlin import convert, errors, pipeline
 from awq2marlin.checkpoint import open_checkpoint
 from awq2marlin.errors import Awq2MarlinError, CheckpointError, ExecutorError, Problem
 from awq2marlin.plan import plan_conversion
@@ -100,7 +100,7 @@ def test_a_task_is_picklable_and_pure(made, tmp_path):
 
 
 def test_an_error_in_a_process_comes_back_as_it_is(made, tmp_path, processes, monkeypatch):
-    monkeypatch.setattr(conversion, "convert_shard", partial(_convert_a_changed_file, tmp_path))
+    monkeypatch.setattr(pipeline, "convert_shard", partial(_convert_a_changed_file, tmp_path))
     with pytest.raises(CheckpointError) as caught:
         convert(made / "source", tmp_path / "out", executor=processes)
     assert caught.value.problems[0].code == "changed"
@@ -125,7 +125,7 @@ def _die_on(name, marker, task):
 
 def test_a_killed_process_is_told_in_words_and_the_same_call_resumes(made, tmp_path, monkeypatch):
     name = sorted(path.name for path in (made / "source").glob("*.safetensors"))[-1]
-    monkeypatch.setattr(conversion, "convert_shard", partial(_die_on, name, tmp_path / "died"))
+    monkeypatch.setattr(pipeline, "convert_shard", partial(_die_on, name, tmp_path / "died"))
     out = tmp_path / "out"
     with (
         ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool,
@@ -160,13 +160,13 @@ def test_a_worker_that_sees_other_files_is_told(made, tmp_path, monkeypatch):
         done.partial.unlink()
         return done
 
-    monkeypatch.setattr(conversion, "convert_shard", elsewhere)
+    monkeypatch.setattr(pipeline, "convert_shard", elsewhere)
     with ThreadPoolExecutor(1) as pool, pytest.raises(ExecutorError, match="storage that all workers share"):
         convert(made / "source", tmp_path / "out", executor=pool)
 
 
 def test_a_worker_of_another_version_is_told(made, tmp_path, monkeypatch):
-    monkeypatch.setattr(conversion, "ShardTask", partial(ShardTask, version="0.0.1"))
+    monkeypatch.setattr(pipeline, "ShardTask", partial(ShardTask, version="0.0.1"))
     with ThreadPoolExecutor(1) as pool, pytest.raises(ExecutorError, match=r"begun with 0\.0\.1"):
         convert(made / "source", tmp_path / "out", executor=pool)
 

@@ -24,13 +24,14 @@ PUBLIC_FUNCTIONS = ("convert", "verify", "revert", "inspect", "demo")
 #: The order of imports, lowest first: a module imports only from layers below its own.
 LAYERS = [
     ["_version", "awq", "cache", "errors", "progress", "reference", "repack_kernels"],
-    ["jit", "machine_code", "marlin", "safetensors_header"],
+    ["hub_errors", "jit", "machine_code", "marlin", "safetensors_header"],
     ["diagnosis", "folder", "kernel_configs", "layout", "repack"],
-    ["compile_matrix", "ops", "quantization", "stream", "synthetic"],
+    ["compile_matrix", "hub", "ops", "quantization", "stream", "synthetic"],
     ["linear", "checkpoint", "digest", "tensor_files", "workers"],
-    ["config", "manifest", "output", "plan"],
-    ["gemm_verification", "pairing", "shard"],
+    ["arrivals", "config", "manifest", "output", "plan"],
+    ["gemm_verification", "pairing", "shard", "side_files"],
     ["error_plot", "inspection", "reversion", "verification"],
+    ["pipeline"],
     ["conversion"],
     ["demonstration"],
     ["console", "report"],
