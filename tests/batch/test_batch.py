@@ -19,8 +19,8 @@ from awq2marlin import (
     OutputError,
     batch,
     batch_record,
-    conversion,
     convert_many,
+    pipeline,
 )
 from awq2marlin.batch_record import open_record, read_record
 from awq2marlin.shard import convert_shard
@@ -335,7 +335,7 @@ def _die_once(marker, task):
 
 def test_processes_do_the_shards_and_a_killed_one_stops_the_batch_which_then_resumes(models, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(conversion, "convert_shard", partial(_die_once, tmp_path / "died"))
+    monkeypatch.setattr(pipeline, "convert_shard", partial(_die_once, tmp_path / "died"))
     sources = [*models.sources[:3], *models.sources[4:6]]
     go = partial(convert_many, sources, out_dir="out", record="record.jsonl")
     context = get_context("spawn")
