@@ -48,7 +48,7 @@ from awq2marlin.progress import Progress, Silence
 from awq2marlin.quantization import MANIFEST_FILENAME
 from awq2marlin.side_files import encode_json
 from awq2marlin.verification import verify
-from awq2marlin.workers import KILLED_WORKERS, StoppedError, check_workers, run_side_by_side
+from awq2marlin.workers import StoppedError, check_workers, run_side_by_side
 
 #: Added to the name of a list for that of its record.
 RECORD_SUFFIX = ".record.jsonl"
@@ -468,8 +468,8 @@ def _run(
         result = _plan_only(job) if dry_run else _compare_finished(job, options["workers"], progress)
         result = result or _convert(job, options, progress)
     except Awq2MarlinError as error:
-        if isinstance(error, ExecutorError) and error.problems[0].code != KILLED_WORKERS:
-            raise
+        if isinstance(error, ExecutorError) and error.problems[0].code != "killed-workers":
+            raise  # it can do no other item either
         result = job.result(error.exit_code, errors=error.problems)
     except OSError as error:
         result = job.result(EXIT_FAILED, errors=(problem_from_os_error(error),))

@@ -15,9 +15,6 @@ from awq2marlin.stream import help_others
 #: Beyond this many, memory bandwidth and the disk are the limit, not the processors.
 MAX_DEFAULT_WORKERS = 8
 
-#: The code of an error that speaks against one task, not against the executor.
-KILLED_WORKERS = "killed-workers"
-
 _Task = TypeVar("_Task")
 _Done = TypeVar("_Done")
 
@@ -154,7 +151,7 @@ def _told(error: Exception) -> ExecutorError | None:
         return ExecutorError(Problem("", "", "broken-executor", message))
     if name == "KilledWorker":  # Dask's; nothing of Dask is imported here
         message = f"several workers died of the same shard, one after the other, perhaps for want of memory; {resumes}"
-        return ExecutorError(Problem("", "", KILLED_WORKERS, message))
+        return ExecutorError(Problem("", "", "killed-workers", message))
     if isinstance(error, ModuleNotFoundError) and (error.name or "").startswith("awq2marlin"):
         message = f"a worker has no awq2marlin, or an older one ({error}); install the same version for all of them"
         return ExecutorError(Problem("", "", "other-version", message))

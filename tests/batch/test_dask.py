@@ -170,7 +170,7 @@ def test_a_service_that_is_no_scheduler_is_given_up(run, made, tmp_path, monkeyp
 
 def test_a_cluster_without_workers_is_given_up(run, made, tmp_path, monkeypatch):
     monkeypatch.setattr(cluster, "WORKERS_SECONDS", 0.5)
-    with distributed.LocalCluster(n_workers=0, dashboard_address=":0", silence_logs=50, processes=False) as empty:
+    with distributed.LocalCluster(n_workers=0, dashboard_address=":0", silence_logs=50) as empty:
         error = refused(run, made, tmp_path, empty.scheduler_address)
     assert (error["code"], "has had no workers" in error["message"]) == ("no-workers", True)
 
