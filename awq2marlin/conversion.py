@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
+from collections import defaultdict
 from collections.abc import Mapping
 from concurrent.futures import Executor
 from dataclasses import dataclass
@@ -260,23 +261,32 @@ def _trusted_shards(plan: Plan, out: OutputFolder, work: Work) -> tuple[str, ...
 
 
 def _refuse_full_disk(plan: Plan, out: OutputFolder, work: Work) -> None:
-    folder = plan.checkpoint.folder
+    """Compares what the output and what has to be fetched need with the space that their disks have."""
+    folder, side_files = plan.checkpoint.folder, plan.checkpoint.side_files
     todo = [shard for shard in plan.shards if shard.name not in out.finished]
-    needed = sum(shard.target.file_size for shard in todo)
-    needed += sum(folder.size(name) for name in plan.checkpoint.side_files)
-    if work.low_disk and folder.origin:
-        needed += source_room([shard.source.file_size for shard in todo])
-    free = shutil.disk_usage(out.root).free
-    if needed > free:
-        raise OutputError(
-            Problem(
-                str(out.root),
-                "",
-                "disk-full",
-                f"the conversion needs {needed / 1e9:.2f} GB, the disk has "
-                f"{free / 1e9:.2f} GB free; free some space or choose another disk",
+    written = sum(shard.target.file_size for shard in todo) + sum(map(folder.size, side_files))
+    place, fetched = folder.disk_need([*(shard.name for shard in todo), *side_files])
+    if work.low_disk:
+        fetched = min(fetched, source_room([shard.source.file_size for shard in todo]))
+    needs: dict[int, int] = defaultdict(int)
+    for path, size in ((out.root, written), (place, fetched)):
+        there = next(each for each in (path, *path.absolute().parents) if each.exists())
+        needs[there.stat().st_dev] += size
+        free = shutil.disk_usage(there).free
+        if needs[there.stat().st_dev] > free:
+            raise OutputError(
+                Problem(
+                    str(path),
+                    "",
+                    "disk-full",
+                    f"the conversion needs {needs[there.stat().st_dev] / 1e9:.2f} GB, the disk has "
+                    f"{free / 1e9:.2f} GB free; free some space{_low_disk_advice(folder, work)} or choose another disk",
+                )
             )
-        )
+
+
+def _low_disk_advice(folder: Folder, work: Work) -> str:
+    return ", use --low-disk" if folder.origin and not work.low_disk else ""
 
 
 def _verify(plan: Plan, out: OutputFolder, work: Work, device: Device | None) -> GemmRun | None:

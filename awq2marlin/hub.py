@@ -174,6 +174,10 @@ class HubFolder(Folder):
 
     def read_header(self, name: str) -> Header:
         """Returns the checked header of a safetensors file, fetched by a range request or two."""
+        from huggingface_hub import is_offline_mode
+
+        if is_offline_mode():
+            return super().read_header(name)
         size = self.size(name)
         data = self._range(name, 0, min(size, _HEADER_BYTES))
         length = LENGTH_BYTES + int.from_bytes(data[:LENGTH_BYTES], "little")
@@ -222,20 +226,30 @@ class HubFolder(Folder):
                 library_version=__version__,
                 tqdm_class=_bar_that_tells(told),
             )
-        path = Path(fetched).resolve(strict=True)
+        path = self._here[name] = Path(fetched).resolve(strict=True)
         found = path.stat()
         if not stat.S_ISREG(found.st_mode) or found.st_size != size:
             self.release(name)
             raise refuse("truncated", _not_as_promised(path, f"{found.st_size} bytes", f"{size}"), file=name)
         told.rest()
-        self._here[name] = path
         return path
+
+    def disk_need(self, names: Iterable[str]) -> tuple[Path, int]:
+        """Returns where files are going to be fetched to, and the bytes that are not there yet."""
+        from huggingface_hub import constants, try_to_load_from_cache
+
+        missing = [
+            name
+            for name in names
+            if not isinstance(try_to_load_from_cache(self.name.repo_id, name, revision=self.commit), str)
+        ]
+        return self.place or Path(constants.HF_HUB_CACHE), sum(map(self.size, missing))
 
     def release(self, name: str) -> None:
         """Removes what was fetched of a file to a place of our own; the client's cache is left alone."""
-        self._here.pop(name, None)
-        if self.place is not None:
-            (self.place / name).unlink(missing_ok=True)
+        path = self._here.pop(name, None)
+        if self.place is not None and path is not None:
+            path.unlink(missing_ok=True)
 
     def _range(self, name: str, begin: int, end: int) -> bytes:
         """Returns some bytes of a file; tries again if the connection breaks."""
@@ -263,7 +277,10 @@ class HubFolder(Folder):
         data = bytearray()
         with (
             told_as_hub_error(self.name.repo_id, self.name.revision),
-            http_stream_backoff("GET", url, headers=headers, follow_redirects=True, timeout=30) as response,
+            # what breaks while we read is tried again by our caller; the client's retries are for the answer's status
+            http_stream_backoff(
+                "GET", url, headers=headers, follow_redirects=True, timeout=30, retry_on_exceptions=()
+            ) as response,
         ):
             hf_raise_for_status(response)
             skip = 0 if response.status_code == 206 else begin  # a whole file where a range was asked for
@@ -285,7 +302,10 @@ class HubFolder(Folder):
 
 
 def _not_as_promised(path: Path, found: str, promised: str) -> str:
-    return f"the file has {found}, the Hub says {promised}; remove {path} and run the command again, it fetches it anew"
+    return (
+        f"the file that was fetched has {found}, the Hub says {promised}; "
+        f"remove {path} if it is there and run the command again, it fetches it anew"
+    )
 
 
 class _Told:
@@ -304,6 +324,10 @@ class _Told:
     def rest(self) -> None:
         """All have come."""
         self.update(self._left)
+
+
+def _silent_bar() -> type[Any]:
+    return _bar_that_tells(_Told(0, lambda _: None))
 
 
 def _bar_that_tells(told: _Told) -> type[Any]:
@@ -353,6 +377,9 @@ def open_hub(name: HubName, *, commit: str | None = None, place: Path | None = N
         if not isinstance(found, str) or not _COMMIT.fullmatch(found) or (commit and commit != found):
             raise _impossible(name, f"its commit would be {found!r}")
         files = _checked_listing(name, api.list_repo_tree(name.repo_id, recursive=True, revision=found))
+        if place is None and commit is None and CONFIG_FILENAME in files:
+            # so that the cache knows what the name stood for, when it is used without the network
+            api.hf_hub_download(name.repo_id, CONFIG_FILENAME, revision=name.revision, tqdm_class=_silent_bar())
     return HubFolder(_cached_snapshot(name.repo_id, found), name, found, files, place)
 
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 from awq2marlin.arrivals import arriving
 from awq2marlin.awq import module_name
-from awq2marlin.errors import ExecutorError, Problem
+from awq2marlin.errors import CheckpointError, ExecutorError, Problem
 from awq2marlin.folder import Folder
 from awq2marlin.output import FinishedFile, OutputFolder
 from awq2marlin.plan import ModulePlan, Plan, ShardPlan
@@ -95,11 +96,23 @@ def convert_shards(plan: Plan, out: OutputFolder, work: Work) -> None:
             ShardTask(todo[name], folder.path(name), out.partial(name), threads, folder.sha256(name))
             for name in arrivals
         )
-        if work.executor is None:
-            run_side_by_side(convert_shard, tasks, at_once, progress.advance, finish)
-        else:
-            run_on_executor(work.executor, convert_shard, tasks, at_once, finish)
+        with _released_if_spoilt(folder):
+            if work.executor is None:
+                run_side_by_side(convert_shard, tasks, at_once, progress.advance, finish)
+            else:
+                run_on_executor(work.executor, convert_shard, tasks, at_once, finish)
     progress.finish()
+
+
+@contextmanager
+def _released_if_spoilt(folder: Folder) -> Iterator[None]:
+    """Removes a file that was fetched to a place of our own and is not what was promised: a rerun fetches it anew."""
+    try:
+        yield
+    except CheckpointError as error:
+        for problem in error.problems:
+            folder.release(problem.file)
+        raise
 
 
 def _publish(done: ShardResult, out: OutputFolder) -> None:

@@ -104,7 +104,7 @@ def convert_shard(task: ShardTask, progress: Callable[[int], None] | None = None
         raise refuse(
             "wrong-digest",
             f"the file that was fetched has SHA-256 {sha256.hexdigest()}, the Hub says {task.sha256}; "
-            f"remove {task.source} and run the same command again, it fetches it anew",
+            f"remove {task.source} if it is there and run the same command again, it fetches it anew",
             file=plan.name,
         )
     return ShardResult(

@@ -16,7 +16,8 @@ from awq2marlin.synthetic import Recipe, write_checkpoint
 
 WORK = ".awq2marlin"
 MANIFEST = "marlin_manifest.json"
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(awq2marlin.__file__).parents[1])}
+PATHS = {"PYTHONPATH": str(Path(awq2marlin.__file__).parents[1])}
+ENVIRONMENT = {**os.environ, **PATHS}
 REPORT_KEYS = {
     "schema_version",
     "command",
@@ -111,7 +112,9 @@ def refused(outcome, code=1):
 
 def run_process(*arguments, **options):
     """Runs the command line in a process of its own."""
-    done = subprocess.run(command(*arguments), capture_output=True, text=True, env=ENVIRONMENT, timeout=60, **options)
+    done = subprocess.run(
+        command(*arguments), capture_output=True, text=True, env={**os.environ, **PATHS}, timeout=60, **options
+    )
     return Outcome(done.returncode, done.stdout, done.stderr)
 
 
@@ -126,7 +129,7 @@ def start(*arguments):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        env=ENVIRONMENT,
+        env={**os.environ, **PATHS},
         preexec_fn=lambda: signal.signal(
             signal.SIGINT, signal.SIG_DFL
         ),  # ignored, where the tests run in the background
