@@ -35,7 +35,7 @@ def outcome_text(result: ItemResult) -> str:
     """Returns one line on what became of an item; of its problems only the first."""
     place = f"{printable(result.source)} -> {printable(result.output)}"
     if result.exit_code != EXIT_DONE:
-        more = f" (and {len(result.errors) - 1} more problems)" if len(result.errors) > 1 else ""
+        more = f" (and {len(result.errors) - 1} more)" if len(result.errors) > 1 else ""
         why = f": {result.errors[0]}{more}" if result.errors else ""
         return f"{result.status} {place}{why}"
     verified = f", {result.verified} verified" if result.verified else ""
@@ -52,7 +52,8 @@ def print_batch(result: BatchResult) -> None:
     verb = "could be done" if result.dry_run else "done"
     before = sum(item.exit_code == EXIT_DONE for item in earlier)
     by_earlier = f" ({before} of them by earlier runs)" if before else ""
-    print(f"{len(result.items)} items: {done} {verb}{by_earlier}, {len(failed)} failed")
+    total = len(result.items)
+    print(f"{total} item{'' if total == 1 else 's'}: {done} {verb}{by_earlier}, {len(failed)} failed")
     for item in failed:
         print(outcome_text(item))
     untried = sum(item.exit_code != EXIT_DONE for item in earlier)
@@ -152,10 +153,10 @@ class LiveTable:
         from rich.live import Live
 
         self._console = Console(file=stream, markup=False, highlight=False, emoji=False)
-        self._live = Live(get_renderable=self._table, console=self._console, refresh_per_second=_REFRESH)
         self._lock = threading.Lock()
         self._counts = _Counts()
         self._rows: dict[str, _Row] = {}
+        self._live = Live(get_renderable=self._table, console=self._console, refresh_per_second=_REFRESH)
 
     def start(self, total: int, earlier: Sequence[ItemResult]) -> None:
         """The batch begins."""
