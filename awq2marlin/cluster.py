@@ -32,6 +32,9 @@ CONNECT_SECONDS = 10.0
 #: Seconds until a cluster without workers is given up; some start their first when somebody joins.
 WORKERS_SECONDS = 120.0
 
+#: Seconds between two looks at whether there are still workers.
+WATCH_SECONDS = 5.0
+
 _MAX_SHOWN = 3
 
 _SILENT = (
@@ -61,13 +64,14 @@ def dask_executor(
     Raises:
         ExecutorError: if the cluster cannot be joined, has no workers, or these cannot do the work.
     """
-    client = _connect(address)
+    client, progress = _connect(address), progress or Silence()
     try:
-        _wait_for_workers(client, address, progress or Silence())
+        _wait_for_workers(client, address, progress)
         _check_versions(_ask(client, address, eval, "__import__('awq2marlin').__version__"))
         with _probes(sources, outputs) as probes:
             _check_shared(_ask(client, address, unseen, probes))
-        yield client.get_executor(pure=False)
+        with _told_without_workers(client, address, progress):
+            yield client.get_executor(pure=False)
     finally:
         client.close()
 
@@ -139,6 +143,28 @@ def _wait_for_workers(client: Any, address: str, progress: Progress) -> None:
     except TimeoutError:
         message = f"the cluster has had no workers for {WORKERS_SECONDS:.0f} s; start some ('dask worker {address}')"
         raise _failed("no-workers", address, message) from None
+
+
+@contextmanager
+def _told_without_workers(client: Any, address: str, progress: Progress) -> Iterator[None]:
+    """Tells when the last worker has gone, as jobs of a batch system do: Dask waits for new ones, without a word."""
+    ended = threading.Event()
+
+    def watch() -> None:
+        had_some = True
+        while not ended.wait(WATCH_SECONDS):
+            has_some = bool(client.scheduler_info()["workers"])
+            if had_some and not has_some:
+                progress.note(f"{address} has no workers any more; waiting for new ones (Ctrl-C ends; a rerun resumes)")
+            had_some = has_some
+
+    watcher = threading.Thread(target=watch, name="watch", daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        watcher.join(WATCH_SECONDS)
 
 
 def _ask(client: Any, address: str, function: Any, *arguments: Any) -> Mapping[str, Any]:

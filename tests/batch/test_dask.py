@@ -16,6 +16,7 @@ import pytest
 from awq2marlin import cluster, convert, convert_many, pipeline
 from awq2marlin.cluster import dask_executor, unseen
 from awq2marlin.errors import ExecutorError, Problem
+from awq2marlin.progress import Silence
 from awq2marlin.shard import convert_shard
 from awq2marlin.synthetic import Recipe, write_checkpoint
 from awq2marlin.workers import run_on_executor
@@ -173,6 +174,24 @@ def test_a_cluster_without_workers_is_given_up(run, made, tmp_path, monkeypatch)
     with distributed.LocalCluster(n_workers=0, dashboard_address=":0", silence_logs=50) as empty:
         error = refused(run, made, tmp_path, empty.scheduler_address)
     assert (error["code"], "has had no workers" in error["message"]) == ("no-workers", True)
+
+
+def test_a_cluster_whose_workers_have_all_gone_is_told_and_goes_on_with_new_ones(made, tmp_path, monkeypatch):
+    monkeypatch.setattr(cluster, "WATCH_SECONDS", 0.1)
+    notes = []
+
+    class Told(Silence):
+        def note(self, text):
+            notes.append(text)
+            running.scale(1)
+
+    with distributed.LocalCluster(n_workers=1, dashboard_address=":0", silence_logs=50, processes=False) as running:
+        monkeypatch.setattr(cluster, "_connect", lambda _: distributed.Client(running, set_as_default=False))
+        with dask_executor("tcp://0", [], [], Told()) as executor:
+            running.scale(0)
+            convert(made / "source", tmp_path / "out", executor=executor)
+    assert notes == ["tcp://0 has no workers any more; waiting for new ones (Ctrl-C ends; a rerun resumes)"]
+    assert contents(tmp_path / "out") == contents(made / "marlin")
 
 
 def test_a_worker_of_another_version_or_without_the_package_is_refused(dask, run, made, tmp_path, monkeypatch):
