@@ -1,6 +1,6 @@
 """Convert AWQ checkpoints to the Marlin layout offline: streamed, verified, reversible byte for byte.
 
-    from awq2marlin import convert, verify, revert, inspect
+    from awq2marlin import convert, verify, revert, push, inspect
 
 Importing this package imports neither torch nor NumPy nor Numba; each name brings what it needs when it is
 first used.
@@ -72,6 +72,9 @@ if TYPE_CHECKING:
     from awq2marlin.reversion import RestoredFile as RestoredFile
     from awq2marlin.reversion import RevertResult as RevertResult
     from awq2marlin.reversion import revert as revert
+    from awq2marlin.upload import PushedFile as PushedFile
+    from awq2marlin.upload import PushResult as PushResult
+    from awq2marlin.upload import push as push
     from awq2marlin.verification import VerifyResult as VerifyResult
     from awq2marlin.verification import verify as verify
 
@@ -132,6 +135,7 @@ _HOMES: dict[str, str] = {
         "plan": ["ModulePlan"],
         "progress": ["Progress"],
         "reversion": ["RestoredFile", "RevertResult", "revert"],
+        "upload": ["PushResult", "PushedFile", "push"],
         "verification": ["VerifyResult", "verify"],
     }.items()
     for name in names

@@ -19,9 +19,10 @@ from typing import TYPE_CHECKING, Literal
 
 from awq2marlin.checkpoint import open_checkpoint
 from awq2marlin.errors import OutputError, Problem
-from awq2marlin.folder import CONFIG_FILENAME, INDEX_FILENAME, Folder, hub_repository
+from awq2marlin.folder import CARD_FILENAME, CONFIG_FILENAME, INDEX_FILENAME, Folder, hub_repository
 from awq2marlin.hub import HUB_PREFIX, HubName, is_ambiguous, open_hub, parse_source
 from awq2marlin.manifest import read_manifest
+from awq2marlin.model_card import model_card
 from awq2marlin.output import (
     FETCHED_DIRECTORY,
     WORK_DIRECTORY,
@@ -168,6 +169,8 @@ def convert(
             write_manifest(plan, out, carry_side_files(plan, out))
             verified = tuple(module.name for module in work.chosen(plan))
             gemm = None if low_disk else _verify(plan, out, work, device)
+            repo_id, revision = folder.origin or (None, None)
+            out.write(CARD_FILENAME, model_card(plan, verified, gemm, repo_id=repo_id, revision=revision))
             out.commit(encode_json(plan.config()))
     return _result(plan, root, dry_run, resumed, verified, gemm, time.perf_counter() - started)
 
@@ -186,7 +189,7 @@ def output_names(plan: Plan) -> list[str]:
     """Returns every file that a conversion leaves in its output folder."""
     shards = [shard.name for shard in plan.shards]
     index = [INDEX_FILENAME] if plan.checkpoint.has_index else []
-    return sorted([*shards, *plan.checkpoint.side_files, *index, CONFIG_FILENAME, MANIFEST_FILENAME])
+    return sorted([*shards, *plan.checkpoint.side_files, *index, CARD_FILENAME, CONFIG_FILENAME, MANIFEST_FILENAME])
 
 
 def owned_files(root: Path, overwrite: bool) -> list[str] | None:

@@ -27,6 +27,10 @@ _SHARED_BLOB = re.compile(r"[0-9a-f]{2}/[0-9a-f]{64}")
 
 INDEX_FILENAME = "model.safetensors.index.json"
 CONFIG_FILENAME = "config.json"
+CARD_FILENAME = "README.md"
+
+#: A model card above this is refused: nobody reads it, and the manifest has to hold it.
+MAX_CARD_BYTES = 8_000_000
 
 
 def is_safe_name(name: str) -> bool:

@@ -143,15 +143,16 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 
 def _advice(error: BaseException) -> tuple[str, str]:
     """Returns code and advice for one exception; empty if the tables do not know it."""
-    is_answer = hasattr(error, "server_message")  # an error of the client, which knows more than its cause of HTTP
-    response = getattr(error, "response", None) if is_answer else None
-    status = getattr(response, "status_code", None)
-    for kind in type(error).__mro__:
-        if kind.__name__ in BY_NAME and not (status == 429 or (status or 0) >= 500):
-            return BY_NAME[kind.__name__]
-    if status is None:
-        return "", ""
-    return BY_STATUS.get(status, SERVER_FAILED if status >= 500 else BY_STATUS[400])
+    response = getattr(error, "response", None)
+    if response is not None and not hasattr(error, "server_message"):
+        return "", ""  # HTTP's own error, of which the client made one that knows more
+    known = next((BY_NAME[kind.__name__] for kind in type(error).__mro__ if kind.__name__ in BY_NAME), ("", ""))
+    if response is None:
+        return known
+    status = response.status_code
+    if status == 429 or status >= 500 or known[0] in ("", "hub-unreachable"):  # an answer is no broken connection
+        return BY_STATUS.get(status, SERVER_FAILED if status >= 500 else BY_STATUS[400])
+    return known
 
 
 def _words(error: BaseException, repo_id: str) -> dict[str, str]:

@@ -9,7 +9,7 @@ from typing import Any
 from awq2marlin.digest import Xxh3
 from awq2marlin.errors import refuse
 from awq2marlin.folder import CONFIG_FILENAME, INDEX_FILENAME, Folder
-from awq2marlin.manifest import Manifest, ManifestShard
+from awq2marlin.manifest import Manifest, ManifestShard, SourceCard
 from awq2marlin.output import FinishedFile, OutputFolder
 from awq2marlin.plan import Plan, ShardPlan
 from awq2marlin.quantization import MANIFEST_FILENAME
@@ -68,7 +68,8 @@ def write_manifest(plan: Plan, out: OutputFolder, carried: Mapping[str, tuple[in
     texts = {name: _exact_text(checkpoint.folder, name) for name in rewritten}
     digests = {name: (len(text.encode()), str(Xxh3(text.encode()))) for name, text in texts.items()}
     repo_id, revision = folder.origin or (None, None)
-    manifest = Manifest(shards, texts, digests, carried, repo_id, revision, checkpoint.left_behind)
+    card = SourceCard.of(checkpoint.card, folder.read(checkpoint.card)) if checkpoint.card else None
+    manifest = Manifest(shards, texts, digests, carried, repo_id, revision, checkpoint.left_behind, card=card)
     out.write(MANIFEST_FILENAME, manifest.encode())
 
 

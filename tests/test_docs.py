@@ -1,6 +1,7 @@
 """What the documents say is what the code does: examples run, links resolve, and every list is complete.
 
-The examples of one document run in order, in one namespace, in a temporary folder that holds `EXAMPLES`.
+The examples of one document run in order, in one namespace, in a temporary folder that holds `EXAMPLES`; the Hub that
+they speak of is one on loopback.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import typer
 import awq2marlin
 from awq2marlin import errors, hub_errors
 from awq2marlin.cli import app, main
-from awq2marlin.manifest import Manifest, ManifestShard
+from awq2marlin.manifest import Manifest, ManifestShard, SourceCard
 from awq2marlin.marlin import FUSED_SIBLINGS
 from awq2marlin.quantization import AwqQuantization, marlin_document
 from awq2marlin.report import STATUS, Report
@@ -74,7 +75,7 @@ def model_folder(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("path", RUNNABLE, ids=_name)
-@pytest.mark.usefixtures("model_folder")
+@pytest.mark.usefixtures("model_folder", "hub")
 def test_python_examples_run(path):
     namespace = {"__name__": "__main__"}
     for line, code in _python_blocks(path.read_text("utf-8")):
@@ -170,7 +171,14 @@ def test_format_document_lists_the_config_keys():
 def test_format_document_lists_the_manifest_keys():
     shard = ManifestShard(Header(b"{}", {}), 10, ("xxh3_128:" + "0" * 32,), 10, "xxh3_128:" + "0" * 32)
     manifest = Manifest(
-        {"<file>": shard}, {"<file>": ""}, {"<file>": (0, "")}, {"<file>": (0, "")}, None, None, {"<file>": ""}
+        {"<file>": shard},
+        {"<file>": ""},
+        {"<file>": (0, "")},
+        {"<file>": (0, "")},
+        None,
+        None,
+        {"<file>": ""},
+        SourceCard.of("", b""),
     )
     written = list(_paths(json.loads(manifest.encode())))
     assert sorted(_table("marlin-native.md", "manifest")) == sorted(written)
@@ -194,7 +202,7 @@ def test_json_document_lists_the_keys_of_a_report():
     assert _table("json.md", "report") == list(Report("convert").document(0))
 
 
-@pytest.mark.usefixtures("model_folder")
+@pytest.mark.usefixtures("model_folder", "hub")
 def test_json_document_lists_the_keys_of_every_command(capsys):
     def run(*arguments: str) -> dict[str, Any]:
         assert main([*arguments, "--quiet", "--json"]) == 0
@@ -217,6 +225,8 @@ def test_json_document_lists_the_keys_of_every_command(capsys):
     assert sorted(batch["details"]["items"][0]) == sorted({*record, "earlier"} - {"version"})
     revert = run("revert", "model-marlin", "model-back")
     assert (revert["modules"], revert["details"]) == ([], {})
+    push = run("push", "model-marlin", "org/model-marlin")
+    assert (push["modules"], _table("json.md", "push details")) == ([], list(push["details"]))
     demo = run("demo")
     assert _table("json.md", "convert details") + _table("json.md", "demo details") == list(demo["details"])
 

@@ -158,7 +158,7 @@ def test_a_shard_is_compared_before_its_source_goes(tmp_path, monkeypatch, sourc
     assert not (out / "config.json").exists()
     assert finished_shards(out) == []
     assert convert(REPO, out, low_disk=True, verify="all").resumed == ()
-    convert(REPO, tmp_path / "expected")
+    convert(REPO, tmp_path / "expected", verify="all")
     assert contents(out) == contents(tmp_path / "expected")
 
 

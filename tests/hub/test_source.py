@@ -48,7 +48,7 @@ class TestConverted:
 
     @pytest.mark.parametrize("options", [(), ("--low-disk",), ("--low-disk", "--workers", "1"), ("--workers", "3")])
     def test_all_ways_give_the_same_bytes(self, run, repository, source, tmp_path, options):
-        convert(REPO, tmp_path / "expected", verify="none")
+        convert(REPO, tmp_path / "expected")
         assert run("convert", f"hf://{REPO}@{repository.commit().oid}", "out", *options).code == 0
         assert contents(tmp_path / "out") == contents(tmp_path / "expected")
         local = convert(source, tmp_path / "local")
