@@ -69,6 +69,7 @@ if TYPE_CHECKING:
     from awq2marlin.ops import warm_up as warm_up
     from awq2marlin.plan import ModulePlan as ModulePlan
     from awq2marlin.progress import Progress as Progress
+    from awq2marlin.publication import PushTarget as PushTarget
     from awq2marlin.reversion import RestoredFile as RestoredFile
     from awq2marlin.reversion import RevertResult as RevertResult
     from awq2marlin.reversion import revert as revert
@@ -134,6 +135,7 @@ _HOMES: dict[str, str] = {
         "ops": ["marlin_gemm", "repack_awq", "warm_up"],
         "plan": ["ModulePlan"],
         "progress": ["Progress"],
+        "publication": ["PushTarget"],
         "reversion": ["RestoredFile", "RevertResult", "revert"],
         "upload": ["PushResult", "PushedFile", "push"],
         "verification": ["VerifyResult", "verify"],

@@ -33,6 +33,7 @@ from awq2marlin.errors import (
     CheckpointError,
     DifferenceError,
     ExecutorError,
+    HubError,
     OutputError,
     Problem,
     difference,
@@ -45,8 +46,10 @@ from awq2marlin.manifest import read_manifest
 from awq2marlin.output import read_journal
 from awq2marlin.plan import plan_conversion
 from awq2marlin.progress import Progress, Silence
+from awq2marlin.publication import PushTarget
 from awq2marlin.quantization import MANIFEST_FILENAME
 from awq2marlin.side_files import encode_json
+from awq2marlin.upload import push
 from awq2marlin.verification import verify
 from awq2marlin.workers import StoppedError, check_workers, run_side_by_side
 
@@ -54,7 +57,7 @@ from awq2marlin.workers import StoppedError, check_workers, run_side_by_side
 RECORD_SUFFIX = ".record.jsonl"
 
 #: Options that decide neither what is written nor what is checked: the record leaves them out.
-_PASSING = ("output", "workers")
+_PASSING = ("output", "workers", "commit_message")
 
 _STATUS = {EXIT_DONE: "done", EXIT_FAILED: "failed", EXIT_DIFFERENCE: "difference"}
 
@@ -160,6 +163,23 @@ class _Job:
         """The options that the record remembers."""
         return {name: value for name, value in self.options.items() if name not in _PASSING}
 
+    @property
+    def target(self) -> PushTarget | None:
+        """Where the result goes on the Hub, if it does.
+
+        Raises:
+            ValueError: if that cannot be.
+        """
+        if self.options["push_to"] is None:
+            return None
+        repo_id, private, revision, create_pr = (self.options[name] for name in _PUSHING)
+        return PushTarget(repo_id, private, revision, create_pr, self.options["overwrite"])
+
+    @property
+    def passes_on(self) -> bool:
+        """Whether the result goes to the Hub and nothing of it stays here."""
+        return bool(self.options["low_disk"] and self.options["push_to"])
+
     def result(self, exit_code: int, **found: Any) -> ItemResult:
         """Returns a result of this item."""
         now = datetime.now(timezone.utc).isoformat(timespec="seconds")
@@ -183,7 +203,15 @@ _DEFAULTS: Mapping[str, Any] = {
     "device": None,
     "overwrite": False,
     "low_disk": False,
+    "push_to": None,
+    "private": False,
+    "revision": None,
+    "create_pr": False,
+    "commit_message": None,
 }
+
+#: Options that say where a result goes on the Hub.
+_PUSHING = ("push_to", "private", "revision", "create_pr")
 
 
 def convert_many(
@@ -192,7 +220,7 @@ def convert_many(
     out_dir: str | os.PathLike[str] | None = None,
     jobs: int = 1,
     workers: int | None = None,
-    part: tuple[int, int] = (1, 1),
+    part: tuple[int, int] | None = None,
     retry_failed: bool = False,
     record: str | os.PathLike[str] | None = None,
     dry_run: bool = False,
@@ -211,7 +239,8 @@ def convert_many(
         jobs: items at the same time.
         workers: threads of all jobs together; by default one a processor, at most eight. With an executor, threads
             for one shard, by default one.
-        part: (number, of how many): take only every so-manieth item, for several machines that share a list.
+        part: (number, of how many): take only every so-manieth item, for several machines that share a list. By
+            default all.
         retry_failed: try again what failed in an earlier run.
         record: JSONL file of what became of the items; by default the list's name with ``.record.jsonl``. A list
             that is no file has none by default, and then only the outputs tell what is done.
@@ -265,7 +294,7 @@ def batch_folders(
     sources: Sources,
     *,
     out_dir: str | os.PathLike[str] | None = None,
-    part: tuple[int, int] = (1, 1),
+    part: tuple[int, int] | None = None,
     **options: Any,
 ) -> tuple[list[Path | HubName], list[Path]]:
     """Returns what `convert_many` would read, and the folders that it would write.
@@ -283,9 +312,9 @@ def batch_folders(
     return [parse_source(job.item.source) for job in jobs], [job.output for job in jobs]
 
 
-def _default_record(sources: Sources, part: tuple[int, int]) -> Path | None:
+def _default_record(sources: Sources, part: tuple[int, int] | None) -> Path | None:
     """Returns where the record of a list's file lies: beside it, one for each part."""
-    file, (number, count) = _file(sources), part
+    file, (number, count) = _file(sources), part or (1, 1)
     if file is None:
         return None
     return file.with_name(f"{file.name}{f'.{number}-of-{count}' if count > 1 else ''}{RECORD_SUFFIX}")
@@ -305,7 +334,7 @@ def _opened(path: Path | None, dry_run: bool) -> Iterator[BatchRecord]:
 
 
 def _plan_jobs(
-    sources: Sources, out_dir: str | os.PathLike[str] | None, part: tuple[int, int], options: Mapping[str, Any]
+    sources: Sources, out_dir: str | os.PathLike[str] | None, part: tuple[int, int] | None, options: Mapping[str, Any]
 ) -> list[_Job]:
     """Returns what is to be done by this part, in the list's order; all parts are checked.
 
@@ -313,7 +342,7 @@ def _plan_jobs(
         BatchError: with everything that is wrong with options and outputs.
         ValueError: if there is no such part.
     """
-    number, count = part
+    number, count = part or (1, 1)
     if not 1 <= number <= count:
         raise ValueError(f"part must be (number, count) with 1 <= number <= count, found {part}")
     items = read_batch_file(Path(sources)) if isinstance(sources, (str, os.PathLike)) else check_entries(sources)
@@ -331,6 +360,7 @@ def _plan_jobs(
             wrong.append(f"{job.item.place}: device needs verify: it runs the modules that are compared")
         if job.options["device"] is not None and job.options["low_disk"]:
             wrong.append(f"{job.item.place}: device needs the whole source at the end, which low_disk removes")
+        wrong += (f"{job.item.place}: {each}" for each in _wrong_target(job))
     wrong += _clashes(jobs)
     if wrong:
         raise BatchError([Problem(str(_file(sources) or ""), "", "bad-batch", each) for each in wrong])
@@ -341,8 +371,23 @@ def _job(item: BatchItem, out_dir: Path, defaults: Mapping[str, Any]) -> _Job:
     name = parse_source(item.source)
     source = HUB_PREFIX + str(name) if isinstance(name, HubName) else os.path.realpath(name)
     output = item.options.get("output") or _default_output(name)
+    path = Path(os.path.realpath(out_dir / output))
     options = {name: value for name, value in {**defaults, **item.options}.items() if name != "output"}
-    return _Job(item, source, Path(os.path.realpath(out_dir / output)), options)
+    owner = options["push_to"]
+    if isinstance(owner, str) and "/" not in owner:
+        options["push_to"] = f"{owner}/{path.name}"
+    return _Job(item, source, path, options)
+
+
+def _wrong_target(job: _Job) -> Iterator[str]:
+    """Yields what is wrong with where an item shall go on the Hub."""
+    alone = [name for name in (*_PUSHING, "commit_message") if name in job.item.options and name != "push_to"]
+    if job.options["push_to"] is None and alone:
+        yield f"{alone[0]} needs push_to"
+    try:
+        _ = job.target
+    except ValueError as error:
+        yield str(error)
 
 
 def _default_output(source: Path | HubName) -> Path:
@@ -363,6 +408,12 @@ def _clashes(jobs: Sequence[_Job]) -> Iterator[str]:
                 f"{job.item.place}: its output {printable(str(job.output))} is that of {other.item.place} too; "
                 "give one of them an 'output' of its own"
             )
+    targets: dict[tuple[Any, Any], _Job] = {}
+    for job in jobs:
+        if job.options["push_to"] is not None:
+            other = targets.setdefault((job.options["push_to"], job.options["revision"]), job)
+            if other is not job:
+                yield f"{job.item.place}: it would be pushed where {other.item.place} is; give it its own 'push_to'"
     sources = {Path(job.source): job for job in jobs if not job.source.startswith(HUB_PREFIX)}
     for job in jobs:
         for what, path, others in (
@@ -385,17 +436,22 @@ def _known(job: _Job, record: BatchRecord, retry_failed: bool) -> ItemResult | N
     if last is None or last.source != job.source:
         return None
     if last.exit_code == EXIT_DONE:
-        stands = last.manifest is not None and _whole_manifest(job.output) == last.manifest
+        passed_on = bool(last.options.get("low_disk") and last.options.get("push_to"))  # and nothing of it is here
+        stands = passed_on == job.passes_on and (
+            passed_on or (last.manifest is not None and _whole_manifest(job.output) == last.manifest)
+        )
         return replace(last, earlier=True) if stands and _covers(last.options, job.options) else None
     is_same = dict(last.options) == job.recorded_options
     return replace(last, earlier=True) if is_same and not retry_failed else None
 
 
 def _covers(done: Mapping[str, Any], asked: Mapping[str, Any]) -> bool:
-    """Returns whether what was done is all that is asked: the same bytes, compared as thoroughly."""
+    """Returns whether what was done is all that is asked: the same bytes, compared as thoroughly, sent as far."""
     if done.get("unaligned") != asked["unaligned"]:
         return False
     if asked["device"] is not None and done.get("device") != asked["device"]:
+        return False
+    if asked["push_to"] is not None and any(done.get(name) != asked[name] for name in _PUSHING):
         return False
     return _thoroughness(done.get("verify")) >= _thoroughness(asked["verify"])
 
@@ -489,7 +545,14 @@ def _run(
 
 
 def _convert(job: _Job, options: Mapping[str, Any], progress: Progress) -> ItemResult:
-    done = convert(job.item.source, job.output, progress=progress, **options)
+    plain = {name: value for name, value in options.items() if name not in _PUSHING}
+    try:
+        done = convert(job.item.source, job.output, push_to=job.target, progress=progress, **plain)
+    except HubError as error:
+        if error.problems[0].code != "target-finished":
+            raise
+        progress.note("the repository holds this very conversion already")
+        return job.result(EXIT_DONE, pushed=f"{HUB_PREFIX}{job.options['push_to']}")
     return job.result(
         EXIT_DONE,
         bytes=done.output_bytes,
@@ -497,7 +560,8 @@ def _convert(job: _Job, options: Mapping[str, Any], progress: Progress) -> ItemR
         kept=len(done.kept),
         verified=len(done.verified),
         resumed=len(done.resumed),
-        manifest=_whole_manifest(job.output),
+        manifest=None if job.passes_on else _whole_manifest(job.output),
+        pushed=done.pushed.url if done.pushed else None,
     )
 
 
@@ -544,7 +608,26 @@ def _compare_finished(job: _Job, workers: int | None, progress: Progress) -> Ite
         kept=len(plan.kept),
         verified=verified,
         manifest=_whole_manifest(job.output),
+        pushed=_push(job, progress),
     )
+
+
+def _push(job: _Job, progress: Progress) -> str | None:
+    """Sends a finished output to where it shall go, if anywhere; what is there already is not sent again."""
+    target = job.target
+    if target is None:
+        return None
+    sent = push(
+        job.output,
+        target.repo_id,
+        private=target.private,
+        revision=target.revision,
+        create_pr=target.create_pr,
+        commit_message=job.options["commit_message"],
+        overwrite=target.overwrite,
+        progress=progress,
+    )
+    return sent.url
 
 
 def _check_recorded(output: Path, origin: tuple[str, str]) -> None:

@@ -71,7 +71,9 @@ def _is_text(value: Any) -> bool:
 
 _FLAG = _Kind("true or false", lambda value: type(value) is bool)
 
-#: The keywords of `awq2marlin.convert` that an item may give.
+_TEXT = _Kind("text, or null", lambda value: value is None or _is_text(value))
+
+#: The keywords of `awq2marlin.convert` that an item may give, and those of `awq2marlin.publication.PushTarget`.
 OPTIONS: Mapping[str, _Kind] = {
     "output": _Kind("a path", _is_text),
     "unaligned": _one_of(*UNALIGNED_CHOICES),
@@ -80,6 +82,11 @@ OPTIONS: Mapping[str, _Kind] = {
     "verify": _Kind("a number from 0, 'all' or 'none'", _is_verify),
     "device": _one_of(*get_args(Device), None),
     "low_disk": _FLAG,
+    "push_to": _Kind("a repository or an owner on the Hub, or null", lambda value: value is None or _is_text(value)),
+    "private": _FLAG,
+    "revision": _TEXT,
+    "create_pr": _FLAG,
+    "commit_message": _TEXT,
 }
 
 

@@ -43,6 +43,7 @@ class ItemResult:
         verified: modules compared value for value.
         resumed: shards that an earlier, interrupted run had finished.
         manifest: digest of the output's manifest; None unless done.
+        pushed: address of what was sent to the Hub; None if nothing was.
         tool_version: the version that did it.
         finished_at: when, UTC, ISO 8601.
         earlier: whether an earlier run did it, and this one nothing; not recorded.
@@ -61,6 +62,7 @@ class ItemResult:
     verified: int = 0
     resumed: int = 0
     manifest: str | None = None
+    pushed: str | None = None
     tool_version: str = __version__
     finished_at: str = ""
     earlier: bool = False
@@ -177,6 +179,7 @@ def _result(document: dict[str, Any]) -> ItemResult:
         and all(type(each) is int for each in counts)
         and type(result.seconds) in (int, float)
         and type(result.options) is dict
+        and (result.pushed is None or type(result.pushed) is str)
         and (result.manifest is None or is_digest(result.manifest))
     )
     if not sound:

@@ -35,6 +35,7 @@ from awq2marlin.report import Report
 if TYPE_CHECKING:
     from awq2marlin.hub import HubName
     from awq2marlin.progress import Progress
+    from awq2marlin.publication import PushTarget
 
 _Result = TypeVar("_Result")
 
@@ -80,8 +81,31 @@ _LowDisk = Annotated[
     typer.Option(
         "--low-disk",
         help="Of a repository: remove each shard as soon as it is converted and compared; needs the output plus "
-        "two shards of disk.",
+        "two shards of disk. With --push-to: send each shard at once and keep nothing.",
     ),
+]
+_PushTo = Annotated[
+    str | None,
+    typer.Option(metavar="ORG/NAME", help="Repository of the Hub that gets the result; made if needed."),
+]
+_PushAllTo = Annotated[
+    str | None,
+    typer.Option(
+        metavar="ORG", help="Send every result to the Hub, to a repository of this owner named as the output."
+    ),
+]
+_Private = Annotated[
+    bool, typer.Option("--private", help="With --push-to: make a new repository private; an existing one must be.")
+]
+_Revision = Annotated[
+    str | None,
+    typer.Option(metavar="BRANCH", help="With --push-to: branch to commit to, made if needed; by default main."),
+]
+_CreatePr = Annotated[
+    bool, typer.Option("--create-pr", help="With --push-to: open a pull request instead of changing the branch.")
+]
+_CommitMessage = Annotated[
+    str | None, typer.Option(metavar="TEXT", help="With --push-to: first line of the commits' messages.")
 ]
 _Dask = Annotated[
     str | None,
@@ -146,6 +170,11 @@ def convert(
     verify: _Verify = "8",
     device: _Device = None,
     low_disk: _LowDisk = False,
+    push_to: _PushTo = None,
+    private: _Private = False,
+    revision: _Revision = None,
+    create_pr: _CreatePr = False,
+    commit_message: _CommitMessage = None,
     dask: _Dask = None,
     quiet: _Quiet = False,
     as_json: _Json = False,
@@ -168,6 +197,8 @@ def convert(
                 dry_run=dry_run,
                 device=device,
                 low_disk=low_disk,
+                push_to=target,
+                commit_message=commit_message,
                 executor=executor,
                 progress=progress,
             )
@@ -181,6 +212,12 @@ def convert(
         raise typer.BadParameter("--device needs --verify N or all: it runs the modules that are compared")
     if device is not None and low_disk:
         raise typer.BadParameter("--device needs the whole source, which --low-disk removes; use 'verify' afterwards")
+    if push_to is None and (private or revision or create_pr or commit_message):
+        raise typer.BadParameter(
+            "--private, --revision, --create-pr and --commit-message need --push-to; "
+            "a revision of the source is named org/name@revision"
+        )
+    target = None if push_to is None else _push_target(push_to, private, revision, create_pr, overwrite)
     _run("convert", work, show, "of_conversion", [source, *([output] if output else [])], quiet, as_json)
 
 
@@ -199,7 +236,7 @@ def batch(
     part: Annotated[
         Any,
         typer.Option(metavar="I/N", parser=_part, help="Take only the I-th of N parts, one for each job of an array."),
-    ] = "1/1",
+    ] = None,
     retry_failed: Annotated[
         bool, typer.Option("--retry-failed", help="Try again what failed in an earlier run.")
     ] = False,
@@ -214,6 +251,11 @@ def batch(
     verify: _Verify = "8",
     device: _Device = None,
     low_disk: _LowDisk = False,
+    push_to: _PushAllTo = None,
+    private: _Private = False,
+    revision: _Revision = None,
+    create_pr: _CreatePr = False,
+    commit_message: _CommitMessage = None,
     dask: _Dask = None,
     quiet: _Quiet = False,
     as_json: _Json = False,
@@ -230,6 +272,11 @@ def batch(
             "verify": verify,
             "device": device,
             "low_disk": low_disk,
+            "push_to": push_to,
+            "private": private,
+            "revision": revision,
+            "create_pr": create_pr,
+            "commit_message": commit_message,
         }
         address = None if dry_run else dask
         folders = partial(batch_folders, file, out_dir=out_dir, part=part, **options)
@@ -373,12 +420,7 @@ def push(
             progress=progress,
         )
 
-    from awq2marlin.publication import PushTarget
-
-    try:
-        PushTarget(repository, private, revision, create_pr, overwrite)
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
+    _push_target(repository, private, revision, create_pr, overwrite)
     _run("push", work, "print_push", "of_push", [folder, Path(repository)], quiet, as_json)
 
 
@@ -430,6 +472,16 @@ def doctor(quiet: _Quiet = False, as_json: _Json = False) -> None:
         return run()
 
     _run("doctor", work, "print_doctor", "of_doctor", [], quiet, as_json)
+
+
+def _push_target(repository: str, private: bool, revision: str | None, create_pr: bool, overwrite: bool) -> PushTarget:
+    """Returns where to push; a usage error if the names are none."""
+    from awq2marlin.publication import PushTarget
+
+    try:
+        return PushTarget(repository, private, revision, create_pr, overwrite)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
 
 
 def _run(

@@ -202,7 +202,10 @@ def print_conversion(result: ConvertResult) -> None:
         _say(f"verified   {len(result.verified)} modules value for value; 'awq2marlin verify' compares everything")
     print_gemm(result.gemm)
     _say(f"wrote      {size_text(result.output_bytes)} in {result.seconds:.1f} s{rate}")
-    _say(f"output     {printable(str(result.output))}")
+    if result.pushed is not None:
+        _say(f"pushed     {printable(result.pushed.url)}")
+    if result.output.exists():
+        _say(f"output     {printable(str(result.output))}")
     _print_lists(dict(result.left_behind), result.warnings)
     if not result.converted:
         _say("note       no module could be converted, so this checkpoint gains nothing; see --unaligned pad")

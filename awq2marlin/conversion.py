@@ -10,15 +10,17 @@ import os
 import shutil
 import time
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from awq2marlin.checkpoint import open_checkpoint
-from awq2marlin.errors import OutputError, Problem
+from awq2marlin.departures import departing, is_conversion_of
+from awq2marlin.errors import HubError, OutputError, Problem
 from awq2marlin.folder import CARD_FILENAME, CONFIG_FILENAME, INDEX_FILENAME, Folder, hub_repository
 from awq2marlin.hub import HUB_PREFIX, HubName, is_ambiguous, open_hub, parse_source
 from awq2marlin.manifest import read_manifest
@@ -32,12 +34,14 @@ from awq2marlin.output import (
     refuse_overlap,
     told_as_output_error,
 )
-from awq2marlin.pipeline import Work, convert_shards, source_room
+from awq2marlin.pipeline import Work, convert_shards, two_largest
 from awq2marlin.plan import ModulePlan, Plan, Unaligned, plan_conversion
 from awq2marlin.progress import Progress, Silence
+from awq2marlin.publication import FileIdentity, Publication, PushTarget
 from awq2marlin.quantization import MANIFEST_FILENAME
 from awq2marlin.side_files import carry_side_files, encode_json, write_manifest
 from awq2marlin.tensor_files import TensorFiles
+from awq2marlin.upload import DEFAULT_MESSAGE, PushResult, push_folder
 from awq2marlin.verification import Device, check_count, check_device, run_gemm, verify_modules
 from awq2marlin.workers import check_workers
 
@@ -69,6 +73,7 @@ class ConvertResult:
         verified: modules compared value for value.
         gemm: what the Marlin GEMM said of them; None if it was not asked.
         seconds: wall time.
+        pushed: what came of ``push_to``; None without it.
     """
 
     source: Path | str
@@ -85,6 +90,7 @@ class ConvertResult:
     verified: tuple[str, ...]
     gemm: GemmRun | None
     seconds: float
+    pushed: PushResult | None = None
 
     @property
     def converted(self) -> list[ModulePlan]:
@@ -109,6 +115,8 @@ def convert(
     device: Device | None = None,
     executor: Executor | None = None,
     low_disk: bool = False,
+    push_to: str | PushTarget | None = None,
+    commit_message: str | None = None,
     progress: Progress | None = None,
 ) -> ConvertResult:
     """Converts an AWQ checkpoint to a Marlin-native one (docs/marlin-native.md).
@@ -132,7 +140,11 @@ def convert(
         executor: does the shards instead of threads of this process: of threads or processes, Dask's, MPI's. Its
             workers must see source and output under the same paths. Everything else is done here.
         low_disk: fetch the source's shards to a place of our own, compare each with its conversion at once, and then
-            remove it, so that never more than two are there.
+            remove it, so that never more than two are there. With ``push_to`` finished shards are sent while others
+            are converted, each in a commit of its own, and removed here; nothing is left in ``output``.
+        push_to: repository of the Hub that the result is sent to, ``org/name`` or a `PushTarget`; in one commit once
+            all is done, unless ``low_disk``.
+        commit_message: first line of the commits' messages.
         progress: told what is being done.
 
     Raises:
@@ -150,29 +162,40 @@ def convert(
         raise ValueError("device needs the whole source at the end, which low_disk removes; use verify() afterwards")
     check_device(device)
     check_workers(workers)
+    target = PushTarget(push_to) if isinstance(push_to, str) else push_to
     started = time.perf_counter()
     work = Work(workers, executor, 0 if verify == "none" else verify, low_disk, progress or Silence())
     root = Path(output) if output is not None else default_output(parse_source(source))
     folder, pinned = _open_source(source, root, overwrite, work)
     plan = plan_conversion(open_checkpoint(folder), unaligned)
     refuse_overlap(folder.root, root)
+    publication = None if target is None else _open_target(target, plan, root, overwrite)
     resumed: tuple[str, ...] = ()
     verified: tuple[str, ...] = ()
     gemm: GemmRun | None = None
+    pushed: PushResult | None = None
     if not dry_run:
         owned = partial(owned_files, root, overwrite)
         names = output_names(plan)
         with told_as_output_error(root), claim(root, plan.digest, names, owned=owned, pinned=pinned) as out:
-            resumed = _trusted_shards(plan, out, work)
-            _refuse_full_disk(plan, out, work)
-            convert_shards(plan, out, work)
-            write_manifest(plan, out, carry_side_files(plan, out))
+            passing = publication if low_disk else None
+            resumed = _trusted_shards(plan, out, work, passing)
+            _refuse_full_disk(plan, out, work, passing)
             verified = tuple(module.name for module in work.chosen(plan))
-            gemm = None if low_disk else _verify(plan, out, work, device)
-            repo_id, revision = folder.origin or (None, None)
-            out.write(CARD_FILENAME, model_card(plan, verified, gemm, repo_id=repo_id, revision=revision))
-            out.commit(encode_json(plan.config()))
-    return _result(plan, root, dry_run, resumed, verified, gemm, time.perf_counter() - started)
+            if passing is not None:
+                pushed = _pass_on(plan, out, work, passing, commit_message or DEFAULT_MESSAGE)
+            else:
+                convert_shards(plan, out, work)
+                write_manifest(plan, out, carry_side_files(plan, out))
+                gemm = None if low_disk else _verify(plan, out, work, device)
+                _write_card(plan, out, verified, gemm)
+                out.commit(encode_json(plan.config()))
+                if publication is not None:
+                    pushed = push_folder(root, publication.target, commit_message, False, work.progress)
+        if passing is not None:
+            with suppress(OSError):  # not empty: there is something that is not ours
+                root.rmdir()
+    return _result(plan, root, dry_run, resumed, verified, gemm, pushed, time.perf_counter() - started)
 
 
 def default_output(source: Path | HubName) -> Path:
@@ -243,34 +266,98 @@ def _open_source(
     return folder, (str(name), folder.commit)
 
 
-def _trusted_shards(plan: Plan, out: OutputFolder, work: Work) -> tuple[str, ...]:
+def _open_target(target: PushTarget, plan: Plan, root: Path, overwrite: bool) -> Publication:
+    """Looks at where the result shall go, and refuses it unless it may, before any work.
+
+    A pull request that an unfinished run in ``root`` opened is the target of this one.
+    """
+    journal = read_journal(root)
+    target = replace(target, overwrite=target.overwrite or overwrite)
+    if target.create_pr and journal is not None and journal.pull_request is not None:
+        target = replace(target, create_pr=False, revision=journal.pull_request[0], overwrite=True)
+    publication = Publication.open(target, output_names(plan), lambda manifest: is_conversion_of(plan, manifest))
+    if publication.is_loadable and journal is None and not (target.overwrite or target.create_pr):
+        raise HubError(
+            Problem(
+                publication.repo_id,
+                "",
+                "target-finished",
+                "the repository holds this very conversion already; use --overwrite to do it again",
+            )
+        )
+    return publication
+
+
+def _pass_on(plan: Plan, out: OutputFolder, work: Work, publication: Publication, message: str) -> PushResult:
+    """Converts shards and sends each to the Hub, where the checkpoint becomes whole; nothing of it stays here."""
+    started, created, removed = time.perf_counter(), not publication.exists, publication.stale
+    with departing(publication, out, message, work.progress) as departures:
+        convert_shards(plan, out, work, departures)
+        write_manifest(plan, out, carry_side_files(plan, out))
+        _write_card(plan, out, tuple(module.name for module in work.chosen(plan)), None)
+        shards = {shard.name for shard in plan.shards}
+        rest = [name for name in output_names(plan) if name not in shards and name != CONFIG_FILENAME]
+        departures.send_rest(rest, encode_json(plan.config()))
+    out.discard()
+    return PushResult(
+        source=out.root,
+        repo_id=publication.repo_id,
+        revision=publication.revision,
+        url=publication.url,
+        commit=publication.commits[-1] if publication.commits else None,
+        pull_request=publication.pull_request,
+        created=created,
+        dry_run=False,
+        files=tuple(sorted(departures.files, key=lambda file: file.name)),
+        removed=removed,
+        left_behind={},
+        seconds=time.perf_counter() - started,
+    )
+
+
+def _write_card(plan: Plan, out: OutputFolder, verified: Sequence[str], gemm: GemmRun | None) -> None:
+    repo_id, revision = plan.checkpoint.folder.origin or (None, None)
+    out.write(CARD_FILENAME, model_card(plan, verified, gemm, repo_id=repo_id, revision=revision))
+
+
+def _trusted_shards(plan: Plan, out: OutputFolder, work: Work, publication: Publication | None) -> tuple[str, ...]:
     """Returns the shards that an earlier run finished, source and output hashed again.
 
-    The contents of a repository's files are fixed by its commit, so they are not fetched again to be hashed.
+    The contents of a repository's files are fixed by its commit, so they are not fetched again to be hashed. What was
+    sent is trusted if ``publication`` has it.
     """
     folder = plan.checkpoint.folder
     if work.low_disk:  # what was not compared as this run is asked to, cannot be any more: its source may be gone
         for name in [name for name, entry in out.finished.items() if entry.verified != work.early_check]:
             out.forget(name)
+    for name, entry in [*out.finished.items()]:
+        if entry.sent and not (
+            publication is not None and publication.has(name, FileIdentity(entry.target_size, entry.sent))
+        ):
+            out.forget(name)
     trusted = tuple(
         shard.name
         for shard in plan.shards
         if shard.name in out.finished
-        and out.recheck(shard.name, None if folder.origin else folder.path(shard.name), work.progress.note)
+        and (
+            out.finished[shard.name].sent
+            or out.recheck(shard.name, None if folder.origin else folder.path(shard.name), work.progress.note)
+        )
     )
     if trusted:
         work.progress.note(f"resuming: {len(trusted)} of {len(plan.shards)} shards are already there")
     return trusted
 
 
-def _refuse_full_disk(plan: Plan, out: OutputFolder, work: Work) -> None:
+def _refuse_full_disk(plan: Plan, out: OutputFolder, work: Work, publication: Publication | None) -> None:
     """Compares what the output and what has to be fetched need with the space that their disks have."""
     folder, side_files = plan.checkpoint.folder, plan.checkpoint.side_files
     todo = [shard for shard in plan.shards if shard.name not in out.finished]
-    written = sum(shard.target.file_size for shard in todo) + sum(map(folder.size, side_files))
+    targets = [shard.target.file_size for shard in todo]
+    written = sum(map(folder.size, side_files)) + (sum(targets) if publication is None else two_largest(targets))
     place, fetched = folder.disk_need([*(shard.name for shard in todo), *side_files])
     if work.low_disk:
-        fetched = min(fetched, source_room([shard.source.file_size for shard in todo]))
+        fetched = min(fetched, two_largest([shard.source.file_size for shard in todo]))
     needs: dict[int, int] = defaultdict(int)
     for path, size in ((out.root, written), (place, fetched)):
         there = next(each for each in (path, *path.absolute().parents) if each.exists())
@@ -312,6 +399,7 @@ def _result(
     resumed: tuple[str, ...],
     verified: tuple[str, ...],
     gemm: GemmRun | None,
+    pushed: PushResult | None,
     seconds: float,
 ) -> ConvertResult:
     checkpoint = plan.checkpoint
@@ -330,4 +418,5 @@ def _result(
         verified=verified,
         gemm=gemm,
         seconds=seconds,
+        pushed=pushed,
     )

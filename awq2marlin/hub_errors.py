@@ -68,6 +68,9 @@ BAD_CARD = ("hub-bad-card", "the Hub refused the front matter of README.md; corr
 _NETWORK = "check the network, HTTPS_PROXY and HF_ENDPOINT, then run the command again, it resumes"
 _TOKEN = re.compile(r"hf_[A-Za-z0-9_]{6,}")
 _CLIENT_ERRORS = (OSError, RuntimeError, ValueError)
+
+#: What the client raises when an answer has not the form that it counts on.
+_MALFORMED = (LookupError, TypeError, AttributeError)
 _LOCAL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG, errno.EIO, errno.EMFILE}
 
 
@@ -88,6 +91,9 @@ def told_as_hub_error(repo_id: str, revision: str | None = None) -> Iterator[Non
     library_errors: type[Exception] = HfHubHTTPError.__mro__[1]  # the base of the HTTP library's errors
     try:
         yield
+    except _MALFORMED:
+        message = f"{hub_url()} does not answer as the Hub does; check HF_ENDPOINT"
+        raise HubError(Problem(repo_id, "", "hub-failed", message)) from None
     except (library_errors, *_CLIENT_ERRORS) as error:
         problem = hub_problem(error, repo_id, revision)
         if problem is None:

@@ -26,7 +26,7 @@ from awq2marlin.folder import (
     find_clash,
 )
 from awq2marlin.quantization import FORMAT_VERSION, MANIFEST_FILENAME
-from awq2marlin.safetensors_header import LENGTH_BYTES, MAX_HEADER_BYTES, Header, parse_header
+from awq2marlin.safetensors_header import LENGTH_BYTES, MAX_HEADER_BYTES, Header, parse_header, parse_json
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,16 @@ def read_manifest(folder: Folder) -> Manifest:
             "it is missing, so the source cannot be told from this folder alone; download the checkpoint completely",
             file=MANIFEST_FILENAME,
         )
-    document = _Checked(folder.read_json(MANIFEST_FILENAME), "the manifest")
+    return decode_manifest(folder.read(MANIFEST_FILENAME))
+
+
+def decode_manifest(data: bytes) -> Manifest:
+    """Checks the bytes of a manifest.
+
+    Raises:
+        CheckpointError: as `read_manifest`.
+    """
+    document = _Checked(parse_json(data, MANIFEST_FILENAME), "the manifest")
     if document.get("format_version", int) != FORMAT_VERSION:
         document.bad(f"format_version is not {FORMAT_VERSION}; install a newer awq2marlin")
     source = document.sub("source")

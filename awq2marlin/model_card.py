@@ -98,7 +98,7 @@ def _what(plan: Plan, repo_id: str | None, revision: str | None) -> str:
     groups = "one group a column" if quantization.group_size == -1 else f"group size {quantization.group_size}"
     points = "with zero points" if quantization.zero_point else "without zero points"
     return (
-        f"This is {source} ({quantization.bits} bits, {groups}, {points}), whose quantized layers are stored in the "
+        f"The weights of {source} ({quantization.bits} bits, {groups}, {points}), with its quantized layers in the "
         "layout of the Marlin kernels, so that an engine need not repack them at every start. No weight was changed: "
         "the same integers, scales and zero points stand in another order. Made by "
         f"[awq2marlin](https://pypi.org/project/awq2marlin/) {__version__}, format version {FORMAT_VERSION}.\n\n"

@@ -13,7 +13,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +59,7 @@ class FinishedFile:
         target_size: bytes of the output.
         target_digest: digest of the output.
         verified: which modules were compared with the source before this was written; empty if that comes later.
+        sent: SHA-256 of the output, once the Hub has it and it is here no more; empty before.
     """
 
     source_size: int
@@ -66,6 +67,7 @@ class FinishedFile:
     target_size: int
     target_digest: str
     verified: str = ""
+    sent: str = ""
 
 
 @dataclass
@@ -78,12 +80,14 @@ class Journal:
             replaces: all that it may remove.
         finished: the shards that are complete.
         pinned: the source as the user named it, and the commit that it stood for when the run began; None for a folder.
+        pull_request: revision and address of the pull request that the run opened, if it did.
     """
 
     plan: str
     names: list[str]
     finished: dict[str, FinishedFile] = field(default_factory=dict)
     pinned: tuple[str, str] | None = None
+    pull_request: tuple[str, str] | None = None
 
 
 def _refused(code: str, path: Path, message: str) -> OutputError:
@@ -169,6 +173,21 @@ class OutputFolder:
         self._sync_up(self.final(name).parent)
         self._journal.finished[name] = finished
         _write_journal(self.work, self._journal)
+
+    def sent(self, name: str, sha256: str) -> None:
+        """Writes into the journal that the Hub has a finished shard, and removes it here."""
+        self._journal.finished[name] = replace(self._journal.finished[name], sent=sha256)
+        _write_journal(self.work, self._journal)
+        self.final(name).unlink(missing_ok=True)
+
+    def note_pull_request(self, pull_request: tuple[str, str]) -> None:
+        """Writes into the journal where the run sends its files, so that a later one goes on there."""
+        self._journal.pull_request = pull_request
+        _write_journal(self.work, self._journal)
+
+    def discard(self) -> None:
+        """Removes every file of the run: all of them are elsewhere."""
+        _remove(self.root, {*self._journal.names})
 
     def forget_all(self) -> None:
         """Lets a later run make every shard again: one that held a wrong value speaks against all of them."""
@@ -458,15 +477,23 @@ def _parse_journal(document: Any) -> Journal:
     names = [check_name(name, JOURNAL_FILENAME) for name in document["names"]]
     finished = {name: FinishedFile(**entry) for name, entry in document["finished"].items()}
     for name, entry in finished.items():
-        sound = is_digest(entry.source_digest) and is_digest(entry.target_digest) and type(entry.verified) is str
+        sound = is_digest(entry.source_digest) and is_digest(entry.target_digest)
+        sound = sound and {type(entry.verified), type(entry.sent)} == {str}
         if name not in names or not sound or {type(entry.source_size), type(entry.target_size)} != {int}:
             raise refuse("bad-journal", "an entry is malformed")
     if document["version"] != _JOURNAL_VERSION or not isinstance(document["plan"], str):
         raise refuse("bad-journal", "the version is another")
-    pinned = document.get("pinned")
-    if pinned is not None and (type(pinned) is not list or [*map(type, pinned)] != [str, str]):
-        raise refuse("bad-journal", "what is pinned is malformed")
-    return Journal(document["plan"], names, finished, (pinned[0], pinned[1]) if pinned else None)
+    pinned, pull_request = (_two_texts(document.get(key)) for key in ("pinned", "pull_request"))
+    return Journal(document["plan"], names, finished, pinned, pull_request)
+
+
+def _two_texts(value: Any) -> tuple[str, str] | None:
+    if value is None:
+        return None
+    first, second = value
+    if {type(first), type(second)} != {str}:
+        raise refuse("bad-journal", "a pair is malformed")
+    return first, second
 
 
 def _write_journal(work: Path, journal: Journal) -> None:
@@ -477,6 +504,7 @@ def _write_journal(work: Path, journal: Journal) -> None:
         "names": journal.names,
         "finished": finished,
         "pinned": journal.pinned,
+        "pull_request": journal.pull_request,
     }
     new = work / (JOURNAL_FILENAME + _NEW_SUFFIX)
     new.unlink(missing_ok=True)

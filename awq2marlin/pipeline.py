@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 from awq2marlin.arrivals import arriving
 from awq2marlin.awq import module_name
+from awq2marlin.departures import Departures
 from awq2marlin.errors import CheckpointError, ExecutorError, Problem
 from awq2marlin.folder import Folder
 from awq2marlin.output import FinishedFile, OutputFolder
@@ -51,18 +52,19 @@ class Work:
         return f"verify {self.verify}" if self.low_disk else ""
 
 
-def source_room(sizes: Sequence[int]) -> int:
-    """Returns how many bytes of source shards are here at the same time where disk is scarce: of two shards."""
+def two_largest(sizes: Sequence[int]) -> int:
+    """Returns how many bytes of shards are here at the same time where disk is scarce: of two of them."""
     return sum(sorted(sizes)[-2:])
 
 
-def convert_shards(plan: Plan, out: OutputFolder, work: Work) -> None:
+def convert_shards(plan: Plan, out: OutputFolder, work: Work, departures: Departures | None = None) -> None:
     """Converts the shards that are not finished, each as it arrives.
 
     Args:
         plan: the whole plan.
         out: where they go.
         work: how.
+        departures: sends every finished shard on, those of earlier runs too.
 
     Raises:
         DifferenceError: if a comparison finds a difference.
@@ -82,11 +84,14 @@ def convert_shards(plan: Plan, out: OutputFolder, work: Work) -> None:
         out.remember(done.name, _journal_entry(done, work))
         if work.low_disk:
             arrivals.release(done.name)
+        if departures is not None:
+            departures.send(done.name)
 
-    is_fetched = folder.origin is not None
-    total = sum(shard.source.data_size for shard in todo.values()) + (sum(files.values()) if is_fetched else 0)
-    progress.start("fetch and convert" if is_fetched else "convert", total)
-    room = source_room([*files.values()]) if work.low_disk else None
+    _announce(plan, out, todo, progress, departures is not None)
+    if departures is not None:
+        for name in out.finished:
+            departures.send(name)
+    room = two_largest([*files.values()]) if work.low_disk else None
     with arriving(folder, files, progress.advance, room) as arrivals:
         if work.executor is None:
             at_once, threads = share_workers(check_workers(work.workers), 1 if work.low_disk else len(todo))
@@ -101,7 +106,20 @@ def convert_shards(plan: Plan, out: OutputFolder, work: Work) -> None:
                 run_side_by_side(convert_shard, tasks, at_once, progress.advance, finish)
             else:
                 run_on_executor(work.executor, convert_shard, tasks, at_once, finish)
+    if departures is not None:
+        departures.wait()
     progress.finish()
+
+
+def _announce(plan: Plan, out: OutputFolder, todo: Mapping[str, ShardPlan], progress: Progress, are_sent: bool) -> None:
+    """Tells what begins: one stage, in which all bytes are counted that are fetched, converted and sent."""
+    steps = {"convert": sum(shard.source.data_size for shard in todo.values())}
+    if plan.checkpoint.folder.origin is not None:
+        steps = {"fetch": sum(shard.source.file_size for shard in todo.values())} | steps
+    if are_sent:
+        unsent = [shard for shard in plan.shards if shard.name in todo or not out.finished[shard.name].sent]
+        steps["push"] = sum(shard.target.file_size for shard in unsent)
+    progress.start(" and ".join(steps), sum(steps.values()))
 
 
 @contextmanager

@@ -21,9 +21,9 @@ from typing import TYPE_CHECKING, Any
 
 from awq2marlin._version import __version__
 from awq2marlin.errors import CheckpointError, HubError, Problem, printable
-from awq2marlin.folder import CONFIG_FILENAME, INDEX_FILENAME, Folder
+from awq2marlin.folder import CONFIG_FILENAME, INDEX_FILENAME, MAX_JSON_BYTES
 from awq2marlin.hub_errors import hub_url, told_as_hub_error
-from awq2marlin.manifest import read_manifest
+from awq2marlin.manifest import decode_manifest
 from awq2marlin.progress import Progress
 from awq2marlin.quantization import MANIFEST_FILENAME
 
@@ -129,6 +129,7 @@ class Publication:
         self._names = frozenset(names)
         self._revision = target.branch
         self._has_branch = False
+        self._holds_ours = False
         self._head: str | None = None
         self._files: dict[str, FileIdentity] = {}
 
@@ -163,6 +164,11 @@ class Publication:
         return f"{hub_url()}/{self.repo_id}{branch}"
 
     @property
+    def is_loadable(self) -> bool:
+        """Whether a ``config.json`` is there, the mark of a whole checkpoint."""
+        return CONFIG_FILENAME in self._files
+
+    @property
     def revision(self) -> str:
         """Where the next commit goes: the branch, or ``refs/pr/N`` once a pull request is open."""
         return self._revision
@@ -177,29 +183,33 @@ class Publication:
     def create(self) -> None:
         """Makes the repository and the branch if they are not there.
 
+        What was there is as `open` has seen it, or the first commit is refused: it names the one that it follows.
+
         Raises:
-            HubError: if that is not allowed.
+            HubError: if that is not allowed, or if somebody else has made them meanwhile.
         """
+        if self._has_branch:
+            return
         with self._told():
             if not self.exists:
-                self._api.create_repo(self.repo_id, private=self.target.private or None, exist_ok=True)
+                self._api.create_repo(self.repo_id, private=self.target.private or None)
                 self.exists = True
-            if not self._has_branch:
-                if self._revision != DEFAULT_BRANCH:
-                    self._api.create_branch(self.repo_id, branch=self._revision, exist_ok=True)
-                self._has_branch = True
+            if self._revision != DEFAULT_BRANCH:
+                self._api.create_branch(self.repo_id, branch=self._revision, revision=self._head)
+        self._has_branch = True
         self._list(self._revision)
 
     def clear(self, message: str) -> None:
         """Removes, in a commit of its own, the earlier checkpoint's ``config.json`` and what ours does not replace.
 
-        Where a checkpoint goes up in several commits this comes first, so that nobody loads a mixture of both.
+        Where a checkpoint goes up in several commits this comes first, so that nobody loads a mixture of both. A
+        checkpoint that is there and ours already stays.
 
         Raises:
             HubError: as `commit`.
         """
         gone = {*self.stale, *({CONFIG_FILENAME} & self._files.keys())}
-        if gone and (self.target.overwrite or self.target.create_pr):
+        if gone and not self._holds_ours and (self.target.overwrite or self.target.create_pr):
             self._commit({}, sorted(gone), message)
             self.stale = ()
 
@@ -317,7 +327,8 @@ class Publication:
         manifest = self._fetch(MANIFEST_FILENAME)
         may_remove = self.target.overwrite or self.target.create_pr
         is_there = CONFIG_FILENAME in self._files
-        if is_there and not may_remove and not (manifest is not None and is_ours(manifest)):
+        self._holds_ours = is_there and manifest is not None and is_ours(manifest)
+        if is_there and not may_remove and not self._holds_ours:
             raise _refused(
                 self.repo_id,
                 "target-taken",
@@ -336,8 +347,8 @@ class Publication:
             )
 
     def _fetch(self, name: str) -> bytes | None:
-        """Returns a small file's bytes, or None if it is not there; leaves nothing on the disk."""
-        if name not in self._files:
+        """Returns a small file's bytes, or None if it is not there or not small; leaves nothing on the disk."""
+        if name not in self._files or self._files[name].size > MAX_JSON_BYTES:
             return None
         with TemporaryDirectory(prefix="awq2marlin-") as folder, self._told(), _quiet_client():
             path = self._api.hf_hub_download(self.repo_id, name, revision=self._head, local_dir=folder)
@@ -349,8 +360,8 @@ class Publication:
             raise _refused(
                 self.repo_id,
                 "hub-incomplete",
-                f"after the commit the repository does not hold {printable(lost[0])} and {len(lost) - 1} more as they "
-                "were sent: look whether its .gitignore names them, or whether somebody else writes to it",
+                f"after the commit the repository does not hold {len(lost)} files as they were sent, the first is "
+                f"{printable(lost[0])}: look whether its .gitignore names them, or whether somebody else writes to it",
             )
 
     @contextmanager
@@ -386,12 +397,10 @@ def _names_in(manifest: bytes | None) -> list[str]:
     """Returns the files that an earlier conversion wrote, as its manifest says; none if that is no manifest."""
     if manifest is None:
         return []
-    with TemporaryDirectory(prefix="awq2marlin-") as folder:
-        Path(folder, MANIFEST_FILENAME).write_bytes(manifest)
-        try:
-            return read_manifest(Folder.at(folder)).names()
-        except CheckpointError:
-            return []
+    try:
+        return decode_manifest(manifest).names()
+    except CheckpointError:
+        return []
 
 
 @contextmanager

@@ -133,6 +133,7 @@ def of_conversion(result: ConvertResult) -> Report:
             "source_bytes": result.source_bytes,
             "side_files": list(result.files),
             **_gemm(result.gemm),
+            "pushed": of_push(result.pushed).details if result.pushed is not None else None,
         },
     )
 

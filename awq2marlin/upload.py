@@ -30,6 +30,9 @@ from awq2marlin.quantization import MANIFEST_FILENAME, AwqQuantization, MarlinQu
 from awq2marlin.safetensors_header import parse_json
 from awq2marlin.workers import check_workers
 
+#: What a commit is called.
+DEFAULT_MESSAGE = "Add Marlin-native checkpoint"
+
 #: The Hub stores files up to 10 MB in git, and knows those by git's own digest.
 _MAX_GIT_FILE = 32_000_000
 
@@ -123,10 +126,35 @@ def push(
         HubError: if the Hub refuses, or the repository holds something else.
         ValueError: if an argument is none of its choices.
     """
-    started = time.perf_counter()
-    progress = progress or Silence()
     target = PushTarget(repo_id, private, revision, create_pr, overwrite)
-    checkpoint, manifest = _finished_checkpoint(Path(folder))
+    _refuse_unfinished(Path(folder))
+    return push_folder(Path(folder), target, commit_message, dry_run, progress or Silence())
+
+
+def _refuse_unfinished(root: Path) -> None:
+    if root.is_dir() and read_journal(root) is not None:
+        message = "the conversion into this folder is not finished; run the same 'awq2marlin convert' again first"
+        raise OutputError(Problem(str(root), "", "unfinished", message))
+
+
+def push_folder(
+    root: Path, target: PushTarget, commit_message: str | None, dry_run: bool, progress: Progress
+) -> PushResult:
+    """Does what `push` does with a folder that is known to be finished.
+
+    Args:
+        root: the folder.
+        target: where it goes.
+        commit_message: first line of the commit's message.
+        dry_run: whether to write nothing.
+        progress: told what is being done.
+
+    Raises:
+        Awq2MarlinError: as `push`.
+    """
+    started = time.perf_counter()
+    overwrite, create_pr = target.overwrite, target.create_pr
+    checkpoint, manifest = _finished_checkpoint(root)
     files = _contents(checkpoint, manifest, target.repo_id)
     ours = checkpoint.folder.read(MANIFEST_FILENAME)
     publication = Publication.open(target, files, lambda manifest: manifest == ours)
@@ -138,7 +166,7 @@ def push(
     removed = publication.stale if overwrite or create_pr else ()
     if not dry_run:
         progress.start("upload", sum(identities[name].size for name in missing))
-        publication.commit(missing, commit_message or "Add Marlin-native checkpoint", identities, progress)
+        publication.commit(missing, commit_message or DEFAULT_MESSAGE, identities, progress)
         progress.finish()
     return PushResult(
         source=checkpoint.folder.root,
@@ -160,9 +188,6 @@ def push(
 
 def _finished_checkpoint(root: Path) -> tuple[Checkpoint, Manifest]:
     """Opens a folder that `convert` has finished, and checks everything that headers and configs say."""
-    if root.is_dir() and read_journal(root) is not None:
-        message = "the conversion into this folder is not finished; run the same 'awq2marlin convert' again first"
-        raise OutputError(Problem(str(root), "", "unfinished", message))
     checkpoint = open_checkpoint(root)
     quantization = checkpoint.quantization
     if not isinstance(quantization, MarlinQuantization):
@@ -232,7 +257,7 @@ def _sound_files(manifest: Manifest, files: Mapping[str, Content], progress: Pro
     problems: list[Problem] = []
 
     def look(name: str) -> None:
-        identity, digest = _identify(paths[name], name)
+        identity, digest = identify(paths[name], name)
         identities[name] = identity
         if (identity.size, digest) != recorded.get(name, (identity.size, digest)):
             size, original = recorded[name]
@@ -252,8 +277,13 @@ def _sound_files(manifest: Manifest, files: Mapping[str, Content], progress: Pro
     return identities
 
 
-def _identify(path: Path, name: str) -> tuple[FileIdentity, str]:
-    """Returns what the Hub knows a file by, and its XXH3."""
+def identify(path: Path, name: str) -> tuple[FileIdentity, str]:
+    """Returns what the Hub knows a file by, and its XXH3.
+
+    Args:
+        path: resolved path.
+        name: the file's name, for messages.
+    """
     expected = path.stat().st_size
     sha256, git = hashlib.sha256(), hashlib.sha1(b"blob %d\0" % expected, usedforsecurity=False)
     in_git = expected <= _MAX_GIT_FILE

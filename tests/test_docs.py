@@ -76,8 +76,9 @@ def model_folder(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("path", RUNNABLE, ids=_name)
-@pytest.mark.usefixtures("model_folder", "hub")
-def test_python_examples_run(path):
+@pytest.mark.usefixtures("model_folder")
+def test_python_examples_run(path, hub):
+    hub.add_repository("org/model-awq", Path("model-awq").absolute())
     namespace = {"__name__": "__main__"}
     for line, code in _python_blocks(path.read_text("utf-8")):
         # Blank lines first, so that a traceback names the document's line.

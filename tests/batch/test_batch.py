@@ -69,7 +69,9 @@ def test_twenty_models_three_of_them_broken_in_different_ways(models, listed, ru
     assert first["bytes"] == sum(
         path.stat().st_size for path in (tmp_path / "out/model-00-marlin").glob("*.safetensors")
     )
-    assert first["options"] == {"unaligned": "keep", "verify": 8, "device": None, "overwrite": False, "low_disk": False}
+    asked = {"unaligned": "keep", "verify": 8, "device": None, "overwrite": False, "low_disk": False}
+    nowhere = {"push_to": None, "private": False, "revision": None, "create_pr": False}
+    assert (first["options"], first["pushed"]) == (asked | nowhere, None)
     assert first["manifest"].startswith("xxh3_128:")
 
 

@@ -2,6 +2,7 @@
 
 import inspect
 import json
+from dataclasses import fields
 
 import pytest
 from hypothesis import given
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 
 from awq2marlin import BatchError, convert, convert_many
 from awq2marlin.batch_file import OPTIONS, check_entries, read_batch_file
+from awq2marlin.publication import PushTarget
 
 
 def read(path, text):
@@ -104,7 +106,8 @@ def test_an_empty_or_binary_list_is_refused(tmp_path):
 
 def test_items_may_give_every_keyword_of_convert():
     parameters = set(inspect.signature(convert).parameters)
-    assert set(OPTIONS) == parameters - {"source", "dry_run", "executor", "progress"}
+    target = {each.name for each in fields(PushTarget)} - {"repo_id"}
+    assert set(OPTIONS) == (parameters | target) - {"source", "dry_run", "executor", "progress"}
 
 
 @given(
@@ -157,6 +160,11 @@ def test_wrong_options_of_all_items_are_refused(tmp_path, monkeypatch):
     assert "there is no option 'verfy'" in clashes("a", verfy=3)[0]
     assert "use out_dir" in clashes("a", output="b")[0]
     assert "device needs verify" in clashes({"source": "a", "device": "cpu"}, verify="none")[0]
+    assert clashes({"source": "a", "private": True}) == ["item 1: private needs push_to"]
+    assert "is no repository" in clashes({"source": "a", "push_to": "a/b/c"})[0]
+    assert "a pull request is opened on main" in clashes("a", push_to="org", create_pr=True, revision="x")[0]
+    pushed_twice = clashes({"source": "a", "push_to": "org/x"}, {"source": "b", "output": "x"}, push_to="org")
+    assert pushed_twice == ["item 2: it would be pushed where item 1 is; give it its own 'push_to'"]
     for wrong in ({"jobs": 0}, {"workers": 0}, {"part": (3, 2)}, {"part": (0, 2)}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             convert_many(["a"], **wrong)

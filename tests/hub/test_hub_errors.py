@@ -119,6 +119,13 @@ def test_a_name_that_is_none():
     assert read("a/b/c").code == "hub-bad-name"
 
 
+def test_something_else_at_the_endpoint(hub):
+    hub.misbehave("/api/models/*", status=200, times=None)  # whose body is not what belongs there
+    problem = read()
+    assert problem.code == "hub-failed"
+    assert f"{hub.endpoint} does not answer as the Hub does" in problem.message
+
+
 def test_a_short_body(hub):
     hub.misbehave("/cdn/*", short_by=10, times=None)
     problem = refusal(lambda: hf_hub_download("org/open", "a.safetensors"))

@@ -115,6 +115,51 @@ def test_a_finished_run_is_known_by_its_manifest(hub):
         Publication.open(PushTarget("org/new"), NAMES, lambda manifest: manifest == b"theirs")
 
 
+def test_a_finished_run_is_not_taken_down_by_another_one(hub):
+    repository = hub.add_repository("org/new", {CONFIG: b"{}", MANIFEST: b"ours", SHARDS[0]: content(SHARDS[0])})
+    publication = Publication.open(PushTarget("org/new", overwrite=True), NAMES, lambda manifest: manifest == b"ours")
+    publication.create()
+    publication.clear("Make room")
+    assert CONFIG in repository.files()
+    assert len(repository.history()) == 1
+
+
+def test_what_comes_between_the_look_and_the_first_commit_is_not_overwritten(hub, target):
+    repository = hub.add_repository("org/new")
+    publication = Publication.open(target, NAMES)
+    repository.add({CONFIG: b"theirs"})
+    publication.create()
+    with pytest.raises(HubError, match="somebody else has committed"):
+        send(publication, CONFIG)
+    assert repository.files()[CONFIG].read() == b"theirs"
+
+
+def test_a_repository_that_appears_between_the_look_and_its_making_is_a_conflict(hub, target):
+    publication = Publication.open(target, NAMES)
+    hub.add_repository("org/new", {CONFIG: b"theirs"})
+    with pytest.raises(HubError, match="somebody else changes the repository"):
+        publication.create()
+    assert hub.repository("org/new").files()[CONFIG].read() == b"theirs"
+
+
+def test_a_new_branch_is_a_copy_of_what_was_looked_at(hub):
+    repository = hub.add_repository("org/new", {"notes.txt": b"x"})
+    publication = Publication.open(PushTarget("org/new", revision="marlin"), NAMES)
+    repository.add({CONFIG: b"theirs"})
+    publication.create()
+    send(publication, CONFIG)
+    assert set(repository.files("marlin")) == {".gitattributes", "notes.txt", CONFIG}
+    assert repository.files("marlin")[CONFIG].read() == content(CONFIG)
+
+
+def test_a_manifest_too_large_to_be_one_is_not_fetched(hub, monkeypatch):
+    monkeypatch.setattr("awq2marlin.publication.MAX_JSON_BYTES", 10)
+    hub.add_repository("org/new", {CONFIG: b"{}", MANIFEST: b"more than ten bytes"})
+    with pytest.raises(HubError, match="another model or run"):
+        Publication.open(PushTarget("org/new"), NAMES, lambda _manifest: True)
+    assert hub.requests("GET", "*/resolve/*") == []
+
+
 def test_several_commits_make_one_pull_request(hub):
     repository = hub.add_repository("org/new", {CONFIG: b"{}", "model.safetensors": b"x"})
     head = repository.commit().oid

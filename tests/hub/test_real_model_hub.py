@@ -50,3 +50,24 @@ def test_the_real_model_is_pushed_fetched_verified_and_reverted(hub, model, tmp_
     restored = revert(fetched, tmp_path / "back")
     assert {file.name: file.sha256 for file in restored.files} == {path.name: sha256(path) for path in model.iterdir()}
     assert push(fetched, "org/smollm2-marlin").commit is None, "what was fetched is what is there"
+
+
+@pytest.mark.usefixtures("no_waiting")
+def test_the_real_model_passes_from_hub_to_hub_through_little_disk(hub, model, tmp_path):
+    source = hub.add_repository("org/smollm2-awq", model)
+    out = tmp_path / "out"
+    result = convert("org/smollm2-awq", out, low_disk=True, push_to="ada/smollm2-marlin", verify="all")
+    assert not out.exists()
+    assert (len(result.converted), len(result.verified)) == (90, 90)
+    assert result.source == f"org/smollm2-awq@{source.commit().oid}"
+    commits = [commit.added for commit in hub.repository("ada/smollm2-marlin").history()]
+    assert (commits[0], commits[-1], len(commits)) == (("model.safetensors",), ("config.json",), 3)
+
+    fetched = Path(snapshot_download("ada/smollm2-marlin", local_dir=tmp_path / "fetched"))
+    assert len(verify("org/smollm2-awq", fetched).modules) == 90
+    manifest = json.loads((fetched / "marlin_manifest.json").read_text())
+    assert manifest["source"] == {"repo_id": "org/smollm2-awq", "revision": source.commit().oid}
+    digests = manifest["shards"]["model.safetensors"]["source"]["digests"]
+    assert f"sha256:{sha256(model / 'model.safetensors')}" in digests
+    restored = revert(fetched, tmp_path / "back")
+    assert {file.name: file.sha256 for file in restored.files} == {path.name: sha256(path) for path in model.iterdir()}
