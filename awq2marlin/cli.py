@@ -263,7 +263,8 @@ def batch(
     """Convert many checkpoints; one failure stops no other. Run again, it does only what is left."""
 
     def work(progress: Progress | None) -> Any:
-        from awq2marlin.batch import batch_folders, convert_many
+        from awq2marlin.batch import convert_many
+        from awq2marlin.batch_jobs import batch_folders
         from awq2marlin.batch_view import batch_progress, print_failures
 
         options = {

@@ -17,7 +17,7 @@ from awq2marlin import (
     ExecutorError,
     ItemResult,
     OutputError,
-    batch,
+    batch_item,
     batch_record,
     convert_many,
     pipeline,
@@ -79,8 +79,8 @@ def test_a_rerun_touches_nothing_and_failures_are_tried_only_when_asked(models, 
     assert run("batch", listed, "--out-dir", "out").code == 1
     recorded = Path(RECORD).read_bytes()
     with monkeypatch.context() as patch:
-        patch.setattr(batch, "convert", None)  # nothing may be converted, nor compared
-        patch.setattr(batch, "verify", None)
+        patch.setattr(batch_item, "convert", None)  # nothing may be converted, nor compared
+        patch.setattr(batch_item, "verify", None)
         outcome = run("batch", listed, "--out-dir", "out")
         people = run_process("batch", listed, "--out-dir", "out")
     assert outcome.code == 1, "the batch has items that failed"
@@ -168,7 +168,7 @@ def test_what_is_done_stands_by_record_and_disk(two):
 
 def test_a_lost_record_is_made_up_for_by_comparing_with_the_source(two, monkeypatch):
     Path("record.jsonl").unlink()
-    monkeypatch.setattr(batch, "convert", None)
+    monkeypatch.setattr(batch_item, "convert", None)
     result = two()
     assert [(item.status, item.earlier, item.verified) for item in result.items] == [("done", False, 3)] * 2
     assert len(lines("record.jsonl")) == 2
@@ -231,7 +231,7 @@ def test_another_source_of_the_same_headers_is_not_taken_for_done(models):
 def test_without_a_record_the_outputs_alone_tell_what_is_done(models, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert convert_many(models.sources[:4]).record is None
-    monkeypatch.setattr(batch, "convert", None)
+    monkeypatch.setattr(batch_item, "convert", None)
     result = convert_many(models.sources[:3])
     assert [item.status for item in result.items] == ["done"] * 3
 
@@ -358,13 +358,13 @@ def test_processes_do_the_shards_and_a_killed_one_stops_the_batch_which_then_res
 def test_threads_are_shared_among_the_jobs(models, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     seen = []
-    convert = batch.convert
+    convert = batch_item.convert
 
     def watched(*arguments, **options):
         seen.append(options["workers"])
         return convert(*arguments, **options)
 
-    monkeypatch.setattr(batch, "convert", watched)
+    monkeypatch.setattr(batch_item, "convert", watched)
     convert_many([{"source": models.sources[0], "workers": 2}, *models.sources[1:3]], jobs=3, workers=8)
     assert sorted(seen) == [2, 2, 2]
     seen.clear()
@@ -377,14 +377,14 @@ def test_threads_are_shared_among_the_jobs(models, tmp_path, monkeypatch):
 
 def test_a_defect_in_one_item_stops_no_other_and_is_told(models, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    convert = batch.convert
+    convert = batch_item.convert
 
     def broken(source, *arguments, **options):
         if source.endswith("model-01"):
             raise ZeroDivisionError("a defect")
         return convert(source, *arguments, **options)
 
-    monkeypatch.setattr(batch, "convert", broken)
+    monkeypatch.setattr(batch_item, "convert", broken)
     result = convert_many(models.sources[:3], jobs=2)
     assert [item.status for item in result.items] == ["done", "failed", "done"]
     (problem,) = result.items[1].errors
