@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from awq2marlin.errors import EXIT_DIFFERENCE, EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, Problem
 
 if TYPE_CHECKING:
+    from awq2marlin.batch import BatchResult
     from awq2marlin.conversion import ConvertResult
     from awq2marlin.demonstration import DemoResult
     from awq2marlin.diagnosis import DoctorResult
@@ -133,6 +134,24 @@ def of_conversion(result: ConvertResult) -> Report:
             "side_files": list(result.files),
             **_gemm(result.gemm),
             "pushed": of_push(result.pushed).details if result.pushed is not None else None,
+        },
+    )
+
+
+def of_batch(result: BatchResult) -> Report:
+    """Returns the report of a batch."""
+    return Report(
+        "batch",
+        str(result.file or ""),
+        bytes=sum(item.bytes for item in result.items if not item.earlier),
+        seconds=result.seconds,
+        details={
+            "dry_run": result.dry_run,
+            "done": len(result.done),
+            "failed": len(result.failed),
+            "earlier": sum(item.earlier for item in result.items),
+            "record": str(result.record) if result.record else None,
+            "items": [item.document() for item in result.items],
         },
     )
 

@@ -19,7 +19,7 @@ from awq2marlin.synthetic import llama_recipe, write_checkpoint
 
 PACKAGE = Path(awq2marlin.__file__).parent
 MODULES = sorted(".".join(path.relative_to(PACKAGE).with_suffix("").parts) for path in PACKAGE.rglob("*.py"))
-PUBLIC_FUNCTIONS = ("convert", "verify", "revert", "push", "inspect", "demo")
+PUBLIC_FUNCTIONS = ("convert", "convert_many", "verify", "revert", "push", "inspect", "demo")
 
 #: The order of imports, lowest first: a module imports only from layers below its own.
 LAYERS = [
@@ -35,9 +35,12 @@ LAYERS = [
     ["departures"],
     ["pipeline"],
     ["places"],
-    ["conversion"],
-    ["demonstration", "resaving"],
+    ["batch_file", "batch_record", "cluster", "conversion"],
+    ["batch_jobs", "demonstration", "resaving"],
+    ["batch_item"],
+    ["batch"],
     ["console", "report"],
+    ["batch_view"],
     ["cli"],
     ["__main__"],
     # Loaders stand on the library; nothing stands on them.
@@ -327,7 +330,7 @@ def test_every_foreign_package_is_a_declared_dependency():
     text = (PACKAGE.parent / "pyproject.toml").read_text("utf-8")
     declared = set(re.findall(r'^    "([\w-]+)', text.split("\ndependencies = [")[1].split("\n]")[0], re.MULTILINE))
     declared |= {"yaml"} if "pyyaml" in declared else set()  # a module is not always called as its distribution is
-    declared |= {"cuda", "matplotlib"}  # the extras; imported where they are used
+    declared |= {"cuda", "distributed", "matplotlib"}  # the extras; imported where they are used
     used = {name for module in MODULES for name in third_party(module) if not module.startswith("integrations.")}
     assert used <= declared, f"not declared: {sorted(used - declared)}"
 
