@@ -44,11 +44,13 @@ class HostMemory(threading.Thread):
     """Samples this process's memory: the largest resident size, and the largest without mapped files, in MiB."""
 
     def __init__(self) -> None:
+        """Has sampled nothing yet."""
         super().__init__(daemon=True)
         self.peak = {"VmRSS": 0.0, "RssAnon": 0.0}
         self.now = dict(self.peak)
 
     def run(self) -> None:
+        """Samples until the process ends."""
         while True:
             for line in Path("/proc/self/status").read_text().splitlines():
                 name, _, value = line.partition(":")
@@ -62,6 +64,7 @@ class Phases:
     """Seconds and GPU memory of the parts of a start."""
 
     def __init__(self) -> None:
+        """Has measured nothing yet."""
         self.found: dict[str, float] = {}
 
     def measured(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
@@ -112,10 +115,9 @@ def start_vllm(folder: Path, phases: Phases) -> list[int]:
 
 def start_transformers(folder: Path, phases: Phases) -> list[int]:
     """Starts Transformers on a checkpoint and returns some tokens."""
+    import awq2marlin.integrations.transformers  # noqa: F401 - importing it registers the format
     import torch
     from transformers import AutoModelForCausalLM
-
-    import awq2marlin.integrations.transformers  # noqa: F401 - importing it registers the format
 
     phases.found["import_seconds"] = time.time() - float(os.environ["LOAD_STARTED"])
     load = phases.measured("read", AutoModelForCausalLM.from_pretrained)  # processes each module as it comes

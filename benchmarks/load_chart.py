@@ -74,7 +74,9 @@ def draw_panel(axes: Axes, rows: list[dict[str, Any]], title: str, parts: Any, u
     axes.set_title(title, fontsize=10)
     axes.margins(y=0.12)
     if len(parts) > 1:
-        said = ", ".join(f"{'full' if number == 0 else 'light'} colour: {name}" for number, (_, name) in enumerate(parts))
+        said = ", ".join(
+            f"{'full' if number == 0 else 'light'} colour: {name}" for number, (_, name) in enumerate(parts)
+        )
         axes.set_xlabel(said, fontsize=8)
 
 

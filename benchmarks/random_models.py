@@ -1,7 +1,7 @@
-"""AWQ models of random weights whose words mean something: centred weights of the usual size, and a large output
-embedding, so that tokens differ in probability and a wrong weight shows.
+"""AWQ models of random weights that say something.
 
-Made tensor by tensor on a GPU where there is one; no tokenizer.
+Weights are centred and of the usual size, and the output embedding is large, so that tokens differ in probability and
+a wrong weight shows. Made tensor by tensor, on a GPU where there is one; no tokenizer.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ class _Maker:
 
     def layer(self, prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
         model = self.model
-        hidden, inner = model.hidden, model.inner
+        hidden = model.hidden
         key_value = hidden // model.heads * model.key_value_heads
         for name, size_n in (("q_proj", hidden), ("k_proj", key_value), ("v_proj", key_value)):
             yield from self.module(f"{prefix}.self_attn.{name}", hidden, size_n)

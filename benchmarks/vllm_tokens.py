@@ -207,12 +207,16 @@ def compare(name: str, model: Model, ranks: int, eager: bool, work: Path) -> dic
         pairs = list(zip(ours["rows"], theirs["rows"], strict=True))
         row["reference"] = "dequantized model, fp16"
         row["same_tokens"] = sum(each["best"] == each["logprobs"] for each in theirs["rows"])
-    differences = [
-        abs(a - b) for one, other in pairs for a, b in zip(one["logprobs"], other["logprobs"], strict=True)
-    ]
+    differences = [abs(a - b) for one, other in pairs for a, b in zip(one["logprobs"], other["logprobs"], strict=True)]
     row |= {"prompts": len(pairs), "tokens": len(differences), "max_logprob_difference": max(differences)}
     row.setdefault("ok", row["max_logprob_difference"] < DENSE_BOUND)
-    row |= {"layers": ours["layers"], "reference_layers": theirs["layers"], "vllm": ours["vllm"], "torch": ours["torch"], "gpu": ours["gpu"]}
+    row |= {
+        "layers": ours["layers"],
+        "reference_layers": theirs["layers"],
+        "vllm": ours["vllm"],
+        "torch": ours["torch"],
+        "gpu": ours["gpu"],
+    }
     return row
 
 

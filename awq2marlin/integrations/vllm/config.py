@@ -150,9 +150,7 @@ class MarlinNativeConfig(QuantizationConfig):  # type: ignore[misc]
             },
         )
         if self.inventory is not None:
-            self.inventory = replace(
-                self.inventory, zero_point_modules=renamed(self.inventory.zero_point_modules)
-            )
+            self.inventory = replace(self.inventory, zero_point_modules=renamed(self.inventory.zero_point_modules))
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """Returns how a layer of vLLM loads and applies its weights; None for layers that are never quantized.

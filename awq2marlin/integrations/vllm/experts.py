@@ -6,6 +6,7 @@ from functools import wraps
 from typing import Any, NoReturn
 
 import torch
+from torch.nn.functional import pad
 from vllm.model_executor.layers.fused_moe import FusedMoeWeightScaleSupported
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
 from vllm.model_executor.layers.fused_moe.oracle.int_wna16 import WNA16MoEBackend, backend_to_kernel_cls
@@ -35,7 +36,7 @@ class MarlinNativeMoEMethod(AutoAWQMoEMethod):  # type: ignore[misc]
 
     supports_pre_processed_weights = True
 
-    def __init__(self, quant_config: MarlinNativeConfig, layer: torch.nn.Module, prefix: str) -> None:
+    def __init__(self, quant_config: MarlinNativeConfig, layer: Any, prefix: str) -> None:
         """Serves the experts of the layer of that full name.
 
         Raises:
@@ -62,7 +63,7 @@ class MarlinNativeMoEMethod(AutoAWQMoEMethod):  # type: ignore[misc]
 
     def create_weights(
         self,
-        layer: torch.nn.Module,
+        layer: Any,
         num_experts: int,
         hidden_size: int,
         intermediate_size_per_partition: int,
@@ -121,11 +122,10 @@ class MarlinNativeMoEMethod(AutoAWQMoEMethod):  # type: ignore[misc]
             if self.quant_config.zero_point:
                 shape = (groups[name], columns[name] // self.config.pack_factor)
                 self._register(layer, f"{name}_qzeros", (num_experts, *shape), torch.int32, attributes)
-        facts: Any = layer
-        facts.input_dtype = self.input_dtype
-        facts.num_groups_w13, facts.num_groups_w2 = groups["w13"], groups["w2"]
+        layer.input_dtype = self.input_dtype
+        layer.num_groups_w13, layer.num_groups_w2 = groups["w13"], groups["w2"]
 
-    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+    def process_weights_after_loading(self, layer: Any) -> None:
         """Makes the loaded tensors what vLLM's Marlin experts take; repacks nothing.
 
         Args:
@@ -153,7 +153,7 @@ class MarlinNativeMoEMethod(AutoAWQMoEMethod):  # type: ignore[misc]
                 return size
         return None
 
-    def _finished(self, layer: torch.nn.Module) -> dict[str, torch.Tensor]:
+    def _finished(self, layer: Any) -> dict[str, torch.Tensor]:
         hidden, inner, shards = self.sizes
         padded = self.padded_inner(hidden, inner, shards)
         assert padded is not None, "create_weights has refused it"
@@ -162,16 +162,17 @@ class MarlinNativeMoEMethod(AutoAWQMoEMethod):  # type: ignore[misc]
         more_groups = num_groups(padded, group_size) - num_groups(inner, group_size)
 
         def widen(tensor: torch.Tensor, columns: int) -> torch.Tensor:
-            """Adds zero columns to each of gate and up."""
-            return pad_ends(tensor.unflatten(-1, (shards, -1)).transpose(1, 2), 0, columns).transpose(1, 2).flatten(-2)
+            """Adds zero columns to each of gate and up, which lie side by side."""
+            halves = tensor.reshape(*tensor.shape[:-1], shards, -1)
+            return pad(halves, (0, columns)).flatten(-2) if columns else tensor
 
         w13, w2 = layer.w13_qweight.data, layer.w2_qweight.data
         w13_scales, w2_scales = layer.w13_scales.data, layer.w2_scales.data
         finished = {
-            "w13_qweight": widen(w13, more * GPTQ_MARLIN_TILE // factor) if more else w13,
+            "w13_qweight": widen(w13, more * GPTQ_MARLIN_TILE // factor),
             "w2_qweight": pad_ends(w2, more // GPTQ_MARLIN_TILE, 0),
             "w13_scales": reorder_scales(
-                widen(w13_scales, more) if more else w13_scales,
+                widen(w13_scales, more),
                 was_single=self.was_single[0],
                 is_single=is_single_group(hidden, group_size),
             ),
@@ -182,17 +183,15 @@ class MarlinNativeMoEMethod(AutoAWQMoEMethod):  # type: ignore[misc]
             ),
         }
         if self.quant_config.zero_point:
-            w13_qzeros = layer.w13_qzeros.data
-            finished["w13_qzeros"] = widen(w13_qzeros, more // factor) if more else w13_qzeros
+            finished["w13_qzeros"] = widen(layer.w13_qzeros.data, more // factor)
             finished["w2_qzeros"] = pad_ends(layer.w2_qzeros.data, more_groups, 0)
         for name, size in (("w13_bias", shards * padded), ("w2_bias", hidden)):
             bias = getattr(layer, name, None)
             if bias is not None:
-                plain = widen(bias.data.unsqueeze(1), more).squeeze(1) if name == "w13_bias" and more else bias.data
-                finished[name] = permute_bias(plain, size)
+                finished[name] = permute_bias(widen(bias.data, more) if name == "w13_bias" else bias.data, size)
         return finished
 
-    def _watch(self, layer: torch.nn.Module, loader: Any) -> Any:
+    def _watch(self, layer: Any, loader: Any) -> Any:
         """Returns a weight loader that also keeps account, and copies what no rank may cut."""
 
         @wraps(loader)
@@ -216,7 +215,7 @@ class MarlinNativeMoEMethod(AutoAWQMoEMethod):  # type: ignore[misc]
 
         return recording_loader
 
-    def _require_complete(self, layer: torch.nn.Module) -> None:
+    def _require_complete(self, layer: Any) -> None:
         """Refuses the layer if a tensor of a local expert was never loaded."""
         parts = ["qweight", "scales", *(["qzeros"] if self.quant_config.zero_point else [])]
         names = {
@@ -243,7 +242,7 @@ class MarlinNativeMoEMethod(AutoAWQMoEMethod):  # type: ignore[misc]
 
     @staticmethod
     def _register(
-        layer: torch.nn.Module, name: str, shape: tuple[int, ...], dtype: torch.dtype, attributes: dict[str, Any]
+        layer: Any, name: str, shape: tuple[int, ...], dtype: torch.dtype, attributes: dict[str, Any]
     ) -> None:
         parameter = torch.nn.Parameter(torch.empty(shape, dtype=dtype), requires_grad=False)
         layer.register_parameter(name, parameter)

@@ -61,4 +61,4 @@ def permute_bias(bias: torch.Tensor, padded_n: int) -> torch.Tensor:
 
 def _gather(tensor: torch.Tensor, columns: tuple[int, ...]) -> torch.Tensor:
     index = torch.tensor(columns, device=tensor.device)
-    return tensor.unflatten(-1, (-1, len(columns)))[..., index].flatten(-2)
+    return tensor.reshape(*tensor.shape[:-1], -1, len(columns))[..., index].flatten(-2)

@@ -42,7 +42,7 @@ class MarlinNativeLinearMethod(LinearMethodBase):  # type: ignore[misc]
 
     def create_weights(
         self,
-        layer: torch.nn.Module,
+        layer: Any,
         input_size_per_partition: int,
         output_partition_sizes: list[int],
         input_size: int,
@@ -116,7 +116,7 @@ class MarlinNativeLinearMethod(LinearMethodBase):  # type: ignore[misc]
             )
             layer.register_parameter("qzeros", qzeros)
 
-    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+    def process_weights_after_loading(self, layer: Any) -> None:
         """Makes the loaded tensors what the kernel takes; repacks nothing, and does nothing a second time.
 
         A slice that the kernel's tiles do not divide is padded with zero tiles and zero groups; scales that are left
@@ -153,7 +153,7 @@ class MarlinNativeLinearMethod(LinearMethodBase):  # type: ignore[misc]
             replace_parameter(layer, name, tensor)  # by a plain parameter, which tells that this is done
         finish_bias(layer, padded_n)
 
-    def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """Returns ``x @ w + bias``.
 
         Args:
@@ -203,7 +203,7 @@ def module_names(prefix: str, parts: list[str], width_count: int) -> list[str]:
     return parts if len(parts) == width_count else [f"{prefix} (part {part})" for part in range(width_count)]
 
 
-def finish_bias(layer: torch.nn.Module, padded_n: int) -> None:
+def finish_bias(layer: Any, padded_n: int) -> None:
     """Gives a layer's bias the order of vLLM's kernel, unless the model adds it by itself.
 
     Args:

@@ -19,7 +19,7 @@ def register_refusal(reason: str) -> None:
         reason: the sentence to refuse it with.
     """
 
-    class UnsupportedVersionConfig(QuantizationConfig):
+    class UnsupportedVersionConfig(QuantizationConfig):  # type: ignore[misc]
         """Refuses every checkpoint."""
 
         def get_name(self) -> str:
@@ -37,10 +37,10 @@ def register_refusal(reason: str) -> None:
             return []
 
         @classmethod
-        def from_config(cls, config: dict[str, Any]) -> QuantizationConfig:
+        def from_config(cls, config: dict[str, Any]) -> QuantizationConfig:  # noqa: ARG003 - vLLM's signature
             raise refuse("unsupported-engine", reason, file="config.json")
 
-        def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> None:
+        def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> None:  # noqa: ARG002
             raise refuse("unsupported-engine", reason, file="config.json")
 
     register_quantization_config(MARLIN_QUANT_METHOD)(UnsupportedVersionConfig)

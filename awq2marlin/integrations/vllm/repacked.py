@@ -39,7 +39,7 @@ class MarlinRepackedAwqLinearMethod(LinearMethodBase):  # type: ignore[misc]
 
     def create_weights(
         self,
-        layer: torch.nn.Module,
+        layer: Any,
         input_size_per_partition: int,
         output_partition_sizes: list[int],
         input_size: int,
@@ -94,7 +94,7 @@ class MarlinRepackedAwqLinearMethod(LinearMethodBase):  # type: ignore[misc]
         )
         layer.register_parameter("scales", scales)
 
-    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+    def process_weights_after_loading(self, layer: Any) -> None:
         """Repacks the loaded AWQ tensors, once.
 
         Args:
@@ -122,6 +122,6 @@ class MarlinRepackedAwqLinearMethod(LinearMethodBase):  # type: ignore[misc]
             replace_parameter(layer, name, tensor)  # by a plain parameter, which tells that this is done
         finish_bias(layer, padded_n)
 
-    def apply(self, layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """Returns ``x @ w + bias``: x [..., K], bias [padded N] or None, result [..., N]."""
         return self.kernel(x, layer.qweight, layer.scales, None, bias)

@@ -1,5 +1,6 @@
 """Layers of vLLM, built as one rank of several, loaded from real converted files, and read back value for value."""
 
+import json
 from contextlib import ExitStack, contextmanager
 from types import SimpleNamespace
 from unittest import mock
@@ -28,7 +29,9 @@ class Model:
         config: the plugin's, as vLLM makes it.
     """
 
-    def __init__(self, folder, modules, *, heads=(4, 4), unaligned="keep", weights=None, with_inventory=True, **options):
+    def __init__(
+        self, folder, modules, *, heads=(4, 4), unaligned="keep", weights=None, with_inventory=True, **options
+    ):
         source, output = folder / "awq", folder / "marlin"
         config = {"num_attention_heads": heads[0], "num_key_value_heads": heads[1]}
         self.recipe = Recipe(modules=modules, weights=weights or {}, config=config, **options)
@@ -37,7 +40,7 @@ class Model:
         self.folder = output
         self.awq = load_file(source / "model.safetensors")
         self.marlin = load_file(output / "model.safetensors")
-        document = __import__("json").loads((output / "config.json").read_text())
+        document = json.loads((output / "config.json").read_text())
         self.config = MarlinNativeConfig.from_config(document["quantization_config"])
         self.config.packed_modules_mapping = PACKED
         if with_inventory:
@@ -60,8 +63,8 @@ def as_rank(rank, ranks):
     """Makes vLLM's linear layers and parameters believe that they are one rank of several."""
     with ExitStack() as stack:
         for module in (vllm_linear, vllm_parameter):
-            stack.enter_context(mock.patch.object(module, "get_tensor_model_parallel_rank", lambda: rank))
-            stack.enter_context(mock.patch.object(module, "get_tensor_model_parallel_world_size", lambda: ranks))
+            stack.enter_context(mock.patch.object(module, "get_tensor_model_parallel_rank", return_value=rank))
+            stack.enter_context(mock.patch.object(module, "get_tensor_model_parallel_world_size", return_value=ranks))
         stack.enter_context(torch.device("cpu"))
         yield
 

@@ -38,7 +38,14 @@ def test_a_column_parallel_layer_holds_its_columns(harness, model, rank, ranks):
 def test_fused_query_key_and_value_hold_their_heads(harness, model, rank, ranks):
     with harness.as_rank(rank, ranks):
         layer = harness.vllm_linear.QKVParallelLinear(
-            512, 64, 16, 4, bias=False, params_dtype=harness.torch.half, quant_config=model.config, prefix="attn.qkv_proj"
+            512,
+            64,
+            16,
+            4,
+            bias=False,
+            params_dtype=harness.torch.half,
+            quant_config=model.config,
+            prefix="attn.qkv_proj",
         )
         harness.load(layer, model, {"q": "attn.q_proj", "k": "attn.k_proj", "v": "attn.v_proj"})
         harness.finish(layer)
@@ -52,7 +59,12 @@ def test_fused_query_key_and_value_hold_their_heads(harness, model, rank, ranks)
 def test_fused_gate_and_up_hold_their_columns(harness, model, rank, ranks):
     with harness.as_rank(rank, ranks):
         layer = harness.vllm_linear.MergedColumnParallelLinear(
-            512, [768, 768], bias=False, params_dtype=harness.torch.half, quant_config=model.config, prefix="mlp.gate_up_proj"
+            512,
+            [768, 768],
+            bias=False,
+            params_dtype=harness.torch.half,
+            quant_config=model.config,
+            prefix="mlp.gate_up_proj",
         )
         harness.load(layer, model, {0: "mlp.gate_proj", 1: "mlp.up_proj"})
         harness.finish(layer)
