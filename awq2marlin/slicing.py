@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 from awq2marlin.awq import pack_factor
 from awq2marlin.marlin import GPTQ_MARLIN_TILE, MARLIN_TILE_N, fusion_group
+from awq2marlin.plan import ModulePlan
 from awq2marlin.quantization import NESTED_CONFIGS
 
 #: Last name components of the modules that engines cut by rows.
@@ -30,25 +31,6 @@ FUSED_GATE_UP_NAMES = frozenset({"gate_up_proj", "gate_up"})
 #: Ranks that are tried where the config does not say how many attention heads there are.
 _COMMON_SIZES = (1, 2, 4, 8, 16, 32, 64)
 _MOST_RANKS = 1024
-
-
-@dataclass(frozen=True)
-class CutModule:
-    """A quantized module, as far as cutting it matters.
-
-    Attributes:
-        name: full name.
-        size_k: in features K, without padding.
-        size_n: out features N, without padding.
-        layout: how it lies in the file, ``awq`` or ``marlin``.
-        padded: whether the file holds it padded; such a one cannot be cut.
-    """
-
-    name: str
-    size_k: int
-    size_n: int
-    layout: Literal["awq", "marlin"]
-    padded: bool = False
 
 
 @dataclass(frozen=True)
@@ -96,23 +78,39 @@ def inexact_reason(size_k: int, widths: Iterable[int], group_size: int) -> str |
     return None
 
 
+def inexact_awq_reason(size_k: int, widths: Iterable[int], bits: int, group_size: int) -> str | None:
+    """Returns why a slice of an AWQ module is not itself an AWQ tensor, in words, or None if it is.
+
+    Args:
+        size_k: rows of the slice.
+        widths: columns of each part that is cut by itself.
+        bits: 4 or 8.
+        group_size: rows that share scales; -1 for all, then rows may be cut within the group.
+    """
+    for width in widths:
+        if width <= 0 or width % pack_factor(bits):
+            return f"{width} columns on one rank are not a multiple of {pack_factor(bits)}"
+    if size_k <= 0 or (group_size != -1 and size_k % group_size):
+        return f"{size_k} rows on one rank are not a multiple of the group size {group_size}"
+    return None
+
+
 def largest_tensor_parallel_size(
-    modules: Iterable[CutModule], bits: int, group_size: int, zero_point: bool, config: Mapping[str, Any]
+    modules: Iterable[ModulePlan], bits: int, group_size: int, config: Mapping[str, Any]
 ) -> int:
     """Returns the largest number of ranks over which vLLM can cut a checkpoint; 0 if it cannot load it at all.
 
-    Ranks divide the attention heads. Every Marlin module must be cut exactly; modules in AWQ layout at whole words
-    and groups, as vLLM wants them.
+    Ranks divide the attention heads, and every module must be cut exactly. With 8 bits vLLM has no kernel for zero
+    points.
 
     Args:
-        modules: every quantized module.
+        modules: every quantized module, as it lies in the file.
         bits: 4 or 8.
         group_size: rows of K that share scales, -1 for all.
-        zero_point: whether any module has zero points; with 8 bits vLLM has no kernel for them.
         config: the model's ``config.json``.
     """
     modules = list(modules)
-    if bits == 8 and zero_point:
+    if bits == 8 and any("qzeros" in module.parts for module in modules):
         return 0
     heads = Heads.of(config)
     sizes: Iterable[int] = _COMMON_SIZES
@@ -121,21 +119,20 @@ def largest_tensor_parallel_size(
     return max((size for size in sizes if _can_cut_all(modules, size, bits, group_size, heads)), default=0)
 
 
-def _can_cut_all(modules: list[CutModule], ranks: int, bits: int, group_size: int, heads: Heads) -> bool:
+def _can_cut_all(modules: list[ModulePlan], ranks: int, bits: int, group_size: int, heads: Heads) -> bool:
     return all(_can_cut(module, ranks, bits, group_size, heads) for module in modules)
 
 
-def _can_cut(module: CutModule, ranks: int, bits: int, group_size: int, heads: Heads) -> bool:
-    if module.padded:
+def _can_cut(module: ModulePlan, ranks: int, bits: int, group_size: int, heads: Heads) -> bool:
+    if module.is_padded:
         return ranks == 1 and not _is_fused(module.name)
     slices = _slices(module, ranks, heads)
     if slices is None:
         return False
     size_k, widths = slices
-    if module.layout == "awq":
-        in_groups = group_size == -1 or size_k % group_size == 0
-        return in_groups and all(width % pack_factor(bits) == 0 for width in widths)
-    return inexact_reason(size_k, widths, group_size) is None
+    if module.converted:
+        return inexact_reason(size_k, widths, group_size) is None
+    return inexact_awq_reason(size_k, widths, bits, group_size) is None
 
 
 def _is_fused(module: str) -> bool:
@@ -144,7 +141,7 @@ def _is_fused(module: str) -> bool:
     return fusion_group(module) != module or name in FUSED_QKV_NAMES | FUSED_GATE_UP_NAMES
 
 
-def _slices(module: CutModule, ranks: int, heads: Heads) -> tuple[int, list[int]] | None:
+def _slices(module: ModulePlan, ranks: int, heads: Heads) -> tuple[int, list[int]] | None:
     """Returns rows and widths of one rank's part, or None if the ranks do not divide the module."""
     size_k, size_n = module.size_k, module.size_n
     name = module.name.rpartition(".")[2]
@@ -168,6 +165,7 @@ def _share(size: int, ranks: int) -> int | None:
 
 
 def _key_value_share(size: int, ranks: int, heads: Heads) -> int | None:
-    if heads.key_value and ranks > heads.key_value:
-        return None if ranks % heads.key_value else _share(size, heads.key_value)
-    return _share(size, ranks)
+    """Returns one rank's width of the key or value heads: of several ranks the same where there are more of them."""
+    if heads.key_value and max(ranks, heads.key_value) % min(ranks, heads.key_value):
+        return None
+    return _share(size, min(ranks, heads.key_value or ranks))

@@ -23,18 +23,28 @@ PUBLIC_FUNCTIONS = ("convert", "verify", "revert", "inspect", "demo")
 
 #: The order of imports, lowest first: a module imports only from layers below its own.
 LAYERS = [
-    ["_version", "awq", "cache", "errors", "progress", "reference", "repack_kernels"],
-    ["jit", "machine_code", "marlin", "safetensors_header"],
-    ["diagnosis", "folder", "kernel_configs", "layout", "repack"],
-    ["compile_matrix", "ops", "quantization", "stream", "synthetic"],
-    ["linear", "checkpoint", "digest", "tensor_files", "workers"],
+    [
+        "_version",
+        "awq",
+        "cache",
+        "errors",
+        "integrations.__init__",
+        "progress",
+        "reference",
+        "repack_kernels",
+        "integrations.vllm.state",
+    ],
+    ["jit", "machine_code", "marlin", "safetensors_header", "integrations.vllm.record", "integrations.vllm.versions"],
+    ["diagnosis", "folder", "kernel_configs", "layout", "repack", "integrations.vllm.kernels"],
+    ["compile_matrix", "ops", "quantization", "stream", "synthetic", "integrations.vllm.finishing"],
+    ["linear", "checkpoint", "digest", "tensor_files", "workers", "integrations.vllm.refusal"],
     ["config", "manifest", "output", "plan"],
-    ["gemm_verification", "pairing", "shard"],
-    ["error_plot", "inspection", "reversion", "verification"],
-    ["conversion"],
-    ["demonstration"],
-    ["console", "report"],
-    ["cli"],
+    ["gemm_verification", "pairing", "shard", "slicing"],
+    ["error_plot", "inspection", "reversion", "verification", "integrations.vllm.inventory"],
+    ["conversion", "integrations.vllm.contents"],
+    ["demonstration", "integrations.vllm.experts", "integrations.vllm.linear"],
+    ["console", "report", "integrations.vllm.config"],
+    ["cli", "integrations.vllm.__init__"],
     ["__main__"],
 ]
 LAYER = {module: number for number, modules in enumerate(LAYERS) for module in modules}
@@ -145,7 +155,8 @@ import importlib, pkgutil, types, awq2marlin
 names = {names!r}
 {before}
 for module in pkgutil.walk_packages(awq2marlin.__path__, "awq2marlin."):
-    importlib.import_module(module.name)
+    if module.name.count(".") < 3:  # modules of an engine's plugin need the engine
+        importlib.import_module(module.name)
 for name in names:
     value = getattr(awq2marlin, name)
     assert isinstance(value, types.FunctionType), (name, value)
@@ -309,7 +320,10 @@ def test_file_reading_knows_neither_format():
 
 def test_only_what_computes_with_tensors_imports_torch():
     with_torch = {module for module in MODULES if "torch" in third_party(module)}
-    assert with_torch == {"config", "diagnosis", "gemm_verification", "layout", "linear", "ops"}
+    assert with_torch == {
+        *("config", "diagnosis", "gemm_verification", "layout", "linear", "ops"),
+        *(f"integrations.vllm.{name}" for name in ("config", "experts", "finishing", "kernels", "linear", "refusal")),
+    }
     assert "torch" not in {node.names[0].name for node in tree("config").body if isinstance(node, ast.Import)}
 
 
@@ -317,6 +331,7 @@ def test_every_foreign_package_is_a_declared_dependency():
     text = (PACKAGE.parent / "pyproject.toml").read_text("utf-8")
     declared = set(re.findall(r'^    "([\w-]+)', text.split("\ndependencies = [")[1].split("\n]")[0], re.MULTILINE))
     declared |= {"cuda", "matplotlib"}  # the extras; imported where they are used
+    declared.add("vllm")  # the engine, which imports its plugin; never the other way round
     used = {name for module in MODULES for name in third_party(module)}
     assert used <= declared, f"not declared: {sorted(used - declared)}"
 
@@ -377,9 +392,12 @@ def test_the_command_is_declared():
         points = importlib.metadata.distribution("awq2marlin").entry_points
     except importlib.metadata.PackageNotFoundError:
         pytest.skip("The package is not installed here, so it has no metadata to compare with.")
-    assert [(point.name, point.value) for point in points] == [("awq2marlin", "awq2marlin.cli:main")]
-    module, _, function = points["awq2marlin"].value.partition(":")
-    assert callable(getattr(importlib.import_module(module), function))
+    assert [(point.group, point.name, point.value) for point in points] == [
+        ("console_scripts", "awq2marlin", "awq2marlin.cli:main"),
+        ("vllm.general_plugins", "awq2marlin", "awq2marlin.integrations.vllm:register"),
+    ]
+    for point in points:
+        assert callable(point.load())
 
 
 def test_python_m_runs_the_same_command():

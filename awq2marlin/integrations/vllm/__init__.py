@@ -23,7 +23,7 @@ def register() -> None:
 
         reason = unsupported_reason(vllm.__version__)
         if reason is None:
-            from awq2marlin.integrations.vllm import config  # noqa: F401 - importing it registers the method
+            import awq2marlin.integrations.vllm.config  # noqa: F401 - importing it registers the method
         else:
             from awq2marlin.integrations.vllm.refusal import register_refusal
 

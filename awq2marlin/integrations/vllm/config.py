@@ -6,28 +6,23 @@ a layer asks for one.
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-import vllm
 from vllm import envs
 from vllm.logger import init_logger
 from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 
-from awq2marlin.awq import pack_factor
 from awq2marlin.errors import printable, refuse
 from awq2marlin.folder import CONFIG_FILENAME
-from awq2marlin.integrations.vllm.inventory import Inventory, inventory_of, read_inventory
-from awq2marlin.integrations.vllm.versions import minor_version
+from awq2marlin.integrations.vllm.contents import Contents
+from awq2marlin.integrations.vllm.inventory import inventory_of, read_inventory
 from awq2marlin.quantization import MARLIN_QUANT_METHOD, MarlinQuantization, read_marlin_quantization
 
 logger = init_logger("vllm.awq2marlin")
-
-Layout = Literal["marlin", "awq", "none"]
 
 #: vLLM's Marlin kernels run on Turing and later.
 _MIN_CAPABILITY = 75
@@ -38,32 +33,19 @@ class MarlinNativeConfig(QuantizationConfig):  # type: ignore[misc]
     """How a Marlin-native checkpoint is loaded.
 
     Attributes:
-        quantization: what the checkpoint's config says, with the names that vLLM gives the modules.
-        inventory: what its headers say; None while they could not be read.
-        weight_bits: 4 or 8.
-        group_size: rows of K that share scales, -1 for all.
-        zero_point: as the config says.
-        pack_factor: values per int32.
-        version: vLLM's, (major, minor).
+        contents: what the checkpoint holds, with the names that vLLM gives the modules.
     """
 
     def __init__(self, quantization: MarlinQuantization) -> None:
         """Takes what the checkpoint's config says."""
         super().__init__()
-        version = minor_version(vllm.__version__)
-        assert version is not None, "registration has checked it"
-        self.version = version
-        self.quantization = quantization
-        self.inventory: Inventory | None = None
-        self.weight_bits = quantization.bits
-        self.group_size = quantization.group_size
-        self.zero_point = quantization.zero_point
-        self.pack_factor = pack_factor(quantization.bits)
+        self.contents = Contents(quantization)
 
     def __repr__(self) -> str:
         """Returns a line for vLLM's log."""
-        facts = f"bits={self.weight_bits}, group_size={self.group_size}, zero_point={self.zero_point}"
-        return f"MarlinNativeConfig({facts}, awq_modules={len(self.quantization.awq_modules)})"
+        said = self.contents.quantization
+        facts = f"bits={said.bits}, group_size={said.group_size}, zero_point={said.zero_point}"
+        return f"MarlinNativeConfig({facts}, awq_modules={len(said.awq_modules)})"
 
     @classmethod
     def get_name(cls) -> str:
@@ -115,7 +97,8 @@ class MarlinNativeConfig(QuantizationConfig):  # type: ignore[misc]
         """
         _check_engine()
         if Path(model_name).is_dir():
-            self.inventory = read_inventory(Path(model_name), self.quantization)
+            inventory = read_inventory(Path(model_name), self.contents.quantization)
+            self.contents = replace(self.contents, inventory=inventory)
             return
         from vllm.transformers_utils.config import get_safetensors_params_metadata
 
@@ -128,7 +111,8 @@ class MarlinNativeConfig(QuantizationConfig):  # type: ignore[misc]
             return
         shapes = {name: tuple(tensor["shape"]) for name, tensor in tensors.items()}
         config = hf_config.to_dict() if hf_config is not None else {}
-        self.inventory = inventory_of(shapes, self.quantization, config)
+        inventory = inventory_of(shapes, self.contents.quantization, config)
+        self.contents = replace(self.contents, inventory=inventory)
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         """Gives the modules the names that a model of vLLM has for them.
@@ -136,21 +120,7 @@ class MarlinNativeConfig(QuantizationConfig):  # type: ignore[misc]
         Args:
             hf_to_vllm_mapper: vLLM's mapping from names in the file to its own.
         """
-
-        def renamed(names: Collection[str]) -> frozenset[str]:
-            return frozenset(hf_to_vllm_mapper.apply_list(sorted(names)))
-
-        old = self.quantization
-        self.quantization = replace(
-            old,
-            awq_modules=renamed(old.awq_modules),
-            unquantized_modules=renamed(old.unquantized_modules),
-            padded_modules={
-                name: size for key, size in old.padded_modules.items() for name in hf_to_vllm_mapper.apply_list([key])
-            },
-        )
-        if self.inventory is not None:
-            self.inventory = replace(self.inventory, zero_point_modules=renamed(self.inventory.zero_point_modules))
+        self.contents = self.contents.renamed(hf_to_vllm_mapper.apply_list)
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         """Returns how a layer of vLLM loads and applies its weights; None for layers that are never quantized.
@@ -170,7 +140,7 @@ class MarlinNativeConfig(QuantizationConfig):  # type: ignore[misc]
             return self._experts_method(layer, prefix)
         if isinstance(layer, LinearBase):
             return self._linear_method(layer, prefix)
-        if isinstance(layer, ParallelLMHead) and prefix in self.quantization.awq_modules:
+        if isinstance(layer, ParallelLMHead) and self.contents.layout([prefix]) == "awq":
             return self._awq_method(layer, prefix)
         return None
 
@@ -180,86 +150,49 @@ class MarlinNativeConfig(QuantizationConfig):  # type: ignore[misc]
         Args:
             prefix: the layer's full name, such as ``model.layers.0.self_attn.qkv_proj``.
         """
+        if self.contents.is_listed(prefix):  # fused in the file already
+            return [prefix]
         parent, dot, name = prefix.rpartition(".")
         return [f"{parent}{dot}{part}" for part in self.packed_modules_mapping.get(name, [name])]
-
-    def has_zero_points(self, modules: Collection[str]) -> bool:
-        """Returns whether modules have ``qzeros``.
-
-        Args:
-            modules: names of modules, or of the parents of experts.
-        """
-        if self.zero_point or self.inventory is None:
-            return self.zero_point
-        found = self.inventory.zero_point_modules
-        return any(module in found for module in modules) or _any_below(found, modules)
-
-    def tensor_parallel_advice(self) -> str:
-        """Returns what to do about a layer that the number of ranks does not cut exactly, in a sentence."""
-        if self.inventory is None:
-            return "Serve it on fewer GPUs; 'awq2marlin inspect' tells the largest tensor-parallel size that works"
-        size = self.inventory.largest_tensor_parallel_size
-        return f"The largest tensor-parallel size that works is {size}: serve it with --tensor-parallel-size {size}"
-
-    def _layout(self, modules: list[str]) -> Layout:
-        """Returns the layout that all of the modules, which become one layer, share."""
-        awq, none = self.quantization.awq_modules, self.quantization.unquantized_modules
-        found: dict[Layout, str] = {}
-        for module in modules:
-            if module in awq:
-                found["awq"] = module
-            elif module in none:
-                found["none"] = module
-            else:
-                found["marlin"] = module
-        if len(found) > 1:
-            names = {"awq": "in AWQ layout", "none": "not quantized", "marlin": "in Marlin layout"}
-            said = ", ".join(f"{printable(module)} is {names[layout]}" for layout, module in sorted(found.items()))
-            raise refuse(
-                "unsupported-engine",
-                f"vLLM puts these modules into one matrix, but {said}. Serve the AWQ checkpoint instead: "
-                "'awq2marlin revert' gives it back",
-                file=CONFIG_FILENAME,
-            )
-        return next(iter(found))
 
     def _linear_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase:
         from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 
         from awq2marlin.integrations.vllm.linear import MarlinNativeLinearMethod
 
-        layout = self._layout(self.parts(prefix))
+        parts = self.parts(prefix)
+        layout = self.contents.layout(parts)
         if layout == "none":
             return UnquantizedLinearMethod()
         if layout == "awq":
             return self._awq_method(layer, prefix)
-        return MarlinNativeLinearMethod(self, prefix)
+        return MarlinNativeLinearMethod(self.contents, prefix, parts)
 
     def _awq_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase:
-        if self.weight_bits == 4 and self.has_zero_points(self.parts(prefix)):
-            return self._vllm_awq_config().get_quant_method(layer, prefix)
-        from awq2marlin.integrations.vllm.repacked import MarlinRepackedAwqLinearMethod
+        from awq2marlin.integrations.vllm.linear import MarlinRepackedLinearMethod
 
-        return MarlinRepackedAwqLinearMethod(self, prefix)
+        parts = self.parts(prefix)
+        if self._is_vllm_s_awq(parts):
+            return self._vllm_awq_config().get_quant_method(layer, prefix)
+        return MarlinRepackedLinearMethod(self.contents, prefix, parts)
 
     def _experts_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase:
         from vllm.model_executor.layers.fused_moe import UnquantizedFusedMoEMethod
 
-        from awq2marlin.integrations.vllm.experts import MarlinNativeMoEMethod
+        from awq2marlin.integrations.vllm.experts import MarlinNativeMoEMethod, MarlinRepackedMoEMethod
 
-        if _any_below(self.quantization.unquantized_modules, [prefix]):
+        layout = self.contents.layout_of_experts(prefix)
+        if layout == "none":
             return UnquantizedFusedMoEMethod(layer.moe_config)
-        if _any_below(self.quantization.awq_modules, [prefix]):
-            if self.weight_bits == 4 and self.has_zero_points([prefix]):
-                return self._vllm_awq_config().get_quant_method(layer, prefix)
-            raise refuse(
-                "unsupported-engine",
-                "its experts are kept in AWQ layout without zero points, which vLLM cannot load. Serve it with "
-                "Transformers",
-                file=CONFIG_FILENAME,
-                tensor=prefix,
-            )
-        return MarlinNativeMoEMethod(self, layer, prefix)
+        if layout == "awq" and self._is_vllm_s_awq([prefix]):
+            return self._vllm_awq_config().get_quant_method(layer, prefix)
+        method = MarlinRepackedMoEMethod if layout == "awq" else MarlinNativeMoEMethod
+        return method(self.contents, layer, prefix)
+
+    def _is_vllm_s_awq(self, modules: list[str]) -> bool:
+        """Returns whether vLLM's own AWQ code can load modules: it knows 4 bits, zero points and real groups only."""
+        contents = self.contents
+        return contents.bits == 4 and contents.group_size != -1 and contents.has_zero_points(modules)
 
     def _vllm_awq_config(self) -> QuantizationConfig:
         """Returns vLLM's own config of an AWQ checkpoint, for the modules that are kept in that layout."""
@@ -267,8 +200,8 @@ class MarlinNativeConfig(QuantizationConfig):  # type: ignore[misc]
 
         document = {
             "quant_method": "awq",
-            "bits": self.weight_bits,
-            "group_size": self.group_size,
+            "bits": self.contents.bits,
+            "group_size": self.contents.group_size,
             "zero_point": True,
             "lm_head": True,
             "modules_to_not_convert": [],
@@ -276,12 +209,6 @@ class MarlinNativeConfig(QuantizationConfig):  # type: ignore[misc]
         config = AutoAWQConfig.from_config(document)
         config.packed_modules_mapping = self.packed_modules_mapping
         return config
-
-
-def _any_below(names: Collection[str], parents: Collection[str]) -> bool:
-    """Returns whether one of the names is a module inside one of the parents."""
-    prefixes = tuple(f"{parent}." for parent in parents)
-    return any(name.startswith(prefixes) for name in names)
 
 
 def _check_engine() -> None:

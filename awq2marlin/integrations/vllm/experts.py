@@ -1,4 +1,4 @@
-"""How vLLM's mixture-of-experts layers hold converted experts: loaded as they lie in the file, not repacked."""
+"""How vLLM's mixture-of-experts layers hold quantized experts: loaded as they lie in the file, then finished."""
 
 from __future__ import annotations
 
@@ -6,22 +6,30 @@ from functools import wraps
 from typing import Any, NoReturn
 
 import torch
-from torch.nn.functional import pad
+import vllm
 from vllm.model_executor.layers.fused_moe import FusedMoeWeightScaleSupported
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
 from vllm.model_executor.layers.fused_moe.oracle.int_wna16 import WNA16MoEBackend, backend_to_kernel_cls
 from vllm.model_executor.layers.quantization.auto_awq import AutoAWQMoEMethod
 from vllm.model_executor.utils import set_weight_attrs
 
+from awq2marlin.awq import QUANTIZED_PARTS
 from awq2marlin.errors import refuse
-from awq2marlin.integrations.vllm.config import MarlinNativeConfig
-from awq2marlin.integrations.vllm.finishing import pad_ends, permute_bias, reorder_scales
+from awq2marlin.integrations.vllm.contents import Contents, is_any_below
+from awq2marlin.integrations.vllm.finishing import (
+    AWQ_TILE,
+    marlin_part,
+    pad_to,
+    part_shape,
+    permute_bias,
+    reorder_scales,
+)
 from awq2marlin.integrations.vllm.record import LoadRecord
 from awq2marlin.integrations.vllm.state import are_weights_processed
-from awq2marlin.integrations.vllm.versions import WITHOUT_ACTIVATION_ORDER
+from awq2marlin.integrations.vllm.versions import takes_activation_order
 from awq2marlin.layout import replace_parameter
-from awq2marlin.marlin import GPTQ_MARLIN_TILE, is_aligned, is_single_group, num_groups, qweight_shape
-from awq2marlin.slicing import inexact_reason
+from awq2marlin.marlin import GPTQ_MARLIN_TILE, is_aligned, is_single_group, num_groups
+from awq2marlin.slicing import inexact_awq_reason, inexact_reason
 
 #: Multiple to which the inner size of experts is padded where tiles do not divide it.
 _PADDED_MULTIPLE = 128
@@ -36,7 +44,10 @@ class MarlinNativeMoEMethod(AutoAWQMoEMethod):  # type: ignore[misc]
 
     supports_pre_processed_weights = True
 
-    def __init__(self, quant_config: MarlinNativeConfig, layer: Any, prefix: str) -> None:
+    #: Rows of K that one row of ``qweight`` holds in the file.
+    tile = GPTQ_MARLIN_TILE
+
+    def __init__(self, contents: Contents, layer: Any, prefix: str) -> None:
         """Serves the experts of the layer of that full name.
 
         Raises:
@@ -44,8 +55,10 @@ class MarlinNativeMoEMethod(AutoAWQMoEMethod):  # type: ignore[misc]
         """
         # The AWQ method's own constructor would choose between backends; these weights fit Marlin only.
         FusedMoEMethodBase.__init__(self, layer.moe_config)
-        self.quant_config = _Facts(quant_config, quant_config.has_zero_points([prefix]))
-        self.config = quant_config
+        self.contents = contents
+        has_zero_points = contents.has_zero_points([prefix])
+        self.quant_config = _Facts(contents, has_zero_points)
+        self.parts = [part for part in QUANTIZED_PARTS if part != "qzeros" or has_zero_points]
         self.prefix = prefix
         self.input_dtype = None
         self.is_k_full = True
@@ -53,7 +66,7 @@ class MarlinNativeMoEMethod(AutoAWQMoEMethod):  # type: ignore[misc]
         self.wna16_moe_backend = WNA16MoEBackend.BATCHED_MARLIN if is_batched else WNA16MoEBackend.MARLIN
         (self.experts_cls,) = backend_to_kernel_cls(self.wna16_moe_backend)
         self.record = LoadRecord()
-        if any(name.startswith(f"{prefix}.") for name in quant_config.quantization.padded_modules):
+        if is_any_below(contents.quantization.padded_modules, prefix):
             self._refuse(
                 "its experts are padded, and in vLLM they are fused, for which their padding stands in the wrong "
                 "places. Convert with --unaligned keep: then vLLM loads them with its own AWQ code"
@@ -72,8 +85,8 @@ class MarlinNativeMoEMethod(AutoAWQMoEMethod):  # type: ignore[misc]
     ) -> None:
         """Gives the layer empty parameters for all experts of this rank.
 
-        With H the hidden and I the inner size on this rank, and s = 2 parts (gate and up), or 1 without a gate:
-        ``w13_qweight`` int32 [E, H/16, s*I*16/f], ``w2_qweight`` int32 [E, I/16, H*16/f], and ``scales`` and
+        With H the hidden and I the inner size on this rank, s = 2 parts (gate and up), or 1 without a gate, and t =
+        `tile`: ``w13_qweight`` int32 [E, H/t, s*I*t/f], ``w2_qweight`` int32 [E, I/t, H*t/f], and ``scales`` and
         ``qzeros`` of both.
 
         Args:
@@ -87,46 +100,43 @@ class MarlinNativeMoEMethod(AutoAWQMoEMethod):  # type: ignore[misc]
         Raises:
             CheckpointError: if this rank's part is not exactly a slice of the file's tensors.
         """
-        bits, group_size = self.config.weight_bits, self.config.group_size
+        group_size = self.contents.group_size
         hidden, inner = hidden_size, intermediate_size_per_partition
         shards = 2 if self.moe.is_act_and_mul else 1
-        reason = inexact_reason(hidden, [inner], group_size) or inexact_reason(inner, [hidden], group_size)
+        reason = self._inexact_reason(hidden, inner) or self._inexact_reason(inner, hidden)
         if reason:
-            self._refuse(f"{reason}. {self.config.tensor_parallel_advice()}")
-        if self.padded_inner(hidden, inner, shards) is None:
+            self._refuse(f"{reason}. {self.contents.tensor_parallel_advice()}")
+        self.sizes = (hidden, inner, shards)
+        if self.padded_inner() is None:
             self._refuse(f"hidden size {hidden} is not a multiple of 64, which vLLM's Marlin experts need")
 
-        self.sizes = (hidden, inner, shards)
-        whole_inner = self._whole_inner_size(inner)
+        whole_inner = inner * int(self.moe.moe_parallel_config.tp_size)
         #: Whether scales stand in the file in the order of a single group, for w13 and w2.
-        self.was_single = (is_single_group(hidden, group_size), is_single_group(whole_inner, group_size))
+        self.was_single = {
+            "w13": is_single_group(hidden, group_size),
+            "w2": is_single_group(whole_inner, group_size),
+        }
         #: With one group over all of K, every rank has all of w2's scales.
         self.is_w2_group_whole = group_size == -1
         self.num_local_experts = num_experts
-
         attributes = {
             **extra_weight_attrs,
             "is_transposed": True,
             "quant_method": FusedMoeWeightScaleSupported.GROUP.value,
             "weight_loader": self._watch(layer, extra_weight_attrs["weight_loader"]),
         }
-        wide = shards * inner
-        groups = {"w13": num_groups(hidden, group_size), "w2": num_groups(inner, group_size)}
-        columns = {"w13": wide, "w2": hidden}
-        rows = {"w13": hidden, "w2": inner}
-        for name in ("w13", "w2"):
-            shape = qweight_shape(rows[name], columns[name], bits)
-            self._register(layer, f"{name}_qweight", (num_experts, *shape), torch.int32, attributes)
-            shape = (groups[name], columns[name])
-            self._register(layer, f"{name}_scales", (num_experts, *shape), params_dtype, attributes)
-            if self.quant_config.zero_point:
-                shape = (groups[name], columns[name] // self.config.pack_factor)
-                self._register(layer, f"{name}_qzeros", (num_experts, *shape), torch.int32, attributes)
+        for group in ("w13", "w2"):
+            for part in self.parts:
+                dtype = params_dtype if part == "scales" else torch.int32
+                empty = torch.empty((num_experts, *self._shape(group, part, inner)), dtype=dtype)
+                parameter = torch.nn.Parameter(empty, requires_grad=False)
+                layer.register_parameter(f"{group}_{part}", parameter)
+                set_weight_attrs(parameter, attributes)
         layer.input_dtype = self.input_dtype
-        layer.num_groups_w13, layer.num_groups_w2 = groups["w13"], groups["w2"]
+        layer.num_groups_w13, layer.num_groups_w2 = num_groups(hidden, group_size), num_groups(inner, group_size)
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        """Makes the loaded tensors what vLLM's Marlin experts take; repacks nothing.
+        """Makes the loaded tensors what vLLM's Marlin experts take, once.
 
         Args:
             layer: one whose weights were loaded.
@@ -136,60 +146,56 @@ class MarlinNativeMoEMethod(AutoAWQMoEMethod):  # type: ignore[misc]
         """
         if not are_weights_processed() and hasattr(layer.w13_qweight, "weight_loader"):
             self._require_complete(layer)
-            for name, tensor in self._finished(layer).items():
-                replace_parameter(layer, name, tensor)  # by a plain parameter, which tells that this is done
+            self._finish(layer)
         # vLLM's experts look for these names.
         layer.w13_weight, layer.w2_weight = layer.w13_qweight, layer.w2_qweight
-        if self.config.version < WITHOUT_ACTIVATION_ORDER:
+        if takes_activation_order(vllm.__version__):
             empty = torch.empty((self.num_local_experts, 0), dtype=torch.int32, device=layer.w13_qweight.device)
             layer.w13_g_idx_sort_indices = layer.w2_g_idx_sort_indices = empty
         self._setup_kernel(layer)
 
-    def padded_inner(self, hidden: int, inner: int, shards: int) -> int | None:
-        """Returns the inner size that vLLM's Marlin experts can take, at least ``inner``; None if there is none."""
+    def padded_inner(self) -> int | None:
+        """Returns the inner size that vLLM's Marlin experts can take, at least the own; None if there is none."""
+        bits, group_size = self.contents.bits, self.contents.group_size
+        hidden, inner, shards = self.sizes
         for size in (inner, -(-inner // _PADDED_MULTIPLE) * _PADDED_MULTIPLE):
-            bits, group_size = self.config.weight_bits, self.config.group_size
             if is_aligned(hidden, shards * size, bits, group_size) and is_aligned(size, hidden, bits, group_size):
                 return size
         return None
 
-    def _finished(self, layer: Any) -> dict[str, torch.Tensor]:
-        hidden, inner, shards = self.sizes
-        padded = self.padded_inner(hidden, inner, shards)
-        assert padded is not None, "create_weights has refused it"
-        factor, group_size = self.config.pack_factor, self.config.group_size
-        more = padded - inner
-        more_groups = num_groups(padded, group_size) - num_groups(inner, group_size)
+    def _matrix(self, group: str, inner: int) -> tuple[int, int]:
+        """Returns K and N of ``w13`` or ``w2``."""
+        hidden, _, shards = self.sizes
+        return (hidden, shards * inner) if group == "w13" else (inner, hidden)
 
-        def widen(tensor: torch.Tensor, columns: int) -> torch.Tensor:
-            """Adds zero columns to each of gate and up, which lie side by side."""
-            halves = tensor.reshape(*tensor.shape[:-1], shards, -1)
-            return pad(halves, (0, columns)).flatten(-2) if columns else tensor
+    def _shape(self, group: str, part: str, inner: int) -> tuple[int, int]:
+        """Returns the shape of one expert's tensor."""
+        return part_shape(part, *self._matrix(group, inner), self.contents.bits, self.contents.group_size, self.tile)
 
-        w13, w2 = layer.w13_qweight.data, layer.w2_qweight.data
-        w13_scales, w2_scales = layer.w13_scales.data, layer.w2_scales.data
-        finished = {
-            "w13_qweight": widen(w13, more * GPTQ_MARLIN_TILE // factor),
-            "w2_qweight": pad_ends(w2, more // GPTQ_MARLIN_TILE, 0),
-            "w13_scales": reorder_scales(
-                widen(w13_scales, more),
-                was_single=self.was_single[0],
-                is_single=is_single_group(hidden, group_size),
-            ),
-            "w2_scales": reorder_scales(
-                pad_ends(w2_scales, more_groups, 0),
-                was_single=self.was_single[1],
-                is_single=is_single_group(padded, group_size),
-            ),
-        }
-        if self.quant_config.zero_point:
-            finished["w13_qzeros"] = widen(layer.w13_qzeros.data, more // factor)
-            finished["w2_qzeros"] = pad_ends(layer.w2_qzeros.data, more_groups, 0)
-        for name, size in (("w13_bias", shards * padded), ("w2_bias", hidden)):
-            bias = getattr(layer, name, None)
+    def _inexact_reason(self, size_k: int, size_n: int) -> str | None:
+        return inexact_reason(size_k, [size_n], self.contents.group_size)
+
+    def _finish(self, layer: Any) -> None:
+        """Pads what vLLM's kernels cannot take as it is, and brings it to their order."""
+        inner = self.padded_inner()
+        assert inner is not None, "create_weights has refused it"
+        for group, blocks in (("w13", self.sizes[2]), ("w2", 1)):
+            for part in self.parts:
+                name = f"{group}_{part}"
+                padded = pad_to(getattr(layer, name).data, *self._shape(group, part, inner), blocks)
+                # By a plain parameter, which tells that this is done.
+                replace_parameter(layer, name, self._for_kernel(group, part, padded, inner))
+            bias = getattr(layer, f"{group}_bias", None)
             if bias is not None:
-                finished[name] = permute_bias(widen(bias.data, more) if name == "w13_bias" else bias.data, size)
-        return finished
+                padded = pad_to(bias.data.unsqueeze(-2), 1, self._matrix(group, inner)[1], blocks).squeeze(-2)
+                replace_parameter(layer, f"{group}_bias", permute_bias(padded))
+
+    def _for_kernel(self, group: str, part: str, tensor: torch.Tensor, inner: int) -> torch.Tensor:
+        """Returns loaded and padded tensors of all experts in the order that the kernel takes; repacks nothing."""
+        if part != "scales":
+            return tensor
+        is_single = is_single_group(self._matrix(group, inner)[0], self.contents.group_size)
+        return reorder_scales(tensor, was_single=self.was_single[group], is_single=is_single)
 
     def _watch(self, layer: Any, loader: Any) -> Any:
         """Returns a weight loader that also keeps account, and copies what no rank may cut."""
@@ -217,7 +223,6 @@ class MarlinNativeMoEMethod(AutoAWQMoEMethod):  # type: ignore[misc]
 
     def _require_complete(self, layer: Any) -> None:
         """Refuses the layer if a tensor of a local expert was never loaded."""
-        parts = ["qweight", "scales", *(["qzeros"] if self.quant_config.zero_point else [])]
         names = {
             "w1": layer.ckpt_gate_proj_name,
             "w3": layer.ckpt_up_proj_name,
@@ -229,34 +234,35 @@ class MarlinNativeMoEMethod(AutoAWQMoEMethod):  # type: ignore[misc]
             {
                 f"{self.prefix}.{expert}.{names[shard]}.{part}": (f"{group}_{part}", (local, shard))
                 for group, shards in (("w13", ("w1", "w3")[: self.sizes[2]]), ("w2", ("w2",)))
-                for part in parts
+                for part in self.parts
                 for expert, local in experts
                 for shard in shards
                 if local != -1
             }
         )
 
-    def _whole_inner_size(self, inner: int) -> int:
-        """Returns I of the whole layer."""
-        return inner * int(self.moe.moe_parallel_config.tp_size)
-
-    @staticmethod
-    def _register(
-        layer: Any, name: str, shape: tuple[int, ...], dtype: torch.dtype, attributes: dict[str, Any]
-    ) -> None:
-        parameter = torch.nn.Parameter(torch.empty(shape, dtype=dtype), requires_grad=False)
-        layer.register_parameter(name, parameter)
-        set_weight_attrs(parameter, attributes)
-
     def _refuse(self, message: str) -> NoReturn:
         raise refuse("unsupported-engine", message, tensor=self.prefix)
+
+
+class MarlinRepackedMoEMethod(MarlinNativeMoEMethod):
+    """The same for experts kept in AWQ layout that vLLM's own AWQ code cannot load: repacked after loading."""
+
+    tile = AWQ_TILE
+
+    def _inexact_reason(self, size_k: int, size_n: int) -> str | None:
+        return inexact_awq_reason(size_k, [size_n], self.contents.bits, self.contents.group_size)
+
+    def _for_kernel(self, group: str, part: str, tensor: torch.Tensor, inner: int) -> torch.Tensor:
+        matrix = self._matrix(group, inner)
+        return marlin_part(part, tensor, *matrix, self.contents.bits, self.contents.group_size)
 
 
 class _Facts:
     """What vLLM's AWQ method asks its config for, as it is true of one layer."""
 
-    def __init__(self, config: MarlinNativeConfig, zero_point: bool) -> None:
-        self.weight_bits = config.weight_bits
-        self.group_size = config.group_size
-        self.pack_factor = config.pack_factor
+    def __init__(self, contents: Contents, zero_point: bool) -> None:
+        self.weight_bits = contents.bits
+        self.group_size = contents.group_size
+        self.pack_factor = contents.pack_factor
         self.zero_point = zero_point

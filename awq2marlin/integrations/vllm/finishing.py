@@ -1,6 +1,6 @@
-"""The little that is done to loaded tensors before vLLM's kernels take them: padding and two changes of order.
+"""The little that is done to loaded tensors before vLLM's kernels take them: padding and changes of order.
 
-Pure functions on tensors, with any number of leading dimensions (experts). None repacks a ``qweight``.
+Pure functions on tensors, with any number of leading dimensions (experts).
 """
 
 from __future__ import annotations
@@ -9,32 +9,75 @@ import torch
 from torch.nn.functional import pad
 
 from awq2marlin.awq import inverse_order, pack_factor
-from awq2marlin.marlin import GPTQ_MARLIN_TILE, SCALE_PERM, SCALE_PERM_SINGLE
+from awq2marlin.layout import awq_marlin_repack, awq_to_marlin_zero_points, marlin_permute_scales
+from awq2marlin.marlin import SCALE_PERM, SCALE_PERM_SINGLE, num_groups
+
+#: Rows of K that one row of ``qweight`` holds in AWQ layout.
+AWQ_TILE = 1
 
 
-def pad_qweight(
-    qweight: torch.Tensor, size_k: int, size_n: int, padded_k: int, padded_n: int, num_bits: int
-) -> torch.Tensor:
-    """Returns a Marlin ``qweight`` with whole zero tiles added at its ends.
+def part_shape(part: str, size_k: int, size_n: int, num_bits: int, group_size: int, tile: int) -> tuple[int, int]:
+    """Returns the shape of one tensor of a module.
 
     Args:
-        qweight: int32 [..., K / 16, N * 16 / f].
+        part: ``qweight``, ``qzeros`` or ``scales``.
         size_k: K.
         size_n: N.
-        padded_k: K of the result, a multiple of 16.
-        padded_n: N of the result, a multiple of 64.
         num_bits: 4 or 8.
+        group_size: rows of K that share scales, -1 for all.
+        tile: rows of K in a row of ``qweight``: 16 in Marlin layout, 1 in AWQ layout.
+    """
+    factor = pack_factor(num_bits)
+    if part == "qweight":
+        return size_k // tile, size_n * tile // factor
+    groups = num_groups(size_k, group_size)
+    return (groups, size_n) if part == "scales" else (groups, size_n // factor)
+
+
+def pad_to(tensor: torch.Tensor, rows: int, columns: int, blocks: int = 1) -> torch.Tensor:
+    """Returns a tensor with zeros added at the end of its rows, and at the end of each of its blocks of columns.
+
+    Whole tiles, words and groups of zeros, in either layout, stand for weights that are zero.
+
+    Args:
+        tensor: [..., R, C].
+        rows: R of the result.
+        columns: C of the result.
+        blocks: how many matrices of equal width lie side by side (gate and up, say).
 
     Returns:
-        int32 [..., padded K / 16, padded N * 16 / f]; the argument itself if there is nothing to add.
+        [..., rows, columns]; the argument itself if there is nothing to add.
     """
-    columns = (padded_n - size_n) * GPTQ_MARLIN_TILE // pack_factor(num_bits)
-    return pad_ends(qweight, (padded_k - size_k) // GPTQ_MARLIN_TILE, columns)
+    more_rows, more_columns = rows - tensor.shape[-2], columns - tensor.shape[-1]
+    if not more_rows and not more_columns:
+        return tensor
+    apart = tensor.reshape(*tensor.shape[:-1], blocks, -1)  # [..., R, blocks, C / blocks]
+    return pad(apart, (0, more_columns // blocks, 0, 0, 0, more_rows)).flatten(-2)
 
 
-def pad_ends(tensor: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
-    """Returns a tensor [..., R, C] with zero rows and columns added at its ends; itself if none are."""
-    return pad(tensor, (0, columns, 0, rows)) if rows or columns else tensor
+def marlin_part(
+    part: str, tensor: torch.Tensor, size_k: int, size_n: int, num_bits: int, group_size: int
+) -> torch.Tensor:
+    """Returns a tensor of an AWQ module in Marlin layout.
+
+    Args:
+        part: ``qweight``, ``qzeros`` or ``scales``.
+        tensor: [..., R, C], of that part in AWQ layout.
+        size_k: K, aligned.
+        size_n: N, aligned.
+        num_bits: 4 or 8.
+        group_size: rows of K that share scales, -1 for all.
+
+    Returns:
+        A new tensor, with the same leading dimensions.
+    """
+    if tensor.ndim > 2:
+        return torch.stack([marlin_part(part, each, size_k, size_n, num_bits, group_size) for each in tensor])
+    if part == "qweight":
+        return awq_marlin_repack(tensor, size_k, size_n, num_bits)
+    if part == "qzeros":
+        return awq_to_marlin_zero_points(tensor, num_groups(size_k, group_size), size_n, num_bits)
+    return marlin_permute_scales(tensor, size_k, size_n, group_size)
 
 
 def reorder_scales(scales: torch.Tensor, *, was_single: bool, is_single: bool) -> torch.Tensor:
@@ -54,9 +97,9 @@ def reorder_scales(scales: torch.Tensor, *, was_single: bool, is_single: bool) -
     return _gather(plain, SCALE_PERM_SINGLE if is_single else SCALE_PERM)
 
 
-def permute_bias(bias: torch.Tensor, padded_n: int) -> torch.Tensor:
-    """Returns a bias [..., N] as vLLM's kernel adds it: zeros up to the padded N, columns in the 32-wide order."""
-    return _gather(pad(bias, (0, padded_n - bias.shape[-1])), SCALE_PERM_SINGLE)
+def permute_bias(bias: torch.Tensor) -> torch.Tensor:
+    """Returns a bias [..., N], N a multiple of 32, as vLLM's kernel adds it: columns in the 32-wide order."""
+    return _gather(bias, SCALE_PERM_SINGLE)
 
 
 def _gather(tensor: torch.Tensor, columns: tuple[int, ...]) -> torch.Tensor:

@@ -17,8 +17,9 @@ from awq2marlin.errors import CheckpointError, Problem, refuse
 from awq2marlin.folder import CONFIG_FILENAME
 from awq2marlin.manifest import read_manifest
 from awq2marlin.marlin import GPTQ_MARLIN_TILE
+from awq2marlin.plan import ModulePlan
 from awq2marlin.quantization import MANIFEST_FILENAME, MARLIN_QUANT_METHOD, MarlinQuantization
-from awq2marlin.slicing import CutModule, largest_tensor_parallel_size
+from awq2marlin.slicing import largest_tensor_parallel_size
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -75,9 +76,8 @@ def inventory_of(
     if problems:
         raise CheckpointError(problems)
     with_zeros = frozenset(name.removesuffix(".qzeros") for name in shapes if name.endswith(".qzeros"))
-    size = largest_tensor_parallel_size(
-        _cut_modules(shapes, quantization), quantization.bits, quantization.group_size, bool(with_zeros), config
-    )
+    modules = _modules(shapes, quantization)
+    size = largest_tensor_parallel_size(modules, quantization.bits, quantization.group_size, config)
     return Inventory(with_zeros, size)
 
 
@@ -109,16 +109,16 @@ def _unserved(shapes: Shapes, quantization: MarlinQuantization) -> list[Problem]
     return [Problem("", name, "unsupported-engine", message) for name in zeros]
 
 
-def _cut_modules(shapes: Shapes, quantization: MarlinQuantization) -> list[CutModule]:
+def _modules(shapes: Shapes, quantization: MarlinQuantization) -> list[ModulePlan]:
+    """Returns every quantized module as it lies in the file."""
     factor = pack_factor(quantization.bits)
     modules = []
     for name in quantized_modules(shapes):
+        parts = tuple(part for part in QUANTIZED_PARTS if module_name(name, part) in shapes)
         rows, words = shapes[module_name(name, "qweight")]
-        if name in quantization.awq_modules:
-            modules.append(CutModule(name, rows, words * factor, "awq"))
-        elif name in quantization.padded_modules:
-            modules.append(CutModule(name, *quantization.padded_modules[name], "marlin", padded=True))
-        else:
-            size_k, size_n = rows * GPTQ_MARLIN_TILE, words * factor // GPTQ_MARLIN_TILE
-            modules.append(CutModule(name, size_k, size_n, "marlin"))
+        converted = name not in quantization.awq_modules
+        tile = GPTQ_MARLIN_TILE if converted else 1
+        file_k, file_n = rows * tile, words * factor // tile
+        size_k, size_n = quantization.padded_modules.get(name, (file_k, file_n))
+        modules.append(ModulePlan(name, size_k, size_n, file_k, file_n, parts, converted))
     return modules

@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 import torch
+import vllm
 from vllm.model_executor.layers.quantization.utils.marlin_utils import apply_gptq_marlin_linear
 from vllm.scalar_type import ScalarType, scalar_types
 
-from awq2marlin.integrations.vllm.versions import WITHOUT_ACTIVATION_ORDER
+from awq2marlin.integrations.vllm.versions import takes_activation_order
 
 _WITH_ZERO_POINTS = {4: scalar_types.uint4}
 _WITHOUT_ZERO_POINTS = {4: scalar_types.uint4b8, 8: scalar_types.uint8b128}
@@ -55,17 +56,16 @@ class LinearKernel(Protocol):
 class VllmMarlinKernel:
     """vLLM's ``marlin_gemm``, behind the call that pads activations and strips padding from the result."""
 
-    def __init__(self, version: tuple[int, int], num_bits: int, zero_points: bool, size_k: int, size_n: int) -> None:
+    def __init__(self, num_bits: int, zero_points: bool, size_k: int, size_n: int) -> None:
         """Serves a layer.
 
         Args:
-            version: of vLLM.
             num_bits: 4 or 8.
             zero_points: whether the layer has ``qzeros``.
             size_k: K on this rank, without padding.
             size_n: N on this rank, without padding.
         """
-        self._has_activation_order = version < WITHOUT_ACTIVATION_ORDER
+        self._has_activation_order = takes_activation_order(vllm.__version__)
         self._facts: dict[str, Any] = {
             "wtype": weight_type(num_bits, zero_points),
             "input_size_per_partition": size_k,

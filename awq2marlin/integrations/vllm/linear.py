@@ -1,10 +1,11 @@
-"""How a linear layer of vLLM holds a converted module: loaded as it lies in the file, in plain slices."""
+"""How vLLM's linear layers hold quantized modules: loaded in plain slices as they lie in the file, then finished."""
 
 from __future__ import annotations
 
 from typing import Any, NoReturn
 
 import torch
+from torch.nn.functional import pad
 from vllm.model_executor.layers.linear import LinearMethodBase, register_weight_loader_v2_supported_method
 from vllm.model_executor.parameter import (
     BasevLLMParameter,
@@ -14,15 +15,23 @@ from vllm.model_executor.parameter import (
     PackedvLLMParameter,
 )
 
+from awq2marlin.awq import QUANTIZED_PARTS
 from awq2marlin.errors import refuse
-from awq2marlin.integrations.vllm.config import MarlinNativeConfig
-from awq2marlin.integrations.vllm.finishing import pad_ends, pad_qweight, permute_bias, reorder_scales
+from awq2marlin.integrations.vllm.contents import Contents
+from awq2marlin.integrations.vllm.finishing import (
+    AWQ_TILE,
+    marlin_part,
+    pad_to,
+    part_shape,
+    permute_bias,
+    reorder_scales,
+)
 from awq2marlin.integrations.vllm.kernels import LinearKernel, VllmMarlinKernel
 from awq2marlin.integrations.vllm.record import LoadRecord
 from awq2marlin.integrations.vllm.state import are_weights_processed
 from awq2marlin.layout import replace_parameter
-from awq2marlin.marlin import GPTQ_MARLIN_TILE, is_single_group, num_groups, padded_shapes, qweight_shape
-from awq2marlin.slicing import inexact_reason
+from awq2marlin.marlin import GPTQ_MARLIN_TILE, is_single_group, padded_shapes
+from awq2marlin.slicing import inexact_awq_reason, inexact_reason
 
 
 @register_weight_loader_v2_supported_method
@@ -32,12 +41,22 @@ class MarlinNativeLinearMethod(LinearMethodBase):  # type: ignore[misc]
     #: vLLM 0.33: the tensors of a processed layer can be handed to another process as they are.
     supports_pre_processed_weights = True
 
-    def __init__(self, quant_config: MarlinNativeConfig, prefix: str) -> None:
-        """Serves the layer of that full name."""
-        self.quant_config = quant_config
+    #: Rows of K that one row of ``qweight`` holds in the file.
+    tile = GPTQ_MARLIN_TILE
+
+    def __init__(self, contents: Contents, prefix: str, modules: list[str]) -> None:
+        """Serves a layer.
+
+        Args:
+            contents: of the checkpoint.
+            prefix: the layer's full name.
+            modules: the checkpoint's modules that make it up, in vLLM's order, as far as the model tells.
+        """
+        self.contents = contents
         self.prefix = prefix
-        self.parts = quant_config.parts(prefix)
-        self.has_zero_points = quant_config.has_zero_points(self.parts)
+        self.modules = modules
+        has_zero_points = contents.has_zero_points(modules)
+        self.parts = [part for part in QUANTIZED_PARTS if part != "qzeros" or has_zero_points]
         self.record = LoadRecord()
 
     def create_weights(
@@ -52,7 +71,8 @@ class MarlinNativeLinearMethod(LinearMethodBase):  # type: ignore[misc]
     ) -> None:
         """Gives the layer empty parameters of one rank's shapes.
 
-        ``qweight`` int32 [K/16, N*16/f], ``scales`` [G, N], and ``qzeros`` int32 [G, N/f] where there are zero points.
+        ``qweight`` int32 [K/t, N*t/f] with t = `tile`, ``scales`` [G, N], and ``qzeros`` int32 [G, N/f] where there
+        are zero points.
 
         Args:
             layer: of vLLM.
@@ -67,60 +87,29 @@ class MarlinNativeLinearMethod(LinearMethodBase):  # type: ignore[misc]
             CheckpointError: if this rank's part is not exactly a slice of the file's tensors, or the module is
                 padded and would have to be fused or cut.
         """
-        size_k, size_n = input_size_per_partition, sum(output_partition_sizes)
+        size_k, widths = input_size_per_partition, output_partition_sizes
+        size_n = sum(widths)
         is_cut = (size_k, size_n) != (input_size, output_size)
-        file_k, file_n = self._file_sizes(size_k, size_n, len(output_partition_sizes), is_cut)
-        self._refuse_inexact(file_k, output_partition_sizes if file_n == size_n else [file_n], is_cut)
+        self.file_k, self.file_n = self._file_sizes(size_k, size_n, len(widths), is_cut)
+        self._refuse_inexact(self.file_k, widths if self.file_n == size_n else [self.file_n], is_cut)
 
-        config = self.quant_config
-        group_size = config.group_size
-        self.size_k, self.size_n = size_k, size_n
-        self.file_k, self.file_n = file_k, file_n
+        contents = self.contents
         #: Whether the scales stand in the file in the order of a single group.
-        self.was_single = is_single_group(input_size if file_k == size_k else file_k, group_size)
-        self.kernel: LinearKernel = VllmMarlinKernel(
-            config.version, config.weight_bits, self.has_zero_points, size_k, size_n
-        )
-        self.width_count = len(output_partition_sizes)
-
-        loader = extra_weight_attrs["weight_loader"]
-        columns = {"output_dim": 1}
-        both = {"input_dim": 0, **columns}
-        packed = {"packed_dim": 1, "packed_factor": config.pack_factor}
-        #: One group over all of K cannot be cut: every rank has all of it.
-        is_whole_group = group_size == -1 and size_k != input_size
-        groups = num_groups(file_k, group_size)
-
-        qweight = PackedvLLMParameter(
-            data=torch.empty(qweight_shape(file_k, file_n, config.weight_bits), dtype=torch.int32),
-            marlin_tile_size=GPTQ_MARLIN_TILE,
-            weight_loader=self.record.watch("qweight", loader),
-            **both,
-            **packed,
-        )
-        layer.register_parameter("qweight", qweight)
-        scales_class = ChannelQuantScaleParameter if is_whole_group else GroupQuantScaleParameter
-        scales = scales_class(
-            data=torch.empty(groups, file_n, dtype=params_dtype),
-            weight_loader=self.record.watch("scales", loader),
-            **(columns if is_whole_group else both),
-        )
-        layer.register_parameter("scales", scales)
-        if self.has_zero_points:
-            qzeros_class = PackedColumnParameter if is_whole_group else PackedvLLMParameter
-            qzeros = qzeros_class(
-                data=torch.empty(groups, file_n // config.pack_factor, dtype=torch.int32),
-                weight_loader=self.record.watch("qzeros", loader),
-                **(columns if is_whole_group else both),
-                **packed,
-            )
-            layer.register_parameter("qzeros", qzeros)
+        self.was_single = is_single_group(max(input_size, self.file_k), contents.group_size)
+        self.width_count = len(widths)
+        self.kernel: LinearKernel = VllmMarlinKernel(contents.bits, "qzeros" in self.parts, size_k, size_n)
+        #: One group over all of K cannot be cut by rows: every rank has all of it.
+        is_group_whole = contents.group_size == -1 and size_k != input_size
+        for part in self.parts:
+            shape = self._shape(part, self.file_k, self.file_n)
+            loader = self.record.watch(part, extra_weight_attrs["weight_loader"])
+            parameter = self._parameter(part, shape, params_dtype, loader, is_group_whole)
+            layer.register_parameter(part, parameter)
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        """Makes the loaded tensors what the kernel takes; repacks nothing, and does nothing a second time.
+        """Makes the loaded tensors what the kernel takes, once.
 
-        A slice that the kernel's tiles do not divide is padded with zero tiles and zero groups; scales that are left
-        with one group take that order; a bias takes the kernel's.
+        A slice that the kernel's tiles do not divide is padded with zeros; a bias takes the kernel's order.
 
         Args:
             layer: one whose weights were loaded.
@@ -128,29 +117,16 @@ class MarlinNativeLinearMethod(LinearMethodBase):  # type: ignore[misc]
         Raises:
             CheckpointError: naming every tensor that was never loaded.
         """
-        qweight = layer.qweight
-        self.kernel.prepare(qweight.device)
-        if are_weights_processed() or not isinstance(qweight, BasevLLMParameter):
+        self.kernel.prepare(layer.qweight.device)
+        if are_weights_processed() or not isinstance(layer.qweight, BasevLLMParameter):
             return
-        names = ["qweight", "scales", *(["qzeros"] if self.has_zero_points else [])]
-        self.record.require(module_names(self.prefix, self.parts, self.width_count), names)
+        self.record.require(module_names(self.prefix, self.modules, self.width_count), self.parts)
 
-        group_size, bits = self.quant_config.group_size, self.quant_config.weight_bits
-        size_k, size_n = self.file_k, self.file_n
-        padded_k, padded_n = padded_shapes([(size_k, size_n)], group_size)[0]
-        rows = num_groups(padded_k, group_size) - num_groups(size_k, group_size)
-        columns = padded_n - size_n
-        scales = pad_ends(layer.scales.data, rows, columns)
-        finished = {
-            "qweight": pad_qweight(qweight.data, size_k, size_n, padded_k, padded_n, bits),
-            "scales": reorder_scales(
-                scales, was_single=self.was_single, is_single=is_single_group(padded_k, group_size)
-            ),
-        }
-        if self.has_zero_points:
-            finished["qzeros"] = pad_ends(layer.qzeros.data, rows, columns // self.quant_config.pack_factor)
-        for name, tensor in finished.items():
-            replace_parameter(layer, name, tensor)  # by a plain parameter, which tells that this is done
+        padded_k, padded_n = padded_shapes([(self.file_k, self.file_n)], self.contents.group_size)[0]
+        for part in self.parts:
+            padded = pad_to(getattr(layer, part).data, *self._shape(part, padded_k, padded_n))
+            # By a plain parameter, which tells that this is done.
+            replace_parameter(layer, part, self._for_kernel(part, padded, padded_k, padded_n))
         finish_bias(layer, padded_n)
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
@@ -164,43 +140,88 @@ class MarlinNativeLinearMethod(LinearMethodBase):  # type: ignore[misc]
         Returns:
             [..., N].
         """
-        qzeros = layer.qzeros if self.has_zero_points else None
+        qzeros = layer.qzeros if "qzeros" in self.parts else None
         return self.kernel(x, layer.qweight, layer.scales, qzeros, bias)
 
     def _file_sizes(self, size_k: int, size_n: int, widths: int, is_cut: bool) -> tuple[int, int]:
         """Returns K and N of the tensors to be loaded: larger than the layer's if the module is padded."""
-        padded = [part for part in self.parts if part in self.quant_config.quantization.padded_modules]
+        padded = [module for module in self.modules if module in self.contents.quantization.padded_modules]
         if not padded:
             return size_k, size_n
-        if is_cut or widths > 1 or len(self.parts) > 1:
+        if is_cut or widths > 1 or len(self.modules) > 1:
             why = "is cut for tensor parallelism" if is_cut else "is fused with others"
             self._refuse(
                 f"it is padded, and in vLLM it {why}, for which its padding stands in the wrong places. Convert with "
                 "--unaligned keep: then vLLM loads it with its own AWQ code"
             )
-        return padded_shapes([(size_k, size_n)], self.quant_config.group_size)[0]
+        return padded_shapes([(size_k, size_n)], self.contents.group_size)[0]
 
     def _refuse_inexact(self, size_k: int, widths: list[int], is_cut: bool) -> None:
-        reason = inexact_reason(size_k, widths, self.quant_config.group_size)
-        if reason is None:
-            return
-        if not is_cut:
-            self._refuse(f"{reason}, as Marlin weights must be. The checkpoint is damaged; convert again")
-        self._refuse(f"{reason}. {self.quant_config.tensor_parallel_advice()}")
+        reason = self._inexact_reason(size_k, widths)
+        if reason and is_cut:
+            self._refuse(f"{reason}. {self.contents.tensor_parallel_advice()}")
+        if reason:
+            self._refuse(f"{reason}, as its layout needs. The checkpoint is damaged; convert again")
+
+    def _inexact_reason(self, size_k: int, widths: list[int]) -> str | None:
+        return inexact_reason(size_k, widths, self.contents.group_size)
+
+    def _shape(self, part: str, size_k: int, size_n: int) -> tuple[int, int]:
+        return part_shape(part, size_k, size_n, self.contents.bits, self.contents.group_size, self.tile)
+
+    def _parameter(
+        self, part: str, shape: tuple[int, int], scale_dtype: torch.dtype, loader: Any, is_group_whole: bool
+    ) -> Any:
+        """Returns an empty parameter whose class and attributes tell vLLM's loaders how to cut and join it."""
+        if part == "scales":
+            data = torch.empty(shape, dtype=scale_dtype)
+            if is_group_whole:
+                return ChannelQuantScaleParameter(data=data, output_dim=1, weight_loader=loader)
+            return GroupQuantScaleParameter(data=data, input_dim=0, output_dim=1, weight_loader=loader)
+        packed = {
+            "data": torch.empty(shape, dtype=torch.int32),
+            "output_dim": 1,
+            "packed_dim": 1,
+            "packed_factor": self.contents.pack_factor,
+            "weight_loader": loader,
+        }
+        if part == "qzeros" and is_group_whole:
+            return PackedColumnParameter(**packed)
+        return PackedvLLMParameter(input_dim=0, marlin_tile_size=self.tile if part == "qweight" else None, **packed)
+
+    def _for_kernel(self, part: str, tensor: torch.Tensor, size_k: int, size_n: int) -> torch.Tensor:  # noqa: ARG002
+        """Returns a loaded and padded tensor in the order that the kernel takes; repacks nothing."""
+        if part != "scales":
+            return tensor
+        is_single = is_single_group(size_k, self.contents.group_size)
+        return reorder_scales(tensor, was_single=self.was_single, is_single=is_single)
 
     def _refuse(self, message: str) -> NoReturn:
         raise refuse("unsupported-engine", message, tensor=self.prefix)
 
 
-def module_names(prefix: str, parts: list[str], width_count: int) -> list[str]:
+@register_weight_loader_v2_supported_method
+class MarlinRepackedLinearMethod(MarlinNativeLinearMethod):
+    """The same for a module kept in AWQ layout that vLLM's own AWQ code cannot load: repacked after loading."""
+
+    tile = AWQ_TILE
+
+    def _inexact_reason(self, size_k: int, widths: list[int]) -> str | None:
+        return inexact_awq_reason(size_k, widths, self.contents.bits, self.contents.group_size)
+
+    def _for_kernel(self, part: str, tensor: torch.Tensor, size_k: int, size_n: int) -> torch.Tensor:
+        return marlin_part(part, tensor, size_k, size_n, self.contents.bits, self.contents.group_size)
+
+
+def module_names(prefix: str, modules: list[str], width_count: int) -> list[str]:
     """Returns a name for each width that is fused into a layer: the file's, where that is known.
 
     Args:
         prefix: the layer's full name.
-        parts: the names of the checkpoint's modules that make it up, as far as the model tells.
+        modules: the names of the checkpoint's modules that make it up, as far as the model tells.
         width_count: how many widths there are.
     """
-    return parts if len(parts) == width_count else [f"{prefix} (part {part})" for part in range(width_count)]
+    return modules if len(modules) == width_count else [f"{prefix} (part {part})" for part in range(width_count)]
 
 
 def finish_bias(layer: Any, padded_n: int) -> None:
@@ -213,7 +234,7 @@ def finish_bias(layer: Any, padded_n: int) -> None:
     bias = getattr(layer, "bias", None)
     if bias is None or getattr(layer, "skip_bias_add", False):
         return
-    permuted = permute_bias(bias.data, padded_n)
+    permuted = permute_bias(pad(bias.data, (0, padded_n - len(bias))))
     if permuted.shape == bias.shape:
         bias.data.copy_(permuted)  # in place: captured graphs know where it lies
     else:

@@ -10,13 +10,22 @@ from awq2marlin.errors import printable
 SUPPORTED_VERSIONS = ((0, 25), (0, 33))
 
 #: From here on vLLM's Marlin calls take no activation order and no workspace.
-WITHOUT_ACTIVATION_ORDER = (0, 33)
+_WITHOUT_ACTIVATION_ORDER = (0, 33)
 
 
 def minor_version(version: str) -> tuple[int, int] | None:
     """Returns (0, 25) for ``0.25.0``, ``0.25.1+cu130`` or ``0.25.0rc1``; None for what is no version."""
     found = re.match(r"(\d+)\.(\d+)(?:[.+a-z]|$)", version)
     return (int(found[1]), int(found[2])) if found else None
+
+
+def takes_activation_order(version: str) -> bool:
+    """Returns whether Marlin calls of a supported version of vLLM take an index of rows and a workspace.
+
+    Args:
+        version: as ``vllm.__version__`` says.
+    """
+    return (minor_version(version) or _WITHOUT_ACTIVATION_ORDER) < _WITHOUT_ACTIVATION_ORDER
 
 
 def unsupported_reason(version: str) -> str | None:

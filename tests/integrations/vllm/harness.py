@@ -2,6 +2,7 @@
 
 import json
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from types import SimpleNamespace
 from unittest import mock
 
@@ -44,7 +45,8 @@ class Model:
         self.config = MarlinNativeConfig.from_config(document["quantization_config"])
         self.config.packed_modules_mapping = PACKED
         if with_inventory:
-            self.config.inventory = read_inventory(output, self.config.quantization)
+            inventory = read_inventory(output, self.config.contents.quantization)
+            self.config.contents = replace(self.config.contents, inventory=inventory)
 
     def values(self, module):
         """Returns q [K, N], z [G, N] (None without zero points) and s [G, N] of an AWQ module, as NumPy arrays."""
