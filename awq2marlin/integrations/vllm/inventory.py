@@ -70,9 +70,9 @@ def inventory_of(
         wanted: tensors that are known to belong to it; may be empty.
 
     Raises:
-        CheckpointError: naming every tensor that is missing, or that vLLM has no kernel for.
+        CheckpointError: naming every tensor that is missing or no matrix, or that vLLM has no kernel for.
     """
-    problems = [*_missing(shapes, quantization, wanted), *_unserved(shapes, quantization)]
+    problems = [*_missing(shapes, quantization, wanted), *_misshapen(shapes), *_unserved(shapes, quantization)]
     if problems:
         raise CheckpointError(problems)
     with_zeros = frozenset(name.removesuffix(".qzeros") for name in shapes if name.endswith(".qzeros"))
@@ -96,6 +96,15 @@ def _missing(shapes: Shapes, quantization: MarlinQuantization, wanted: Collectio
         required.update(module_name(module, part) for part in parts)
     message = "it is missing from the checkpoint; download the files again, or convert again"
     return [Problem("", name, "missing-tensor", message) for name in sorted(required - shapes.keys())]
+
+
+def _misshapen(shapes: Shapes) -> list[Problem]:
+    weights = {name: shapes[name] for name in shapes if name.endswith(".qweight")}
+    return [
+        Problem("", name, "wrong-shape", f"its shape is {list(shape)}, needed are two dimensions; convert again")
+        for name, shape in weights.items()
+        if len(shape) != 2
+    ]
 
 
 def _unserved(shapes: Shapes, quantization: MarlinQuantization) -> list[Problem]:
