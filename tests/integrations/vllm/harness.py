@@ -3,7 +3,6 @@
 import json
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
@@ -71,23 +70,55 @@ def as_rank(rank, ranks):
         yield
 
 
-def load(layer, model, parts):
+def build(kind, model, prefix, *sizes, rank=0, ranks=1, **options):
+    """Returns an empty layer of vLLM as one rank of several holds it.
+
+    Args:
+        kind: name of vLLM's class.
+        model: whose config the layer gets.
+        prefix: its full name.
+        sizes: what the class takes: K and N, say.
+        rank: this rank.
+        ranks: how many there are.
+        **options: of the class.
+    """
+    options = {"bias": False, "params_dtype": torch.half, **options}
+    with as_rank(rank, ranks):
+        return getattr(vllm_linear, kind)(*sizes, quant_config=model.config, prefix=prefix, **options)
+
+
+def load(layer, model, parts, leave_out=()):
     """Hands a layer the tensors of its modules as the models of vLLM do.
 
     Args:
         layer: of vLLM.
         model: where the tensors are.
         parts: the module of each part by vLLM's name of the part; None is the name of the whole.
+        leave_out: names of tensors that the checkpoint lacks.
     """
     parameters = dict(layer.named_parameters())
     for part, module in parts.items():
         for name, parameter in parameters.items():
-            tensor = model.marlin[f"{module}.{name}"]
-            parameter.weight_loader(parameter, tensor, *([] if part is None else [part]))
+            tensor = f"{module}.{name}"
+            if tensor not in leave_out:
+                parameter.weight_loader(parameter, model.marlin[tensor], *([] if part is None else [part]))
 
 
 def finish(layer):
+    """Runs what follows loading."""
     layer.quant_method.process_weights_after_loading(layer)
+
+
+def tensors(layer):
+    """Returns copies of a layer's parameters by name."""
+    return {name: parameter.data.clone() for name, parameter in layer.named_parameters()}
+
+
+def assert_same(found, expected):
+    """Fails unless two dictionaries hold the same tensors."""
+    assert found.keys() == expected.keys()
+    for name, tensor in found.items():
+        assert_identical(tensor.numpy(), expected[name].numpy(), name)
 
 
 def loaded_values(layer, bits, group_size):
@@ -125,9 +156,13 @@ def columns(values, rank, ranks):
     return tuple(None if array is None else np.split(array, ranks, axis=1)[rank] for array in values)
 
 
+def apart(values, widths):
+    """Returns (q, z, s) of each of the matrices that lie side by side in one module."""
+    ends = np.cumsum(widths)[:-1]
+    cut = [None if array is None else np.split(array, ends, axis=1) for array in values]
+    return [tuple(None if array is None else array[part] for array in cut) for part in range(len(widths))]
+
+
 def side_by_side(*parts):
     """Returns (q, z, s) of modules fused into one matrix."""
     return tuple(None if arrays[0] is None else np.concatenate(arrays, axis=1) for arrays in zip(*parts, strict=True))
-
-
-__all__ = ["Model", "SimpleNamespace", "as_rank", "assert_holds", "columns", "finish", "load", "rows", "side_by_side"]
