@@ -23,3 +23,11 @@ def harness():
         if os.environ.get("AWQ2MARLIN_REQUIRE_VLLM") == "1":
             pytest.fail(f"vLLM must be importable here, but: {error}")
     pytest.skip("vLLM is not installed here; CI installs it, and fails if these tests are skipped.")
+
+
+@pytest.fixture(scope="session")
+def experts(harness):  # noqa: ARG001 - it decides whether vLLM is there
+    """The module `experts_harness`, which imports vLLM's experts."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return importlib.import_module("tests.integrations.vllm.experts_harness")

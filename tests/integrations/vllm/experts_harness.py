@@ -16,31 +16,32 @@ from tests.integrations.vllm.harness import words
 SHARDS = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 
 
-def experts_layer(model, prefix, experts, hidden, inner, rank, ranks):
-    """Returns an empty `RoutedExperts` of one rank."""
+def experts_layer(model, prefix, experts, hidden, inner, rank=0, ranks=1, local=None, **options):
+    """Returns an empty `RoutedExperts` of one rank, which holds the experts ``local``, by default all."""
+    local = range(experts) if local is None else local
     parallel = FusedMoEParallelConfig(
         tp_size=ranks, pcp_size=1, dp_size=1, ep_size=1, tp_rank=rank, pcp_rank=0, dp_rank=0, ep_rank=0, sp_size=1,
         use_ep=False, all2all_backend="naive", enable_eplb=False,
     )  # fmt: skip
     config = FusedMoEConfig(
         num_experts=experts, experts_per_token=2, hidden_dim=hidden, intermediate_size=inner,
-        num_local_experts=experts, num_logical_experts=experts, activation=MoEActivation.SILU, device="cpu",
+        num_local_experts=len(local), num_logical_experts=experts, activation=MoEActivation.SILU, device="cpu",
         routing_method=RoutingMethodType.Default, moe_parallel_config=parallel, in_dtype=torch.half,
     )  # fmt: skip
     manager = mock.Mock(spec=ExpertMapManager)
-    manager.local_num_experts, manager.placement_strategy = experts, "linear"
+    manager.local_num_experts, manager.placement_strategy = len(local), "linear"
     manager.expert_map = manager.expert_mask = manager.routing_tables = None
-    manager.map_global_to_local = lambda expert: expert
+    manager.map_global_to_local = lambda expert: local.index(expert) if expert in local else -1
     return RoutedExperts(
         layer_name=prefix, params_dtype=torch.half, moe_config=config, quant_config=model.config,
-        expert_map_manager=manager,
+        expert_map_manager=manager, **options,
     )  # fmt: skip
 
 
 def load_experts(layer, model, prefix, leave_out=()):
     """Hands the layer every tensor of its experts as `RoutedExperts.load_weights` does."""
     parameters = dict(layer.named_parameters())
-    for expert in range(layer.local_num_experts):
+    for expert in range(layer.global_num_experts):
         for shard, projection in SHARDS.items():
             group = "w2" if shard == "w2" else "w13"
             for part in ("qweight", "qzeros", "scales"):
@@ -52,7 +53,7 @@ def load_experts(layer, model, prefix, leave_out=()):
                         parameter, model.marlin[name], f"{prefix}.{target}", shard_id=shard, expert_id=expert,
                         return_success=True,
                     )  # fmt: skip
-                    assert done
+                    assert done == (layer._map_global_expert_id_to_local_expert_id(expert) != -1)
 
 
 def finish_experts(layer):
