@@ -239,7 +239,7 @@ def print_gemm(run: GemmRun | None) -> None:
 def print_doctor(result: DoctorResult) -> None:
     """Prints what the machine has and what is missing."""
     machine = result.machine
-    _say(f"PyTorch    {result.torch_version} (CUDA {result.torch_cuda or 'none: a CPU build'})")
+    _say(f"PyTorch    {result.torch_version} (CUDA {result.torch_cuda or 'none'})")
     _say(f"driver     {'serves CUDA ' + machine.driver_version if machine.driver_version else 'none'}")
     for device in machine.devices:
         capability = ".".join(map(str, device.capability))

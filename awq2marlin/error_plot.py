@@ -19,22 +19,42 @@ def depth_of(module: str) -> int:
     return int(found[1]) if found else -1
 
 
-def plot_errors(run: GemmRun, file: Path) -> None:
-    """Draws the largest error of every module, and the bound beside it.
+def check_picture(file: Path) -> None:
+    """Refuses a picture that could not be drawn, before the work that it would show.
 
     Args:
-        run: what the GEMM said.
-        file: where the picture goes; its ending chooses the format.
+        file: where the picture shall go.
 
     Raises:
-        CheckpointError: if Matplotlib is not installed.
-        OSError: if the file cannot be written.
+        CheckpointError: if Matplotlib is not installed, or the file's ending names no format that it draws.
+        OSError: if there is no folder for the file.
     """
     try:
         from matplotlib.figure import Figure
-        from matplotlib.ticker import MaxNLocator
     except ImportError:
         raise refuse("no-matplotlib", "--plot needs Matplotlib: pip install 'awq2marlin[plot]'") from None
+    endings = [f".{ending}" for ending in sorted(Figure().canvas.get_supported_filetypes())]
+    if file.suffix.lower() not in endings:
+        message = f"a picture's name must end in .png, or another of {', '.join(endings)}"
+        raise refuse("unknown-picture", message, file=str(file))
+    file.parent.stat()
+
+
+def plot_errors(run: GemmRun, file: Path) -> None:
+    """Draws the largest error of every module, each as a part of the bound that holds for its element.
+
+    Args:
+        run: what the GEMM said.
+        file: where the picture goes, complete or not at all; its ending chooses the format, ``.png`` for example.
+
+    Raises:
+        CheckpointError: as `check_picture`.
+        OSError: if the file cannot be written.
+    """
+    check_picture(file)
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
     kinds: dict[str, list[GemmCheck]] = defaultdict(list)
     for check in run.checks:
         kinds[check.name.rpartition(".")[2]].append(check)
@@ -43,14 +63,21 @@ def plot_errors(run: GemmRun, file: Path) -> None:
     for index, (kind, checks) in enumerate(sorted(kinds.items())):
         checks.sort(key=lambda check: depth_of(check.name))
         depths, colour = [depth_of(check.name) for check in checks], _COLOURS[index % len(_COLOURS)]
-        axes.plot(depths, [check.max_error for check in checks], "o-", color=colour, label=kind, markersize=4)
-        axes.plot(depths, [check.bound for check in checks], ":", color=colour, linewidth=1)
-    axes.set_yscale("log")
+        axes.plot(depths, [check.max_relative for check in checks], "o-", color=colour, label=kind, markersize=4)
+    axes.axhline(1, color="black", linestyle="--", linewidth=1)
+    axes.annotate("the bound", (0, 1), xycoords=("axes fraction", "data"), xytext=(4, 3), textcoords="offset points")
+    axes.set_ylim(bottom=0)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("layer")
-    axes.set_ylabel("largest |output - float64 reference|")
-    axes.set_title(f"Marlin GEMM against float64, {run.device_name} (dotted: the bound)", loc="left")
-    axes.legend(frameon=False, ncols=2)
+    axes.set_ylabel("largest |output - float64 reference| / bound")
+    axes.set_title(f"Marlin GEMM against float64, {run.device_name}", loc="left")
+    if kinds:
+        figure.legend(frameon=False, loc="outside right center")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", alpha=0.25)
-    figure.savefig(file, dpi=160)
+    partial = file.with_name(f".{file.name}.partial{file.suffix}")
+    try:
+        figure.savefig(partial, dpi=160)
+        partial.replace(file)
+    finally:
+        partial.unlink(missing_ok=True)

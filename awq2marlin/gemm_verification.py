@@ -17,7 +17,7 @@ import torch
 
 from awq2marlin.awq import module_name
 from awq2marlin.errors import difference, refuse
-from awq2marlin.jit import KernelUnavailableError
+from awq2marlin.jit import KernelUnavailableError, telling
 from awq2marlin.marlin import num_groups
 from awq2marlin.ops import marlin_gemm
 from awq2marlin.plan import ModulePlan
@@ -115,11 +115,13 @@ def check_modules(
         source: the AWQ tensors.
         output: the Marlin tensors.
         device: ``cuda``, ``cpu``, or ``auto``.
-        progress: told of every module, in bytes of its ``qweight``, and of the device if it was to be chosen.
+        progress: told of every module, in bytes of its ``qweight``, of the device if it was to be chosen, and of
+            kernels that had to be compiled.
 
     Raises:
         DifferenceError: naming the first module, row and column that differ.
-        CheckpointError: if the device is not there, or the kernel cannot be compiled or run on it.
+        CheckpointError: if the device is not there or has not enough memory, or the kernel cannot be compiled or run
+            on it.
     """
     chosen = pick_device(device)
     name = torch.cuda.get_device_name() if chosen == "cuda" else "CPU reference"
@@ -129,9 +131,13 @@ def check_modules(
     checks = []
     for module in modules:
         try:
-            checks.append(_check_module(module, quantization, source, output, chosen))
+            with telling(progress.note):
+                checks.append(_check_module(module, quantization, source, output, chosen))
         except KernelUnavailableError as error:
             raise refuse("no-kernel", str(error), tensor=module.name) from None
+        except torch.cuda.OutOfMemoryError as error:
+            message = f"{name} has not enough memory to run it: {str(error).splitlines()[0]}"
+            raise refuse("out-of-memory", message, tensor=module.name) from None
         progress.advance(_qweight_bytes(module, source))
     progress.finish()
     return GemmRun(chosen, name, tuple(checks))
@@ -151,7 +157,7 @@ def _check_module(
     sizes_m = SIZES_M if device == "cuda" else SIZES_M_CPU
     errors = [_numeric_errors(size_m, weight, marlin, seed) for seed, size_m in enumerate(sizes_m)]
     worst = max(errors, key=lambda each: each.max_relative)
-    if not worst.max_relative <= 1:  # NaN too
+    if worst.max_relative > 1:
         raise difference(
             "gemm-error",
             f"the GEMM's error is {worst.max_relative:.3g} times the bound that K={module.padded_k} and {dtype} imply",
@@ -284,9 +290,11 @@ def _numeric_errors(size_m: int, weight: _AwqWeight, marlin: _MarlinModule, seed
         error = (found[:, first:last] - reference).abs()
         before = (gamma + rounding) * magnitude
         bound = before + rounding * (reference.abs() + before) + torch.finfo(marlin.dtype).tiny
-        ratio = error / bound
+        ratio = torch.nan_to_num(
+            error / bound, nan=math.inf
+        )  # a NaN is as wrong as can be, and unlike NaN inf compares
         at = int(ratio.argmax())
-        if not float(ratio.flatten()[at]) <= relative:
+        if float(ratio.flatten()[at]) >= relative:
             relative, bound_there = float(ratio.flatten()[at]), float(bound.flatten()[at])
         largest, total = max(largest, float(error.max())), total + float(error.sum())
     return _Errors(largest, total / found.numel(), relative, bound_there)

@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from awq2marlin.awq import is_output_embedding, module_name
 from awq2marlin.checkpoint import AwqModule, Checkpoint, awq_modules, open_checkpoint
@@ -110,7 +110,7 @@ def inspect(path: str | os.PathLike[str]) -> InspectResult:
         bits=quantization.bits,
         group_size=quantization.group_size,
         zero_point=quantization.zero_point,
-        model_type=str(checkpoint.config.get("model_type", "")),
+        model_type=_model_type(checkpoint.config),
         modules=tuple(modules),
         largest_tensor_parallel_size=largest_tensor_parallel_size(
             plans, quantization.bits, quantization.group_size, checkpoint.config
@@ -123,6 +123,11 @@ def inspect(path: str | os.PathLike[str]) -> InspectResult:
         left_behind=checkpoint.left_behind,
         warnings=checkpoint.warnings,
     )
+
+
+def _model_type(config: Mapping[str, Any]) -> str:
+    found = config.get("model_type")
+    return found if isinstance(found, str) else ""
 
 
 def _marlin_modules(

@@ -17,11 +17,14 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from awq2marlin.cache import CACHE_VARIABLE, cache_folder
+from awq2marlin.cache import CACHE_VARIABLE, cache_folder, is_private
 
 if TYPE_CHECKING:
     from cuda.core import Kernel
@@ -176,8 +179,8 @@ def cache_dir() -> Path:
 class KernelCache:
     """Compiled kernels in a folder, one file each: the SHA-256 of the machine code, then the code.
 
-    A file appears complete under its name or not at all, so any number of processes may share a folder.
-    A damaged file counts as absent and is replaced.
+    A file appears complete under its name or not at all, so any number of a user's processes may share a folder.
+    A file that is damaged, or that others could have written, counts as absent and is replaced.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -193,9 +196,12 @@ class KernelCache:
         return digest.hexdigest()
 
     def get(self, key: str) -> bytes | None:
-        """Returns the machine code under ``key``, or None if there is none that is whole."""
+        """Returns the machine code under ``key``, or None if there is none that is whole and private."""
+        path = self.folder / f"{key}.cubin"
         try:
-            content = (self.folder / f"{key}.cubin").read_bytes()
+            if not (is_private(path) and is_private(self.folder)):
+                return None
+            content = path.read_bytes()
         except OSError:
             return None
         digest, cubin = content[:_DIGEST_BYTES], content[_DIGEST_BYTES:]
@@ -204,7 +210,7 @@ class KernelCache:
     def put(self, key: str, cubin: bytes) -> bool:
         """Keeps machine code under ``key``; returns whether that worked (a full disk is no reason to fail)."""
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             handle, partial = tempfile.mkstemp(dir=self.folder, prefix=".partial-")
         except OSError:
             return False
@@ -218,10 +224,28 @@ class KernelCache:
         return True
 
 
+def _say_on_stderr(text: str) -> None:
+    print(f"awq2marlin: {text}", file=sys.stderr)
+
+
+_say: ContextVar[Callable[[str], None]] = ContextVar("say", default=_say_on_stderr)
+
+
+@contextmanager
+def telling(say: Callable[[str], None]) -> Iterator[None]:
+    """Lets :func:`build` tell ``say`` what it compiles, for callers with a display of their own."""
+    token = _say.set(say)
+    try:
+        yield
+    finally:
+        _say.reset(token)
+
+
 def build(source: KernelSource, arch: str) -> bytes:
     """Returns the machine code of a kernel, from the cache or else from the compiler.
 
-    Says on stderr what it compiles: the first use of a kernel takes a second, and nobody should wonder why.
+    Says on stderr, or as :func:`telling` decides, what it compiles: the first use of a kernel takes a second, and
+    nobody should wonder why.
 
     Raises:
         KernelUnavailableError: if it has to be compiled and cannot be.
@@ -234,7 +258,7 @@ def build(source: KernelSource, arch: str) -> bytes:
         cubin = compile_kernel(source, arch).cubin
         kept = f"kept in {cache.folder}" if cache.put(key, cubin) else f"not kept: {cache.folder} cannot be written"
         seconds = time.perf_counter() - start
-        print(f"awq2marlin: compiled {source.name} for {arch} in {seconds:.1f} s, {kept}", file=sys.stderr)
+        _say.get()(f"compiled {source.name} for {arch} in {seconds:.1f} s, {kept}")
     return cubin
 
 
@@ -377,12 +401,10 @@ def machine_facts() -> MachineFacts:
             Lack("No GPU of compute capability 8.0 or newer.", "Use a machine with one (A100, RTX 30xx or newer).")
         )
 
+    lacks += _version_lacks(nvrtc, driver_version)
     folder = cache_dir()
     sizes = [path.stat().st_size for path in folder.glob("*.cubin")] if folder.is_dir() else []
-    if not _is_writable(folder):
-        lacks.append(
-            Lack(f"Compiled kernels cannot be kept in {folder}.", f"export {CACHE_VARIABLE}=/a/folder/you/may/write")
-        )
+    lacks += _cache_lacks(folder)
     return MachineFacts(driver_version, devices, core, nvrtc, sources, folder, len(sizes), sum(sizes), tuple(lacks))
 
 
@@ -399,7 +421,11 @@ def _driver_facts() -> tuple[str | None, tuple[DeviceFacts, ...], Lack | None]:
     try:
         from cuda.bindings import driver
 
-        _check(driver.cuInit(0))
+        (started,) = driver.cuInit(0)
+        if started == driver.CUresult.CUDA_ERROR_NO_DEVICE:
+            hidden = "See what nvidia-smi lists, and what CUDA_VISIBLE_DEVICES allows."
+            return None, (), Lack("The NVIDIA driver shows no GPU.", hidden)
+        _check((started,))
         _, version = driver.cuDriverGetVersion()
         _, count = driver.cuDeviceGetCount()
         devices = tuple(_device_facts(driver, index) for index in range(count))
@@ -422,7 +448,7 @@ def _device_facts(api: Any, index: int) -> DeviceFacts:
     )
     return DeviceFacts(
         index=index,
-        name=api.cuDeviceGetName(128, index)[1].decode().rstrip("\0"),
+        name=api.cuDeviceGetName(128, index)[1].partition(b"\0")[0].decode(),
         capability=capability,
         memory_bytes=int(api.cuDeviceTotalMem(index)[1]),
         multiprocessors=attribute(names.CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT),
@@ -430,7 +456,24 @@ def _device_facts(api: Any, index: int) -> DeviceFacts:
     )
 
 
-def _is_writable(folder: Path) -> bool:
-    while not folder.exists():
-        folder = folder.parent
-    return os.access(folder, os.W_OK)
+def _version_lacks(nvrtc: str | None, driver: str | None) -> list[Lack]:
+    """Code of a newer major version of CUDA does not load on an older driver; minor versions go together."""
+    if nvrtc is None or driver is None or int(nvrtc.partition(".")[0]) <= int(driver.partition(".")[0]):
+        return []
+    major = nvrtc.partition(".")[0]
+    return [
+        Lack(
+            f"NVRTC {nvrtc} compiles for CUDA {major}; the driver serves {driver}.",
+            f"Install a driver that serves CUDA {major}.",
+        )
+    ]
+
+
+def _cache_lacks(folder: Path) -> list[Lack]:
+    other = f"export {CACHE_VARIABLE}=/a/folder/of/your/own"
+    existing = next(each for each in (folder, *folder.parents) if each.exists())
+    if not existing.is_dir() or not os.access(existing, os.W_OK):
+        return [Lack(f"Compiled kernels cannot be kept in {folder}.", other)]
+    if folder.is_dir() and not is_private(folder):
+        return [Lack(f"Others may write {folder}, so kernels in it are not used: each process compiles.", other)]
+    return []

@@ -46,7 +46,8 @@ def verify_marlin_supported(quant_type: ScalarType, group_size: int, has_zp: boo
     """
     del has_zp  # a part of the field's signature; Marlin takes both
     if quant_type not in SCALAR_TYPES.values():
-        raise ValueError(f"quant_type must be one of {sorted(map(str, SCALAR_TYPES.values()))}, found {quant_type}")
+        known = "SCALAR_TYPE_UINT4 (uint4), SCALAR_TYPE_UINT8 (uint8)"
+        raise ValueError(f"quant_type must be one of {known}, found {quant_type!r}")
     if group_size not in MARLIN_SUPPORTED_GROUP_SIZES:
         raise ValueError(f"group_size must be one of {MARLIN_SUPPORTED_GROUP_SIZES}, found {group_size}")
 
@@ -126,8 +127,8 @@ def marlin_permute_scales(s: torch.Tensor, size_k: int, size_n: int, group_size:
         [G, N], contiguous, a new tensor.
 
     Raises:
-        ValueError: if the shape is not [G, N], N not a multiple of the block, or the group size neither -1
-            nor positive.
+        ValueError: if the shape is not [G, N] or empty, N not a multiple of the block, or the group size neither
+            -1 nor positive.
     """
     return _permute_scales(s, size_k, size_n, group_size, inverse=False)
 
@@ -140,6 +141,7 @@ def marlin_unpermute_scales(s: torch.Tensor, size_k: int, size_n: int, group_siz
 def _permute_scales(s: torch.Tensor, size_k: int, size_n: int, group_size: int, *, inverse: bool) -> torch.Tensor:
     if group_size != -1 and group_size <= 0:
         raise ValueError(f"group_size must be -1 or positive, found {group_size}")
+    _check_multiple("size_k", size_k, 1)
     _check_tensor("s", s, (num_groups(size_k, group_size), size_n))
     perm = SCALE_PERM_SINGLE if is_single_group(size_k, group_size) else SCALE_PERM
     _check_multiple("size_n", size_n, len(perm))
@@ -159,10 +161,10 @@ def pack_cols(q_w: torch.Tensor, num_bits: int, size_k: int, size_n: int) -> tor
         int32 [K, N / f].
 
     Raises:
-        ValueError: if the shape is not [K, N], or N not a multiple of f.
+        ValueError: if the shape is not [K, N] or empty, the values are no integers, or N is not a multiple of f.
     """
     factor = pack_factor(num_bits)
-    _check_tensor("q_w", q_w, (size_k, size_n))
+    _check_integers("q_w", q_w, size_k, size_n)
     _check_multiple("size_n", size_n, factor)
     fields = q_w.to(torch.int32).reshape(size_k, size_n // factor, factor)
     packed = torch.zeros(fields.shape[:-1], dtype=torch.int32, device=q_w.device)
@@ -184,9 +186,10 @@ def unpack_cols(packed_q_w: torch.Tensor, num_bits: int, size_k: int, size_n: in
         int32 [K, N], values below 2^num_bits.
 
     Raises:
-        ValueError: if the shape is not [K, N / f], the type not int32, or N not a multiple of f.
+        ValueError: if the shape is not [K, N / f] or empty, the type not int32, or N not a multiple of f.
     """
     factor = pack_factor(num_bits)
+    _check_multiple("size_k", size_k, 1)
     _check_multiple("size_n", size_n, factor)
     _check_tensor("packed_q_w", packed_q_w, (size_k, size_n // factor), torch.int32)
     shifts = torch.arange(0, 32, num_bits, dtype=torch.int32, device=packed_q_w.device)
@@ -207,10 +210,11 @@ def marlin_zero_points(zp: torch.Tensor, size_k: int, size_n: int, num_bits: int
         int32 [G, N / f].
 
     Raises:
-        ValueError: if the shape is not [G, N], N not a multiple of 64, or the bits are others.
+        ValueError: if the shape is not [G, N] or empty, the values are no integers, N is not a multiple of 64, or
+            the bits are others.
     """
     pack_factor(num_bits)  # refuses other bits
-    _check_tensor("zp", zp, (size_k, size_n))
+    _check_integers("zp", zp, size_k, size_n)
     _check_multiple("size_n", size_n, MARLIN_TILE_N)
     permuted = _gather_columns(zp, SCALE_PERM)  # always blocks of 64, even for a single group
     return pack_cols(_gather_columns(permuted, MARLIN_INTERLEAVE[num_bits]), num_bits, size_k, size_n)
@@ -344,6 +348,14 @@ def _check_tensor(name: str, tensor: torch.Tensor, shape: tuple[int, int], dtype
         raise ValueError(f"{name} must be of type {dtype}, found {tensor.dtype}")
 
 
+def _check_integers(name: str, tensor: torch.Tensor, size_k: int, size_n: int) -> None:
+    _check_multiple("size_k", size_k, 1)
+    _check_tensor(name, tensor, (size_k, size_n))
+    if tensor.is_floating_point():
+        raise ValueError(f"{name} must hold integers, found {tensor.dtype}")
+
+
 def _check_multiple(name: str, value: int, multiple: int) -> None:
     if value <= 0 or value % multiple:
-        raise ValueError(f"{name} must be a positive multiple of {multiple}, found {value}")
+        kind = f"a positive multiple of {multiple}" if multiple > 1 else "positive"
+        raise ValueError(f"{name} must be {kind}, found {value}")

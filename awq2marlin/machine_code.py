@@ -13,7 +13,6 @@ import contextlib
 import ctypes
 import hashlib
 import json
-import os
 import platform
 import sys
 import tempfile
@@ -23,7 +22,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from awq2marlin.cache import cache_folder
+from awq2marlin.cache import cache_folder, is_private
 
 #: A kernel: (source, target, table or scratch, two sizes). Pointers as addresses; the GIL is released.
 Kernel = Callable[[int, int, int, int, int], None]
@@ -86,20 +85,11 @@ def _cached_file() -> Path:
     return cache_folder() / f"repack-{hashlib.sha256(repr(identity).encode()).hexdigest()[:32]}.o"
 
 
-def _is_ours(path: Path) -> bool:
-    """Returns whether nobody else could have written the file: it is code that will run."""
-    if not hasattr(os, "geteuid"):
-        return True
-    return all(
-        status.st_uid == os.geteuid() and not status.st_mode & 0o022 for status in (path.stat(), path.parent.stat())
-    )
-
-
 def _load() -> _Linked | None:
-    """Returns the machine code from the cache, or None if it is missing, damaged or not ours."""
+    """Returns the machine code from the cache, or None if it is missing, damaged or not private."""
     try:
         path = _cached_file()
-        if not _is_ours(path):
+        if not (is_private(path) and is_private(path.parent)):
             return None
         head, _, code = path.read_bytes().partition(b"\n")
         document = json.loads(head)
@@ -116,7 +106,7 @@ def _compile() -> _Linked:
 
     names, code = compile_kernels()
     document = {"names": names, "sha256": hashlib.sha256(code).hexdigest()}
-    with contextlib.suppress(OSError, RuntimeError):  # no home, no room, read-only: the next process compiles again
+    with contextlib.suppress(OSError):  # no room, read-only: the next process compiles again
         _store(_cached_file(), json.dumps(document).encode() + b"\n" + code)
     return _Linked(names, code)
 

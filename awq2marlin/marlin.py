@@ -33,6 +33,9 @@ SCALE_PERM: tuple[int, ...] = tuple(i + 8 * m for i in range(8) for m in range(8
 #: The order when one group spans all of K: blocks of 32.
 SCALE_PERM_SINGLE: tuple[int, ...] = tuple(2 * i + offset for i in range(4) for offset in (0, 1, 8, 9, 16, 17, 24, 25))
 
+#: Multiples of (K, N), one of which a module must have to be Marlin; padding chooses between them.
+ALIGNMENTS = ((128, 64), (64, 128))
+
 #: Widest module that is converted. A row of tiles is the unit of streaming; this bounds its memory.
 MAX_SIZE_N = 1 << 20
 
@@ -91,7 +94,7 @@ def unaligned_reason(size_k: int, size_n: int, num_bits: int, group_size: int) -
         return f"K={size_k}, N={size_n} is empty"
     if group_size != -1 and size_k % group_size:
         return f"K={size_k} is not a multiple of the group size {group_size}"
-    if (size_n % 64 or size_k % 128) and (size_n % 128 or size_k % 64):
+    if all(size_k % multiple_k or size_n % multiple_n for multiple_k, multiple_n in ALIGNMENTS):
         return f"K={size_k}, N={size_n} is neither a multiple of (128, 64) nor of (64, 128)"
     return None
 
@@ -117,7 +120,7 @@ def _round_up(value: int, multiple: int) -> int:
 
 def paddings(size_k: int, size_n: int) -> list[tuple[int, int]]:
     """Returns the shapes to which a module may be padded: K to 128 and N to 64, or K to 64 and N to 128."""
-    return [(_round_up(size_k, 128), _round_up(size_n, 64)), (_round_up(size_k, 64), _round_up(size_n, 128))]
+    return [(_round_up(size_k, multiple_k), _round_up(size_n, multiple_n)) for multiple_k, multiple_n in ALIGNMENTS]
 
 
 def padded_shapes(sizes: Iterable[tuple[int, int]], group_size: int) -> list[tuple[int, int]]:
@@ -135,20 +138,17 @@ def padded_shapes(sizes: Iterable[tuple[int, int]], group_size: int) -> list[tup
         One padded (K, N) for each module, in the order given.
     """
     sizes = list(sizes)
-    chosen: dict[int, int] = {}
+    chosen: dict[int, tuple[int, int]] = {}
     for size_k in {size_k for size_k, _ in sizes}:
         widths = [size_n for k, size_n in sizes if k == size_k]
         options = []
-        for multiple_k, multiple_n in ((128, 64), (64, 128)):
-            padded_k = _round_up(size_k, multiple_k)
+        for multiples in ALIGNMENTS:
+            padded_k = _round_up(size_k, multiples[0])
             if group_size == -1 or padded_k % group_size == 0:
-                padded_n = [_round_up(size_n, multiple_n) for size_n in widths]
-                options.append((padded_k * sum(padded_n), padded_k * len(widths) + sum(padded_n), multiple_k))
+                padded_n = [_round_up(size_n, multiples[1]) for size_n in widths]
+                options.append((padded_k * sum(padded_n), padded_k * len(widths) + sum(padded_n), multiples))
         chosen[size_k] = min(options, key=lambda option: option[:2])[2]
-    return [
-        (_round_up(size_k, chosen[size_k]), _round_up(size_n, 64 if chosen[size_k] == 128 else 128))
-        for size_k, size_n in sizes
-    ]
+    return [(_round_up(size_k, chosen[size_k][0]), _round_up(size_n, chosen[size_k][1])) for size_k, size_n in sizes]
 
 
 #: Modules that runtimes fuse into one matrix when they stand under one parent: converted together or not

@@ -125,7 +125,7 @@ def verify(
         layers: how many converted modules to compare value for value, spread over the model, or ``"all"``,
             which also hashes every file and compares the digests with the manifest's. Everything else is
             always compared in full.
-        workers: threads; by default as many as there are processors.
+        workers: threads; by default as many as there are processors, at most eight.
         device: also run the chosen modules through the Marlin GEMM, on ``"cuda"``, ``"cpu"`` (an exact reference)
             or ``"auto"``, the GPU if there is one.
         progress: told what is being done.

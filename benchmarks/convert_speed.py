@@ -6,7 +6,8 @@ Makes a checkpoint of Llama-3-8B's shapes, and compares whole processes, start-u
 
 * on a RAM disk: `convert --verify none` against `cp -r`;
 * on a disk, the source hot in the page cache: `convert --verify none` (which syncs what it writes) against
-  `cp -r` and a `sync` of the copied files;
+  `cp -r` and a `sync` of the copied files, and beside it the disk's limit: the time to write and sync as many bytes
+  straight from memory, four files at once;
 * peak resident memory, also of a checkpoint four times as large.
 
 Prints medians and the ratios pair by pair; writes them with machine, date and commit.
@@ -23,6 +24,8 @@ import shutil
 import statistics
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from awq2marlin._version import __version__
@@ -100,6 +103,30 @@ def compare(place: Path, source: Path, runs: int, workers: int, sync: bool) -> d
     return alternate(ours, theirs, target, runs)
 
 
+def write_limit(place: Path, size: int, runs: int, files: int = 4) -> list[float]:
+    """Returns the seconds it takes to write ``size`` bytes that are at hand to ``files`` files, and to sync them."""
+    block = os.urandom(16 << 20)
+
+    def write(index: int) -> Path:
+        path = place / f"awq2marlin-bench-limit-{index}"
+        with path.open("wb", buffering=0) as stream:
+            for _ in range(size // files // len(block)):
+                stream.write(block)
+            os.fsync(stream.fileno())
+        return path
+
+    seconds = []
+    for _ in range(runs):
+        started = time.perf_counter()
+        with ThreadPoolExecutor(files) as pool:
+            written = list(pool.map(write, range(files)))
+        seconds.append(round(time.perf_counter() - started, 3))
+        for path in written:
+            path.unlink()
+    print(f"{place}: {size / 1e9:.1f} GB from memory in {min(seconds):.2f} to {max(seconds):.2f} s", flush=True)
+    return seconds
+
+
 def make(folder: Path, layers: int, **sizes: int) -> Path:
     """Makes the checkpoint, in four shards."""
     write_checkpoint(folder, llama_recipe(layers=layers, shards=4, **{**LLAMA3_8B, **sizes}))
@@ -148,6 +175,8 @@ def main() -> None:
         source = make(place / "awq2marlin-bench-source", layers)
         try:
             size = sum(path.stat().st_size for path in source.iterdir())
+            if name == "disk":
+                results["disk, limit"] = {"bytes": size, "write_s": write_limit(place, size, options.runs)}
             for workers in options.workers:
                 figures = compare(place, source, options.runs, workers, sync=name == "disk")
                 results[f"{name}, {workers} workers"] = {"layers": layers, "bytes": size, **figures}

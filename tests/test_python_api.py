@@ -9,7 +9,7 @@ from pathlib import Path
 import awq2marlin
 from awq2marlin.synthetic import write_checkpoint
 from tests.e2e import oracle
-from tests.e2e.inputs import layer, plain
+from tests.e2e.inputs import edit_json, layer, plain
 
 
 def in_a_fresh_process(code: str) -> str:
@@ -115,3 +115,10 @@ def test_progress_is_told_to_whom_it_is_given(tmp_path: Path) -> None:
         assert told[0][0] == stage
         assert told[-1] == ("finish", None)
         assert sum(count for what, count in told if what == "bytes" and isinstance(count, int)) == told[0][1]
+
+
+def test_a_model_type_that_is_no_text_is_none(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "awq", plain())
+    for value in (None, 7, ["llama"]):
+        edit_json("config.json", lambda config, value=value: config.update(model_type=value))(tmp_path / "awq")
+        assert awq2marlin.inspect(tmp_path / "awq").model_type == ""

@@ -4,6 +4,9 @@ import multiprocessing
 import os
 import shutil
 import sys
+import tempfile
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
@@ -43,6 +46,28 @@ def test_a_truncated_entry_counts_as_absent(cache):
     assert cache.get("key") is None
 
 
+@pytest.mark.skipif(not hasattr(os, "geteuid"), reason="Files have no owner and mode here.")
+def test_code_that_others_could_have_written_counts_as_absent(cache):
+    cache.put("key", b"machine code")
+    path = cache.folder / "key.cubin"
+    for place in (path, cache.folder):
+        mode = place.stat().st_mode
+        place.chmod(mode | 0o020)
+        assert cache.get("key") is None, place
+        place.chmod(mode)
+    assert cache.get("key") == b"machine code"
+
+
+def test_without_a_home_the_cache_is_a_temporary_folder_of_the_users_own(monkeypatch):
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    for variable in (jit.CACHE_VARIABLE, "XDG_CACHE_HOME"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr(Path, "home", no_home)
+    assert jit.cache_dir() == Path(tempfile.gettempdir()) / f"awq2marlin-{os.getuid()}" / "kernels"
+
+
 def test_a_folder_that_cannot_be_made_is_no_reason_to_fail(tmp_path):
     (tmp_path / "file").write_text("")
     assert not jit.KernelCache(tmp_path / "file" / "cache").put("key", b"machine code")
@@ -77,6 +102,17 @@ def test_first_use_says_what_it_compiles_and_the_second_is_silent(cache, capsys)
     assert "compiled Repack<4> for sm_80 in " in (said := capsys.readouterr().err)
     assert str(cache.folder) in said
     assert jit.build(repack_source(4), "sm_80") == first
+    assert capsys.readouterr().err == ""
+
+
+@needs_compiler
+@pytest.mark.usefixtures("cache")
+def test_a_caller_may_ask_to_be_told_instead(capsys):
+    said = []
+    with jit.telling(said.append):
+        jit.build(repack_source(4), "sm_80")
+    (text,) = said
+    assert text.startswith("compiled Repack<4> for sm_80 in ")
     assert capsys.readouterr().err == ""
 
 
@@ -122,11 +158,82 @@ def test_machine_facts_count_the_cache(cache):
     assert (facts.cached_kernels, facts.cached_bytes) == (1, 100)
 
 
+def test_a_device_name_ends_at_its_first_zero_byte():
+    class Driver:
+        class CUdevice_attribute:  # noqa: N801
+            CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR = 9
+            CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR = 0
+            CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT = 132
+
+        cuDeviceGetName = staticmethod(lambda _length, _index: (0, b"NVIDIA H200\0\0\0  "))  # noqa: N815
+        cuDeviceGetAttribute = staticmethod(lambda which, _index: (0, which))  # noqa: N815
+        cuDeviceTotalMem = staticmethod(lambda _index: (0, 1 << 37))  # noqa: N815
+
+    facts = jit._device_facts(Driver, 0)
+    assert facts == jit.DeviceFacts(0, "NVIDIA H200", (9, 0), 1 << 37, 132, is_supported=True)
+
+
 @pytest.mark.skipif(os.geteuid() == 0, reason="Root may write everywhere.")
 def test_machine_facts_tell_of_a_cache_that_cannot_be_written(tmp_path, monkeypatch):
     tmp_path.chmod(0o500)
     monkeypatch.setenv(jit.CACHE_VARIABLE, str(tmp_path / "cache"))
     assert any(jit.CACHE_VARIABLE in lack.remedy for lack in jit.machine_facts().lacks)
+
+
+def test_machine_facts_tell_of_a_cache_that_is_no_folder(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv(jit.CACHE_VARIABLE, str(tmp_path / "file"))
+    assert any(str(tmp_path / "file") in lack.what for lack in jit.machine_facts().lacks)
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid"), reason="Files have no owner and mode here.")
+def test_machine_facts_tell_of_a_cache_that_others_may_write(cache):
+    cache.put("key", b"machine code")
+    cache.folder.chmod(0o777)
+    assert any("Others may write" in lack.what for lack in jit.machine_facts().lacks)
+
+
+def driver_that_says(code, version=12080):
+    """A stand-in for the bindings: no device, and a code for the first call."""
+    result = SimpleNamespace(CUDA_ERROR_NO_DEVICE=100)
+    return SimpleNamespace(
+        CUresult=result,
+        cuInit=lambda _flags: (code,),
+        cuDriverGetVersion=lambda: (0, version),
+        cuDeviceGetCount=lambda: (0, 0),
+    )
+
+
+@pytest.fixture
+def driver(monkeypatch):
+    def install(fake):
+        bindings = ModuleType("cuda.bindings")
+        bindings.driver = fake
+        monkeypatch.setitem(sys.modules, "cuda", ModuleType("cuda"))
+        monkeypatch.setitem(sys.modules, "cuda.bindings", bindings)
+
+    return install
+
+
+def test_hidden_gpus_are_not_a_missing_driver(driver):
+    driver(driver_that_says(100))
+    version, devices, lack = jit._driver_facts()
+    assert (version, devices) == (None, ())
+    assert "no GPU" in lack.what
+    assert "CUDA_VISIBLE_DEVICES" in lack.remedy
+
+
+def test_a_driver_that_fails_is_told_with_its_code(driver):
+    driver(driver_that_says(999))
+    assert "999" in jit._driver_facts()[2].what
+
+
+def test_a_compiler_newer_than_the_driver_is_a_lack(driver, monkeypatch):
+    driver(driver_that_says(0))
+    monkeypatch.setattr(jit, "compiler_version", lambda: "13.1")
+    assert any("NVRTC 13.1" in lack.what and "12.8" in lack.what for lack in jit.machine_facts().lacks)
+    monkeypatch.setattr(jit, "compiler_version", lambda: "12.9")
+    assert not any("12.9" in lack.what for lack in jit.machine_facts().lacks)
 
 
 def test_resources_are_read_from_the_assemblers_report():
