@@ -11,6 +11,7 @@ from vllm.model_executor.layers.fused_moe import FusedMoeWeightScaleSupported
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
 from vllm.model_executor.layers.fused_moe.oracle.int_wna16 import WNA16MoEBackend, backend_to_kernel_cls
 from vllm.model_executor.layers.quantization.auto_awq import AutoAWQMoEMethod
+from vllm.model_executor.layers.quantization.utils.quant_utils import kInt4Static, kInt8Static
 from vllm.model_executor.utils import set_weight_attrs
 
 from awq2marlin.awq import QUANTIZED_PARTS
@@ -66,11 +67,23 @@ class MarlinNativeMoEMethod(AutoAWQMoEMethod):  # type: ignore[misc]
         self.wna16_moe_backend = WNA16MoEBackend.BATCHED_MARLIN if is_batched else WNA16MoEBackend.MARLIN
         (self.experts_cls,) = backend_to_kernel_cls(self.wna16_moe_backend)
         self.record = LoadRecord()
-        if is_any_below(contents.quantization.padded_modules, prefix):
+        self._refuse_unserved(layer)
+
+    def _refuse_unserved(self, layer: Any) -> None:
+        if is_any_below(self.contents.quantization.padded_modules, self.prefix):
             self._refuse(
                 "its experts are padded, and in vLLM they are fused, for which their padding stands in the wrong "
                 "places. Convert with --unaligned keep: then vLLM loads them with its own AWQ code"
             )
+        if self.moe.moe_backend not in ("auto", "marlin"):
+            self._refuse(
+                f"the backend of experts is set to {self.moe.moe_backend!r}, but their weights are laid out for Marlin "
+                "kernels. Leave the option out"
+            )
+        experts, key = self.experts_cls, kInt4Static if self.contents.bits == 4 else kInt8Static
+        is_served, reason = experts.is_supported_config(experts, self.moe, key, None, experts.activation_format())
+        if not is_served:
+            self._refuse(f"vLLM's Marlin experts do not serve it: {reason}")
         if getattr(layer, "apply_router_weight_on_input", False):
             self._refuse("the model weighs the inputs of its experts, which vLLM's Marlin experts do not do")
 

@@ -8,6 +8,7 @@ from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig, FusedMoEParallelConfig, RoutingMethodType
 from vllm.model_executor.layers.fused_moe.expert_map_manager import ExpertMapManager
+from vllm.model_executor.layers.fused_moe.experts.marlin_moe import MarlinExpertsBase
 
 from awq2marlin import reference
 from awq2marlin.integrations.vllm.experts import MarlinNativeMoEMethod
@@ -16,8 +17,11 @@ from tests.integrations.vllm.harness import words
 SHARDS = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 
 
-def experts_layer(model, prefix, experts, hidden, inner, rank=0, ranks=1, local=None, **options):
-    """Returns an empty `RoutedExperts` of one rank, which holds the experts ``local``, by default all."""
+def experts_layer(model, prefix, experts, hidden, inner, rank=0, ranks=1, local=None, moe=(), **options):
+    """Returns an empty `RoutedExperts` of one rank, which holds the experts ``local``, by default all.
+
+    ``moe`` are further attributes of vLLM's `FusedMoEConfig`.
+    """
     local = range(experts) if local is None else local
     parallel = FusedMoEParallelConfig(
         tp_size=ranks, pcp_size=1, dp_size=1, ep_size=1, tp_rank=rank, pcp_rank=0, dp_rank=0, ep_rank=0, sp_size=1,
@@ -26,16 +30,17 @@ def experts_layer(model, prefix, experts, hidden, inner, rank=0, ranks=1, local=
     config = FusedMoEConfig(
         num_experts=experts, experts_per_token=2, hidden_dim=hidden, intermediate_size=inner,
         num_local_experts=len(local), num_logical_experts=experts, activation=MoEActivation.SILU, device="cpu",
-        routing_method=RoutingMethodType.Default, moe_parallel_config=parallel, in_dtype=torch.half,
+        routing_method=RoutingMethodType.Default, moe_parallel_config=parallel, in_dtype=torch.half, **dict(moe),
     )  # fmt: skip
     manager = mock.Mock(spec=ExpertMapManager)
     manager.local_num_experts, manager.placement_strategy = len(local), "linear"
     manager.expert_map = manager.expert_mask = manager.routing_tables = None
     manager.map_global_to_local = lambda expert: local.index(expert) if expert in local else -1
-    return RoutedExperts(
-        layer_name=prefix, params_dtype=torch.half, moe_config=config, quant_config=model.config,
-        expert_map_manager=manager, **options,
-    )  # fmt: skip
+    with mock.patch.object(MarlinExpertsBase, "_supports_current_device", return_value=True):
+        return RoutedExperts(
+            layer_name=prefix, params_dtype=torch.half, moe_config=config, quant_config=model.config,
+            expert_map_manager=manager, **options,
+        )  # fmt: skip
 
 
 def load_experts(layer, model, prefix, leave_out=()):

@@ -192,8 +192,9 @@ def test_awq_experts_with_zero_points_go_to_vllm(harness, experts, tmp_path):
 def test_experts_in_full_precision_go_to_vllm(harness, experts, tmp_path):
     weights = {f"{PREFIX}.0.up_proj.weight": (64, 64)}
     model = harness.Model(tmp_path, {"mlp.down_proj": (128, 64)}, weights=weights)
+    layer = mock.Mock(spec=experts.RoutedExperts, moe_config=None)
     with mock.patch("vllm.model_executor.layers.fused_moe.UnquantizedFusedMoEMethod") as vllm_s:
-        method = model.config.get_quant_method(mock.Mock(spec=experts.RoutedExperts), PREFIX)
+        method = model.config.get_quant_method(layer, PREFIX)
     assert method is vllm_s.return_value
 
 
@@ -254,6 +255,22 @@ def test_models_that_weigh_the_inputs_of_their_experts_are_refused(harness, expe
     model = make_model(harness, tmp_path)
     (problem,) = refusal(layer_of, harness, experts, model, apply_router_weight_on_input=True)
     assert "weighs the inputs of its experts" in problem.message
+
+
+def test_another_backend_that_the_user_asks_for_is_refused(harness, experts, tmp_path):
+    model = make_model(harness, tmp_path)
+    layer_of(harness, experts, model, moe={"moe_backend": "marlin"})
+    (problem,) = refusal(layer_of, harness, experts, model, moe={"moe_backend": "triton"})
+    assert "'triton'" in problem.message
+
+
+def test_experts_that_vllm_s_kernels_do_not_run_are_refused_with_its_reason(harness, experts, tmp_path):
+    model = make_model(harness, tmp_path)
+    with mock.patch.object(experts.MarlinExpertsBase, "_supports_activation", return_value=False):
+        (problem,) = refusal(layer_of, harness, experts, model)
+    assert problem.tensor == PREFIX
+    assert "vLLM's Marlin experts do not serve it: kernel does not support" in problem.message
+    assert "activation" in problem.message
 
 
 def test_the_older_version_gets_the_order_of_rows_that_it_asks_for(harness, experts, tmp_path):
