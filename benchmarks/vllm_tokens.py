@@ -8,9 +8,9 @@ kernels. Where vLLM's AWQ code cannot load a kind (no zero points; one group ove
 reference is the dequantized model in plain fp16, whose rounding differs: then log-probabilities are compared within a
 bound, along the same tokens.
 
-Prompts go in together, and short ones also one by one. Where tokens share blocks in vLLM's expert kernels, two starts
-on one and the same AWQ checkpoint do not give the same bits; so of mixtures of experts only the prompts that go in alone
-and fit one block must, and a second start of the AWQ source shows how far the others may be apart.
+Prompts go in together, and short ones also one by one. Where tokens share blocks in vLLM's expert kernels, two
+starts on one and the same AWQ checkpoint do not give the same bits; so of mixtures of experts only the prompts that
+go in alone and fit one block must, and a second start of the AWQ source shows how far the others may be apart.
 Ends with exit code 1 if anything differs.
 """
 
