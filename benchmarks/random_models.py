@@ -148,15 +148,23 @@ class _Maker:
         model = self.model
         factor = 32 // model.bits
         groups = 1 if model.group_size == -1 else size_k // model.group_size
-        words = {"generator": self.generator, "device": self.device, "dtype": torch.int32}
-        yield f"{name}.qweight", torch.randint(-(2**31), 2**31 - 1, (size_k, size_n // factor), **words)
+        words: dict[str, Any] = {"generator": self.generator, "device": self.device, "dtype": torch.int32}
         if model.zero_points:
+            yield f"{name}.qweight", torch.randint(-(2**31), 2**31 - 1, (size_k, size_n // factor), **words)
             middle = 2 ** (model.bits - 1)
-            fields = torch.randint(middle - 2, middle + 2, (groups, size_n // factor, factor), **words)
-            shifts = torch.arange(0, 32, model.bits, device=self.device, dtype=torch.int32)
-            yield f"{name}.qzeros", (fields << shifts).sum(-1, dtype=torch.int32)
+            yield f"{name}.qzeros", self.words(middle - 2, middle + 2, groups, size_n // factor)
+        else:  # from 1, so that the mean is the implied zero point
+            yield f"{name}.qweight", self.words(1, 2**model.bits, size_k, size_n // factor)
         spread = torch.rand(groups, size_n, generator=self.generator, device=self.device) * 0.5 + 0.75
         yield f"{name}.scales", (spread / (_SPREAD[model.bits] * size_k**0.5)).to(model.dtype)
+
+    def words(self, low: int, high: int, rows: int, columns: int) -> torch.Tensor:
+        """Returns words whose fields are drawn from ``low`` to ``high`` - 1."""
+        bits = self.model.bits
+        shape = (rows, columns, 32 // bits)
+        fields = torch.randint(low, high, shape, generator=self.generator, device=self.device, dtype=torch.int32)
+        shifts = torch.arange(0, 32, bits, device=self.device, dtype=torch.int32)
+        return (fields << shifts).sum(-1, dtype=torch.int32)
 
     def normal(self, *shape: int, std: float) -> torch.Tensor:
         return (torch.randn(*shape, generator=self.generator, device=self.device) * std).to(self.model.dtype)
