@@ -1,6 +1,6 @@
 """Convert AWQ checkpoints to the Marlin layout offline: streamed, verified, reversible byte for byte.
 
-    from awq2marlin import convert, verify, revert, inspect
+    from awq2marlin import convert, verify, revert, push, inspect
 
 Importing this package imports neither torch nor NumPy nor Numba; each name brings what it needs when it is
 first used.
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from awq2marlin.errors import Awq2MarlinError as Awq2MarlinError
     from awq2marlin.errors import CheckpointError as CheckpointError
     from awq2marlin.errors import DifferenceError as DifferenceError
+    from awq2marlin.errors import HubError as HubError
     from awq2marlin.errors import OutputError as OutputError
     from awq2marlin.errors import Problem as Problem
     from awq2marlin.gemm_verification import GemmCheck as GemmCheck
@@ -65,6 +66,9 @@ if TYPE_CHECKING:
     from awq2marlin.reversion import RestoredFile as RestoredFile
     from awq2marlin.reversion import RevertResult as RevertResult
     from awq2marlin.reversion import revert as revert
+    from awq2marlin.upload import PushedFile as PushedFile
+    from awq2marlin.upload import PushResult as PushResult
+    from awq2marlin.upload import push as push
     from awq2marlin.verification import VerifyResult as VerifyResult
     from awq2marlin.verification import verify as verify
 
@@ -76,7 +80,7 @@ _HOMES: dict[str, str] = {
         "config": ["AWQMarlinConfig"],
         "conversion": ["ConvertResult", "convert"],
         "demonstration": ["DemoResult", "demo"],
-        "errors": ["Awq2MarlinError", "CheckpointError", "DifferenceError", "OutputError", "Problem"],
+        "errors": ["Awq2MarlinError", "CheckpointError", "DifferenceError", "HubError", "OutputError", "Problem"],
         "inspection": ["InspectResult", "ModuleInfo", "inspect"],
         "layout": [
             "awq_marlin_repack",
@@ -114,6 +118,7 @@ _HOMES: dict[str, str] = {
         "plan": ["ModulePlan"],
         "progress": ["Progress"],
         "reversion": ["RestoredFile", "RevertResult", "revert"],
+        "upload": ["PushResult", "PushedFile", "push"],
         "verification": ["VerifyResult", "verify"],
     }.items()
     for name in names

@@ -15,7 +15,16 @@ from typing import Any
 
 from awq2marlin.awq import LEGACY_CONFIG_FILENAMES, QUANTIZED_PARTS, SCALE_DTYPES, module_name, pack_factor
 from awq2marlin.errors import CheckpointError, Problem, printable, refuse
-from awq2marlin.folder import CONFIG_FILENAME, INDEX_FILENAME, Folder, check_name, find_clash, is_safe_name
+from awq2marlin.folder import (
+    CARD_FILENAME,
+    CONFIG_FILENAME,
+    INDEX_FILENAME,
+    MAX_CARD_BYTES,
+    Folder,
+    check_name,
+    find_clash,
+    is_safe_name,
+)
 from awq2marlin.marlin import MARLIN_SUPPORTED_GROUP_SIZES, MAX_SIZE_N, num_groups
 from awq2marlin.quantization import (
     MANIFEST_FILENAME,
@@ -43,6 +52,7 @@ class Checkpoint:
         shards: header of every safetensors file that belongs to it, sorted by name.
         has_index: whether an index names the shards.
         side_files: other files that belong to it (tokenizer, code, licence), sorted.
+        card: name of its model card, or None: ``README.md``, in whatever case its letters are.
         left_behind: files that do not belong to it, with the reason.
         warnings: oddities that do no harm.
     """
@@ -53,6 +63,7 @@ class Checkpoint:
     shards: Mapping[str, Header]
     has_index: bool
     side_files: tuple[str, ...]
+    card: str | None
     left_behind: Mapping[str, str]
     warnings: tuple[str, ...]
 
@@ -115,10 +126,13 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     shard_names = _shard_names(folder, names, weight_map)
     shards = {name: folder.read_header(name) for name in shard_names}
     warnings = _check_inventory(shards, weight_map)
-    side_files, left_behind = _sort_files(names, shard_names)
-    _refuse_clash([*_OWN_FILENAMES, *shard_names, *side_files])
+    cards = [name for name in names if name.casefold() == CARD_FILENAME.casefold()]
+    side_files, left_behind = _sort_files(names, [*shard_names, *cards])
+    _refuse_clash([*_OWN_FILENAMES, *shard_names, *side_files, *(cards or [CARD_FILENAME])])
     for name in side_files:
         folder.path(name)  # refuses what leads out of the folder before anything is written
+    for name in cards:
+        _refuse_long_card(folder, name)
     return Checkpoint(
         folder,
         config,
@@ -126,6 +140,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         shards,
         weight_map is not None,
         tuple(side_files),
+        cards[0] if cards else None,
         left_behind,
         tuple(warnings),
     )
@@ -230,13 +245,19 @@ def _refuse_clash(names: list[str]) -> None:
         )
 
 
+def _refuse_long_card(folder: Folder, name: str) -> None:
+    size = folder.size(name)
+    if size > MAX_CARD_BYTES:
+        raise refuse("too-large", f"a model card of {size} bytes, more than {MAX_CARD_BYTES}; shorten it", file=name)
+
+
 def _is_hidden(name: str) -> bool:
     return any(part.startswith(".") for part in name.split("/"))
 
 
-def _sort_files(names: list[str], shard_names: list[str]) -> tuple[list[str], dict[str, str]]:
-    """Returns the side files that are carried over, and what is left behind with the reason."""
-    handled = {*shard_names, *_OWN_FILENAMES}
+def _sort_files(names: list[str], others: list[str]) -> tuple[list[str], dict[str, str]]:
+    """Returns the side files that are carried over, and what is left behind with the reason; ``others`` are neither."""
+    handled = {*others, *_OWN_FILENAMES}
     side_files, left_behind = [], {}
     for name in names:
         if name in handled:

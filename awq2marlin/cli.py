@@ -47,7 +47,7 @@ app = typer.Typer(
 #: The common base of the command line parser's usage errors.
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 
-_COMMANDS = ("convert", "verify", "revert", "inspect", "demo", "doctor")
+_COMMANDS = ("convert", "verify", "revert", "push", "inspect", "demo", "doctor")
 
 _Source = Annotated[Path, typer.Argument(metavar="SOURCE", help="Folder of the AWQ checkpoint.")]
 _Workers = Annotated[int | None, typer.Option(min=1, max=256, help="Threads; by default one a processor, at most 8.")]
@@ -195,6 +195,58 @@ def revert(
 
 
 @app.command()
+def push(
+    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder of the converted checkpoint.")],
+    repository: Annotated[str, typer.Argument(metavar="ORG/NAME", help="Repository on the Hub; made if needed.")],
+    private: Annotated[
+        bool, typer.Option("--private", help="Make a new repository private; an existing one must then be.")
+    ] = False,
+    revision: Annotated[
+        str | None, typer.Option(metavar="BRANCH", help="Branch to commit to, made if needed; by default main.")
+    ] = None,
+    create_pr: Annotated[
+        bool, typer.Option("--create-pr", help="Open a pull request instead of changing the branch.")
+    ] = False,
+    commit_message: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="First line of the commit's message.")
+    ] = None,
+    overwrite: Annotated[
+        bool,
+        typer.Option("--overwrite", help="Replace a checkpoint of another model or run that the repository holds."),
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check the folder, look at the repository, and write nothing.")
+    ] = False,
+    quiet: _Quiet = False,
+    as_json: _Json = False,
+) -> None:
+    """Upload a converted checkpoint to the Hub, in one commit. Interrupted, the same command sends only the rest."""
+
+    def work(progress: Progress | None) -> Any:
+        from awq2marlin.upload import push as run
+
+        return run(
+            folder,
+            repository,
+            private=private,
+            revision=revision,
+            create_pr=create_pr,
+            commit_message=commit_message,
+            overwrite=overwrite,
+            dry_run=dry_run,
+            progress=progress,
+        )
+
+    from awq2marlin.publication import PushTarget
+
+    try:
+        PushTarget(repository, private, revision, create_pr, overwrite)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    _run("push", work, "print_push", "of_push", [folder, Path(repository)], quiet, as_json)
+
+
+@app.command()
 def inspect(
     path: Annotated[Path, typer.Argument(metavar="PATH", help="Folder of an AWQ or a converted checkpoint.")],
     quiet: _Quiet = False,
@@ -288,7 +340,7 @@ def _run(
         problem = Problem("", "", "out-of-memory", "there is not enough memory; use fewer --workers")
         code, problems, text = EXIT_FAILED, (problem,), str(problem)
     except KeyboardInterrupt:
-        resumes = "; the same command resumes where it stopped" if command in ("convert", "revert") else ""
+        resumes = "; the same command resumes where it stopped" if command in ("convert", "revert", "push") else ""
         problem = Problem("", "", "interrupted", f"interrupted{resumes}")
         code, problems, text = EXIT_INTERRUPTED, (problem,), str(problem)
     else:

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from awq2marlin.gemm_verification import GemmRun
     from awq2marlin.inspection import InspectResult
     from awq2marlin.reversion import RevertResult
+    from awq2marlin.upload import PushResult
     from awq2marlin.verification import VerifyResult
 
 #: Seconds between two plain progress lines, where there is no terminal.
@@ -261,6 +262,26 @@ def print_reversion(result: RevertResult) -> None:
     for file in result.files:
         _say(f"{file.sha256}  {printable(file.name)}")
     _say(f"restored {len(result.files)} files, {size_text(result.bytes)} in {result.seconds:.1f} s, all as recorded")
+    _print_lists(dict(result.left_behind), ())
+
+
+def print_push(result: PushResult) -> None:
+    """Prints what was sent where."""
+    sent = [file for file in result.files if file.uploaded]
+    there = len(result.files) - len(sent)
+    would = "would upload" if result.dry_run else "uploaded"
+    _say(f"checked    {len(result.files)} files; all are as the conversion wrote them")
+    _say(
+        f"{would:<10} {len(sent)} files, {size_text(result.uploaded_bytes)}" + (f"; {there} are there" if there else "")
+    )
+    if result.removed:
+        removed = "would remove" if result.dry_run else "removed"
+        _say(f"{removed:<10} {len(result.removed)} files of an earlier checkpoint")
+    if not sent and not result.removed:
+        _say("nothing had to be committed")
+    elif not result.dry_run:
+        _say(f"committed  {result.commit} in {result.seconds:.1f} s")
+    _say(f"see        {printable(result.url)}")
     _print_lists(dict(result.left_behind), ())
 
 

@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Any, Literal
 from awq2marlin.checkpoint import open_checkpoint
 from awq2marlin.digest import Xxh3
 from awq2marlin.errors import DifferenceError, OutputError, Problem, refuse
-from awq2marlin.folder import CONFIG_FILENAME, INDEX_FILENAME, Folder, hub_repository
-from awq2marlin.manifest import Manifest, ManifestShard, read_manifest
+from awq2marlin.folder import CARD_FILENAME, CONFIG_FILENAME, INDEX_FILENAME, Folder, hub_repository
+from awq2marlin.manifest import Manifest, ManifestShard, SourceCard, read_manifest
+from awq2marlin.model_card import model_card
 from awq2marlin.output import FinishedFile, OutputFolder, claim, read_journal, refuse_overlap, told_as_output_error
 from awq2marlin.plan import ModulePlan, Plan, ShardPlan, Unaligned, plan_conversion
 from awq2marlin.progress import Progress, Silence
@@ -143,6 +144,7 @@ def convert(
             _convert_shards(plan, out, workers, progress)
             _write_manifest(plan, out, _carry_side_files(plan, out))
             verified, gemm = _verify(plan, out, verify, workers, device, progress)
+            out.write(CARD_FILENAME, model_card(plan, verified, gemm))
             out.commit(encode_json(plan.config()))
     return _result(plan, root, dry_run, resumed, verified, gemm, time.perf_counter() - started)
 
@@ -158,7 +160,7 @@ def output_names(plan: Plan) -> list[str]:
     """Returns every file that a conversion leaves in its output folder."""
     shards = [shard.name for shard in plan.shards]
     index = [INDEX_FILENAME] if plan.checkpoint.has_index else []
-    return sorted([*shards, *plan.checkpoint.side_files, *index, CONFIG_FILENAME, MANIFEST_FILENAME])
+    return sorted([*shards, *plan.checkpoint.side_files, *index, CARD_FILENAME, CONFIG_FILENAME, MANIFEST_FILENAME])
 
 
 def encode_json(document: Any) -> bytes:
@@ -276,7 +278,8 @@ def _write_manifest(plan: Plan, out: OutputFolder, carried: Mapping[str, tuple[i
     shards = {shard.name: _manifest_shard(shard, out.finished[shard.name]) for shard in plan.shards}
     texts = {name: _exact_text(checkpoint.folder, name) for name in rewritten}
     digests = {name: (len(text.encode()), str(Xxh3(text.encode()))) for name, text in texts.items()}
-    manifest = Manifest(shards, texts, digests, carried, None, None, checkpoint.left_behind)
+    card = SourceCard.of(checkpoint.card, checkpoint.folder.read(checkpoint.card)) if checkpoint.card else None
+    manifest = Manifest(shards, texts, digests, carried, None, None, checkpoint.left_behind, card=card)
     out.write(MANIFEST_FILENAME, manifest.encode())
 
 

@@ -101,6 +101,10 @@ class OutputError(Awq2MarlinError):
     """The output folder cannot be used: foreign, in use, unwritable, full, or of another conversion."""
 
 
+class HubError(Awq2MarlinError):
+    """The Hub, its client or the network refused: not found, no access, no connection, too many requests."""
+
+
 class DifferenceError(Awq2MarlinError):
     """A comparison found a difference."""
 

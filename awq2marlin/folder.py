@@ -23,6 +23,10 @@ MAX_JSON_BYTES = 32_000_000
 
 INDEX_FILENAME = "model.safetensors.index.json"
 CONFIG_FILENAME = "config.json"
+CARD_FILENAME = "README.md"
+
+#: A model card above this is refused: nobody reads it, and the manifest has to hold it.
+MAX_CARD_BYTES = 8_000_000
 
 
 def is_safe_name(name: str) -> bool:

@@ -119,7 +119,7 @@ def inspect(path: str | os.PathLike[str]) -> InspectResult:
         shards={name: header.file_size for name, header in checkpoint.shards.items()},
         tensors=len(checkpoint.tensors),
         bytes=sum(header.file_size for header in checkpoint.shards.values()),
-        files=checkpoint.side_files,
+        files=tuple(sorted([*checkpoint.side_files, *([checkpoint.card] if checkpoint.card else [])])),
         left_behind=checkpoint.left_behind,
         warnings=checkpoint.warnings,
     )

@@ -14,9 +14,17 @@ from dataclasses import dataclass
 from typing import Any, NoReturn
 
 from awq2marlin._version import __version__
-from awq2marlin.digest import is_digest
+from awq2marlin.digest import Xxh3, is_digest
 from awq2marlin.errors import printable, refuse
-from awq2marlin.folder import CONFIG_FILENAME, INDEX_FILENAME, Folder, check_name, find_clash
+from awq2marlin.folder import (
+    CARD_FILENAME,
+    CONFIG_FILENAME,
+    INDEX_FILENAME,
+    MAX_CARD_BYTES,
+    Folder,
+    check_name,
+    find_clash,
+)
 from awq2marlin.quantization import FORMAT_VERSION, MANIFEST_FILENAME
 from awq2marlin.safetensors_header import LENGTH_BYTES, MAX_HEADER_BYTES, Header, parse_header
 
@@ -41,6 +49,26 @@ class ManifestShard:
 
 
 @dataclass(frozen=True)
+class SourceCard:
+    """The source's own model card, which need not be UTF-8; the output has one of ours.
+
+    Attributes:
+        name: its name in the source.
+        data: its bytes.
+        recorded: their (size, digest), as the conversion saw them.
+    """
+
+    name: str
+    data: bytes
+    recorded: tuple[int, str]
+
+    @classmethod
+    def of(cls, name: str, data: bytes) -> SourceCard:
+        """Takes a card as it lies in the source."""
+        return cls(name, data, (len(data), str(Xxh3(data))))
+
+
+@dataclass(frozen=True)
 class Manifest:
     """What is known of the source of a converted checkpoint.
 
@@ -52,6 +80,7 @@ class Manifest:
         repo_id: repository on the Hub it came from, if any.
         revision: commit of that repository.
         left_behind: files of the source that were not carried over, with the reason.
+        card: the source's model card, or None if it has none.
     """
 
     shards: Mapping[str, ManifestShard]
@@ -61,11 +90,12 @@ class Manifest:
     repo_id: str | None
     revision: str | None
     left_behind: Mapping[str, str]
+    card: SourceCard | None = None
 
     def names(self) -> list[str]:
         """Returns the files of the converted checkpoint that its conversion wrote."""
         made = {INDEX_FILENAME} & {*self.texts}  # padding changes the index, so its original text is kept
-        return sorted({*self.shards, *self.files, *made, CONFIG_FILENAME, MANIFEST_FILENAME})
+        return sorted({*self.shards, *self.files, *made, CARD_FILENAME, CONFIG_FILENAME, MANIFEST_FILENAME})
 
     def encode(self) -> bytes:
         """Returns the file's bytes; equal manifests give equal bytes."""
@@ -83,6 +113,7 @@ class Manifest:
             },
             "texts": dict(sorted(self.texts.items())),
             "text_digests": _recorded(self.text_digests),
+            "source_card": _recorded_card(self.card),
             "files": _recorded(self.files),
             "left_behind": dict(sorted(self.left_behind.items())),
         }
@@ -91,6 +122,13 @@ class Manifest:
 
 def _recorded(files: Mapping[str, tuple[int, str]]) -> dict[str, dict[str, Any]]:
     return {name: {"size": size, "digests": [digest]} for name, (size, digest) in sorted(files.items())}
+
+
+def _recorded_card(card: SourceCard | None) -> dict[str, Any] | None:
+    if card is None:
+        return None
+    size, digest = card.recorded
+    return {"name": card.name, "size": size, "digests": [digest], "data": _pack(card.data)}
 
 
 def _pack(text: bytes) -> str:
@@ -136,35 +174,46 @@ def read_manifest(folder: Folder) -> Manifest:
         document.bad("texts and text_digests name different files")
     if CONFIG_FILENAME not in texts or not shards:
         document.bad("it names no shards, or has no text of config.json")
-    clash = find_clash([MANIFEST_FILENAME, *shards, *files, *texts])
+    card = _card(document)
+    clash = find_clash([MANIFEST_FILENAME, *shards, *files, *texts, card.name if card else CARD_FILENAME])
     if clash:
         document.bad(f"it names {printable(clash[0])!r} twice, or as a file and as a folder")
     left_behind = document.get("left_behind", dict)
     if not all(isinstance(reason, str) for reason in left_behind.values()):
         document.bad("left_behind must map names to reasons")
-    return Manifest(
-        shards, texts, text_digests, files, source.optional("repo_id"), source.optional("revision"), left_behind
-    )
+    repo_id, revision = source.optional("repo_id"), source.optional("revision")
+    return Manifest(shards, texts, text_digests, files, repo_id, revision, left_behind, card=card)
 
 
 def _shard(name: str, entry: _Checked, room: int) -> ManifestShard:
     source, output = entry.sub("source"), entry.sub("output")
-    text = _unpack(entry, name, room)
+    text = _unpack(entry, "source_header", name, room)
     size = source.size()
     header = parse_header(text, size - LENGTH_BYTES - len(text), f"{MANIFEST_FILENAME} (header of {name})")
     return ManifestShard(header, size, source.digests(), output.size(), output.digests()[0])
 
 
-def _unpack(entry: _Checked, name: str, room: int) -> bytes:
-    """Inflates a header to at most ``room`` bytes, so that a small manifest cannot fill the memory."""
+def _card(document: _Checked) -> SourceCard | None:
+    entry = document.sub_or_none("source_card")
+    if entry is None:
+        return None
+    name = check_name(entry.get("name", str), MANIFEST_FILENAME)
+    data = _unpack(entry, "data", name, MAX_CARD_BYTES)
+    if name.casefold() != CARD_FILENAME.casefold():
+        document.bad(f"source_card is called {printable(name)!r}, which is not {CARD_FILENAME}")
+    return SourceCard(name, data, (entry.size(), entry.digests()[0]))
+
+
+def _unpack(entry: _Checked, key: str, name: str, room: int) -> bytes:
+    """Inflates what was packed to at most ``room`` bytes, so that a small manifest cannot fill the memory."""
     try:
-        packed = base64.b64decode(entry.get("source_header", str), validate=True)
+        packed = base64.b64decode(entry.get(key, str), validate=True)
         inflater = zlib.decompressobj()
         text = inflater.decompress(packed, room + 1)
     except (binascii.Error, ValueError, zlib.error):
-        entry.bad(f"the source header of {printable(name)!r} is not zlib in base64")
+        entry.bad(f"the {key} of {printable(name)!r} is not zlib in base64")
     if len(text) > room or not inflater.eof or inflater.unused_data:
-        entry.bad(f"the source header of {printable(name)!r} inflates beyond {room} bytes or is cut")
+        entry.bad(f"the {key} of {printable(name)!r} inflates beyond {room} bytes or is cut")
     return text
 
 
@@ -195,6 +244,10 @@ class _Checked:
     def sub(self, key: str) -> _Checked:
         """Returns the object under a key."""
         return _Checked(self._value.get(key), f"{self._what}, {key}")
+
+    def sub_or_none(self, key: str) -> _Checked | None:
+        """Returns the object under a key that must be there, or None if it is null."""
+        return None if self._value.get(key, ...) is None else self.sub(key)
 
     def entries(self, key: str) -> list[tuple[str, _Checked]]:
         """Returns the objects under the keys of the object under a key."""

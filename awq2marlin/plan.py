@@ -163,7 +163,8 @@ class Plan:
         """SHA-256 over everything that decides the output's bytes, but the data of tensors and side files."""
         folder = self.checkpoint.folder
         index = [INDEX_FILENAME] if self.checkpoint.has_index else []
-        texts = [CONFIG_FILENAME, *self.checkpoint.legacy_configs, *index]
+        card = [self.checkpoint.card] if self.checkpoint.card else []
+        texts = [CONFIG_FILENAME, *self.checkpoint.legacy_configs, *index, *card]
         identity = {
             "version": __version__,
             "unaligned": self.unaligned,

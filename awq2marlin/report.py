@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from awq2marlin.inspection import InspectResult
     from awq2marlin.plan import ModulePlan
     from awq2marlin.reversion import RevertResult
+    from awq2marlin.upload import PushResult
     from awq2marlin.verification import VerifyResult
 
 SCHEMA_VERSION = 1
@@ -202,6 +203,29 @@ def of_inspection(result: InspectResult) -> Report:
             "tensors": result.tensors,
             "unquantized_modules": list(result.unquantized_modules),
             "side_files": list(result.files),
+        },
+    )
+
+
+def of_push(result: PushResult) -> Report:
+    """Returns the report of an upload."""
+    return Report(
+        "push",
+        str(result.source),
+        result.repo_id,
+        files=[{"name": file.name, "bytes": file.size, "sha256": file.sha256} for file in result.files],
+        bytes=result.uploaded_bytes,
+        seconds=result.seconds,
+        left_behind=dict(result.left_behind),
+        details={
+            "dry_run": result.dry_run,
+            "revision": result.revision,
+            "url": result.url,
+            "commit": result.commit,
+            "pull_request": result.pull_request,
+            "created": result.created,
+            "uploaded": [file.name for file in result.files if file.uploaded],
+            "removed": list(result.removed),
         },
     )
 

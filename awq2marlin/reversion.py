@@ -99,17 +99,17 @@ def revert(
         )
     manifest = read_manifest(marlin.folder)
     _check_files(manifest, marlin.folder)
-    _check_texts(manifest)
+    texts = _checked_texts(manifest)
     modules = _paired_modules(manifest, marlin, marlin.quantization)
     root = Path(output)
     refuse_overlap(marlin.folder.root, root)
-    names = [*manifest.shards, *manifest.files, *manifest.texts]
+    names = [*manifest.shards, *manifest.files, *texts]
     digest = _plan_digest(marlin.folder)
     with told_as_output_error(root), claim(root, digest, names) as out:
         restored = _restore_shards(marlin, manifest, modules, out, workers, progress)
         restored += [_restore_file(name, marlin.folder, manifest, out) for name in manifest.files]
-        restored += [_restore_text(name, text, out) for name, text in manifest.texts.items() if name != CONFIG_FILENAME]
-        config = manifest.texts[CONFIG_FILENAME].encode("utf-8")
+        restored += [_restore_text(name, text, out) for name, text in texts.items() if name != CONFIG_FILENAME]
+        config = texts[CONFIG_FILENAME]
         out.commit(config)
     restored.append(RestoredFile(CONFIG_FILENAME, len(config), hashlib.sha256(config).hexdigest()))
     files = tuple(sorted(restored, key=lambda file: file.name))
@@ -293,20 +293,23 @@ def _restore_file(name: str, folder: Folder, manifest: Manifest, out: OutputFold
     return RestoredFile(name, size, sha256.hexdigest())
 
 
-def _check_texts(manifest: Manifest) -> None:
-    """Compares the texts with the digests recorded beside them, before the first byte is written."""
-    for name, text in manifest.texts.items():
-        data = text.encode("utf-8")
-        if (len(data), str(Xxh3(data))) != manifest.text_digests[name]:
+def _checked_texts(manifest: Manifest) -> dict[str, bytes]:
+    """Returns the files that only the manifest holds, compared with their digests before the first byte is written."""
+    texts = {name: text.encode("utf-8") for name, text in manifest.texts.items()}
+    recorded = dict(manifest.text_digests)
+    if manifest.card is not None:
+        texts[manifest.card.name], recorded[manifest.card.name] = manifest.card.data, manifest.card.recorded
+    for name, data in texts.items():
+        if (len(data), str(Xxh3(data))) != recorded[name]:
             raise difference(
                 "wrong-digest",
                 "the text that the manifest keeps is not the one it recorded; the "
                 "manifest was changed or damaged since the conversion: fetch it again",
                 file=name,
             )
+    return texts
 
 
-def _restore_text(name: str, text: str, out: OutputFolder) -> RestoredFile:
-    data = text.encode("utf-8")
+def _restore_text(name: str, data: bytes, out: OutputFolder) -> RestoredFile:
     out.write(name, data)
     return RestoredFile(name, len(data), hashlib.sha256(data).hexdigest())

@@ -23,7 +23,7 @@ from awq2marlin.awq import module_name
 from awq2marlin.checkpoint import Checkpoint, open_checkpoint
 from awq2marlin.digest import xxh3_of_file
 from awq2marlin.errors import CheckpointError, DifferenceError, difference, printable, refuse
-from awq2marlin.folder import CONFIG_FILENAME, INDEX_FILENAME, Folder
+from awq2marlin.folder import CARD_FILENAME, CONFIG_FILENAME, INDEX_FILENAME, Folder
 from awq2marlin.manifest import Manifest, read_manifest
 from awq2marlin.marlin import is_single_group
 from awq2marlin.pairing import pair_modules
@@ -287,6 +287,7 @@ def _compare_manifest(awq: Checkpoint, marlin: Checkpoint, files: Sequence[str])
         for name in sorted(set(recorded) ^ set(there)):
             which = "the manifest" if name in recorded else "the source"
             raise difference("manifest", f"only {which} has it, so it would not come back as it was", file=name)
+    _compare_card(awq, manifest)
     for name, shard in manifest.shards.items():
         if shard.source_header.text != awq.shards[name].text:
             raise difference("manifest", "the header that the manifest keeps is not the source's", file=name)
@@ -294,6 +295,16 @@ def _compare_manifest(awq: Checkpoint, marlin: Checkpoint, files: Sequence[str])
         if text.encode("utf-8", "surrogatepass") != awq.folder.read(name):
             raise difference("manifest", "the text that the manifest keeps is not the source's", file=name)
     return manifest
+
+
+def _compare_card(awq: Checkpoint, manifest: Manifest) -> None:
+    """Compares the model card that `revert` would give back; the output's own is free text for people."""
+    recorded = manifest.card.name if manifest.card else None
+    if awq.card != recorded:
+        which = "the manifest" if recorded else "the source"
+        raise difference("manifest", f"only {which} has it, so it would not come back as it was", file=CARD_FILENAME)
+    if awq.card is not None and manifest.card is not None and awq.folder.read(awq.card) != manifest.card.data:
+        raise difference("manifest", "the model card that the manifest keeps is not the source's", file=awq.card)
 
 
 def _recorded_files(manifest: Manifest, awq: Checkpoint, marlin: Checkpoint) -> Iterator[tuple[Folder, str, int, str]]:

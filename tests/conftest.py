@@ -1,4 +1,4 @@
-"""What all tests share: the golden layers, the folder of real inputs, hypothesis' settings."""
+"""What all tests share: the golden layers, the folder of real inputs, the loopback hub, hypothesis' settings."""
 
 from pathlib import Path
 
@@ -27,3 +27,25 @@ def golden():
     """Small layers computed with vLLM 0.25's own functions: every array by its name, ``CASE/ARRAY``."""
     with np.load(TESTS / "golden" / "marlin_layout.npz") as arrays:
         return dict(arrays)
+
+
+@pytest.fixture
+def hub(tmp_path_factory, monkeypatch):
+    """A model hub on 127.0.0.1 that the client talks to, here and in processes started from here; see tests/hub."""
+    import huggingface_hub
+
+    from tests.hub.client import point_client_at
+    from tests.hub.server import LoopbackHub
+
+    with LoopbackHub(tmp_path_factory.mktemp("hub")) as running:
+        point_client_at(running, tmp_path_factory.mktemp("hf_home"), monkeypatch)
+        yield running
+        huggingface_hub.close_session()
+
+
+@pytest.fixture
+def no_waiting(monkeypatch):
+    """The client waits no longer than 0.01 s between two tries."""
+    from tests.hub.client import let_client_not_wait
+
+    let_client_not_wait(monkeypatch)

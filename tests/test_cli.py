@@ -189,7 +189,7 @@ def test_json_of_convert(made: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert (code, err) == (0, "")
     assert (document["source"], document["output"]) == (str(made / "awq"), "output")
     size = Path("output", SHARD).stat().st_size
-    files = {SHARD: size, "README.md": 72, "generation_config.json": 25}
+    files = {SHARD: size, "generation_config.json": 25}
     assert document["files"] == [{"name": name, "bytes": size, "sha256": None} for name, size in files.items()]
     assert document["bytes"] == size
     assert document["seconds"] > 0
@@ -210,7 +210,7 @@ def test_json_of_convert(made: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert kept == {f"model.layers.0.self_attn.{name}": reason.format(size_n) for name, size_n in sizes.items()}
     details = document["details"]
     assert (details["dry_run"], details["converted"], details["kept"], details["verified"]) == (False, 3, 4, 2)
-    assert details["side_files"] == ["README.md", "generation_config.json"]
+    assert details["side_files"] == ["generation_config.json"]
 
 
 def test_json_of_a_padded_conversion(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -225,7 +225,7 @@ def test_json_of_verify(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
     document = read_json(out, "verify", 0)
     assert (code, err) == (0, "")
     assert [module["name"] for module in document["modules"]] == ["model.layers.0.mlp.down_proj"]
-    details = {"modules_verified": 1, "modules_converted": 3, "other_tensors": 14, "side_files": 2}
+    details = {"modules_verified": 1, "modules_converted": 3, "other_tensors": 14, "side_files": 1}
     details |= {"device": None, "gemm": None}
     assert document["details"] == details
     assert (document["source"], document["output"]) == (str(made / "awq"), str(made / "marlin"))

@@ -1,6 +1,7 @@
 """What the documents say is what the code does: examples run, links resolve, and every list is complete.
 
-The examples of one document run in order, in one namespace, in a temporary folder that holds `EXAMPLES`.
+The examples of one document run in order, in one namespace, in a temporary folder that holds `EXAMPLES`; the Hub that
+they speak of is one on loopback.
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ import pytest
 import typer
 
 import awq2marlin
-from awq2marlin import errors
+from awq2marlin import errors, hub_errors
 from awq2marlin.cli import app, main
-from awq2marlin.manifest import Manifest, ManifestShard
+from awq2marlin.manifest import Manifest, ManifestShard, SourceCard
 from awq2marlin.marlin import FUSED_SIBLINGS
 from awq2marlin.quantization import AwqQuantization, marlin_document
 from awq2marlin.report import STATUS, Report
@@ -75,7 +76,7 @@ def model_folder(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("path", RUNNABLE, ids=_name)
-@pytest.mark.usefixtures("model_folder")
+@pytest.mark.usefixtures("model_folder", "hub")
 def test_python_examples_run(path):
     namespace = {"__name__": "__main__"}
     for line, code in _python_blocks(path.read_text("utf-8")):
@@ -169,7 +170,14 @@ def test_format_document_lists_the_config_keys():
 def test_format_document_lists_the_manifest_keys():
     shard = ManifestShard(Header(b"{}", {}), 10, ("xxh3_128:" + "0" * 32,), 10, "xxh3_128:" + "0" * 32)
     manifest = Manifest(
-        {"<file>": shard}, {"<file>": ""}, {"<file>": (0, "")}, {"<file>": (0, "")}, None, None, {"<file>": ""}
+        {"<file>": shard},
+        {"<file>": ""},
+        {"<file>": (0, "")},
+        {"<file>": (0, "")},
+        None,
+        None,
+        {"<file>": ""},
+        SourceCard.of("", b""),
     )
     written = list(_paths(json.loads(manifest.encode())))
     assert sorted(_table("marlin-native.md", "manifest")) == sorted(written)
@@ -193,7 +201,7 @@ def test_json_document_lists_the_keys_of_a_report():
     assert _table("json.md", "report") == list(Report("convert").document(0))
 
 
-@pytest.mark.usefixtures("model_folder")
+@pytest.mark.usefixtures("model_folder", "hub")
 def test_json_document_lists_the_keys_of_every_command(capsys):
     def run(*arguments: str) -> dict[str, Any]:
         assert main([*arguments, "--quiet", "--json"]) == 0
@@ -210,6 +218,8 @@ def test_json_document_lists_the_keys_of_every_command(capsys):
     assert _table("json.md", "inspect details") == list(inspect["details"])
     revert = run("revert", "model-marlin", "model-back")
     assert (revert["modules"], revert["details"]) == ([], {})
+    push = run("push", "model-marlin", "org/model-marlin")
+    assert (push["modules"], _table("json.md", "push details")) == ([], list(push["details"]))
     gemm = run("verify", "model-awq", "model-marlin", "--device", "cpu")["details"]["gemm"]
     assert _table("json.md", "gemm") == list(gemm[0])
     assert _table("json.md", "doctor details") == list(run("doctor")["details"])
@@ -242,6 +252,8 @@ def _error_codes() -> set[str]:
     """Every code that the package can report, read from its source."""
     system = {code for code, _ in errors._ADVICE.values()}
     unknown = max(errno.errorcode) + 1
+    system |= {code for code, _ in (*hub_errors.BY_NAME.values(), *hub_errors.BY_STATUS.values())}
+    system |= {hub_errors.SERVER_FAILED[0], hub_errors.BAD_CARD[0]}
     codes = system | {errors.problem_from_os_error(OSError(unknown, "unknown")).code}
     for path in sorted(PACKAGE.rglob("*.py")):
         codes |= _Codes(ast.parse(path.read_text("utf-8"))).codes

@@ -66,7 +66,7 @@ def test_results_are_typed(tmp_path: Path) -> None:
     assert done.shards == {name: (output / name).stat().st_size for name in sizes}
     assert (done.source_bytes, done.output_bytes) == (sum(sizes.values()), sum(done.shards.values()))
     assert done.verified == tuple(module.name for module in done.converted)
-    assert done.files == {"README.md": 72, "generation_config.json": 25}
+    assert done.files == {"generation_config.json": 25}
     assert done.seconds > 0
 
     compared = awq2marlin.verify(source, str(output))

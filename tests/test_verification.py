@@ -109,7 +109,7 @@ def test_an_untouched_pair_is_equal(pair: tuple[Path, Path]) -> None:
         "model.layers.0.mlp.gate_proj",
         "model.layers.0.mlp.up_proj",
     ]
-    assert (result.modules_total, result.tensors, result.files) == (3, 4 + 4 * 3, 3)
+    assert (result.modules_total, result.tensors, result.files) == (3, 4 + 4 * 3, 2)
 
 
 PLACES = [(0, 0), (17, 70), (191, 511), (100, 257)]
@@ -374,10 +374,10 @@ def test_changed_headers(pair: tuple[Path, Path], name: str) -> None:
 
 FILE_CHANGES: dict[str, tuple[Callable[[Path], Any], str, str, str]] = {
     "a_side_file_changed": (
-        lambda f: (f / "README.md").write_bytes((f / "README.md").read_bytes().replace(b"weights", b"Weights")),
+        lambda f: (f / "generation_config.json").write_bytes(b'{"do_sample": False}\n'),
         "different-bytes",
-        "README.md",
-        "the file differs from the source's at byte 37",
+        "generation_config.json",
+        "the file differs from the source's at byte ",
     ),
     "a_side_file_longer": (
         lambda f: (f / "generation_config.json").write_bytes((f / "generation_config.json").read_bytes() + b"\n"),
@@ -386,15 +386,15 @@ FILE_CHANGES: dict[str, tuple[Callable[[Path], Any], str, str, str]] = {
         "the file differs from the source's at byte 25",
     ),
     "a_side_file_empty": (
-        lambda f: (f / "README.md").write_bytes(b""),
+        lambda f: (f / "generation_config.json").write_bytes(b""),
         "different-bytes",
-        "README.md",
+        "generation_config.json",
         "the file differs from the source's at byte 0",
     ),
     "a_side_file_missing": (
-        lambda f: (f / "README.md").unlink(),
+        lambda f: (f / "generation_config.json").unlink(),
         "missing-file",
-        "README.md",
+        "generation_config.json",
         "the source has this file, the output does not",
     ),
     "an_index_changed": (
@@ -417,7 +417,7 @@ def test_changed_files(pair: tuple[Path, Path], name: str) -> None:
 
 @pytest.mark.parametrize("pair", [(4, 64, "pad")], indirect=True)
 def test_a_padded_index_is_compared_by_its_names(pair: tuple[Path, Path]) -> None:
-    assert verify(*pair).files == 2
+    assert verify(*pair).files == 1
     edit_json(INDEX, lambda index: index["weight_map"].pop(NORM))(pair[1])
     problem = the_difference(*pair)
     assert (problem.code, problem.file) == ("different-bytes", INDEX)
@@ -446,10 +446,15 @@ MANIFEST_CHANGES: dict[str, tuple[Callable[[Path], Any], str]] = {
         "x.json",
     ),
     "the_digest_of_a_side_file": (
-        edit_json(MANIFEST, lambda m: m["files"]["README.md"].update(digests=[OTHER])),
-        "README.md",
+        edit_json(MANIFEST, lambda m: m["files"]["generation_config.json"].update(digests=[OTHER])),
+        "generation_config.json",
     ),
-    "a_side_file_forgotten": (edit_json(MANIFEST, lambda m: m["files"].pop("README.md")), "README.md"),
+    "a_side_file_forgotten": (
+        edit_json(MANIFEST, lambda m: m["files"].pop("generation_config.json")),
+        "generation_config.json",
+    ),
+    "a_card_forgotten": (edit_json(MANIFEST, lambda m: m.update(source_card=None)), "README.md"),
+    "a_card_changed": (edit_json(MANIFEST, lambda m: m["source_card"].update(data="eJwDAAAAAAE=")), "README.md"),
     "a_shard_forgotten": (
         edit_json(MANIFEST, lambda m: m["shards"].pop("model-00002-of-00002.safetensors")),
         "model-00002-of-00002.safetensors",
@@ -532,7 +537,7 @@ def test_a_sample_has_as_many_modules_as_asked_for(layers: int) -> None:
 def test_layers_samples_modules_but_compares_everything_else(pair: tuple[Path, Path]) -> None:
     result = verify(*pair, layers=2)
     assert [plan.name for plan in result.modules] == ["model.layers.0.mlp.down_proj", GATE]
-    assert (result.modules_total, result.tensors, result.files) == (3, 16, 3)
+    assert (result.modules_total, result.tensors, result.files) == (3, 16, 2)
     edit_tensor(pair[1], f"{UP}.qweight", lambda c: c.__setitem__(0, c[0] ^ 1))
     assert verify(*pair, layers=2).modules == result.modules
     assert the_difference(*pair, layers=3).tensor == f"{UP}.qweight"

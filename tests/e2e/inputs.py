@@ -13,7 +13,7 @@ from awq2marlin.synthetic import Recipe, write_checkpoint
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-SIDE_FILES = ("README.md", "generation_config.json")
+SIDE_FILES = ("generation_config.json",)
 Modules = dict[str, tuple[int, int]]
 
 

@@ -377,7 +377,7 @@ def check_manifest(
         source: the AWQ checkpoint.
         output: the converted one.
         carried: files that both hold, byte for byte.
-        rewritten: files of the source whose text the manifest keeps.
+        rewritten: files of the source whose text the manifest keeps, beside its model card.
         left_behind: files and folders of the source that it only names.
     """
     document = json.loads((output / "marlin_manifest.json").read_text("utf-8"))
@@ -397,4 +397,8 @@ def check_manifest(
         data = (source / name).read_bytes()
         assert entry == {"size": len(data), "digests": [xxh3(data)]}, name
         assert (output / name).read_bytes() == data, name
+    card = (source / "README.md").read_bytes()
+    kept = document["source_card"]
+    assert zlib.decompress(base64.b64decode(kept.pop("data"))) == card
+    assert kept == {"name": "README.md", "size": len(card), "digests": [xxh3(card)]}
     assert sorted(document["left_behind"]) == sorted(left_behind)

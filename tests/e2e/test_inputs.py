@@ -62,7 +62,13 @@ def is_left_behind(name: str, case: Case) -> bool:
 def check_files(case: Case, source: Path, output: Path, expected: oracle.Expected) -> None:
     """Asserts which files the output holds, and that the manifest accounts for all of the source's."""
     carried = {*SIDE_FILES, *case.carried}
-    assert set(oracle.file_hashes(output)) == {*carried, *expected.shards, "config.json", "marlin_manifest.json"}
+    assert set(oracle.file_hashes(output)) == {
+        *carried,
+        *expected.shards,
+        "README.md",
+        "config.json",
+        "marlin_manifest.json",
+    }
     rewritten = ["config.json", *case.rewritten]
     if INDEX in carried and "padded_modules" in expected.quantization:  # its total size is another
         carried.remove(INDEX)
@@ -136,7 +142,7 @@ def test_siblings_are_padded_to_one_k(tmp_path: Path) -> None:
 )
 def test_the_output_does_not_depend_on_workers_time_or_path(name: str, tmp_path: Path) -> None:
     source = by_name(name).write(tmp_path / "source")
-    convert(source, tmp_path / "one", workers=1, verify="none")
+    convert(source, tmp_path / "one", workers=1, verify="all")
     convert(source, tmp_path / "other" / "place", workers=5, verify="all")
     assert oracle.file_hashes(tmp_path / "one") == oracle.file_hashes(tmp_path / "other" / "place")
 

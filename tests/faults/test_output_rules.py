@@ -177,7 +177,7 @@ def edit_manifest(out, change):
 def test_a_manifest_that_names_files_outside_is_refused(source, run, tmp_path, name):
     outside, out = victims(tmp_path), tmp_path / "out"
     run("convert", source, out)
-    edit_manifest(out, lambda files: files.update({name: files["README.md"]}))
+    edit_manifest(out, lambda files: files.update({name: files["generation_config.json"]}))
     before = digests(tmp_path)
     error = refused(run("convert", source, out, "--overwrite"))
     assert (error["code"], error["file"]) == ("unsafe-name", MANIFEST)
@@ -191,7 +191,7 @@ def test_a_manifest_that_names_files_through_a_link_removes_nothing_outside(sour
     run("convert", source, out)
     link(out / "link", outside)
     link(out / "loop", "loop")
-    edit_manifest(out, lambda files: files.update({name: files["README.md"]}))
+    edit_manifest(out, lambda files: files.update({name: files["generation_config.json"]}))
     assert run("convert", source, out, "--overwrite").code == 0
     assert (outside / "precious.txt").read_text() == "precious"
     assert (outside / "empty").is_dir()

@@ -85,7 +85,7 @@ def test_an_error_at_any_step_is_told_once_and_a_rerun_completes(source, expecte
         check_rerun(run(*arguments[:-1]), out, expected)
 
 
-@pytest.mark.parametrize("victim", ["model-00002-of-00002.safetensors", "README.md"])
+@pytest.mark.parametrize("victim", ["model-00002-of-00002.safetensors", "generation_config.json"])
 def test_a_write_that_fails_halfway_is_told_and_a_rerun_completes(source, expected, run, tmp_path, monkeypatch, victim):
     out = tmp_path / "out"
     size, write = len(expected[victim]), stream._write_exactly

@@ -159,6 +159,8 @@ def _may_stay(path: tuple[Any, ...], value: Any, document: dict[str, Any]) -> bo
     before = at(document, path)
     if path[:1] == ("tool",):
         return True
+    if path == ("source_card",) and value is None:
+        return True  # a source without a card
     if path == ("source", "repo_id") or path == ("source", "revision"):
         return value is None or isinstance(value, str)
     if path[:1] == ("texts",) and len(path) == 2:
@@ -393,7 +395,7 @@ def test_shards_that_are_not_there_or_not_named_are_refused(marlin, refused) -> 
 
 def test_a_file_that_the_manifest_names_must_be_there(marlin, refused) -> None:
     document = document_of(marlin)
-    document["files"]["gone.txt"] = document["files"]["README.md"]
+    document["files"]["gone.txt"] = document["files"]["generation_config.json"]
     set_manifest(marlin, document)
     refused("missing-file", "the manifest names this file", "download it", file="gone.txt", commands="revert")
 
@@ -417,7 +419,7 @@ def _no_config(folder: Path) -> bool:
     [
         (("shards", SHARD, "output", "digests", 0), SHARD),
         (("shards", SHARD, "source", "digests", 0), SHARD),
-        (("files", "README.md", "digests", 0), "README.md"),
+        (("files", "generation_config.json", "digests", 0), "generation_config.json"),
     ],
 )
 def test_a_wrong_digest_is_a_difference(marlin, tmp_path, run, path: tuple[Any, ...], file: str) -> None:
@@ -437,7 +439,11 @@ def test_a_wrong_sha256_is_a_difference(marlin, tmp_path, run) -> None:
 
 
 @pytest.mark.parametrize(
-    ("path", "file"), [(("shards", SHARD, "output", "size"), SHARD), (("files", "README.md", "size"), "README.md")]
+    ("path", "file"),
+    [
+        (("shards", SHARD, "output", "size"), SHARD),
+        (("files", "generation_config.json", "size"), "generation_config.json"),
+    ],
 )
 @pytest.mark.parametrize("size", [0, 1, (1 << 62) - 1])
 def test_a_wrong_size_is_a_difference(marlin, tmp_path, run, path: tuple[Any, ...], file: str, size: int) -> None:
@@ -457,7 +463,7 @@ def test_a_wrong_size_of_the_source_contradicts_its_header(marlin, refused, size
     "digest", ["", "xxh3_128:", "md5:0", "xxh3_128:" + "0" * 31, "xxh3_128:" + "G" * 32, "sha256:" + "0" * 64]
 )
 def test_a_malformed_digest_is_refused(marlin, refused, digest: str) -> None:
-    for path in (("shards", SHARD, "source", "digests", 0), ("files", "README.md", "digests", 0)):
+    for path in (("shards", SHARD, "source", "digests", 0), ("files", "generation_config.json", "digests", 0)):
         set_manifest(marlin, replaced(document_of(marlin), path, digest))
         refused("bad-manifest", "digests must begin with one 'xxh3_128:...'")
         set_manifest(marlin, replaced(document_of(marlin), path, "xxh3_128:" + "0" * 32))
@@ -570,7 +576,9 @@ def test_true_and_one_are_different(awq, tmp_path, run, changed: object) -> None
 def test_overwriting_a_hostile_manifest_removes_nothing(awq, marlin, tmp_path, run, name: str) -> None:
     (tmp_path / "victim").write_text("mine")
     document = document_of(marlin)
-    document["files"][str(tmp_path / "victim") if name == "/victim" else name] = document["files"]["README.md"]
+    document["files"][str(tmp_path / "victim") if name == "/victim" else name] = document["files"][
+        "generation_config.json"
+    ]
     set_manifest(marlin, document)
     before = tree(tmp_path)
     run("convert", awq, marlin, "--overwrite").refused("unsafe-name", file=MANIFEST)
