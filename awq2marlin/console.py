@@ -320,7 +320,19 @@ def print_inspection(result: InspectResult) -> None:
         ((*key[:5], str(count), size_text(sizes[key]), key[5]) for key, count in groups.items()),
     )
     _say(f"{len(result.modules)} quantized modules, {len(result.unquantized_modules)} in full precision")
+    _say(_ranks_text(result))
     _print_lists(dict(result.left_behind), result.warnings)
+
+
+def _ranks_text(result: InspectResult) -> str:
+    """Returns over how many GPUs vLLM can cut a checkpoint, in a sentence."""
+    size = result.largest_tensor_parallel_size
+    if not size and result.bits == 8 and any("qzeros" in module.parts for module in result.modules):
+        return "vLLM cannot load it: it has no kernel for 8 bits with zero points"
+    if not size:
+        return "vLLM cannot load it: modules that it fuses are padded; convert with --unaligned keep"
+    once = "" if result.format == "marlin_native" else "once converted, "
+    return f"{once}the largest tensor-parallel size in vLLM is {size}"
 
 
 def print_demonstration(result: DemoResult) -> None:

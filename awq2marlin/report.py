@@ -220,6 +220,7 @@ def of_inspection(result: InspectResult) -> Report:
             "bits": result.bits,
             "group_size": result.group_size,
             "zero_point": result.zero_point,
+            "largest_tensor_parallel_size": result.largest_tensor_parallel_size,
             "tensors": result.tensors,
             "unquantized_modules": list(result.unquantized_modules),
             "side_files": list(result.files),
