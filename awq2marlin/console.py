@@ -264,7 +264,8 @@ def print_reversion(result: RevertResult) -> None:
     """Prints every restored file with its digest, in the form of ``sha256sum``."""
     for file in result.files:
         _say(f"{file.sha256}  {printable(file.name)}")
-    _say(f"restored {len(result.files)} files, {size_text(result.bytes)} in {result.seconds:.1f} s, all as recorded")
+    told = "all as recorded" if result.restores == "files" else "the tensors of the original; its files are not known"
+    _say(f"restored {len(result.files)} files, {size_text(result.bytes)} in {result.seconds:.1f} s, {told}")
     _print_lists(dict(result.left_behind), ())
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any, Protocol
 
 import torch
+from torch.nn import functional
 
 from awq2marlin.layout import awq_to_marlin_zero_points, marlin_permute_scales, replace_parameter
-from awq2marlin.marlin import num_groups, unaligned_reason
+from awq2marlin.marlin import num_groups, qweight_shape, unaligned_reason
 from awq2marlin.ops import marlin_gemm, repack_awq
 
 
@@ -147,3 +148,84 @@ def _tensor(layer: torch.nn.Module, name: str) -> torch.Tensor:
     tensor = getattr(layer, name)
     assert isinstance(tensor, torch.Tensor), "create_weights registered it"
     return tensor
+
+
+class MarlinLinear(torch.nn.Module):
+    """A linear layer whose weight stays packed: ``y = x @ w + b`` through `marlin_gemm`.
+
+    Inference only. Parameters, without gradients: ``qweight`` int32 [K/16, N*16/f], ``scales`` [G, N], ``qzeros``
+    int32 [G, N/f] or None, ``bias`` [N] in plain order or None; K, N and G padded, except in the bias.
+    """
+
+    qweight: torch.nn.Parameter
+    scales: torch.nn.Parameter
+    qzeros: torch.nn.Parameter | None
+    bias: torch.nn.Parameter | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        num_bits: int,
+        group_size: int,
+        zero_points: bool = True,
+        bias: bool = False,
+        padded: tuple[int, int] | None = None,
+        dtype: torch.dtype = torch.float16,
+        device: torch.device | str | None = None,
+    ) -> None:
+        """Makes a layer with empty parameters.
+
+        Args:
+            in_features: the true K.
+            out_features: the true N.
+            num_bits: 4 or 8.
+            group_size: rows of K that share scales, -1 for all.
+            zero_points: whether there are ``qzeros``; without, every zero point is 2^(num_bits-1).
+            bias: whether there is a bias.
+            padded: K and N of the packed tensors, where they are larger.
+            dtype: of scales, bias and activations: fp16 or bf16.
+            device: of the parameters; by default the current one.
+
+        Raises:
+            ValueError: if the kernels do not take the shape.
+        """
+        super().__init__()
+        size_k, size_n = padded or (in_features, out_features)
+        reason = unaligned_reason(size_k, size_n, num_bits, group_size)
+        if reason:
+            raise ValueError(f"a layer of K = {size_k}, N = {size_n} cannot run on Marlin kernels: {reason}")
+        self.in_features, self.out_features = in_features, out_features
+        self.padded_k, self.padded_n = size_k, size_n
+        self.num_bits, self.group_size = num_bits, group_size
+        groups = num_groups(size_k, group_size)
+
+        def empty(*shape: int, dtype: torch.dtype = torch.int32) -> torch.nn.Parameter:
+            return torch.nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=False)
+
+        self.qweight = empty(*qweight_shape(size_k, size_n, num_bits))
+        self.scales = empty(groups, size_n, dtype=dtype)
+        self.register_parameter("qzeros", empty(groups, size_n * num_bits // 32) if zero_points else None)
+        self.register_parameter("bias", empty(out_features, dtype=dtype) if bias else None)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Returns [..., N] for activations [..., K] of the scales' dtype; a new tensor.
+
+        Raises:
+            TypeError: as `marlin_gemm` does.
+            ValueError: as `marlin_gemm` does.
+        """
+        rows = x.reshape(-1, x.shape[-1]).contiguous()  # the kernels take dense rows only
+        bias: torch.Tensor | None = self.bias
+        if self.padded_k != self.in_features:
+            rows = functional.pad(rows, (0, self.padded_k - self.in_features))
+        if bias is not None and self.padded_n != self.out_features:
+            bias = functional.pad(bias, (0, self.padded_n - self.out_features))
+        out = marlin_gemm(rows, self.qweight, self.scales, self.qzeros, bias, num_bits=self.num_bits)
+        return out[:, : self.out_features].reshape(*x.shape[:-1], self.out_features)
+
+    def extra_repr(self) -> str:
+        """Returns what tells one layer from another."""
+        sizes = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+        return f"{sizes}, num_bits={self.num_bits}, group_size={self.group_size}"

@@ -11,7 +11,7 @@ import json
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 from awq2marlin._version import __version__
 from awq2marlin.digest import Xxh3, is_digest
@@ -28,15 +28,18 @@ from awq2marlin.folder import (
 from awq2marlin.quantization import FORMAT_VERSION, MANIFEST_FILENAME
 from awq2marlin.safetensors_header import LENGTH_BYTES, MAX_HEADER_BYTES, Header, parse_header, parse_json
 
+#: What `revert` gives back: the source's files, byte for byte, or an AWQ checkpoint of the same tensors.
+Restores = Literal["files", "tensors"]
+
 
 @dataclass(frozen=True)
 class ManifestShard:
     """One safetensors file.
 
     Attributes:
-        source_header: the source's header, exact.
+        source_header: the source's header, exact; where only tensors are restored, that of the file to come.
         source_size: the source's bytes.
-        source_digests: the source's digests.
+        source_digests: the source's digests; empty where only tensors are restored.
         target_size: the output's bytes.
         target_digest: the output's digest.
     """
@@ -81,6 +84,7 @@ class Manifest:
         revision: commit of that repository.
         left_behind: files of the source that were not carried over, with the reason.
         card: the source's model card, or None if it has none.
+        restores: ``files``; or ``tensors``, if an engine saved the checkpoint and the source's files are not known.
     """
 
     shards: Mapping[str, ManifestShard]
@@ -91,6 +95,7 @@ class Manifest:
     revision: str | None
     left_behind: Mapping[str, str]
     card: SourceCard | None = None
+    restores: Restores = "files"
 
     def names(self) -> list[str]:
         """Returns the files of the converted checkpoint that its conversion wrote."""
@@ -102,6 +107,7 @@ class Manifest:
         document = {
             "format_version": FORMAT_VERSION,
             "tool": {"name": "awq2marlin", "version": __version__},
+            **({} if self.restores == "files" else {"restores": self.restores}),
             "source": {"repo_id": self.repo_id, "revision": self.revision},
             "shards": {
                 name: {
@@ -163,11 +169,12 @@ def decode_manifest(data: bytes) -> Manifest:
     document = _Checked(parse_json(data, MANIFEST_FILENAME), "the manifest")
     if document.get("format_version", int) != FORMAT_VERSION:
         document.bad(f"format_version is not {FORMAT_VERSION}; install a newer awq2marlin")
+    restores = document.restores()
     source = document.sub("source")
     shards: dict[str, ManifestShard] = {}
     room = MAX_HEADER_BYTES  # for all headers together
     for name, entry in document.entries("shards"):
-        shards[check_name(name, MANIFEST_FILENAME)] = _shard(name, entry, room)
+        shards[check_name(name, MANIFEST_FILENAME)] = _shard(name, entry, room, restores)
         room -= len(shards[name].source_header.text)
     files = {
         check_name(name, MANIFEST_FILENAME): (entry.size(), entry.digests()[0])
@@ -191,15 +198,16 @@ def decode_manifest(data: bytes) -> Manifest:
     if not all(isinstance(reason, str) for reason in left_behind.values()):
         document.bad("left_behind must map names to reasons")
     repo_id, revision = source.optional("repo_id"), source.optional("revision")
-    return Manifest(shards, texts, text_digests, files, repo_id, revision, left_behind, card=card)
+    return Manifest(shards, texts, text_digests, files, repo_id, revision, left_behind, card=card, restores=restores)
 
 
-def _shard(name: str, entry: _Checked, room: int) -> ManifestShard:
+def _shard(name: str, entry: _Checked, room: int, restores: Restores) -> ManifestShard:
     source, output = entry.sub("source"), entry.sub("output")
     text = _unpack(entry, "source_header", name, room)
     size = source.size()
     header = parse_header(text, size - LENGTH_BYTES - len(text), f"{MANIFEST_FILENAME} (header of {name})")
-    return ManifestShard(header, size, source.digests(), output.size(), output.digests()[0])
+    digests = source.digests() if restores == "files" else ()
+    return ManifestShard(header, size, digests, output.size(), output.digests()[0])
 
 
 def _card(document: _Checked) -> SourceCard | None:
@@ -261,6 +269,13 @@ class _Checked:
     def entries(self, key: str) -> list[tuple[str, _Checked]]:
         """Returns the objects under the keys of the object under a key."""
         return [(name, _Checked(value, f"{key}, {printable(name)!r}")) for name, value in self.get(key, dict).items()]
+
+    def restores(self) -> Restores:
+        """Returns ``restores``; what is absent means the files."""
+        value = self._value.get("restores", "files")
+        if value not in ("files", "tensors"):
+            self.bad("restores must be 'files' or 'tensors'; install a newer awq2marlin")
+        return "tensors" if value == "tensors" else "files"
 
     def size(self) -> int:
         """Returns ``size``, a number of bytes."""

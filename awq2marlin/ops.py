@@ -2,7 +2,7 @@
 
 ``torch.ops.awq2marlin.marlin_gemm`` and ``torch.ops.awq2marlin.awq_marlin_repack`` work under
 ``torch.compile`` and ``torch.export``. On a CUDA device they run the kernels of ``kernels/``, on the current
-stream; on a CPU, slow code that is easy to believe. ``kernels/README.md`` explains the layout.
+stream; on a CPU, `cpu_gemm` and `layout`. ``kernels/README.md`` explains the layout.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from awq2marlin import jit, layout
+from awq2marlin import cpu_gemm, jit, layout
 from awq2marlin.awq import AWQ_PACK_ORDER, inverse_order
 from awq2marlin.kernel_configs import (
     MIN_CAPABILITY,
@@ -29,7 +29,7 @@ from awq2marlin.kernel_configs import (
     repack_source,
     sum_splits_source,
 )
-from awq2marlin.marlin import GPTQ_MARLIN_TILE, MARLIN_SUPPORTED_GROUP_SIZES, MARLIN_TILE_N
+from awq2marlin.marlin import ALIGNMENTS, GPTQ_MARLIN_TILE, MARLIN_SUPPORTED_GROUP_SIZES, MARLIN_TILE_N
 
 if TYPE_CHECKING:
     from cuda.core import LaunchConfig, Stream
@@ -39,9 +39,6 @@ _DTYPES: dict[torch.dtype, Dtype] = {torch.float16: "fp16", torch.bfloat16: "bf1
 
 #: Kernels count the distance between the tokens of a block in 32 bits.
 _MAX_TOKEN_STRIDE = 1 << 23
-
-#: Columns that the CPU implementation decodes at once, to bound its memory.
-_CPU_COLUMNS = 1024
 
 
 # ---- the public calls -------------------------------------------------------------------------------------
@@ -60,9 +57,10 @@ def marlin_gemm(
 
     Sums are formed in fp32 (float64 on a CPU) and rounded once; two runs give the same bits. N, K and the
     group size follow from the shapes; with G = 1 ``scales`` is in the 32-wide order of a single group.
+    ``a`` and ``bias`` have gradients, for which the whole weight is decoded; ``scales`` has none.
 
     Args:
-        a: activations, fp16 or bf16 [M, K], any M from 0; rows may have a stride (a multiple of 8).
+        a: activations, fp16 or bf16 [M, K], any M from 0; rows may have a stride (a multiple of 8, at most 2^23).
         qweight: int32 [K/16, N*16/f], f = 32/num_bits; rows may have a stride, as column slices do.
         scales: of a's type, [G, N], in Marlin order; rows may have a stride.
         qzeros: int32 [G, N/f], in Marlin order; None means 2^(num_bits-1) everywhere. Rows may have a stride.
@@ -122,9 +120,12 @@ def warm_up(
         How many kernels are ready.
 
     Raises:
+        TypeError: a tensor's dtype is not the one needed.
         ValueError: the tensors do not fit, or are not on a CUDA device.
         KernelUnavailableError: a kernel cannot be compiled or loaded.
     """
+    _check_dtype("scales", scales, *_DTYPES)
+    _check_dims("qweight", qweight, "[K/16, N*16/f]")
     size_k = qweight.shape[0] * GPTQ_MARLIN_TILE
     shape = check_gemm(scales.new_empty((1, size_k)), qweight, scales, qzeros, None, num_bits)
     if qweight.device.type != "cuda":
@@ -237,7 +238,7 @@ def _check_dims(name: str, tensor: torch.Tensor, needed: str) -> None:
 
 
 def _check_aligned(qweight: torch.Tensor, size_n: int, size_k: int) -> None:
-    is_aligned = (size_n % 64 == 0 and size_k % 128 == 0) or (size_n % 128 == 0 and size_k % 64 == 0)
+    is_aligned = any(size_k % multiple_k == size_n % multiple_n == 0 for multiple_k, multiple_n in ALIGNMENTS)
     if not is_aligned or not size_n or not size_k:
         raise ValueError(
             f"qweight has shape {_shape_of(qweight)}, which is K = {size_k}, N = {size_n}; "
@@ -268,6 +269,16 @@ def _check_rows(name: str, tensor: torch.Tensor, row_multiple: int) -> None:
             f"{name} has row stride {stride} and offset {offset}; needed: multiples of {row_multiple}, "
             "as slices at multiples of 64 columns have."
         )
+
+
+def _check_addresses(**tensors: tuple[torch.Tensor | None, int]) -> None:
+    """Checks of real CUDA tensors what an offset cannot tell: memory from elsewhere may begin at any address."""
+    for name, (tensor, alignment) in tensors.items():
+        if tensor is not None and tensor.data_ptr() % alignment:
+            raise ValueError(
+                f"{name} begins at address {tensor.data_ptr():#x}; needed: a multiple of {alignment} bytes, "
+                "as memory of PyTorch's own has."
+            )
 
 
 # ---- the operators ----------------------------------------------------------------------------------------
@@ -306,22 +317,9 @@ def _marlin_gemm_cpu(
     bias: torch.Tensor | None,
     num_bits: int,
 ) -> torch.Tensor:
-    """Decodes the weight and multiplies in float64: exact but for the sum's last bits."""
-    shape = check_gemm(a, qweight, scales, qzeros, bias, num_bits)
-    pack_factor = _pack_factor(num_bits)
-    out = a.new_empty((a.shape[0], shape.size_n))
-    wide = a.double()
-    for start in range(0, shape.size_n, _CPU_COLUMNS):
-        stop = min(start + _CPU_COLUMNS, shape.size_n)
-        weight = dequantize(
-            qweight[:, start * GPTQ_MARLIN_TILE // pack_factor : stop * GPTQ_MARLIN_TILE // pack_factor],
-            scales[:, start:stop],
-            None if qzeros is None else qzeros[:, start // pack_factor : stop // pack_factor],
-            num_bits=num_bits,
-        )
-        product = wide @ weight
-        out[:, start:stop] = product if bias is None else product + bias[start:stop].double()
-    return out
+    check_gemm(a, qweight, scales, qzeros, bias, num_bits)
+    product = cpu_gemm.multiply(a, qweight, scales, qzeros, num_bits)
+    return (product if bias is None else product + bias.double()).to(a.dtype)
 
 
 @torch.library.impl("awq2marlin::marlin_gemm", "cuda")
@@ -334,10 +332,33 @@ def _marlin_gemm_cuda(
     num_bits: int,
 ) -> torch.Tensor:
     shape = check_gemm(a, qweight, scales, qzeros, bias, num_bits)
+    _check_addresses(a=(a, 16), qweight=(qweight, 16), scales=(scales, 16), qzeros=(qzeros, 4), bias=(bias, 8))
     if a.shape[0] == 0:
         return a.new_empty((0, shape.size_n))
     problem = _problem(a.shape[0], shape, a.dtype, num_bits, _device(a.device.index))
     return launch_gemm(pick_config(problem), problem, a, qweight, scales, qzeros, bias)
+
+
+def _keep_for_gradient(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:  # noqa: ARG001 - torch's call
+    _, qweight, scales, qzeros, _, ctx.num_bits = inputs
+    if ctx.needs_input_grad[2]:
+        raise NotImplementedError("marlin_gemm has no gradient of scales; needed: scales.requires_grad_(False).")
+    ctx.save_for_backward(qweight, scales, qzeros)
+
+
+def _gradient(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    """Returns the gradients of ``a`` [M, K] and ``bias`` [N] from that of the product, [M, N]."""
+    qweight, scales, qzeros = ctx.saved_tensors
+    grad_a = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        weight = dequantize(qweight, scales, qzeros, num_bits=ctx.num_bits).to(grad.dtype)  # [K, N]
+        grad_a = grad @ weight.t()  # [M, N] @ [N, K] -> [M, K]
+    if ctx.needs_input_grad[4]:
+        grad_bias = grad.sum(0)
+    return grad_a, None, None, None, grad_bias, None
+
+
+torch.library.register_autograd("awq2marlin::marlin_gemm", _gradient, setup_context=_keep_for_gradient)
 
 
 def _check_repack(qweight: torch.Tensor, num_bits: int) -> tuple[int, int]:
@@ -370,6 +391,7 @@ def _repack_cpu(qweight: torch.Tensor, num_bits: int) -> torch.Tensor:
 @torch.library.impl("awq2marlin::awq_marlin_repack", "cuda")
 def _repack_cuda(qweight: torch.Tensor, num_bits: int) -> torch.Tensor:
     size_k, size_n = _check_repack(qweight, num_bits)
+    _check_addresses(qweight=(qweight, 16))
     out = _new_marlin_weight(qweight, size_k, size_n, num_bits)
     threads = size_k // GPTQ_MARLIN_TILE * (size_n // MARLIN_TILE_N) * 4
     args = (qweight.data_ptr(), out.data_ptr(), _int(size_k), _int(size_n), qweight.stride(0))
@@ -549,7 +571,7 @@ def _launch(
         if not jit.is_loaded(source, device.index) and torch.cuda.is_current_stream_capturing():
             raise jit.KernelUnavailableError(
                 f"{source.name} is not loaded yet, and a CUDA graph capture forbids loading. "
-                "Before the capture, call awq2marlin.ops.warm_up(qweight, scales, qzeros) for the layer."
+                "Before the capture, call awq2marlin.warm_up(qweight, scales, qzeros) for the layer."
             )
         _bind_thread(device.index)
         kernel = jit.load(source, device.index, device.capability, shared_bytes)

@@ -19,7 +19,7 @@ from awq2marlin.safetensors_header import Header
 
 
 def pair_modules(
-    source: Mapping[str, Header], quantization: AwqQuantization, marlin: Checkpoint
+    source: Mapping[str, Header], quantization: AwqQuantization, marlin: Checkpoint, *, same_files: bool = True
 ) -> dict[str, ModulePlan]:
     """Returns every converted module, after checking that all headers agree.
 
@@ -27,6 +27,7 @@ def pair_modules(
         source: headers of the AWQ checkpoint, by file name.
         quantization: of the AWQ checkpoint.
         marlin: the converted checkpoint.
+        same_files: whether tensors must lie in files of the same names and in the same order.
 
     Raises:
         CheckpointError: if files, tensors, their order, types or shapes are not those that the conversion of
@@ -34,7 +35,9 @@ def pair_modules(
     """
     assert isinstance(marlin.quantization, MarlinQuantization)
     shard_of = {name: shard for shard, header in source.items() for name in header.tensors}
-    _same_names(source, shard_of, marlin)
+    _same_names(shard_of, marlin)
+    if same_files:
+        _same_files(source, shard_of, marlin)
     tensors = {name: tensor for header in source.values() for name, tensor in header.tensors.items()}
     modules = awq_modules(tensors, quantization, shard_of)
     _known_modules(marlin, modules)
@@ -60,7 +63,7 @@ def pair_modules(
     return converted
 
 
-def _same_names(source: Mapping[str, Header], shard_of: Mapping[str, str], marlin: Checkpoint) -> None:
+def _same_names(shard_of: Mapping[str, str], marlin: Checkpoint) -> None:
     for name in sorted({*shard_of, *marlin.shard_of}):
         if name not in marlin.shard_of:
             raise refuse(
@@ -76,6 +79,10 @@ def _same_names(source: Mapping[str, Header], shard_of: Mapping[str, str], marli
                 file=marlin.shard_of[name],
                 tensor=name,
             )
+
+
+def _same_files(source: Mapping[str, Header], shard_of: Mapping[str, str], marlin: Checkpoint) -> None:
+    for name in sorted(shard_of):
         if shard_of[name] != marlin.shard_of[name]:
             raise refuse(
                 "moved-tensor",

@@ -1,4 +1,4 @@
-"""The CPU repack: AWQ words to Marlin words and back, compiled by Numba, on flat arrays.
+"""The CPU repack: AWQ words to Marlin words and back, and to plain weights, compiled by Numba, on flat arrays.
 
 The map is stated in docs/marlin-native.md and pictured in kernels/README.md. What makes it fast: for 4
 bits the eight values that a lane and block own are the nibbles of eight source words, and a Marlin word
@@ -17,7 +17,7 @@ from __future__ import annotations
 from typing import Any
 
 from llvmlite import binding
-from numba import cfunc, njit, types, uint32, uint64
+from numba import cfunc, float64, njit, types, uint32, uint64
 
 
 @njit(inline="always")
@@ -235,15 +235,81 @@ def gather_columns(source: Any, target: Any, columns: Any, blocks: Any, width: A
             target[block * uint64(width) + i] = source[block * uint64(width) + uint64(columns[i])]
 
 
+# Lane l = p + 4 i of a tile owns rows 2 p + {0, 1, 8, 9} of columns i and i + 8 of each block. So the words of
+# lanes p, p + 4, ... hold, each in the same field, eight neighbouring columns of one row.
+
+
+def decode_qweight_4bit(source: Any, target: Any, table: Any, tiles: Any, _unused: Any) -> None:
+    """Decodes one row of tiles to the weight ``(q - z) * s``, 4 bits.
+
+    Args:
+        source: uint32 [128 * tiles], Marlin words.
+        target: float64 [16, N], N = 64 * tiles; written.
+        table: float64 [2, N], the zero points and the scales of the rows' group, in plain order.
+        tiles: how many.
+    """
+    size_n = uint64(64) * uint64(tiles)
+    for tile in range(uint64(tiles)):
+        for p in range(uint64(4)):
+            for block in range(uint64(4)):
+                at = uint64(128) * tile + uint64(4) * p + block
+                for value in range(uint64(8)):
+                    shift = uint32(uint64(4) * ((value >> uint64(1)) + uint64(4) * (value & uint64(1))))
+                    row = uint64(2) * p + (value & uint64(1)) + uint64(8) * ((value >> uint64(1)) & uint64(1))
+                    first = uint64(64) * tile + uint64(16) * block + uint64(8) * (value >> uint64(2))
+                    for i in range(uint64(8)):
+                        q = float64((source[at + uint64(16) * i] >> shift) & uint32(15))
+                        n = first + i
+                        target[row * size_n + n] = (q - table[n]) * table[size_n + n]
+
+
+def decode_qweight_8bit(source: Any, target: Any, table: Any, tiles: Any, _unused: Any) -> None:
+    """Decodes one row of tiles, 8 bits: uint32 [256 * tiles]; as `decode_qweight_4bit`."""
+    size_n = uint64(64) * uint64(tiles)
+    for tile in range(uint64(tiles)):
+        for p in range(uint64(4)):
+            for block in range(uint64(4)):
+                for value in range(uint64(8)):
+                    at = uint64(256) * tile + uint64(8) * p + uint64(2) * block + (value >> uint64(2))
+                    low = value & uint64(3)
+                    shift = uint32(uint64(8) * ((low >> uint64(1)) + uint64(2) * (low & uint64(1))))
+                    row = uint64(2) * p + (value & uint64(1)) + uint64(8) * ((value >> uint64(1)) & uint64(1))
+                    first = uint64(64) * tile + uint64(16) * block + uint64(8) * (value >> uint64(2))
+                    for i in range(uint64(8)):
+                        q = float64((source[at + uint64(32) * i] >> shift) & uint32(255))
+                        n = first + i
+                        target[row * size_n + n] = (q - table[n]) * table[size_n + n]
+
+
+def add_product(source: Any, target: Any, table: Any, rows: Any, size_n: Any) -> None:
+    """Adds the product of one token and some rows of a weight, row by row.
+
+    Args:
+        source: float64 [rows, size_n], the weight's rows.
+        target: float64 [size_n]; added to.
+        table: float64 [rows], the token's values.
+        rows: how many.
+        size_n: N.
+    """
+    width = uint64(size_n)
+    for row in range(uint64(rows)):
+        value = table[row]
+        for n in range(width):
+            target[n] += value * source[row * width + n]
+
+
 #: Types of each kernel's source and target elements, and of its table or scratch.
-_KERNELS: dict[Any, tuple[Any, Any]] = {
-    repack_qweight_4bit: (types.uint32, types.uint32),
-    unpack_qweight_4bit: (types.uint32, types.uint32),
-    repack_qweight_8bit: (types.uint32, types.uint32),
-    unpack_qweight_8bit: (types.uint32, types.uint32),
-    gather_fields_4bit: (types.uint32, types.uint8),
-    gather_fields_8bit: (types.uint32, types.uint8),
-    gather_columns: (types.uint16, types.uint8),
+_KERNELS: dict[Any, tuple[Any, Any, Any]] = {
+    repack_qweight_4bit: (types.uint32, types.uint32, types.uint32),
+    unpack_qweight_4bit: (types.uint32, types.uint32, types.uint32),
+    repack_qweight_8bit: (types.uint32, types.uint32, types.uint32),
+    unpack_qweight_8bit: (types.uint32, types.uint32, types.uint32),
+    gather_fields_4bit: (types.uint32, types.uint32, types.uint8),
+    gather_fields_8bit: (types.uint32, types.uint32, types.uint8),
+    gather_columns: (types.uint16, types.uint16, types.uint8),
+    decode_qweight_4bit: (types.uint32, types.float64, types.float64),
+    decode_qweight_8bit: (types.uint32, types.float64, types.float64),
+    add_product: (types.float64, types.float64, types.float64),
 }
 
 
@@ -256,8 +322,8 @@ def compile_kernels() -> tuple[dict[str, str], bytes]:
     binding.initialize_native_target()
     binding.initialize_native_asmprinter()
     names, module = {}, binding.parse_assembly("")
-    for function, (element, table) in _KERNELS.items():
-        pointers = [types.CPointer(each) for each in (element, element, table)]  # type: ignore[no-untyped-call]
+    for function, elements in _KERNELS.items():
+        pointers = [types.CPointer(each) for each in elements]  # type: ignore[no-untyped-call]
         compiled = cfunc(types.void(*pointers, types.int64, types.int64), error_model="numpy")(function)
         names[function.__name__] = compiled.native_name
         module.link_in(binding.parse_assembly(compiled.inspect_llvm()))

@@ -167,6 +167,7 @@ def of_reversion(result: RevertResult) -> Report:
         bytes=result.bytes,
         seconds=result.seconds,
         left_behind=dict(result.left_behind),
+        details={"restores": result.restores},
     )
 
 

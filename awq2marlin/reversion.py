@@ -1,7 +1,8 @@
 """The way back: from a converted checkpoint to the AWQ one it was made from, byte for byte.
 
 Headers come from the manifest, data from the inverse repack, side files and texts as they were. Every file
-is compared with the size and digest that the manifest recorded before it gets its name.
+is compared with the size and digest that the manifest recorded before it gets its name. Of a checkpoint that an
+engine saved the source's files are not known: its manifest describes an AWQ checkpoint of the same tensors.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from awq2marlin.checkpoint import Checkpoint, open_checkpoint
 from awq2marlin.digest import Xxh3
 from awq2marlin.errors import difference, refuse
 from awq2marlin.folder import CONFIG_FILENAME, Folder
-from awq2marlin.manifest import Manifest, ManifestShard, read_manifest
+from awq2marlin.manifest import Manifest, ManifestShard, Restores, read_manifest
 from awq2marlin.output import FinishedFile, OutputFolder, claim, refuse_overlap, told_as_output_error
 from awq2marlin.pairing import pair_modules
 from awq2marlin.plan import ModulePlan, repack_of
@@ -56,6 +57,8 @@ class RevertResult:
         left_behind: files of the original that the conversion had not carried over, with the reason.
         bytes: bytes written.
         seconds: wall time.
+        restores: ``files`` if every file is the original, byte for byte; ``tensors`` if an engine saved the
+            converted checkpoint, so that the tensors are those of the original but the files are not.
     """
 
     source: Path
@@ -64,6 +67,7 @@ class RevertResult:
     left_behind: Mapping[str, str]
     bytes: int
     seconds: float
+    restores: Restores
 
 
 def revert(
@@ -75,7 +79,8 @@ def revert(
 ) -> RevertResult:
     """Gives back the AWQ checkpoint that a converted one was made from, every file byte for byte.
 
-    Interrupted at any moment, the same call resumes.
+    Of a checkpoint that an engine saved, such as ``save_pretrained`` of Transformers, the tensors are given back: they
+    lie in the files in which the engine put them. Interrupted at any moment, the same call resumes.
 
     Args:
         converted: folder of the converted checkpoint; never written to.
@@ -98,39 +103,48 @@ def revert(
             file=CONFIG_FILENAME,
         )
     manifest = read_manifest(marlin.folder)
-    _check_files(manifest, marlin.folder)
+    files = _carried_files(manifest, marlin)
     texts = _checked_texts(manifest)
     modules = _paired_modules(manifest, marlin, marlin.quantization)
     root = Path(output)
     refuse_overlap(marlin.folder.root, root)
-    names = [*manifest.shards, *manifest.files, *texts]
+    names = [*manifest.shards, *files, *texts]
+    if manifest.restores == "tensors":
+        progress.note("an engine saved this checkpoint: the tensors of the original come back, not its files")
     digest = _plan_digest(marlin.folder)
     with told_as_output_error(root), claim(root, digest, names) as out:
         restored = _restore_shards(marlin, manifest, modules, out, workers, progress)
-        restored += [_restore_file(name, marlin.folder, manifest, out) for name in manifest.files]
+        restored += [_restore_file(name, recorded, marlin.folder, out) for name, recorded in files.items()]
         restored += [_restore_text(name, text, out) for name, text in texts.items() if name != CONFIG_FILENAME]
         config = texts[CONFIG_FILENAME]
         out.commit(config)
     restored.append(RestoredFile(CONFIG_FILENAME, len(config), hashlib.sha256(config).hexdigest()))
-    files = tuple(sorted(restored, key=lambda file: file.name))
+    restored.sort(key=lambda file: file.name)
     return RevertResult(
         marlin.folder.root,
         root,
-        files,
+        tuple(restored),
         manifest.left_behind,
-        sum(file.size for file in files),
+        sum(file.size for file in restored),
         time.perf_counter() - started,
+        manifest.restores,
     )
 
 
-def _check_files(manifest: Manifest, folder: Folder) -> None:
-    """Refuses missing and unsafe files before anything is written."""
+def _carried_files(manifest: Manifest, marlin: Checkpoint) -> Mapping[str, tuple[int, str] | None]:
+    """Returns the side files to give back, with size and digest where they were recorded.
+
+    Missing and unsafe ones are refused here, before anything is written.
+    """
+    if manifest.restores == "tensors":
+        return dict.fromkeys(name for name in marlin.side_files if name not in manifest.texts)
     for name in manifest.files:
-        if not folder.exists(name):
+        if not marlin.folder.exists(name):
             raise refuse(
                 "missing-file", "the manifest names this file, but it is not there; download it too", file=name
             )
-        folder.path(name)
+        marlin.folder.path(name)
+    return manifest.files
 
 
 def _plan_digest(folder: Folder) -> str:
@@ -278,19 +292,18 @@ def _unpack_pieces(repack: Repack, read_at: int, write_at: int) -> Iterator[Piec
         yield Piece((read_at + read[0], read[1]), (write_at + begin, end - begin), repack.backward)
 
 
-def _restore_file(name: str, folder: Folder, manifest: Manifest, out: OutputFolder) -> RestoredFile:
-    size, digest = manifest.files[name]
+def _restore_file(name: str, recorded: tuple[int, str] | None, folder: Folder, out: OutputFolder) -> RestoredFile:
     made, sha256, found = Xxh3(), hashlib.sha256(), folder.size(name)
     rewrite_file((folder.path(name), name), out.partial(name), copy_pieces(0, 0, found), target_hashes=[made, sha256])
-    if (found, str(made)) != (size, digest):
+    if recorded is not None and (found, str(made)) != recorded:
         raise difference(
             "wrong-digest",
-            f"the file is not the original: recorded {size} bytes, {digest}; found "
+            f"the file is not the original: recorded {recorded[0]} bytes, {recorded[1]}; found "
             f"{found}, {made}; it was changed since the conversion",
             file=name,
         )
     out.publish(name)
-    return RestoredFile(name, size, sha256.hexdigest())
+    return RestoredFile(name, found, sha256.hexdigest())
 
 
 def _checked_texts(manifest: Manifest) -> dict[str, bytes]:

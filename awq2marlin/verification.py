@@ -141,14 +141,9 @@ def verify(
     started = time.perf_counter()
     progress = progress or Silence()
     awq, marlin = _open_pair(source, output)
-    modules = _pair(awq, marlin)
-    padded = any(each.is_padded for each in modules)
-    files = [*awq.side_files, *([INDEX_FILENAME] if awq.has_index and not padded else [])]
-    for name in files:
-        _compare_files(awq.folder, marlin.folder, name)
-    if awq.has_index and padded:
-        _compare_padded_index(awq, marlin)
-    manifest = _compare_manifest(awq, marlin, files)
+    manifest = read_manifest(marlin.folder)
+    modules = _pair(awq, marlin, same_files=manifest.restores == "files")
+    files = _compare_side_files(awq, marlin, manifest, modules) if manifest.restores == "files" else []
     chosen = sample_modules(modules, layers)
     parts = {module_name(each.name, part) for each in modules for part in each.parts}
     others = [name for name in awq.tensors if name not in parts]
@@ -211,17 +206,35 @@ def _open_pair(source: str | os.PathLike[str], output: str | os.PathLike[str]) -
     return awq, marlin
 
 
-def _pair(awq: Checkpoint, marlin: Checkpoint) -> list[ModulePlan]:
-    """Compares everything that headers and configs say; returns the converted modules."""
+def _pair(awq: Checkpoint, marlin: Checkpoint, *, same_files: bool) -> list[ModulePlan]:
+    """Compares everything that headers and configs say; returns the converted modules.
+
+    An engine that saves a checkpoint writes its own headers and config; then only the tensors must agree.
+    """
     assert isinstance(awq.quantization, AwqQuantization)
     try:
-        converted = pair_modules(awq.shards, awq.quantization, marlin)
+        converted = pair_modules(awq.shards, awq.quantization, marlin, same_files=same_files)
     except CheckpointError as error:
         raise DifferenceError(error.problems) from None
     modules = list(converted.values())
-    _compare_headers(awq, marlin)
-    _compare_configs(awq, marlin, modules)
+    if same_files:
+        _compare_headers(awq, marlin)
+    _compare_configs(awq, marlin, modules, whole=same_files)
     return modules
+
+
+def _compare_side_files(
+    awq: Checkpoint, marlin: Checkpoint, manifest: Manifest, modules: Sequence[ModulePlan]
+) -> list[str]:
+    """Compares everything that is no tensor, and the manifest; returns the files that both hold byte for byte."""
+    padded = any(each.is_padded for each in modules)
+    files = [*awq.side_files, *([INDEX_FILENAME] if awq.has_index and not padded else [])]
+    for name in files:
+        _compare_files(awq.folder, marlin.folder, name)
+    if awq.has_index and padded:
+        _compare_padded_index(awq, marlin)
+    _compare_manifest(awq, manifest, files)
+    return files
 
 
 def _compare_headers(awq: Checkpoint, marlin: Checkpoint) -> None:
@@ -234,8 +247,8 @@ def _compare_headers(awq: Checkpoint, marlin: Checkpoint) -> None:
             raise difference("header", "the header's names stand in another order than in the source", file=name)
 
 
-def _compare_configs(awq: Checkpoint, marlin: Checkpoint, modules: Sequence[ModulePlan]) -> None:
-    """Compares the output's config with the one that its own lists of modules imply."""
+def _compare_configs(awq: Checkpoint, marlin: Checkpoint, modules: Sequence[ModulePlan], *, whole: bool) -> None:
+    """Compares the output's config, or only its part on quantization, with what its own lists of modules imply."""
     quantization = marlin.quantization
     assert isinstance(quantization, MarlinQuantization)
     assert isinstance(awq.quantization, AwqQuantization)
@@ -251,7 +264,7 @@ def _compare_configs(awq: Checkpoint, marlin: Checkpoint, modules: Sequence[Modu
             f"quantization_config differs from what the source implies, in {', '.join(keys) or 'an additional key'}",
             file=CONFIG_FILENAME,
         )
-    if not _same_json(without_quantization(awq.config), without_quantization(marlin.config)):
+    if whole and not _same_json(without_quantization(awq.config), without_quantization(marlin.config)):
         raise difference(
             "config", "a key other than quantization_config differs from the source's", file=CONFIG_FILENAME
         )
@@ -272,15 +285,14 @@ def _compare_padded_index(awq: Checkpoint, marlin: Checkpoint) -> None:
         raise difference("different-bytes", "it differs from the source's in more than total_size", file=INDEX_FILENAME)
 
 
-def _compare_manifest(awq: Checkpoint, marlin: Checkpoint, files: Sequence[str]) -> Manifest:
+def _compare_manifest(awq: Checkpoint, manifest: Manifest, files: Sequence[str]) -> None:
     """Compares what `revert` would give back with the source, but for digests.
 
     Args:
         awq: the source.
-        marlin: the converted checkpoint.
+        manifest: of the converted checkpoint.
         files: those that both hold, byte for byte.
     """
-    manifest = read_manifest(marlin.folder)
     texts = [CONFIG_FILENAME, *awq.legacy_configs]
     if awq.has_index and INDEX_FILENAME not in files:
         texts.append(INDEX_FILENAME)
@@ -295,7 +307,6 @@ def _compare_manifest(awq: Checkpoint, marlin: Checkpoint, files: Sequence[str])
     for name, text in manifest.texts.items():
         if text.encode("utf-8", "surrogatepass") != awq.folder.read(name):
             raise difference("manifest", "the text that the manifest keeps is not the source's", file=name)
-    return manifest
 
 
 def _compare_card(awq: Checkpoint, manifest: Manifest) -> None:
@@ -311,7 +322,8 @@ def _compare_card(awq: Checkpoint, manifest: Manifest) -> None:
 def _recorded_files(manifest: Manifest, awq: Checkpoint, marlin: Checkpoint) -> Iterator[tuple[Folder, str, int, str]]:
     """Yields folder, name, size and digest of every file whose digest the manifest records."""
     for name, shard in manifest.shards.items():
-        yield awq.folder, name, shard.source_size, shard.source_digests[0]
+        if shard.source_digests:
+            yield awq.folder, name, shard.source_size, shard.source_digests[0]
         yield marlin.folder, name, shard.target_size, shard.target_digest
     for name, (size, digest) in manifest.files.items():
         yield marlin.folder, name, size, digest

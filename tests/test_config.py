@@ -128,6 +128,9 @@ def test_from_config_of_a_subclass_makes_one_of_it():
         ({"w_bit": 4, "q_group_size": 256}, ["group_size", "found 256"]),
         ({"bits": 4, "group_size": 128, "zero_point": "yes"}, ["zero_point", "found 'yes'"]),
         ({"bits": [4], "group_size": 128}, ["weight_bits", "found [4]"]),
+        ({"bits": 4, "group_size": 128, "quant_method": "gptq"}, ["quant_method", "'awq'", "found 'gptq'"]),
+        ({"bits": 4, "group_size": 128, "version": "gemv"}, ["version", "'gemm'", "found 'gemv'"]),
+        ({"bits": 4, "group_size": 128, "modules_to_not_convert": "gate"}, ["modules_to_not_convert", "found 'gate'"]),
     ],
 )
 def test_from_config_refuses_what_is_missing_or_unsupported_by_name(document, said):

@@ -23,23 +23,28 @@ PUBLIC_FUNCTIONS = ("convert", "verify", "revert", "push", "inspect", "demo")
 
 #: The order of imports, lowest first: a module imports only from layers below its own.
 LAYERS = [
-    ["_version", "awq", "cache", "errors", "progress", "reference", "repack_kernels"],
+    ["_version", "awq", "cache", "errors", "integrations.__init__", "progress", "reference", "repack_kernels"],
     ["hub_errors", "jit", "machine_code", "marlin", "safetensors_header"],
-    ["diagnosis", "folder", "kernel_configs", "layout", "repack"],
+    ["cpu_gemm", "diagnosis", "folder", "kernel_configs", "layout", "repack"],
     ["compile_matrix", "hub", "ops", "quantization", "stream", "synthetic"],
     ["linear", "checkpoint", "digest", "tensor_files", "workers"],
     ["arrivals", "config", "manifest", "output", "plan"],
-    ["gemm_verification", "pairing", "publication", "shard", "side_files"],
+    ["gemm_verification", "inventory", "module_repack", "pairing", "publication", "shard", "side_files"],
     ["error_plot", "inspection", "model_card", "reversion", "verification"],
     ["upload"],
     ["departures"],
     ["pipeline"],
     ["places"],
     ["conversion"],
-    ["demonstration"],
+    ["demonstration", "resaving"],
     ["console", "report"],
     ["cli"],
     ["__main__"],
+    # Loaders stand on the library; nothing stands on them.
+    ["integrations.transformers.experts", "integrations.transformers.names", "integrations.transformers.versions"],
+    ["integrations.transformers.saving", "integrations.transformers.skeleton"],
+    ["integrations.transformers.quantizer"],
+    ["integrations.transformers.__init__"],
 ]
 LAYER = {module: number for number, modules in enumerate(LAYERS) for module in modules}
 
@@ -312,8 +317,9 @@ def test_file_reading_knows_neither_format():
 
 
 def test_only_what_computes_with_tensors_imports_torch():
-    with_torch = {module for module in MODULES if "torch" in third_party(module)}
-    assert with_torch == {"config", "diagnosis", "gemm_verification", "layout", "linear", "ops"}
+    with_torch = {module for module in MODULES if "torch" in third_party(module) and "integrations" not in module}
+    computing = {"cpu_gemm", "gemm_verification", "layout", "linear", "module_repack", "ops"}
+    assert with_torch == {*computing, "config", "diagnosis"}
     assert "torch" not in {node.names[0].name for node in tree("config").body if isinstance(node, ast.Import)}
 
 
@@ -322,8 +328,15 @@ def test_every_foreign_package_is_a_declared_dependency():
     declared = set(re.findall(r'^    "([\w-]+)', text.split("\ndependencies = [")[1].split("\n]")[0], re.MULTILINE))
     declared |= {"yaml"} if "pyyaml" in declared else set()  # a module is not always called as its distribution is
     declared |= {"cuda", "matplotlib"}  # the extras; imported where they are used
-    used = {name for module in MODULES for name in third_party(module)}
+    used = {name for module in MODULES for name in third_party(module) if not module.startswith("integrations.")}
     assert used <= declared, f"not declared: {sorted(used - declared)}"
+
+
+def test_a_loader_imports_its_own_engine_only_and_nothing_imports_a_loader():
+    for module in MODULES:
+        engine = module.split(".")[1] if module.startswith("integrations.") else ""
+        assert third_party(module) & {"transformers", "vllm"} <= {engine}, module
+        assert engine or not any(name.startswith("integrations") for name in imports(module)), module
 
 
 # --- documentation ----------------------------------------------------------------------------------------

@@ -17,7 +17,8 @@ How to use it:
   uploads go to ``/lfs/...``.
 * ``hub.requests("GET", "/cdn/*")`` are the requests so far, with ``begun`` and ``ended`` in seconds of
   ``time.monotonic()``, which is one clock for all processes of a machine; ``hub.repository("org/name").history()`` are
-  the commits, oldest first, with ``at`` on the same clock.
+  the commits, oldest first, with ``at`` on the same clock. A client can have its answer a moment before the request has
+  ``ended``: ``hub.wait_until_idle()`` waits for that.
 * The client keeps what it received in whole pieces of ``huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE``, 10 MB: only
   from there does it resume a download. Tests with smaller files make the pieces smaller.
 * The client waits one second and more between two tries; the fixture ``no_waiting`` makes it wait 0.01 s.

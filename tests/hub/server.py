@@ -202,6 +202,13 @@ class LoopbackHub:
             events = list(self._events)
         return [each for each in events if fnmatchcase(each.method, method) and fnmatchcase(each.path, path)]
 
+    def wait_until_idle(self):
+        """Returns when every request has ended; a client may have its answer a moment before that."""
+        deadline = time.monotonic() + 10
+        while any(each.ended is None for each in self.requests()):
+            assert time.monotonic() < deadline, "a request does not end"
+            time.sleep(0.001)
+
     def forget_requests(self):
         """Forgets the requests so far."""
         with self._lock:
@@ -827,8 +834,8 @@ class _Handler(BaseHTTPRequestHandler):
                     piece = bytes([piece[0] ^ 0xFF]) + piece[1:]
                 for link in links:
                     link.carry(len(piece))
+                event.sent += len(piece)  # before the client can know of it
                 self.wfile.write(piece)
-                event.sent += len(piece)
                 if drop is not None and event.sent >= drop:
                     self.wfile.flush()
                     raise DroppedError

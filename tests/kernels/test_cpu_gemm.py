@@ -7,7 +7,7 @@ import pytest
 import torch
 from gemm_cases import DTYPES, SMALL_SHAPES, random_layer, random_tokens
 
-from awq2marlin import ops
+from awq2marlin import cpu_gemm, ops
 
 GOLDEN = np.load(Path(__file__).parents[1] / "golden" / "marlin_layout.npz")
 CASES = sorted({key.split("/")[0] for key in GOLDEN.files})
@@ -77,7 +77,7 @@ def test_wide_layers_are_decoded_in_pieces(monkeypatch):
     layer = random_layer(128, 320, 64, has_bias=True)
     a = random_tokens(2, layer)
     whole = layer(a)
-    monkeypatch.setattr(ops, "_CPU_COLUMNS", 128)
+    monkeypatch.setattr(cpu_gemm, "PIECE_BYTES", 1)
     torch.testing.assert_close(layer(a), whole, rtol=1e-3, atol=0)
 
 
@@ -167,3 +167,42 @@ def test_every_alignment_works(size_k, size_n, dtype):
         layer = random_layer(size_k, size_n, group_size, num_bits=8, dtype=dtype)
         a = random_tokens(2, layer)
         torch.testing.assert_close(layer(a), (a.double() @ layer.weight).to(dtype))
+
+
+def test_activations_and_bias_have_the_gradients_of_the_decoded_weight():
+    layer = random_layer(256, 192, 64, has_bias=True)
+    a, bias = random_tokens(5, layer).requires_grad_(), layer.bias.requires_grad_()
+    grad = torch.randn(5, 192, generator=torch.Generator().manual_seed(3)).half()
+    ops.marlin_gemm(a, layer.qweight, layer.scales, layer.qzeros, bias).backward(grad)
+    torch.testing.assert_close(a.grad.double(), grad.double() @ layer.weight.t(), rtol=2e-3, atol=2e-3)
+    torch.testing.assert_close(bias.grad.double(), grad.double().sum(0), rtol=2e-3, atol=2e-3)
+
+
+def test_scales_have_no_gradient_and_say_so():
+    layer = random_layer(128, 64, 64)
+    with pytest.raises(NotImplementedError, match="scales"):
+        ops.marlin_gemm(random_tokens(1, layer), layer.qweight, layer.scales.requires_grad_(), layer.qzeros)
+
+
+def test_memory_that_begins_between_the_steps_of_a_load_is_refused():
+    whole = torch.zeros(1 << 10, dtype=torch.float16)
+    shifted = torch.from_dlpack(whole[1:129].view(1, 128))  # an offset of 0, at an address that is no multiple of 16
+    assert shifted.storage_offset() == 0
+    with pytest.raises(ValueError, match=r"a begins at address 0x[0-9a-f]+; needed: a multiple of 16 bytes"):
+        ops._check_addresses(a=(shifted, 16))
+    ops._check_addresses(a=(whole, 16), bias=(None, 8))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"scales": torch.ones(2, 64)}, TypeError, "scales is torch.float32"),
+        ({"qweight": torch.tensor(1, dtype=torch.int32)}, ValueError, r"qweight has shape \[\]"),
+        ({}, ValueError, "qweight is on cpu; needed: a CUDA device"),
+    ],
+)
+def test_a_warm_up_names_the_argument_it_refuses(change, error, message):
+    layer = random_layer(128, 64, 64)
+    arguments = {"qweight": layer.qweight, "scales": layer.scales, **change}
+    with pytest.raises(error, match=message):
+        ops.warm_up(**arguments)

@@ -54,3 +54,18 @@ def test_layer_refuses_shapes_and_types_without_kernels():
         method.create_weights(torch.nn.Module(), 128, [48], 128, 48, torch.float16)
     with pytest.raises(ValueError, match=r"params_dtype is torch\.float32"):
         method.create_weights(torch.nn.Module(), 128, [64], 128, 64, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("prefix", "is_quantized"),
+    [
+        ("model.layers.0.mlp.up_proj", True),
+        ("model.layers.0.mlp.gate", False),
+        ("visual.blocks.0.qkv", False),
+        ("lm_head", False),
+    ],
+)
+def test_a_layer_that_the_source_left_alone_has_no_method(prefix, is_quantized):
+    document = {"bits": 4, "group_size": 128, "modules_to_not_convert": ["visual", "mlp.gate"]}
+    method = AWQMarlinConfig.from_config(document).get_quant_method(torch.nn.Linear(8, 8), prefix)
+    assert isinstance(method, AWQMarlinLinearMethod) == is_quantized

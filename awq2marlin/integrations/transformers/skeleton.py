@@ -1,0 +1,212 @@
+"""Prepares a model that holds no weights yet: packed layers in the place of those that the checkpoint quantizes."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from awq2marlin.awq import module_name
+from awq2marlin.errors import CheckpointError, Problem, refuse
+from awq2marlin.folder import open_regular
+from awq2marlin.integrations.transformers.experts import MarlinExperts
+from awq2marlin.integrations.transformers.names import ExpertsPlan, Renamings, find_places
+from awq2marlin.inventory import marlin_modules
+from awq2marlin.linear import MarlinLinear
+from awq2marlin.marlin import padded_shapes
+from awq2marlin.plan import ModulePlan
+from awq2marlin.quantization import MarlinQuantization
+from awq2marlin.safetensors_header import TensorInfo, read_header
+
+
+@dataclass(frozen=True)
+class Headers:
+    """What the headers of a checkpoint's files say.
+
+    Attributes:
+        tensors: every tensor by name.
+        shard_of: the file of each.
+    """
+
+    tensors: Mapping[str, TensorInfo]
+    shard_of: Mapping[str, str]
+
+    @classmethod
+    def read(cls, paths: Iterable[str]) -> Headers:
+        """Reads them.
+
+        Args:
+            paths: safetensors files.
+
+        Raises:
+            CheckpointError: if a file is no sound safetensors file, or two hold a tensor of one name.
+        """
+        tensors: dict[str, TensorInfo] = {}
+        shard_of: dict[str, str] = {}
+        for path in map(Path, paths):
+            with open_regular(path, path.name) as stream:
+                header = read_header(stream, path.stat().st_size, path.name)
+            for name in header.tensors:
+                if name in tensors:
+                    message = f"{shard_of[name]} holds a tensor of this name too"
+                    raise refuse("duplicate-tensor", message, file=path.name, tensor=name)
+                shard_of[name] = path.name
+            tensors |= header.tensors
+        return cls(tensors, shard_of)
+
+
+class Skeleton:
+    """Replaces a model's modules by packed ones.
+
+    Attributes:
+        kept: plans of the modules that the files hold in AWQ layout, by their names in the model.
+        padded: plans of the modules that the files hold padded, likewise.
+    """
+
+    def __init__(self, model: Any, headers: Headers, quantization: MarlinQuantization, dtype: torch.dtype) -> None:
+        """Takes what is known before any tensor is read.
+
+        Args:
+            model: as Transformers made it, without weights.
+            headers: of the checkpoint's files.
+            quantization: what its config says.
+            dtype: of scales and activations.
+        """
+        self._model, self._headers = model, headers
+        self._quantization, self._dtype = quantization, dtype
+        self._dtypes: dict[str, torch.dtype] = {}
+        self.kept: dict[str, ModulePlan] = {}
+        self.padded: dict[str, ModulePlan] = {}
+
+    def build(self) -> None:
+        """Replaces every module that the files quantize.
+
+        Raises:
+            CheckpointError: naming what is missing from the files, or does not fit the model.
+        """
+        modules = marlin_modules(self._headers.tensors, self._quantization, self._headers.shard_of)
+        places = find_places(self._model, modules)
+        problems: list[Problem] = []
+        for name, plan in places.linears.items():
+            problems += self._replace_linear(name, plan)
+        for name, experts in places.experts.items():
+            problems += self._replace_experts(name, experts)
+        if problems:
+            raise CheckpointError(problems)
+        self._dtypes = {name: parameter.dtype for name, parameter in self._model.named_parameters()}
+
+    def finish(self) -> None:
+        """Brings the loaded model to the types it was built with, and freezes the packed layers.
+
+        Some versions of Transformers load a tensor that was renamed in the type of the file.
+        """
+        wide = [re.compile(pattern.replace("*", ".*")) for pattern in self._model._get_dtype_plan(self._dtype)]
+        for name, parameter in self._model.named_parameters():
+            if parameter.dtype != self._dtypes[name] and not any(pattern.search(name) for pattern in wide):
+                parameter.data = parameter.data.to(self._dtypes[name])
+        for module in self._model.modules():
+            if isinstance(module, MarlinLinear):
+                module.requires_grad_(False)
+
+    def _replace_linear(self, name: str, plan: ModulePlan) -> list[Problem]:
+        old = self._model.get_submodule(name)
+        if not isinstance(old, torch.nn.Linear):
+            return [self._unfit(plan, f"the model's {name} is a {type(old).__name__}, no linear layer")]
+        if (old.in_features, old.out_features) != (plan.size_k, plan.size_n):
+            there = f"K={old.in_features}, N={old.out_features}"
+            return [self._unfit(plan, f"the file has K={plan.size_k}, N={plan.size_n}, the model's {name} has {there}")]
+        new = self._packed(name, plan, with_bias=old.bias is not None)
+        parent, _, child = name.rpartition(".")
+        setattr(self._model.get_submodule(parent), child, new)
+        return []
+
+    def _unfit(self, plan: ModulePlan, message: str) -> Problem:
+        shard = self._headers.shard_of[module_name(plan.name, "qweight")]
+        return Problem(shard, plan.name, "contradiction", message)
+
+    def _packed(self, name: str, plan: ModulePlan, *, with_bias: bool = False) -> MarlinLinear:
+        """Returns the empty layer for a module of the file; remembers those that saving treats specially."""
+        bits, group_size = self._quantization.bits, self._quantization.group_size
+        if not plan.converted:
+            padded_k, padded_n = padded_shapes([(plan.size_k, plan.size_n)], group_size)[0]
+            plan = self.kept[name] = replace(plan, padded_k=padded_k, padded_n=padded_n)
+        elif plan.is_padded:
+            self.padded[name] = plan
+        return MarlinLinear(
+            plan.size_k,
+            plan.size_n,
+            num_bits=bits,
+            group_size=group_size,
+            zero_points="qzeros" in plan.parts,
+            bias=with_bias or module_name(plan.name, "bias") in self._headers.tensors,
+            padded=(plan.padded_k, plan.padded_n),
+            dtype=self._dtype,
+        )
+
+    def _replace_experts(self, name: str, plan: ExpertsPlan) -> list[Problem]:
+        old = self._model.get_submodule(name)
+        found = [(number, role) for number, members in plan.members.items() for role in members]
+        some = next(iter(plan.members[found[0][0]].values()))
+        if not _is_replaceable(old):
+            return [self._unfit(some, f"the experts of {type(old).__name__} are not supported packed")]
+        needed = {"up", "down", *(["gate"] if old.has_gate else [])}
+        roles = {role: plan.roles[role] for role in needed & plan.roles.keys()}
+        parent_in_file = some.name.rsplit(".", 2)[0]
+        message = "the other experts of its layer are packed, and this one is not there packed; all of them are needed"
+        missing = [
+            Problem("", f"{parent_in_file}.{number}.{roles.get(role, role)}", "missing-tensor", message)
+            for number in range(old.num_experts)
+            for role in sorted(needed)
+            if (number, roles.get(role)) not in found
+        ]
+        if missing:
+            return missing
+        layers = {
+            number: {each: self._packed(f"{name}.{number}.{each}", members[each]) for each in roles.values()}
+            for number, members in plan.members.items()
+        }
+        parent, _, child = name.rpartition(".")
+        activate = old._apply_gate if old.has_gate else old.act_fn
+        for parameter in list(old._parameters):  # only its activation lives on
+            delattr(old, parameter)
+        setattr(self._model.get_submodule(parent), child, MarlinExperts(layers, roles, activate))
+        return []
+
+    def refuse_missing(self, transforms: list[Any]) -> None:
+        """Compares the prepared model with the files, by the renamings that the load will use.
+
+        Args:
+            transforms: Transformers' renamings and conversions.
+
+        Raises:
+            CheckpointError: naming every tensor of the model that no file holds.
+        """
+        model = self._model
+        reached = Renamings(model, transforms).reached(self._headers.tensors)
+        tied = model.all_tied_weights_keys
+        reached |= {target for target, source in tied.items() if source in reached}
+        reached |= {source for target, source in tied.items() if target in reached}
+        optional = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_missing or ()]
+        missing = [
+            name
+            for name in model.state_dict()
+            if name not in reached and not any(pattern.search(name) for pattern in optional)
+        ]
+        if missing:
+            message = "the model needs it, but no file of the checkpoint holds it; download the checkpoint completely"
+            raise CheckpointError(Problem("", name, "missing-tensor", message) for name in missing)
+
+
+def _is_replaceable(experts: Any) -> bool:
+    """Returns whether an experts module is of the kind whose parts and activation are known."""
+    return (
+        hasattr(experts, "has_gate")
+        and not experts.has_bias
+        and not getattr(experts, "has_post_expert_norm", False)
+        and getattr(experts, "is_concatenated", True)
+        and (hasattr(experts, "_apply_gate") if experts.has_gate else hasattr(experts, "act_fn"))
+    )
