@@ -7,11 +7,13 @@ hostile until checked, as files are: names by `folder` and `checkpoint`, sizes a
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
@@ -174,9 +176,7 @@ class HubFolder(Folder):
 
     def read_header(self, name: str) -> Header:
         """Returns the checked header of a safetensors file, fetched by a range request or two."""
-        from huggingface_hub import is_offline_mode
-
-        if is_offline_mode():
+        if _is_offline():
             return super().read_header(name)
         size = self.size(name)
         data = self._range(name, 0, min(size, _HEADER_BYTES))
@@ -211,7 +211,7 @@ class HubFolder(Folder):
             CheckpointError: if what came is not as long as the listing says.
             OSError: if it cannot be written.
         """
-        from huggingface_hub import hf_hub_download, is_offline_mode
+        from huggingface_hub import hf_hub_download
 
         size = self.size(name)
         told = _Told(size, advance)
@@ -221,10 +221,10 @@ class HubFolder(Folder):
                 name,
                 revision=self.commit,
                 local_dir=self.place,
-                local_files_only=is_offline_mode(),
+                local_files_only=_is_offline(),
                 library_name="awq2marlin",
                 library_version=__version__,
-                tqdm_class=_bar_that_tells(told),
+                **_told_by(hf_hub_download, told),
             )
         path = self._here[name] = Path(fetched).resolve(strict=True)
         found = path.stat()
@@ -263,28 +263,14 @@ class HubFolder(Folder):
 
     def _range_once(self, name: str, begin: int, end: int) -> bytes:
         from huggingface_hub import hf_hub_url
-        from huggingface_hub.utils import (  # type: ignore[attr-defined]  # documented, though not typed, as public
-            build_hf_headers,
-            hf_raise_for_status,
-            http_stream_backoff,
-        )
 
         if begin == end:
             return b""
         url = hf_hub_url(self.name.repo_id, name, revision=self.commit)
-        headers = build_hf_headers(library_name="awq2marlin", library_version=__version__)
-        headers |= {"Range": f"bytes={begin}-{end - 1}", "Accept-Encoding": "identity"}
         data = bytearray()
-        with (
-            told_as_hub_error(self.name.repo_id, self.name.revision),
-            # what breaks while we read is tried again by our caller; the client's retries are for the answer's status
-            http_stream_backoff(
-                "GET", url, headers=headers, follow_redirects=True, timeout=30, retry_on_exceptions=()
-            ) as response,
-        ):
-            hf_raise_for_status(response)
-            skip = 0 if response.status_code == 206 else begin  # a whole file where a range was asked for
-            for piece in response.iter_bytes(_HEADER_BYTES):
+        with told_as_hub_error(self.name.repo_id, self.name.revision), _answer(url, begin, end) as (status, pieces):
+            skip = 0 if status == 206 else begin  # a whole file where a range was asked for
+            for piece in pieces:
                 data += piece
                 if len(data) >= skip + end - begin or len(data) > MAX_HEADER_BYTES:
                     break
@@ -299,6 +285,34 @@ class HubFolder(Folder):
                 )
             )
         return found
+
+
+@contextmanager
+def _answer(url: str, begin: int, end: int) -> Iterator[tuple[int, Iterator[bytes]]]:
+    """Asks for a range of a file; yields the answer's status and its body in pieces.
+
+    What breaks while the body is read is tried again by the caller; the client's retries are for the status.
+    """
+    from huggingface_hub import utils
+
+    client: Any = utils  # whose documents name these functions, but whose types do not
+    headers = client.build_hf_headers(library_name="awq2marlin", library_version=__version__)
+    headers |= {"Range": f"bytes={begin}-{end - 1}", "Accept-Encoding": "identity"}
+    options: dict[str, Any] = {"headers": headers, "timeout": 30, "retry_on_exceptions": ()}
+    if hasattr(client, "http_stream_backoff"):
+        with client.http_stream_backoff("GET", url, follow_redirects=True, **options) as response:
+            client.hf_raise_for_status(response)
+            yield response.status_code, response.iter_bytes(_HEADER_BYTES)
+    else:  # clients before 1.0 stand on another HTTP library
+        with client.http_backoff("GET", url, stream=True, **options) as response:
+            client.hf_raise_for_status(response)
+            yield response.status_code, response.iter_content(_HEADER_BYTES)
+
+
+def _is_offline() -> bool:
+    from huggingface_hub import constants
+
+    return bool(constants.HF_HUB_OFFLINE)
 
 
 def _not_as_promised(path: Path, found: str, promised: str) -> str:
@@ -326,8 +340,9 @@ class _Told:
         self.update(self._left)
 
 
-def _silent_bar() -> type[Any]:
-    return _bar_that_tells(_Told(0, lambda _: None))
+def _told_by(download: Callable[..., str], told: _Told) -> dict[str, Any]:
+    """Returns the argument that lets a download tell of its bytes; clients before 1.1 draw bars of their own."""
+    return {"tqdm_class": _bar_that_tells(told)} if "tqdm_class" in inspect.signature(download).parameters else {}
 
 
 def _bar_that_tells(told: _Told) -> type[Any]:
@@ -367,9 +382,9 @@ def open_hub(name: HubName, *, commit: str | None = None, place: Path | None = N
         HubError: if the Hub or the network refuses, in words.
         CheckpointError: if what the Hub says cannot be.
     """
-    from huggingface_hub import HfApi, is_offline_mode
+    from huggingface_hub import HfApi
 
-    if is_offline_mode():
+    if _is_offline():
         return _open_cached(name, commit)
     api = HfApi(library_name="awq2marlin", library_version=__version__)
     with told_as_hub_error(name.repo_id, name.revision):
@@ -379,7 +394,12 @@ def open_hub(name: HubName, *, commit: str | None = None, place: Path | None = N
         files = _checked_listing(name, api.list_repo_tree(name.repo_id, recursive=True, revision=found))
         if place is None and commit is None and CONFIG_FILENAME in files:
             # so that the cache knows what the name stood for, when it is used without the network
-            api.hf_hub_download(name.repo_id, CONFIG_FILENAME, revision=name.revision, tqdm_class=_silent_bar())
+            api.hf_hub_download(
+                name.repo_id,
+                CONFIG_FILENAME,
+                revision=name.revision,
+                **_told_by(api.hf_hub_download, _Told(0, lambda _: None)),
+            )
     return HubFolder(_cached_snapshot(name.repo_id, found), name, found, files, place)
 
 
