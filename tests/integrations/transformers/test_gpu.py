@@ -61,6 +61,7 @@ def test_generates_the_dense_model_s_tokens(make_case: MakeCase, prompt: torch.T
     assert torch.equal(found, model.generate(tokens, attention_mask=torch.ones_like(tokens), **GREEDY))
 
 
+@pytest.mark.filterwarnings("default")  # torch.compile warns of its own old parts
 def test_compiles_with_the_default_backend(make_case: MakeCase, prompt: torch.Tensor) -> None:
     model = make_case("unaligned").load(device_map="cuda")
     expected = logits(model, prompt)
@@ -68,6 +69,7 @@ def test_compiles_with_the_default_backend(make_case: MakeCase, prompt: torch.Te
     assert (logits(compiled, prompt) - expected).abs().max() < 0.02 * expected.std()
 
 
+@pytest.mark.filterwarnings("default")  # torch.compile warns of its own old parts
 def test_generates_with_a_static_cache_which_compiles_with_cuda_graphs(
     make_case: MakeCase, prompt: torch.Tensor
 ) -> None:
