@@ -210,5 +210,6 @@ class _Feed(Generic[_Task, _Done]):
     def _finished(self, future: Future[_Done]) -> None:
         with self._lock:
             self._under_way.discard(future)
+            self._stopped = self._stopped or future.cancelled() or future.exception() is not None
         self._events.put(future)
         self._room.release()
