@@ -14,6 +14,10 @@ from typing import TYPE_CHECKING, Any
 from awq2marlin._version import __version__ as __version__
 
 if TYPE_CHECKING:
+    from awq2marlin.batch import BatchProgress as BatchProgress
+    from awq2marlin.batch import BatchResult as BatchResult
+    from awq2marlin.batch import convert_many as convert_many
+    from awq2marlin.batch_record import ItemResult as ItemResult
     from awq2marlin.config import AWQMarlinConfig as AWQMarlinConfig
     from awq2marlin.conversion import ConvertResult as ConvertResult
     from awq2marlin.conversion import convert as convert
@@ -22,6 +26,7 @@ if TYPE_CHECKING:
     from awq2marlin.diagnosis import DoctorResult as DoctorResult
     from awq2marlin.diagnosis import doctor as doctor
     from awq2marlin.errors import Awq2MarlinError as Awq2MarlinError
+    from awq2marlin.errors import BatchError as BatchError
     from awq2marlin.errors import CheckpointError as CheckpointError
     from awq2marlin.errors import DifferenceError as DifferenceError
     from awq2marlin.errors import ExecutorError as ExecutorError
@@ -79,11 +84,14 @@ if TYPE_CHECKING:
 _HOMES: dict[str, str] = {
     name: module
     for module, names in {
+        "batch": ["BatchProgress", "BatchResult", "convert_many"],
+        "batch_record": ["ItemResult"],
         "config": ["AWQMarlinConfig"],
         "conversion": ["ConvertResult", "convert"],
         "demonstration": ["DemoResult", "demo"],
         "errors": [
             "Awq2MarlinError",
+            "BatchError",
             "CheckpointError",
             "DifferenceError",
             "ExecutorError",

@@ -11,6 +11,9 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Executor
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
@@ -30,6 +33,7 @@ from awq2marlin.errors import (
 from awq2marlin.report import Report
 
 if TYPE_CHECKING:
+    from awq2marlin.hub import HubName
     from awq2marlin.progress import Progress
     from awq2marlin.publication import PushTarget
 
@@ -48,7 +52,7 @@ app = typer.Typer(
 #: The common base of the command line parser's usage errors.
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 
-_COMMANDS = ("convert", "verify", "revert", "push", "inspect", "demo", "doctor")
+_COMMANDS = ("convert", "batch", "verify", "revert", "push", "inspect", "demo", "doctor")
 
 _Source = Annotated[
     str,
@@ -63,10 +67,64 @@ _Device = Annotated[
     Literal["auto", "cpu", "cuda"] | None,
     typer.Option(help="Also run the compared modules through the Marlin GEMM: on a GPU, or the exact CPU reference."),
 ]
+_Unaligned = Annotated[
+    Literal["keep", "pad", "error"],
+    typer.Option(
+        help="Modules whose shapes Marlin cannot take: keep them in AWQ layout, pad them with zeros, or stop."
+    ),
+]
+_Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace an earlier conversion; only files that it wrote are removed.")
+]
+_LowDisk = Annotated[
+    bool,
+    typer.Option(
+        "--low-disk",
+        help="Of a repository: remove each shard as soon as it is converted and compared; needs the output plus "
+        "two shards of disk. With --push-to: send each shard at once and keep nothing.",
+    ),
+]
+_PushTo = Annotated[
+    str | None,
+    typer.Option(metavar="ORG/NAME", help="Repository of the Hub that gets the result; made if needed."),
+]
+_PushAllTo = Annotated[
+    str | None,
+    typer.Option(
+        metavar="ORG", help="Send every result to the Hub, to a repository of this owner named as the output."
+    ),
+]
+_Private = Annotated[
+    bool, typer.Option("--private", help="With --push-to: make a new repository private; an existing one must be.")
+]
+_Revision = Annotated[
+    str | None,
+    typer.Option(metavar="BRANCH", help="With --push-to: branch to commit to, made if needed; by default main."),
+]
+_CreatePr = Annotated[
+    bool, typer.Option("--create-pr", help="With --push-to: open a pull request instead of changing the branch.")
+]
+_CommitMessage = Annotated[
+    str | None, typer.Option(metavar="TEXT", help="With --push-to: first line of the commits' messages.")
+]
+_Dask = Annotated[
+    str | None,
+    typer.Option(
+        metavar="ADDRESS",
+        help="Spread the shards over a Dask cluster that shares the storage: tcp://HOST:8786, or its scheduler file.",
+    ),
+]
 _Json = Annotated[
     bool, typer.Option("--json", help="Print one JSON object on standard output, all else on standard error.")
 ]
 _Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
+
+
+def _part(value: str) -> tuple[int, int]:
+    number, _, count = value.partition("/")
+    if number.isdecimal() and count.isdecimal() and len(value) < 20 and 1 <= int(number) <= int(count):
+        return int(number), int(count)
+    raise typer.BadParameter(f"{printable(value)!r} is not of the form 3/20, with a number from 1 to the count")
 
 
 def _number_or(*words: str) -> Callable[[str], int | str]:
@@ -78,6 +136,16 @@ def _number_or(*words: str) -> Callable[[str], int | str]:
         raise typer.BadParameter(f"{printable(value)!r} is neither a number nor {' nor '.join(map(repr, words))}")
 
     return parse
+
+
+_Verify = Annotated[
+    Any,
+    typer.Option(
+        metavar="N|all|none",
+        parser=_number_or("all", "none"),
+        help="Modules to compare with the source before the output becomes loadable.",
+    ),
+]
 
 
 @app.callback(invoke_without_command=True)
@@ -96,51 +164,18 @@ def convert(
         Path | None, typer.Argument(metavar="OUTPUT", help="Folder to write; by default ./<name>-marlin.")
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the whole plan and write nothing.")] = False,
-    unaligned: Annotated[
-        Literal["keep", "pad", "error"],
-        typer.Option(
-            help="Modules whose shapes Marlin cannot take: keep them in AWQ layout, pad them with zeros, or stop."
-        ),
-    ] = "keep",
+    unaligned: _Unaligned = "keep",
     workers: _Workers = None,
-    overwrite: Annotated[
-        bool,
-        typer.Option("--overwrite", help="Replace an earlier conversion; only files that it wrote are removed."),
-    ] = False,
-    verify: Annotated[
-        Any,
-        typer.Option(
-            metavar="N|all|none",
-            parser=_number_or("all", "none"),
-            help="Modules to compare with the source before the output becomes loadable.",
-        ),
-    ] = "8",
+    overwrite: _Overwrite = False,
+    verify: _Verify = "8",
     device: _Device = None,
-    low_disk: Annotated[
-        bool,
-        typer.Option(
-            "--low-disk",
-            help="Of a repository: remove each shard as soon as it is converted and compared; needs the output plus "
-            "two shards of disk. With --push-to: send each shard at once and keep nothing.",
-        ),
-    ] = False,
-    push_to: Annotated[
-        str | None,
-        typer.Option(metavar="ORG/NAME", help="Repository of the Hub that gets the result; made if needed."),
-    ] = None,
-    private: Annotated[
-        bool, typer.Option("--private", help="With --push-to: make a new repository private; an existing one must be.")
-    ] = False,
-    revision: Annotated[
-        str | None,
-        typer.Option(metavar="BRANCH", help="With --push-to: branch to commit to, made if needed; by default main."),
-    ] = None,
-    create_pr: Annotated[
-        bool, typer.Option("--create-pr", help="With --push-to: open a pull request instead of changing the branch.")
-    ] = False,
-    commit_message: Annotated[
-        str | None, typer.Option(metavar="TEXT", help="With --push-to: first line of the commits' messages.")
-    ] = None,
+    low_disk: _LowDisk = False,
+    push_to: _PushTo = None,
+    private: _Private = False,
+    revision: _Revision = None,
+    create_pr: _CreatePr = False,
+    commit_message: _CommitMessage = None,
+    dask: _Dask = None,
     quiet: _Quiet = False,
     as_json: _Json = False,
 ) -> None:
@@ -148,21 +183,25 @@ def convert(
 
     def work(progress: Progress | None) -> Any:
         from awq2marlin.conversion import convert as run
+        from awq2marlin.hub import parse_source
 
-        return run(
-            source,
-            output,
-            unaligned=unaligned,
-            workers=workers,
-            overwrite=overwrite,
-            verify=verify,
-            dry_run=dry_run,
-            device=device,
-            low_disk=low_disk,
-            push_to=target,
-            commit_message=commit_message,
-            progress=progress,
-        )
+        address = None if dry_run else dask
+        with _executor(address, lambda: ([parse_source(source)], [output or Path("output")]), progress) as executor:
+            return run(
+                source,
+                output,
+                unaligned=unaligned,
+                workers=workers,
+                overwrite=overwrite,
+                verify=verify,
+                dry_run=dry_run,
+                device=device,
+                low_disk=low_disk,
+                push_to=target,
+                commit_message=commit_message,
+                executor=executor,
+                progress=progress,
+            )
 
     def show(result: Any) -> None:
         from awq2marlin import console
@@ -180,6 +219,107 @@ def convert(
         )
     target = None if push_to is None else _push_target(push_to, private, revision, create_pr, overwrite)
     _run("convert", work, show, "of_conversion", [source, *([output] if output else [])], quiet, as_json)
+
+
+@app.command()
+def batch(
+    file: Annotated[
+        Path,
+        typer.Argument(
+            metavar="FILE", help="One source a line, or YAML, JSON or JSONL with options for each item (.yaml, .jsonl)."
+        ),
+    ],
+    out_dir: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Folder for the outputs; by default the working directory.")
+    ] = None,
+    jobs: Annotated[int, typer.Option(min=1, max=256, help="Conversions at the same time; they share --workers.")] = 1,
+    part: Annotated[
+        Any,
+        typer.Option(metavar="I/N", parser=_part, help="Take only the I-th of N parts, one for each job of an array."),
+    ] = None,
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="Try again what failed in an earlier run.")
+    ] = False,
+    record: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="JSONL file of what became of each item; by default FILE.record.jsonl."),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Plan every item and write nothing.")] = False,
+    unaligned: _Unaligned = "keep",
+    workers: _Workers = None,
+    overwrite: _Overwrite = False,
+    verify: _Verify = "8",
+    device: _Device = None,
+    low_disk: _LowDisk = False,
+    push_to: _PushAllTo = None,
+    private: _Private = False,
+    revision: _Revision = None,
+    create_pr: _CreatePr = False,
+    commit_message: _CommitMessage = None,
+    dask: _Dask = None,
+    quiet: _Quiet = False,
+    as_json: _Json = False,
+) -> None:
+    """Convert many checkpoints; one failure stops no other. Run again, it does only what is left."""
+
+    def work(progress: Progress | None) -> Any:
+        from awq2marlin.batch import convert_many
+        from awq2marlin.batch_jobs import batch_folders
+        from awq2marlin.batch_view import batch_progress, print_failures
+
+        options = {
+            "unaligned": unaligned,
+            "overwrite": overwrite,
+            "verify": verify,
+            "device": device,
+            "low_disk": low_disk,
+            "push_to": push_to,
+            "private": private,
+            "revision": revision,
+            "create_pr": create_pr,
+            "commit_message": commit_message,
+        }
+        address = None if dry_run else dask
+        folders = partial(batch_folders, file, out_dir=out_dir, part=part, **options)
+        with _executor(address, folders, progress) as executor:
+            result = convert_many(
+                file,
+                out_dir=out_dir,
+                jobs=jobs,
+                workers=workers,
+                part=part,
+                retry_failed=retry_failed,
+                record=record,
+                dry_run=dry_run,
+                executor=executor,
+                progress=batch_progress() if progress is not None else None,
+                **options,
+            )
+        if progress is None:
+            print_failures(result)
+        return result
+
+    def show(result: Any) -> None:
+        from awq2marlin.batch_view import print_batch
+
+        print_batch(result)
+
+    if device is not None and verify in ("none", 0):
+        raise typer.BadParameter("--device needs --verify N or all: it runs the modules that are compared")
+    _run("batch", work, show, "of_batch", [file], quiet, as_json)
+
+
+def _executor(
+    address: str | None,
+    folders: Callable[[], tuple[Sequence[Path | HubName], Sequence[Path]]],
+    progress: Progress | None,
+) -> AbstractContextManager[Executor | None]:
+    """Returns the executor that ``--dask`` names; without one the work is done here."""
+    if address is None:
+        return nullcontext()
+    from awq2marlin.cluster import dask_executor
+
+    return dask_executor(address, *folders(), progress)
 
 
 @app.command()
@@ -375,10 +515,11 @@ def _run(
     progress = None if quiet else console.ConsoleProgress()
     try:
         result = work(progress)
+        code, problems = getattr(result, "exit_code", EXIT_DONE), getattr(result, "problems", ())
         if as_json:
             done: Report = getattr(reports, report_maker)(result)
             done.seconds = done.seconds or time.perf_counter() - started
-            _print_json(done.document(EXIT_DONE))
+            _print_json(done.document(code, problems))
         elif not quiet:
             (getattr(console, show) if isinstance(show, str) else show)(result)
     except Awq2MarlinError as error:
@@ -392,10 +533,14 @@ def _run(
         problem = Problem("", "", "out-of-memory", "there is not enough memory; use fewer --workers")
         code, problems, text = EXIT_FAILED, (problem,), str(problem)
     except KeyboardInterrupt:
-        resumes = "; the same command resumes where it stopped" if command in ("convert", "revert", "push") else ""
+        resumes = (
+            "; the same command resumes where it stopped" if command in ("convert", "batch", "revert", "push") else ""
+        )
         problem = Problem("", "", "interrupted", f"interrupted{resumes}")
         code, problems, text = EXIT_INTERRUPTED, (problem,), str(problem)
     else:
+        if code != EXIT_DONE:
+            raise typer.Exit(code)
         return
     if progress is not None:
         progress.finish()

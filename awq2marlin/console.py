@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, TextIO
 
 from awq2marlin.errors import Problem, printable
@@ -50,7 +50,7 @@ class ConsoleProgress:
         self._stream = stream or sys.stderr
         self._lock = threading.Lock()
         self._bar: Any = None
-        self._plain: _PlainLines | None = None
+        self._plain: PlainLines | None = None
 
     def start(self, what: str, total: int) -> None:
         """A stage begins."""
@@ -68,7 +68,7 @@ class ConsoleProgress:
                     dynamic_ncols=True,
                 )
             else:
-                self._plain = _PlainLines(self._stream, what, total)
+                self._plain = PlainLines(self._say, what, total)
 
     def advance(self, count: int) -> None:
         """So many bytes are done."""
@@ -88,18 +88,23 @@ class ConsoleProgress:
     def note(self, text: str) -> None:
         """Something worth a line."""
         with self._lock:
-            print(printable(text), file=self._stream, flush=True)
+            self._say(printable(text))
+
+    def _say(self, text: str) -> None:
+        print(text, file=self._stream, flush=True)
 
 
-class _PlainLines:
+class PlainLines:
     """A line every few seconds: share, bytes, rate, time left."""
 
-    def __init__(self, stream: TextIO, what: str, total: int) -> None:
-        self._stream, self._what, self._total = stream, what, total
+    def __init__(self, say: Callable[[str], None], what: str, total: int) -> None:
+        """Prints with ``say`` on a stage: its name, and its length in bytes."""
+        self._say, self._what, self._total = say, what, total
         self._done = 0
         self._started = self._told = time.monotonic()
 
     def update(self, count: int) -> None:
+        """So many bytes are done."""
         self._done += count
         now = time.monotonic()
         if now - self._told < PLAIN_INTERVAL:
@@ -107,11 +112,9 @@ class _PlainLines:
         self._told = now
         rate = self._done / (now - self._started)
         left = (self._total - self._done) / rate if rate else 0
-        print(
+        self._say(
             f"{self._what}: {self._done * 100 // max(self._total, 1)} %, {size_text(self._done)} of "
-            f"{size_text(self._total)}, {size_text(rate)}/s, {left:.0f} s left",
-            file=self._stream,
-            flush=True,
+            f"{size_text(self._total)}, {size_text(rate)}/s, {left:.0f} s left"
         )
 
 
@@ -317,7 +320,19 @@ def print_inspection(result: InspectResult) -> None:
         ((*key[:5], str(count), size_text(sizes[key]), key[5]) for key, count in groups.items()),
     )
     _say(f"{len(result.modules)} quantized modules, {len(result.unquantized_modules)} in full precision")
+    _say(_ranks_text(result))
     _print_lists(dict(result.left_behind), result.warnings)
+
+
+def _ranks_text(result: InspectResult) -> str:
+    """Returns over how many GPUs vLLM can cut a checkpoint, in a sentence."""
+    size = result.largest_tensor_parallel_size
+    if not size and result.bits == 8 and any("qzeros" in module.parts for module in result.modules):
+        return "vLLM cannot load it: it has no kernel for 8 bits with zero points"
+    if not size:
+        return "vLLM cannot load it: modules that it fuses are padded; convert with --unaligned keep"
+    once = "" if result.format == "marlin_native" else "once converted, "
+    return f"{once}the largest tensor-parallel size in vLLM is {size}"
 
 
 def print_demonstration(result: DemoResult) -> None:

@@ -101,6 +101,17 @@ class OutputError(Awq2MarlinError):
     """The output folder cannot be used: foreign, in use, unwritable, full, or of another conversion."""
 
 
+class BatchError(Awq2MarlinError):
+    """The list of a batch, or its record, cannot be used; the problems stand in the list's order."""
+
+    def __init__(self, problems: Problem | Iterable[Problem]) -> None:
+        """Takes one problem or several."""
+        in_order = (problems,) if isinstance(problems, Problem) else tuple(problems)
+        super().__init__(in_order)
+        self.problems = in_order
+        self.args = (in_order,)  # what a copy is made from
+
+
 class ExecutorError(Awq2MarlinError):
     """The executor that was handed in cannot do the work: a worker died, or sees other files than this process."""
 

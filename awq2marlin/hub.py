@@ -424,10 +424,15 @@ def _impossible(name: HubName, what: str) -> CheckpointError:
     return refuse("hub-bad-answer", f"the Hub's answer cannot be: {printable(what)}", file=str(name))
 
 
-def _cached_snapshot(repo_id: str, commit: str) -> Path:
+def hub_cache() -> Path:
+    """Returns the folder of the client's cache; need not exist."""
     from huggingface_hub import constants
 
-    return Path(constants.HF_HUB_CACHE).resolve() / f"models--{repo_id.replace('/', '--')}" / "snapshots" / commit
+    return Path(constants.HF_HUB_CACHE).resolve()
+
+
+def _cached_snapshot(repo_id: str, commit: str) -> Path:
+    return hub_cache() / f"models--{repo_id.replace('/', '--')}" / "snapshots" / commit
 
 
 def _open_cached(name: HubName, commit: str | None) -> HubFolder:

@@ -14,7 +14,9 @@ from awq2marlin.hub import open_source
 from awq2marlin.manifest import read_manifest
 from awq2marlin.marlin import unaligned_reason
 from awq2marlin.pairing import pair_modules
+from awq2marlin.plan import ModulePlan, plan_modules, planned_module
 from awq2marlin.quantization import MANIFEST_FILENAME, AwqQuantization, MarlinQuantization
+from awq2marlin.slicing import largest_tensor_parallel_size
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,8 @@ class InspectResult:
         zero_point: as the config says.
         model_type: as ``config.json`` says; may be empty.
         modules: the quantized modules.
+        largest_tensor_parallel_size: over how many GPUs vLLM can cut it, an AWQ checkpoint once it is converted;
+            0 if vLLM cannot load it.
         unquantized_modules: modules with a floating-point weight of two or more dimensions.
         shards: bytes of every safetensors file.
         tensors: how many tensors there are.
@@ -74,6 +78,7 @@ class InspectResult:
     zero_point: bool
     model_type: str
     modules: tuple[ModuleInfo, ...]
+    largest_tensor_parallel_size: int
     unquantized_modules: tuple[str, ...]
     shards: Mapping[str, int]
     tensors: int
@@ -95,10 +100,11 @@ def inspect(path: str | os.PathLike[str]) -> InspectResult:
     checkpoint = open_checkpoint(open_source(path))
     quantization = checkpoint.quantization
     if isinstance(quantization, MarlinQuantization):
-        modules = _marlin_modules(checkpoint, quantization)
+        modules, plans = _marlin_modules(checkpoint, quantization)
     else:
         found = awq_modules(checkpoint.tensors, quantization, checkpoint.shard_of)
         modules = [_module_info(module, checkpoint, "awq", None) for module in found.values()]
+        plans = list(plan_modules(found, checkpoint, quantization).values())
     return InspectResult(
         path=checkpoint.folder.where,
         format="marlin_native" if isinstance(quantization, MarlinQuantization) else "awq",
@@ -107,6 +113,9 @@ def inspect(path: str | os.PathLike[str]) -> InspectResult:
         zero_point=quantization.zero_point,
         model_type=_model_type(checkpoint.config),
         modules=tuple(modules),
+        largest_tensor_parallel_size=largest_tensor_parallel_size(
+            plans, quantization.bits, quantization.group_size, checkpoint.config
+        ),
         unquantized_modules=tuple(checkpoint.unquantized_modules),
         shards={name: header.file_size for name, header in checkpoint.shards.items()},
         tensors=len(checkpoint.tensors),
@@ -122,18 +131,21 @@ def _model_type(config: Mapping[str, Any]) -> str:
     return found if isinstance(found, str) else ""
 
 
-def _marlin_modules(checkpoint: Checkpoint, quantization: MarlinQuantization) -> list[ModuleInfo]:
+def _marlin_modules(
+    checkpoint: Checkpoint, quantization: MarlinQuantization
+) -> tuple[list[ModuleInfo], list[ModulePlan]]:
     """Reads the modules' true sizes from the source headers that the manifest keeps."""
     source = {name: shard.source_header for name, shard in read_manifest(checkpoint.folder).shards.items()}
     awq = AwqQuantization(quantization.bits, quantization.group_size, quantization.zero_point, None, MANIFEST_FILENAME)
     converted = pair_modules(source, awq, checkpoint)
     tensors = {name: tensor for header in source.values() for name, tensor in header.tensors.items()}
-    infos = []
+    infos, plans = [], []
     for module in awq_modules(tensors, awq, checkpoint.shard_of).values():
-        plan = converted.get(module.name)
-        padded = (plan.padded_k, plan.padded_n) if plan is not None and plan.is_padded else None
-        infos.append(_module_info(module, checkpoint, "marlin" if plan else "awq", padded))
-    return infos
+        plan = converted.get(module.name) or planned_module(module, "kept")
+        padded = (plan.padded_k, plan.padded_n) if plan.is_padded else None
+        infos.append(_module_info(module, checkpoint, "marlin" if plan.converted else "awq", padded))
+        plans.append(plan)
+    return infos, plans
 
 
 def _module_info(

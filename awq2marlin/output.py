@@ -39,7 +39,7 @@ WORK_DIRECTORY = ".awq2marlin"
 FETCHED_DIRECTORY = "source"
 JOURNAL_FILENAME = "journal.json"
 _LOCK_FILENAME = "lock"
-_PARTIAL_SUFFIX = ".partial"
+PARTIAL_SUFFIX = ".partial"
 _NEW_SUFFIX = ".new"
 _JOURNAL_VERSION = 1
 _MAX_NAMES_SHOWN = 5
@@ -155,7 +155,7 @@ class OutputFolder:
 
     def partial(self, name: str) -> Path:
         """Returns where the partial file of ``name`` grows; its own name is short, however long or deep that one is."""
-        return self.work / (hashlib.sha256(name.encode()).hexdigest()[:16] + _PARTIAL_SUFFIX)
+        return self.work / (hashlib.sha256(name.encode()).hexdigest()[:16] + PARTIAL_SUFFIX)
 
     def final(self, name: str) -> Path:
         """Returns the final path of ``name``; no link inside the folder leads it elsewhere.
@@ -386,7 +386,7 @@ def _holds_nothing(root: Path) -> bool:
     present = [path.name for path in root.iterdir()]
     work = root / WORK_DIRECTORY
     return present == [WORK_DIRECTORY] and not any(
-        path for path in (*work.glob("*" + _PARTIAL_SUFFIX), *(work / FETCHED_DIRECTORY).glob("**/*")) if path.is_file()
+        path for path in (*work.glob("*" + PARTIAL_SUFFIX), *(work / FETCHED_DIRECTORY).glob("**/*")) if path.is_file()
     )
 
 
@@ -535,7 +535,7 @@ def _remove(root: Path, names: set[str]) -> None:
 
 def _remove_leftovers(work: Path) -> None:
     """Removes what a run that was killed may have left half-written, half-fetched files too."""
-    for pattern in ("*" + _PARTIAL_SUFFIX, "*" + _NEW_SUFFIX):
+    for pattern in ("*" + PARTIAL_SUFFIX, "*" + _NEW_SUFFIX):
         for path in work.glob(pattern):
             path.unlink()
     for path in (work / FETCHED_DIRECTORY).glob("**/*.incomplete"):

@@ -213,19 +213,27 @@ def plan_conversion(checkpoint: Checkpoint, unaligned: Unaligned = "keep") -> Pl
             file=MANIFEST_FILENAME,
         )
     found = awq_modules(checkpoint.tensors, quantization, checkpoint.shard_of)
-    modules = _plan_modules(found, checkpoint, quantization, unaligned)
+    modules = plan_modules(found, checkpoint, quantization, unaligned)
     if unaligned == "error":
         _refuse_unaligned(modules, checkpoint, quantization)
     shards = tuple(_plan_shard(name, header, modules, quantization) for name, header in checkpoint.shards.items())
     return Plan(checkpoint, quantization, unaligned, modules, shards)
 
 
-def _plan_modules(
+def plan_modules(
     found: Mapping[str, AwqModule],
     checkpoint: Checkpoint,
     quantization: AwqQuantization,
-    unaligned: Unaligned,
+    unaligned: Unaligned = "keep",
 ) -> dict[str, ModulePlan]:
+    """Returns what becomes of every quantized module of an AWQ checkpoint, by name.
+
+    Args:
+        found: its quantized modules.
+        checkpoint: the checkpoint, for what is not quantized.
+        quantization: the checkpoint's.
+        unaligned: what to do with modules whose shapes Marlin cannot take; ``error`` keeps them.
+    """
     groups: dict[str, list[AwqModule]] = defaultdict(list)
     for module in found.values():
         groups[fusion_group(module.name)].append(module)
@@ -257,18 +265,25 @@ def _plan_group(
     if reasons:
         blocker = next(iter(reasons))
         return [
-            _module_plan(module, reasons.get(module.name, f"fused with {blocker}, which is kept")) for module in members
+            planned_module(module, reasons.get(module.name, f"fused with {blocker}, which is kept"))
+            for module in members
         ]
     sizes = [(module.size_k, module.size_n) for module in members]
     if any(unaligned_reason(*size, quantization.bits, quantization.group_size) for size in sizes):
         sizes = padded_shapes(sizes, quantization.group_size)
     return [
-        replace(_module_plan(module), padded_k=size_k, padded_n=size_n)
+        replace(planned_module(module), padded_k=size_k, padded_n=size_n)
         for module, (size_k, size_n) in zip(members, sizes, strict=True)
     ]
 
 
-def _module_plan(module: AwqModule, reason: str = "") -> ModulePlan:
+def planned_module(module: AwqModule, reason: str = "") -> ModulePlan:
+    """Returns the plan of a module that is not padded.
+
+    Args:
+        module: of an AWQ checkpoint.
+        reason: why it is kept in AWQ layout; empty if it is converted.
+    """
     return ModulePlan(
         module.name,
         module.size_k,

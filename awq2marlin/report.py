@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from awq2marlin.errors import EXIT_DIFFERENCE, EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, Problem
 
 if TYPE_CHECKING:
+    from awq2marlin.batch import BatchResult
     from awq2marlin.conversion import ConvertResult
     from awq2marlin.demonstration import DemoResult
     from awq2marlin.diagnosis import DoctorResult
@@ -137,6 +138,24 @@ def of_conversion(result: ConvertResult) -> Report:
     )
 
 
+def of_batch(result: BatchResult) -> Report:
+    """Returns the report of a batch."""
+    return Report(
+        "batch",
+        str(result.file or ""),
+        bytes=sum(item.bytes for item in result.items if not item.earlier),
+        seconds=result.seconds,
+        details={
+            "dry_run": result.dry_run,
+            "done": len(result.done),
+            "failed": len(result.failed),
+            "earlier": sum(item.earlier for item in result.items),
+            "record": str(result.record) if result.record else None,
+            "items": [item.document() for item in result.items],
+        },
+    )
+
+
 def of_verification(result: VerifyResult) -> Report:
     """Returns the report of a verification that found no difference."""
     verified = frozenset(module.name for module in result.modules)
@@ -201,6 +220,7 @@ def of_inspection(result: InspectResult) -> Report:
             "bits": result.bits,
             "group_size": result.group_size,
             "zero_point": result.zero_point,
+            "largest_tensor_parallel_size": result.largest_tensor_parallel_size,
             "tensors": result.tensors,
             "unquantized_modules": list(result.unquantized_modules),
             "side_files": list(result.files),

@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import os
 import secrets
+import socket
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from awq2marlin._version import __version__
@@ -29,6 +30,8 @@ class ShardTask:
         workers: threads to use.
         sha256: what the source's has to be, 64 hexadecimal digits; None if that is not known.
         version: of this package; whoever does the task must have the same.
+        number: a random one, so that an executor that keeps results (Dask does) never takes this task for an equal
+            one of another run.
     """
 
     plan: ShardPlan
@@ -37,6 +40,7 @@ class ShardTask:
     workers: int
     sha256: str | None = None
     version: str = __version__
+    number: int = field(default_factory=lambda: secrets.randbits(64))
 
 
 @dataclass(frozen=True)
@@ -74,12 +78,13 @@ def convert_shard(task: ShardTask, progress: Callable[[int], None] | None = None
 
     Raises:
         CheckpointError: if the source is not what was planned with, or what its SHA-256 says.
-        ExecutorError: if this process is not of the version that made the task.
+        ExecutorError: if this process is not of the version that made the task, or does not see its files.
         OSError: if reading or writing fails.
     """
     started = time.perf_counter()
     plan = task.plan
     _check_version(task)
+    _check_seen(task)
     _check_unchanged(task)
     partial = task.partial.with_name(f"{secrets.token_hex(4)}-{task.partial.name}")
     source_digest, target_digest = Xxh3(plan.source.prefix), Xxh3()
@@ -124,6 +129,20 @@ def _check_version(task: ShardTask) -> None:
                 "install the same version for all of them",
             )
         )
+
+
+def _check_seen(task: ShardTask) -> None:
+    for path in (task.source, task.partial.parent):
+        if not path.exists():
+            raise ExecutorError(
+                Problem(
+                    str(path),
+                    "",
+                    "not-shared",
+                    f"it is gone, or this worker ({socket.gethostname()}) does not see it; source and output must "
+                    "lie on storage that all workers share, under the same path",
+                )
+            )
 
 
 def _check_unchanged(task: ShardTask) -> None:

@@ -218,6 +218,12 @@ def test_json_document_lists_the_keys_of_every_command(capsys):
     inspect = run("inspect", "model-marlin")
     assert _table("json.md", "inspect modules") == list(inspect["modules"][0])
     assert _table("json.md", "inspect details") == list(inspect["details"])
+    Path("list.txt").write_text("model-awq\n")
+    batch = run("batch", "list.txt", "--out-dir", "many")
+    assert _table("json.md", "batch details") == list(batch["details"])
+    record = json.loads(Path("list.txt.record.jsonl").read_text())
+    assert _table("json.md", "record") == list(record)
+    assert sorted(batch["details"]["items"][0]) == sorted({*record, "earlier"} - {"version"})
     revert = run("revert", "model-marlin", "model-back")
     assert revert["modules"] == []
     assert _table("json.md", "revert details") == list(revert["details"])

@@ -19,7 +19,19 @@ from awq2marlin.synthetic import llama_recipe, write_checkpoint
 
 PACKAGE = Path(awq2marlin.__file__).parent
 MODULES = sorted(".".join(path.relative_to(PACKAGE).with_suffix("").parts) for path in PACKAGE.rglob("*.py"))
-PUBLIC_FUNCTIONS = ("convert", "verify", "revert", "push", "inspect", "demo")
+PUBLIC_FUNCTIONS = ("convert", "convert_many", "verify", "revert", "push", "inspect", "demo")
+
+#: The layers of the plugin for vLLM, lowest first.
+VLLM_LAYERS = [
+    [f"integrations.vllm.{name}" for name in names]
+    for names in (
+        ["finishing", "inventory", "record", "state", "versions"],
+        ["contents", "kernels", "refusal"],
+        ["experts", "linear"],
+        ["config"],
+        ["__init__"],
+    )
+]
 
 #: The order of imports, lowest first: a module imports only from layers below its own.
 LAYERS = [
@@ -29,15 +41,18 @@ LAYERS = [
     ["compile_matrix", "hub", "ops", "quantization", "stream", "synthetic"],
     ["linear", "checkpoint", "digest", "tensor_files", "workers"],
     ["arrivals", "config", "manifest", "output", "plan"],
-    ["gemm_verification", "inventory", "module_repack", "pairing", "publication", "shard", "side_files"],
+    ["gemm_verification", "inventory", "module_repack", "pairing", "publication", "shard", "side_files", "slicing"],
     ["error_plot", "inspection", "model_card", "reversion", "verification"],
     ["upload"],
     ["departures"],
     ["pipeline"],
     ["places"],
-    ["conversion"],
-    ["demonstration", "resaving"],
+    ["batch_file", "batch_record", "cluster", "conversion"],
+    ["batch_jobs", "demonstration", "resaving"],
+    ["batch_item"],
+    ["batch"],
     ["console", "report"],
+    ["batch_view"],
     ["cli"],
     ["__main__"],
     # Loaders stand on the library; nothing stands on them.
@@ -45,6 +60,7 @@ LAYERS = [
     ["integrations.transformers.saving", "integrations.transformers.skeleton"],
     ["integrations.transformers.quantizer"],
     ["integrations.transformers.__init__"],
+    *VLLM_LAYERS,
 ]
 LAYER = {module: number for number, modules in enumerate(LAYERS) for module in modules}
 
@@ -154,7 +170,8 @@ import importlib, pkgutil, types, awq2marlin
 names = {names!r}
 {before}
 for module in pkgutil.walk_packages(awq2marlin.__path__, "awq2marlin."):
-    importlib.import_module(module.name)
+    if module.name.count(".") < 3:  # modules of an engine's plugin need the engine
+        importlib.import_module(module.name)
 for name in names:
     value = getattr(awq2marlin, name)
     assert isinstance(value, types.FunctionType), (name, value)
@@ -327,7 +344,7 @@ def test_every_foreign_package_is_a_declared_dependency():
     text = (PACKAGE.parent / "pyproject.toml").read_text("utf-8")
     declared = set(re.findall(r'^    "([\w-]+)', text.split("\ndependencies = [")[1].split("\n]")[0], re.MULTILINE))
     declared |= {"yaml"} if "pyyaml" in declared else set()  # a module is not always called as its distribution is
-    declared |= {"cuda", "matplotlib"}  # the extras; imported where they are used
+    declared |= {"cuda", "distributed", "matplotlib"}  # the extras; imported where they are used
     used = {name for module in MODULES for name in third_party(module) if not module.startswith("integrations.")}
     assert used <= declared, f"not declared: {sorted(used - declared)}"
 
@@ -395,9 +412,12 @@ def test_the_command_is_declared():
         points = importlib.metadata.distribution("awq2marlin").entry_points
     except importlib.metadata.PackageNotFoundError:
         pytest.skip("The package is not installed here, so it has no metadata to compare with.")
-    assert [(point.name, point.value) for point in points] == [("awq2marlin", "awq2marlin.cli:main")]
-    module, _, function = points["awq2marlin"].value.partition(":")
-    assert callable(getattr(importlib.import_module(module), function))
+    assert [(point.group, point.name, point.value) for point in points] == [
+        ("console_scripts", "awq2marlin", "awq2marlin.cli:main"),
+        ("vllm.general_plugins", "awq2marlin", "awq2marlin.integrations.vllm:register"),
+    ]
+    for point in points:
+        assert callable(point.load())
 
 
 def test_python_m_runs_the_same_command():

@@ -130,6 +130,8 @@ class MarlinNativeQuantizer(HfQuantizer):
         return transforms
 
     def _repacks(self) -> list[WeightConverter]:
+        if not self._skeleton.kept:
+            return []  # a conversion that converts nothing still costs a copy for every tensor
         quantization = self.quantization_config.quantization
         arguments = (self._skeleton.kept, quantization.bits, quantization.group_size, self._dtype)
         parts = ("qweight", "qzeros", "scales")

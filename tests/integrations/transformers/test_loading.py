@@ -11,10 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers.core_model_loading import Chunk, WeightConverter
 
 from awq2marlin import convert
 from awq2marlin.errors import CheckpointError
-from awq2marlin.integrations.transformers import MarlinNativeConfig
+from awq2marlin.integrations.transformers import MarlinNativeConfig, names
 from awq2marlin.integrations.transformers.experts import MarlinExperts
 from awq2marlin.integrations.transformers.versions import check_version
 from awq2marlin.linear import MarlinLinear
@@ -284,6 +285,25 @@ def test_a_gpu_that_is_not_there_is_refused_before_anything_is_read(make_case: M
 
     with pytest.raises(KernelUnavailableError, match="cannot run on a GPU here"):
         make_case("llama").load(device_map="cuda")
+
+
+def test_tensor_parallelism_is_refused(make_case: MakeCase) -> None:
+    config = AutoConfig.from_pretrained(make_case("llama").marlin)
+    config.distributed_config = object()
+    with pytest.raises(CheckpointError, match="cannot be cut for tensor parallelism here; use device_map"):
+        AutoModelForCausalLM.from_pretrained(make_case("llama").marlin, config=config)
+
+
+def test_a_layer_that_the_model_s_code_splits_is_refused_by_name(
+    make_case: MakeCase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    split = WeightConverter(r"mlp\.up_proj\.weight", [r"mlp.up_proj.weight", r"mlp.gate_proj.weight"], [Chunk(dim=0)])
+    monkeypatch.setattr(names, "get_model_conversion_mapping", lambda _: [split])
+    with pytest.raises(
+        CheckpointError, match=r"model\.layers\.0\.mlp\.up_proj: this model's code makes .* of it"
+    ) as caught:
+        make_case("llama").load()
+    assert [problem.code for problem in caught.value.problems] == ["unsupported-model"] * 2
 
 
 def test_a_state_dict_is_refused(make_case: MakeCase) -> None:

@@ -1,0 +1,237 @@
+"""The list of a batch: one source a line, or YAML, JSON or JSONL with options for each item.
+
+Everything that is wrong with a list is told at once, before anything starts.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+from awq2marlin.errors import BatchError, CheckpointError, Problem, printable
+from awq2marlin.folder import MAX_JSON_BYTES
+from awq2marlin.plan import UNALIGNED_CHOICES
+from awq2marlin.safetensors_header import parse_json
+from awq2marlin.verification import Device
+
+_MAX_WORKERS = 256
+
+#: (where it stands, what stands there): a source, or a mapping with ``source`` and options.
+Entry = tuple[str, Any]
+
+
+@dataclass(frozen=True)
+class BatchItem:
+    """One conversion of a batch, as the list says it.
+
+    Attributes:
+        place: where it stands in the list, for messages.
+        source: as `awq2marlin.convert` takes it.
+        options: keyword arguments of `awq2marlin.convert`, checked; ``output`` among them if it is given.
+    """
+
+    place: str
+    source: str
+    options: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """What an option may be.
+
+    Attributes:
+        needed: in words.
+        takes: whether it takes a value.
+    """
+
+    needed: str
+    takes: Callable[[Any], bool]
+
+
+def _one_of(*values: str | None) -> _Kind:
+    words = " or ".join("null" if value is None else repr(value) for value in values)
+    return _Kind(words, lambda value: value in values)
+
+
+def _is_verify(value: Any) -> bool:
+    return value in ("all", "none") or (type(value) is int and value >= 0)
+
+
+def _is_workers(value: Any) -> bool:
+    return value is None or (type(value) is int and 1 <= value <= _MAX_WORKERS)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value) and "\0" not in value
+
+
+_FLAG = _Kind("true or false", lambda value: type(value) is bool)
+
+_TEXT = _Kind("text, or null", lambda value: value is None or _is_text(value))
+
+#: The keywords of `awq2marlin.convert` that an item may give, and those of `awq2marlin.publication.PushTarget`.
+OPTIONS: Mapping[str, _Kind] = {
+    "output": _Kind("a path", _is_text),
+    "unaligned": _one_of(*UNALIGNED_CHOICES),
+    "workers": _Kind(f"a number from 1 to {_MAX_WORKERS}", _is_workers),
+    "overwrite": _FLAG,
+    "verify": _Kind("a number from 0, 'all' or 'none'", _is_verify),
+    "device": _one_of(*get_args(Device), None),
+    "low_disk": _FLAG,
+    "push_to": _Kind("a repository or an owner on the Hub, or null", lambda value: value is None or _is_text(value)),
+    "private": _FLAG,
+    "revision": _TEXT,
+    "create_pr": _FLAG,
+    "commit_message": _TEXT,
+}
+
+
+def read_batch_file(path: Path) -> list[BatchItem]:
+    """Reads a list; its form follows from its name.
+
+    Args:
+        path: ``.yaml``, ``.yml`` or ``.json``: a list of sources and of mappings with ``source`` and options;
+            ``.jsonl`` or ``.ndjson``: one of these a line; any other: one source a line.
+
+    Raises:
+        BatchError: with everything that is wrong with it.
+        OSError: if it cannot be read.
+    """
+    problems: list[Problem] = []
+    items = _checked(_entries(path, problems), str(path), problems)
+    if not items and not problems:
+        problems.append(_problem(str(path), "it names no source"))
+    if problems:
+        raise BatchError(problems)
+    return items
+
+
+def check_entries(entries: Iterable[Any]) -> list[BatchItem]:
+    """Returns the items of a list that a caller made.
+
+    Args:
+        entries: sources, and mappings with ``source`` and options.
+
+    Raises:
+        BatchError: with everything that is wrong with them.
+    """
+    problems: list[Problem] = []
+    items = _checked(((f"item {number}", entry) for number, entry in enumerate(entries, 1)), "", problems)
+    if problems:
+        raise BatchError(problems)
+    return items
+
+
+def check_options(options: Mapping[str, Any], place: str) -> Iterator[str]:
+    """Yields what is wrong with options, one sentence each.
+
+    Args:
+        options: by name.
+        place: where they stand, for the sentence.
+    """
+    for name, value in options.items():
+        if name not in OPTIONS:
+            known = ", ".join(OPTIONS)
+            yield f"{place}: there is no option {printable(str(name))!r}; the options are {known}"
+        elif not OPTIONS[name].takes(value):
+            yield f"{place}: {name} must be {OPTIONS[name].needed}, found {printable(repr(value))}"
+
+
+def _problem(file: str, message: str) -> Problem:
+    return Problem(file, "", "bad-batch", message)
+
+
+def _checked(entries: Iterable[Entry], file: str, problems: list[Problem]) -> list[BatchItem]:
+    items = []
+    for place, entry in entries:
+        found = dict(entry) if isinstance(entry, Mapping) else {"source": entry}
+        plain = {name: os.fspath(value) if isinstance(value, os.PathLike) else value for name, value in found.items()}
+        source = plain.pop("source", None)
+        wrong = list(check_options(plain, place))
+        if not _is_text(source):
+            wrong.insert(0, f"{place}: source must be a folder or a repository, found {printable(repr(source))}")
+        problems += [_problem(file, each) for each in wrong]
+        items.append(BatchItem(place, str(source), plain))
+    return items
+
+
+def _entries(path: Path, problems: list[Problem]) -> Iterator[Entry]:
+    """Yields what the file lists; what cannot be read of it becomes a problem."""
+    text = _read_text(path)
+    if path.suffix.lower() in (".yaml", ".yml"):
+        yield from _yaml_entries(text, str(path), problems)
+    elif path.suffix.lower() == ".json":
+        yield from _json_entries(text, str(path))
+    else:
+        is_json = path.suffix.lower() in (".jsonl", ".ndjson")
+        for number, line in enumerate(text.split("\n"), 1):
+            if not line.strip() or line.lstrip().startswith("#"):
+                continue
+            place = f"line {number}"
+            if not is_json:
+                yield place, line.strip()
+                continue
+            try:
+                yield place, parse_json(line.encode(), place)
+            except CheckpointError as error:
+                problems.append(_problem(str(path), str(error)))
+
+
+def _read_text(path: Path) -> str:
+    with path.open("rb") as stream:
+        data = stream.read(MAX_JSON_BYTES + 1)
+    if len(data) > MAX_JSON_BYTES:
+        raise BatchError(_problem(str(path), f"it has more than {MAX_JSON_BYTES} bytes; is it a list of sources?"))
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise BatchError(_problem(str(path), f"it is not UTF-8 (byte {error.start})")) from None
+
+
+def _json_entries(text: str, file: str) -> Iterator[Entry]:
+    try:
+        document = parse_json(text.encode(), file)
+    except CheckpointError as error:
+        raise BatchError(_problem(file, error.problems[0].message)) from None
+    if not isinstance(document, list):
+        raise BatchError(_problem(file, "it must be a list"))
+    yield from ((f"item {number}", entry) for number, entry in enumerate(document, 1))
+
+
+def _yaml_entries(text: str, file: str, problems: list[Problem]) -> Iterator[Entry]:
+    import yaml
+
+    class Strict(yaml.SafeLoader):
+        """Plain values only, and no key twice."""
+
+        def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+            names = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
+            for name, count in names.items():
+                if count > 1:
+                    message = f"it names {printable(name)!r} twice"
+                    raise yaml.constructor.ConstructorError(None, None, message, node.start_mark)
+            return super().construct_mapping(node, deep)
+
+    try:
+        loader = Strict(text)
+        document = loader.get_single_node()
+        if not isinstance(document, yaml.SequenceNode):
+            raise BatchError(_problem(file, "it must be a list: lines that begin with '- '"))
+        for node in document.value:
+            try:
+                yield f"line {node.start_mark.line + 1}", loader.construct_object(node, deep=True)
+            except yaml.MarkedYAMLError as error:
+                problems.append(_yaml_problem(error, file))
+    except yaml.MarkedYAMLError as error:
+        raise BatchError(_yaml_problem(error, file)) from None
+    except (yaml.YAMLError, RecursionError) as error:
+        raise BatchError(_problem(file, f"it is not YAML: {type(error).__name__}")) from None
+
+
+def _yaml_problem(error: Any, file: str) -> Problem:
+    place = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
+    return _problem(file, f"{place}it is not YAML that this command takes: {error.problem or error.context}")

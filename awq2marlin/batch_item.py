@@ -1,0 +1,248 @@
+"""One item of a batch: what an earlier run left of it to do, and doing it.
+
+An item counts as done if the record says so and the output still has the manifest that was recorded, with every
+file in its length. A finished output that the record does not tell of is compared with the source, completely,
+before it counts as done.
+"""
+
+from __future__ import annotations
+
+import time
+import traceback
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from awq2marlin.batch_jobs import PUSHING, Job
+from awq2marlin.batch_record import BatchRecord, ItemResult
+from awq2marlin.checkpoint import open_checkpoint
+from awq2marlin.conversion import convert
+from awq2marlin.digest import xxh3_of_file
+from awq2marlin.errors import (
+    EXIT_DONE,
+    EXIT_FAILED,
+    Awq2MarlinError,
+    CheckpointError,
+    DifferenceError,
+    ExecutorError,
+    HubError,
+    OutputError,
+    Problem,
+    difference,
+    problem_from_os_error,
+)
+from awq2marlin.folder import CONFIG_FILENAME, Folder
+from awq2marlin.hub import HUB_PREFIX, open_source
+from awq2marlin.manifest import read_manifest
+from awq2marlin.output import read_journal
+from awq2marlin.plan import plan_conversion
+from awq2marlin.progress import Progress
+from awq2marlin.quantization import MANIFEST_FILENAME
+from awq2marlin.side_files import encode_json
+from awq2marlin.upload import push
+from awq2marlin.verification import verify
+from awq2marlin.workers import StoppedError
+
+
+def known(job: Job, record: BatchRecord, retry_failed: bool) -> ItemResult | None:
+    """Returns what became of an item in an earlier run, if nothing of it is left to do now; else None.
+
+    Args:
+        job: what is to be done.
+        record: what earlier runs remember.
+        retry_failed: whether something that failed is left to do.
+    """
+    last = record.last(str(job.output))
+    if last is None or last.source != job.source:
+        return None
+    if last.exit_code == EXIT_DONE:
+        passed_on = bool(last.options.get("low_disk") and last.options.get("push_to"))  # and nothing of it is here
+        stands = passed_on == job.passes_on and (
+            passed_on or (last.manifest is not None and _whole_manifest(job.output) == last.manifest)
+        )
+        return replace(last, earlier=True) if stands and _covers(last.options, job.options) else None
+    is_same = dict(last.options) == job.recorded_options
+    return replace(last, earlier=True) if is_same and not retry_failed else None
+
+
+def _covers(done: Mapping[str, Any], asked: Mapping[str, Any]) -> bool:
+    """Returns whether what was done is all that is asked: the same bytes, compared as thoroughly, sent as far."""
+    if done.get("unaligned") != asked["unaligned"]:
+        return False
+    if asked["device"] is not None and done.get("device") != asked["device"]:
+        return False
+    if asked["push_to"] is not None and any(done.get(name) != asked[name] for name in PUSHING):
+        return False
+    return _thoroughness(done.get("verify")) >= _thoroughness(asked["verify"])
+
+
+def _thoroughness(value: Any) -> float:
+    words: dict[Any, float] = {"all": float("inf"), "none": 0}
+    return words.get(value, value if type(value) is int else 0)
+
+
+def _holds_finished(output: Path) -> bool:
+    """Returns whether a folder looks like a finished conversion."""
+    names = (CONFIG_FILENAME, MANIFEST_FILENAME)
+    return all((output / name).is_file() for name in names) and read_journal(output) is None
+
+
+def _whole_manifest(output: Path) -> str | None:
+    """Returns the digest of the manifest of a finished conversion whose files all have their length, else None."""
+    try:
+        if not _holds_finished(output):
+            return None
+        folder = Folder.at(output)
+        manifest = read_manifest(folder)
+        sizes = {name: shard.target_size for name, shard in manifest.shards.items()}
+        sizes |= {name: size for name, (size, _) in manifest.files.items()}
+        if any(folder.size(name) != size for name, size in sizes.items()):
+            return None
+        return xxh3_of_file((folder.path(MANIFEST_FILENAME), MANIFEST_FILENAME))[1]
+    except (Awq2MarlinError, OSError):
+        return None
+
+
+def run_job(job: Job, progress: Progress, *, dry_run: bool, **defaults: Any) -> ItemResult:
+    """Does one item; what goes wrong with it becomes its result.
+
+    Args:
+        job: what is to be done.
+        progress: told what is being done; stops the work if it raises `StoppedError`.
+        dry_run: plan only.
+        **defaults: further arguments of `convert`, where the item does not give them.
+
+    Raises:
+        ExecutorError: if the executor can do no other item either.
+    """
+    started = time.perf_counter()
+    options = {**defaults, **{name: value for name, value in job.options.items() if value is not None}}
+    try:
+        result = _plan_only(job) if dry_run else _compare_finished(job, options["workers"], progress)
+        result = result or _convert(job, options, progress)
+    except Awq2MarlinError as error:
+        if isinstance(error, ExecutorError) and error.problems[0].code != "killed-workers":
+            raise  # it can do no other item either
+        result = job.result(error.exit_code, errors=error.problems)
+    except OSError as error:
+        result = job.result(EXIT_FAILED, errors=(problem_from_os_error(error),))
+    except MemoryError:
+        problem = Problem("", "", "out-of-memory", "there is not enough memory; use fewer --workers or --jobs")
+        result = job.result(EXIT_FAILED, errors=(problem,))
+    except StoppedError:
+        raise
+    except Exception as error:  # a defect of ours: it must not cost the rest of a night's batch, nor be hidden
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        message = (
+            f"{type(error).__name__}: {error} ({Path(place.filename).name}:{place.lineno}); this is a defect of "
+            "awq2marlin: please report it, with what 'awq2marlin convert' prints for this source"
+        )
+        result = job.result(EXIT_FAILED, errors=(Problem("", "", "unexpected-error", message),))
+    return replace(result, seconds=time.perf_counter() - started)
+
+
+def _convert(job: Job, options: Mapping[str, Any], progress: Progress) -> ItemResult:
+    plain = {name: value for name, value in options.items() if name not in PUSHING}
+    try:
+        done = convert(job.item.source, job.output, push_to=job.target, progress=progress, **plain)
+    except HubError as error:
+        if error.problems[0].code != "target-finished":
+            raise
+        progress.note("the repository holds this very conversion already")
+        return job.result(EXIT_DONE, pushed=f"{HUB_PREFIX}{job.options['push_to']}")
+    return job.result(
+        EXIT_DONE,
+        bytes=done.output_bytes,
+        converted=len(done.converted),
+        kept=len(done.kept),
+        verified=len(done.verified),
+        resumed=len(done.resumed),
+        manifest=None if job.passes_on else _whole_manifest(job.output),
+        pushed=done.pushed.url if done.pushed else None,
+    )
+
+
+def _plan_only(job: Job) -> ItemResult:
+    plan = plan_conversion(open_checkpoint(job.item.source), job.options["unaligned"])
+    return job.result(
+        EXIT_DONE, status="planned", bytes=plan.target_bytes, converted=len(plan.converted), kept=len(plan.kept)
+    )
+
+
+def _compare_finished(job: Job, workers: int | None, progress: Progress) -> ItemResult | None:
+    """Compares a finished output, which the record does not answer for, with the source, completely.
+
+    Returns:
+        The result, if it is what this item would give; None if there is no finished output, or one to replace.
+
+    Raises:
+        CheckpointError: if the source is no convertible AWQ checkpoint.
+        OutputError: if the output is another one, and may not be replaced.
+    """
+    if not _holds_finished(job.output):
+        return None
+    folder = open_source(job.item.source)
+    plan = plan_conversion(open_checkpoint(folder), job.options["unaligned"])
+    progress.note(f"{job.output} is there already; it is compared with its source")
+    try:
+        if Folder.at(job.output).read(CONFIG_FILENAME) != encode_json(plan.config()):
+            raise difference("config", "its config is another one", file=CONFIG_FILENAME)
+        if job.options["low_disk"] and folder.origin is not None:
+            verified = 0  # the source is not fetched again for that: its commit says that it is the same
+            _check_recorded(job.output, folder.origin)
+        else:
+            device = job.options["device"]
+            found = verify(job.item.source, job.output, workers=workers, device=device, progress=progress)
+            verified = len(found.modules)
+    except (CheckpointError, DifferenceError) as error:
+        if job.options["overwrite"]:
+            return None
+        raise _not_this_one(job.output, error) from None
+    return job.result(
+        EXIT_DONE,
+        bytes=plan.target_bytes,
+        converted=len(plan.converted),
+        kept=len(plan.kept),
+        verified=verified,
+        manifest=_whole_manifest(job.output),
+        pushed=_push(job, progress),
+    )
+
+
+def _push(job: Job, progress: Progress) -> str | None:
+    """Sends a finished output to where it shall go, if anywhere; what is there already is not sent again."""
+    target = job.target
+    if target is None:
+        return None
+    sent = push(
+        job.output,
+        target.repo_id,
+        private=target.private,
+        revision=target.revision,
+        create_pr=target.create_pr,
+        commit_message=job.options["commit_message"],
+        overwrite=target.overwrite,
+        progress=progress,
+    )
+    return sent.url
+
+
+def _check_recorded(output: Path, origin: tuple[str, str]) -> None:
+    """Raises DifferenceError unless an output was made from a commit, and its files are those that it was."""
+    folder = Folder.at(output)
+    manifest = read_manifest(folder)
+    if (manifest.repo_id, manifest.revision) != origin:
+        raise difference("manifest", f"it was made from {manifest.repo_id}@{manifest.revision}")
+    recorded = {name: (shard.target_size, shard.target_digest) for name, shard in manifest.shards.items()}
+    for name, expected in (recorded | dict(manifest.files)).items():
+        if xxh3_of_file((folder.path(name), name)) != expected:
+            raise difference("manifest", "it is not the file that was written", file=name)
+
+
+def _not_this_one(output: Path, error: Awq2MarlinError) -> OutputError:
+    message = (
+        f"the folder holds a finished conversion that is not what this item gives ({error.problems[0]}); "
+        "use --overwrite to replace it, or choose another"
+    )
+    return OutputError(Problem(str(output), "", "not-empty", message))

@@ -1,0 +1,36 @@
+"""vLLM serves Marlin-native checkpoints: ``pip install awq2marlin`` beside vLLM is all that is needed.
+
+vLLM calls `register` in each of its processes, through the entry point group ``vllm.general_plugins``, whatever
+model it serves. Nothing here is imported before, and a failure leaves vLLM as it was.
+"""
+
+from __future__ import annotations
+
+import logging
+
+
+def register() -> None:
+    """Makes the quantization method ``marlin_native`` known to vLLM.
+
+    May be called more than once. Never raises: on a vLLM that this package does not know, the method is registered
+    all the same, but reading a checkpoint of it then fails with a sentence that says so; if even that is
+    impossible, a warning is logged.
+    """
+    try:
+        import vllm
+
+        from awq2marlin.integrations.vllm.versions import unsupported_reason
+
+        reason = unsupported_reason(vllm.__version__)
+        if reason is None:
+            import awq2marlin.integrations.vllm.config  # noqa: F401 - importing it registers the method
+        else:
+            from awq2marlin.integrations.vllm.refusal import register_refusal
+
+            register_refusal(reason)
+    except Exception:
+        # Every vLLM process comes through here, most of them for other models.
+        logging.getLogger("vllm.awq2marlin").warning(
+            "awq2marlin could not register the quantization method marlin_native; other models are not affected",
+            exc_info=True,
+        )

@@ -1,0 +1,231 @@
+"""The quantization config ``marlin_native``: which layer of a model is loaded in which way.
+
+vLLM imports this module in every process, so the methods, with the large modules they need, are imported only when
+a layer asks for one.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from vllm import envs
+from vllm.logger import init_logger
+from vllm.model_executor.layers.quantization import register_quantization_config
+from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
+
+from awq2marlin.errors import printable, refuse
+from awq2marlin.folder import CONFIG_FILENAME
+from awq2marlin.integrations.vllm.contents import Contents
+from awq2marlin.integrations.vllm.inventory import inventory_of, read_inventory
+from awq2marlin.quantization import MARLIN_QUANT_METHOD, MarlinQuantization, read_marlin_quantization
+
+logger = init_logger("vllm.awq2marlin")
+
+#: vLLM's Marlin kernels run on Turing and later.
+_MIN_CAPABILITY = 75
+
+
+@register_quantization_config(MARLIN_QUANT_METHOD)
+class MarlinNativeConfig(QuantizationConfig):  # type: ignore[misc]
+    """How a Marlin-native checkpoint is loaded.
+
+    Attributes:
+        contents: what the checkpoint holds, with the names that vLLM gives the modules.
+    """
+
+    def __init__(self, quantization: MarlinQuantization) -> None:
+        """Takes what the checkpoint's config says."""
+        super().__init__()
+        self.contents = Contents(quantization)
+
+    def __repr__(self) -> str:
+        """Returns a line for vLLM's log."""
+        said = self.contents.quantization
+        facts = f"bits={said.bits}, group_size={said.group_size}, zero_point={said.zero_point}"
+        return f"MarlinNativeConfig({facts}, awq_modules={len(said.awq_modules)})"
+
+    @classmethod
+    def get_name(cls) -> str:
+        """Returns ``marlin_native``."""
+        return MARLIN_QUANT_METHOD
+
+    @classmethod
+    def get_supported_act_dtypes(cls) -> list[torch.dtype]:
+        """Returns the activation types that the kernels take: fp16 and bf16."""
+        return [torch.half, torch.bfloat16]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        """Returns the least compute capability, times ten."""
+        return _MIN_CAPABILITY
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        """Returns no file names: the config is always in ``config.json``."""
+        return []
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> MarlinNativeConfig:
+        """Returns the config that a ``quantization_config`` describes.
+
+        Raises:
+            CheckpointError: if it is malformed, of a newer format, or of a kind that vLLM has no kernel for.
+        """
+        quantization = read_marlin_quantization(config, CONFIG_FILENAME)
+        if quantization.bits == 8 and quantization.zero_point:
+            raise refuse(
+                "unsupported-engine",
+                "the checkpoint has 8 bits with zero points: vLLM's Marlin kernels know 8 bits only without them. "
+                "Serve it with Transformers, or look for a 4-bit checkpoint of this model",
+                file=CONFIG_FILENAME,
+            )
+        return cls(quantization)
+
+    def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
+        """Checks, before the model is built, that vLLM can serve the checkpoint and that it is complete.
+
+        Args:
+            model_name: folder or Hub repository.
+            hf_config: the model's config.
+            revision: of the Hub repository.
+
+        Raises:
+            CheckpointError: naming what is missing or cannot be served, and what to do.
+        """
+        _check_engine()
+        if Path(model_name).is_dir():
+            inventory = read_inventory(Path(model_name), self.contents.quantization)
+            self.contents = replace(self.contents, inventory=inventory)
+            return
+        from vllm.transformers_utils.config import get_safetensors_params_metadata
+
+        tensors = get_safetensors_params_metadata(model_name, revision=revision)
+        if not tensors:
+            logger.warning(
+                "awq2marlin could not read the headers of %s beforehand: what is missing is found while loading",
+                printable(model_name),
+            )
+            return
+        shapes = {name: tuple(tensor["shape"]) for name, tensor in tensors.items()}
+        config = hf_config.to_dict() if hf_config is not None else {}
+        inventory = inventory_of(shapes, self.contents.quantization, config)
+        self.contents = replace(self.contents, inventory=inventory)
+
+    def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
+        """Gives the modules the names that a model of vLLM has for them.
+
+        Args:
+            hf_to_vllm_mapper: vLLM's mapping from names in the file to its own.
+        """
+        self.contents = self.contents.renamed(hf_to_vllm_mapper.apply_list)
+
+    def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        """Returns how a layer of vLLM loads and applies its weights; None for layers that are never quantized.
+
+        Args:
+            layer: of vLLM.
+            prefix: its full name.
+
+        Raises:
+            CheckpointError: if a layer fuses modules that the checkpoint holds in different layouts.
+        """
+        from vllm.model_executor.layers.fused_moe import RoutedExperts
+        from vllm.model_executor.layers.linear import LinearBase
+        from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+
+        if isinstance(layer, RoutedExperts):
+            return self._experts_method(layer, prefix)
+        if isinstance(layer, LinearBase):
+            return self._linear_method(layer, prefix)
+        if isinstance(layer, ParallelLMHead) and self.contents.layout([prefix]) == "awq":
+            return self._awq_method(layer, prefix)
+        return None
+
+    def parts(self, prefix: str) -> list[str]:
+        """Returns the names of the checkpoint's modules that make up a layer, in vLLM's order.
+
+        Args:
+            prefix: the layer's full name, such as ``model.layers.0.self_attn.qkv_proj``.
+        """
+        if self.contents.is_listed(prefix):  # fused in the file already
+            return [prefix]
+        parent, dot, name = prefix.rpartition(".")
+        return [f"{parent}{dot}{part}" for part in self.packed_modules_mapping.get(name, [name])]
+
+    def _linear_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase:
+        from vllm.model_executor.layers.linear import UnquantizedLinearMethod
+
+        from awq2marlin.integrations.vllm.linear import MarlinNativeLinearMethod
+
+        parts = self.parts(prefix)
+        layout = self.contents.layout(parts)
+        if layout == "none":
+            return UnquantizedLinearMethod()
+        if layout == "awq":
+            return self._awq_method(layer, prefix)
+        return MarlinNativeLinearMethod(self.contents, prefix, parts)
+
+    def _awq_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase:
+        from awq2marlin.integrations.vllm.linear import MarlinRepackedLinearMethod
+
+        parts = self.parts(prefix)
+        if self._is_vllm_s_awq(parts):
+            return self._vllm_awq_config().get_quant_method(layer, prefix)
+        return MarlinRepackedLinearMethod(self.contents, prefix, parts)
+
+    def _experts_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase:
+        from vllm.model_executor.layers.fused_moe import UnquantizedFusedMoEMethod
+
+        from awq2marlin.integrations.vllm.experts import MarlinNativeMoEMethod, MarlinRepackedMoEMethod
+
+        layout = self.contents.layout_of_experts(prefix)
+        if layout == "none":
+            return UnquantizedFusedMoEMethod(layer.moe_config)
+        if layout == "awq" and self._is_vllm_s_awq([prefix]):
+            return self._vllm_awq_config().get_quant_method(layer, prefix)
+        method = MarlinRepackedMoEMethod if layout == "awq" else MarlinNativeMoEMethod
+        return method(self.contents, layer, prefix)
+
+    def _is_vllm_s_awq(self, modules: list[str]) -> bool:
+        """Returns whether vLLM's own AWQ code can load modules: it knows 4 bits, zero points and real groups only."""
+        contents = self.contents
+        return contents.bits == 4 and contents.group_size != -1 and contents.has_zero_points(modules)
+
+    def _vllm_awq_config(self) -> QuantizationConfig:
+        """Returns vLLM's own config of an AWQ checkpoint, for the modules that are kept in that layout."""
+        from vllm.model_executor.layers.quantization.auto_awq import AutoAWQConfig
+
+        document = {
+            "quant_method": "awq",
+            "bits": self.contents.bits,
+            "group_size": self.contents.group_size,
+            "zero_point": True,
+            "lm_head": True,
+            "modules_to_not_convert": [],
+        }
+        config = AutoAWQConfig.from_config(document)
+        config.packed_modules_mapping = self.packed_modules_mapping
+        return config
+
+
+def _check_engine() -> None:
+    """Refuses settings of vLLM under which Marlin weights would be read wrongly or not at all."""
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cuda():
+        raise refuse("unsupported-engine", "vLLM's Marlin kernels need an NVIDIA GPU; this vLLM runs without one")
+    if envs.VLLM_MARLIN_INPUT_DTYPE is not None:
+        raise refuse(
+            "unsupported-engine",
+            "VLLM_MARLIN_INPUT_DTYPE is set: it asks for weights prepared for 8-bit activations, which a "
+            "Marlin-native checkpoint does not hold. Unset it",
+        )
+    if envs.VLLM_BATCH_INVARIANT:
+        raise refuse(
+            "unsupported-engine",
+            "VLLM_BATCH_INVARIANT is set, but vLLM's Marlin kernels are not batch invariant. Unset it, or serve the "
+            "AWQ checkpoint: 'awq2marlin revert' gives it back",
+        )

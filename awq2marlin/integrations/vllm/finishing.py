@@ -1,0 +1,107 @@
+"""The little that is done to loaded tensors before vLLM's kernels take them: padding and changes of order.
+
+Pure functions on tensors, with any number of leading dimensions (experts).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch.nn.functional import pad
+
+from awq2marlin.awq import inverse_order, pack_factor
+from awq2marlin.layout import awq_marlin_repack, awq_to_marlin_zero_points, marlin_permute_scales
+from awq2marlin.marlin import SCALE_PERM, SCALE_PERM_SINGLE, num_groups
+
+#: Rows of K that one row of ``qweight`` holds in AWQ layout.
+AWQ_TILE = 1
+
+
+def part_shape(part: str, size_k: int, size_n: int, num_bits: int, group_size: int, tile: int) -> tuple[int, int]:
+    """Returns the shape of one tensor of a module.
+
+    Args:
+        part: ``qweight``, ``qzeros`` or ``scales``.
+        size_k: K.
+        size_n: N.
+        num_bits: 4 or 8.
+        group_size: rows of K that share scales, -1 for all.
+        tile: rows of K in a row of ``qweight``: 16 in Marlin layout, 1 in AWQ layout.
+    """
+    factor = pack_factor(num_bits)
+    if part == "qweight":
+        return size_k // tile, size_n * tile // factor
+    groups = num_groups(size_k, group_size)
+    return (groups, size_n) if part == "scales" else (groups, size_n // factor)
+
+
+def pad_to(tensor: torch.Tensor, rows: int, columns: int, blocks: int = 1) -> torch.Tensor:
+    """Returns a tensor with zeros added at the end of its rows, and at the end of each of its blocks of columns.
+
+    Whole tiles, words and groups of zeros, in either layout, stand for weights that are zero.
+
+    Args:
+        tensor: [..., R, C].
+        rows: R of the result.
+        columns: C of the result.
+        blocks: how many matrices of equal width lie side by side (gate and up, say).
+
+    Returns:
+        [..., rows, columns]; the argument itself if there is nothing to add.
+    """
+    more_rows, more_columns = rows - tensor.shape[-2], columns - tensor.shape[-1]
+    if not more_rows and not more_columns:
+        return tensor
+    apart = tensor.reshape(*tensor.shape[:-1], blocks, -1)  # [..., R, blocks, C / blocks]
+    return pad(apart, (0, more_columns // blocks, 0, 0, 0, more_rows)).flatten(-2)
+
+
+def marlin_part(
+    part: str, tensor: torch.Tensor, size_k: int, size_n: int, num_bits: int, group_size: int
+) -> torch.Tensor:
+    """Returns a tensor of an AWQ module in Marlin layout.
+
+    Args:
+        part: ``qweight``, ``qzeros`` or ``scales``.
+        tensor: [..., R, C], of that part in AWQ layout.
+        size_k: K, aligned.
+        size_n: N, aligned.
+        num_bits: 4 or 8.
+        group_size: rows of K that share scales, -1 for all.
+
+    Returns:
+        A new tensor, with the same leading dimensions.
+    """
+    if tensor.ndim > 2:
+        return torch.stack([marlin_part(part, each, size_k, size_n, num_bits, group_size) for each in tensor])
+    if part == "qweight":
+        return awq_marlin_repack(tensor, size_k, size_n, num_bits)
+    if part == "qzeros":
+        return awq_to_marlin_zero_points(tensor, num_groups(size_k, group_size), size_n, num_bits)
+    return marlin_permute_scales(tensor, size_k, size_n, group_size)
+
+
+def reorder_scales(scales: torch.Tensor, *, was_single: bool, is_single: bool) -> torch.Tensor:
+    """Returns scales in the order that kernels expect of a slice.
+
+    Args:
+        scales: [..., G, N], N a multiple of 64.
+        was_single: whether they stand in the 32-wide order of a single group.
+        is_single: whether they shall.
+
+    Returns:
+        [..., G, N], a new tensor; the argument itself if the two orders are the same.
+    """
+    if was_single == is_single:
+        return scales
+    plain = _gather(scales, inverse_order(SCALE_PERM_SINGLE if was_single else SCALE_PERM))
+    return _gather(plain, SCALE_PERM_SINGLE if is_single else SCALE_PERM)
+
+
+def permute_bias(bias: torch.Tensor) -> torch.Tensor:
+    """Returns a bias [..., N], N a multiple of 32, as vLLM's kernel adds it: columns in the 32-wide order."""
+    return _gather(bias, SCALE_PERM_SINGLE)
+
+
+def _gather(tensor: torch.Tensor, columns: tuple[int, ...]) -> torch.Tensor:
+    index = torch.tensor(columns, device=tensor.device)
+    return tensor.reshape(*tensor.shape[:-1], -1, len(columns))[..., index].flatten(-2)

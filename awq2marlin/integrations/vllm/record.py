@@ -1,0 +1,88 @@
+"""Keeping account of what was loaded: vLLM does not notice when a quantized checkpoint lacks a tensor."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Mapping
+from functools import wraps
+from typing import Any
+
+from vllm.config import get_current_vllm_config_or_none
+
+from awq2marlin.errors import CheckpointError, Problem
+
+#: Ways of loading that fill the parameters behind the back of their weight loaders.
+_OTHER_LOAD_FORMATS = frozenset({"dummy", "sharded_state", "tensorizer", "runai_streamer_sharded", "bitsandbytes"})
+
+#: vLLM's names of the parts of a fused layer, where it does not number them.
+_PART_NUMBERS = {"q": 0, "k": 1, "v": 2, "index_q": 3, "index_k": 4}
+
+_WHOLE = "whole"
+
+
+class LoadRecord:
+    """Which parts of which parameters a layer's weight loader has been called for."""
+
+    def __init__(self) -> None:
+        """Knows of nothing loaded yet."""
+        self._loaded: dict[str, set[Hashable]] = defaultdict(set)
+        config = get_current_vllm_config_or_none()
+        load_format = str(getattr(config.load_config, "load_format", "")) if config is not None else ""
+        self._sees_everything = load_format not in _OTHER_LOAD_FORMATS
+
+    def watch(self, name: str, loader: Callable[..., Any]) -> Callable[..., Any]:
+        """Returns a weight loader that does what ``loader`` does and remembers that it did.
+
+        Args:
+            name: of the parameter, such as ``qweight``.
+            loader: vLLM's, taking the parameter, the tensor and perhaps the part of a fused layer.
+        """
+
+        @wraps(loader)
+        def recording_loader(param: Any, loaded_weight: Any, *args: Any, **kwargs: Any) -> Any:
+            result = loader(param, loaded_weight, *args, **kwargs)
+            part = kwargs.get("loaded_shard_id", args[0] if args else None)
+            self.note(name, *(part if isinstance(part, (tuple, list)) else (part,)))
+            return result
+
+        return recording_loader
+
+    def note(self, name: str, *parts: Hashable) -> None:
+        """Remembers that parts of a parameter were loaded; None is all of it."""
+        self._loaded[name].update(_WHOLE if part is None else _PART_NUMBERS.get(str(part), part) for part in parts)
+
+    def require(self, modules: list[str], parameters: list[str]) -> None:
+        """Refuses a linear layer if a part of a parameter was never loaded.
+
+        Args:
+            modules: the names of the checkpoint's modules that make up the layer, in vLLM's order.
+            parameters: names of its parameters.
+
+        Raises:
+            CheckpointError: naming every tensor that is missing.
+        """
+        self.require_parts(
+            {
+                f"{module}.{parameter}": (parameter, part)
+                for parameter in parameters
+                for part, module in enumerate(modules)
+            }
+        )
+
+    def require_parts(self, wanted: Mapping[str, tuple[str, Hashable]]) -> None:
+        """Refuses a layer if something was never loaded.
+
+        Args:
+            wanted: by the name of each tensor, the parameter that it belongs to and what loaders call its part.
+
+        Raises:
+            CheckpointError: naming every tensor that is missing.
+        """
+        if not self._sees_everything:
+            return
+        missing = [
+            tensor for tensor, (parameter, part) in wanted.items() if not self._loaded[parameter] & {part, _WHOLE}
+        ]
+        if missing:
+            message = "it is missing from the checkpoint, or under another name; download it again, or convert again"
+            raise CheckpointError(Problem("", tensor, "missing-tensor", message) for tensor in missing)

@@ -1,0 +1,173 @@
+"""AWQ models of random weights that say something.
+
+Weights are centred and of the usual size, and the output embedding is large, so that tokens differ in probability and
+a wrong weight shows. Made tensor by tensor, on a GPU where there is one; no tokenizer.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+#: Standard deviation of the difference of a uniform value and a zero point near the middle, by bits.
+_SPREAD = {4: 4.6, 8: 73.9}
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model to be made.
+
+    Attributes:
+        hidden: size of the residual stream.
+        inner: size inside the MLP, or of an expert.
+        layers: how many.
+        heads: query heads.
+        key_value_heads: key and value heads.
+        vocabulary: rows of the embeddings.
+        experts: experts of each layer, 0 for a dense model.
+        biases: whether query, key and value have biases (Qwen2).
+        bits: 4 or 8.
+        group_size: rows that share scales, -1 for all.
+        zero_points: whether modules have ``qzeros``.
+        dtype: of scales and unquantized tensors.
+    """
+
+    hidden: int
+    inner: int
+    layers: int
+    heads: int
+    key_value_heads: int
+    vocabulary: int
+    experts: int = 0
+    biases: bool = False
+    bits: int = 4
+    group_size: int = 128
+    zero_points: bool = True
+    dtype: torch.dtype = torch.float16
+
+    def config(self) -> dict[str, Any]:
+        """Returns ``config.json``."""
+        kind = "mixtral" if self.experts else "qwen2" if self.biases else "llama"
+        name = {"mixtral": "Mixtral", "qwen2": "Qwen2", "llama": "Llama"}[kind]
+        config = {
+            "architectures": [f"{name}ForCausalLM"],
+            "model_type": kind,
+            "hidden_size": self.hidden,
+            "intermediate_size": self.inner,
+            "num_hidden_layers": self.layers,
+            "num_attention_heads": self.heads,
+            "num_key_value_heads": self.key_value_heads,
+            "head_dim": self.hidden // self.heads,
+            "vocab_size": self.vocabulary,
+            "max_position_embeddings": 2048,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 10000.0,
+            "hidden_act": "silu",
+            "tie_word_embeddings": False,
+            "torch_dtype": str(self.dtype).removeprefix("torch."),
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "quantization_config": {
+                "quant_method": "awq",
+                "bits": self.bits,
+                "group_size": self.group_size,
+                "zero_point": self.zero_points,
+                "version": "gemm",
+            },
+        }
+        if self.experts:
+            config |= {"num_local_experts": self.experts, "num_experts_per_tok": 2}
+        return config
+
+
+def write_model(folder: Path, model: Model, seed: int = 1234) -> int:
+    """Writes the model, one file for each layer; returns the bytes of its tensors."""
+    folder.mkdir(parents=True)
+    maker = _Maker(model, seed)
+    weight_map, total = {}, 0
+    for number, tensors in enumerate(maker.files()):
+        name = f"model-{number:05d}.safetensors"
+        save_file({key: tensor.contiguous().cpu() for key, tensor in tensors.items()}, folder / name)
+        weight_map |= dict.fromkeys(tensors, name)
+        total += sum(tensor.nbytes for tensor in tensors.values())
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "config.json").write_text(json.dumps(model.config(), indent=1))
+    return total
+
+
+class _Maker:
+    def __init__(self, model: Model, seed: int) -> None:
+        self.model = model
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.generator = torch.Generator(device=self.device).manual_seed(seed)
+
+    def files(self) -> Iterator[dict[str, torch.Tensor]]:
+        model = self.model
+        hidden = model.hidden
+        yield {
+            "model.embed_tokens.weight": self.normal(model.vocabulary, hidden, std=1.0),
+            "lm_head.weight": self.normal(model.vocabulary, hidden, std=3 * hidden**-0.5),
+            "model.norm.weight": self.ones(hidden),
+        }
+        for layer in range(model.layers):
+            yield dict(self.layer(f"model.layers.{layer}"))
+
+    def layer(self, prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
+        model = self.model
+        hidden = model.hidden
+        key_value = hidden // model.heads * model.key_value_heads
+        for name, size_n in (("q_proj", hidden), ("k_proj", key_value), ("v_proj", key_value)):
+            yield from self.module(f"{prefix}.self_attn.{name}", hidden, size_n)
+            if model.biases:
+                yield f"{prefix}.self_attn.{name}.bias", self.normal(size_n, std=0.5)
+        yield from self.module(f"{prefix}.self_attn.o_proj", hidden, hidden)
+        for norm in ("input_layernorm", "post_attention_layernorm"):
+            yield f"{prefix}.{norm}.weight", self.ones(hidden)
+        if not model.experts:
+            yield from self.mlp(f"{prefix}.mlp", ("gate_proj", "up_proj", "down_proj"))
+            return
+        yield f"{prefix}.block_sparse_moe.gate.weight", self.normal(model.experts, hidden, std=hidden**-0.5)
+        for expert in range(model.experts):
+            yield from self.mlp(f"{prefix}.block_sparse_moe.experts.{expert}", ("w1", "w3", "w2"))
+
+    def mlp(self, prefix: str, names: tuple[str, str, str]) -> Iterator[tuple[str, torch.Tensor]]:
+        hidden, inner = self.model.hidden, self.model.inner
+        gate, up, down = names
+        yield from self.module(f"{prefix}.{gate}", hidden, inner)
+        yield from self.module(f"{prefix}.{up}", hidden, inner)
+        yield from self.module(f"{prefix}.{down}", inner, hidden)
+
+    def module(self, name: str, size_k: int, size_n: int) -> Iterator[tuple[str, torch.Tensor]]:
+        model = self.model
+        factor = 32 // model.bits
+        groups = 1 if model.group_size == -1 else size_k // model.group_size
+        words: dict[str, Any] = {"generator": self.generator, "device": self.device, "dtype": torch.int32}
+        if model.zero_points:
+            yield f"{name}.qweight", torch.randint(-(2**31), 2**31 - 1, (size_k, size_n // factor), **words)
+            middle = 2 ** (model.bits - 1)
+            yield f"{name}.qzeros", self.words(middle - 2, middle + 2, groups, size_n // factor)
+        else:  # from 1, so that the mean is the implied zero point
+            yield f"{name}.qweight", self.words(1, 2**model.bits, size_k, size_n // factor)
+        spread = torch.rand(groups, size_n, generator=self.generator, device=self.device) * 0.5 + 0.75
+        yield f"{name}.scales", (spread / (_SPREAD[model.bits] * size_k**0.5)).to(model.dtype)
+
+    def words(self, low: int, high: int, rows: int, columns: int) -> torch.Tensor:
+        """Returns words whose fields are drawn from ``low`` to ``high`` - 1."""
+        bits = self.model.bits
+        shape = (rows, columns, 32 // bits)
+        fields = torch.randint(low, high, shape, generator=self.generator, device=self.device, dtype=torch.int32)
+        shifts = torch.arange(0, 32, bits, device=self.device, dtype=torch.int32)
+        return (fields << shifts).sum(-1, dtype=torch.int32)
+
+    def normal(self, *shape: int, std: float) -> torch.Tensor:
+        return (torch.randn(*shape, generator=self.generator, device=self.device) * std).to(self.model.dtype)
+
+    def ones(self, size: int) -> torch.Tensor:
+        return torch.ones(size, dtype=self.model.dtype)

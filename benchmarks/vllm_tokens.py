@@ -1,0 +1,307 @@
+"""Whether vLLM says the same with a converted checkpoint as with its AWQ source: greedy tokens and log-probabilities.
+
+    python benchmarks/vllm_tokens.py --out benchmarks/results/vllm_tokens_h200.json [--tp 2] [--only NAME ...]
+
+Makes random models (benchmarks/random_models.py), converts them, and runs each twice, a process for each engine, all
+models side by side. The AWQ source runs on vLLM's own AWQ code with Machete disabled, so that both use Marlin
+kernels. Where vLLM's AWQ code cannot load a kind (no zero points; one group over all of K on several ranks), the
+reference is the dequantized model in plain fp16, whose rounding differs: then log-probabilities are compared within a
+bound, along the same tokens.
+
+Prompts go in together, and short ones also one by one. Where tokens share blocks in vLLM's expert kernels, two
+starts on one and the same AWQ checkpoint do not give the same bits; so of mixtures of experts only the prompts that
+go in alone and fit one block must, and a second start of the AWQ source shows how far the others may be apart.
+Ends with exit code 1 if anything differs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from random_models import Model, write_model
+
+DENSE = Model(hidden=1024, inner=2816, layers=4, heads=16, key_value_heads=4, vocabulary=4096)
+
+#: Each name says what is particular about it.
+MODELS = {
+    "llama, g 128": DENSE,
+    "qwen2 with biases, g 64": Model(1024, 2816, 4, 16, 4, 4096, biases=True, group_size=64),
+    "llama, g -1": Model(1024, 2816, 4, 16, 4, 4096, group_size=-1),
+    "llama with attention kept as AWQ, g 64": Model(576, 1536, 4, 9, 3, 4096, group_size=64),
+    "mixtral, g 128": Model(1024, 1024, 4, 16, 4, 4096, experts=4),
+    "llama without zero points": Model(1024, 2816, 4, 16, 4, 4096, zero_points=False),
+    "llama, 8 bits without zero points": Model(1024, 2816, 4, 16, 4, 4096, bits=8, zero_points=False),
+}
+
+PROMPT_LENGTHS = (8, 20, 33, 70, 129, 300)
+#: Of the prompts that go in one by one: no more tokens than the smallest block of vLLM's experts.
+SHORT_LENGTHS = (3, 4, 5, 6, 7, 8)
+NEW_TOKENS = 24
+
+#: Largest difference of log-probabilities from the dequantized model: fp16 rounding of its weights and products.
+DENSE_BOUND = 0.1
+
+#: What keeps vLLM on Marlin kernels and away from what needs a network or NVLink multicast.
+ENVIRONMENT = {
+    "VLLM_DISABLED_KERNELS": "MacheteLinearKernel",
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
+    "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",
+    "VLLM_ALLREDUCE_USE_SYMM_MEM": "0",
+    "NCCL_NVLS_ENABLE": "0",
+    "HF_HUB_OFFLINE": "1",
+}
+
+
+def kinds_of_layers(model: Any) -> dict[str, int]:
+    """Returns how many layers each method of vLLM serves, with its kernel where it names one."""
+    found: dict[str, int] = {}
+    for module in model.modules():
+        method = getattr(module, "quant_method", None)
+        if method is not None:
+            kernel = getattr(method, "kernel", None) or getattr(method, "experts_cls", None)
+            name = getattr(kernel, "__name__", type(kernel).__name__) if kernel is not None else ""
+            key = f"{type(method).__name__} {name}".strip()
+            found[key] = found.get(key, 0) + 1
+    return found
+
+
+def run_engine(folder: Path, ranks: int, eager: bool, forced: Path | None, out: Path) -> None:
+    """Generates in this process and writes what came out; ``forced`` holds tokens whose probabilities are asked for."""
+    import torch
+    import vllm
+    from vllm import LLM, SamplingParams
+
+    begin = time.perf_counter()
+    engine = LLM(
+        model=str(folder),
+        tensor_parallel_size=ranks,
+        enforce_eager=eager,
+        skip_tokenizer_init=True,
+        max_model_len=512,
+        max_num_seqs=16,
+        gpu_memory_utilization=0.1,
+        kv_cache_memory_bytes=1 << 29,
+        disable_custom_all_reduce=True,
+        attention_config={"backend": "TRITON_ATTN"},
+        enable_prefix_caching=False,
+        seed=0,
+    )
+    ready = time.perf_counter() - begin
+    vocabulary = json.loads((folder / "config.json").read_text())["vocab_size"]
+    generator = torch.Generator().manual_seed(7)
+
+    def draw(lengths: tuple[int, ...]) -> list[list[int]]:
+        return [torch.randint(3, vocabulary, (length,), generator=generator).tolist() for length in lengths]
+
+    def answer(prompts: list[list[int]]) -> list[dict[str, Any]]:
+        sampling = SamplingParams(temperature=0.0, max_tokens=NEW_TOKENS, logprobs=1, ignore_eos=True, detokenize=False)
+        outputs = engine.generate([{"prompt_token_ids": each} for each in prompts], sampling, use_tqdm=False)
+        return [
+            {
+                "tokens": list(output.outputs[0].token_ids),
+                "logprobs": [
+                    entry[token].logprob
+                    for token, entry in zip(output.outputs[0].token_ids, output.outputs[0].logprobs, strict=True)
+                ],
+            }
+            for output in outputs
+        ]
+
+    prompts, short = draw(PROMPT_LENGTHS), draw(SHORT_LENGTHS)
+    alone: list[dict[str, Any]] = []
+    if forced is None:
+        rows = answer(prompts)
+        alone = [row for prompt in short for row in answer([prompt])]
+    else:
+        said = json.loads(forced.read_text())["rows"]
+        texts = [prompt + row["tokens"] for prompt, row in zip(prompts, said, strict=True)]
+        sampling = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=1, detokenize=False)
+        outputs = engine.generate([{"prompt_token_ids": each} for each in texts], sampling, use_tqdm=False)
+        rows = []
+        for prompt, row, output in zip(prompts, said, outputs, strict=True):
+            entries = output.prompt_logprobs[len(prompt) :]
+            logprobs = [entry[token].logprob for token, entry in zip(row["tokens"], entries, strict=True)]
+            best = [max(entry.values(), key=lambda each: each.logprob).logprob for entry in entries]
+            rows.append({"tokens": row["tokens"], "logprobs": logprobs, "best": best})
+    document = {"vllm": vllm.__version__, "torch": torch.__version__, "seconds": round(ready, 2)}
+    document |= {"rows": rows, "alone": alone}
+    document["gpu"] = torch.cuda.get_device_name()
+    document["layers"] = engine.apply_model(kinds_of_layers)[0]
+    out.write_text(json.dumps(document))
+
+
+def dequantize(source: Path, target: Path) -> None:
+    """Writes the fp16 model that an AWQ model stands for."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    from awq2marlin.awq import AWQ_PACK_ORDER, inverse_order
+
+    target.mkdir()
+    config = json.loads((source / "config.json").read_text())
+    bits = config.pop("quantization_config")["bits"]
+    order = torch.tensor(inverse_order(AWQ_PACK_ORDER[bits]))
+    shifts = torch.arange(0, 32, bits, dtype=torch.int32)
+
+    def unpack(words: torch.Tensor) -> torch.Tensor:
+        fields = (words.unsqueeze(-1) >> shifts) & (2**bits - 1)
+        return fields[..., order].flatten(1).float()
+
+    for path in sorted(source.glob("*.safetensors")):
+        tensors = load_file(path)
+        dense = {}
+        for name, tensor in tensors.items():
+            module, _, part = name.rpartition(".")
+            if part == "qweight":
+                q, scales = unpack(tensor), tensors[f"{module}.scales"].float()  # [K, N], [G, N]
+                qzeros = tensors.get(f"{module}.qzeros")
+                zeros = torch.full_like(scales, 2 ** (bits - 1)) if qzeros is None else unpack(qzeros)
+                rows = q.shape[0] // scales.shape[0]
+                weight = (q - zeros.repeat_interleave(rows, 0)) * scales.repeat_interleave(rows, 0)
+                dense[f"{module}.weight"] = weight.t().contiguous().half()
+            elif part not in ("qzeros", "scales"):
+                dense[name] = tensor
+        save_file(dense, target / path.name)
+    (target / "config.json").write_text(json.dumps(config))
+
+
+def has_awq_code(model: Model, ranks: int) -> bool:
+    """Returns whether vLLM's own AWQ code can load a model."""
+    return model.zero_points and not (model.group_size == -1 and ranks > 1)
+
+
+def start_engine(folder: Path, ranks: int, eager: bool, out: Path, forced: Path | None = None) -> dict[str, Any]:
+    """Runs `run_engine` in a process of its own and returns what it wrote."""
+    command = [sys.executable, __file__, "--engine", str(folder), "--tp", str(ranks), "--out", str(out)]
+    command += ["--forced", str(forced)] if forced else []
+    command += [] if eager else ["--compiled"]
+    with out.with_suffix(".log").open("w") as log:
+        done = subprocess.run(command, env={**os.environ, **ENVIRONMENT}, stdout=log, stderr=log, check=False)
+    if done.returncode:
+        tail = out.with_suffix(".log").read_text(errors="replace").splitlines()[-40:]
+        raise RuntimeError(f"the engine failed on {folder}:\n" + "\n".join(tail))
+    document: dict[str, Any] = json.loads(out.read_text())
+    return document
+
+
+def prepare(model: Model, work: Path) -> tuple[int, int]:
+    """Makes and converts a model; returns how many modules were converted and how many kept."""
+    from awq2marlin import convert
+
+    write_model(work / "awq", model)
+    result = convert(work / "awq", work / "marlin", verify="all")
+    return len(result.converted), len(result.kept)
+
+
+def agreement(what: str, ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> dict[str, Any]:
+    """Returns how many prompts gave the same tokens and the same bits, and how far apart log-probabilities are.
+
+    The largest difference is taken up to and with the first token that differs: after it the texts are not the same.
+    """
+    apart = 0.0
+    for one, other in zip(ours, theirs, strict=True):
+        for token, other_token, a, b in zip(
+            one["tokens"], other["tokens"], one["logprobs"], other["logprobs"], strict=True
+        ):
+            apart = max(apart, abs(a - b))
+            if token != other_token:
+                break
+    pairs = list(zip(ours, theirs, strict=True))
+    return {
+        f"{what}_prompts": len(pairs),
+        f"{what}_same_tokens": sum(one["tokens"] == other["tokens"] for one, other in pairs),
+        f"{what}_same_logprobs": sum(
+            one["tokens"] == other["tokens"] and one["logprobs"] == other["logprobs"] for one, other in pairs
+        ),
+        f"{what}_max_logprob_difference": apart,
+    }
+
+
+def compare(name: str, model: Model, ranks: int, eager: bool, work: Path) -> dict[str, Any]:
+    """Returns how the two engines' words compare, for one model that is prepared."""
+    row: dict[str, Any] = {"model": name, "tensor_parallel_size": ranks, "eager": eager}
+    ours = start_engine(work / "marlin", ranks, eager, work / "marlin.json")
+    if has_awq_code(model, ranks):
+        theirs = start_engine(work / "awq", ranks, eager, work / "awq.json")
+        row["reference"] = "AWQ source on vLLM's own AWQ code"
+        row |= agreement("alone", ours["alone"], theirs["alone"]) | agreement("together", ours["rows"], theirs["rows"])
+        row["ok"] = row["alone_same_logprobs"] == len(SHORT_LENGTHS)
+        if model.experts:
+            again = start_engine(work / "awq", ranks, eager, work / "again.json")
+            row |= agreement("awq_again_alone", again["alone"], theirs["alone"])
+            row |= agreement("awq_again_together", again["rows"], theirs["rows"])
+        else:
+            row["ok"] &= row["together_same_logprobs"] == len(PROMPT_LENGTHS)
+    else:
+        dequantize(work / "awq", work / "dense")
+        theirs = start_engine(work / "dense", ranks, eager, work / "dense.json", work / "marlin.json")
+        row["reference"] = "dequantized model, fp16"
+        row |= agreement("together", ours["rows"], theirs["rows"])
+        row["together_same_tokens"] = sum(each["best"] == each["logprobs"] for each in theirs["rows"])
+        row["ok"] = row["together_max_logprob_difference"] < DENSE_BOUND
+    row |= {
+        "layers": ours["layers"],
+        "reference_layers": theirs["layers"],
+        "vllm": ours["vllm"],
+        "torch": ours["torch"],
+        "gpu": ours["gpu"],
+    }
+    return row
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="results, JSON; rows of other runs in it are kept")
+    parser.add_argument("--tp", type=int, default=1, help="tensor-parallel size")
+    parser.add_argument("--only", nargs="+", choices=MODELS, default=list(MODELS), metavar="NAME")
+    parser.add_argument("--side-by-side", type=int, default=4, help="engines that run at the same time")
+    parser.add_argument("--compiled", action="store_true", help="with torch.compile and CUDA graphs, not eagerly")
+    parser.add_argument("--engine", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--forced", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.engine:
+        run_engine(options.engine, options.tp, not options.compiled, options.forced, options.out)
+        return 0
+
+    names = [name for name in options.only if MODELS[name].heads % options.tp == 0]
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(options.side_by_side) as pool:
+        work = {name: Path(folder) / str(number) for number, name in enumerate(names)}
+        counts = {name: prepare(MODELS[name], work[name]) for name in names}
+        print(f"{len(names)} models are made and converted", flush=True)
+
+        def one(name: str) -> dict[str, Any]:
+            begin = time.perf_counter()
+            try:
+                row = compare(name, MODELS[name], options.tp, not options.compiled, work[name])
+            except Exception as error:  # the other models' results shall not be lost
+                row = {"model": name, "tensor_parallel_size": options.tp, "ok": False, "error": str(error)}
+            row["converted"], row["kept"] = counts[name]
+            print(f"{name}, {options.tp} rank(s), {time.perf_counter() - begin:.0f} s: {json.dumps(row)}", flush=True)
+            return row
+
+        rows = list(pool.map(one, names))
+    document = json.loads(options.out.read_text()) if options.out.exists() else {"rows": []}
+    document["date"] = datetime.date.today().isoformat()
+    document["rows"] += rows
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps(document, indent=1) + "\n")
+    wrong = [row["model"] for row in rows if not row["ok"]]
+    print(f"{len(rows) - len(wrong)} of {len(rows)} agree" + (f"; not: {', '.join(wrong)}" if wrong else ""))
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,77 @@
+"""vLLM's container of experts, built as one rank of several; only its kernel is not, which needs a GPU."""
+
+from unittest import mock
+
+import numpy as np
+import torch
+from vllm.model_executor.layers.fused_moe import RoutedExperts
+from vllm.model_executor.layers.fused_moe.activation import MoEActivation
+from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig, FusedMoEParallelConfig, RoutingMethodType
+from vllm.model_executor.layers.fused_moe.expert_map_manager import ExpertMapManager
+from vllm.model_executor.layers.fused_moe.experts.marlin_moe import MarlinExpertsBase
+
+from awq2marlin import reference
+from awq2marlin.integrations.vllm.experts import MarlinNativeMoEMethod
+from tests.integrations.vllm.harness import words
+
+SHARDS = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
+
+
+def experts_layer(model, prefix, experts, hidden, inner, rank=0, ranks=1, local=None, moe=(), **options):
+    """Returns an empty `RoutedExperts` of one rank, which holds the experts ``local``, by default all.
+
+    ``moe`` are further attributes of vLLM's `FusedMoEConfig`.
+    """
+    local = range(experts) if local is None else local
+    parallel = FusedMoEParallelConfig(
+        tp_size=ranks, pcp_size=1, dp_size=1, ep_size=1, tp_rank=rank, pcp_rank=0, dp_rank=0, ep_rank=0, sp_size=1,
+        use_ep=False, all2all_backend="naive", enable_eplb=False,
+    )  # fmt: skip
+    config = FusedMoEConfig(
+        num_experts=experts, experts_per_token=2, hidden_dim=hidden, intermediate_size=inner,
+        num_local_experts=len(local), num_logical_experts=experts, activation=MoEActivation.SILU, device="cpu",
+        routing_method=RoutingMethodType.Default, moe_parallel_config=parallel, in_dtype=torch.half, **dict(moe),
+    )  # fmt: skip
+    manager = mock.Mock(spec=ExpertMapManager)
+    manager.local_num_experts, manager.placement_strategy = len(local), "linear"
+    manager.expert_map = manager.expert_mask = manager.routing_tables = None
+    manager.map_global_to_local = lambda expert: local.index(expert) if expert in local else -1
+    with mock.patch.object(MarlinExpertsBase, "_supports_current_device", return_value=True):
+        return RoutedExperts(
+            layer_name=prefix, params_dtype=torch.half, moe_config=config, quant_config=model.config,
+            expert_map_manager=manager, **options,
+        )  # fmt: skip
+
+
+def load_experts(layer, model, prefix, leave_out=()):
+    """Hands the layer every tensor of its experts as `RoutedExperts.load_weights` does."""
+    parameters = dict(layer.named_parameters())
+    for expert in range(layer.global_num_experts):
+        for shard, projection in SHARDS.items():
+            group = "w2" if shard == "w2" else "w13"
+            for part in ("qweight", "qzeros", "scales"):
+                name = f"{prefix}.{expert}.{projection}.{part}"
+                if name in model.marlin and name not in leave_out:
+                    target = f"{group}_{part}"
+                    parameter = parameters[target]
+                    done = parameter.weight_loader(
+                        parameter, model.marlin[name], f"{prefix}.{target}", shard_id=shard, expert_id=expert,
+                        return_success=True,
+                    )  # fmt: skip
+                    assert done == (layer._map_global_expert_id_to_local_expert_id(expert) != -1)
+
+
+def finish_experts(layer):
+    """Runs what follows loading, up to the choice of a kernel; returns how often that was asked for."""
+    with mock.patch.object(MarlinNativeMoEMethod, "_setup_kernel") as setup:
+        layer.quant_method.process_weights_after_loading(layer)
+    return setup.call_count
+
+
+def expert_values(layer, group, expert, bits):
+    """Returns (q, z, s) that one expert's ``w13`` or ``w2`` stands for to vLLM's kernel, in plain order."""
+    q = reference.unpack_marlin_qweight(words(getattr(layer, f"{group}_qweight").data[expert]), bits)
+    zeros = getattr(layer, f"{group}_qzeros", None)
+    z = None if zeros is None else reference.unpack_marlin_qzeros(words(zeros.data[expert]), bits)
+    scales = getattr(layer, f"{group}_scales").data[expert].numpy()
+    return q, z, reference.unpermute_columns(np.ascontiguousarray(scales), single_group=len(scales) == 1)

@@ -1,0 +1,219 @@
+"""The method as vLLM sees it: registered by its entry point, checked before the model is built, renamed with it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from unittest import mock
+
+import pytest
+
+import awq2marlin
+from awq2marlin.errors import CheckpointError
+
+pytestmark = pytest.mark.usefixtures("harness")
+
+MODULES = {"model.layers.0.self_attn.q_proj": (192, 192), "model.layers.0.mlp.down_proj": (256, 192)}
+
+
+def problem_of(call, *arguments, **options):
+    with pytest.raises(CheckpointError) as refused:
+        call(*arguments, **options)
+    (problem,) = refused.value.problems
+    return problem
+
+
+@pytest.fixture
+def model(harness, tmp_path):
+    return harness.Model(tmp_path, MODULES, group_size=64, heads=(4, 4), with_inventory=False)
+
+
+@pytest.fixture
+def on_a_gpu(monkeypatch):
+    """Makes vLLM believe that it has a GPU."""
+    from vllm import platforms
+
+    monkeypatch.setattr(type(platforms.current_platform), "is_cuda", lambda _: True)
+
+
+# --- registered -------------------------------------------------------------------------------------------
+
+
+def run_python(code):
+    """Runs code in a process that has imported no part of vLLM; returns its last line."""
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join([str(Path(awq2marlin.__file__).parent.parent), *sys.path]),
+    }
+    command = [sys.executable, "-W", "ignore", "-c", code]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()[-1]
+
+
+REGISTER = """
+import json, sys
+import vllm.model_executor.layers.quantization as quantization
+from awq2marlin.integrations.vllm import register
+others = [name for name in ("auto_awq", "gptq_marlin", "fp8") if name in quantization.QUANTIZATION_METHODS]
+before = {name: quantization.get_quantization_config(name) for name in others}
+seen = set(sys.modules)
+register()
+register()
+after = {name: quantization.get_quantization_config(name) for name in before}
+ours = quantization.get_quantization_config("marlin_native")
+new = [name for name in set(sys.modules) - seen if name.startswith(("awq2marlin", "vllm", "torch", "numba"))]
+print(json.dumps([len(before), before == after, ours.__name__, ours.get_name(), sorted(new)]))
+"""
+
+
+def test_registering_adds_one_method_leaves_the_others_and_is_light():
+    count, same, name, method, new = json.loads(run_python(REGISTER))
+    assert (same, name, method) == (True, "MarlinNativeConfig", "marlin_native")
+    assert count >= 2
+    assert "awq2marlin.integrations.vllm.config" in new
+    heavy = {"linear", "ops", "layout", "jit", "integrations.vllm.linear", "integrations.vllm.experts"}
+    assert heavy.isdisjoint(each.removeprefix("awq2marlin.") for each in new)
+    assert [each for each in new if each.startswith(("vllm.model_executor.layers.fused_moe", "numba"))] == []
+
+
+OTHER_VERSION = """
+import vllm
+vllm.__version__ = "0.30.1"
+from awq2marlin.integrations.vllm import register
+register()
+from vllm.model_executor.layers.quantization import get_quantization_config
+try:
+    get_quantization_config("marlin_native").from_config({"quant_method": "marlin_native"})
+except Exception as error:
+    print(error)
+"""
+
+
+def test_another_version_of_vllm_refuses_checkpoints_with_a_sentence():
+    said = run_python(OTHER_VERSION)
+    assert said == (
+        "config.json: this awq2marlin reads Marlin-native checkpoints in vLLM 0.25 and 0.33, but vLLM 0.30.1 is "
+        "installed; install one of those, or a newer awq2marlin, or take the AWQ checkpoint back with "
+        "'awq2marlin revert'"
+    )
+
+
+def test_the_installed_version_is_a_supported_one():
+    import vllm
+
+    from awq2marlin.integrations.vllm.versions import unsupported_reason
+
+    assert unsupported_reason(vllm.__version__) is None
+
+
+# --- checked before the model is built --------------------------------------------------------------------
+
+
+def test_the_config_says_what_it_is(model):
+    config = model.config
+    assert repr(config) == "MarlinNativeConfig(bits=4, group_size=64, zero_point=True, awq_modules=1)"
+    assert (config.get_config_filenames(), config.get_min_capability()) == ([], 75)
+    assert [str(dtype) for dtype in config.get_supported_act_dtypes()] == ["torch.float16", "torch.bfloat16"]
+
+
+def test_8_bits_with_zero_points_are_refused_before_anything_is_loaded(model):
+    document = json.loads((model.folder / "config.json").read_text())["quantization_config"]
+    problem = problem_of(type(model.config).from_config, {**document, "bits": 8})
+    assert (problem.code, problem.file) == ("unsupported-engine", "config.json")
+    assert "8 bits with zero points" in problem.message
+
+
+def test_a_newer_format_is_refused(model):
+    document = json.loads((model.folder / "config.json").read_text())["quantization_config"]
+    assert problem_of(type(model.config).from_config, {**document, "format_version": 2}).code == "unsupported-format"
+
+
+def test_a_machine_without_an_nvidia_gpu_is_told_so(model):
+    assert "need an NVIDIA GPU" in problem_of(model.config.maybe_update_config, str(model.folder)).message
+
+
+@pytest.mark.usefixtures("on_a_gpu")
+@pytest.mark.parametrize(("name", "value"), [("VLLM_MARLIN_INPUT_DTYPE", "int8"), ("VLLM_BATCH_INVARIANT", "1")])
+def test_settings_that_would_read_the_weights_wrongly_are_refused(model, monkeypatch, name, value):
+    monkeypatch.setenv(name, value)
+    problem = problem_of(model.config.maybe_update_config, str(model.folder))
+    assert problem.code == "unsupported-engine"
+    assert f"{name} is set" in problem.message
+    assert "Unset it" in problem.message
+
+
+@pytest.mark.usefixtures("on_a_gpu")
+def test_a_folder_is_read_before_the_model_is_built(model):
+    model.config.maybe_update_config(str(model.folder))
+    assert model.config.contents.inventory.zero_point_modules == MODULES.keys()
+    (model.folder / "model.safetensors").unlink()
+    assert problem_of(model.config.maybe_update_config, str(model.folder)).code == "no-weights"
+
+
+HUB = "vllm.transformers_utils.config.get_safetensors_params_metadata"
+
+
+@pytest.mark.usefixtures("on_a_gpu")
+def test_the_headers_of_a_repository_are_read_through_vllm(model):
+    headers = {name: {"dtype": "I32", "shape": list(tensor.shape)} for name, tensor in model.marlin.items()}
+    config = mock.Mock()
+    config.to_dict.return_value = {"num_attention_heads": 2}
+    with mock.patch(HUB, return_value=headers) as read:
+        model.config.maybe_update_config("org/name", hf_config=config, revision="main")
+    read.assert_called_once_with("org/name", revision="main")
+    assert model.config.contents.inventory.largest_tensor_parallel_size == 2
+    del headers["model.layers.0.mlp.down_proj.scales"]
+    with mock.patch(HUB, return_value=headers):
+        problem = problem_of(model.config.maybe_update_config, "org/name")
+    assert (problem.tensor, problem.code) == ("model.layers.0.mlp.down_proj.scales", "missing-tensor")
+
+
+@pytest.mark.usefixtures("on_a_gpu")
+def test_a_repository_whose_headers_cannot_be_read_is_loaded_all_the_same(model):
+    with mock.patch(HUB, return_value={}), mock.patch("awq2marlin.integrations.vllm.config.logger") as logger:
+        model.config.maybe_update_config("org/name\x1b[31m")
+    (_, name), _ = logger.warning.call_args
+    assert name == "org/name\\x1b[31m"
+    assert model.config.contents.inventory is None
+
+
+# --- names of a model of vLLM -----------------------------------------------------------------------------
+
+
+def test_names_of_a_multimodal_model_are_mapped_in_all_lists(harness, tmp_path):
+    from vllm.model_executor.models.utils import WeightsMapper
+
+    weights = {"model.layers.0.mlp.gate.weight": (64, 256), "visual.proj.weight": (64, 64)}
+    modules = {**MODULES, "model.layers.0.self_attn.o_proj": (192, 192)}
+    model = harness.Model(tmp_path, modules, weights=weights, group_size=64, has_qzeros=False)
+    model.config.apply_vllm_mapper(
+        WeightsMapper(orig_to_new_prefix={"model.": "language_model.model.", "visual.": None})
+    )
+    said = model.config.contents.quantization
+    layer = "language_model.model.layers.0"
+    assert said.awq_modules == {f"{layer}.self_attn.q_proj", f"{layer}.self_attn.o_proj"}
+    assert said.unquantized_modules == {f"{layer}.mlp.gate"}
+
+    def method(prefix, size_k, size_n):
+        built = harness.build("ColumnParallelLinear", model, f"{layer}.{prefix}", size_k, size_n)
+        return type(built.quant_method).__name__
+
+    assert method("self_attn.o_proj", 192, 192) == "MarlinRepackedLinearMethod"
+    assert method("mlp.gate", 256, 64) == "UnquantizedLinearMethod"
+    assert method("mlp.down_proj", 256, 192) == "MarlinNativeLinearMethod"
+
+
+def test_the_output_embedding_goes_to_vllm_s_awq_code_if_it_is_quantized(harness, tmp_path):
+    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+
+    model = harness.Model(tmp_path, {"lm_head": (128, 128), "a.down_proj": (128, 64)}, group_size=64)
+    head = mock.Mock(spec=ParallelLMHead)
+    with mock.patch("vllm.model_executor.layers.quantization.auto_awq.AutoAWQConfig.get_quant_method") as vllm_s:
+        assert model.config.get_quant_method(head, "lm_head") is vllm_s.return_value
+        assert model.config.get_quant_method(head, "other_head") is None
+
+
+def test_layers_that_are_never_quantized_are_left_alone(harness, model):
+    assert model.config.get_quant_method(harness.torch.nn.Embedding(2, 2), "embed") is None

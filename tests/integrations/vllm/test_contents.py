@@ -1,0 +1,257 @@
+"""What a checkpoint holds: layouts, zero points, names, what is missing. Needs no vLLM."""
+
+import json
+from dataclasses import replace
+from unittest import mock
+
+import pytest
+
+from awq2marlin import convert
+from awq2marlin.errors import CheckpointError
+from awq2marlin.folder import INDEX_FILENAME
+from awq2marlin.integrations.vllm.contents import Contents
+from awq2marlin.integrations.vllm.inventory import Inventory, inventory_of, read_inventory
+from awq2marlin.integrations.vllm.versions import minor_version, takes_activation_order, unsupported_reason
+from awq2marlin.quantization import MANIFEST_FILENAME, MarlinQuantization, read_marlin_quantization
+from awq2marlin.synthetic import Recipe, write_checkpoint
+
+MODULES = {
+    "model.layers.0.self_attn.o_proj": (256, 512),
+    "model.layers.0.mlp.down_proj": (512, 256),
+    "model.layers.1.mlp.down_proj": (512, 200),  # unaligned
+}
+WEIGHTS = {"model.embed_tokens.weight": (64, 256), "model.norm.weight": (256,)}
+
+
+def quantization(**changes):
+    empty = MarlinQuantization(4, 64, True, frozenset(), frozenset(), {})
+    return replace(
+        empty, **{name: frozenset(value) if type(value) is set else value for name, value in changes.items()}
+    )
+
+
+@pytest.fixture
+def made(tmp_path):
+    """A converted checkpoint of two shards, as vLLM's config names it: (folder, quantization)."""
+    recipe = Recipe(MODULES, WEIGHTS, group_size=64, shards=2, config={"num_attention_heads": 4})
+    write_checkpoint(tmp_path / "awq", recipe)
+    folder = tmp_path / "marlin"
+    convert(tmp_path / "awq", folder, verify="none")
+    document = json.loads((folder / "config.json").read_text())
+    return folder, read_marlin_quantization(document["quantization_config"], "config.json")
+
+
+def problems(call, *arguments):
+    with pytest.raises(CheckpointError) as refused:
+        call(*arguments)
+    return [(problem.file, problem.tensor, problem.code) for problem in refused.value.problems]
+
+
+# --- what is missing --------------------------------------------------------------------------------------
+
+
+def test_the_inventory_of_a_complete_checkpoint(made):
+    inventory = read_inventory(*made)
+    assert inventory.zero_point_modules == MODULES.keys()
+    assert inventory.largest_tensor_parallel_size == 4  # 4 heads; 512 rows and 256 columns in four
+
+
+def rewrite(path, change):
+    document = json.loads(path.read_text())
+    change(document)
+    path.write_text(json.dumps(document))
+
+
+def test_a_shard_that_is_not_there_is_named(made):
+    folder, said = made
+    shard = max(path.name for path in folder.glob("*.safetensors"))
+    (folder / shard).unlink()
+    assert problems(read_inventory, folder, said) == [(shard, "", "missing-file")]
+
+
+def test_an_index_cut_short_is_noticed_by_the_manifest_or_by_parts_that_have_no_module(made):
+    folder, said = made
+    index = json.loads((folder / INDEX_FILENAME).read_text())["weight_map"]
+    shards = sorted(set(index.values()))
+    lost = sorted(name for name, shard in index.items() if shard == shards[1])
+
+    def cut(document):
+        document["weight_map"] = {name: shard for name, shard in index.items() if shard == shards[0]}
+
+    rewrite(folder / INDEX_FILENAME, cut)
+    assert problems(read_inventory, folder, said) == [("", name, "missing-tensor") for name in lost]
+    (folder / MANIFEST_FILENAME).unlink()
+    torn = problems(read_inventory, folder, said)
+    assert torn
+    assert {tensor for _, tensor, _ in torn} < set(lost)
+
+
+def test_a_folder_that_says_another_method_is_refused(made):
+    folder, said = made
+    rewrite(
+        folder / "config.json",
+        lambda document: document.update(quantization_config={"quant_method": "awq", "bits": 4, "group_size": 64}),
+    )
+    assert problems(read_inventory, folder, said) == [("config.json", "", "contradiction")]
+
+
+SHAPES = {"a.qweight": (8, 128), "a.qzeros": (2, 8), "a.scales": (2, 64), "norm.weight": (64,)}
+
+
+@pytest.mark.parametrize(
+    ("said", "shapes", "missing"),
+    [
+        ({}, {"a.qweight": (8, 128)}, ["a.qzeros", "a.scales"]),
+        ({}, {"a.qzeros": (2, 8), "a.scales": (2, 64)}, ["a.qweight"]),
+        ({"zero_point": False}, {"a.qweight": (8, 128)}, ["a.scales"]),
+        ({"awq_modules": {"b"}}, SHAPES, ["b.qweight", "b.qzeros", "b.scales"]),
+        ({"padded_modules": {"b": (100, 64)}}, SHAPES, ["b.qweight", "b.qzeros", "b.scales"]),
+        ({"unquantized_modules": {"lm_head"}}, SHAPES, ["lm_head.weight"]),
+        ({"unquantized_modules": {"lm_head"}}, {**SHAPES, "head.weight": (64, 64)}, ["lm_head.weight"]),  # misnamed
+    ],
+)
+def test_every_missing_tensor_is_named(said, shapes, missing):
+    found = problems(inventory_of, shapes, quantization(**said), {})
+    assert found == [("", name, "missing-tensor") for name in missing]
+
+
+def test_scales_alone_belong_to_no_module():
+    shapes = {**SHAPES, "act.scales": (64,)}
+    assert inventory_of(shapes, quantization(), {}).zero_point_modules == {"a"}
+
+
+@pytest.mark.parametrize("shape", [(8,), (2, 8, 128), ()])
+def test_a_weight_that_is_no_matrix_is_refused(shape):
+    assert problems(inventory_of, {**SHAPES, "a.qweight": shape}, quantization(), {}) == [
+        ("", "a.qweight", "wrong-shape")
+    ]
+
+
+def test_8_bits_with_zero_points_are_refused_by_name_even_if_the_config_is_silent():
+    said = quantization(bits=8, zero_point=False)
+    assert problems(inventory_of, SHAPES, said, {}) == [("", "a.qzeros", "unsupported-engine")]
+    without = {"a.qweight": (8, 256), "a.scales": (2, 64)}
+    assert inventory_of(without, said, {}).largest_tensor_parallel_size > 0
+
+
+def test_a_padded_module_keeps_its_true_size_in_the_inventory():
+    shapes = {"a.down_proj.qweight": (8, 128), "a.down_proj.qzeros": (2, 8), "a.down_proj.scales": (2, 64)}
+    said = quantization(padded_modules={"a.down_proj": (100, 64)})
+    assert inventory_of(shapes, said, {}).largest_tensor_parallel_size == 1
+    assert inventory_of(shapes, quantization(), {}).largest_tensor_parallel_size == 2
+
+
+# --- layouts ----------------------------------------------------------------------------------------------
+
+
+def test_the_layout_of_modules_that_become_one_layer():
+    contents = Contents(quantization(awq_modules={"q", "k"}, unquantized_modules={"gate"}))
+    assert [contents.layout([name]) for name in ("q", "gate", "up")] == ["awq", "none", "marlin"]
+    assert contents.layout(["q", "k"]) == "awq"
+
+
+def test_mixed_layouts_in_one_layer_are_refused_with_every_name():
+    contents = Contents(quantization(awq_modules={"q"}, unquantized_modules={"k"}))
+    with pytest.raises(CheckpointError) as refused:
+        contents.layout(["q", "k", "v"])
+    (problem,) = refused.value.problems
+    assert (problem.code, problem.file) == ("unsupported-engine", "config.json")
+    assert "q is in AWQ layout, v is in Marlin layout, k is not quantized" in problem.message
+    assert "'awq2marlin revert' gives it back" in problem.message
+
+
+def test_the_layout_of_experts_is_that_of_the_modules_below_them():
+    contents = Contents(
+        quantization(awq_modules={"a.experts.0.up"}, unquantized_modules={"b.experts.0.up", "c.experts2.x"})
+    )
+    assert [contents.layout_of_experts(f"{layer}.experts") for layer in "abc"] == ["awq", "none", "marlin"]
+
+
+def test_zero_points_are_those_of_the_headers_where_the_config_says_none():
+    said = quantization(zero_point=False)
+    assert not Contents(said).has_zero_points(["q"])
+    contents = Contents(said, Inventory(frozenset({"q", "experts.0.up"}), 1))
+    assert contents.has_zero_points(["q", "k"])
+    assert contents.has_zero_points(["experts"])
+    assert not contents.has_zero_points(["k"])
+    assert Contents(quantization(), Inventory(frozenset(), 1)).has_zero_points(["k"])
+
+
+# --- names of a model of vLLM -----------------------------------------------------------------------------
+
+
+def test_every_list_takes_the_model_s_names_and_loses_what_the_model_does_not_have():
+    said = quantization(
+        awq_modules={"model.q", "visual.q"},
+        unquantized_modules={"model.gate"},
+        padded_modules={"model.down": (100, 64)},
+    )
+    contents = Contents(said, Inventory(frozenset({"model.q"}), 2))
+
+    def rename(names):
+        return [name.replace("model.", "language_model.model.") for name in names if not name.startswith("visual.")]
+
+    renamed = contents.renamed(rename)
+    assert renamed.quantization.awq_modules == {"language_model.model.q"}
+    assert renamed.quantization.unquantized_modules == {"language_model.model.gate"}
+    assert renamed.quantization.padded_modules == {"language_model.model.down": (100, 64)}
+    assert renamed.inventory == Inventory(frozenset({"language_model.model.q"}), 2)
+    assert Contents(said).renamed(rename).inventory is None
+    assert [contents.is_listed(name) for name in ("model.q", "model.gate", "model.down", "model.up")] == [
+        True,
+        True,
+        True,
+        False,
+    ]
+
+
+def test_advice_names_the_largest_size_if_it_is_known():
+    said = quantization()
+    assert "'awq2marlin inspect' tells" in Contents(said).tensor_parallel_advice()
+    advice = Contents(said, Inventory(frozenset(), 4)).tensor_parallel_advice()
+    assert advice.endswith("size that works is 4: serve it with --tensor-parallel-size 4")
+    assert "Convert with --unaligned keep" in Contents(said, Inventory(frozenset(), 0)).tensor_parallel_advice()
+
+
+# --- versions ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("version", "minor"),
+    [
+        ("0.25.0", (0, 25)),
+        ("0.25.1+cu130", (0, 25)),
+        ("0.33.0rc1", (0, 33)),
+        ("1.2", (1, 2)),
+        ("dev", None),
+        ("v0.25.0", None),
+    ],
+)
+def test_a_version_is_read_up_to_its_second_number(version, minor):
+    assert minor_version(version) == minor
+
+
+@pytest.mark.parametrize("version", ["0.25.0", "0.33.0", "0.33.2"])
+def test_supported_versions(version):
+    assert unsupported_reason(version) is None
+    assert takes_activation_order(version) == version.startswith("0.25")
+
+
+@pytest.mark.parametrize("version", ["0.24.0", "0.26.0", "0.34.0", "dev"])
+def test_other_versions_are_refused_with_the_supported_ones(version):
+    reason = unsupported_reason(version)
+    assert f"in vLLM 0.25 and 0.33, but vLLM {version} is installed" in reason
+    assert "\x1b" not in unsupported_reason("\x1b[31m")
+
+
+# --- the entry point, without vLLM ------------------------------------------------------------------------
+
+
+def test_registering_never_raises(caplog):
+    from awq2marlin.integrations.vllm import register
+
+    with mock.patch.dict("sys.modules", {"vllm": None}):  # importing it fails
+        register()
+    (record,) = caplog.records
+    assert "could not register" in record.message
+    assert record.levelname == "WARNING"
