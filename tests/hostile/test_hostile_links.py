@@ -170,6 +170,21 @@ def test_a_snapshot_converts_verifies_and_comes_back(snapshot, tmp_path, monkeyp
     assert tree(tmp_path / "hub") == before
 
 
+def test_blobs_in_the_store_that_all_repositories_of_the_cache_share_are_taken(snapshot, tmp_path, run) -> None:
+    """The client keeps large files there, and links a repository's blob to them."""
+    name = "model-00001-of-00002.safetensors"
+    blob, shared = (snapshot / name).resolve(), tmp_path / "hub/blobs/ab" / ("ab" * 32)
+    shared.parent.mkdir(parents=True)
+    blob.replace(shared)
+    blob.symlink_to(os.path.relpath(shared, blob.parent))
+    convert(snapshot, tmp_path / "out", workers=1)
+    assert nowhere(tmp_path / "out")
+    other = shared.with_name("token")
+    shared.replace(other)
+    unlink_and_link(blob, os.path.relpath(other, blob.parent))
+    run("convert", snapshot, tmp_path / "out2").refused("unsafe-link", "leads out", file=name)
+
+
 @pytest.mark.parametrize("where", ["another repository's blobs", "another snapshot", "refs", "the cache", "home"])
 @pytest.mark.parametrize("name", ["tokenizer.json", "config.json", "model-00001-of-00002.safetensors"])
 def test_a_snapshots_link_elsewhere_is_refused(snapshot, private, tmp_path, run, where: str, name: str) -> None:
