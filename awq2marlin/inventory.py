@@ -20,6 +20,9 @@ from awq2marlin.safetensors_header import TensorInfo
 
 _DTYPES = {"qweight": ("I32",), "qzeros": ("I32",), "scales": SCALE_DTYPES}
 
+#: What a quantized module must not have: a dense weight, and the row order of GPTQ.
+_FOREIGN_PARTS = ("g_idx", "weight")
+
 
 def marlin_modules(
     tensors: Mapping[str, TensorInfo], quantization: MarlinQuantization, shard_of: Mapping[str, str]
@@ -55,11 +58,11 @@ def marlin_modules(
 
 
 def _parts_of_modules(tensors: Iterable[str]) -> dict[str, set[str]]:
-    """Returns what every quantized module has of its parts and of a bias."""
+    """Returns what every quantized module has: its parts, a bias, and what it must not have."""
     parts_of: dict[str, set[str]] = defaultdict(set)
     for name in tensors:
         module, _, part = name.rpartition(".")
-        if part in (*QUANTIZED_PARTS, "bias"):
+        if part in (*QUANTIZED_PARTS, "bias", *_FOREIGN_PARTS):
             parts_of[module].add(part)
     # `scales` alone belongs to a scaled activation
     return {module: parts for module, parts in parts_of.items() if parts & {"qweight", "qzeros"}}
@@ -114,6 +117,9 @@ def _problems_of(
     for part in sorted(required - parts):
         message = f"it is missing, but the module's {', '.join(sorted(parts))} are there; download the file again"
         yield module_name(module, part), "missing-tensor", message
+    for part in sorted(parts & set(_FOREIGN_PARTS)):
+        message = f"the module has a qweight, and so must have no {part}; convert again"
+        yield module_name(module, part), "contradiction", message
     if not required <= parts:
         return
     for part in sorted(parts & _DTYPES.keys()):

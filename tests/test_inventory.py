@@ -106,6 +106,19 @@ def test_says_why_a_weight_holds_no_whole_columns(checkpoint: Callable[..., Chec
         modules_of(checkpoint(), tensors={name: {"shape": (12, 513)}})
 
 
+@pytest.mark.parametrize("module", ["mlp.up_proj", "self_attn.q_proj"], ids=["marlin", "awq"])
+@pytest.mark.parametrize("part", ["weight", "g_idx"])
+def test_refuses_what_a_quantized_module_must_not_have(
+    checkpoint: Callable[..., Checkpoint], module: str, part: str
+) -> None:
+    opened, name = checkpoint(), f"{LAYER}.{module}.{part}"
+    opened.tensors[name] = replace(opened.tensors[f"{LAYER}.{module}.qweight"], name=name)
+    opened.shard_of[name] = "model.safetensors"
+    ((found, code),) = problems_of(opened)
+    assert found == name
+    assert code in ("contradiction", "foreign-format")
+
+
 def test_scales_alone_belong_to_no_module(checkpoint: Callable[..., Checkpoint]) -> None:
     opened = checkpoint()
     scales = replace(opened.tensors[f"{LAYER}.mlp.up_proj.scales"], name="act.scales", shape=(64,))
