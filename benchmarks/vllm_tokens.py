@@ -143,41 +143,6 @@ def run_engine(folder: Path, ranks: int, eager: bool, forced: Path | None, out: 
     out.write_text(json.dumps(document))
 
 
-def dequantize(source: Path, target: Path) -> None:
-    """Writes the fp16 model that an AWQ model stands for."""
-    import torch
-    from safetensors.torch import load_file, save_file
-
-    from awq2marlin.awq import AWQ_PACK_ORDER, inverse_order
-
-    target.mkdir()
-    config = json.loads((source / "config.json").read_text())
-    bits = config.pop("quantization_config")["bits"]
-    order = torch.tensor(inverse_order(AWQ_PACK_ORDER[bits]))
-    shifts = torch.arange(0, 32, bits, dtype=torch.int32)
-
-    def unpack(words: torch.Tensor) -> torch.Tensor:
-        fields = (words.unsqueeze(-1) >> shifts) & (2**bits - 1)
-        return fields[..., order].flatten(1).float()
-
-    for path in sorted(source.glob("*.safetensors")):
-        tensors = load_file(path)
-        dense = {}
-        for name, tensor in tensors.items():
-            module, _, part = name.rpartition(".")
-            if part == "qweight":
-                q, scales = unpack(tensor), tensors[f"{module}.scales"].float()  # [K, N], [G, N]
-                qzeros = tensors.get(f"{module}.qzeros")
-                zeros = torch.full_like(scales, 2 ** (bits - 1)) if qzeros is None else unpack(qzeros)
-                rows = q.shape[0] // scales.shape[0]
-                weight = (q - zeros.repeat_interleave(rows, 0)) * scales.repeat_interleave(rows, 0)
-                dense[f"{module}.weight"] = weight.t().contiguous().half()
-            elif part not in ("qzeros", "scales"):
-                dense[name] = tensor
-        save_file(dense, target / path.name)
-    (target / "config.json").write_text(json.dumps(config))
-
-
 def has_awq_code(model: Model, ranks: int) -> bool:
     """Returns whether vLLM's own AWQ code can load a model."""
     return model.zero_points and not (model.group_size == -1 and ranks > 1)
@@ -232,6 +197,9 @@ def agreement(what: str, ours: list[dict[str, Any]], theirs: list[dict[str, Any]
 
 def compare(name: str, model: Model, ranks: int, eager: bool, work: Path) -> dict[str, Any]:
     """Returns how the two engines' words compare, for one model that is prepared."""
+    import torch
+    from dense_models import dequantize
+
     row: dict[str, Any] = {"model": name, "tensor_parallel_size": ranks, "eager": eager}
     ours = start_engine(work / "marlin", ranks, eager, work / "marlin.json")
     if has_awq_code(model, ranks):
@@ -246,7 +214,7 @@ def compare(name: str, model: Model, ranks: int, eager: bool, work: Path) -> dic
         else:
             row["ok"] &= row["together_same_logprobs"] == len(PROMPT_LENGTHS)
     else:
-        dequantize(work / "awq", work / "dense")
+        dequantize(work / "awq", work / "dense", torch.float16)
         theirs = start_engine(work / "dense", ranks, eager, work / "dense.json", work / "marlin.json")
         row["reference"] = "dequantized model, fp16"
         row |= agreement("together", ours["rows"], theirs["rows"])
