@@ -80,3 +80,13 @@ def test_every_model_of_the_token_comparison_is_what_its_name_says(script):
         assert model.zero_points == ("without zero points" not in name)
         assert model.biases == ("biases" in name)
         assert (model.bits == 8) == ("8 bits" in name)
+
+
+def test_the_load_summary_takes_medians_and_compares_tokens(script):
+    summary = script("load").summary
+    run = {"ready_seconds": 2.0, "tokens": [1, 2], "vllm": "0.25.0"}
+    found = summary({"awq": [{"error": "no"}], "marlin": [run, {**run, "ready_seconds": 4.0}]})
+    assert found == {
+        "awq": {"error": "no"}, "marlin": {"ready_seconds": 3.0}, "vllm": "0.25.0", "same_tokens": True,
+    }  # fmt: skip
+    assert not summary({"awq": [{**run, "tokens": [1, 3]}], "marlin": [run]})["same_tokens"]
