@@ -6,7 +6,7 @@ served is refused before any weight is loaded.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,12 @@ from awq2marlin.manifest import read_manifest
 from awq2marlin.quantization import MANIFEST_FILENAME, MARLIN_QUANT_METHOD, MarlinQuantization
 from awq2marlin.safetensors_header import TensorInfo
 from awq2marlin.slicing import largest_tensor_parallel_size
+
+#: Why vLLM cannot serve a kind of checkpoint that Transformers can.
+WITHOUT_KERNEL = (
+    "8 bits with zero points: vLLM's Marlin kernels know 8 bits only without them. Serve the checkpoint with "
+    "Transformers, or look for a 4-bit one of this model"
+)
 
 
 @dataclass(frozen=True)
@@ -73,7 +79,8 @@ def inventory_of(
     modules = marlin_modules(tensors, quantization, shard_of or dict.fromkeys(tensors, "")).values()
     with_zeros = frozenset(module.name for module in modules if "qzeros" in module.parts)
     if quantization.bits == 8 and with_zeros:
-        raise CheckpointError(_unserved(with_zeros))
+        names = (module_name(module, "qzeros") for module in with_zeros)
+        raise CheckpointError(Problem("", name, "unsupported-engine", WITHOUT_KERNEL) for name in names)
     size = largest_tensor_parallel_size(modules, quantization.bits, quantization.group_size, config)
     return Inventory(with_zeros, size)
 
@@ -108,12 +115,3 @@ def _refuse_lost(checkpoint: Checkpoint) -> None:
     ]
     if problems:
         raise CheckpointError(problems)
-
-
-def _unserved(modules: Iterable[str]) -> Iterator[Problem]:
-    message = (
-        "8 bits with zero points: vLLM's Marlin kernels know 8 bits only without them. Serve the checkpoint with "
-        "Transformers, or look for a 4-bit one of this model"
-    )
-    for module in sorted(modules):
-        yield Problem("", module_name(module, "qzeros"), "unsupported-engine", message)
