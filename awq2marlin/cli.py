@@ -362,7 +362,9 @@ def verify(
 
 @app.command()
 def revert(
-    converted: Annotated[Path, typer.Argument(metavar="CONVERTED", help="Folder of the converted checkpoint.")],
+    converted: Annotated[
+        str, typer.Argument(metavar="CONVERTED", help="Folder of the converted checkpoint, or its repository.")
+    ],
     output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="Folder to write.")],
     workers: _Workers = None,
     quiet: _Quiet = False,
