@@ -11,7 +11,6 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Executor
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
@@ -33,7 +32,9 @@ from awq2marlin.errors import (
 from awq2marlin.report import Report
 
 if TYPE_CHECKING:
-    from awq2marlin.hub import HubName
+    from concurrent.futures import Executor
+
+    from awq2marlin.hub_name import HubName
     from awq2marlin.progress import Progress
     from awq2marlin.publication import PushTarget
 
@@ -183,7 +184,7 @@ def convert(
 
     def work(progress: Progress | None) -> Any:
         from awq2marlin.conversion import convert as run
-        from awq2marlin.hub import parse_source
+        from awq2marlin.hub_name import parse_source
 
         address = None if dry_run else dask
         with _executor(address, lambda: ([parse_source(source)], [output or Path("output")]), progress) as executor:

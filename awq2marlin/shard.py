@@ -6,7 +6,6 @@ import hashlib
 import os
 import secrets
 import socket
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -54,7 +53,6 @@ class ShardResult:
         source_digest: ``xxh3_128:hex`` of the source as it was read.
         target_size: bytes of the output.
         target_digest: ``xxh3_128:hex`` of the output as it was written.
-        seconds: wall time.
     """
 
     name: str
@@ -63,7 +61,6 @@ class ShardResult:
     source_digest: str
     target_size: int
     target_digest: str
-    seconds: float
 
 
 def convert_shard(task: ShardTask, progress: Callable[[int], None] | None = None) -> ShardResult:
@@ -81,7 +78,6 @@ def convert_shard(task: ShardTask, progress: Callable[[int], None] | None = None
         ExecutorError: if this process is not of the version that made the task, or does not see its files.
         OSError: if reading or writing fails.
     """
-    started = time.perf_counter()
     plan = task.plan
     _check_version(task)
     _check_seen(task)
@@ -114,7 +110,6 @@ def convert_shard(task: ShardTask, progress: Callable[[int], None] | None = None
         str(source_digest),
         plan.target.file_size,
         str(target_digest),
-        time.perf_counter() - started,
     )
 
 
