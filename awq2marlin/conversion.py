@@ -33,7 +33,7 @@ from awq2marlin.places import (
 from awq2marlin.plan import ModulePlan, Plan, Unaligned, plan_conversion
 from awq2marlin.progress import Progress, Silence
 from awq2marlin.sampling import Device, check_count, check_device
-from awq2marlin.side_files import carry_side_files, encode_json, write_manifest
+from awq2marlin.side_files import carry_side_files, encode_json, refuse_unreadable, write_manifest
 from awq2marlin.tensor_files import TensorFiles
 from awq2marlin.workers import check_workers
 
@@ -164,6 +164,7 @@ def convert(
     early = low_disk or folder.origin is not None
     work = Work(workers, executor, 0 if verify == "none" else verify, early, low_disk, progress)
     plan = plan_conversion(open_checkpoint(folder), unaligned)
+    refuse_unreadable(plan)
     refuse_overlap(folder.root, root)
     publication = None if target is None else open_target(target, plan, root, overwrite)
     resumed: tuple[str, ...] = ()

@@ -15,12 +15,13 @@ from typing import Any, Literal, NoReturn
 
 from awq2marlin._version import __version__
 from awq2marlin.digest import Xxh3, is_digest
-from awq2marlin.errors import printable, refuse
+from awq2marlin.errors import CheckpointError, printable, refuse
 from awq2marlin.folder import (
     CARD_FILENAME,
     CONFIG_FILENAME,
     INDEX_FILENAME,
     MAX_CARD_BYTES,
+    MAX_JSON_BYTES,
     Folder,
     check_name,
     find_clash,
@@ -103,7 +104,14 @@ class Manifest:
         return sorted({*self.shards, *self.files, *made, CARD_FILENAME, CONFIG_FILENAME, MANIFEST_FILENAME})
 
     def encode(self) -> bytes:
-        """Returns the file's bytes; equal manifests give equal bytes."""
+        """Returns the file's bytes; equal manifests give equal bytes.
+
+        Raises:
+            CheckpointError: if it is so long that `read_manifest` would refuse it.
+        """
+        headers = sum(len(shard.source_header.text) for shard in self.shards.values())
+        if headers > MAX_HEADER_BYTES:
+            raise _unreadable(f"the headers of all shards together have {headers} bytes, more than {MAX_HEADER_BYTES}")
         document = {
             "format_version": FORMAT_VERSION,
             "tool": {"name": "awq2marlin", "version": __version__},
@@ -123,7 +131,19 @@ class Manifest:
             "files": _recorded(self.files),
             "left_behind": dict(sorted(self.left_behind.items())),
         }
-        return (json.dumps(document, indent=1, ensure_ascii=True) + "\n").encode("ascii")
+        data = (json.dumps(document, indent=1, ensure_ascii=True) + "\n").encode("ascii")
+        if len(data) > MAX_JSON_BYTES:
+            raise _unreadable(f"it would have {len(data)} bytes, more than {MAX_JSON_BYTES}")
+        return data
+
+
+def _unreadable(what: str) -> CheckpointError:
+    return refuse(
+        "too-large",
+        f"the manifest has to hold the headers of the shards, the config's text and the model card, but {what}, so "
+        "that 'revert' could not read it; shorten the metadata of the shards, or the card",
+        file=MANIFEST_FILENAME,
+    )
 
 
 def _recorded(files: Mapping[str, tuple[int, str]]) -> dict[str, dict[str, Any]]:
