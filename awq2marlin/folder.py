@@ -135,8 +135,10 @@ class Folder:
         given = Path(path)
         try:
             root = given.resolve(strict=True)
-        except (OSError, RuntimeError) as error:
-            reason = problem_from_os_error(error).message if isinstance(error, OSError) else "a loop of links"
+        except (OSError, RuntimeError, ValueError) as error:
+            reason = "a loop of links" if isinstance(error, RuntimeError) else "its name holds a NUL character"
+            if isinstance(error, OSError):
+                reason = problem_from_os_error(error).message
             raise refuse("not-found", f"cannot open it as a checkpoint: {reason}", file=str(given)) from None
         if not root.is_dir():
             raise refuse(
