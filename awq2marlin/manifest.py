@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Literal, NoReturn
 
 from awq2marlin._version import __version__
+from awq2marlin.awq import LEGACY_CONFIG_FILENAMES
 from awq2marlin.digest import Xxh3, is_digest
 from awq2marlin.errors import CheckpointError, printable, refuse
 from awq2marlin.folder import (
@@ -31,6 +32,10 @@ from awq2marlin.safetensors_header import LENGTH_BYTES, MAX_HEADER_BYTES, Header
 
 #: What `revert` gives back: the source's files, byte for byte, or an AWQ checkpoint of the same tensors.
 Restores = Literal["files", "tensors"]
+
+
+#: The only files whose text a conversion keeps in the manifest: of all others the output has the bytes.
+_TEXT_NAMES = (CONFIG_FILENAME, *LEGACY_CONFIG_FILENAMES, INDEX_FILENAME)
 
 
 @dataclass(frozen=True)
@@ -204,7 +209,9 @@ def decode_manifest(data: bytes) -> Manifest:
     for name, text in document.get("texts", dict).items():
         if not isinstance(text, str) or any("\ud800" <= char <= "\udfff" for char in text):
             document.bad(f"the text of {printable(name)!r} is not a string of whole characters")
-        texts[check_name(name, MANIFEST_FILENAME)] = text
+        if check_name(name, MANIFEST_FILENAME) not in _TEXT_NAMES:
+            document.bad(f"texts holds {printable(name)!r}; only {', '.join(_TEXT_NAMES)} are restored from a text")
+        texts[name] = text
     text_digests = {name: (entry.size(), entry.digests()[0]) for name, entry in document.entries("text_digests")}
     if text_digests.keys() != texts.keys():
         document.bad("texts and text_digests name different files")
