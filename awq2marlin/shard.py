@@ -14,8 +14,8 @@ from awq2marlin._version import __version__
 from awq2marlin.digest import Xxh3
 from awq2marlin.errors import ExecutorError, Problem, refuse
 from awq2marlin.folder import open_regular
-from awq2marlin.plan import ShardPlan, Span
-from awq2marlin.stream import PIECE_BYTES, Piece, copy_pieces, rewrite_file
+from awq2marlin.plan import ShardPlan
+from awq2marlin.stream import Piece, copy_pieces, rewrite_file
 
 
 @dataclass(frozen=True)
@@ -159,15 +159,4 @@ def _pieces(plan: ShardPlan) -> Iterator[Piece]:
         if span.repack is None:
             yield from copy_pieces(read_at, write_at, span.source[1] - span.source[0])
         else:
-            yield from _repack_pieces(span, read_at, write_at)
-
-
-def _repack_pieces(span: Span, read_at: int, write_at: int) -> Iterator[Piece]:
-    repack = span.repack
-    assert repack is not None
-    rows_at_once = max(1, PIECE_BYTES // repack.target_row_bytes)
-    for first in range(0, repack.target_rows, rows_at_once):
-        last = min(first + rows_at_once, repack.target_rows)
-        begin, end = repack.source_range(first, last)
-        write = first * repack.target_row_bytes, (last - first) * repack.target_row_bytes
-        yield Piece((read_at + begin, end - begin), (write_at + write[0], write[1]), repack.forward)
+            yield from span.repack.pieces(read_at, write_at)

@@ -37,9 +37,9 @@ VLLM_LAYERS = [
 LAYERS = [
     ["_version", "awq", "cache", "errors", "integrations.__init__", "progress", "reference", "repack_kernels"],
     ["hub_errors", "hub_name", "jit", "machine_code", "marlin", "safetensors_header"],
-    ["cpu_gemm", "diagnosis", "folder", "kernel_configs", "layout", "repack"],
+    ["cpu_gemm", "diagnosis", "folder", "kernel_configs", "layout"],
     ["compile_matrix", "hub", "ops", "quantization", "stream", "synthetic"],
-    ["linear", "checkpoint", "digest", "tensor_files", "workers"],
+    ["linear", "checkpoint", "digest", "repack", "tensor_files", "workers"],
     ["arrivals", "config", "manifest", "output", "plan"],
     ["gemm_verification", "inventory", "module_repack", "pairing", "publication", "shard", "side_files", "slicing"],
     ["sampling"],
