@@ -22,8 +22,8 @@ from awq2marlin.safetensors_header import Header, parse_json, read_header
 #: memory, and the index of the largest models published, with 200,000 tensors, has 25 MB.
 MAX_JSON_BYTES = 32_000_000
 
-#: Files that the Hub's client shares among repositories lie in its cache as ``blobs/ab/ab12...``.
-_SHARED_BLOB = re.compile(r"[0-9a-f]{2}/[0-9a-f]{64}")
+#: Files that the Hub's client shares among repositories lie in its cache as ``blobs/ab/ab12...``, by their digest.
+_SHARED_BLOB = re.compile(r"([0-9a-f]{2})/\1[0-9a-f]{62}")
 
 INDEX_FILENAME = "model.safetensors.index.json"
 CONFIG_FILENAME = "config.json"
