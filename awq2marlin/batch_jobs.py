@@ -21,7 +21,7 @@ from awq2marlin.errors import (
     Problem,
     printable,
 )
-from awq2marlin.hub import HUB_PREFIX, HubName, parse_source
+from awq2marlin.hub_name import HUB_PREFIX, HubName, parse_source
 from awq2marlin.places import default_output
 from awq2marlin.publication import PushTarget
 

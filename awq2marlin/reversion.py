@@ -27,9 +27,8 @@ from awq2marlin.pairing import pair_modules
 from awq2marlin.plan import ModulePlan, repack_of
 from awq2marlin.progress import Progress, Silence
 from awq2marlin.quantization import MANIFEST_FILENAME, AwqQuantization, MarlinQuantization
-from awq2marlin.repack import Repack
 from awq2marlin.safetensors_header import Header
-from awq2marlin.stream import PIECE_BYTES, Piece, copy_pieces, rewrite_file
+from awq2marlin.stream import Piece, copy_pieces, rewrite_file
 from awq2marlin.workers import check_workers, run_side_by_side, share_workers
 
 
@@ -282,16 +281,7 @@ def _pieces(
         if module is None or part not in module.parts:
             yield from copy_pieces(read_at, write_at, tensor.size)
         else:
-            yield from _unpack_pieces(repack_of(module, part, quantization), read_at, write_at)
-
-
-def _unpack_pieces(repack: Repack, read_at: int, write_at: int) -> Iterator[Piece]:
-    rows_at_once = max(1, PIECE_BYTES // repack.target_row_bytes)
-    for first in range(0, repack.target_rows, rows_at_once):
-        last = min(first + rows_at_once, repack.target_rows)
-        begin, end = repack.source_range(first, last)
-        read = first * repack.target_row_bytes, (last - first) * repack.target_row_bytes
-        yield Piece((read_at + read[0], read[1]), (write_at + begin, end - begin), repack.backward)
+            yield from repack_of(module, part, quantization).pieces(read_at, write_at, inverse=True)
 
 
 def _restore_file(name: str, recorded: tuple[int, str] | None, folder: Folder, out: OutputFolder) -> RestoredFile:

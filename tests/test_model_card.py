@@ -308,6 +308,16 @@ def test_tags_of_any_kind_become_a_list(tags: str) -> None:
     assert len(found) == len(set(found))
 
 
+@settings(max_examples=200)
+@given(st.text("aeflnorstuyNO0189-_/ .", min_size=1) | st.sampled_from(["No", "null", "org/name", "1_0", "4-bit", "n"]))
+def test_without_front_matter_it_is_written_as_yaml_would(text: str) -> None:
+    own: dict[str, str | list[str]] = {"base_model": text, "tags": ["awq", text]}
+    merged, problem = merge_front_matter(" \n", own)
+    assert problem == ""
+    assert yaml.safe_load(merged) == own
+    assert merged == yaml.safe_dump(own, sort_keys=False, width=1 << 20)
+
+
 def test_a_number_too_long_for_python_is_kept() -> None:
     merged, problem = merge_front_matter(f"a: {'9' * 5000}\nb: 2024-99-99\n", OWN)
     assert problem == ""
