@@ -16,7 +16,7 @@ from awq2marlin.errors import BatchError, CheckpointError, Problem, printable
 from awq2marlin.folder import MAX_JSON_BYTES
 from awq2marlin.plan import UNALIGNED_CHOICES
 from awq2marlin.safetensors_header import parse_json
-from awq2marlin.verification import Device
+from awq2marlin.sampling import Device
 
 _MAX_WORKERS = 256
 

@@ -11,11 +11,10 @@ import os
 import sys
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Executor
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TextIO, TypeVar
 
 import typer
 
@@ -33,7 +32,9 @@ from awq2marlin.errors import (
 from awq2marlin.report import Report
 
 if TYPE_CHECKING:
-    from awq2marlin.hub import HubName
+    from concurrent.futures import Executor
+
+    from awq2marlin.hub_name import HubName
     from awq2marlin.progress import Progress
     from awq2marlin.publication import PushTarget
 
@@ -51,6 +52,9 @@ app = typer.Typer(
 
 #: The common base of the command line parser's usage errors.
 _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
+
+#: Code of an error that no input may cause; its traceback is shown.
+_INTERNAL_ERROR = "internal-error"
 
 _COMMANDS = ("convert", "batch", "verify", "revert", "push", "inspect", "demo", "doctor")
 
@@ -81,7 +85,7 @@ _LowDisk = Annotated[
     typer.Option(
         "--low-disk",
         help="Of a repository: remove each shard as soon as it is converted and compared; needs the output plus "
-        "two shards of disk. With --push-to: send each shard at once and keep nothing.",
+        "two shards of disk. With --push-to: send each shard at once and keep nothing. Not with --device.",
     ),
 ]
 _PushTo = Annotated[
@@ -183,7 +187,7 @@ def convert(
 
     def work(progress: Progress | None) -> Any:
         from awq2marlin.conversion import convert as run
-        from awq2marlin.hub import parse_source
+        from awq2marlin.hub_name import parse_source
 
         address = None if dry_run else dask
         with _executor(address, lambda: ([parse_source(source)], [output or Path("output")]), progress) as executor:
@@ -208,10 +212,7 @@ def convert(
 
         (console.print_plan if dry_run else console.print_conversion)(result)
 
-    if device is not None and verify in ("none", 0):
-        raise typer.BadParameter("--device needs --verify N or all: it runs the modules that are compared")
-    if device is not None and low_disk:
-        raise typer.BadParameter("--device needs the whole source, which --low-disk removes; use 'verify' afterwards")
+    _check_device(device, verify, low_disk)
     if push_to is None and (private or revision or create_pr or commit_message):
         raise typer.BadParameter(
             "--private, --revision, --create-pr and --commit-message need --push-to; "
@@ -304,8 +305,7 @@ def batch(
 
         print_batch(result)
 
-    if device is not None and verify in ("none", 0):
-        raise typer.BadParameter("--device needs --verify N or all: it runs the modules that are compared")
+    _check_device(device, verify, low_disk)
     _run("batch", work, show, "of_batch", [file], quiet, as_json)
 
 
@@ -347,10 +347,12 @@ def verify(
     def work(progress: Progress | None) -> Any:
         from awq2marlin.verification import verify as run
 
+        if plot is not None:
+            from awq2marlin.error_plot import check_picture, plot_errors
+
+            check_picture(plot)
         result = run(source, output, layers=layers, workers=workers, device=device, progress=progress)
         if plot is not None and result.gemm is not None:
-            from awq2marlin.error_plot import plot_errors
-
             plot_errors(result.gemm, plot)
         return result
 
@@ -362,7 +364,9 @@ def verify(
 
 @app.command()
 def revert(
-    converted: Annotated[Path, typer.Argument(metavar="CONVERTED", help="Folder of the converted checkpoint.")],
+    converted: Annotated[
+        str, typer.Argument(metavar="CONVERTED", help="Folder of the converted checkpoint, or its repository.")
+    ],
     output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="Folder to write.")],
     workers: _Workers = None,
     quiet: _Quiet = False,
@@ -475,6 +479,14 @@ def doctor(quiet: _Quiet = False, as_json: _Json = False) -> None:
     _run("doctor", work, "print_doctor", "of_doctor", [], quiet, as_json)
 
 
+def _check_device(device: str | None, verify: int | str, low_disk: bool) -> None:
+    """Refuses options that leave nothing to run on a device."""
+    if device is not None and verify in ("none", 0):
+        raise typer.BadParameter("--device needs --verify N or all: it runs the modules that are compared")
+    if device is not None and low_disk:
+        raise typer.BadParameter("--device needs the whole source, which --low-disk removes; use 'verify' afterwards")
+
+
 def _push_target(repository: str, private: bool, revision: str | None, create_pr: bool, overwrite: bool) -> PushTarget:
     """Returns where to push; a usage error if the names are none."""
     from awq2marlin.publication import PushTarget
@@ -515,41 +527,54 @@ def _run(
     progress = None if quiet else console.ConsoleProgress()
     try:
         result = work(progress)
-        code, problems = getattr(result, "exit_code", EXIT_DONE), getattr(result, "problems", ())
-        if as_json:
-            done: Report = getattr(reports, report_maker)(result)
-            done.seconds = done.seconds or time.perf_counter() - started
-            _print_json(done.document(code, problems))
-        elif not quiet:
-            (getattr(console, show) if isinstance(show, str) else show)(result)
-    except Awq2MarlinError as error:
-        code, problems, text = error.exit_code, error.problems, str(error)
     except BrokenPipeError:
         raise
-    except OSError as error:
+    except (Exception, KeyboardInterrupt) as error:
+        code, problems, text = _failure(command, error)
+        is_known = problems[0].code != _INTERNAL_ERROR
+        if is_known:
+            if progress is not None:
+                progress.finish()
+            console.print_problems(problems, text)
+        if as_json:
+            source, output = [*map(str, where), "", ""][:2]
+            report = Report(command, source, output, seconds=time.perf_counter() - started)
+            _print_json(report.document(code, problems))
+        if not is_known:
+            raise
+        raise typer.Exit(code) from None
+    code, problems = getattr(result, "exit_code", EXIT_DONE), getattr(result, "problems", ())
+    if as_json:
+        done: Report = getattr(reports, report_maker)(result)
+        done.seconds = done.seconds or time.perf_counter() - started
+        _print_json(done.document(code, problems))
+    elif not quiet:
+        (getattr(console, show) if isinstance(show, str) else show)(result)
+    if code != EXIT_DONE:
+        raise typer.Exit(code)
+
+
+def _failure(command: str, error: BaseException) -> tuple[int, Sequence[Problem], str]:
+    """Returns what an error of the library means: exit code, problems, and their text."""
+    if isinstance(error, Awq2MarlinError):
+        return error.exit_code, error.problems, str(error)
+    code = EXIT_FAILED
+    if isinstance(error, OSError):
         problem = problem_from_os_error(error)
-        code, problems, text = EXIT_FAILED, (problem,), str(problem)
-    except MemoryError:
+    elif isinstance(error, MemoryError):
         problem = Problem("", "", "out-of-memory", "there is not enough memory; use fewer --workers")
-        code, problems, text = EXIT_FAILED, (problem,), str(problem)
-    except KeyboardInterrupt:
+    elif isinstance(error, KeyboardInterrupt):
+        code = EXIT_INTERRUPTED
         resumes = (
             "; the same command resumes where it stopped" if command in ("convert", "batch", "revert", "push") else ""
         )
         problem = Problem("", "", "interrupted", f"interrupted{resumes}")
-        code, problems, text = EXIT_INTERRUPTED, (problem,), str(problem)
     else:
-        if code != EXIT_DONE:
-            raise typer.Exit(code)
-        return
-    if progress is not None:
-        progress.finish()
-    console.print_problems(problems, text)
-    if as_json:
-        source, output = [*map(str, where), "", ""][:2]
-        report = Report(command, source, output, seconds=time.perf_counter() - started)
-        _print_json(report.document(code, problems))
-    raise typer.Exit(code)
+        what = f"{type(error).__name__}: {error}"
+        problem = Problem(
+            "", "", "internal-error", f"a fault of awq2marlin, please report it with the traceback: {what}"
+        )
+    return code, (problem,), str(problem)
 
 
 def _print_json(document: dict[str, Any]) -> None:
@@ -568,12 +593,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if isinstance(stream, io.TextIOWrapper):  # a name that the terminal cannot show must not end the command
             stream.reconfigure(errors="backslashreplace")
     try:
-        return _main(arguments)
+        code = _main(arguments)
+        sys.stdout.flush()
     except BrokenPipeError:  # the reader of our output left; nothing more can be told, not even at exit
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        for stream in (sys.stdout, sys.stderr):
-            os.dup2(nowhere, stream.fileno())
-        return EXIT_FAILED
+        _silence(sys.stdout, sys.stderr)
+    except OSError as error:  # what the work met is told by now: this one is of telling it
+        _silence(sys.stdout)
+        reason = printable(error.strerror or str(error)).lower()
+        print(f"error: cannot write to standard output: {reason}", file=sys.stderr, flush=True)
+    else:
+        return code
+    return EXIT_FAILED
+
+
+def _silence(*streams: TextIO) -> None:
+    """Lets streams that take nothing any more take everything, also what Python still holds for them at exit."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in streams:
+        os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)
 
 
 def _main(arguments: list[str]) -> int:

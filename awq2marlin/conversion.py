@@ -17,11 +17,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from awq2marlin.checkpoint import open_checkpoint
-from awq2marlin.departures import departing
 from awq2marlin.folder import CARD_FILENAME, CONFIG_FILENAME, Folder
-from awq2marlin.hub import parse_source
+from awq2marlin.hub_name import parse_source
 from awq2marlin.model_card import model_card
-from awq2marlin.output import OutputFolder, claim, refuse_overlap, told_as_output_error
+from awq2marlin.output import FinishedFile, OutputFolder, claim, refuse_overlap, told_as_output_error
 from awq2marlin.pipeline import Work, convert_shards
 from awq2marlin.places import (
     default_output,
@@ -33,15 +32,15 @@ from awq2marlin.places import (
 )
 from awq2marlin.plan import ModulePlan, Plan, Unaligned, plan_conversion
 from awq2marlin.progress import Progress, Silence
-from awq2marlin.publication import FileIdentity, Publication, PushTarget
-from awq2marlin.side_files import carry_side_files, encode_json, write_manifest
+from awq2marlin.sampling import Device, check_count, check_device
+from awq2marlin.side_files import carry_side_files, encode_json, refuse_unreadable, write_manifest
 from awq2marlin.tensor_files import TensorFiles
-from awq2marlin.upload import DEFAULT_MESSAGE, PushResult, push_folder
-from awq2marlin.verification import Device, check_count, check_device, run_gemm, verify_modules
 from awq2marlin.workers import check_workers
 
 if TYPE_CHECKING:
     from awq2marlin.gemm_verification import GemmRun
+    from awq2marlin.publication import Publication, PushTarget
+    from awq2marlin.upload import PushResult
 
 #: How many converted modules are compared with the source before the output becomes loadable.
 DEFAULT_VERIFIED = 8
@@ -157,7 +156,7 @@ def convert(
         raise ValueError("device needs the whole source at the end, which low_disk removes; use verify() afterwards")
     check_device(device)
     check_workers(workers)
-    target = PushTarget(push_to) if isinstance(push_to, str) else push_to
+    target = _target(push_to)
     started = time.perf_counter()
     progress = progress or Silence()
     root = Path(output) if output is not None else default_output(parse_source(source))
@@ -165,6 +164,7 @@ def convert(
     early = low_disk or folder.origin is not None
     work = Work(workers, executor, 0 if verify == "none" else verify, early, low_disk, progress)
     plan = plan_conversion(open_checkpoint(folder), unaligned)
+    refuse_unreadable(plan)
     refuse_overlap(folder.root, root)
     publication = None if target is None else open_target(target, plan, root, overwrite)
     resumed: tuple[str, ...] = ()
@@ -180,15 +180,23 @@ def convert(
             refuse_full_disk(plan, out, low_disk=low_disk, is_passed_on=passing is not None)
             verified = tuple(module.name for module in work.chosen(plan))
             if passing is not None:
-                pushed = _pass_on(plan, out, work, passing, commit_message or DEFAULT_MESSAGE)
+                pushed = _pass_on(plan, out, work, passing, commit_message)
             else:
                 gemm = _complete(plan, out, work, device)
                 if publication is not None:
-                    pushed = push_folder(root, publication.target, commit_message, False, progress)
+                    pushed = _push(root, publication, commit_message, progress)
         if passing is not None:
             with suppress(OSError):  # not empty: there is something that is not ours
                 root.rmdir()
     return _result(plan, root, dry_run, resumed, verified, gemm, pushed, time.perf_counter() - started)
+
+
+def _target(push_to: str | PushTarget | None) -> PushTarget | None:
+    if not isinstance(push_to, str):
+        return push_to
+    from awq2marlin.publication import PushTarget
+
+    return PushTarget(push_to)
 
 
 def _complete(plan: Plan, out: OutputFolder, work: Work, device: Device | None) -> GemmRun | None:
@@ -201,10 +209,19 @@ def _complete(plan: Plan, out: OutputFolder, work: Work, device: Device | None) 
     return gemm
 
 
-def _pass_on(plan: Plan, out: OutputFolder, work: Work, publication: Publication, message: str) -> PushResult:
+def _push(root: Path, publication: Publication, message: str | None, progress: Progress) -> PushResult:
+    from awq2marlin.upload import push_folder
+
+    return push_folder(root, publication.target, message, False, progress)
+
+
+def _pass_on(plan: Plan, out: OutputFolder, work: Work, publication: Publication, message: str | None) -> PushResult:
     """Converts shards and sends each to the Hub, where the checkpoint becomes whole; nothing of it stays here."""
+    from awq2marlin.departures import departing
+    from awq2marlin.upload import DEFAULT_MESSAGE, PushResult
+
     started, created, removed = time.perf_counter(), not publication.exists, publication.stale
-    with departing(publication, out, message, work.progress) as departures:
+    with departing(publication, out, message or DEFAULT_MESSAGE, work.progress) as departures:
         convert_shards(plan, out, work, departures)
         write_manifest(plan, out, carry_side_files(plan, out))
         _write_card(plan, out, work, None)
@@ -245,9 +262,7 @@ def _trusted_shards(plan: Plan, out: OutputFolder, work: Work, publication: Publ
         for name in [name for name, entry in out.finished.items() if entry.verified != work.early_check]:
             out.forget(name)
     for name, entry in [*out.finished.items()]:
-        if entry.sent and not (
-            publication is not None and publication.has(name, FileIdentity(entry.target_size, entry.sent))
-        ):
+        if entry.sent and not (publication is not None and _is_there(name, entry, publication)):
             out.forget(name)
     trusted = tuple(
         shard.name
@@ -263,11 +278,19 @@ def _trusted_shards(plan: Plan, out: OutputFolder, work: Work, publication: Publ
     return trusted
 
 
+def _is_there(name: str, sent: FinishedFile, publication: Publication) -> bool:
+    from awq2marlin.publication import FileIdentity
+
+    return publication.has(name, FileIdentity(sent.target_size, sent.sent))
+
+
 def _verify(plan: Plan, out: OutputFolder, work: Work, device: Device | None) -> GemmRun | None:
     """Compares converted modules with the source, from the disk, before the output becomes loadable."""
     chosen, workers = work.chosen(plan), check_workers(work.workers)
     if not chosen or (work.compares_early and device is None):
         return None
+    from awq2marlin.verification import run_gemm, verify_modules
+
     source = TensorFiles.of(plan.checkpoint.folder, plan.checkpoint.shards)
     folder = Folder.at(out.root)
     output = TensorFiles.of(folder, {shard.name: folder.read_header(shard.name) for shard in plan.shards})

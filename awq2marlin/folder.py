@@ -22,8 +22,8 @@ from awq2marlin.safetensors_header import Header, parse_json, read_header
 #: memory, and the index of the largest models published, with 200,000 tensors, has 25 MB.
 MAX_JSON_BYTES = 32_000_000
 
-#: Files that the Hub's client shares among repositories lie in its cache as ``blobs/ab/ab12...``.
-_SHARED_BLOB = re.compile(r"[0-9a-f]{2}/[0-9a-f]{64}")
+#: Files that the Hub's client shares among repositories lie in its cache as ``blobs/ab/ab12...``, by their digest.
+_SHARED_BLOB = re.compile(r"([0-9a-f]{2})/\1[0-9a-f]{62}")
 
 INDEX_FILENAME = "model.safetensors.index.json"
 CONFIG_FILENAME = "config.json"
@@ -135,8 +135,10 @@ class Folder:
         given = Path(path)
         try:
             root = given.resolve(strict=True)
-        except (OSError, RuntimeError) as error:
-            reason = problem_from_os_error(error).message if isinstance(error, OSError) else "a loop of links"
+        except (OSError, RuntimeError, ValueError) as error:
+            reason = "a loop of links" if isinstance(error, RuntimeError) else "its name holds a NUL character"
+            if isinstance(error, OSError):
+                reason = problem_from_os_error(error).message
             raise refuse("not-found", f"cannot open it as a checkpoint: {reason}", file=str(given)) from None
         if not root.is_dir():
             raise refuse(

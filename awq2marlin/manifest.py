@@ -14,13 +14,15 @@ from dataclasses import dataclass
 from typing import Any, Literal, NoReturn
 
 from awq2marlin._version import __version__
+from awq2marlin.awq import LEGACY_CONFIG_FILENAMES
 from awq2marlin.digest import Xxh3, is_digest
-from awq2marlin.errors import printable, refuse
+from awq2marlin.errors import CheckpointError, printable, refuse
 from awq2marlin.folder import (
     CARD_FILENAME,
     CONFIG_FILENAME,
     INDEX_FILENAME,
     MAX_CARD_BYTES,
+    MAX_JSON_BYTES,
     Folder,
     check_name,
     find_clash,
@@ -30,6 +32,10 @@ from awq2marlin.safetensors_header import LENGTH_BYTES, MAX_HEADER_BYTES, Header
 
 #: What `revert` gives back: the source's files, byte for byte, or an AWQ checkpoint of the same tensors.
 Restores = Literal["files", "tensors"]
+
+
+#: The only files whose text a conversion keeps in the manifest: of all others the output has the bytes.
+_TEXT_NAMES = (CONFIG_FILENAME, *LEGACY_CONFIG_FILENAMES, INDEX_FILENAME)
 
 
 @dataclass(frozen=True)
@@ -103,7 +109,14 @@ class Manifest:
         return sorted({*self.shards, *self.files, *made, CARD_FILENAME, CONFIG_FILENAME, MANIFEST_FILENAME})
 
     def encode(self) -> bytes:
-        """Returns the file's bytes; equal manifests give equal bytes."""
+        """Returns the file's bytes; equal manifests give equal bytes.
+
+        Raises:
+            CheckpointError: if it is so long that `read_manifest` would refuse it.
+        """
+        headers = sum(len(shard.source_header.text) for shard in self.shards.values())
+        if headers > MAX_HEADER_BYTES:
+            raise _unreadable(f"the headers of all shards together have {headers} bytes, more than {MAX_HEADER_BYTES}")
         document = {
             "format_version": FORMAT_VERSION,
             "tool": {"name": "awq2marlin", "version": __version__},
@@ -123,7 +136,19 @@ class Manifest:
             "files": _recorded(self.files),
             "left_behind": dict(sorted(self.left_behind.items())),
         }
-        return (json.dumps(document, indent=1, ensure_ascii=True) + "\n").encode("ascii")
+        data = (json.dumps(document, indent=1, ensure_ascii=True) + "\n").encode("ascii")
+        if len(data) > MAX_JSON_BYTES:
+            raise _unreadable(f"it would have {len(data)} bytes, more than {MAX_JSON_BYTES}")
+        return data
+
+
+def _unreadable(what: str) -> CheckpointError:
+    return refuse(
+        "too-large",
+        f"the manifest has to hold the headers of the shards, the config's text and the model card, but {what}, so "
+        "that 'revert' could not read it; shorten the metadata of the shards, or the card",
+        file=MANIFEST_FILENAME,
+    )
 
 
 def _recorded(files: Mapping[str, tuple[int, str]]) -> dict[str, dict[str, Any]]:
@@ -184,7 +209,9 @@ def decode_manifest(data: bytes) -> Manifest:
     for name, text in document.get("texts", dict).items():
         if not isinstance(text, str) or any("\ud800" <= char <= "\udfff" for char in text):
             document.bad(f"the text of {printable(name)!r} is not a string of whole characters")
-        texts[check_name(name, MANIFEST_FILENAME)] = text
+        if check_name(name, MANIFEST_FILENAME) not in _TEXT_NAMES:
+            document.bad(f"texts holds {printable(name)!r}; only {', '.join(_TEXT_NAMES)} are restored from a text")
+        texts[name] = text
     text_digests = {name: (entry.size(), entry.digests()[0]) for name, entry in document.entries("text_digests")}
     if text_digests.keys() != texts.keys():
         document.bad("texts and text_digests name different files")

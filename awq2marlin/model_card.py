@@ -31,6 +31,7 @@ MAX_FRONT_MATTER = 500_000
 
 _FRONT_MATTER = re.compile(r"\A\s*---[ \t]*\r?\n(.*?)^---[ \t]*(?:\r?\n|\Z)", re.DOTALL | re.MULTILINE)
 _YAML = "tag:yaml.org,2002:"
+_WORD = re.compile(r"(?!(?:null|true|false|yes|no|on|off|y|n)\Z)[a-z][a-z0-9_-]*|[0-9]-bit", re.IGNORECASE)
 _TAGS = {_YAML + kind for kind in ("str", "int", "float", "bool", "null", "timestamp", "map", "seq")}
 _HINT = f"(`{PLACEHOLDER}` is this folder's path, or the repository's name.)\n\n"
 _HUB = "https://huggingface.co"
@@ -64,7 +65,7 @@ def model_card(
         _what(plan, repo_id, revision),
         _how_to_load(),
         _what_was_checked(plan, verified, gemm),
-        _how_to_revert(),
+        _how_to_check_and_revert(repo_id, revision),
         _source_card(front_matter if problem else "", problem, body),
     ]
     return "".join(parts).encode("utf-8")
@@ -108,14 +109,14 @@ def _what(plan: Plan, repo_id: str | None, revision: str | None) -> str:
 def _how_to_load() -> str:
     return f"""## How to load it
 
-{_HINT}vLLM finds the loader by itself, once it is installed beside it:
+{_HINT}vLLM, version 0.25 or 0.33, finds the loader by itself, once it is installed beside it:
 
 ```sh
-pip install awq2marlin
+pip install vllm==0.33.0 awq2marlin
 vllm serve {PLACEHOLDER}
 ```
 
-Transformers, after `pip install 'awq2marlin[transformers]'`:
+Transformers, after `pip install 'awq2marlin[transformers,cuda]'`:
 
 ```python
 import awq2marlin.integrations.transformers  # without this line, the model is garbage
@@ -158,11 +159,12 @@ def _gemm_rows(gemm: GemmRun) -> Iterator[tuple[str, str]]:
         yield "largest error with random activations, against float64", f"{worst:.1%} of the bound"
 
 
-def _how_to_revert() -> str:
-    return f"""Whoever has the source compares everything with it:
+def _how_to_check_and_revert(repo_id: str | None, revision: str | None) -> str:
+    source = f"{repo_id}@{revision}" if repo_id and revision else repo_id or "SOURCE"
+    return f"""Everything is compared with the source, by whoever wants to know, with:
 
 ```sh
-awq2marlin verify SOURCE {PLACEHOLDER}
+awq2marlin verify {source} {PLACEHOLDER}
 ```
 
 ## How to get the AWQ checkpoint back
@@ -214,11 +216,27 @@ def merge_front_matter(source: str, own: dict[str, str | list[str]]) -> tuple[st
     Returns:
         YAML of one mapping, and why the source is not in it; empty if it is.
     """
+    if not source.strip() and all(_is_word(value) for value in own.values()):
+        return "".join(_lines(own)), ""  # PyYAML would say the same, but takes a while to import
     entries, problem = _entries(source)
     for key, value in own.items():
         node, theirs = entries.get(key, (_scalar(key), None))
         entries[key] = node, _joined(theirs, value) if isinstance(value, list) else _scalar(value)
     return _serialized(entries), problem
+
+
+def _is_word(value: str | list[str]) -> bool:
+    """Returns whether YAML needs no quotes for a text, or for every text of a list, and takes it for text."""
+    return all(_WORD.fullmatch(each) for each in ([value] if isinstance(value, str) else value))
+
+
+def _lines(own: dict[str, str | list[str]]) -> Iterator[str]:
+    for key, value in own.items():
+        yield (
+            f"{key}: {value}\n"
+            if isinstance(value, str)
+            else "".join([f"{key}:\n", *(f"- {each}\n" for each in value)])
+        )
 
 
 def _entries(source: str) -> tuple[_Entries, str]:

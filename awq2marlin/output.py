@@ -102,8 +102,11 @@ def refuse_overlap(source: Path, output: Path) -> None:
         output: where the output shall go; need not exist.
 
     Raises:
-        OutputError: if either lies inside the other, or the output lies in the source's Hub cache.
+        OutputError: if either lies inside the other, or the output lies in the source's Hub cache, or no folder can
+            have its name.
     """
+    if "\0" in str(output):
+        raise _refused("unsafe-name", output, "a folder's name cannot hold a NUL character; choose another")
     resolved = _real(output)
     protected = hub_repository(source) or source
     if _is_same(resolved, source):

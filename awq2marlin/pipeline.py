@@ -6,19 +6,22 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from awq2marlin.arrivals import arriving
 from awq2marlin.awq import module_name
-from awq2marlin.departures import Departures
 from awq2marlin.errors import CheckpointError, ExecutorError, Problem
 from awq2marlin.folder import Folder
 from awq2marlin.output import FinishedFile, OutputFolder
 from awq2marlin.plan import ModulePlan, Plan, ShardPlan
 from awq2marlin.progress import Progress, Silence
+from awq2marlin.sampling import Layers, sample_modules
 from awq2marlin.shard import ShardResult, ShardTask, convert_shard
 from awq2marlin.tensor_files import TensorFiles
-from awq2marlin.verification import Layers, sample_modules, verify_modules
 from awq2marlin.workers import check_workers, run_on_executor, run_side_by_side, share_workers
+
+if TYPE_CHECKING:
+    from awq2marlin.departures import Departures
 
 #: How many shards an executor is given at once; its workers should never wait for the next.
 MAX_IN_FLIGHT = 64
@@ -157,6 +160,8 @@ def _journal_entry(done: ShardResult, work: Work) -> FinishedFile:
 
 def _compare(plan: Plan, shard: ShardPlan, chosen: Sequence[ModulePlan], out: OutputFolder, workers: int) -> None:
     """Compares those tensors of the chosen modules that lie in a shard, before its source goes."""
+    from awq2marlin.verification import verify_modules
+
     source = TensorFiles.of(plan.checkpoint.folder, {shard.name: shard.source})
     folder = Folder.at(out.root)
     output = TensorFiles.of(folder, {shard.name: folder.read_header(shard.name)})

@@ -7,18 +7,20 @@ import shutil
 from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from awq2marlin.departures import is_conversion_of
 from awq2marlin.errors import HubError, OutputError, Problem
 from awq2marlin.folder import CARD_FILENAME, CONFIG_FILENAME, INDEX_FILENAME, Folder, hub_repository
-from awq2marlin.hub import HUB_PREFIX, HubName, is_ambiguous, open_hub, parse_source
+from awq2marlin.hub_name import HUB_PREFIX, HubName, is_ambiguous, parse_source
 from awq2marlin.manifest import read_manifest
 from awq2marlin.output import FETCHED_DIRECTORY, WORK_DIRECTORY, OutputFolder, read_journal
 from awq2marlin.pipeline import two_largest
 from awq2marlin.plan import Plan
 from awq2marlin.progress import Progress
-from awq2marlin.publication import Publication, PushTarget
 from awq2marlin.quantization import MANIFEST_FILENAME
+
+if TYPE_CHECKING:
+    from awq2marlin.publication import Publication, PushTarget
 
 
 def default_output(source: Path | HubName) -> Path:
@@ -51,6 +53,8 @@ def open_source_of_run(
         if is_ambiguous(source):
             progress.note(f"{source} is a folder here and is taken; {HUB_PREFIX}{source} is the one on the Hub")
         return Folder.at(name), None
+    from awq2marlin.hub import open_hub
+
     place = root.absolute() / WORK_DIRECTORY / FETCHED_DIRECTORY if low_disk else None
     folder = open_hub(name, place=place)
     journal = None if overwrite else read_journal(root)
@@ -77,6 +81,9 @@ def open_target(target: PushTarget, plan: Plan, root: Path, overwrite: bool) -> 
     Raises:
         HubError: if it may not receive the result, or has it already.
     """
+    from awq2marlin.departures import is_conversion_of
+    from awq2marlin.publication import Publication
+
     journal = read_journal(root)
     target = replace(target, overwrite=target.overwrite or overwrite)
     if target.create_pr and journal is not None and journal.pull_request is not None:

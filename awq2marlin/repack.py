@@ -7,6 +7,7 @@ a file can be rewritten in one pass with two small buffers.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from typing import Literal
@@ -17,6 +18,7 @@ import numpy.typing as npt
 from awq2marlin.awq import AWQ_PACK_ORDER, inverse_order, pack_factor
 from awq2marlin.machine_code import address, kernel
 from awq2marlin.marlin import GPTQ_MARLIN_TILE, MARLIN_INTERLEAVE, SCALE_PERM, SCALE_PERM_SINGLE
+from awq2marlin.stream import PIECE_BYTES, Piece
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -71,6 +73,24 @@ class Repack:
         """Returns the byte range of the source that makes target rows ``first`` to ``last``."""
         begin, end = (min(row * self.band, self.source_rows) for row in (first, last))
         return begin * self.source_row_bytes, end * self.source_row_bytes
+
+    def pieces(self, read_at: int, write_at: int, *, inverse: bool = False) -> Iterator[Piece]:
+        """Yields the pieces of the tensor that are repacked one by one, in any order.
+
+        Args:
+            read_at: where the tensor begins in the file that is read, in bytes.
+            write_at: where it begins in the file that is written.
+            inverse: whether Marlin is read and AWQ written.
+        """
+        rows_at_once = max(1, PIECE_BYTES // self.target_row_bytes)
+        for first in range(0, self.target_rows, rows_at_once):
+            last = min(first + rows_at_once, self.target_rows)
+            begin, end = self.source_range(first, last)
+            awq = begin, end - begin
+            marlin = first * self.target_row_bytes, (last - first) * self.target_row_bytes
+            read, write = (marlin, awq) if inverse else (awq, marlin)
+            work = self.backward if inverse else self.forward
+            yield Piece((read_at + read[0], read[1]), (write_at + write[0], write[1]), work)
 
     def forward(self, source: Bytes, target: Bytes) -> None:
         """Repacks a piece from AWQ to Marlin.

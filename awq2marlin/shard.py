@@ -6,7 +6,6 @@ import hashlib
 import os
 import secrets
 import socket
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,8 +14,8 @@ from awq2marlin._version import __version__
 from awq2marlin.digest import Xxh3
 from awq2marlin.errors import ExecutorError, Problem, refuse
 from awq2marlin.folder import open_regular
-from awq2marlin.plan import ShardPlan, Span
-from awq2marlin.stream import PIECE_BYTES, Piece, copy_pieces, rewrite_file
+from awq2marlin.plan import ShardPlan
+from awq2marlin.stream import Piece, copy_pieces, rewrite_file
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,6 @@ class ShardResult:
         source_digest: ``xxh3_128:hex`` of the source as it was read.
         target_size: bytes of the output.
         target_digest: ``xxh3_128:hex`` of the output as it was written.
-        seconds: wall time.
     """
 
     name: str
@@ -63,7 +61,6 @@ class ShardResult:
     source_digest: str
     target_size: int
     target_digest: str
-    seconds: float
 
 
 def convert_shard(task: ShardTask, progress: Callable[[int], None] | None = None) -> ShardResult:
@@ -81,7 +78,6 @@ def convert_shard(task: ShardTask, progress: Callable[[int], None] | None = None
         ExecutorError: if this process is not of the version that made the task, or does not see its files.
         OSError: if reading or writing fails.
     """
-    started = time.perf_counter()
     plan = task.plan
     _check_version(task)
     _check_seen(task)
@@ -114,7 +110,6 @@ def convert_shard(task: ShardTask, progress: Callable[[int], None] | None = None
         str(source_digest),
         plan.target.file_size,
         str(target_digest),
-        time.perf_counter() - started,
     )
 
 
@@ -164,15 +159,4 @@ def _pieces(plan: ShardPlan) -> Iterator[Piece]:
         if span.repack is None:
             yield from copy_pieces(read_at, write_at, span.source[1] - span.source[0])
         else:
-            yield from _repack_pieces(span, read_at, write_at)
-
-
-def _repack_pieces(span: Span, read_at: int, write_at: int) -> Iterator[Piece]:
-    repack = span.repack
-    assert repack is not None
-    rows_at_once = max(1, PIECE_BYTES // repack.target_row_bytes)
-    for first in range(0, repack.target_rows, rows_at_once):
-        last = min(first + rows_at_once, repack.target_rows)
-        begin, end = repack.source_range(first, last)
-        write = first * repack.target_row_bytes, (last - first) * repack.target_row_bytes
-        yield Piece((read_at + begin, end - begin), (write_at + write[0], write[1]), repack.forward)
+            yield from span.repack.pieces(read_at, write_at)

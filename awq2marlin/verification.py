@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -33,53 +33,14 @@ from awq2marlin.progress import Progress, Silence
 from awq2marlin.quantization import AwqQuantization, MarlinQuantization, marlin_document, without_quantization
 from awq2marlin.reference import unpack_awq, unpack_marlin_qweight, unpack_marlin_qzeros, unpermute_columns
 from awq2marlin.safetensors_header import TensorInfo
+from awq2marlin.sampling import Device, Layers, check_count, check_device, sample_modules
 from awq2marlin.tensor_files import TensorFiles
 from awq2marlin.workers import check_workers
 
 if TYPE_CHECKING:
     from awq2marlin.gemm_verification import GemmRun
 
-#: How many modules to look at: a number, or all of them.
-Layers = int | Literal["all"]
-
-#: Where to run modules through the GEMM.
-Device = Literal["auto", "cpu", "cuda"]
-
 _BAND_BYTES = 1 << 20
-
-
-def check_device(device: str | None) -> None:
-    """Refuses a device that is none of the choices, or not there, before any work is done.
-
-    Args:
-        device: as the caller gave it.
-
-    Raises:
-        ValueError: if it is none of `Device`.
-        CheckpointError: if it is ``"cuda"`` and there is no GPU that PyTorch can use.
-    """
-    if device is None:
-        return
-    if device not in get_args(Device):
-        raise ValueError(f"device must be one of {get_args(Device)}, found {device!r}")
-    from awq2marlin.gemm_verification import pick_device  # brings torch along
-
-    pick_device(device)
-
-
-def check_count(name: str, value: object, words: tuple[str, ...]) -> None:
-    """Refuses anything but a number from 0 and certain words.
-
-    Args:
-        name: the argument's.
-        value: what the caller gave.
-        words: the words it may be.
-
-    Raises:
-        ValueError: naming the argument, what was found and what is needed.
-    """
-    if value not in words and (type(value) is not int or value < 0):
-        raise ValueError(f"{name} must be a number from 0 or {' or '.join(map(repr, words))}, found {value!r}")
 
 
 @dataclass(frozen=True)
@@ -327,23 +288,6 @@ def _recorded_files(manifest: Manifest, awq: Checkpoint, marlin: Checkpoint) -> 
         yield marlin.folder, name, shard.target_size, shard.target_digest
     for name, (size, digest) in manifest.files.items():
         yield marlin.folder, name, size, digest
-
-
-def sample_modules(modules: Sequence[ModulePlan], layers: Layers) -> list[ModulePlan]:
-    """Returns some modules, one of each shape first, then spread evenly over the model; always the same ones.
-
-    Args:
-        modules: all of them, in order.
-        layers: how many, or ``"all"``.
-    """
-    if layers == "all" or layers >= len(modules):
-        return list(modules)
-    by_shape: dict[tuple[int, ...], int] = {}
-    for index, each in enumerate(modules):
-        by_shape.setdefault((each.size_k, each.size_n), index)
-    spread = [index * len(modules) // layers for index in range(layers)]
-    wanted = list(dict.fromkeys([*by_shape.values(), *spread]))[:layers]
-    return [modules[index] for index in sorted(wanted)]
 
 
 def _module_bytes(modules: Sequence[ModulePlan], files: TensorFiles) -> int:

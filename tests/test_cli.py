@@ -19,6 +19,7 @@ from typing import Any
 
 import pytest
 
+import awq2marlin
 from awq2marlin import __version__, console
 from awq2marlin.cli import main
 from awq2marlin.shard import ShardResult, ShardTask, convert_shard
@@ -624,6 +625,79 @@ def test_a_mistake_is_one_line_and_changes_nothing(name: str, made: Path, capsys
     assert err.startswith("error: ")
     assert oracle.file_hashes(made) == before
     assert list(Path().iterdir()) == []
+
+
+def test_a_picture_that_cannot_be_drawn_is_refused_before_the_work(
+    made: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("awq2marlin.verification.verify", lambda *_, **__: pytest.fail("the work was begun"))
+    arguments = ["verify", made / "awq", made / "marlin", "--device", "cpu", "--plot"]
+    code, out, err = run(capsys, *arguments, "errors.xyz")
+    assert (code, out) == (1, "")
+    assert "errors.xyz: a picture's name must end in .png" in err
+    assert run(capsys, *arguments, "none/errors.png")[2] == "error: none: there is no such file or folder\n"
+
+
+FULL = "error: cannot write to standard output: no space left on device\n"
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ("inspect {made}/awq --json", ""),
+        ("inspect {made}/awq", ""),
+        (
+            "inspect {made}/none --json",
+            "error: {made}/none: cannot open it as a checkpoint: there is no such file or folder\n",
+        ),
+        ("revert {made}/marlin back --quiet --json", ""),
+        ("--help", ""),
+        ("inspect --help", ""),
+        ("--version", ""),
+    ],
+)
+def test_an_output_that_takes_nothing_is_told_once(arguments: str, told: str, made: Path) -> None:
+    with Path("/dev/full").open("wb") as full:
+        process = start(*arguments.format(made=made).split(" "), stdout=full, stderr=subprocess.PIPE)
+        _, err = process.communicate(timeout=60)
+    assert err.decode() == told.format(made=made) + FULL
+    assert process.returncode == 1
+    assert not arguments.startswith("revert") or Path("back/config.json").is_file()
+
+
+@pytest.mark.parametrize("options", [[], ["--json"]])
+def test_an_unexpected_error_shows_its_traceback_after_the_json(
+    options: list[str], made: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wrong(path: str) -> None:
+        raise RuntimeError(f"no \x1b[31m{Path(path).name}")
+
+    monkeypatch.setattr("awq2marlin.inspection.inspect", wrong)
+    with pytest.raises(RuntimeError, match=r"no .*awq"):
+        main(["inspect", str(made / "awq"), *options])
+    out, err = capsys.readouterr()
+    assert err == ""
+    if not options:
+        assert out == ""
+        return
+    (error,) = read_json(out, "inspect", 1)["errors"]
+    assert error["code"] == "internal-error"
+    assert error["message"].endswith("report it with the traceback: RuntimeError: no \x1b[31mawq")
+
+
+@pytest.mark.parametrize("name", ["inspect", "convert", "convert to", "revert to", "verify"])
+def test_a_name_with_a_null_character_is_refused(name: str, made: Path) -> None:
+    bad = str(made / "a\0b")
+    calls = {
+        "inspect": lambda: awq2marlin.inspect(bad),
+        "convert": lambda: awq2marlin.convert(bad),
+        "convert to": lambda: awq2marlin.convert(made / "awq", bad),
+        "revert to": lambda: awq2marlin.revert(made / "marlin", bad),
+        "verify": lambda: awq2marlin.verify(made / "awq", bad),
+    }
+    with pytest.raises(awq2marlin.Awq2MarlinError, match="a NUL character"):
+        calls[name]()
 
 
 @pytest.mark.parametrize(

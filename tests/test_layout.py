@@ -694,6 +694,24 @@ def test_unpadded_pieces_keep_offset_and_length(shape):
             assert repack.source_range(0, row)[1] == row * repack.target_row_bytes
 
 
+@pytest.mark.parametrize("inverse", [False, True])
+@pytest.mark.parametrize("piece_bytes", [1, 1 << 12, 1 << 20])
+def test_pieces_of_a_tensor_rewrite_all_of_it(piece_bytes, inverse, monkeypatch):
+    monkeypatch.setattr("awq2marlin.repack.PIECE_BYTES", piece_bytes)
+    layer = random_layer(200, 96, 64, 4)
+    for repack, source in zip(planned_repacks(layer, 256, 128), layer.awq(), strict=True):
+        awq, marlin = as_bytes(source), np.empty(repack.target_rows * repack.target_row_bytes, np.uint8)
+        repack.forward(awq, marlin)
+        old, new = (marlin, awq) if inverse else (awq, marlin)
+        made = np.full(new.size, 0xA5, np.uint8)
+        for piece in repack.pieces(1000, 5000, inverse=inverse):
+            read, write = piece.read[0] - 1000, piece.write[0] - 5000
+            part = np.empty(piece.write[1], np.uint8)
+            piece.rewrite(old[read : read + piece.read[1]].copy(), part)
+            made[write : write + piece.write[1]] = part
+        assert_identical(made, new, f"{repack.part} in pieces")
+
+
 # --- what torch callers may rely on -----------------------------------------------------------------------
 
 

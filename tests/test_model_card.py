@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 from awq2marlin import CheckpointError, convert, inspect, revert, verify
 from awq2marlin.checkpoint import open_checkpoint
 from awq2marlin.gemm_verification import GemmCheck, GemmRun
+from awq2marlin.integrations.vllm.versions import SUPPORTED_VERSIONS, unsupported_reason
 from awq2marlin.model_card import MAX_FRONT_MATTER, addressed, merge_front_matter, model_card, split_card
 from awq2marlin.plan import plan_conversion
 from awq2marlin.synthetic import llama_recipe, write_checkpoint
@@ -101,8 +103,11 @@ def test_the_warning_comes_first_and_the_commands_are_exact(awq: Path) -> None:
     _, text = split_card(card)
     assert text.strip().startswith("> **Load this checkpoint only with an engine that knows the format `marlin_native`")
     assert "garbage" in text.strip().split("\n\n")[0]
-    assert "```sh\npip install awq2marlin\nvllm serve THIS_MODEL\n```" in text
-    assert "pip install 'awq2marlin[transformers]'" in text
+    (version,) = re.findall(r"```sh\npip install vllm==([\d.]+) awq2marlin\nvllm serve THIS_MODEL\n```", text)
+    assert unsupported_reason(version) is None
+    versions = " or ".join(f"{major}.{minor}" for major, minor in SUPPORTED_VERSIONS)
+    assert f"vLLM, version {versions}, finds the loader" in text
+    assert "pip install 'awq2marlin[transformers,cuda]'" in text
     assert 'AutoModelForCausalLM.from_pretrained("THIS_MODEL"' in text
     assert "awq2marlin verify SOURCE THIS_MODEL\n" in text
     assert "awq2marlin revert THIS_MODEL OUTPUT\n" in text
@@ -114,6 +119,7 @@ def test_a_repository_is_named_with_its_revision(awq: Path, tmp_path: Path) -> N
     assert "# Llama-3-8B-AWQ, Marlin-native\n" in card
     assert f"[{REPOSITORY}](https://huggingface.co/{REPOSITORY})" in card
     assert f"[`{REVISION}`](https://huggingface.co/{REPOSITORY}/tree/{REVISION})" in card
+    assert f"awq2marlin verify {REPOSITORY}@{REVISION} THIS_MODEL\n" in card
     assert "base_model" not in metadata(card_of(awq).replace("base_model_relation", "relation"), tmp_path)
 
 
@@ -300,6 +306,16 @@ def test_tags_of_any_kind_become_a_list(tags: str) -> None:
     assert set(OWN["tags"]) <= set(map(str, found))
     assert all(isinstance(each, str | int) for each in found)
     assert len(found) == len(set(found))
+
+
+@settings(max_examples=200)
+@given(st.text("aeflnorstuyNO0189-_/ .", min_size=1) | st.sampled_from(["No", "null", "org/name", "1_0", "4-bit", "n"]))
+def test_without_front_matter_it_is_written_as_yaml_would(text: str) -> None:
+    own: dict[str, str | list[str]] = {"base_model": text, "tags": ["awq", text]}
+    merged, problem = merge_front_matter(" \n", own)
+    assert problem == ""
+    assert yaml.safe_load(merged) == own
+    assert merged == yaml.safe_dump(own, sort_keys=False, width=1 << 20)
 
 
 def test_a_number_too_long_for_python_is_kept() -> None:

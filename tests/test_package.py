@@ -36,12 +36,13 @@ VLLM_LAYERS = [
 #: The order of imports, lowest first: a module imports only from layers below its own.
 LAYERS = [
     ["_version", "awq", "cache", "errors", "integrations.__init__", "progress", "reference", "repack_kernels"],
-    ["hub_errors", "jit", "machine_code", "marlin", "safetensors_header"],
-    ["cpu_gemm", "diagnosis", "folder", "kernel_configs", "layout", "repack"],
+    ["hub_errors", "hub_name", "jit", "machine_code", "marlin", "safetensors_header"],
+    ["cpu_gemm", "diagnosis", "folder", "kernel_configs", "layout"],
     ["compile_matrix", "hub", "ops", "quantization", "stream", "synthetic"],
-    ["linear", "checkpoint", "digest", "tensor_files", "workers"],
+    ["linear", "checkpoint", "digest", "repack", "tensor_files", "workers"],
     ["arrivals", "config", "manifest", "output", "plan"],
     ["gemm_verification", "inventory", "module_repack", "pairing", "publication", "shard", "side_files", "slicing"],
+    ["sampling"],
     ["error_plot", "inspection", "model_card", "reversion", "verification"],
     ["upload"],
     ["departures"],
@@ -126,6 +127,35 @@ def test_commands_on_a_cpu_import_no_torch_and_no_client_of_the_hub(tmp_path):
     assert out.splitlines()[-1] == "[0, 0, 0, 0] []"
     assert (output / "config.json").is_file()
     assert (back / "model.safetensors").read_bytes() == (source / "model.safetensors").read_bytes()
+
+
+PLAIN_CONVERSION = """
+import sys
+from awq2marlin.cli import main
+code = main(["convert", *sys.argv[1:], "--quiet", "--verify", "none"])
+print(code, *sys.modules)
+"""
+
+#: What a conversion from a folder to a folder does not use: a short start is a part of its speed.
+UNUSED = {
+    "asyncio",
+    "awq2marlin.departures",
+    "awq2marlin.hub",
+    "awq2marlin.publication",
+    "awq2marlin.reference",
+    "awq2marlin.upload",
+    "awq2marlin.verification",
+    "rich",
+    "tqdm",
+    "yaml",
+}
+
+
+def test_a_conversion_imports_only_what_it_uses(tmp_path):
+    write_checkpoint(tmp_path / "source", llama_recipe(128, 256, 1, 64, 32, group_size=64))
+    code, *imported = run_python(PLAIN_CONVERSION, tmp_path / "source", tmp_path / "output").split()
+    assert code == "0"
+    assert sorted(UNUSED & {*imported}) == []
 
 
 NO_PROBE = """

@@ -5,17 +5,34 @@ from __future__ import annotations
 import io
 import json
 import os
+import random
 import socket
+import string
 import subprocess
 import sys
 import tracemalloc
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 from safetensors import SafetensorError, deserialize
 
 from awq2marlin.errors import CheckpointError
 from awq2marlin.safetensors_header import DTYPE_BITS, Header, encode_header, read_header
-from tests.hostile.hostile_files import INDEX, MODULE, NASTY, SHARD, entry, raw_file, split_file
+from tests.hostile.conftest import Outcome
+from tests.hostile.hostile_files import (
+    INDEX,
+    MANIFEST,
+    MODULE,
+    NASTY,
+    SHARD,
+    edit_json,
+    entry,
+    raw_file,
+    split_file,
+    write_awq,
+)
 
 
 def read(content: bytes) -> Header:
@@ -349,6 +366,61 @@ def test_what_is_no_regular_file_is_refused_without_waiting(
     else:
         outcome.refused("not-a-file", "not a regular file", file=name)
     assert not (tmp_path / "out").exists()
+
+
+def _random_text(size: int) -> str:
+    """Returns text of 6 bits a letter: zlib and base64 together leave its length as it is."""
+    letters = (string.ascii_letters + string.digits + "-_").encode()
+    return random.Random(5).randbytes(size).translate(letters * 4).decode()
+
+
+def _with_metadata(file: Path, notes: str) -> None:
+    header, data = split_file(file)
+    header["__metadata__"] = {"notes": notes}
+    file.write_bytes(raw_file(header, data))
+
+
+def _refused_unwritten(awq: Path, tmp_path: Path, run: Callable[..., Outcome], file: str, part: str):
+    for more in ([], ["--dry-run"]):
+        run("convert", awq, tmp_path / "out", *more).refused("too-large", part, file=file)
+        assert not (tmp_path / "out").exists()
+
+
+def test_a_header_that_the_manifest_could_not_hold_is_refused_before_anything_is_written(awq, tmp_path, run) -> None:
+    _with_metadata(awq / SHARD, _random_text(33_000_000))
+    _refused_unwritten(awq, tmp_path, run, MANIFEST, "'revert' could not read it")
+
+
+def test_a_long_header_that_fits_comes_back(awq, tmp_path, run) -> None:
+    _with_metadata(awq / SHARD, _random_text(30_000_000))
+    assert run("convert", awq, tmp_path / "out").code == 0
+    assert run("revert", tmp_path / "out", tmp_path / "back").code == 0
+    assert (tmp_path / "back" / SHARD).read_bytes() == (awq / SHARD).read_bytes()
+
+
+def test_headers_that_are_too_long_all_together_are_refused(tmp_path, run) -> None:
+    awq = write_awq(tmp_path / "awq", shards=2)
+    for file in awq.glob("*.safetensors"):
+        _with_metadata(file, "a" * 51_000_000)
+    _refused_unwritten(awq, tmp_path, run, MANIFEST, "the headers of all shards together have 102")
+
+
+def test_a_header_that_grows_beyond_the_formats_limit_is_refused(tmp_path, run) -> None:
+    modules = {f"model.layers.{index}.mlp.down_proj": (1664, 512) for index in range(8)}  # (1664, 64) to (104, 1024)
+    awq = write_awq(tmp_path / "awq", modules=modules)
+    header, data = split_file(awq / SHARD)
+    short = len(json.dumps({**header, "__metadata__": {"notes": ""}}, separators=(",", ":")))
+    header["__metadata__"] = {"notes": "a" * (99_999_997 - short)}
+    (awq / SHARD).write_bytes(raw_file(json.dumps(header, separators=(",", ":")).encode(), data))
+    _refused_unwritten(awq, tmp_path, run, SHARD, "the header would have")
+
+
+def test_a_config_that_grows_beyond_what_is_read_is_refused(awq, tmp_path, run) -> None:
+    notes: list[Any] = [1] * 400_000
+    for _ in range(50):  # each is indented twice as far
+        notes = [notes]
+    edit_json(awq / "config.json", lambda config: config.update(notes=notes))
+    _refused_unwritten(awq, tmp_path, run, "config.json", "the file would have")
 
 
 @pytest.mark.parametrize("json_text", ["", "{", "[]", "null", "1"])

@@ -185,6 +185,48 @@ def test_blobs_in_the_store_that_all_repositories_of_the_cache_share_are_taken(s
     run("convert", snapshot, tmp_path / "out2").refused("unsafe-link", "leads out", file=name)
 
 
+DIGEST = "ab" * 32
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "config.json", "model-00001-of-00002.safetensors"])
+@pytest.mark.parametrize(
+    "where",
+    [f"cd/{DIGEST}", f"ab/{DIGEST}.refs", f"ab/{DIGEST[1:]}", DIGEST, f"ab/cd/{DIGEST}", f"AB/{DIGEST.upper()}"],
+)
+def test_of_the_shared_store_only_what_the_client_names_is_taken(
+    snapshot, tmp_path, run, where: str, name: str
+) -> None:
+    other = tmp_path / "hub/blobs" / where
+    other.parent.mkdir(parents=True)
+    other.write_text("private")
+    unlink_and_link(snapshot / name, os.path.relpath(other, snapshot))
+    run("convert", snapshot, tmp_path / "out").refused("unsafe-link", "leads out", file=name)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("link", ["file", "folder", "store"])
+def test_no_link_in_the_shared_store_leads_out_of_it(snapshot, private, tmp_path, run, link: str) -> None:
+    blob = tmp_path / "hub/blobs/ab" / DIGEST
+    elsewhere = tmp_path / "home/blobs/ab" / DIGEST
+    elsewhere.parent.mkdir(parents=True)
+    private.replace(elsewhere)
+    here = {"file": blob, "folder": blob.parent, "store": blob.parent.parent}[link]
+    there = {"file": elsewhere, "folder": elsewhere.parent, "store": elsewhere.parent.parent}[link]
+    here.parent.mkdir(parents=True, exist_ok=True)
+    here.symlink_to(there)
+    unlink_and_link(snapshot / "tokenizer.json", os.path.relpath(blob, snapshot))
+    run("convert", snapshot, tmp_path / "out").refused("unsafe-link", "leads out", file="tokenizer.json")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_shared_store_is_closed_to_a_folder_that_is_no_snapshot(awq, tmp_path, run) -> None:
+    blob = tmp_path / "blobs/ab" / DIGEST
+    blob.parent.mkdir(parents=True)
+    blob.write_text("private")
+    (awq / "tokenizer.json").symlink_to(blob)
+    run("convert", awq, tmp_path / "out").refused("unsafe-link", "leads out", file="tokenizer.json")
+
+
 @pytest.mark.parametrize("where", ["another repository's blobs", "another snapshot", "refs", "the cache", "home"])
 @pytest.mark.parametrize("name", ["tokenizer.json", "config.json", "model-00001-of-00002.safetensors"])
 def test_a_snapshots_link_elsewhere_is_refused(snapshot, private, tmp_path, run, where: str, name: str) -> None:

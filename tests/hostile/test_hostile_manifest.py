@@ -130,23 +130,30 @@ def test_only_plain_relative_names_are_taken(marlin, refused, key: str, name: st
         ("files", MANIFEST),
         ("files", "Marlin_Manifest.json"),
         ("files", "readme.MD"),
-        ("texts", "README.md"),
-        ("texts", SHARD.upper()),
         ("shards", "README.md"),
         ("shards", "MODEL.safetensors"),
         ("files", "README.md/x"),
         ("files", "readme.md/a/b"),
-        ("texts", "model.safetensors/x"),
-        ("texts", f"{MANIFEST}/x"),
         ("shards", "config.json/model.safetensors"),
     ],
 )
 def test_no_file_is_named_twice_or_inside_another(marlin, refused, key: str, name: str) -> None:
     document = document_of(marlin)
-    for each in (key, "text_digests") if key == "texts" else (key,):
-        document[each][name] = next(iter(document[each].values()))
+    document[key][name] = next(iter(document[key].values()))
     set_manifest(marlin, document)
     refused("bad-manifest", "twice, or as a file and as a folder")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["evil/x.sh", "modeling_x.py", "README.md", "CONFIG.json", SHARD.upper(), "model.safetensors/x", f"{MANIFEST}/x"],
+)
+def test_no_text_is_restored_but_of_configs_and_index(marlin, refused, name: str) -> None:
+    document = document_of(marlin)
+    for key in ("texts", "text_digests"):
+        document[key][name] = document[key]["config.json"]
+    set_manifest(marlin, document)
+    refused("bad-manifest", f"texts holds '{name}'; only config.json, quant_config.json")
 
 
 # --- Every value, replaced by every other kind ------------------------------------------------------------------------
