@@ -21,6 +21,9 @@ from awq2marlin.workers import check_workers, run_side_by_side
 #: Added to the name of a list for that of its record.
 RECORD_SUFFIX = ".record.jsonl"
 
+#: How the codes of problems begin that name a repository instead of a file.
+_OF_REPOSITORIES = ("hub-", "target-")
+
 
 class BatchProgress(Protocol):
     """Receives what a batch is doing."""
@@ -85,9 +88,9 @@ class BatchResult:
 
     @property
     def problems(self) -> list[Problem]:
-        """What went wrong, each with its file's whole path."""
+        """What went wrong, each with its file's whole path, or with the repository of the Hub that refused."""
         return [
-            replace(problem, file=os.path.join(item.source, problem.file))  # noqa: PTH118 - may be absolute or empty
+            problem if problem.code.startswith(_OF_REPOSITORIES) else _placed(problem, item.source)
             for item in self.failed
             for problem in item.errors
         ]
@@ -173,6 +176,10 @@ def convert_many(
             watcher.finish()
     items = tuple(results[job.output] for job in mine)
     return BatchResult(items, list_file(sources), dry_run, path, time.perf_counter() - started)
+
+
+def _placed(problem: Problem, source: str) -> Problem:
+    return replace(problem, file=os.path.join(source, problem.file))  # noqa: PTH118 - may be absolute or empty
 
 
 def _default_record(sources: Sources, part: tuple[int, int] | None) -> Path | None:

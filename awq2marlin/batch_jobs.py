@@ -167,6 +167,9 @@ def plan_jobs(
         if job.options["device"] is not None and job.options["low_disk"]:
             wrong.append(f"{job.item.place}: device needs the whole source at the end, which low_disk removes")
         wrong += (f"{job.item.place}: {each}" for each in _wrong_target(job))
+    alone = [name for name in (*PUSHING, "commit_message") if options.get(name)]
+    if alone and all(job.options["push_to"] is None for job in jobs):
+        wrong.append(f"the options of all items: {alone[0]} needs push_to")
     wrong += _clashes(jobs)
     if wrong:
         raise BatchError([Problem(str(list_file(sources) or ""), "", "bad-batch", each) for each in wrong])

@@ -85,7 +85,7 @@ _LowDisk = Annotated[
     typer.Option(
         "--low-disk",
         help="Of a repository: remove each shard as soon as it is converted and compared; needs the output plus "
-        "two shards of disk. With --push-to: send each shard at once and keep nothing.",
+        "two shards of disk. With --push-to: send each shard at once and keep nothing. Not with --device.",
     ),
 ]
 _PushTo = Annotated[
@@ -212,10 +212,7 @@ def convert(
 
         (console.print_plan if dry_run else console.print_conversion)(result)
 
-    if device is not None and verify in ("none", 0):
-        raise typer.BadParameter("--device needs --verify N or all: it runs the modules that are compared")
-    if device is not None and low_disk:
-        raise typer.BadParameter("--device needs the whole source, which --low-disk removes; use 'verify' afterwards")
+    _check_device(device, verify, low_disk)
     if push_to is None and (private or revision or create_pr or commit_message):
         raise typer.BadParameter(
             "--private, --revision, --create-pr and --commit-message need --push-to; "
@@ -308,8 +305,7 @@ def batch(
 
         print_batch(result)
 
-    if device is not None and verify in ("none", 0):
-        raise typer.BadParameter("--device needs --verify N or all: it runs the modules that are compared")
+    _check_device(device, verify, low_disk)
     _run("batch", work, show, "of_batch", [file], quiet, as_json)
 
 
@@ -368,7 +364,9 @@ def verify(
 
 @app.command()
 def revert(
-    converted: Annotated[Path, typer.Argument(metavar="CONVERTED", help="Folder of the converted checkpoint.")],
+    converted: Annotated[
+        str, typer.Argument(metavar="CONVERTED", help="Folder of the converted checkpoint, or its repository.")
+    ],
     output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="Folder to write.")],
     workers: _Workers = None,
     quiet: _Quiet = False,
@@ -479,6 +477,14 @@ def doctor(quiet: _Quiet = False, as_json: _Json = False) -> None:
         return run()
 
     _run("doctor", work, "print_doctor", "of_doctor", [], quiet, as_json)
+
+
+def _check_device(device: str | None, verify: int | str, low_disk: bool) -> None:
+    """Refuses options that leave nothing to run on a device."""
+    if device is not None and verify in ("none", 0):
+        raise typer.BadParameter("--device needs --verify N or all: it runs the modules that are compared")
+    if device is not None and low_disk:
+        raise typer.BadParameter("--device needs the whole source, which --low-disk removes; use 'verify' afterwards")
 
 
 def _push_target(repository: str, private: bool, revision: str | None, create_pr: bool, overwrite: bool) -> PushTarget:

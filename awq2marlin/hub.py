@@ -224,10 +224,11 @@ class HubFolder(Folder):
         if len(found) != end - begin:
             raise HubError(
                 Problem(
-                    name,
+                    str(self.where),
                     "",
                     "hub-short-answer",
-                    f"asked for bytes {begin} to {end}, the Hub sent {len(found)}; run the command again",
+                    f"asked for bytes {begin} to {end} of {printable(name)}, the Hub sent {len(found)}; "
+                    "run the command again",
                 )
             )
         return found

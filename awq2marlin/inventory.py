@@ -7,18 +7,21 @@ here first. No tensor data is read.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
-from awq2marlin.awq import QUANTIZED_PARTS, module_name, pack_factor
+from awq2marlin.awq import QUANTIZED_PARTS, SCALE_DTYPES, module_name, pack_factor
 from awq2marlin.checkpoint import awq_modules
-from awq2marlin.errors import CheckpointError, Problem
+from awq2marlin.errors import CheckpointError, Problem, printable
 from awq2marlin.folder import CONFIG_FILENAME
 from awq2marlin.marlin import GPTQ_MARLIN_TILE, num_groups, paddings, qweight_shape, unaligned_reason
-from awq2marlin.plan import ModulePlan
+from awq2marlin.plan import ModulePlan, planned_module
 from awq2marlin.quantization import AwqQuantization, MarlinQuantization
 from awq2marlin.safetensors_header import TensorInfo
 
-_DTYPES = {"qweight": ("I32",), "qzeros": ("I32",), "scales": ("F16", "BF16")}
+_DTYPES = {"qweight": ("I32",), "qzeros": ("I32",), "scales": SCALE_DTYPES}
+
+#: What a quantized module must not have: a dense weight, and the row order of GPTQ.
+_FOREIGN_PARTS = ("g_idx", "weight")
 
 
 def marlin_modules(
@@ -37,19 +40,12 @@ def marlin_modules(
         CheckpointError: naming every tensor that is missing or does not have the type and shape of its module's
             layout, and every name in the config's lists that is not there.
     """
-    parts_of: dict[str, set[str]] = defaultdict(set)
-    for name in tensors:
-        module, _, part = name.rpartition(".")
-        if part in (*QUANTIZED_PARTS, "bias"):
-            parts_of[module].add(part)
-    # `scales` alone belongs to a scaled activation
-    found = {module: parts for module, parts in parts_of.items() if parts & {"qweight", "qzeros"}}
-    problems = list(_missing_from_lists(found, tensors, quantization))
-    kept = _kept_modules(found, tensors, quantization, shard_of, problems)
+    found = _parts_of_modules(tensors)
+    kept, problems = _kept_modules(found, tensors, quantization, shard_of)
+    problems += _missing_from_lists(found, tensors, quantization)
     modules = {}
-    for name, parts in found.items():
-        if name in quantization.awq_modules:
-            continue
+    for name in found.keys() - quantization.awq_modules:
+        parts = found[name]
         wrong = list(_problems_of(name, parts, tensors, quantization))
         for tensor, code, message in wrong:
             shard = next(shard_of[other] for other in (tensor, *_names(name, parts)) if other in shard_of)
@@ -59,6 +55,17 @@ def marlin_modules(
     if problems:
         raise CheckpointError(problems)
     return dict(sorted({**modules, **kept}.items()))
+
+
+def _parts_of_modules(tensors: Iterable[str]) -> dict[str, set[str]]:
+    """Returns what every quantized module has: its parts, a bias, and what it must not have."""
+    parts_of: dict[str, set[str]] = defaultdict(set)
+    for name in tensors:
+        module, _, part = name.rpartition(".")
+        if part in (*QUANTIZED_PARTS, "bias", *_FOREIGN_PARTS):
+            parts_of[module].add(part)
+    # `scales` alone belongs to a scaled activation
+    return {module: parts for module, parts in parts_of.items() if parts & {"qweight", "qzeros"}}
 
 
 def _names(module: str, parts: set[str]) -> list[str]:
@@ -85,28 +92,21 @@ def _kept_modules(
     tensors: Mapping[str, TensorInfo],
     quantization: MarlinQuantization,
     shard_of: Mapping[str, str],
-    problems: list[Problem],
-) -> dict[str, ModulePlan]:
-    """Returns the modules in AWQ layout; adds what is wrong with them to ``problems``."""
+) -> tuple[dict[str, ModulePlan], list[Problem]]:
+    """Returns the modules in AWQ layout, and what is wrong with them."""
     kept = {
         tensor: tensors[tensor]
         for module in quantization.awq_modules & found.keys()
         for tensor in _names(module, found[module])
     }
     if not kept:
-        return {}
+        return {}, []
     awq = AwqQuantization(quantization.bits, quantization.group_size, quantization.zero_point, None, CONFIG_FILENAME)
     try:
         modules = awq_modules(kept, awq, shard_of)
     except CheckpointError as error:
-        problems += error.problems
-        return {}
-    return {
-        name: ModulePlan(
-            name, each.size_k, each.size_n, each.size_k, each.size_n, each.parts, converted=False, reason="kept"
-        )
-        for name, each in modules.items()
-    }
+        return {}, list(error.problems)
+    return {name: planned_module(module, "kept") for name, module in modules.items()}, []
 
 
 def _problems_of(
@@ -117,13 +117,19 @@ def _problems_of(
     for part in sorted(required - parts):
         message = f"it is missing, but the module's {', '.join(sorted(parts))} are there; download the file again"
         yield module_name(module, part), "missing-tensor", message
+    for part in sorted(parts & set(_FOREIGN_PARTS)):
+        message = f"the module has a qweight, and so must have no {part}; convert again"
+        yield module_name(module, part), "contradiction", message
     if not required <= parts:
         return
     for part in sorted(parts & _DTYPES.keys()):
         tensor = tensors[module_name(module, part)]
-        if tensor.dtype not in _DTYPES[part] or len(tensor.shape) != 2:
-            message = f"it is {tensor.dtype} {list(tensor.shape)}, needed are two dimensions of {_DTYPES[part][-1]}"
-            yield tensor.name, "wrong-dtype", message
+        found = f"it is {printable(tensor.dtype)} {list(tensor.shape)}"
+        if tensor.dtype not in _DTYPES[part]:
+            yield tensor.name, "wrong-dtype", f"{found}, needed is {' or '.join(_DTYPES[part])}; convert again"
+            return
+        if len(tensor.shape) != 2:
+            yield tensor.name, "wrong-shape", f"{found}, needed are two dimensions; convert again"
             return
     yield from _shape_problems(module, parts, tensors, quantization)
 
@@ -142,7 +148,9 @@ def _shape_problems(
     true_sizes = quantization.padded_modules.get(module, (size_k, size_n))
     qweight = tensors[module_name(module, "qweight")]
     reason = unaligned_reason(size_k, size_n, bits, group_size)
-    if reason or qweight.shape != qweight_shape(size_k, size_n, bits):
+    if not reason and qweight.shape != qweight_shape(size_k, size_n, bits):
+        reason = f"a row of {qweight.shape[1]} words does not hold whole columns"
+    if reason:
         yield qweight.name, "wrong-shape", f"{list(qweight.shape)} is no Marlin weight of {bits} bits: {reason}"
         return
     if module in quantization.padded_modules and (size_k, size_n) not in paddings(*true_sizes):

@@ -65,7 +65,7 @@ def model_card(
         _what(plan, repo_id, revision),
         _how_to_load(),
         _what_was_checked(plan, verified, gemm),
-        _how_to_revert(),
+        _how_to_check_and_revert(repo_id, revision),
         _source_card(front_matter if problem else "", problem, body),
     ]
     return "".join(parts).encode("utf-8")
@@ -109,14 +109,14 @@ def _what(plan: Plan, repo_id: str | None, revision: str | None) -> str:
 def _how_to_load() -> str:
     return f"""## How to load it
 
-{_HINT}vLLM finds the loader by itself, once it is installed beside it:
+{_HINT}vLLM, version 0.25 or 0.33, finds the loader by itself, once it is installed beside it:
 
 ```sh
-pip install awq2marlin
+pip install vllm==0.33.0 awq2marlin
 vllm serve {PLACEHOLDER}
 ```
 
-Transformers, after `pip install 'awq2marlin[transformers]'`:
+Transformers, after `pip install 'awq2marlin[transformers,cuda]'`:
 
 ```python
 import awq2marlin.integrations.transformers  # without this line, the model is garbage
@@ -159,11 +159,12 @@ def _gemm_rows(gemm: GemmRun) -> Iterator[tuple[str, str]]:
         yield "largest error with random activations, against float64", f"{worst:.1%} of the bound"
 
 
-def _how_to_revert() -> str:
-    return f"""Whoever has the source compares everything with it:
+def _how_to_check_and_revert(repo_id: str | None, revision: str | None) -> str:
+    source = f"{repo_id}@{revision}" if repo_id and revision else repo_id or "SOURCE"
+    return f"""Everything is compared with the source, by whoever wants to know, with:
 
 ```sh
-awq2marlin verify SOURCE {PLACEHOLDER}
+awq2marlin verify {source} {PLACEHOLDER}
 ```
 
 ## How to get the AWQ checkpoint back

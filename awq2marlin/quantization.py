@@ -97,7 +97,7 @@ def read_config(folder: Folder) -> dict[str, Any]:
     if not folder.exists(CONFIG_FILENAME):
         raise refuse(
             "no-config",
-            "there is no config.json; name the folder of a complete checkpoint",
+            "there is no config.json; name a complete checkpoint",
             file=CONFIG_FILENAME,
         )
     return _object(folder.read_json(CONFIG_FILENAME, constants=True), CONFIG_FILENAME)

@@ -15,10 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from awq2marlin._version import __version__
+from awq2marlin.arrivals import arriving
 from awq2marlin.checkpoint import Checkpoint, open_checkpoint
 from awq2marlin.digest import Xxh3
 from awq2marlin.errors import difference, refuse
 from awq2marlin.folder import CONFIG_FILENAME, Folder
+from awq2marlin.hub import open_source
 from awq2marlin.manifest import Manifest, ManifestShard, Restores, read_manifest
 from awq2marlin.output import FinishedFile, OutputFolder, claim, refuse_overlap, told_as_output_error
 from awq2marlin.pairing import pair_modules
@@ -50,7 +52,7 @@ class RevertResult:
     """What a reversion did.
 
     Attributes:
-        source: the converted checkpoint's folder.
+        source: the converted checkpoint's folder, or ``org/name@commit``.
         output: the AWQ checkpoint's folder.
         files: every restored file, sorted by name.
         left_behind: files of the original that the conversion had not carried over, with the reason.
@@ -60,7 +62,7 @@ class RevertResult:
             converted checkpoint, so that the tensors are those of the original but the files are not.
     """
 
-    source: Path
+    source: Path | str
     output: Path
     files: tuple[RestoredFile, ...]
     left_behind: Mapping[str, str]
@@ -82,7 +84,8 @@ def revert(
     lie in the files in which the engine put them. Interrupted at any moment, the same call resumes.
 
     Args:
-        converted: folder of the converted checkpoint; never written to.
+        converted: folder of the converted checkpoint, never written to; or a repository of the Hub,
+            ``org/name[@revision]`` or ``hf://org/name[@revision]``, whose next shard is fetched while one is restored.
         output: folder to write; must not exist, be empty, or hold an unfinished run of the same call.
         workers: threads; by default as many as there are processors, at most eight.
         progress: told what is being done.
@@ -90,11 +93,12 @@ def revert(
     Raises:
         DifferenceError: if a restored file is not the one recorded; the output has no ``config.json`` then.
         CheckpointError: if the folder is no sound converted checkpoint.
+        HubError: if the Hub or the network refuses.
         OutputError: if the output folder is foreign, in use, full or unwritable.
     """
     started = time.perf_counter()
     progress, workers = progress or Silence(), check_workers(workers)
-    marlin = open_checkpoint(converted)
+    marlin = open_checkpoint(open_source(converted))
     if not isinstance(marlin.quantization, MarlinQuantization):
         raise refuse(
             "not-converted",
@@ -120,7 +124,7 @@ def revert(
     restored.append(RestoredFile(CONFIG_FILENAME, len(config), hashlib.sha256(config).hexdigest()))
     restored.sort(key=lambda file: file.name)
     return RevertResult(
-        marlin.folder.root,
+        marlin.folder.where,
         root,
         tuple(restored),
         manifest.left_behind,
@@ -192,23 +196,15 @@ def _restore_shards(
     workers: int,
     progress: Progress,
 ) -> list[RestoredFile]:
-    assert isinstance(marlin.quantization, MarlinQuantization)
-    restored = _trusted_shards(marlin.folder, manifest, out, progress)
-    todo = [name for name in manifest.shards if name not in out.finished]
+    quantization, folder = marlin.quantization, marlin.folder
+    assert isinstance(quantization, MarlinQuantization)
+    restored = _trusted_shards(folder, manifest, out, progress)
+    todo = {name: marlin.shards[name] for name in manifest.shards if name not in out.finished}
     at_once, threads = share_workers(workers, len(todo))
-    tasks = [
-        _RestoreTask(
-            name,
-            marlin.folder.path(name),
-            marlin.shards[name],
-            manifest.shards[name],
-            modules,
-            marlin.quantization,
-            out.partial(name),
-            threads,
-        )
-        for name in todo
-    ]
+
+    def task(name: str) -> _RestoreTask:
+        shard, partial = manifest.shards[name], out.partial(name)
+        return _RestoreTask(name, folder.path(name), todo[name], shard, modules, quantization, partial, threads)
 
     def finish(done: tuple[RestoredFile, FinishedFile]) -> None:
         file, finished = done
@@ -216,8 +212,14 @@ def _restore_shards(
         out.remember(file.name, finished)
         restored.append(file)
 
-    progress.start("revert", sum(task.shard.source_header.data_size for task in tasks))
-    run_side_by_side(_restore_shard, tasks, at_once, progress.advance, finish)
+    files = {name: header.file_size for name, header in todo.items()}
+    fetched = 0 if folder.origin is None else sum(files.values())
+    progress.start(
+        "fetch and revert" if fetched else "revert",
+        fetched + sum(manifest.shards[name].source_header.data_size for name in todo),
+    )
+    with arriving(folder, files, progress.advance) as arrivals:
+        run_side_by_side(_restore_shard, map(task, arrivals), at_once, progress.advance, finish)
     progress.finish()
     return restored
 

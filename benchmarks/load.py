@@ -175,6 +175,38 @@ def medians(runs: list[dict[str, Any]]) -> dict[str, float]:
     return {name: round(statistics.median(run[name] for run in runs), 3) for name in names}
 
 
+def measure(engine: str, layers: int, repeats: int, work: Path) -> dict[str, Any]:
+    """Makes and converts a model, starts an engine on both in turn, and returns every run and the medians."""
+    from awq2marlin import convert
+
+    folders = {kind: work / kind for kind in KINDS}
+    begin = time.perf_counter()
+    size = write_model(folders["awq"], Model(4096, 14336, layers, 32, 8, 128256))
+    made = time.perf_counter()
+    convert(folders["awq"], folders["marlin"])
+    print(f"made {size / 1e9:.2f} GB in {made - begin:.0f} s, converted in {time.perf_counter() - made:.1f} s")
+    out = work / "run.json"
+    print(f"warm-up: {json.dumps(start_engine(engine, folders['marlin'], out))}", flush=True)
+    runs: dict[str, list[dict[str, Any]]] = {kind: [] for kind in KINDS}
+    for _ in range(repeats):
+        for kind in KINDS:
+            run = start_engine(engine, folders[kind], out)
+            print(f"{kind}: {json.dumps(run)}", flush=True)
+            runs[kind].append(run)
+    return {"engine": engine, "layers": layers, "bytes": size, "runs": runs, **summary(runs)}
+
+
+def summary(runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
+    """Returns the medians of each kind of checkpoint, what ran, and whether all runs gave the same tokens."""
+    found: dict[str, Any] = {}
+    for kind, done in runs.items():
+        failed = [run["error"] for run in done if "error" in run]
+        found[kind] = {"error": failed[0]} if failed else medians(done)
+    found |= {name: value for name, value in runs["marlin"][0].items() if isinstance(value, str) and name != "error"}
+    tokens = {json.dumps(run["tokens"]) for done in runs.values() for run in done if "error" not in run}
+    return {**found, "same_tokens": len(tokens) == 1}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="results, JSON; other engines' rows in it are kept")
@@ -188,33 +220,8 @@ def main() -> int:
         run_engine(options.engine, options.checkpoint, options.out)
         return 0
 
-    from awq2marlin import convert
-
-    model = Model(4096, 14336, options.layers, 32, 8, 128256)
     with tempfile.TemporaryDirectory(dir=options.work) as work:
-        folders = {kind: Path(work) / kind for kind in KINDS}
-        begin = time.perf_counter()
-        size = write_model(folders["awq"], model)
-        made = time.perf_counter()
-        convert(folders["awq"], folders["marlin"])
-        print(f"made {size / 1e9:.2f} GB in {made - begin:.0f} s, converted in {time.perf_counter() - made:.1f} s")
-        out = Path(work) / "run.json"
-        warm_up = start_engine(options.engine, folders["marlin"], out)
-        print(f"warm-up: {json.dumps(warm_up)}", flush=True)
-        runs: dict[str, list[dict[str, Any]]] = {kind: [] for kind in KINDS}
-        for _ in range(options.repeats):
-            for kind in KINDS:
-                run = start_engine(options.engine, folders[kind], out)
-                print(f"{kind}: {json.dumps(run)}", flush=True)
-                runs[kind].append(run)
-
-    row: dict[str, Any] = {"engine": options.engine, "layers": options.layers, "bytes": size, "runs": runs}
-    for kind, done in runs.items():
-        failed = [run["error"] for run in done if "error" in run]
-        row[kind] = {"error": failed[0]} if failed else medians(done)
-    row |= {name: value for name, value in runs["marlin"][0].items() if isinstance(value, str)}
-    tokens = {json.dumps(run.get("tokens")) for done in runs.values() for run in done if "error" not in run}
-    row["same_tokens"] = len(tokens) == 1
+        row = measure(options.engine, options.layers, options.repeats, Path(work))
     document = json.loads(options.out.read_text()) if options.out.exists() else {"rows": []}
     document["date"] = datetime.date.today().isoformat()
     document["rows"] = [each for each in document["rows"] if each["engine"] != options.engine] + [row]

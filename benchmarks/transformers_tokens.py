@@ -22,38 +22,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 MIB = 1 << 20
 PROMPT = list(range(5, 25))
-
-
-def dequantize(source: Path, target: Path) -> None:
-    """Writes the dense fp32 checkpoint that an AWQ one means."""
-    import torch
-    from safetensors.torch import load_file, save_file
-
-    from awq2marlin.reference import unpack_awq
-
-    config = json.loads((source / "config.json").read_text("utf-8"))
-    bits = config.pop("quantization_config")["bits"]
-    tensors = {name: tensor for path in source.glob("*.safetensors") for name, tensor in load_file(path).items()}
-    parts = ("qweight", "qzeros", "scales")
-    dense = {name: tensor.float() for name, tensor in tensors.items() if name.rpartition(".")[2] not in parts}
-    for name in [name for name in tensors if name.endswith(".qweight")]:
-        module = name.removesuffix(".qweight")
-        q = unpack_awq(tensors[name].numpy().view(np.uint32), bits).astype(np.float32)
-        scales = tensors[f"{module}.scales"].float().numpy()
-        zeros = np.full(scales.shape, 2.0 ** (bits - 1), np.float32)
-        if f"{module}.qzeros" in tensors:
-            zeros = unpack_awq(tensors[f"{module}.qzeros"].numpy().view(np.uint32), bits).astype(np.float32)
-        rows = len(q) // len(scales)
-        weight = (q - zeros.repeat(rows, 0)) * scales.repeat(rows, 0)
-        dense[f"{module}.weight"] = torch.from_numpy(np.ascontiguousarray(weight.T))
-    target.mkdir()
-    save_file(dense, target / "model.safetensors", {"format": "pt"})
-    config.pop("torch_dtype", None)
-    (target / "config.json").write_text(json.dumps({**config, "dtype": "float32"}), "utf-8")
 
 
 def load(folder: Path, device: str, tokens: int) -> dict[str, Any]:
@@ -116,12 +88,15 @@ def main() -> int:
         print(json.dumps(load(options.folder, options.device, options.tokens)))
         return 0
 
+    import torch
+    from dense_models import dequantize
+
     from awq2marlin import convert
 
     with tempfile.TemporaryDirectory() as work:
         folders = {"marlin": Path(work, "marlin"), "dense": Path(work, "dense"), "awq": options.folder}
         convert(options.folder, folders["marlin"])
-        dequantize(options.folder, folders["dense"])
+        dequantize(options.folder, folders["dense"], torch.float32)
         results = {kind: run(folders[kind], options) for kind in ("marlin", "dense")}
         if importlib.util.find_spec("gptqmodel"):
             results["awq"] = run(folders["awq"], options)

@@ -78,14 +78,11 @@ def kinds_of_layers(model: Any) -> dict[str, int]:
     return found
 
 
-def run_engine(folder: Path, ranks: int, eager: bool, forced: Path | None, out: Path) -> None:
-    """Generates in this process and writes what came out; ``forced`` holds tokens whose probabilities are asked for."""
-    import torch
-    import vllm
-    from vllm import LLM, SamplingParams
+def make_engine(folder: Path, ranks: int, eager: bool) -> Any:
+    """Returns vLLM's engine on a checkpoint, with what makes its arithmetic the same every time."""
+    from vllm import LLM
 
-    begin = time.perf_counter()
-    engine = LLM(
+    return LLM(
         model=str(folder),
         tensor_parallel_size=ranks,
         enforce_eager=eager,
@@ -99,83 +96,67 @@ def run_engine(folder: Path, ranks: int, eager: bool, forced: Path | None, out: 
         enable_prefix_caching=False,
         seed=0,
     )
-    ready = time.perf_counter() - begin
-    vocabulary = json.loads((folder / "config.json").read_text())["vocab_size"]
+
+
+def draw_prompts(vocabulary: int) -> tuple[list[list[int]], list[list[int]]]:
+    """Returns the prompts that go in together, and those that go in one by one; the same for every engine."""
+    import torch
+
     generator = torch.Generator().manual_seed(7)
 
     def draw(lengths: tuple[int, ...]) -> list[list[int]]:
         return [torch.randint(3, vocabulary, (length,), generator=generator).tolist() for length in lengths]
 
-    def answer(prompts: list[list[int]]) -> list[dict[str, Any]]:
-        sampling = SamplingParams(temperature=0.0, max_tokens=NEW_TOKENS, logprobs=1, ignore_eos=True, detokenize=False)
-        outputs = engine.generate([{"prompt_token_ids": each} for each in prompts], sampling, use_tqdm=False)
-        return [
-            {
-                "tokens": list(output.outputs[0].token_ids),
-                "logprobs": [
-                    entry[token].logprob
-                    for token, entry in zip(output.outputs[0].token_ids, output.outputs[0].logprobs, strict=True)
-                ],
-            }
-            for output in outputs
-        ]
+    return draw(PROMPT_LENGTHS), draw(SHORT_LENGTHS)
 
-    prompts, short = draw(PROMPT_LENGTHS), draw(SHORT_LENGTHS)
-    alone: list[dict[str, Any]] = []
+
+def answer(engine: Any, prompts: list[list[int]]) -> list[dict[str, Any]]:
+    """Returns greedy tokens and their log-probabilities for prompts that go in together."""
+    from vllm import SamplingParams
+
+    sampling = SamplingParams(temperature=0.0, max_tokens=NEW_TOKENS, logprobs=1, ignore_eos=True, detokenize=False)
+    outputs = engine.generate([{"prompt_token_ids": each} for each in prompts], sampling, use_tqdm=False)
+    rows = []
+    for output in (each.outputs[0] for each in outputs):
+        chosen = zip(output.token_ids, output.logprobs, strict=True)
+        logprobs = [entry[token].logprob for token, entry in chosen]
+        rows.append({"tokens": list(output.token_ids), "logprobs": logprobs})
+    return rows
+
+
+def judge(engine: Any, prompts: list[list[int]], said: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Returns the log-probabilities of what another engine said, and those of the best tokens in their places."""
+    from vllm import SamplingParams
+
+    texts = [prompt + row["tokens"] for prompt, row in zip(prompts, said, strict=True)]
+    sampling = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=1, detokenize=False)
+    outputs = engine.generate([{"prompt_token_ids": each} for each in texts], sampling, use_tqdm=False)
+    rows = []
+    for prompt, row, output in zip(prompts, said, outputs, strict=True):
+        entries = output.prompt_logprobs[len(prompt) :]
+        logprobs = [entry[token].logprob for token, entry in zip(row["tokens"], entries, strict=True)]
+        best = [max(entry.values(), key=lambda each: each.logprob).logprob for entry in entries]
+        rows.append({"tokens": row["tokens"], "logprobs": logprobs, "best": best})
+    return rows
+
+
+def run_engine(folder: Path, ranks: int, eager: bool, forced: Path | None, out: Path) -> None:
+    """Generates in this process and writes what came out; ``forced`` holds tokens whose probabilities are asked for."""
+    import torch
+    import vllm
+
+    begin = time.perf_counter()
+    engine = make_engine(folder, ranks, eager)
+    document: dict[str, Any] = {"seconds": round(time.perf_counter() - begin, 2)}
+    prompts, short = draw_prompts(json.loads((folder / "config.json").read_text())["vocab_size"])
     if forced is None:
-        rows = answer(prompts)
-        alone = [row for prompt in short for row in answer([prompt])]
+        document["rows"] = answer(engine, prompts)
+        document["alone"] = [row for prompt in short for row in answer(engine, [prompt])]
     else:
-        said = json.loads(forced.read_text())["rows"]
-        texts = [prompt + row["tokens"] for prompt, row in zip(prompts, said, strict=True)]
-        sampling = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=1, detokenize=False)
-        outputs = engine.generate([{"prompt_token_ids": each} for each in texts], sampling, use_tqdm=False)
-        rows = []
-        for prompt, row, output in zip(prompts, said, outputs, strict=True):
-            entries = output.prompt_logprobs[len(prompt) :]
-            logprobs = [entry[token].logprob for token, entry in zip(row["tokens"], entries, strict=True)]
-            best = [max(entry.values(), key=lambda each: each.logprob).logprob for entry in entries]
-            rows.append({"tokens": row["tokens"], "logprobs": logprobs, "best": best})
-    document = {"vllm": vllm.__version__, "torch": torch.__version__, "seconds": round(ready, 2)}
-    document |= {"rows": rows, "alone": alone}
-    document["gpu"] = torch.cuda.get_device_name()
+        document["rows"] = judge(engine, prompts, json.loads(forced.read_text())["rows"])
+    document |= {"vllm": vllm.__version__, "torch": torch.__version__, "gpu": torch.cuda.get_device_name()}
     document["layers"] = engine.apply_model(kinds_of_layers)[0]
     out.write_text(json.dumps(document))
-
-
-def dequantize(source: Path, target: Path) -> None:
-    """Writes the fp16 model that an AWQ model stands for."""
-    import torch
-    from safetensors.torch import load_file, save_file
-
-    from awq2marlin.awq import AWQ_PACK_ORDER, inverse_order
-
-    target.mkdir()
-    config = json.loads((source / "config.json").read_text())
-    bits = config.pop("quantization_config")["bits"]
-    order = torch.tensor(inverse_order(AWQ_PACK_ORDER[bits]))
-    shifts = torch.arange(0, 32, bits, dtype=torch.int32)
-
-    def unpack(words: torch.Tensor) -> torch.Tensor:
-        fields = (words.unsqueeze(-1) >> shifts) & (2**bits - 1)
-        return fields[..., order].flatten(1).float()
-
-    for path in sorted(source.glob("*.safetensors")):
-        tensors = load_file(path)
-        dense = {}
-        for name, tensor in tensors.items():
-            module, _, part = name.rpartition(".")
-            if part == "qweight":
-                q, scales = unpack(tensor), tensors[f"{module}.scales"].float()  # [K, N], [G, N]
-                qzeros = tensors.get(f"{module}.qzeros")
-                zeros = torch.full_like(scales, 2 ** (bits - 1)) if qzeros is None else unpack(qzeros)
-                rows = q.shape[0] // scales.shape[0]
-                weight = (q - zeros.repeat_interleave(rows, 0)) * scales.repeat_interleave(rows, 0)
-                dense[f"{module}.weight"] = weight.t().contiguous().half()
-            elif part not in ("qzeros", "scales"):
-                dense[name] = tensor
-        save_file(dense, target / path.name)
-    (target / "config.json").write_text(json.dumps(config))
 
 
 def has_awq_code(model: Model, ranks: int) -> bool:
@@ -232,6 +213,9 @@ def agreement(what: str, ours: list[dict[str, Any]], theirs: list[dict[str, Any]
 
 def compare(name: str, model: Model, ranks: int, eager: bool, work: Path) -> dict[str, Any]:
     """Returns how the two engines' words compare, for one model that is prepared."""
+    import torch
+    from dense_models import dequantize
+
     row: dict[str, Any] = {"model": name, "tensor_parallel_size": ranks, "eager": eager}
     ours = start_engine(work / "marlin", ranks, eager, work / "marlin.json")
     if has_awq_code(model, ranks):
@@ -246,7 +230,7 @@ def compare(name: str, model: Model, ranks: int, eager: bool, work: Path) -> dic
         else:
             row["ok"] &= row["together_same_logprobs"] == len(PROMPT_LENGTHS)
     else:
-        dequantize(work / "awq", work / "dense")
+        dequantize(work / "awq", work / "dense", torch.float16)
         theirs = start_engine(work / "dense", ranks, eager, work / "dense.json", work / "marlin.json")
         row["reference"] = "dequantized model, fp16"
         row |= agreement("together", ours["rows"], theirs["rows"])

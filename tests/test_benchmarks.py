@@ -48,7 +48,7 @@ def test_the_load_chart_is_drawn_and_its_table_holds_the_figures(tmp_path):
 
 
 def test_random_models_convert_and_their_dequantized_form_is_what_the_oracle_says(tmp_path, script):
-    random_models, tokens = script("random_models"), script("vllm_tokens")
+    random_models, dense_models = script("random_models"), script("dense_models")
     model = random_models.Model(128, 256, 1, 2, 1, 64, experts=2, group_size=64)
     size = random_models.write_model(tmp_path / "awq", model)
     assert size < inspect(tmp_path / "awq").bytes
@@ -56,16 +56,21 @@ def test_random_models_convert_and_their_dequantized_form_is_what_the_oracle_say
     assert len(result.converted) == 10
     verify(tmp_path / "awq", tmp_path / "marlin")
 
-    tokens.dequantize(tmp_path / "awq", tmp_path / "dense")
+    import torch
     from safetensors.numpy import load_file
 
-    awq, dense = (load_file(tmp_path / kind / "model-00001.safetensors") for kind in ("awq", "dense"))
+    dense_models.dequantize(tmp_path / "awq", tmp_path / "dense", torch.float16)
+    awq = load_file(tmp_path / "awq" / "model-00001.safetensors")
+    dense = load_file(tmp_path / "dense" / "model.safetensors")
     module = "model.layers.0.block_sparse_moe.experts.1.w2"
     q = reference.unpack_awq(awq[f"{module}.qweight"].view(np.uint32), 4).astype(np.float32)
     z = reference.unpack_awq(awq[f"{module}.qzeros"].view(np.uint32), 4).repeat(64, axis=0)
     weight = ((q - z) * awq[f"{module}.scales"].astype(np.float32).repeat(64, axis=0)).T.astype(np.float16)
     np.testing.assert_array_equal(dense[f"{module}.weight"], weight)
-    assert "quantization_config" not in json.loads((tmp_path / "dense" / "config.json").read_text())
+    config = json.loads((tmp_path / "dense" / "config.json").read_text())
+    assert "quantization_config" not in config
+    assert config["torch_dtype"] == "float16"
+    assert {each.dtype for each in dense.values()} == {np.dtype(np.float16)}
 
 
 def test_every_model_of_the_token_comparison_is_what_its_name_says(script):
@@ -75,3 +80,13 @@ def test_every_model_of_the_token_comparison_is_what_its_name_says(script):
         assert model.zero_points == ("without zero points" not in name)
         assert model.biases == ("biases" in name)
         assert (model.bits == 8) == ("8 bits" in name)
+
+
+def test_the_load_summary_takes_medians_and_compares_tokens(script):
+    summary = script("load").summary
+    run = {"ready_seconds": 2.0, "tokens": [1, 2], "vllm": "0.25.0"}
+    found = summary({"awq": [{"error": "no"}], "marlin": [run, {**run, "ready_seconds": 4.0}]})
+    assert found == {
+        "awq": {"error": "no"}, "marlin": {"ready_seconds": 3.0}, "vllm": "0.25.0", "same_tokens": True,
+    }  # fmt: skip
+    assert not summary({"awq": [{**run, "tokens": [1, 3]}], "marlin": [run]})["same_tokens"]

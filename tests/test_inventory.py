@@ -87,7 +87,7 @@ WRONG = [
     ("mlp.up_proj.scales", {"dtype": "F32"}, "wrong-dtype"),
     ("mlp.up_proj.qweight", {"dtype": "F16"}, "wrong-dtype"),
     ("mlp.up_proj.qweight", {"shape": (12, 500)}, "wrong-shape"),
-    ("mlp.up_proj.qweight", {"shape": (6144,)}, "wrong-dtype"),
+    ("mlp.up_proj.qweight", {"shape": (6144,)}, "wrong-shape"),
     ("mlp.up_proj.qweight", {"shape": (0, 512)}, "wrong-shape"),
     ("self_attn.q_proj.scales", {"shape": (3, 64)}, "contradiction"),
 ]
@@ -98,6 +98,32 @@ def test_names_a_tensor_of_another_shape_or_type(
     checkpoint: Callable[..., Checkpoint], name: str, change: dict[str, Any], code: str
 ) -> None:
     assert (f"{LAYER}.{name}", code) in problems_of(checkpoint(), tensors={f"{LAYER}.{name}": change})
+
+
+def test_says_why_a_weight_holds_no_whole_columns(checkpoint: Callable[..., Checkpoint]) -> None:
+    name = f"{LAYER}.mlp.up_proj.qweight"
+    with pytest.raises(CheckpointError, match="a row of 513 words does not hold whole columns"):
+        modules_of(checkpoint(), tensors={name: {"shape": (12, 513)}})
+
+
+@pytest.mark.parametrize("module", ["mlp.up_proj", "self_attn.q_proj"], ids=["marlin", "awq"])
+@pytest.mark.parametrize("part", ["weight", "g_idx"])
+def test_refuses_what_a_quantized_module_must_not_have(
+    checkpoint: Callable[..., Checkpoint], module: str, part: str
+) -> None:
+    opened, name = checkpoint(), f"{LAYER}.{module}.{part}"
+    opened.tensors[name] = replace(opened.tensors[f"{LAYER}.{module}.qweight"], name=name)
+    opened.shard_of[name] = "model.safetensors"
+    ((found, code),) = problems_of(opened)
+    assert found == name
+    assert code in ("contradiction", "foreign-format")
+
+
+def test_scales_alone_belong_to_no_module(checkpoint: Callable[..., Checkpoint]) -> None:
+    opened = checkpoint()
+    scales = replace(opened.tensors[f"{LAYER}.mlp.up_proj.scales"], name="act.scales", shape=(64,))
+    opened.tensors["act.scales"] = scales
+    assert "act" not in modules_of(opened)
 
 
 def test_refuses_a_padding_that_no_conversion_makes(checkpoint: Callable[..., Checkpoint]) -> None:

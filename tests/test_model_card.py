@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 from awq2marlin import CheckpointError, convert, inspect, revert, verify
 from awq2marlin.checkpoint import open_checkpoint
 from awq2marlin.gemm_verification import GemmCheck, GemmRun
+from awq2marlin.integrations.vllm.versions import SUPPORTED_VERSIONS, unsupported_reason
 from awq2marlin.model_card import MAX_FRONT_MATTER, addressed, merge_front_matter, model_card, split_card
 from awq2marlin.plan import plan_conversion
 from awq2marlin.synthetic import llama_recipe, write_checkpoint
@@ -101,8 +103,11 @@ def test_the_warning_comes_first_and_the_commands_are_exact(awq: Path) -> None:
     _, text = split_card(card)
     assert text.strip().startswith("> **Load this checkpoint only with an engine that knows the format `marlin_native`")
     assert "garbage" in text.strip().split("\n\n")[0]
-    assert "```sh\npip install awq2marlin\nvllm serve THIS_MODEL\n```" in text
-    assert "pip install 'awq2marlin[transformers]'" in text
+    (version,) = re.findall(r"```sh\npip install vllm==([\d.]+) awq2marlin\nvllm serve THIS_MODEL\n```", text)
+    assert unsupported_reason(version) is None
+    versions = " or ".join(f"{major}.{minor}" for major, minor in SUPPORTED_VERSIONS)
+    assert f"vLLM, version {versions}, finds the loader" in text
+    assert "pip install 'awq2marlin[transformers,cuda]'" in text
     assert 'AutoModelForCausalLM.from_pretrained("THIS_MODEL"' in text
     assert "awq2marlin verify SOURCE THIS_MODEL\n" in text
     assert "awq2marlin revert THIS_MODEL OUTPUT\n" in text
@@ -114,6 +119,7 @@ def test_a_repository_is_named_with_its_revision(awq: Path, tmp_path: Path) -> N
     assert "# Llama-3-8B-AWQ, Marlin-native\n" in card
     assert f"[{REPOSITORY}](https://huggingface.co/{REPOSITORY})" in card
     assert f"[`{REVISION}`](https://huggingface.co/{REPOSITORY}/tree/{REVISION})" in card
+    assert f"awq2marlin verify {REPOSITORY}@{REVISION} THIS_MODEL\n" in card
     assert "base_model" not in metadata(card_of(awq).replace("base_model_relation", "relation"), tmp_path)
 
 

@@ -209,7 +209,7 @@ def test_a_checkpoint_without_quantization_is_refused(awq, refused) -> None:
 
 def test_a_missing_config_is_refused(awq, refused) -> None:
     (awq / "config.json").unlink()
-    refused("no-config", "there is no config.json; name the folder of a complete checkpoint")
+    refused("no-config", "there is no config.json; name a complete checkpoint")
 
 
 def test_pickled_weights_are_refused_unopened(awq, refused) -> None:

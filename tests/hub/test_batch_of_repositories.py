@@ -18,7 +18,7 @@ def test_repositories_and_folders_in_one_list(hub, run, repository, source):
     outcome = run("batch", "list.jsonl", "--out-dir", "out")
     assert outcome.code == 1
     (problem,) = outcome.report["errors"]
-    assert problem["code"] == "hub-not-found"
+    assert (problem["code"], problem["file"]) == ("hub-not-found", "org/not-there")
     items = outcome.report["details"]["items"]
     assert [item["source"] for item in items] == [f"hf://{REPO}", str(source), "hf://org/not-there"]
     assert repository.commit().oid in Path("out/from-hub/marlin_manifest.json").read_text()

@@ -14,6 +14,9 @@ from transformers.core_model_loading import revert_weight_conversion
 from awq2marlin.plan import ModulePlan
 from awq2marlin.resaving import complete_saved
 
+#: Options of ``push_to_hub`` that ``save_pretrained`` passes on.
+_HUB_OPTIONS = ("repo_id", "commit_message", "commit_description", "create_pr", "private", "revision", "tags")
+
 
 def save_format_with(model: Any, padded: Mapping[str, ModulePlan]) -> None:
     """Lets a model's ``save_pretrained`` complete what Transformers writes.
@@ -51,13 +54,15 @@ def save_pretrained(model: Any, *args: Any, **kwargs: Any) -> None:
         raise ValueError("save_original_format=False is not supported: the format keeps the names of the checkpoint")
     push = given.pop("push_to_hub", False)
     extra = given.get("kwargs", {})
-    to_hub = {name: extra.pop(name) for name in ("repo_id", "commit_message", "create_pr", "private") if name in extra}
+    to_hub = {name: extra.pop(name) for name in _HUB_OPTIONS if name in extra}
+    to_hub |= {name: given[name] for name in ("token", "max_shard_size") if name in given}
     original(*call.args, **call.kwargs)
+    if not given.get("is_main_process", True):
+        return
     root = Path(given["save_directory"])
-    if given.get("is_main_process", True):
-        complete_saved(root, _padded_sizes(model, model._marlin_padded_modules))
+    complete_saved(root, _padded_sizes(model, model._marlin_padded_modules))
     if push:  # after the manifest is there, which Transformers' own upload would leave out
-        model.push_to_hub(to_hub.pop("repo_id", root.name), token=given.get("token"), **to_hub)
+        model.push_to_hub(to_hub.pop("repo_id", root.name), **to_hub)
 
 
 def _padded_sizes(model: Any, padded: Mapping[str, ModulePlan]) -> dict[str, tuple[int, int]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -116,13 +116,20 @@ class Skeleton:
         old = self._model.get_submodule(name)
         if not isinstance(old, torch.nn.Linear):
             return [self._unfit(plan, f"the model's {name} is a {type(old).__name__}, no linear layer")]
-        if (old.in_features, old.out_features) != (plan.size_k, plan.size_n):
-            there = f"K={old.in_features}, N={old.out_features}"
-            return [self._unfit(plan, f"the file has K={plan.size_k}, N={plan.size_n}, the model's {name} has {there}")]
+        unfit = self._size_problems(plan, name, old.in_features, old.out_features)
+        if unfit:
+            return unfit
         new = self._packed(name, plan, with_bias=old.bias is not None)
         parent, _, child = name.rpartition(".")
         setattr(self._model.get_submodule(parent), child, new)
         return []
+
+    def _size_problems(self, plan: ModulePlan, name: str, size_k: int, size_n: int) -> list[Problem]:
+        """Returns what is wrong with a module that the model wants of this size, under this name."""
+        if (plan.size_k, plan.size_n) == (size_k, size_n):
+            return []
+        there = f"the model's {name} has K={size_k}, N={size_n}"
+        return [self._unfit(plan, f"the file has K={plan.size_k}, N={plan.size_n}, {there}")]
 
     def _unfit(self, plan: ModulePlan, message: str) -> Problem:
         shard = self._headers.shard_of[module_name(plan.name, "qweight")]
@@ -149,22 +156,14 @@ class Skeleton:
 
     def _replace_experts(self, name: str, plan: ExpertsPlan) -> list[Problem]:
         old = self._model.get_submodule(name)
-        found = [(number, role) for number, members in plan.members.items() for role in members]
-        some = next(iter(plan.members[found[0][0]].values()))
         if not _is_replaceable(old):
+            some = next(member for members in plan.members.values() for member in members.values())
             return [self._unfit(some, f"the experts of {type(old).__name__} are not supported packed")]
         needed = {"up", "down", *(["gate"] if old.has_gate else [])}
-        roles = {role: plan.roles[role] for role in needed & plan.roles.keys()}
-        parent_in_file = some.name.rsplit(".", 2)[0]
-        message = "the other experts of its layer are packed, and this one is not there packed; all of them are needed"
-        missing = [
-            Problem("", f"{parent_in_file}.{number}.{roles.get(role, role)}", "missing-tensor", message)
-            for number in range(old.num_experts)
-            for role in sorted(needed)
-            if (number, roles.get(role)) not in found
-        ]
-        if missing:
-            return missing
+        problems = [*_missing_experts(plan, old.num_experts, needed), *self._expert_problems(name, plan)]
+        if problems:
+            return problems
+        roles = {role: plan.roles[role] for role in needed}
         layers = {
             number: {each: self._packed(f"{name}.{number}.{each}", members[each]) for each in roles.values()}
             for number, members in plan.members.items()
@@ -175,6 +174,21 @@ class Skeleton:
             delattr(old, parameter)
         setattr(self._model.get_submodule(parent), child, MarlinExperts(layers, roles, activate))
         return []
+
+    def _expert_problems(self, name: str, plan: ExpertsPlan) -> Iterator[Problem]:
+        """Yields what is wrong with the experts that are there: their numbers and sizes."""
+        old = self._model.get_submodule(name)
+        sizes = old.down_proj.shape[1:]
+        hidden, inner = reversed(sizes) if getattr(old, "is_transposed", False) else sizes
+        for number, members in sorted(plan.members.items()):
+            for member in members.values():
+                if number >= old.num_experts:
+                    message = f"the model's {name} has {old.num_experts} experts, numbered from 0"
+                    yield self._unfit(member, message)
+                elif member.name.rpartition(".")[2] == plan.roles.get("down"):
+                    yield from self._size_problems(member, name, inner, hidden)
+                else:
+                    yield from self._size_problems(member, name, hidden, inner)
 
     def refuse_missing(self, transforms: list[Any]) -> None:
         """Compares the prepared model with the files, by the renamings that the load will use.
@@ -199,6 +213,19 @@ class Skeleton:
         if missing:
             message = "the model needs it, but no file of the checkpoint holds it; download the checkpoint completely"
             raise CheckpointError(Problem("", name, "missing-tensor", message) for name in missing)
+
+
+def _missing_experts(plan: ExpertsPlan, num_experts: int, needed: Iterable[str]) -> list[Problem]:
+    """Returns a problem for every projection of an expert that is not there packed."""
+    some = next(member for members in plan.members.values() for member in members.values())
+    parent_in_file = some.name.rsplit(".", 2)[0]
+    message = "the other experts of its layer are packed, and this one is not there packed; all of them are needed"
+    return [
+        Problem("", f"{parent_in_file}.{number}.{projection}", "missing-tensor", message)
+        for number in range(num_experts)
+        for projection in sorted(plan.roles.get(role, role) for role in needed)
+        if projection not in plan.members.get(number, {})
+    ]
 
 
 def _is_replaceable(experts: Any) -> bool:

@@ -19,7 +19,7 @@ from vllm.model_executor.layers.quantization.base_config import QuantizationConf
 from awq2marlin.errors import printable, refuse
 from awq2marlin.folder import CONFIG_FILENAME
 from awq2marlin.integrations.vllm.contents import Contents
-from awq2marlin.integrations.vllm.inventory import inventory_of, read_inventory
+from awq2marlin.integrations.vllm.inventory import WITHOUT_KERNEL, inventory_of, read_inventory, tensors_of
 from awq2marlin.quantization import MARLIN_QUANT_METHOD, MarlinQuantization, read_marlin_quantization
 
 logger = init_logger("vllm.awq2marlin")
@@ -76,12 +76,7 @@ class MarlinNativeConfig(QuantizationConfig):  # type: ignore[misc]
         """
         quantization = read_marlin_quantization(config, CONFIG_FILENAME)
         if quantization.bits == 8 and quantization.zero_point:
-            raise refuse(
-                "unsupported-engine",
-                "the checkpoint has 8 bits with zero points: vLLM's Marlin kernels know 8 bits only without them. "
-                "Serve it with Transformers, or look for a 4-bit checkpoint of this model",
-                file=CONFIG_FILENAME,
-            )
+            raise refuse("unsupported-engine", WITHOUT_KERNEL, file=CONFIG_FILENAME)
         return cls(quantization)
 
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
@@ -102,16 +97,15 @@ class MarlinNativeConfig(QuantizationConfig):  # type: ignore[misc]
             return
         from vllm.transformers_utils.config import get_safetensors_params_metadata
 
-        tensors = get_safetensors_params_metadata(model_name, revision=revision)
-        if not tensors:
+        metadata = get_safetensors_params_metadata(model_name, revision=revision)
+        if not metadata:
             logger.warning(
                 "awq2marlin could not read the headers of %s beforehand: what is missing is found while loading",
                 printable(model_name),
             )
             return
-        shapes = {name: tuple(tensor["shape"]) for name, tensor in tensors.items()}
         config = hf_config.to_dict() if hf_config is not None else {}
-        inventory = inventory_of(shapes, self.contents.quantization, config)
+        inventory = inventory_of(tensors_of(metadata), self.contents.quantization, config)
         self.contents = replace(self.contents, inventory=inventory)
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:

@@ -6,22 +6,26 @@ served is refused before any weight is loaded.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from awq2marlin.awq import QUANTIZED_PARTS, module_name, pack_factor
-from awq2marlin.checkpoint import open_checkpoint
+from awq2marlin.awq import module_name
+from awq2marlin.checkpoint import Checkpoint, open_checkpoint
 from awq2marlin.errors import CheckpointError, Problem, refuse
 from awq2marlin.folder import CONFIG_FILENAME
+from awq2marlin.inventory import marlin_modules
 from awq2marlin.manifest import read_manifest
-from awq2marlin.marlin import GPTQ_MARLIN_TILE
-from awq2marlin.plan import ModulePlan
 from awq2marlin.quantization import MANIFEST_FILENAME, MARLIN_QUANT_METHOD, MarlinQuantization
+from awq2marlin.safetensors_header import TensorInfo
 from awq2marlin.slicing import largest_tensor_parallel_size
 
-Shapes = Mapping[str, tuple[int, ...]]
+#: Why vLLM cannot serve a kind of checkpoint that Transformers can.
+WITHOUT_KERNEL = (
+    "8 bits with zero points: vLLM's Marlin kernels know 8 bits only without them. Serve the checkpoint with "
+    "Transformers, or look for a 4-bit one of this model"
+)
 
 
 @dataclass(frozen=True)
@@ -50,84 +54,64 @@ def read_inventory(path: Path, quantization: MarlinQuantization) -> Inventory:
     checkpoint = open_checkpoint(path)
     if not isinstance(checkpoint.quantization, MarlinQuantization):
         raise refuse("contradiction", f"it does not say quant_method {MARLIN_QUANT_METHOD!r}", file=CONFIG_FILENAME)
-    shapes = {name: tensor.shape for name, tensor in checkpoint.tensors.items()}
-    wanted: set[str] = set()
     if checkpoint.folder.exists(MANIFEST_FILENAME):
-        manifest = read_manifest(checkpoint.folder)
-        wanted = {name for shard in manifest.shards.values() for name in shard.source_header.tensors}
-    return inventory_of(shapes, quantization, checkpoint.config, wanted)
+        _refuse_lost(checkpoint)
+    return inventory_of(checkpoint.tensors, quantization, checkpoint.config, checkpoint.shard_of)
 
 
 def inventory_of(
-    shapes: Shapes, quantization: MarlinQuantization, config: Mapping[str, Any], wanted: Collection[str] = ()
+    tensors: Mapping[str, TensorInfo],
+    quantization: MarlinQuantization,
+    config: Mapping[str, Any],
+    shard_of: Mapping[str, str] | None = None,
 ) -> Inventory:
-    """Returns the inventory of a checkpoint whose tensors are known by name and shape.
+    """Returns the inventory of a checkpoint by its tensors.
 
     Args:
-        shapes: the shape of every tensor, by name.
+        tensors: every tensor, by name.
         quantization: what the config says.
         config: the model's ``config.json``.
-        wanted: tensors that are known to belong to it; may be empty.
+        shard_of: the file of each tensor, for messages, where it is known.
 
     Raises:
-        CheckpointError: naming every tensor that is missing or no matrix, or that vLLM has no kernel for.
+        CheckpointError: naming every tensor that is missing or of the wrong kind, or that vLLM has no kernel for.
     """
-    problems = [*_missing(shapes, quantization, wanted), *_misshapen(shapes), *_unserved(shapes, quantization)]
-    if problems:
-        raise CheckpointError(problems)
-    with_zeros = frozenset(name.removesuffix(".qzeros") for name in shapes if name.endswith(".qzeros"))
-    modules = _modules(shapes, quantization)
+    modules = marlin_modules(tensors, quantization, shard_of or dict.fromkeys(tensors, "")).values()
+    with_zeros = frozenset(module.name for module in modules if "qzeros" in module.parts)
+    if quantization.bits == 8 and with_zeros:
+        names = (module_name(module, "qzeros") for module in with_zeros)
+        raise CheckpointError(Problem("", name, "unsupported-engine", WITHOUT_KERNEL) for name in names)
     size = largest_tensor_parallel_size(modules, quantization.bits, quantization.group_size, config)
     return Inventory(with_zeros, size)
 
 
-def quantized_modules(shapes: Shapes) -> list[str]:
-    """Returns the names of the modules that have a ``qweight``, sorted."""
-    return sorted(name.removesuffix(".qweight") for name in shapes if name.endswith(".qweight"))
+def tensors_of(metadata: Mapping[str, Any]) -> dict[str, TensorInfo]:
+    """Returns the tensors of a repository, by name, without their places in its files.
+
+    Args:
+        metadata: what vLLM reads of the repository's headers: for each tensor its ``dtype`` and ``shape``.
+
+    Raises:
+        CheckpointError: if a shape is none.
+    """
+    tensors = {}
+    for name, entry in metadata.items():
+        if name == "__metadata__":  # vLLM leaves it in where it reads the files in the Hub's cache
+            continue
+        shape = entry.get("shape") if isinstance(entry, dict) else None
+        if not isinstance(shape, (list, tuple)) or not all(type(size) is int and size >= 0 for size in shape):
+            raise refuse("bad-header", "its shape must be a list of whole numbers, none negative", tensor=name)
+        tensors[name] = TensorInfo(name, str(entry.get("dtype")), tuple(shape), 0, 0)
+    return tensors
 
 
-def _missing(shapes: Shapes, quantization: MarlinQuantization, wanted: Collection[str]) -> list[Problem]:
-    required = set(wanted)
-    for module in quantization.unquantized_modules:
-        required.add(module_name(module, "weight"))
-    parts = [part for part in QUANTIZED_PARTS if part != "qzeros" or quantization.zero_point]
-    started = {name.rpartition(".")[0] for name in shapes if name.rpartition(".")[2] in ("qweight", "qzeros")}
-    for module in started | quantization.awq_modules | quantization.padded_modules.keys():
-        required.update(module_name(module, part) for part in parts)
-    message = "it is missing from the checkpoint; download the files again, or convert again"
-    return [Problem("", name, "missing-tensor", message) for name in sorted(required - shapes.keys())]
-
-
-def _misshapen(shapes: Shapes) -> list[Problem]:
-    weights = {name: shapes[name] for name in shapes if name.endswith(".qweight")}
-    return [
-        Problem("", name, "wrong-shape", f"its shape is {list(shape)}, needed are two dimensions; convert again")
-        for name, shape in weights.items()
-        if len(shape) != 2
+def _refuse_lost(checkpoint: Checkpoint) -> None:
+    """Refuses a checkpoint without a tensor that its manifest knows: an index cut short names none of them."""
+    message = "the manifest knows it, but no file holds it; download the checkpoint again, completely"
+    problems = [
+        Problem(file, tensor, "missing-tensor", message)
+        for file, shard in read_manifest(checkpoint.folder).shards.items()
+        for tensor in sorted(shard.source_header.tensors.keys() - checkpoint.tensors.keys())
     ]
-
-
-def _unserved(shapes: Shapes, quantization: MarlinQuantization) -> list[Problem]:
-    if quantization.bits != 8:
-        return []
-    message = (
-        "8 bits with zero points: vLLM's Marlin kernels know 8 bits only without them. Serve the checkpoint with "
-        "Transformers, or look for a 4-bit one of this model"
-    )
-    zeros = sorted(name for name in shapes if name.endswith(".qzeros"))
-    return [Problem("", name, "unsupported-engine", message) for name in zeros]
-
-
-def _modules(shapes: Shapes, quantization: MarlinQuantization) -> list[ModulePlan]:
-    """Returns every quantized module as it lies in the file."""
-    factor = pack_factor(quantization.bits)
-    modules = []
-    for name in quantized_modules(shapes):
-        parts = tuple(part for part in QUANTIZED_PARTS if module_name(name, part) in shapes)
-        rows, words = shapes[module_name(name, "qweight")]
-        converted = name not in quantization.awq_modules
-        tile = GPTQ_MARLIN_TILE if converted else 1
-        file_k, file_n = rows * tile, words * factor // tile
-        size_k, size_n = quantization.padded_modules.get(name, (file_k, file_n))
-        modules.append(ModulePlan(name, size_k, size_n, file_k, file_n, parts, converted))
-    return modules
+    if problems:
+        raise CheckpointError(problems)

@@ -261,6 +261,28 @@ def test_a_whole_module_that_is_missing_is_named(broken: Callable[..., Path], ar
         AutoModelForCausalLM.from_pretrained(folder)
 
 
+def test_an_expert_of_another_size_is_refused(make_case: MakeCase, tmp_path: Path) -> None:
+    shutil.copytree(make_case("mixtral").marlin, tmp_path / "other")
+    path, expert = tmp_path / "other" / "model.safetensors", "model.layers.1.block_sparse_moe.experts.2"
+    tensors = load_file(path)
+    for part in ("qweight", "qzeros", "scales"):
+        tensors[f"{expert}.w1.{part}"] = tensors[f"{expert}.w2.{part}"].clone()
+    save_file(tensors, path, {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"experts\.2\.w1: the file has K=256, N=128, .* has K=128, N=256"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "other")
+
+
+def test_more_experts_than_the_model_has_are_refused(make_case: MakeCase, tmp_path: Path) -> None:
+    shutil.copytree(make_case("mixtral").marlin, tmp_path / "other")
+    path, experts = tmp_path / "other" / "model.safetensors", "model.layers.1.block_sparse_moe.experts"
+    tensors = load_file(path)
+    for part in ("qweight", "qzeros", "scales"):
+        tensors[f"{experts}.7.w1.{part}"] = tensors[f"{experts}.2.w1.{part}"].clone()
+    save_file(tensors, path, {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"experts\.7\.w1: the model's \S+ has 4 experts, numbered from 0"):
+        AutoModelForCausalLM.from_pretrained(tmp_path / "other")
+
+
 def test_a_module_of_another_size_is_refused(make_case: MakeCase, tmp_path: Path) -> None:
     shutil.copytree(make_case("llama").marlin, tmp_path / "other")
     config = tmp_path / "other" / "config.json"

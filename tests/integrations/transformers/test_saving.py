@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from awq2marlin import inspect, revert, verify
 from awq2marlin.errors import CheckpointError, DifferenceError
@@ -115,16 +117,53 @@ def test_other_names_than_those_of_the_file_are_refused(make_case: MakeCase, tmp
     assert not (tmp_path / "saved").exists()
 
 
-def test_pushing_uploads_the_manifest_too(make_case: MakeCase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, pushed = make_case("llama").load(), []
+@pytest.fixture
+def pushed(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, dict[str, Any]]]:
+    """Collects what models are told to push, to which repository and how."""
+    calls: list[tuple[str, dict[str, Any]]] = []
 
-    def push(self: Any, repo_id: str, **options: Any) -> None:
-        assert (tmp_path / "saved" / "marlin_manifest.json").exists()
-        pushed.append((self, repo_id, options))
+    def push(self: Any, repo_id: str, **options: Any) -> None:  # noqa: ARG001
+        calls.append((repo_id, options))
 
-    monkeypatch.setattr(type(model), "push_to_hub", push)
-    model.save_pretrained(tmp_path / "saved", push_to_hub=True, repo_id="me/it", commit_message="it")
-    assert pushed == [(model, "me/it", {"token": None, "commit_message": "it"})]
+    monkeypatch.setattr(PreTrainedModel, "push_to_hub", push)
+    return calls
+
+
+def test_pushing_happens_once_the_manifest_is_there(
+    make_case: MakeCase, tmp_path: Path, pushed: list[tuple[str, dict[str, Any]]]
+) -> None:
+    options = {"commit_message": "it", "revision": "branch", "private": True}
+    make_case("llama").load().save_pretrained(
+        tmp_path / "saved", push_to_hub=True, repo_id="me/it", max_shard_size="100KB", **options
+    )
+    assert (tmp_path / "saved" / "marlin_manifest.json").exists()
+    assert pushed == [("me/it", {"max_shard_size": "100KB", **options})]
+
+
+def test_only_the_main_process_completes_and_pushes(
+    make_case: MakeCase, tmp_path: Path, pushed: list[tuple[str, dict[str, Any]]]
+) -> None:
+    make_case("llama").load().save_pretrained(tmp_path / "saved", is_main_process=False, push_to_hub=True)
+    assert not (tmp_path / "saved" / "marlin_manifest.json").exists()
+    assert not pushed
+
+
+def test_what_is_pushed_holds_the_manifest(
+    make_case: MakeCase, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Transformers saves to a folder of its own, which is gone afterwards, and uploads it."""
+    model = make_case("unaligned").load()
+
+    def upload(folder: str, repo_id: str, **options: Any) -> None:  # noqa: ARG001
+        shutil.copytree(folder, tmp_path / "uploaded")
+
+    hub, card = mock.Mock(), mock.Mock()
+    hub.return_value.create_repo.return_value.repo_id = "me/it"
+    monkeypatch.setattr("transformers.utils.hub.hf_api", hub)
+    monkeypatch.setattr("transformers.utils.hub.create_and_tag_model_card", card)
+    monkeypatch.setattr(type(model), "_upload_modified_files", staticmethod(upload))
+    model.push_to_hub("me/it")
+    verify(make_case("unaligned").awq, tmp_path / "uploaded")
 
 
 @pytest.fixture

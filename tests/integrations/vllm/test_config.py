@@ -153,11 +153,15 @@ def test_a_folder_is_read_before_the_model_is_built(model):
 
 
 HUB = "vllm.transformers_utils.config.get_safetensors_params_metadata"
+METADATA = "vllm.transformers_utils.config.try_get_safetensors_metadata"
 
 
 @pytest.mark.usefixtures("on_a_gpu")
 def test_the_headers_of_a_repository_are_read_through_vllm(model):
-    headers = {name: {"dtype": "I32", "shape": list(tensor.shape)} for name, tensor in model.marlin.items()}
+    dtypes = {"torch.int32": "I32", "torch.float16": "F16"}
+    headers = {
+        name: {"dtype": dtypes[str(tensor.dtype)], "shape": list(tensor.shape)} for name, tensor in model.marlin.items()
+    }
     config = mock.Mock()
     config.to_dict.return_value = {"num_attention_heads": 2}
     with mock.patch(HUB, return_value=headers) as read:
@@ -168,6 +172,16 @@ def test_the_headers_of_a_repository_are_read_through_vllm(model):
     with mock.patch(HUB, return_value=headers):
         problem = problem_of(model.config.maybe_update_config, "org/name")
     assert (problem.tensor, problem.code) == ("model.layers.0.mlp.down_proj.scales", "missing-tensor")
+
+
+@pytest.mark.usefixtures("on_a_gpu")
+def test_a_repository_in_the_hub_s_cache_is_read_without_the_hub(model):
+    cached = mock.patch("vllm.transformers_utils.config.hf_api")
+    with mock.patch(METADATA, return_value=None), cached as hub:
+        hub.return_value.list_repo_files.side_effect = OSError("no network")
+        hub.return_value.snapshot_download.return_value = str(model.folder)
+        model.config.maybe_update_config("org/name")
+    assert model.config.contents.inventory.zero_point_modules == MODULES.keys()
 
 
 @pytest.mark.usefixtures("on_a_gpu")

@@ -10,9 +10,10 @@ from awq2marlin import convert
 from awq2marlin.errors import CheckpointError
 from awq2marlin.folder import INDEX_FILENAME
 from awq2marlin.integrations.vllm.contents import Contents
-from awq2marlin.integrations.vllm.inventory import Inventory, inventory_of, read_inventory
+from awq2marlin.integrations.vllm.inventory import Inventory, inventory_of, read_inventory, tensors_of
 from awq2marlin.integrations.vllm.versions import minor_version, takes_activation_order, unsupported_reason
 from awq2marlin.quantization import MANIFEST_FILENAME, MarlinQuantization, read_marlin_quantization
+from awq2marlin.safetensors_header import TensorInfo
 from awq2marlin.synthetic import Recipe, write_checkpoint
 
 MODULES = {
@@ -79,7 +80,7 @@ def test_an_index_cut_short_is_noticed_by_the_manifest_or_by_parts_that_have_no_
         document["weight_map"] = {name: shard for name, shard in index.items() if shard == shards[0]}
 
     rewrite(folder / INDEX_FILENAME, cut)
-    assert problems(read_inventory, folder, said) == [("", name, "missing-tensor") for name in lost]
+    assert problems(read_inventory, folder, said) == [(shards[1], name, "missing-tensor") for name in lost]
     (folder / MANIFEST_FILENAME).unlink()
     torn = problems(read_inventory, folder, said)
     assert torn
@@ -98,47 +99,50 @@ def test_a_folder_that_says_another_method_is_refused(made):
 SHAPES = {"a.qweight": (8, 128), "a.qzeros": (2, 8), "a.scales": (2, 64), "norm.weight": (64,)}
 
 
+def tensors(shapes):
+    dtype = {"qweight": "I32", "qzeros": "I32", "scales": "F16", "weight": "F16"}
+    return {name: TensorInfo(name, dtype[name.rpartition(".")[2]], shape, 0, 0) for name, shape in shapes.items()}
+
+
 @pytest.mark.parametrize(
-    ("said", "shapes", "missing"),
+    ("said", "lost"),
     [
-        ({}, {"a.qweight": (8, 128)}, ["a.qzeros", "a.scales"]),
-        ({}, {"a.qzeros": (2, 8), "a.scales": (2, 64)}, ["a.qweight"]),
-        ({"zero_point": False}, {"a.qweight": (8, 128)}, ["a.scales"]),
-        ({"awq_modules": {"b"}}, SHAPES, ["b.qweight", "b.qzeros", "b.scales"]),
-        ({"padded_modules": {"b": (100, 64)}}, SHAPES, ["b.qweight", "b.qzeros", "b.scales"]),
-        ({"unquantized_modules": {"lm_head"}}, SHAPES, ["lm_head.weight"]),
-        ({"unquantized_modules": {"lm_head"}}, {**SHAPES, "head.weight": (64, 64)}, ["lm_head.weight"]),  # misnamed
+        ({}, ["a.qzeros", "a.scales"]),
+        ({}, ["a.qweight"]),
+        ({"awq_modules": {"b"}}, ["b.qweight"]),
+        ({"unquantized_modules": {"lm_head"}}, ["lm_head.weight"]),
     ],
 )
-def test_every_missing_tensor_is_named(said, shapes, missing):
-    found = problems(inventory_of, shapes, quantization(**said), {})
-    assert found == [("", name, "missing-tensor") for name in missing]
-
-
-def test_scales_alone_belong_to_no_module():
-    shapes = {**SHAPES, "act.scales": (64,)}
-    assert inventory_of(shapes, quantization(), {}).zero_point_modules == {"a"}
-
-
-@pytest.mark.parametrize("shape", [(8,), (2, 8, 128), ()])
-def test_a_weight_that_is_no_matrix_is_refused(shape):
-    assert problems(inventory_of, {**SHAPES, "a.qweight": shape}, quantization(), {}) == [
-        ("", "a.qweight", "wrong-shape")
-    ]
+def test_missing_tensors_are_named_where_files_are_not_known(said, lost):
+    present = tensors({name: shape for name, shape in SHAPES.items() if name not in lost})
+    found = problems(inventory_of, present, quantization(**said), {})
+    assert [(tensor, code) for _, tensor, code in found] == [(name, "missing-tensor") for name in lost]
 
 
 def test_8_bits_with_zero_points_are_refused_by_name_even_if_the_config_is_silent():
     said = quantization(bits=8, zero_point=False)
-    assert problems(inventory_of, SHAPES, said, {}) == [("", "a.qzeros", "unsupported-engine")]
     without = {"a.qweight": (8, 256), "a.scales": (2, 64)}
-    assert inventory_of(without, said, {}).largest_tensor_parallel_size > 0
+    with_zeros = tensors({**without, "a.qzeros": (2, 16)})
+    assert problems(inventory_of, with_zeros, said, {}) == [("", "a.qzeros", "unsupported-engine")]
+    assert inventory_of(tensors(without), said, {}).largest_tensor_parallel_size > 0
 
 
 def test_a_padded_module_keeps_its_true_size_in_the_inventory():
     shapes = {"a.down_proj.qweight": (8, 128), "a.down_proj.qzeros": (2, 8), "a.down_proj.scales": (2, 64)}
-    said = quantization(padded_modules={"a.down_proj": (100, 64)})
-    assert inventory_of(shapes, said, {}).largest_tensor_parallel_size == 1
-    assert inventory_of(shapes, quantization(), {}).largest_tensor_parallel_size == 2
+    parts = tensors(shapes)
+    said = quantization(padded_modules={"a.down_proj": (128, 56)})
+    assert inventory_of(parts, said, {}).largest_tensor_parallel_size == 1
+    assert inventory_of(parts, quantization(), {}).largest_tensor_parallel_size == 2
+
+
+def test_metadata_of_a_repository_may_hold_what_is_no_tensor():
+    metadata = {"__metadata__": {"format": "pt"}, "a.qweight": {"dtype": "I32", "shape": [8, 128]}}
+    assert tensors_of(metadata) == tensors({"a.qweight": (8, 128)})
+
+
+@pytest.mark.parametrize("entry", [None, [], {}, {"shape": "ab"}, {"shape": [True]}, {"shape": [-1, 2]}])
+def test_a_shape_that_is_none_is_refused_by_name(entry):
+    assert problems(tensors_of, {"a.qweight": entry}) == [("", "a.qweight", "bad-header")]
 
 
 # --- layouts ----------------------------------------------------------------------------------------------
