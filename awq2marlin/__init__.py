@@ -14,17 +14,14 @@ from typing import TYPE_CHECKING, Any
 from awq2marlin._version import __version__ as __version__
 
 if TYPE_CHECKING:
-    from awq2marlin.batch import BatchProgress as BatchProgress
-    from awq2marlin.batch import BatchResult as BatchResult
-    from awq2marlin.batch import convert_many as convert_many
-    from awq2marlin.batch_record import ItemResult as ItemResult
-    from awq2marlin.config import AWQMarlinConfig as AWQMarlinConfig
+    from awq2marlin.batch.record import ItemResult as ItemResult
+    from awq2marlin.batch.run import BatchProgress as BatchProgress
+    from awq2marlin.batch.run import BatchResult as BatchResult
+    from awq2marlin.batch.run import convert_many as convert_many
     from awq2marlin.conversion import ConvertResult as ConvertResult
     from awq2marlin.conversion import convert as convert
     from awq2marlin.demonstration import DemoResult as DemoResult
     from awq2marlin.demonstration import demo as demo
-    from awq2marlin.diagnosis import DoctorResult as DoctorResult
-    from awq2marlin.diagnosis import doctor as doctor
     from awq2marlin.errors import Awq2MarlinError as Awq2MarlinError
     from awq2marlin.errors import BatchError as BatchError
     from awq2marlin.errors import CheckpointError as CheckpointError
@@ -33,12 +30,23 @@ if TYPE_CHECKING:
     from awq2marlin.errors import HubError as HubError
     from awq2marlin.errors import OutputError as OutputError
     from awq2marlin.errors import Problem as Problem
-    from awq2marlin.gemm_verification import GemmCheck as GemmCheck
-    from awq2marlin.gemm_verification import GemmRun as GemmRun
+    from awq2marlin.gemm.config import AWQMarlinConfig as AWQMarlinConfig
+    from awq2marlin.gemm.diagnosis import DoctorResult as DoctorResult
+    from awq2marlin.gemm.diagnosis import doctor as doctor
+    from awq2marlin.gemm.jit import KernelUnavailableError as KernelUnavailableError
+    from awq2marlin.gemm.linear import AWQMarlinLinearMethod as AWQMarlinLinearMethod
+    from awq2marlin.gemm.ops import marlin_gemm as marlin_gemm
+    from awq2marlin.gemm.ops import repack_awq as repack_awq
+    from awq2marlin.gemm.ops import warm_up as warm_up
+    from awq2marlin.gemm.verification import GemmCheck as GemmCheck
+    from awq2marlin.gemm.verification import GemmRun as GemmRun
+    from awq2marlin.hub.publication import PushTarget as PushTarget
+    from awq2marlin.hub.upload import PushedFile as PushedFile
+    from awq2marlin.hub.upload import PushResult as PushResult
+    from awq2marlin.hub.upload import push as push
     from awq2marlin.inspection import InspectResult as InspectResult
     from awq2marlin.inspection import ModuleInfo as ModuleInfo
     from awq2marlin.inspection import inspect as inspect
-    from awq2marlin.jit import KernelUnavailableError as KernelUnavailableError
     from awq2marlin.layout import awq_marlin_repack as awq_marlin_repack
     from awq2marlin.layout import awq_to_marlin_zero_points as awq_to_marlin_zero_points
     from awq2marlin.layout import get_scale_perms as get_scale_perms
@@ -55,7 +63,6 @@ if TYPE_CHECKING:
     from awq2marlin.layout import unpack_cols as unpack_cols
     from awq2marlin.layout import verify_marlin_supported as verify_marlin_supported
     from awq2marlin.layout import verify_marlin_supports_shape as verify_marlin_supports_shape
-    from awq2marlin.linear import AWQMarlinLinearMethod as AWQMarlinLinearMethod
     from awq2marlin.marlin import GPTQ_MARLIN_MIN_THREAD_K as GPTQ_MARLIN_MIN_THREAD_K
     from awq2marlin.marlin import GPTQ_MARLIN_MIN_THREAD_N as GPTQ_MARLIN_MIN_THREAD_N
     from awq2marlin.marlin import GPTQ_MARLIN_TILE as GPTQ_MARLIN_TILE
@@ -64,18 +71,11 @@ if TYPE_CHECKING:
     from awq2marlin.marlin import SCALAR_TYPE_UINT8 as SCALAR_TYPE_UINT8
     from awq2marlin.marlin import ScalarType as ScalarType
     from awq2marlin.marlin import is_aligned as is_aligned
-    from awq2marlin.ops import marlin_gemm as marlin_gemm
-    from awq2marlin.ops import repack_awq as repack_awq
-    from awq2marlin.ops import warm_up as warm_up
     from awq2marlin.plan import ModulePlan as ModulePlan
     from awq2marlin.progress import Progress as Progress
-    from awq2marlin.publication import PushTarget as PushTarget
     from awq2marlin.reversion import RestoredFile as RestoredFile
     from awq2marlin.reversion import RevertResult as RevertResult
     from awq2marlin.reversion import revert as revert
-    from awq2marlin.upload import PushedFile as PushedFile
-    from awq2marlin.upload import PushResult as PushResult
-    from awq2marlin.upload import push as push
     from awq2marlin.verification import VerifyResult as VerifyResult
     from awq2marlin.verification import verify as verify
 
@@ -84,9 +84,9 @@ if TYPE_CHECKING:
 _HOMES: dict[str, str] = {
     name: module
     for module, names in {
-        "batch": ["BatchProgress", "BatchResult", "convert_many"],
-        "batch_record": ["ItemResult"],
-        "config": ["AWQMarlinConfig"],
+        "batch.run": ["BatchProgress", "BatchResult", "convert_many"],
+        "batch.record": ["ItemResult"],
+        "gemm.config": ["AWQMarlinConfig"],
         "conversion": ["ConvertResult", "convert"],
         "demonstration": ["DemoResult", "demo"],
         "errors": [
@@ -128,16 +128,16 @@ _HOMES: dict[str, str] = {
             "ScalarType",
             "is_aligned",
         ],
-        "diagnosis": ["DoctorResult", "doctor"],
-        "gemm_verification": ["GemmCheck", "GemmRun"],
-        "jit": ["KernelUnavailableError"],
-        "linear": ["AWQMarlinLinearMethod"],
-        "ops": ["marlin_gemm", "repack_awq", "warm_up"],
+        "gemm.diagnosis": ["DoctorResult", "doctor"],
+        "gemm.verification": ["GemmCheck", "GemmRun"],
+        "gemm.jit": ["KernelUnavailableError"],
+        "gemm.linear": ["AWQMarlinLinearMethod"],
+        "gemm.ops": ["marlin_gemm", "repack_awq", "warm_up"],
         "plan": ["ModulePlan"],
         "progress": ["Progress"],
-        "publication": ["PushTarget"],
+        "hub.publication": ["PushTarget"],
         "reversion": ["RestoredFile", "RevertResult", "revert"],
-        "upload": ["PushResult", "PushedFile", "push"],
+        "hub.upload": ["PushResult", "PushedFile", "push"],
         "verification": ["VerifyResult", "verify"],
     }.items()
     for name in names

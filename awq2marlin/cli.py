@@ -34,9 +34,9 @@ from awq2marlin.report import Report
 if TYPE_CHECKING:
     from concurrent.futures import Executor
 
+    from awq2marlin.hub.publication import PushTarget
     from awq2marlin.hub_name import HubName
     from awq2marlin.progress import Progress
-    from awq2marlin.publication import PushTarget
 
 _Result = TypeVar("_Result")
 
@@ -264,9 +264,9 @@ def batch(
     """Convert many checkpoints; one failure stops no other. Run again, it does only what is left."""
 
     def work(progress: Progress | None) -> Any:
-        from awq2marlin.batch import convert_many
-        from awq2marlin.batch_jobs import batch_folders
-        from awq2marlin.batch_view import batch_progress, print_failures
+        from awq2marlin.batch.jobs import batch_folders
+        from awq2marlin.batch.run import convert_many
+        from awq2marlin.batch.view import batch_progress, print_failures
 
         options = {
             "unaligned": unaligned,
@@ -301,7 +301,7 @@ def batch(
         return result
 
     def show(result: Any) -> None:
-        from awq2marlin.batch_view import print_batch
+        from awq2marlin.batch.view import print_batch
 
         print_batch(result)
 
@@ -348,7 +348,7 @@ def verify(
         from awq2marlin.verification import verify as run
 
         if plot is not None:
-            from awq2marlin.error_plot import check_picture, plot_errors
+            from awq2marlin.gemm.error_plot import check_picture, plot_errors
 
             check_picture(plot)
         result = run(source, output, layers=layers, workers=workers, device=device, progress=progress)
@@ -411,7 +411,7 @@ def push(
     """Upload a converted checkpoint to the Hub, in one commit. Interrupted, the same command sends only the rest."""
 
     def work(progress: Progress | None) -> Any:
-        from awq2marlin.upload import push as run
+        from awq2marlin.hub.upload import push as run
 
         return run(
             folder,
@@ -472,7 +472,7 @@ def doctor(quiet: _Quiet = False, as_json: _Json = False) -> None:
     """Show what this machine has for running the Marlin GEMM, and the command that mends what is missing."""
 
     def work(_progress: Progress | None) -> Any:
-        from awq2marlin.diagnosis import doctor as run
+        from awq2marlin.gemm.diagnosis import doctor as run
 
         return run()
 
@@ -489,7 +489,7 @@ def _check_device(device: str | None, verify: int | str, low_disk: bool) -> None
 
 def _push_target(repository: str, private: bool, revision: str | None, create_pr: bool, overwrite: bool) -> PushTarget:
     """Returns where to push; a usage error if the names are none."""
-    from awq2marlin.publication import PushTarget
+    from awq2marlin.hub.publication import PushTarget
 
     try:
         return PushTarget(repository, private, revision, create_pr, overwrite)

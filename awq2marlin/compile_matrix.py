@@ -15,9 +15,9 @@ from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 
-from awq2marlin import jit
-from awq2marlin.jit import KernelSource, Resources
-from awq2marlin.kernel_configs import all_sources
+from awq2marlin.gemm import jit
+from awq2marlin.gemm.jit import KernelSource, Resources
+from awq2marlin.gemm.kernel_configs import all_sources
 
 COMPLETE = ((8, 0), (9, 0))
 SAMPLED = ((8, 6), (8, 9), (10, 0), (12, 0))

@@ -18,11 +18,11 @@ from awq2marlin.errors import Problem, printable
 if TYPE_CHECKING:
     from awq2marlin.conversion import ConvertResult
     from awq2marlin.demonstration import DemoResult
-    from awq2marlin.diagnosis import DoctorResult
-    from awq2marlin.gemm_verification import GemmRun
+    from awq2marlin.gemm.diagnosis import DoctorResult
+    from awq2marlin.gemm.verification import GemmRun
+    from awq2marlin.hub.upload import PushResult
     from awq2marlin.inspection import InspectResult
     from awq2marlin.reversion import RevertResult
-    from awq2marlin.upload import PushResult
     from awq2marlin.verification import VerifyResult
 
 #: Seconds between two plain progress lines, where there is no terminal.

@@ -38,9 +38,9 @@ from awq2marlin.tensor_files import TensorFiles
 from awq2marlin.workers import check_workers
 
 if TYPE_CHECKING:
-    from awq2marlin.gemm_verification import GemmRun
-    from awq2marlin.publication import Publication, PushTarget
-    from awq2marlin.upload import PushResult
+    from awq2marlin.gemm.verification import GemmRun
+    from awq2marlin.hub.publication import Publication, PushTarget
+    from awq2marlin.hub.upload import PushResult
 
 #: How many converted modules are compared with the source before the output becomes loadable.
 DEFAULT_VERIFIED = 8
@@ -194,7 +194,7 @@ def convert(
 def _target(push_to: str | PushTarget | None) -> PushTarget | None:
     if not isinstance(push_to, str):
         return push_to
-    from awq2marlin.publication import PushTarget
+    from awq2marlin.hub.publication import PushTarget
 
     return PushTarget(push_to)
 
@@ -210,15 +210,15 @@ def _complete(plan: Plan, out: OutputFolder, work: Work, device: Device | None) 
 
 
 def _push(root: Path, publication: Publication, message: str | None, progress: Progress) -> PushResult:
-    from awq2marlin.upload import push_folder
+    from awq2marlin.hub.upload import push_folder
 
     return push_folder(root, publication.target, message, False, progress)
 
 
 def _pass_on(plan: Plan, out: OutputFolder, work: Work, publication: Publication, message: str | None) -> PushResult:
     """Converts shards and sends each to the Hub, where the checkpoint becomes whole; nothing of it stays here."""
-    from awq2marlin.departures import departing
-    from awq2marlin.upload import DEFAULT_MESSAGE, PushResult
+    from awq2marlin.hub.departures import departing
+    from awq2marlin.hub.upload import DEFAULT_MESSAGE, PushResult
 
     started, created, removed = time.perf_counter(), not publication.exists, publication.stale
     with departing(publication, out, message or DEFAULT_MESSAGE, work.progress) as departures:
@@ -279,7 +279,7 @@ def _trusted_shards(plan: Plan, out: OutputFolder, work: Work, publication: Publ
 
 
 def _is_there(name: str, sent: FinishedFile, publication: Publication) -> bool:
-    from awq2marlin.publication import FileIdentity
+    from awq2marlin.hub.publication import FileIdentity
 
     return publication.has(name, FileIdentity(sent.target_size, sent.sent))
 

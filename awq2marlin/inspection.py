@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from awq2marlin.awq import is_output_embedding, module_name
 from awq2marlin.checkpoint import AwqModule, Checkpoint, awq_modules, open_checkpoint
-from awq2marlin.hub import open_source
+from awq2marlin.hub.source import open_source
 from awq2marlin.manifest import read_manifest
 from awq2marlin.marlin import unaligned_reason
 from awq2marlin.pairing import pair_modules

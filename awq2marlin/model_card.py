@@ -19,7 +19,7 @@ from awq2marlin.quantization import FORMAT_VERSION
 if TYPE_CHECKING:
     from yaml import Node
 
-    from awq2marlin.gemm_verification import GemmRun
+    from awq2marlin.gemm.verification import GemmRun
 
     _Entries = dict[str, tuple[Node, Node]]
 

@@ -10,6 +10,7 @@ import torch
 from torch.nn import functional
 
 from awq2marlin.awq import pack_factor
+from awq2marlin.gemm.ops import repack_awq
 from awq2marlin.layout import (
     awq_to_marlin_zero_points,
     marlin_awq_repack,
@@ -18,7 +19,6 @@ from awq2marlin.layout import (
     marlin_unpermute_scales,
 )
 from awq2marlin.marlin import num_groups
-from awq2marlin.ops import repack_awq
 from awq2marlin.plan import ModulePlan
 
 

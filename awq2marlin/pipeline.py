@@ -8,10 +8,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from awq2marlin.arrivals import arriving
 from awq2marlin.awq import module_name
 from awq2marlin.errors import CheckpointError, ExecutorError, Problem
 from awq2marlin.folder import Folder
+from awq2marlin.hub.arrivals import arriving
 from awq2marlin.output import FinishedFile, OutputFolder
 from awq2marlin.plan import ModulePlan, Plan, ShardPlan
 from awq2marlin.progress import Progress, Silence
@@ -21,7 +21,7 @@ from awq2marlin.tensor_files import TensorFiles
 from awq2marlin.workers import check_workers, run_on_executor, run_side_by_side, share_workers
 
 if TYPE_CHECKING:
-    from awq2marlin.departures import Departures
+    from awq2marlin.hub.departures import Departures
 
 #: How many shards an executor is given at once; its workers should never wait for the next.
 MAX_IN_FLIGHT = 64

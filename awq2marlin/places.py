@@ -20,7 +20,7 @@ from awq2marlin.progress import Progress
 from awq2marlin.quantization import MANIFEST_FILENAME
 
 if TYPE_CHECKING:
-    from awq2marlin.publication import Publication, PushTarget
+    from awq2marlin.hub.publication import Publication, PushTarget
 
 
 def default_output(source: Path | HubName) -> Path:
@@ -53,7 +53,7 @@ def open_source_of_run(
         if is_ambiguous(source):
             progress.note(f"{source} is a folder here and is taken; {HUB_PREFIX}{source} is the one on the Hub")
         return Folder.at(name), None
-    from awq2marlin.hub import open_hub
+    from awq2marlin.hub.source import open_hub
 
     place = root.absolute() / WORK_DIRECTORY / FETCHED_DIRECTORY if low_disk else None
     folder = open_hub(name, place=place)
@@ -81,8 +81,8 @@ def open_target(target: PushTarget, plan: Plan, root: Path, overwrite: bool) -> 
     Raises:
         HubError: if it may not receive the result, or has it already.
     """
-    from awq2marlin.departures import is_conversion_of
-    from awq2marlin.publication import Publication
+    from awq2marlin.hub.departures import is_conversion_of
+    from awq2marlin.hub.publication import Publication
 
     journal = read_journal(root)
     target = replace(target, overwrite=target.overwrite or overwrite)

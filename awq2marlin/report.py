@@ -9,15 +9,15 @@ from typing import TYPE_CHECKING, Any
 from awq2marlin.errors import EXIT_DIFFERENCE, EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, Problem
 
 if TYPE_CHECKING:
-    from awq2marlin.batch import BatchResult
+    from awq2marlin.batch.run import BatchResult
     from awq2marlin.conversion import ConvertResult
     from awq2marlin.demonstration import DemoResult
-    from awq2marlin.diagnosis import DoctorResult
-    from awq2marlin.gemm_verification import GemmRun
+    from awq2marlin.gemm.diagnosis import DoctorResult
+    from awq2marlin.gemm.verification import GemmRun
+    from awq2marlin.hub.upload import PushResult
     from awq2marlin.inspection import InspectResult
     from awq2marlin.plan import ModulePlan
     from awq2marlin.reversion import RevertResult
-    from awq2marlin.upload import PushResult
     from awq2marlin.verification import VerifyResult
 
 SCHEMA_VERSION = 1

@@ -15,12 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from awq2marlin._version import __version__
-from awq2marlin.arrivals import arriving
 from awq2marlin.checkpoint import Checkpoint, open_checkpoint
 from awq2marlin.digest import Xxh3
 from awq2marlin.errors import difference, refuse
 from awq2marlin.folder import CONFIG_FILENAME, Folder
-from awq2marlin.hub import open_source
+from awq2marlin.hub.arrivals import arriving
+from awq2marlin.hub.source import open_source
 from awq2marlin.manifest import Manifest, ManifestShard, Restores, read_manifest
 from awq2marlin.output import FinishedFile, OutputFolder, claim, refuse_overlap, told_as_output_error
 from awq2marlin.pairing import pair_modules

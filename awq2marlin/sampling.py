@@ -28,7 +28,7 @@ def check_device(device: str | None) -> None:
         return
     if device not in get_args(Device):
         raise ValueError(f"device must be one of {get_args(Device)}, found {device!r}")
-    from awq2marlin.gemm_verification import pick_device  # brings torch along
+    from awq2marlin.gemm.verification import pick_device  # brings torch along
 
     pick_device(device)
 

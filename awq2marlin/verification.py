@@ -24,7 +24,7 @@ from awq2marlin.checkpoint import Checkpoint, open_checkpoint
 from awq2marlin.digest import xxh3_of_file
 from awq2marlin.errors import CheckpointError, DifferenceError, difference, printable, refuse
 from awq2marlin.folder import CARD_FILENAME, CONFIG_FILENAME, INDEX_FILENAME, Folder
-from awq2marlin.hub import open_source
+from awq2marlin.hub.source import open_source
 from awq2marlin.manifest import Manifest, read_manifest
 from awq2marlin.marlin import is_single_group
 from awq2marlin.pairing import pair_modules
@@ -38,7 +38,7 @@ from awq2marlin.tensor_files import TensorFiles
 from awq2marlin.workers import check_workers
 
 if TYPE_CHECKING:
-    from awq2marlin.gemm_verification import GemmRun
+    from awq2marlin.gemm.verification import GemmRun
 
 _BAND_BYTES = 1 << 20
 
@@ -145,7 +145,7 @@ def run_gemm(
     """Runs modules through the Marlin GEMM, if a device is named; see `gemm_verification.check_modules`."""
     if device is None:
         return None
-    from awq2marlin.gemm_verification import check_modules  # brings torch along
+    from awq2marlin.gemm.verification import check_modules  # brings torch along
 
     return check_modules(modules, quantization, source, output, device, progress)
 

@@ -26,8 +26,8 @@ from pathlib import Path
 
 import torch
 
-from awq2marlin import jit, ops
-from awq2marlin.kernel_configs import (
+from awq2marlin.gemm import jit, ops
+from awq2marlin.gemm.kernel_configs import (
     GemmProblem,
     PortableConfig,
     all_configs,

@@ -49,7 +49,7 @@ def check(source: Path, unaligned: Any, device: Any, work: Path, plot: Path | No
         raise RuntimeError(f"{source} did not come back byte for byte")
     assert result.gemm is not None
     if plot is not None:
-        from awq2marlin.error_plot import plot_errors
+        from awq2marlin.gemm.error_plot import plot_errors
 
         plot_errors(result.gemm, plot)
     return asdict(result.gemm)

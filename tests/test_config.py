@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from awq2marlin import layout
-from awq2marlin.config import AWQMarlinConfig
+from awq2marlin.gemm.config import AWQMarlinConfig
 from awq2marlin.marlin import SCALAR_TYPE_UINT4, SCALAR_TYPE_UINT8
 
 # --- AWQMarlinConfig --------------------------------------------------------------------------------------

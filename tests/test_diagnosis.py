@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from awq2marlin import diagnosis, doctor
-from awq2marlin.jit import DeviceFacts, MachineFacts
+from awq2marlin import doctor
+from awq2marlin.gemm import diagnosis
+from awq2marlin.gemm.jit import DeviceFacts, MachineFacts
 
 GPU = DeviceFacts(0, "NVIDIA H200", (9, 0), 1 << 37, 132, is_supported=True)
 

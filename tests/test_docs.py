@@ -20,8 +20,9 @@ import pytest
 import typer
 
 import awq2marlin
-from awq2marlin import errors, hub_errors
+from awq2marlin import errors
 from awq2marlin.cli import app, main
+from awq2marlin.hub import errors as hub_errors
 from awq2marlin.manifest import Manifest, ManifestShard, SourceCard
 from awq2marlin.marlin import FUSED_SIBLINGS
 from awq2marlin.quantization import AwqQuantization, marlin_document
@@ -338,7 +339,8 @@ def _imported(tree: ast.Module) -> set[str]:
         if isinstance(node, ast.ImportFrom) and node.module == "awq2marlin":
             found |= {each.name for each in node.names}
         elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("awq2marlin."):
-            found.add(node.module.removeprefix("awq2marlin.").replace(".", "/"))
+            inside = node.module.removeprefix("awq2marlin.").replace(".", "/")
+            found |= {inside, *(f"{inside}/{each.name}" for each in node.names)}
     return found
 
 

@@ -6,8 +6,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from awq2marlin import CheckpointError
-from awq2marlin.error_plot import check_picture, depth_of, plot_errors
-from awq2marlin.gemm_verification import GemmCheck, GemmRun
+from awq2marlin.gemm.error_plot import check_picture, depth_of, plot_errors
+from awq2marlin.gemm.verification import GemmCheck, GemmRun
 
 
 def gemm_check(name: str, relative: float) -> GemmCheck:

@@ -11,18 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from awq2marlin import (
-    CheckpointError,
-    DifferenceError,
-    GemmRun,
-    KernelUnavailableError,
-    convert,
-    gemm_verification,
-    jit,
-    marlin_gemm,
-    verify,
-)
+from awq2marlin import CheckpointError, DifferenceError, GemmRun, KernelUnavailableError, convert, marlin_gemm, verify
 from awq2marlin.cli import main
+from awq2marlin.gemm import jit
+from awq2marlin.gemm import verification as gemm_verification
 from awq2marlin.synthetic import Recipe, write_checkpoint
 
 DOWN, UP = "model.layers.1.mlp.down_proj", "model.layers.0.mlp.up_proj"

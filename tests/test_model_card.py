@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from awq2marlin import CheckpointError, convert, inspect, revert, verify
 from awq2marlin.checkpoint import open_checkpoint
-from awq2marlin.gemm_verification import GemmCheck, GemmRun
+from awq2marlin.gemm.verification import GemmCheck, GemmRun
 from awq2marlin.integrations.vllm.versions import SUPPORTED_VERSIONS, unsupported_reason
 from awq2marlin.model_card import MAX_FRONT_MATTER, addressed, merge_front_matter, model_card, split_card
 from awq2marlin.plan import plan_conversion

@@ -35,25 +35,37 @@ VLLM_LAYERS = [
 
 #: The order of imports, lowest first: a module imports only from layers below its own.
 LAYERS = [
-    ["_version", "awq", "cache", "errors", "integrations.__init__", "progress", "reference", "repack_kernels"],
-    ["hub_errors", "hub_name", "jit", "machine_code", "marlin", "safetensors_header"],
-    ["cpu_gemm", "diagnosis", "folder", "kernel_configs", "layout"],
-    ["compile_matrix", "hub", "ops", "quantization", "stream", "synthetic"],
-    ["linear", "checkpoint", "digest", "repack", "tensor_files", "workers"],
-    ["arrivals", "config", "manifest", "output", "plan"],
-    ["gemm_verification", "inventory", "module_repack", "pairing", "publication", "shard", "side_files", "slicing"],
+    [
+        "_version",
+        "awq",
+        "batch.__init__",
+        "cache",
+        "errors",
+        "gemm.__init__",
+        "hub.__init__",
+        "integrations.__init__",
+        "progress",
+        "reference",
+        "repack_kernels",
+    ],
+    ["hub.errors", "hub_name", "gemm.jit", "machine_code", "marlin", "safetensors_header"],
+    ["gemm.cpu", "gemm.diagnosis", "folder", "gemm.kernel_configs", "layout"],
+    ["compile_matrix", "hub.source", "gemm.ops", "quantization", "stream", "synthetic"],
+    ["gemm.linear", "checkpoint", "digest", "repack", "tensor_files", "workers"],
+    ["hub.arrivals", "gemm.config", "manifest", "output", "plan"],
+    ["gemm.verification", "inventory", "module_repack", "pairing", "hub.publication", "shard", "side_files", "slicing"],
     ["sampling"],
-    ["error_plot", "inspection", "model_card", "reversion", "verification"],
-    ["upload"],
-    ["departures"],
+    ["gemm.error_plot", "inspection", "model_card", "reversion", "verification"],
+    ["hub.upload"],
+    ["hub.departures"],
     ["pipeline"],
     ["places"],
-    ["batch_file", "batch_record", "cluster", "conversion"],
-    ["batch_jobs", "demonstration", "resaving"],
-    ["batch_item"],
-    ["batch"],
+    ["batch.file", "batch.record", "cluster", "conversion"],
+    ["batch.jobs", "demonstration", "resaving"],
+    ["batch.item"],
+    ["batch.run"],
     ["console", "report"],
-    ["batch_view"],
+    ["batch.view"],
     ["cli"],
     ["__main__"],
     # Loaders stand on the library; nothing stands on them.
@@ -139,11 +151,11 @@ print(code, *sys.modules)
 #: What a conversion from a folder to a folder does not use: a short start is a part of its speed.
 UNUSED = {
     "asyncio",
-    "awq2marlin.departures",
-    "awq2marlin.hub",
-    "awq2marlin.publication",
+    "awq2marlin.hub.departures",
+    "awq2marlin.hub.source",
+    "awq2marlin.hub.publication",
     "awq2marlin.reference",
-    "awq2marlin.upload",
+    "awq2marlin.hub.upload",
     "awq2marlin.verification",
     "rich",
     "tqdm",
@@ -309,7 +321,9 @@ def imports(module):
             if node.module == "awq2marlin":
                 names = [alias.name for alias in node.names]
             elif (node.module or "").startswith("awq2marlin."):
-                names = [node.module.removeprefix("awq2marlin.")]
+                inside = node.module.removeprefix("awq2marlin.")
+                is_package = PACKAGE.joinpath(*inside.split("."), "__init__.py").exists()
+                names = [f"{inside}.{alias.name}" for alias in node.names] if is_package else [inside]
             else:
                 continue
         elif isinstance(node, ast.Import):
@@ -365,9 +379,9 @@ def test_file_reading_knows_neither_format():
 
 def test_only_what_computes_with_tensors_imports_torch():
     with_torch = {module for module in MODULES if "torch" in third_party(module) and "integrations" not in module}
-    computing = {"cpu_gemm", "gemm_verification", "layout", "linear", "module_repack", "ops"}
-    assert with_torch == {*computing, "config", "diagnosis"}
-    assert "torch" not in {node.names[0].name for node in tree("config").body if isinstance(node, ast.Import)}
+    computing = {"gemm.cpu", "gemm.verification", "layout", "gemm.linear", "module_repack", "gemm.ops"}
+    assert with_torch == {*computing, "gemm.config", "gemm.diagnosis"}
+    assert "torch" not in {node.names[0].name for node in tree("gemm.config").body if isinstance(node, ast.Import)}
 
 
 def test_every_foreign_package_is_a_declared_dependency():

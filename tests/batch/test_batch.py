@@ -12,17 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from awq2marlin import (
-    BatchError,
-    ExecutorError,
-    ItemResult,
-    OutputError,
-    batch_item,
-    batch_record,
-    convert_many,
-    pipeline,
-)
-from awq2marlin.batch_record import open_record, read_record
+from awq2marlin import BatchError, ExecutorError, ItemResult, OutputError, convert_many, pipeline
+from awq2marlin.batch import item as batch_item
+from awq2marlin.batch import record as batch_record
+from awq2marlin.batch.record import open_record, read_record
 from awq2marlin.shard import convert_shard
 from awq2marlin.synthetic import Recipe, write_checkpoint
 

@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from awq2marlin import BatchError, convert, convert_many
-from awq2marlin.batch_file import OPTIONS, check_entries, read_batch_file
-from awq2marlin.batch_jobs import plan_jobs
-from awq2marlin.publication import PushTarget
+from awq2marlin.batch.file import OPTIONS, check_entries, read_batch_file
+from awq2marlin.batch.jobs import plan_jobs
+from awq2marlin.hub.publication import PushTarget
 
 
 def read(path, text):

@@ -6,8 +6,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from awq2marlin import ItemResult, Problem, console
-from awq2marlin.batch import BatchResult
-from awq2marlin.batch_view import BatchLines, LiveTable, batch_progress, outcome_text, print_batch, print_failures
+from awq2marlin.batch.run import BatchResult
+from awq2marlin.batch.view import BatchLines, LiveTable, batch_progress, outcome_text, print_batch, print_failures
 
 DONE = ItemResult("/m/a", "/o/a", "done", 0, bytes=2_000_000, seconds=1.5, converted=7, kept=2, verified=7)
 PROBLEMS = (Problem("config.json", "", "bad-config", "bits are \x1b[31mred"), Problem("", "", "x", "second"))

@@ -7,7 +7,7 @@ import pytest
 from huggingface_hub import CommitOperationAdd, HfApi, constants, hf_hub_download
 
 from awq2marlin import HubError
-from awq2marlin.hub_errors import hub_url, told_as_hub_error, without_token
+from awq2marlin.hub.errors import hub_url, told_as_hub_error, without_token
 
 pytestmark = pytest.mark.usefixtures("hub", "no_waiting")
 

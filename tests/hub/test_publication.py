@@ -10,7 +10,7 @@ import pytest
 
 import awq2marlin
 from awq2marlin import HubError
-from awq2marlin.publication import FileIdentity, Publication, PushTarget
+from awq2marlin.hub.publication import FileIdentity, Publication, PushTarget
 
 PACKAGE = Path(awq2marlin.__file__).parent
 CONFIG, MANIFEST = "config.json", "marlin_manifest.json"
@@ -153,7 +153,7 @@ def test_a_new_branch_is_a_copy_of_what_was_looked_at(hub):
 
 
 def test_a_manifest_too_large_to_be_one_is_not_fetched(hub, monkeypatch):
-    monkeypatch.setattr("awq2marlin.publication.MAX_JSON_BYTES", 10)
+    monkeypatch.setattr("awq2marlin.hub.publication.MAX_JSON_BYTES", 10)
     hub.add_repository("org/new", {CONFIG: b"{}", MANIFEST: b"more than ten bytes"})
     with pytest.raises(HubError, match="another model or run"):
         Publication.open(PushTarget("org/new"), NAMES, lambda _manifest: True)

@@ -12,7 +12,7 @@ import pytest
 
 from awq2marlin import convert, inspect, revert, verify
 from awq2marlin.folder import Folder
-from awq2marlin.hub import HubName, open_hub, parse_source
+from awq2marlin.hub.source import HubName, open_hub, parse_source
 from awq2marlin.progress import Silence
 from awq2marlin.synthetic import llama_recipe, write_checkpoint
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from awq2marlin import ops
+from awq2marlin.gemm import ops
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 import torch
 from gemm_cases import random_layer, random_tokens
 
-from awq2marlin import ops
-from awq2marlin.kernel_configs import all_configs, with_splits
+from awq2marlin.gemm import ops
+from awq2marlin.gemm.kernel_configs import all_configs, with_splits
 
 
 def main() -> None:

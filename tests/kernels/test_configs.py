@@ -5,9 +5,9 @@ from dataclasses import replace
 
 import pytest
 
-from awq2marlin import kernel_configs as configs
-from awq2marlin import ops
-from awq2marlin.kernel_configs import (
+from awq2marlin.gemm import kernel_configs as configs
+from awq2marlin.gemm import ops
+from awq2marlin.gemm.kernel_configs import (
     GemmProblem,
     all_configs,
     all_sources,

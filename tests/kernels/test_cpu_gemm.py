@@ -7,7 +7,8 @@ import pytest
 import torch
 from gemm_cases import DTYPES, SMALL_SHAPES, random_layer, random_tokens
 
-from awq2marlin import cpu_gemm, ops
+from awq2marlin.gemm import cpu as cpu_gemm
+from awq2marlin.gemm import ops
 
 GOLDEN = np.load(Path(__file__).parents[1] / "golden" / "marlin_layout.npz")
 CASES = sorted({key.split("/")[0] for key in GOLDEN.files})

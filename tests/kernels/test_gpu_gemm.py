@@ -8,8 +8,8 @@ from gemm_cases import DTYPES, SMALL_SHAPES, Layer, assert_product, random_layer
 from test_cpu_gemm import CASES, golden
 from test_linear import loaded_layer
 
-from awq2marlin import jit, ops
-from awq2marlin.kernel_configs import GemmProblem, all_configs, pick_config, with_splits
+from awq2marlin.gemm import jit, ops
+from awq2marlin.gemm.kernel_configs import GemmProblem, all_configs, pick_config, with_splits
 
 pytestmark = pytest.mark.gpu
 

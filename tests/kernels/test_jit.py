@@ -10,8 +10,9 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
-from awq2marlin import compile_matrix, jit
-from awq2marlin.kernel_configs import repack_source
+from awq2marlin import compile_matrix
+from awq2marlin.gemm import jit
+from awq2marlin.gemm.kernel_configs import repack_source
 
 needs_compiler = pytest.mark.skipif(
     jit.machine_facts().nvrtc_version is None,

@@ -4,8 +4,9 @@ import re
 
 import pytest
 
-from awq2marlin import jit, marlin
+from awq2marlin import marlin
 from awq2marlin.awq import AWQ_PACK_ORDER
+from awq2marlin.gemm import jit
 
 
 def header_constants():

@@ -5,8 +5,8 @@ import pytest
 import torch
 from test_cpu_gemm import CASES, golden, golden_weight
 
-from awq2marlin.config import AWQMarlinConfig
-from awq2marlin.linear import AWQMarlinLinearMethod
+from awq2marlin.gemm.config import AWQMarlinConfig
+from awq2marlin.gemm.linear import AWQMarlinLinearMethod
 
 
 def loaded_layer(case, device="cpu"):

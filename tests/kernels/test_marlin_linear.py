@@ -4,7 +4,7 @@ import pytest
 import torch
 from test_cpu_gemm import CASES, golden, golden_weight
 
-from awq2marlin.linear import MarlinLinear
+from awq2marlin.gemm.linear import MarlinLinear
 from awq2marlin.module_repack import awq_to_marlin, marlin_to_awq
 from awq2marlin.plan import ModulePlan
 

@@ -7,7 +7,7 @@ from typing import cast
 
 import torch
 
-from awq2marlin.linear import MarlinLinear
+from awq2marlin.gemm.linear import MarlinLinear
 
 
 class MarlinExperts(torch.nn.Module):

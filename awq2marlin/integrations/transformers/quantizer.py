@@ -15,9 +15,9 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from awq2marlin.errors import refuse
 from awq2marlin.folder import CONFIG_FILENAME
+from awq2marlin.gemm.jit import KernelUnavailableError, machine_facts
 from awq2marlin.integrations.transformers.saving import save_format_with
 from awq2marlin.integrations.transformers.skeleton import Headers, Skeleton
-from awq2marlin.jit import KernelUnavailableError, machine_facts
 from awq2marlin.module_repack import awq_to_marlin, marlin_to_awq
 from awq2marlin.plan import ModulePlan
 from awq2marlin.quantization import MARLIN_QUANT_METHOD, read_marlin_quantization

@@ -13,10 +13,10 @@ import torch
 from awq2marlin.awq import module_name
 from awq2marlin.errors import CheckpointError, Problem, refuse
 from awq2marlin.folder import open_regular
+from awq2marlin.gemm.linear import MarlinLinear
 from awq2marlin.integrations.transformers.experts import MarlinExperts
 from awq2marlin.integrations.transformers.names import ExpertsPlan, Renamings, find_places
 from awq2marlin.inventory import marlin_modules
-from awq2marlin.linear import MarlinLinear
 from awq2marlin.marlin import padded_shapes
 from awq2marlin.plan import ModulePlan
 from awq2marlin.quantization import MarlinQuantization

@@ -15,10 +15,10 @@ from transformers.core_model_loading import Chunk, WeightConverter
 
 from awq2marlin import convert
 from awq2marlin.errors import CheckpointError
+from awq2marlin.gemm.linear import MarlinLinear
 from awq2marlin.integrations.transformers import MarlinNativeConfig, names
 from awq2marlin.integrations.transformers.experts import MarlinExperts
 from awq2marlin.integrations.transformers.versions import check_version
-from awq2marlin.linear import MarlinLinear
 from tests.integrations.transformers.checkpoints import Format, read_tensors, write_tensors
 from tests.integrations.transformers.conftest import ARCHITECTURES, Case
 

@@ -9,8 +9,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from awq2marlin.batch_file import BatchItem, check_entries, check_options, read_batch_file
-from awq2marlin.batch_record import ItemResult
+from awq2marlin.batch.file import BatchItem, check_entries, check_options, read_batch_file
+from awq2marlin.batch.record import ItemResult
 from awq2marlin.conversion import DEFAULT_VERIFIED
 from awq2marlin.errors import (
     EXIT_DIFFERENCE,
@@ -21,9 +21,9 @@ from awq2marlin.errors import (
     Problem,
     printable,
 )
+from awq2marlin.hub.publication import PushTarget
 from awq2marlin.hub_name import HUB_PREFIX, HubName, parse_source
 from awq2marlin.places import default_output
-from awq2marlin.publication import PushTarget
 
 #: Options that decide neither what is written nor what is checked: the record leaves them out.
 _PASSING = ("output", "workers", "commit_message")

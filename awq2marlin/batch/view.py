@@ -17,8 +17,8 @@ from awq2marlin.errors import EXIT_DONE, printable
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from awq2marlin.batch import BatchProgress, BatchResult
-    from awq2marlin.batch_record import ItemResult
+    from awq2marlin.batch.record import ItemResult
+    from awq2marlin.batch.run import BatchProgress, BatchResult
     from awq2marlin.progress import Progress
 
 #: How often the table is drawn, a second.

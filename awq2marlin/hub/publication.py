@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from awq2marlin._version import __version__
 from awq2marlin.errors import CheckpointError, HubError, Problem, printable
 from awq2marlin.folder import CONFIG_FILENAME, INDEX_FILENAME, MAX_JSON_BYTES
-from awq2marlin.hub_errors import hub_url, told_as_hub_error
+from awq2marlin.hub.errors import hub_url, told_as_hub_error
 from awq2marlin.manifest import decode_manifest
 from awq2marlin.progress import Progress
 from awq2marlin.quantization import MANIFEST_FILENAME

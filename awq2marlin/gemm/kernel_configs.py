@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
-from awq2marlin.jit import ENTRY_POINT, KernelSource
+from awq2marlin.gemm.jit import ENTRY_POINT, KernelSource
 
 Dtype = Literal["fp16", "bf16"]
 Reduction = Literal["cluster", "workspace"]

@@ -20,12 +20,12 @@ from awq2marlin.checkpoint import Checkpoint, open_checkpoint
 from awq2marlin.digest import xxh3_of_file
 from awq2marlin.errors import DifferenceError, OutputError, Problem, difference, refuse
 from awq2marlin.folder import CARD_FILENAME, CONFIG_FILENAME, INDEX_FILENAME, MAX_CARD_BYTES
+from awq2marlin.hub.publication import Content, FileIdentity, Publication, PushTarget
 from awq2marlin.manifest import Manifest, read_manifest
 from awq2marlin.model_card import addressed
 from awq2marlin.output import read_journal
 from awq2marlin.pairing import pair_modules
 from awq2marlin.progress import Progress, Silence
-from awq2marlin.publication import Content, FileIdentity, Publication, PushTarget
 from awq2marlin.quantization import MANIFEST_FILENAME, AwqQuantization, MarlinQuantization, without_quantization
 from awq2marlin.safetensors_header import parse_json
 from awq2marlin.workers import check_workers

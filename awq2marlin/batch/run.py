@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
-from awq2marlin.batch_item import known, run_job
-from awq2marlin.batch_jobs import Job, Sources, list_file, plan_jobs
-from awq2marlin.batch_record import BatchRecord, ItemResult, open_record, read_record
+from awq2marlin.batch.item import known, run_job
+from awq2marlin.batch.jobs import Job, Sources, list_file, plan_jobs
+from awq2marlin.batch.record import BatchRecord, ItemResult, open_record, read_record
 from awq2marlin.errors import EXIT_DONE, EXIT_FAILED, Problem
 from awq2marlin.progress import Progress, Silence
 from awq2marlin.workers import check_workers, run_side_by_side

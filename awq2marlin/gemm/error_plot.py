@@ -7,7 +7,7 @@ from collections import defaultdict
 from pathlib import Path
 
 from awq2marlin.errors import refuse
-from awq2marlin.gemm_verification import GemmCheck, GemmRun
+from awq2marlin.gemm.verification import GemmCheck, GemmRun
 
 #: Distinct also for readers who do not see all colours alike (Okabe and Ito, Color Universal Design, 2008).
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999933")

@@ -14,8 +14,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from awq2marlin.batch_jobs import PUSHING, Job
-from awq2marlin.batch_record import BatchRecord, ItemResult
+from awq2marlin.batch.jobs import PUSHING, Job
+from awq2marlin.batch.record import BatchRecord, ItemResult
 from awq2marlin.checkpoint import open_checkpoint
 from awq2marlin.conversion import convert
 from awq2marlin.digest import xxh3_of_file
@@ -33,7 +33,8 @@ from awq2marlin.errors import (
     problem_from_os_error,
 )
 from awq2marlin.folder import CONFIG_FILENAME, Folder
-from awq2marlin.hub import open_source
+from awq2marlin.hub.source import open_source
+from awq2marlin.hub.upload import push
 from awq2marlin.hub_name import HUB_PREFIX
 from awq2marlin.manifest import read_manifest
 from awq2marlin.output import read_journal
@@ -41,7 +42,6 @@ from awq2marlin.plan import plan_conversion
 from awq2marlin.progress import Progress
 from awq2marlin.quantization import MANIFEST_FILENAME
 from awq2marlin.side_files import encode_json
-from awq2marlin.upload import push
 from awq2marlin.verification import verify
 from awq2marlin.workers import StoppedError
 

@@ -11,7 +11,7 @@ from awq2marlin.marlin import MARLIN_SUPPORTED_GROUP_SIZES, SCALAR_TYPES
 if TYPE_CHECKING:
     import torch
 
-    from awq2marlin.linear import AWQMarlinLinearMethod
+    from awq2marlin.gemm.linear import AWQMarlinLinearMethod
 
 
 class AWQMarlinConfig:
@@ -93,7 +93,7 @@ class AWQMarlinConfig:
         """
         import torch
 
-        from awq2marlin.linear import AWQMarlinLinearMethod
+        from awq2marlin.gemm.linear import AWQMarlinLinearMethod
 
         bases = {each.__name__ for each in type(layer).__mro__}
         is_linear = isinstance(layer, torch.nn.Linear) or "LinearBase" in bases

@@ -16,9 +16,11 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from awq2marlin import cpu_gemm, jit, layout
+from awq2marlin import layout
 from awq2marlin.awq import AWQ_PACK_ORDER, inverse_order
-from awq2marlin.kernel_configs import (
+from awq2marlin.gemm import cpu as cpu_gemm
+from awq2marlin.gemm import jit
+from awq2marlin.gemm.kernel_configs import (
     MIN_CAPABILITY,
     Dtype,
     GemmConfig,

@@ -73,7 +73,7 @@ _FLAG = _Kind("true or false", lambda value: type(value) is bool)
 
 _TEXT = _Kind("text, or null", lambda value: value is None or _is_text(value))
 
-#: The keywords of `awq2marlin.convert` that an item may give, and those of `awq2marlin.publication.PushTarget`.
+#: The keywords of `awq2marlin.convert` that an item may give, and those of `awq2marlin.hub.publication.PushTarget`.
 OPTIONS: Mapping[str, _Kind] = {
     "output": _Kind("a path", _is_text),
     "unaligned": _one_of(*UNALIGNED_CHOICES),

@@ -17,9 +17,9 @@ import torch
 
 from awq2marlin.awq import module_name
 from awq2marlin.errors import difference, refuse
-from awq2marlin.jit import KernelUnavailableError, telling
+from awq2marlin.gemm.jit import KernelUnavailableError, telling
+from awq2marlin.gemm.ops import marlin_gemm
 from awq2marlin.marlin import num_groups
-from awq2marlin.ops import marlin_gemm
 from awq2marlin.plan import ModulePlan
 from awq2marlin.progress import Progress
 from awq2marlin.quantization import AwqQuantization

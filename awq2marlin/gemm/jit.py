@@ -98,7 +98,7 @@ def kernels_dir() -> Path:
     Raises:
         KernelUnavailableError: if it is in neither place.
     """
-    package = Path(__file__).resolve().parent
+    package = Path(__file__).resolve().parent.parent
     for folder in (package / "kernels", package.parent / "kernels"):
         if (folder / "marlin_layout.cuh").is_file():
             return folder

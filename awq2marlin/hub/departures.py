@@ -9,13 +9,13 @@ from contextlib import contextmanager
 
 from awq2marlin.errors import CheckpointError
 from awq2marlin.folder import CARD_FILENAME, CONFIG_FILENAME
+from awq2marlin.hub.publication import Content, FileIdentity, Publication
+from awq2marlin.hub.upload import PushedFile, identify
 from awq2marlin.manifest import decode_manifest
 from awq2marlin.model_card import addressed
 from awq2marlin.output import OutputFolder
 from awq2marlin.plan import Plan
 from awq2marlin.progress import Progress
-from awq2marlin.publication import Content, FileIdentity, Publication
-from awq2marlin.upload import PushedFile, identify
 
 
 def is_conversion_of(plan: Plan, manifest: bytes) -> bool:

@@ -1,0 +1,1 @@
+"""Many conversions from one list, each with its own result."""
