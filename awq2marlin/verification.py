@@ -142,7 +142,7 @@ def run_gemm(
     device: Device | None,
     progress: Progress,
 ) -> GemmRun | None:
-    """Runs modules through the Marlin GEMM, if a device is named; see `gemm_verification.check_modules`."""
+    """Runs modules through the Marlin GEMM, if a device is named; see `gemm.verification.check_modules`."""
     if device is None:
         return None
     from awq2marlin.gemm.verification import check_modules  # brings torch along

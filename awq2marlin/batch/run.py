@@ -120,7 +120,7 @@ def convert_many(
     A failure of one item stops no other; what became of each stands in the result and in the record.
 
     Args:
-        sources: a list's file, as `batch_file.read_batch_file` takes it, or the list itself: sources, and mappings
+        sources: a list's file, as `batch.file.read_batch_file` takes it, or the list itself: sources, and mappings
             with ``source`` and options, which are keyword arguments of `convert`.
         out_dir: folder for the outputs of all items; by default the working directory.
         jobs: items at the same time.

@@ -2,7 +2,7 @@
 
 ``torch.ops.awq2marlin.marlin_gemm`` and ``torch.ops.awq2marlin.awq_marlin_repack`` work under
 ``torch.compile`` and ``torch.export``. On a CUDA device they run the kernels of ``kernels/``, on the current
-stream; on a CPU, `cpu_gemm` and `layout`. ``kernels/README.md`` explains the layout.
+stream; on a CPU, `gemm.cpu` and `layout`. ``kernels/README.md`` explains the layout.
 """
 
 from __future__ import annotations
@@ -18,8 +18,7 @@ import torch
 
 from awq2marlin import layout
 from awq2marlin.awq import AWQ_PACK_ORDER, inverse_order
-from awq2marlin.gemm import cpu as cpu_gemm
-from awq2marlin.gemm import jit
+from awq2marlin.gemm import cpu, jit
 from awq2marlin.gemm.kernel_configs import (
     MIN_CAPABILITY,
     Dtype,
@@ -320,7 +319,7 @@ def _marlin_gemm_cpu(
     num_bits: int,
 ) -> torch.Tensor:
     check_gemm(a, qweight, scales, qzeros, bias, num_bits)
-    product = cpu_gemm.multiply(a, qweight, scales, qzeros, num_bits)
+    product = cpu.multiply(a, qweight, scales, qzeros, num_bits)
     return (product if bias is None else product + bias.double()).to(a.dtype)
 
 
