@@ -441,9 +441,12 @@ MANIFEST_CHANGES: dict[str, tuple[Callable[[Path], Any], str]] = {
     "the_text_of_the_config": (edit_json(MANIFEST, lambda m: m["texts"].update({"config.json": "{}"})), "config.json"),
     "a_text_too_many": (
         edit_json(
-            MANIFEST, lambda m: [m[key].update({"x.json": m[key]["config.json"]}) for key in ("texts", "text_digests")]
+            MANIFEST,
+            lambda m: [
+                m[key].update({"quant_config.json": m[key]["config.json"]}) for key in ("texts", "text_digests")
+            ],
         ),
-        "x.json",
+        "quant_config.json",
     ),
     "the_digest_of_a_side_file": (
         edit_json(MANIFEST, lambda m: m["files"]["generation_config.json"].update(digests=[OTHER])),
