@@ -4,7 +4,8 @@
 
 Makes a checkpoint of Llama-3-8B's shapes, and compares whole processes, start-up included:
 
-* on a RAM disk: `convert --verify none` against `cp -r`;
+* on a RAM disk: `convert --verify none` against `cp -r`; before each, as much memory is written and freed there,
+  because a virtual machine's memory costs several times as much to write when its host has taken it back meanwhile;
 * on a disk, the source hot in the page cache: `convert --verify none` (which syncs what it writes) against
   `cp -r` and a `sync` of the copied files, and beside it the disk's limit: the time to write and sync as many bytes
   straight from memory, four files at once;
@@ -25,6 +26,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -51,7 +53,9 @@ def measure(command: list[str]) -> tuple[float, float]:
     return float(seconds), int(kilobytes) / 1000
 
 
-def alternate(ours: list[str], theirs: list[str], target: Path, runs: int) -> dict[str, object]:
+def alternate(
+    ours: list[str], theirs: list[str], target: Path, runs: int, prepare: Callable[[], None]
+) -> dict[str, object]:
     """Runs both commands in turn, each into a fresh target; returns medians and the ratios pair by pair."""
     pairs = []
     for run in range(runs + 1):
@@ -59,6 +63,7 @@ def alternate(ours: list[str], theirs: list[str], target: Path, runs: int) -> di
         for command in (ours, theirs):
             shutil.rmtree(target, ignore_errors=True)
             os.sync()
+            prepare()
             pair.append(measure(command))
         if run:  # the first pair warms up: page allocation, caches of compiled code
             pairs.append(pair)
@@ -78,6 +83,15 @@ def alternate(ours: list[str], theirs: list[str], target: Path, runs: int) -> di
         "ratio_max": round(max(ratios), 3),
         "convert_peak_MB": round(max(mine[1] for mine, _ in pairs), 1),
     }
+
+
+def touch_memory(place: Path, size: int) -> None:
+    """Writes and frees so many bytes of a RAM disk, so that the next command finds memory that is at hand."""
+    path, block = place / "awq2marlin-bench-memory", bytes(16 << 20)
+    with path.open("wb", buffering=0) as stream:
+        for _ in range(size // len(block) + 1):
+            stream.write(block)
+    path.unlink()
 
 
 def compare(place: Path, source: Path, runs: int, workers: int, sync: bool) -> dict[str, object]:
@@ -100,7 +114,8 @@ def compare(place: Path, source: Path, runs: int, workers: int, sync: bool) -> d
     if sync:
         theirs = ["sh", "-c", f"cp -r {source} {target} && find {target} -type f -exec sync {{}} + && sync {target}"]
     print(f"{place}: {'cp -r and sync' if sync else 'cp -r'}, {workers} workers", flush=True)
-    return alternate(ours, theirs, target, runs)
+    size = sum(path.stat().st_size for path in source.iterdir())
+    return alternate(ours, theirs, target, runs, lambda: None if sync else touch_memory(place, size))
 
 
 def write_limit(place: Path, size: int, runs: int, files: int = 4) -> list[float]:
