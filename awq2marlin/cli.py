@@ -34,8 +34,8 @@ from awq2marlin.report import Report
 if TYPE_CHECKING:
     from concurrent.futures import Executor
 
+    from awq2marlin.hub.name import HubName
     from awq2marlin.hub.publication import PushTarget
-    from awq2marlin.hub_name import HubName
     from awq2marlin.progress import Progress
 
 _Result = TypeVar("_Result")
@@ -187,7 +187,7 @@ def convert(
 
     def work(progress: Progress | None) -> Any:
         from awq2marlin.conversion import convert as run
-        from awq2marlin.hub_name import parse_source
+        from awq2marlin.hub.name import parse_source
 
         address = None if dry_run else dask
         with _executor(address, lambda: ([parse_source(source)], [output or Path("output")]), progress) as executor:

@@ -21,8 +21,8 @@ from typing import Any
 from awq2marlin._version import __version__
 from awq2marlin.errors import CheckpointError, ExecutorError, Problem, printable
 from awq2marlin.folder import CONFIG_FILENAME
+from awq2marlin.hub.name import HubName
 from awq2marlin.hub.source import hub_cache
-from awq2marlin.hub_name import HubName
 from awq2marlin.output import PARTIAL_SUFFIX, WORK_DIRECTORY
 from awq2marlin.progress import Progress, Silence
 from awq2marlin.safetensors_header import parse_json

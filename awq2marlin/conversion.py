@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Literal
 
 from awq2marlin.checkpoint import open_checkpoint
 from awq2marlin.folder import CARD_FILENAME, CONFIG_FILENAME, Folder
-from awq2marlin.hub_name import parse_source
+from awq2marlin.hub.name import parse_source
 from awq2marlin.model_card import model_card
 from awq2marlin.output import FinishedFile, OutputFolder, claim, refuse_overlap, told_as_output_error
 from awq2marlin.pipeline import Work, convert_shards

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from awq2marlin.errors import HubError, OutputError, Problem
 from awq2marlin.folder import CARD_FILENAME, CONFIG_FILENAME, INDEX_FILENAME, Folder, hub_repository
-from awq2marlin.hub_name import HUB_PREFIX, HubName, is_ambiguous, parse_source
+from awq2marlin.hub.name import HUB_PREFIX, HubName, is_ambiguous, parse_source
 from awq2marlin.manifest import read_manifest
 from awq2marlin.output import FETCHED_DIRECTORY, WORK_DIRECTORY, OutputFolder, read_journal
 from awq2marlin.pipeline import two_largest

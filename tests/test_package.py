@@ -48,7 +48,7 @@ LAYERS = [
         "reference",
         "repack_kernels",
     ],
-    ["hub.errors", "hub_name", "gemm.jit", "machine_code", "marlin", "safetensors_header"],
+    ["hub.errors", "hub.name", "gemm.jit", "machine_code", "marlin", "safetensors_header"],
     ["gemm.cpu", "gemm.diagnosis", "folder", "gemm.kernel_configs", "layout"],
     ["compile_matrix", "hub.source", "gemm.ops", "quantization", "stream", "synthetic"],
     ["gemm.linear", "checkpoint", "digest", "repack", "tensor_files", "workers"],

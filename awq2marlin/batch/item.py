@@ -33,9 +33,9 @@ from awq2marlin.errors import (
     problem_from_os_error,
 )
 from awq2marlin.folder import CONFIG_FILENAME, Folder
+from awq2marlin.hub.name import HUB_PREFIX
 from awq2marlin.hub.source import open_source
 from awq2marlin.hub.upload import push
-from awq2marlin.hub_name import HUB_PREFIX
 from awq2marlin.manifest import read_manifest
 from awq2marlin.output import read_journal
 from awq2marlin.plan import plan_conversion

@@ -21,8 +21,8 @@ from awq2marlin.errors import (
     Problem,
     printable,
 )
+from awq2marlin.hub.name import HUB_PREFIX, HubName, parse_source
 from awq2marlin.hub.publication import PushTarget
-from awq2marlin.hub_name import HUB_PREFIX, HubName, parse_source
 from awq2marlin.places import default_output
 
 #: Options that decide neither what is written nor what is checked: the record leaves them out.

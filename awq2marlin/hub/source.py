@@ -23,7 +23,7 @@ from awq2marlin._version import __version__
 from awq2marlin.errors import CheckpointError, HubError, Problem, printable, refuse
 from awq2marlin.folder import CONFIG_FILENAME, MAX_JSON_BYTES, Folder
 from awq2marlin.hub.errors import told_as_hub_error
-from awq2marlin.hub_name import HubName, parse_source
+from awq2marlin.hub.name import HubName, parse_source
 from awq2marlin.safetensors_header import LENGTH_BYTES, MAX_HEADER_BYTES, Header, read_header
 
 #: What is asked of a shard first: nearly always the whole header.

@@ -136,9 +136,8 @@ def test_little_disk_needs_the_output_and_two_shards(hub, tmp_path, monkeypatch,
     assert len(result.verified) == {8: 8, "all": 28, "none": 0}[verify]
 
 
-def test_a_shard_is_compared_before_its_source_goes(tmp_path, monkeypatch, source):
-    """A wrong value is found while the source is still there; then nothing that is finished is trusted any more."""
-    name = shard_names(source)[2]
+def spoiling(name):
+    """Returns a `convert_shard` that puts a wrong value into the first quantized weight of one shard."""
 
     def wrong(task, progress=None):
         done = convert_shard(task, progress)
@@ -149,9 +148,15 @@ def test_a_shard_is_compared_before_its_source_goes(tmp_path, monkeypatch, sourc
             done.partial.write_bytes(data)
         return done
 
+    return wrong
+
+
+def test_a_shard_is_compared_before_its_source_goes(tmp_path, monkeypatch, source):
+    """A wrong value is found while the source is still there; then nothing that is finished is trusted any more."""
+    name = shard_names(source)[2]
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "convert_shard", wrong)
+        patch.setattr(pipeline, "convert_shard", spoiling(name))
         with pytest.raises(DifferenceError, match="value at row 0, column 0"):
             convert(REPO, out, low_disk=True, verify="all")
     assert (out / WORK / "source" / name).exists()

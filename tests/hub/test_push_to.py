@@ -11,11 +11,10 @@ import pytest
 from huggingface_hub import snapshot_download
 
 from awq2marlin import DifferenceError, HubError, OutputError, PushTarget, convert, pipeline, revert, verify
-from awq2marlin.shard import convert_shard
 
 from ..faults.helpers import WORK, contents, finished_shards, run_process, start, stop_when
 from .conftest import REPO, SHARDS, shard_names
-from .test_low_disk import NOTES, Steps, Watch, bytes_below, fetches, wait_for
+from .test_low_disk import NOTES, Steps, Watch, bytes_below, fetches, spoiling, wait_for
 
 pytestmark = pytest.mark.usefixtures("no_waiting", "repository")
 
@@ -131,17 +130,7 @@ def test_from_hub_to_hub_needs_a_few_shards_of_disk(tmp_path, monkeypatch, sourc
 
 def test_a_module_that_differs_is_not_sent(hub, tmp_path, monkeypatch, source):
     name = shard_names(source)[1]
-
-    def wrong(task, progress=None):
-        done = convert_shard(task, progress)
-        if task.plan.name == name:
-            data = bytearray(done.partial.read_bytes())
-            tensor = next(each for each in task.plan.target.tensors.values() if each.name.endswith(".qweight"))
-            data[task.plan.target.data_start + tensor.start] ^= 1
-            done.partial.write_bytes(data)
-        return done
-
-    monkeypatch.setattr(pipeline, "convert_shard", wrong)
+    monkeypatch.setattr(pipeline, "convert_shard", spoiling(name))
     with pytest.raises(DifferenceError):
         convert(REPO, tmp_path / "out", low_disk=True, push_to=TARGET, verify="all")
     assert name not in on_the_hub(hub)
