@@ -18,10 +18,19 @@ if TYPE_CHECKING:
     from awq2marlin.batch.run import BatchProgress as BatchProgress
     from awq2marlin.batch.run import BatchResult as BatchResult
     from awq2marlin.batch.run import convert_many as convert_many
-    from awq2marlin.conversion import ConvertResult as ConvertResult
-    from awq2marlin.conversion import convert as convert
-    from awq2marlin.demonstration import DemoResult as DemoResult
-    from awq2marlin.demonstration import demo as demo
+    from awq2marlin.commands.convert import ConvertResult as ConvertResult
+    from awq2marlin.commands.convert import convert as convert
+    from awq2marlin.commands.demo import DemoResult as DemoResult
+    from awq2marlin.commands.demo import demo as demo
+    from awq2marlin.commands.doctor import DoctorResult as DoctorResult
+    from awq2marlin.commands.doctor import doctor as doctor
+    from awq2marlin.commands.inspect import InspectResult as InspectResult
+    from awq2marlin.commands.inspect import ModuleInfo as ModuleInfo
+    from awq2marlin.commands.inspect import inspect as inspect
+    from awq2marlin.commands.push import push as push
+    from awq2marlin.commands.revert import RestoredFile as RestoredFile
+    from awq2marlin.commands.revert import RevertResult as RevertResult
+    from awq2marlin.commands.revert import revert as revert
     from awq2marlin.errors import Awq2MarlinError as Awq2MarlinError
     from awq2marlin.errors import BatchError as BatchError
     from awq2marlin.errors import CheckpointError as CheckpointError
@@ -30,54 +39,45 @@ if TYPE_CHECKING:
     from awq2marlin.errors import HubError as HubError
     from awq2marlin.errors import OutputError as OutputError
     from awq2marlin.errors import Problem as Problem
+    from awq2marlin.gemm.check import GemmCheck as GemmCheck
+    from awq2marlin.gemm.check import GemmRun as GemmRun
     from awq2marlin.gemm.config import AWQMarlinConfig as AWQMarlinConfig
-    from awq2marlin.gemm.diagnosis import DoctorResult as DoctorResult
-    from awq2marlin.gemm.diagnosis import doctor as doctor
     from awq2marlin.gemm.jit import KernelUnavailableError as KernelUnavailableError
     from awq2marlin.gemm.linear import AWQMarlinLinearMethod as AWQMarlinLinearMethod
     from awq2marlin.gemm.ops import marlin_gemm as marlin_gemm
     from awq2marlin.gemm.ops import repack_awq as repack_awq
     from awq2marlin.gemm.ops import warm_up as warm_up
-    from awq2marlin.gemm.verification import GemmCheck as GemmCheck
-    from awq2marlin.gemm.verification import GemmRun as GemmRun
+    from awq2marlin.hub.identity import PushedFile as PushedFile
+    from awq2marlin.hub.identity import PushResult as PushResult
     from awq2marlin.hub.publication import PushTarget as PushTarget
-    from awq2marlin.hub.upload import PushedFile as PushedFile
-    from awq2marlin.hub.upload import PushResult as PushResult
-    from awq2marlin.hub.upload import push as push
-    from awq2marlin.inspection import InspectResult as InspectResult
-    from awq2marlin.inspection import ModuleInfo as ModuleInfo
-    from awq2marlin.inspection import inspect as inspect
-    from awq2marlin.layout import awq_marlin_repack as awq_marlin_repack
-    from awq2marlin.layout import awq_to_marlin_zero_points as awq_to_marlin_zero_points
-    from awq2marlin.layout import get_scale_perms as get_scale_perms
-    from awq2marlin.layout import marlin_awq_repack as marlin_awq_repack
-    from awq2marlin.layout import marlin_make_empty_g_idx as marlin_make_empty_g_idx
-    from awq2marlin.layout import marlin_make_workspace as marlin_make_workspace
-    from awq2marlin.layout import marlin_permute_scales as marlin_permute_scales
-    from awq2marlin.layout import marlin_to_awq_zero_points as marlin_to_awq_zero_points
-    from awq2marlin.layout import marlin_unpack_zero_points as marlin_unpack_zero_points
-    from awq2marlin.layout import marlin_unpermute_scales as marlin_unpermute_scales
-    from awq2marlin.layout import marlin_zero_points as marlin_zero_points
-    from awq2marlin.layout import pack_cols as pack_cols
-    from awq2marlin.layout import replace_parameter as replace_parameter
-    from awq2marlin.layout import unpack_cols as unpack_cols
-    from awq2marlin.layout import verify_marlin_supported as verify_marlin_supported
-    from awq2marlin.layout import verify_marlin_supports_shape as verify_marlin_supports_shape
-    from awq2marlin.marlin import GPTQ_MARLIN_MIN_THREAD_K as GPTQ_MARLIN_MIN_THREAD_K
-    from awq2marlin.marlin import GPTQ_MARLIN_MIN_THREAD_N as GPTQ_MARLIN_MIN_THREAD_N
-    from awq2marlin.marlin import GPTQ_MARLIN_TILE as GPTQ_MARLIN_TILE
-    from awq2marlin.marlin import MARLIN_SUPPORTED_GROUP_SIZES as MARLIN_SUPPORTED_GROUP_SIZES
-    from awq2marlin.marlin import SCALAR_TYPE_UINT4 as SCALAR_TYPE_UINT4
-    from awq2marlin.marlin import SCALAR_TYPE_UINT8 as SCALAR_TYPE_UINT8
-    from awq2marlin.marlin import ScalarType as ScalarType
-    from awq2marlin.marlin import is_aligned as is_aligned
-    from awq2marlin.plan import ModulePlan as ModulePlan
+    from awq2marlin.layout.marlin import GPTQ_MARLIN_MIN_THREAD_K as GPTQ_MARLIN_MIN_THREAD_K
+    from awq2marlin.layout.marlin import GPTQ_MARLIN_MIN_THREAD_N as GPTQ_MARLIN_MIN_THREAD_N
+    from awq2marlin.layout.marlin import GPTQ_MARLIN_TILE as GPTQ_MARLIN_TILE
+    from awq2marlin.layout.marlin import MARLIN_SUPPORTED_GROUP_SIZES as MARLIN_SUPPORTED_GROUP_SIZES
+    from awq2marlin.layout.marlin import SCALAR_TYPE_UINT4 as SCALAR_TYPE_UINT4
+    from awq2marlin.layout.marlin import SCALAR_TYPE_UINT8 as SCALAR_TYPE_UINT8
+    from awq2marlin.layout.marlin import ScalarType as ScalarType
+    from awq2marlin.layout.marlin import is_aligned as is_aligned
+    from awq2marlin.layout.modules import ModulePlan as ModulePlan
+    from awq2marlin.layout.torch_functions import awq_marlin_repack as awq_marlin_repack
+    from awq2marlin.layout.torch_functions import awq_to_marlin_zero_points as awq_to_marlin_zero_points
+    from awq2marlin.layout.torch_functions import get_scale_perms as get_scale_perms
+    from awq2marlin.layout.torch_functions import marlin_awq_repack as marlin_awq_repack
+    from awq2marlin.layout.torch_functions import marlin_make_empty_g_idx as marlin_make_empty_g_idx
+    from awq2marlin.layout.torch_functions import marlin_make_workspace as marlin_make_workspace
+    from awq2marlin.layout.torch_functions import marlin_permute_scales as marlin_permute_scales
+    from awq2marlin.layout.torch_functions import marlin_to_awq_zero_points as marlin_to_awq_zero_points
+    from awq2marlin.layout.torch_functions import marlin_unpack_zero_points as marlin_unpack_zero_points
+    from awq2marlin.layout.torch_functions import marlin_unpermute_scales as marlin_unpermute_scales
+    from awq2marlin.layout.torch_functions import marlin_zero_points as marlin_zero_points
+    from awq2marlin.layout.torch_functions import pack_cols as pack_cols
+    from awq2marlin.layout.torch_functions import replace_parameter as replace_parameter
+    from awq2marlin.layout.torch_functions import unpack_cols as unpack_cols
+    from awq2marlin.layout.torch_functions import verify_marlin_supported as verify_marlin_supported
+    from awq2marlin.layout.torch_functions import verify_marlin_supports_shape as verify_marlin_supports_shape
     from awq2marlin.progress import Progress as Progress
-    from awq2marlin.reversion import RestoredFile as RestoredFile
-    from awq2marlin.reversion import RevertResult as RevertResult
-    from awq2marlin.reversion import revert as revert
-    from awq2marlin.verification import VerifyResult as VerifyResult
-    from awq2marlin.verification import verify as verify
+    from awq2marlin.verification.compare import VerifyResult as VerifyResult
+    from awq2marlin.verification.compare import verify as verify
 
 #: Where each public name is defined. No module of the package bears a public function's name, so that
 #: importing a module never hides a function.
@@ -87,8 +87,8 @@ _HOMES: dict[str, str] = {
         "batch.run": ["BatchProgress", "BatchResult", "convert_many"],
         "batch.record": ["ItemResult"],
         "gemm.config": ["AWQMarlinConfig"],
-        "conversion": ["ConvertResult", "convert"],
-        "demonstration": ["DemoResult", "demo"],
+        "commands.convert": ["ConvertResult", "convert"],
+        "commands.demo": ["DemoResult", "demo"],
         "errors": [
             "Awq2MarlinError",
             "BatchError",
@@ -99,8 +99,8 @@ _HOMES: dict[str, str] = {
             "OutputError",
             "Problem",
         ],
-        "inspection": ["InspectResult", "ModuleInfo", "inspect"],
-        "layout": [
+        "commands.inspect": ["InspectResult", "ModuleInfo", "inspect"],
+        "layout.torch_functions": [
             "awq_marlin_repack",
             "awq_to_marlin_zero_points",
             "get_scale_perms",
@@ -118,7 +118,7 @@ _HOMES: dict[str, str] = {
             "verify_marlin_supported",
             "verify_marlin_supports_shape",
         ],
-        "marlin": [
+        "layout.marlin": [
             "GPTQ_MARLIN_MIN_THREAD_K",
             "GPTQ_MARLIN_MIN_THREAD_N",
             "GPTQ_MARLIN_TILE",
@@ -128,17 +128,18 @@ _HOMES: dict[str, str] = {
             "ScalarType",
             "is_aligned",
         ],
-        "gemm.diagnosis": ["DoctorResult", "doctor"],
-        "gemm.verification": ["GemmCheck", "GemmRun"],
+        "commands.doctor": ["DoctorResult", "doctor"],
+        "gemm.check": ["GemmCheck", "GemmRun"],
         "gemm.jit": ["KernelUnavailableError"],
         "gemm.linear": ["AWQMarlinLinearMethod"],
         "gemm.ops": ["marlin_gemm", "repack_awq", "warm_up"],
-        "plan": ["ModulePlan"],
+        "layout.modules": ["ModulePlan"],
         "progress": ["Progress"],
         "hub.publication": ["PushTarget"],
-        "reversion": ["RestoredFile", "RevertResult", "revert"],
-        "hub.upload": ["PushResult", "PushedFile", "push"],
-        "verification": ["VerifyResult", "verify"],
+        "commands.revert": ["RestoredFile", "RevertResult", "revert"],
+        "hub.identity": ["PushResult", "PushedFile"],
+        "commands.push": ["push"],
+        "verification.compare": ["VerifyResult", "verify"],
     }.items()
     for name in names
 }

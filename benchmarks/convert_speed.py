@@ -31,7 +31,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from awq2marlin._version import __version__
-from awq2marlin.synthetic import llama_recipe, write_checkpoint
+from awq2marlin.checkpoint.synthetic import llama_recipe, write_checkpoint
 
 #: Hidden, intermediate, key/value and vocabulary sizes of Llama-3-8B.
 LLAMA3_8B = {"hidden": 4096, "intermediate": 14336, "kv_size": 1024, "vocab": 128256}

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from awq2marlin.reference import unpack_awq
+from awq2marlin.layout.reference import unpack_awq
 
 PARTS = ("qweight", "qzeros", "scales")
 

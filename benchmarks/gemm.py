@@ -27,13 +27,7 @@ from pathlib import Path
 import torch
 
 from awq2marlin.gemm import jit, ops
-from awq2marlin.gemm.kernel_configs import (
-    GemmProblem,
-    PortableConfig,
-    all_configs,
-    pick_config,
-    with_splits,
-)
+from awq2marlin.gemm.kernel_configs import GemmProblem, PortableConfig, all_configs, pick_config, with_splits
 
 SHAPES = {  # name: (K, N)
     "8B qkv": (4096, 6144),

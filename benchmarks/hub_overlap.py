@@ -34,7 +34,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from awq2marlin._version import __version__  # noqa: E402
-from awq2marlin.synthetic import llama_recipe, write_checkpoint  # noqa: E402
+from awq2marlin.checkpoint.synthetic import llama_recipe, write_checkpoint  # noqa: E402
 
 REPO = "org/model-awq"
 

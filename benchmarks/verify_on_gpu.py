@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from awq2marlin import __version__, convert, revert, verify
-from awq2marlin.synthetic import Recipe, llama_recipe, write_checkpoint
+from awq2marlin.checkpoint.synthetic import Recipe, llama_recipe, write_checkpoint
 
 SHAPES = {"a": (256, 192), "b": (128, 64), "c": (192, 128), "d": (576, 1536), "e": (3584, 512), "f": (4096, 4096)}
 MODULES = {f"model.layers.{depth}.mlp.{name}": shape for depth, (name, shape) in enumerate(SHAPES.items())}
@@ -49,7 +49,7 @@ def check(source: Path, unaligned: Any, device: Any, work: Path, plot: Path | No
         raise RuntimeError(f"{source} did not come back byte for byte")
     assert result.gemm is not None
     if plot is not None:
-        from awq2marlin.gemm.error_plot import plot_errors
+        from awq2marlin.verification.error_plot import plot_errors
 
         plot_errors(result.gemm, plot)
     return asdict(result.gemm)

@@ -19,9 +19,9 @@ from pathlib import Path
 
 from hypothesis import HealthCheck, Phase, given, seed, settings
 
-sys.path.insert(0, str(Path(__file__).parent / "hostile"))
+sys.path.insert(0, str(Path(__file__).parent.parent))  # the tests are a package of the repository's root
 
-from fuzzing import TARGETS
+from tests.hostile.fuzzing import TARGETS
 
 
 def fuzz(target: str, seconds: float, examples: int = 1000) -> bool:

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from awq2marlin import convert, inspect, reference, verify
+from awq2marlin import convert, inspect, verify
+from awq2marlin.layout import reference
 
 FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
 

@@ -21,14 +21,14 @@ import typer
 
 import awq2marlin
 from awq2marlin import errors
-from awq2marlin.cli import app, main
+from awq2marlin.checkpoint.manifest import Manifest, ManifestShard, SourceCard
+from awq2marlin.checkpoint.quantization import AwqQuantization, marlin_document
+from awq2marlin.checkpoint.synthetic import llama_recipe, write_checkpoint
+from awq2marlin.cli.app import app, main
+from awq2marlin.cli.json import STATUS, Report
 from awq2marlin.hub import errors as hub_errors
-from awq2marlin.manifest import Manifest, ManifestShard, SourceCard
-from awq2marlin.marlin import FUSED_SIBLINGS
-from awq2marlin.quantization import AwqQuantization, marlin_document
-from awq2marlin.report import STATUS, Report
-from awq2marlin.safetensors_header import Header
-from awq2marlin.synthetic import llama_recipe, write_checkpoint
+from awq2marlin.io.safetensors import Header
+from awq2marlin.layout.marlin import FUSED_SIBLINGS
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "awq2marlin"
@@ -313,35 +313,10 @@ class _Codes:
             assert isinstance(code, (ast.Name, ast.Attribute, type(None))), f"a code is computed: {ast.dump(code)}"
 
 
-def test_design_document_lists_every_module():
-    modules = {
-        path.relative_to(PACKAGE).with_suffix("").as_posix()
-        for path in PACKAGE.rglob("*.py")
-        if not path.is_relative_to(PACKAGE / "__pycache__")
-    }
-    listed = _table("design.md", "modules")
-    assert len(listed) == len(set(listed)), "docs/design.md lists a module twice"
-    assert set(listed) == modules, "the table of modules in docs/design.md is not that of the package"
+def test_design_document_lists_the_floors():
+    from tests.test_package import FLOORS
 
-
-def test_design_document_lists_modules_before_what_they_import():
-    rank = {name: place for place, name in enumerate(_table("design.md", "modules"))}
-    for path in PACKAGE.rglob("*.py"):
-        name = path.relative_to(PACKAGE).with_suffix("").as_posix()
-        for imported in _imported(ast.parse(path.read_text("utf-8"))) & rank.keys():
-            assert rank[name] < rank[imported], f"{name} imports {imported}, which stands above it in docs/design.md"
-
-
-def _imported(tree: ast.Module) -> set[str]:
-    """The modules of the package that a module imports, at its top or within a function."""
-    found = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.ImportFrom) and node.module == "awq2marlin":
-            found |= {each.name for each in node.names}
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("awq2marlin."):
-            inside = node.module.removeprefix("awq2marlin.").replace(".", "/")
-            found |= {inside, *(f"{inside}/{each.name}" for each in node.names)}
-    return found
+    assert _table("design.md", "floors") == [name for name in reversed(FLOORS) if (PACKAGE / name).is_dir()]
 
 
 def test_python_document_lists_the_arguments_of_every_function():

@@ -15,67 +15,31 @@ from pathlib import Path
 import pytest
 
 import awq2marlin
-from awq2marlin.synthetic import llama_recipe, write_checkpoint
+from awq2marlin.checkpoint.synthetic import llama_recipe, write_checkpoint
 
 PACKAGE = Path(awq2marlin.__file__).parent
 MODULES = sorted(".".join(path.relative_to(PACKAGE).with_suffix("").parts) for path in PACKAGE.rglob("*.py"))
 PUBLIC_FUNCTIONS = ("convert", "convert_many", "verify", "revert", "push", "inspect", "demo")
 
-#: The layers of the plugin for vLLM, lowest first.
-VLLM_LAYERS = [
-    [f"integrations.vllm.{name}" for name in names]
-    for names in (
-        ["finishing", "inventory", "record", "state", "versions"],
-        ["contents", "kernels", "refusal"],
-        ["experts", "linear"],
-        ["config"],
-        ["__init__"],
-    )
+#: The floors of the house, lowest first: a folder, or a file of the ground floor, imports only from below.
+FLOORS = [
+    "_version",
+    "errors",
+    "progress",
+    "io",
+    "layout",
+    "formats",
+    "checkpoint",
+    "gemm",
+    "integrations",
+    "hub",
+    "verification",
+    "pipeline",
+    "commands",
+    "batch",
+    "cli",
+    "__main__",
 ]
-
-#: The order of imports, lowest first: a module imports only from layers below its own.
-LAYERS = [
-    [
-        "_version",
-        "awq",
-        "batch.__init__",
-        "cache",
-        "errors",
-        "gemm.__init__",
-        "hub.__init__",
-        "integrations.__init__",
-        "progress",
-        "reference",
-        "repack_kernels",
-    ],
-    ["hub.errors", "hub.name", "gemm.jit", "machine_code", "marlin", "safetensors_header"],
-    ["gemm.cpu", "gemm.diagnosis", "folder", "gemm.kernel_configs", "layout"],
-    ["compile_matrix", "hub.source", "gemm.ops", "quantization", "stream", "synthetic"],
-    ["gemm.linear", "checkpoint", "digest", "repack", "tensor_files", "workers"],
-    ["hub.arrivals", "gemm.config", "manifest", "output", "plan"],
-    ["gemm.verification", "inventory", "module_repack", "pairing", "hub.publication", "shard", "side_files", "slicing"],
-    ["sampling"],
-    ["gemm.error_plot", "inspection", "model_card", "reversion", "verification"],
-    ["hub.upload"],
-    ["hub.departures"],
-    ["pipeline"],
-    ["places"],
-    ["batch.file", "batch.record", "cluster", "conversion"],
-    ["batch.jobs", "demonstration", "resaving"],
-    ["batch.item"],
-    ["batch.run"],
-    ["console", "report"],
-    ["batch.view"],
-    ["cli"],
-    ["__main__"],
-    # Loaders stand on the library; nothing stands on them.
-    ["integrations.transformers.experts", "integrations.transformers.names", "integrations.transformers.versions"],
-    ["integrations.transformers.saving", "integrations.transformers.skeleton"],
-    ["integrations.transformers.quantizer"],
-    ["integrations.transformers.__init__"],
-    *VLLM_LAYERS,
-]
-LAYER = {module: number for number, modules in enumerate(LAYERS) for module in modules}
 
 
 def run_python(code, *arguments, cwd=None):
@@ -151,12 +115,12 @@ print(code, *sys.modules)
 #: What a conversion from a folder to a folder does not use: a short start is a part of its speed.
 UNUSED = {
     "asyncio",
-    "awq2marlin.hub.departures",
-    "awq2marlin.hub.source",
+    "awq2marlin.pipeline.departures",
+    "awq2marlin.hub.repository",
     "awq2marlin.hub.publication",
-    "awq2marlin.reference",
-    "awq2marlin.hub.upload",
-    "awq2marlin.verification",
+    "awq2marlin.layout.reference",
+    "awq2marlin.commands.push",
+    "awq2marlin.verification.compare",
     "rich",
     "tqdm",
     "yaml",
@@ -347,19 +311,35 @@ def third_party(module, at_top_level=False):
     return found - set(sys.stdlib_module_names) - {"awq2marlin"}
 
 
-def test_every_module_stands_in_one_layer():
-    placed = [module for modules in LAYERS for module in modules]
-    assert sorted(placed) == [module for module in MODULES if module != "__init__"]
+def floor(module):
+    return module.partition(".")[0]
+
+
+def test_every_module_stands_on_a_floor():
+    assert {floor(module) for module in MODULES} - {"__init__"} == {*FLOORS}
 
 
 @pytest.mark.parametrize("module", [module for module in MODULES if module != "__init__"])
-def test_imports_go_down_only(module):
+def test_a_folder_imports_only_folders_below_it(module):
     upward = [
-        f"{module}.py:{line} imports {other}: layer {LAYER[module]} from layer {LAYER[other]}"
+        f"{module}.py:{line} imports {other}"
         for other, line in imports(module).items()
-        if LAYER[other] >= LAYER[module]
+        if floor(other) != floor(module) and FLOORS.index(floor(other)) > FLOORS.index(floor(module))
     ]
     assert upward == []
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    below = {module: {other for other in imports(module) if other in MODULES} for module in MODULES}
+    while free := [module for module, others in below.items() if not others & below.keys()]:
+        for module in free:
+            del below[module]
+    assert below == {}
+
+
+@pytest.mark.parametrize("folder", [name for name in FLOORS if (PACKAGE / name).is_dir()])
+def test_a_folder_says_what_it_is_for(folder):
+    assert importlib.import_module(f"awq2marlin.{folder}").__doc__
 
 
 def test_the_package_itself_imports_only_its_version():
@@ -368,19 +348,20 @@ def test_the_package_itself_imports_only_its_version():
 
 
 def test_verification_shares_no_code_with_the_converter_s_repack():
-    assert imports("reference") == {}
-    assert {"repack", "repack_kernels", "layout", "shard", "conversion"}.isdisjoint(imports("verification"))
+    assert imports("layout.reference") == {}
+    used = {"layout.repack", "layout.cpu_kernels", "layout.torch_functions", "pipeline.shard", "commands.convert"}
+    assert used.isdisjoint(imports("verification.compare"))
 
 
-def test_file_reading_knows_neither_format():
-    for module in ("safetensors_header", "folder", "stream", "digest"):
-        assert {"awq", "marlin", "repack", "quantization"}.isdisjoint(imports(module)), module
+def test_file_reading_knows_no_format():
+    known = {floor(other) for module in MODULES if floor(module) == "io" for other in imports(module)}
+    assert known <= {"io", "errors"}
 
 
 def test_only_what_computes_with_tensors_imports_torch():
     with_torch = {module for module in MODULES if "torch" in third_party(module) and "integrations" not in module}
-    computing = {"gemm.cpu", "gemm.verification", "layout", "gemm.linear", "module_repack", "gemm.ops"}
-    assert with_torch == {*computing, "gemm.config", "gemm.diagnosis"}
+    computing = {"gemm.cpu", "gemm.check", "layout.torch_functions", "gemm.linear", "gemm.module_repack", "gemm.ops"}
+    assert with_torch == {*computing, "gemm.config", "commands.doctor"}
     assert "torch" not in {node.names[0].name for node in tree("gemm.config").body if isinstance(node, ast.Import)}
 
 

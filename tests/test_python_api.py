@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 import awq2marlin
-from awq2marlin.synthetic import write_checkpoint
+from awq2marlin.checkpoint.synthetic import write_checkpoint
 from tests.e2e import oracle
 from tests.e2e.inputs import edit_json, layer, plain
 

@@ -1,1 +1,1 @@
-"""Many conversions from one list, each with its own result."""
+"""Many conversions from one list."""

@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any, get_args
 
 from awq2marlin.errors import BatchError, CheckpointError, Problem, printable
-from awq2marlin.folder import MAX_JSON_BYTES
-from awq2marlin.plan import UNALIGNED_CHOICES
-from awq2marlin.safetensors_header import parse_json
-from awq2marlin.sampling import Device
+from awq2marlin.io.folder import MAX_JSON_BYTES
+from awq2marlin.io.strict_json import parse_json
+from awq2marlin.pipeline.plan import UNALIGNED_CHOICES
+from awq2marlin.verification.sampling import Device
 
 _MAX_WORKERS = 256
 

@@ -16,9 +16,11 @@ from typing import Any
 
 from awq2marlin.batch.jobs import PUSHING, Job
 from awq2marlin.batch.record import BatchRecord, ItemResult
-from awq2marlin.checkpoint import open_checkpoint
-from awq2marlin.conversion import convert
-from awq2marlin.digest import xxh3_of_file
+from awq2marlin.checkpoint.manifest import read_manifest
+from awq2marlin.checkpoint.names import CONFIG_FILENAME, MANIFEST_FILENAME
+from awq2marlin.checkpoint.source import open_checkpoint
+from awq2marlin.commands.convert import convert
+from awq2marlin.commands.push import push
 from awq2marlin.errors import (
     EXIT_DONE,
     EXIT_FAILED,
@@ -32,18 +34,16 @@ from awq2marlin.errors import (
     difference,
     problem_from_os_error,
 )
-from awq2marlin.folder import CONFIG_FILENAME, Folder
 from awq2marlin.hub.name import HUB_PREFIX
-from awq2marlin.hub.source import open_source
-from awq2marlin.hub.upload import push
-from awq2marlin.manifest import read_manifest
-from awq2marlin.output import read_journal
-from awq2marlin.plan import plan_conversion
+from awq2marlin.hub.repository import open_source
+from awq2marlin.io.digest import xxh3_of_file
+from awq2marlin.io.folder import Folder
+from awq2marlin.io.strict_json import encode_json
+from awq2marlin.io.workers import StoppedError
+from awq2marlin.pipeline.output import read_journal
+from awq2marlin.pipeline.plan import plan_conversion
 from awq2marlin.progress import Progress
-from awq2marlin.quantization import MANIFEST_FILENAME
-from awq2marlin.side_files import encode_json
-from awq2marlin.verification import verify
-from awq2marlin.workers import StoppedError
+from awq2marlin.verification.compare import verify
 
 
 def known(job: Job, record: BatchRecord, retry_failed: bool) -> ItemResult | None:

@@ -17,9 +17,9 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from awq2marlin._version import __version__
-from awq2marlin.digest import is_digest
 from awq2marlin.errors import BatchError, CheckpointError, OutputError, Problem
-from awq2marlin.safetensors_header import parse_json
+from awq2marlin.io.digest import is_digest
+from awq2marlin.io.strict_json import parse_json
 
 RECORD_VERSION = 1
 _LOCK_SUFFIX = ".lock"

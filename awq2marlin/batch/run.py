@@ -15,8 +15,8 @@ from awq2marlin.batch.item import known, run_job
 from awq2marlin.batch.jobs import Job, Sources, list_file, plan_jobs
 from awq2marlin.batch.record import BatchRecord, ItemResult, open_record, read_record
 from awq2marlin.errors import EXIT_DONE, EXIT_FAILED, Problem
+from awq2marlin.io.workers import check_workers, run_side_by_side
 from awq2marlin.progress import Progress, Silence
-from awq2marlin.workers import check_workers, run_side_by_side
 
 #: Added to the name of a list for that of its record.
 RECORD_SUFFIX = ".record.jsonl"

@@ -1,1 +1,1 @@
-"""The Marlin GEMM: compiled at run time, launched, described to engines, and checked against float64."""
+"""Our own Marlin GEMM: kernels compiled on demand, torch operators, linear layers."""

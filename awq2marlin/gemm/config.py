@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from awq2marlin.awq import AWQ_SUPPORTED_BITS, LEGACY_CONFIG_FILENAMES, is_output_embedding, pack_factor
-from awq2marlin.marlin import MARLIN_SUPPORTED_GROUP_SIZES, SCALAR_TYPES
+from awq2marlin.checkpoint.names import LEGACY_CONFIG_FILENAMES
+from awq2marlin.layout.marlin import MARLIN_SUPPORTED_GROUP_SIZES, SCALAR_TYPES
+from awq2marlin.layout.modules import is_output_embedding
+from awq2marlin.layout.packing import AWQ_SUPPORTED_BITS, pack_factor
 
 if TYPE_CHECKING:
     import torch

@@ -13,15 +13,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from awq2marlin.awq import inverse_order
-from awq2marlin.machine_code import address, kernel
-from awq2marlin.marlin import (
-    GPTQ_MARLIN_TILE,
-    MARLIN_INTERLEAVE,
-    MARLIN_TILE_N,
-    SCALE_PERM,
-    SCALE_PERM_SINGLE,
-)
+from awq2marlin.layout.machine_code import address, kernel
+from awq2marlin.layout.marlin import GPTQ_MARLIN_TILE, MARLIN_INTERLEAVE, MARLIN_TILE_N, SCALE_PERM, SCALE_PERM_SINGLE
+from awq2marlin.layout.packing import inverse_order
 
 #: Bytes of weight that are decoded at once.
 PIECE_BYTES = 1 << 19

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from awq2marlin.cache import CACHE_VARIABLE, cache_folder, is_private
+from awq2marlin.io.code_cache import CACHE_VARIABLE, cache_folder, is_private
 
 if TYPE_CHECKING:
     from cuda.core import Kernel

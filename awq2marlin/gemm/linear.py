@@ -8,8 +8,8 @@ import torch
 from torch.nn import functional
 
 from awq2marlin.gemm.ops import marlin_gemm, repack_awq
-from awq2marlin.layout import awq_to_marlin_zero_points, marlin_permute_scales, replace_parameter
-from awq2marlin.marlin import num_groups, qweight_shape, unaligned_reason
+from awq2marlin.layout.marlin import num_groups, qweight_shape, unaligned_reason
+from awq2marlin.layout.torch_functions import awq_to_marlin_zero_points, marlin_permute_scales, replace_parameter
 
 
 class QuantConfig(Protocol):

@@ -16,8 +16,6 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from awq2marlin import layout
-from awq2marlin.awq import AWQ_PACK_ORDER, inverse_order
 from awq2marlin.gemm import cpu, jit
 from awq2marlin.gemm.kernel_configs import (
     MIN_CAPABILITY,
@@ -30,7 +28,9 @@ from awq2marlin.gemm.kernel_configs import (
     repack_source,
     sum_splits_source,
 )
-from awq2marlin.marlin import ALIGNMENTS, GPTQ_MARLIN_TILE, MARLIN_SUPPORTED_GROUP_SIZES, MARLIN_TILE_N
+from awq2marlin.layout import torch_functions as layout
+from awq2marlin.layout.marlin import ALIGNMENTS, GPTQ_MARLIN_TILE, MARLIN_SUPPORTED_GROUP_SIZES, MARLIN_TILE_N
+from awq2marlin.layout.packing import AWQ_PACK_ORDER, inverse_order
 
 if TYPE_CHECKING:
     from cuda.core import LaunchConfig, Stream

@@ -1,1 +1,1 @@
-"""From the Hub and to it: where a conversion's shards come from, and where they go."""
+"""The Hugging Face Hub: names, repositories that are read, repositories that are written, errors in words."""

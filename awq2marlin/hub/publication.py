@@ -20,12 +20,12 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from awq2marlin._version import __version__
+from awq2marlin.checkpoint.manifest import decode_manifest
+from awq2marlin.checkpoint.names import CONFIG_FILENAME, INDEX_FILENAME, MANIFEST_FILENAME
 from awq2marlin.errors import CheckpointError, HubError, Problem, printable
-from awq2marlin.folder import CONFIG_FILENAME, INDEX_FILENAME, MAX_JSON_BYTES
 from awq2marlin.hub.errors import hub_url, told_as_hub_error
-from awq2marlin.manifest import decode_manifest
+from awq2marlin.io.folder import MAX_JSON_BYTES
 from awq2marlin.progress import Progress
-from awq2marlin.quantization import MANIFEST_FILENAME
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -34,6 +34,9 @@ DEFAULT_BRANCH = "main"
 _REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _MAX_NAMES_SHOWN = 5
+
+#: What a commit is called.
+DEFAULT_MESSAGE = "Add Marlin-native checkpoint"
 
 #: Bytes from which on a file is uploaded by itself.
 _LARGE = 10_000_000

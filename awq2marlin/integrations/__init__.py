@@ -1,1 +1,1 @@
-"""Loaders for the engines people use; each imported only by its engine or its user."""
+"""Loaders: what engines need to serve a converted checkpoint."""

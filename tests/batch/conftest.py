@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from awq2marlin import convert
-from awq2marlin.synthetic import Recipe, write_checkpoint
+from awq2marlin.checkpoint.synthetic import Recipe, write_checkpoint
 
 from ..faults.helpers import contents
 

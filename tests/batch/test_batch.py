@@ -12,12 +12,13 @@ from pathlib import Path
 
 import pytest
 
-from awq2marlin import BatchError, ExecutorError, ItemResult, OutputError, convert_many, pipeline
+from awq2marlin import BatchError, ExecutorError, ItemResult, OutputError, convert_many
 from awq2marlin.batch import item as batch_item
 from awq2marlin.batch import record as batch_record
 from awq2marlin.batch.record import open_record, read_record
-from awq2marlin.shard import convert_shard
-from awq2marlin.synthetic import Recipe, write_checkpoint
+from awq2marlin.checkpoint.synthetic import Recipe, write_checkpoint
+from awq2marlin.pipeline import run as pipeline
+from awq2marlin.pipeline.shard import convert_shard
 
 from ..faults.helpers import WORK, contents, finish, run_here, run_process, start, stop_when
 from .conftest import BROKEN, MODELS

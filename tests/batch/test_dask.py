@@ -13,13 +13,15 @@ from pathlib import Path
 
 import pytest
 
-from awq2marlin import cluster, convert, convert_many, pipeline
-from awq2marlin.cluster import dask_executor, unseen
+from awq2marlin import convert, convert_many
+from awq2marlin.checkpoint.synthetic import Recipe, write_checkpoint
 from awq2marlin.errors import ExecutorError, Problem
+from awq2marlin.io.workers import run_on_executor
+from awq2marlin.pipeline import dask as cluster
+from awq2marlin.pipeline import run as pipeline
+from awq2marlin.pipeline.dask import dask_executor, unseen
+from awq2marlin.pipeline.shard import convert_shard
 from awq2marlin.progress import Silence
-from awq2marlin.shard import convert_shard
-from awq2marlin.synthetic import Recipe, write_checkpoint
-from awq2marlin.workers import run_on_executor
 
 from ..faults.helpers import WORK, contents, run_here
 

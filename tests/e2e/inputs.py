@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from awq2marlin.synthetic import Recipe, write_checkpoint
+from awq2marlin.checkpoint.synthetic import Recipe, write_checkpoint
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from awq2marlin import CheckpointError, convert
-from awq2marlin.synthetic import write_checkpoint
+from awq2marlin.checkpoint.synthetic import write_checkpoint
 from tests.e2e.inputs import (
     INDEX,
     SINGLE,

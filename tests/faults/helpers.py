@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import awq2marlin
-from awq2marlin.cli import main
-from awq2marlin.synthetic import Recipe, write_checkpoint
+from awq2marlin.checkpoint.synthetic import Recipe, write_checkpoint
+from awq2marlin.cli.app import main
 
 WORK = ".awq2marlin"
 MANIFEST = "marlin_manifest.json"

@@ -14,8 +14,8 @@ import sys
 import threading
 from pathlib import Path
 
-from awq2marlin import stream
-from awq2marlin.cli import main
+from awq2marlin.cli.app import main
+from awq2marlin.io import stream
 
 
 class Stepper:

@@ -6,8 +6,8 @@ from contextlib import contextmanager
 
 import pytest
 
-from awq2marlin import conversion
-from awq2marlin.repack import Repack
+from awq2marlin.commands import convert as conversion
+from awq2marlin.layout.repack import Repack
 
 from .helpers import contents, make_source, refused
 

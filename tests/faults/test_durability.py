@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from awq2marlin import stream
+from awq2marlin.io import stream
 
 from .helpers import WORK, run_here
 

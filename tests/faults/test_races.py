@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from awq2marlin.errors import OutputError
-from awq2marlin.output import claim
+from awq2marlin.pipeline.output import claim
 
 from .helpers import WORK
 

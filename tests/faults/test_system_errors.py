@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from awq2marlin import folder, stream
-from awq2marlin import output as output_module
+from awq2marlin.io import folder, stream
+from awq2marlin.pipeline import output as output_module
 
 from .helpers import (
     ENVIRONMENT,

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from awq2marlin import convert
-from awq2marlin.cli import main
+from awq2marlin.cli.app import main
 from tests.hostile.hostile_files import write_awq
 
 

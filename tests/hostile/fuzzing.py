@@ -19,13 +19,13 @@ from hypothesis import strategies as st
 from safetensors import deserialize
 
 from awq2marlin import convert, inspect
-from awq2marlin.checkpoint import open_checkpoint
+from awq2marlin.checkpoint.manifest import read_manifest
+from awq2marlin.checkpoint.quantization import AwqQuantization, read_config, read_quantization
+from awq2marlin.checkpoint.source import open_checkpoint
 from awq2marlin.errors import Awq2MarlinError, CheckpointError
-from awq2marlin.folder import Folder
-from awq2marlin.manifest import read_manifest
-from awq2marlin.plan import plan_conversion
-from awq2marlin.quantization import AwqQuantization, read_config, read_quantization
-from awq2marlin.safetensors_header import DTYPE_BITS, encode_header, parse_header, read_header
+from awq2marlin.io.folder import Folder
+from awq2marlin.io.safetensors import DTYPE_BITS, encode_header, parse_header, read_header
+from awq2marlin.pipeline.plan import plan_conversion
 from tests.hostile.hostile_files import (
     INDEX,
     MANIFEST,

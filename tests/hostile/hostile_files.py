@@ -9,9 +9,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from awq2marlin.checkpoint.synthetic import Recipe, write_checkpoint
 from awq2marlin.errors import CheckpointError
-from awq2marlin.safetensors_header import DTYPE_BITS
-from awq2marlin.synthetic import Recipe, write_checkpoint
+from awq2marlin.io.safetensors import DTYPE_BITS
 
 INDEX = "model.safetensors.index.json"
 MANIFEST = "marlin_manifest.json"

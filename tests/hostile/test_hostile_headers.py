@@ -19,7 +19,7 @@ import pytest
 from safetensors import SafetensorError, deserialize
 
 from awq2marlin.errors import CheckpointError
-from awq2marlin.safetensors_header import DTYPE_BITS, Header, encode_header, read_header
+from awq2marlin.io.safetensors import DTYPE_BITS, Header, encode_header, read_header
 from tests.hostile.conftest import Outcome
 from tests.hostile.hostile_files import (
     INDEX,
@@ -305,7 +305,7 @@ def test_giants_are_refused_in_little_memory(awq) -> None:
     script = (
         "import resource, sys\n"
         "from awq2marlin import inspect, CheckpointError\n"
-        "import awq2marlin.inspection\n"
+        "import awq2marlin.commands.inspect\n"
         "used = int(open('/proc/self/statm').read().split()[0]) * resource.getpagesize()\n"
         "resource.setrlimit(resource.RLIMIT_AS, (used + (64 << 20),) * 2)\n"
         "try: inspect(sys.argv[1])\n"

@@ -8,10 +8,10 @@ import json
 import pytest
 
 from awq2marlin import CheckpointError, convert, inspect, revert
-from awq2marlin.checkpoint import open_checkpoint
-from awq2marlin.cli import main
+from awq2marlin.checkpoint.source import open_checkpoint
+from awq2marlin.cli.app import main
 from awq2marlin.errors import Awq2MarlinError, Problem
-from awq2marlin.folder import is_safe_name
+from awq2marlin.io.folder import is_safe_name
 from tests.hostile.hostile_files import INDEX, MODULE, NASTY, SHARD, pack_tensors, tree, unpack_tensors, write_awq
 
 UNSAFE_NAMES = [

@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from awq2marlin import CheckpointError, DifferenceError, convert, inspect, revert, verify
-from awq2marlin.folder import Folder
-from awq2marlin.manifest import read_manifest
+from awq2marlin.checkpoint.manifest import read_manifest
+from awq2marlin.io.folder import Folder
 from tests.hostile.hostile_files import (
     MANIFEST,
     MODULE,

@@ -5,7 +5,7 @@ import shutil
 import pytest
 
 from awq2marlin import convert
-from awq2marlin.synthetic import llama_recipe, write_checkpoint
+from awq2marlin.checkpoint.synthetic import llama_recipe, write_checkpoint
 
 from ..faults.helpers import run_here
 

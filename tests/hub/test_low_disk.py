@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from awq2marlin import DifferenceError, convert, pipeline
-from awq2marlin.shard import convert_shard
+from awq2marlin import DifferenceError, convert
+from awq2marlin.pipeline import run as pipeline
+from awq2marlin.pipeline.shard import convert_shard
 
 from ..faults.helpers import WORK, contents, finished_shards
 from .conftest import REPO, SHARDS, shard_names

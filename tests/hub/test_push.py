@@ -26,7 +26,7 @@ from awq2marlin import (
     revert,
     verify,
 )
-from awq2marlin.cli import main
+from awq2marlin.cli.app import main
 
 pytestmark = pytest.mark.usefixtures("hub", "no_waiting")
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 from huggingface_hub import snapshot_download
 
-from awq2marlin import DifferenceError, HubError, OutputError, PushTarget, convert, pipeline, revert, verify
+from awq2marlin import DifferenceError, HubError, OutputError, PushTarget, convert, revert, verify
+from awq2marlin.pipeline import run as pipeline
 
 from ..faults.helpers import WORK, contents, finished_shards, run_process, start, stop_when
 from .conftest import REPO, SHARDS, shard_names

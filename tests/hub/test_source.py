@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from awq2marlin import convert, inspect, revert, verify
-from awq2marlin.folder import Folder
-from awq2marlin.hub.source import HubName, open_hub, parse_source
+from awq2marlin.checkpoint.synthetic import llama_recipe, write_checkpoint
+from awq2marlin.hub.repository import HubName, open_hub, parse_source
+from awq2marlin.io.folder import Folder
 from awq2marlin.progress import Silence
-from awq2marlin.synthetic import llama_recipe, write_checkpoint
 
 from ..faults.helpers import contents
 from .conftest import REPO, SHARDS, shard_names

@@ -12,7 +12,7 @@ from huggingface_hub import constants
 from huggingface_hub.hf_api import BlobLfsInfo
 
 from awq2marlin import CheckpointError, convert
-from awq2marlin.hub.source import HubName, RemoteFile, open_hub
+from awq2marlin.hub.repository import HubName, RemoteFile, open_hub
 
 from ..faults.helpers import WORK, check_rerun, contents, finished_shards, run_process, start, stop_when
 from .conftest import REPO, SHARDS, shard_names
@@ -232,7 +232,7 @@ def test_impossible_commits_are_refused(monkeypatch):
 @pytest.mark.parametrize("name", ["../evil.json", "/evil.json", "a/../../evil", "a\\b", "con:x", "\x1b[2J"])
 @pytest.mark.parametrize("options", [(), ("--low-disk",)])
 def test_names_that_lead_outside_are_never_fetched(hub, run, monkeypatch, name, options):
-    from awq2marlin.hub import source as module
+    from awq2marlin.hub import repository as module
 
     listed = module._checked_listing
 

@@ -15,9 +15,8 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter, WeightRenaming
 from transformers.core_model_loading import rename_source_key as rename
 
-from awq2marlin.awq import module_name
 from awq2marlin.errors import CheckpointError, Problem, printable
-from awq2marlin.plan import ModulePlan
+from awq2marlin.layout.modules import ModulePlan, module_name
 
 #: An expert's number in a module's name: what stands before it, the number, the projection's name.
 _EXPERT = re.compile(r"^(.*)\.(\d+)\.([^.]+)$")

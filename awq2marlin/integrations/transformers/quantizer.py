@@ -13,14 +13,14 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from awq2marlin.checkpoint.names import CONFIG_FILENAME
+from awq2marlin.checkpoint.quantization import MARLIN_QUANT_METHOD, read_marlin_quantization
 from awq2marlin.errors import refuse
-from awq2marlin.folder import CONFIG_FILENAME
 from awq2marlin.gemm.jit import KernelUnavailableError, machine_facts
+from awq2marlin.gemm.module_repack import awq_to_marlin, marlin_to_awq
 from awq2marlin.integrations.transformers.saving import save_format_with
 from awq2marlin.integrations.transformers.skeleton import Headers, Skeleton
-from awq2marlin.module_repack import awq_to_marlin, marlin_to_awq
-from awq2marlin.plan import ModulePlan
-from awq2marlin.quantization import MARLIN_QUANT_METHOD, read_marlin_quantization
+from awq2marlin.layout.modules import ModulePlan
 
 logger = logging.getLogger(__name__)
 

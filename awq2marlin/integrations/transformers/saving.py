@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from transformers.core_model_loading import revert_weight_conversion
 
-from awq2marlin.plan import ModulePlan
-from awq2marlin.resaving import complete_saved
+from awq2marlin.integrations.saved import complete_saved
+from awq2marlin.layout.modules import ModulePlan
 
 #: Options of ``push_to_hub`` that ``save_pretrained`` passes on.
 _HUB_OPTIONS = ("repo_id", "commit_message", "commit_description", "create_pr", "private", "revision", "tags")

@@ -10,17 +10,16 @@ from typing import Any
 
 import torch
 
-from awq2marlin.awq import module_name
+from awq2marlin.checkpoint.converted import marlin_modules
+from awq2marlin.checkpoint.quantization import MarlinQuantization
 from awq2marlin.errors import CheckpointError, Problem, refuse
-from awq2marlin.folder import open_regular
 from awq2marlin.gemm.linear import MarlinLinear
 from awq2marlin.integrations.transformers.experts import MarlinExperts
 from awq2marlin.integrations.transformers.names import ExpertsPlan, Renamings, find_places
-from awq2marlin.inventory import marlin_modules
-from awq2marlin.marlin import padded_shapes
-from awq2marlin.plan import ModulePlan
-from awq2marlin.quantization import MarlinQuantization
-from awq2marlin.safetensors_header import TensorInfo, read_header
+from awq2marlin.io.folder import open_regular
+from awq2marlin.io.safetensors import TensorInfo, read_header
+from awq2marlin.layout.marlin import padded_shapes
+from awq2marlin.layout.modules import ModulePlan, module_name
 
 
 @dataclass(frozen=True)

@@ -16,11 +16,11 @@ from vllm.logger import init_logger
 from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 
+from awq2marlin.checkpoint.names import CONFIG_FILENAME
+from awq2marlin.checkpoint.quantization import MARLIN_QUANT_METHOD, MarlinQuantization, read_marlin_quantization
 from awq2marlin.errors import printable, refuse
-from awq2marlin.folder import CONFIG_FILENAME
 from awq2marlin.integrations.vllm.contents import Contents
 from awq2marlin.integrations.vllm.inventory import WITHOUT_KERNEL, inventory_of, read_inventory, tensors_of
-from awq2marlin.quantization import MARLIN_QUANT_METHOD, MarlinQuantization, read_marlin_quantization
 
 logger = init_logger("vllm.awq2marlin")
 

@@ -6,11 +6,11 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from awq2marlin.awq import pack_factor
+from awq2marlin.checkpoint.names import CONFIG_FILENAME
+from awq2marlin.checkpoint.quantization import MarlinQuantization
 from awq2marlin.errors import printable, refuse
-from awq2marlin.folder import CONFIG_FILENAME
 from awq2marlin.integrations.vllm.inventory import Inventory
-from awq2marlin.quantization import MarlinQuantization
+from awq2marlin.layout.packing import pack_factor
 
 Layout = Literal["marlin", "awq", "none"]
 

@@ -14,7 +14,7 @@ from vllm.model_executor.layers.quantization.auto_awq import AutoAWQMoEMethod
 from vllm.model_executor.layers.quantization.utils.quant_utils import kInt4Static, kInt8Static
 from vllm.model_executor.utils import set_weight_attrs
 
-from awq2marlin.awq import QUANTIZED_PARTS
+from awq2marlin.checkpoint.tensor_parallel import inexact_awq_reason, inexact_reason
 from awq2marlin.errors import refuse
 from awq2marlin.integrations.vllm.contents import Contents, is_any_below
 from awq2marlin.integrations.vllm.finishing import (
@@ -28,9 +28,9 @@ from awq2marlin.integrations.vllm.finishing import (
 from awq2marlin.integrations.vllm.record import LoadRecord
 from awq2marlin.integrations.vllm.state import are_weights_processed
 from awq2marlin.integrations.vllm.versions import takes_activation_order
-from awq2marlin.layout import replace_parameter
-from awq2marlin.marlin import GPTQ_MARLIN_TILE, is_aligned, is_single_group, num_groups
-from awq2marlin.slicing import inexact_awq_reason, inexact_reason
+from awq2marlin.layout.marlin import GPTQ_MARLIN_TILE, is_aligned, is_single_group, num_groups
+from awq2marlin.layout.modules import QUANTIZED_PARTS
+from awq2marlin.layout.torch_functions import replace_parameter
 
 #: Multiple to which the inner size of experts is padded where tiles do not divide it.
 _PADDED_MULTIPLE = 128

@@ -8,9 +8,9 @@ from __future__ import annotations
 import torch
 from torch.nn.functional import pad
 
-from awq2marlin.awq import inverse_order, pack_factor
-from awq2marlin.layout import awq_marlin_repack, awq_to_marlin_zero_points, marlin_permute_scales
-from awq2marlin.marlin import SCALE_PERM, SCALE_PERM_SINGLE, num_groups
+from awq2marlin.layout.marlin import SCALE_PERM, SCALE_PERM_SINGLE, num_groups
+from awq2marlin.layout.packing import inverse_order, pack_factor
+from awq2marlin.layout.torch_functions import awq_marlin_repack, awq_to_marlin_zero_points, marlin_permute_scales
 
 #: Rows of K that one row of ``qweight`` holds in AWQ layout.
 AWQ_TILE = 1

@@ -11,15 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from awq2marlin.awq import module_name
-from awq2marlin.checkpoint import Checkpoint, open_checkpoint
+from awq2marlin.checkpoint.converted import marlin_modules
+from awq2marlin.checkpoint.manifest import read_manifest
+from awq2marlin.checkpoint.names import CONFIG_FILENAME, MANIFEST_FILENAME
+from awq2marlin.checkpoint.quantization import MARLIN_QUANT_METHOD, MarlinQuantization
+from awq2marlin.checkpoint.source import Checkpoint, open_checkpoint
+from awq2marlin.checkpoint.tensor_parallel import largest_tensor_parallel_size
 from awq2marlin.errors import CheckpointError, Problem, refuse
-from awq2marlin.folder import CONFIG_FILENAME
-from awq2marlin.inventory import marlin_modules
-from awq2marlin.manifest import read_manifest
-from awq2marlin.quantization import MANIFEST_FILENAME, MARLIN_QUANT_METHOD, MarlinQuantization
-from awq2marlin.safetensors_header import TensorInfo
-from awq2marlin.slicing import largest_tensor_parallel_size
+from awq2marlin.io.safetensors import TensorInfo
+from awq2marlin.layout.modules import module_name
 
 #: Why vLLM cannot serve a kind of checkpoint that Transformers can.
 WITHOUT_KERNEL = (

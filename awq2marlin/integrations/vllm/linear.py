@@ -15,7 +15,7 @@ from vllm.model_executor.parameter import (
     PackedvLLMParameter,
 )
 
-from awq2marlin.awq import QUANTIZED_PARTS
+from awq2marlin.checkpoint.tensor_parallel import inexact_awq_reason, inexact_reason
 from awq2marlin.errors import refuse
 from awq2marlin.integrations.vllm.contents import Contents
 from awq2marlin.integrations.vllm.finishing import (
@@ -29,9 +29,9 @@ from awq2marlin.integrations.vllm.finishing import (
 from awq2marlin.integrations.vllm.kernels import LinearKernel, VllmMarlinKernel
 from awq2marlin.integrations.vllm.record import LoadRecord
 from awq2marlin.integrations.vllm.state import are_weights_processed
-from awq2marlin.layout import replace_parameter
-from awq2marlin.marlin import GPTQ_MARLIN_TILE, is_single_group, padded_shapes
-from awq2marlin.slicing import inexact_awq_reason, inexact_reason
+from awq2marlin.layout.marlin import GPTQ_MARLIN_TILE, is_single_group, padded_shapes
+from awq2marlin.layout.modules import QUANTIZED_PARTS
+from awq2marlin.layout.torch_functions import replace_parameter
 
 
 @register_weight_loader_v2_supported_method

@@ -10,8 +10,8 @@ from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig, FusedMoE
 from vllm.model_executor.layers.fused_moe.expert_map_manager import ExpertMapManager
 from vllm.model_executor.layers.fused_moe.experts.marlin_moe import MarlinExpertsBase
 
-from awq2marlin import reference
 from awq2marlin.integrations.vllm.experts import MarlinNativeMoEMethod
+from awq2marlin.layout import reference
 from tests.integrations.vllm.harness import words
 
 SHARDS = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}

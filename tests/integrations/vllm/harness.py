@@ -11,10 +11,11 @@ import vllm.model_executor.layers.linear as vllm_linear
 import vllm.model_executor.parameter as vllm_parameter
 from safetensors.torch import load_file
 
-from awq2marlin import convert, reference
+from awq2marlin import convert
+from awq2marlin.checkpoint.synthetic import Recipe, write_checkpoint
 from awq2marlin.integrations.vllm.config import MarlinNativeConfig
 from awq2marlin.integrations.vllm.inventory import read_inventory
-from awq2marlin.synthetic import Recipe, write_checkpoint
+from awq2marlin.layout import reference
 from tests.equality import assert_identical
 
 PACKED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}

@@ -7,14 +7,14 @@ from unittest import mock
 import pytest
 
 from awq2marlin import convert
+from awq2marlin.checkpoint.names import INDEX_FILENAME, MANIFEST_FILENAME
+from awq2marlin.checkpoint.quantization import MarlinQuantization, read_marlin_quantization
+from awq2marlin.checkpoint.synthetic import Recipe, write_checkpoint
 from awq2marlin.errors import CheckpointError
-from awq2marlin.folder import INDEX_FILENAME
 from awq2marlin.integrations.vllm.contents import Contents
 from awq2marlin.integrations.vllm.inventory import Inventory, inventory_of, read_inventory, tensors_of
 from awq2marlin.integrations.vllm.versions import minor_version, takes_activation_order, unsupported_reason
-from awq2marlin.quantization import MANIFEST_FILENAME, MarlinQuantization, read_marlin_quantization
-from awq2marlin.safetensors_header import TensorInfo
-from awq2marlin.synthetic import Recipe, write_checkpoint
+from awq2marlin.io.safetensors import TensorInfo
 
 MODULES = {
     "model.layers.0.self_attn.o_proj": (256, 512),

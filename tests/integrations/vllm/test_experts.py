@@ -5,8 +5,8 @@ from unittest import mock
 import numpy as np
 import pytest
 
-from awq2marlin import reference
 from awq2marlin.errors import CheckpointError
+from awq2marlin.layout import reference
 from tests.equality import assert_identical
 
 PREFIX = "mlp.experts"

@@ -4,8 +4,8 @@ from unittest import mock
 
 import pytest
 
-from awq2marlin import reference
 from awq2marlin.errors import CheckpointError
+from awq2marlin.layout import reference
 from tests.equality import assert_identical
 
 QKV = {"q": "attn.q_proj", "k": "attn.k_proj", "v": "attn.v_proj"}

@@ -1,0 +1,171 @@
+"""Cutting Marlin modules for tensor parallelism: which cuts are exact, and how many ranks a checkpoint allows.
+
+A slice of a Marlin tensor is the tensor of the slice where columns are cut at multiples of 64, and rows at
+multiples of 16 that end a group (docs/marlin-native.md, "Slicing"). The rules of vLLM decide which way a module is
+cut: the projections that close a block by rows, everything else by columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from awq2marlin.checkpoint.quantization import NESTED_CONFIGS
+from awq2marlin.layout.marlin import GPTQ_MARLIN_TILE, MARLIN_TILE_N, fusion_group
+from awq2marlin.layout.modules import ModulePlan
+from awq2marlin.layout.packing import pack_factor
+
+#: Last name components of the modules that engines cut by rows.
+ROW_PARALLEL_NAMES = frozenset(
+    {"o_proj", "out_proj", "down_proj", "w2", "wo", "o", "down", "fc2", "fc_out", "c_proj", "dense", "dense_4h_to_h"}
+)
+#: Those that engines give whole to every rank.
+REPLICATED_NAMES = frozenset({"q_a_proj", "kv_a_proj_with_mqa", "gate", "shared_expert_gate"})
+#: Those whose heads are repeated where there are fewer of them than ranks.
+KEY_VALUE_NAMES = frozenset({"k_proj", "v_proj", "k", "v", "key", "value"})
+#: Query, key and value, or gate and up, in one tensor of the file; each part is cut by itself.
+FUSED_QKV_NAMES = frozenset({"qkv_proj", "qkv", "query_key_value", "Wqkv", "wqkv", "W_pack", "c_attn"})
+FUSED_GATE_UP_NAMES = frozenset({"gate_up_proj", "gate_up"})
+
+#: Ranks that are tried where the config does not say how many attention heads there are.
+_COMMON_SIZES = (1, 2, 4, 8, 16, 32, 64)
+_MOST_RANKS = 1024
+
+
+@dataclass(frozen=True)
+class Heads:
+    """The attention heads of a model.
+
+    Attributes:
+        query: how many query heads, 0 if unknown.
+        key_value: how many key and value heads, 0 if unknown.
+    """
+
+    query: int
+    key_value: int
+
+    @classmethod
+    def of(cls, config: Mapping[str, Any]) -> Heads:
+        """Returns what a model's ``config.json`` says, or that of its text part."""
+        for document in (config, *(config.get(name) for name in NESTED_CONFIGS)):
+            if isinstance(document, Mapping):
+                query = _count(document.get("num_attention_heads"))
+                if query:
+                    return cls(query, _count(document.get("num_key_value_heads")) or query)
+        return cls(0, 0)
+
+
+def _count(value: Any) -> int:
+    return value if type(value) is int and 0 < value <= 1 << 20 else 0
+
+
+def inexact_reason(size_k: int, widths: Iterable[int], group_size: int) -> str | None:
+    """Returns why a slice of a Marlin module is not itself a Marlin tensor, in words, or None if it is.
+
+    Args:
+        size_k: rows of the slice.
+        widths: columns of each part that is cut by itself (those of q, k and v, say).
+        group_size: rows that share scales; -1 for all, then rows may be cut within the group.
+    """
+    for width in widths:
+        if width <= 0 or width % MARLIN_TILE_N:
+            return f"{width} columns on one rank are not a multiple of {MARLIN_TILE_N}"
+    if size_k <= 0 or size_k % GPTQ_MARLIN_TILE:
+        return f"{size_k} rows on one rank are not a multiple of {GPTQ_MARLIN_TILE}"
+    if group_size != -1 and size_k % group_size:
+        return f"{size_k} rows on one rank are not a multiple of the group size {group_size}"
+    return None
+
+
+def inexact_awq_reason(size_k: int, widths: Iterable[int], bits: int, group_size: int) -> str | None:
+    """Returns why a slice of an AWQ module is not itself an AWQ tensor, in words, or None if it is.
+
+    Args:
+        size_k: rows of the slice.
+        widths: columns of each part that is cut by itself.
+        bits: 4 or 8.
+        group_size: rows that share scales; -1 for all, then rows may be cut within the group.
+    """
+    for width in widths:
+        if width <= 0 or width % pack_factor(bits):
+            return f"{width} columns on one rank are not a multiple of {pack_factor(bits)}"
+    if size_k <= 0 or (group_size != -1 and size_k % group_size):
+        return f"{size_k} rows on one rank are not a multiple of the group size {group_size}"
+    return None
+
+
+def largest_tensor_parallel_size(
+    modules: Iterable[ModulePlan], bits: int, group_size: int, config: Mapping[str, Any]
+) -> int:
+    """Returns the largest number of ranks over which vLLM can cut a checkpoint; 0 if it cannot load it at all.
+
+    Ranks divide the attention heads, and every module must be cut exactly. With 8 bits vLLM has no kernel for zero
+    points.
+
+    Args:
+        modules: every quantized module, as it lies in the file.
+        bits: 4 or 8.
+        group_size: rows of K that share scales, -1 for all.
+        config: the model's ``config.json``.
+    """
+    modules = list(modules)
+    if bits == 8 and any("qzeros" in module.parts for module in modules):
+        return 0
+    heads = Heads.of(config)
+    sizes: Iterable[int] = _COMMON_SIZES
+    if heads.query:
+        sizes = (size for size in range(1, min(heads.query, _MOST_RANKS) + 1) if heads.query % size == 0)
+    return max((size for size in sizes if _can_cut_all(modules, size, bits, group_size, heads)), default=0)
+
+
+def _can_cut_all(modules: list[ModulePlan], ranks: int, bits: int, group_size: int, heads: Heads) -> bool:
+    return all(_can_cut(module, ranks, bits, group_size, heads) for module in modules)
+
+
+def _can_cut(module: ModulePlan, ranks: int, bits: int, group_size: int, heads: Heads) -> bool:
+    if module.is_padded:
+        return ranks == 1 and not _is_fused(module.name)
+    slices = _slices(module, ranks, heads)
+    if slices is None:
+        return False
+    size_k, widths = slices
+    if module.converted:
+        return inexact_reason(size_k, widths, group_size) is None
+    return inexact_awq_reason(size_k, widths, bits, group_size) is None
+
+
+def _is_fused(module: str) -> bool:
+    """Returns whether engines put this module into one matrix with others."""
+    name = module.rpartition(".")[2]
+    return fusion_group(module) != module or name in FUSED_QKV_NAMES | FUSED_GATE_UP_NAMES
+
+
+def _slices(module: ModulePlan, ranks: int, heads: Heads) -> tuple[int, list[int]] | None:
+    """Returns rows and widths of one rank's part, or None if the ranks do not divide the module."""
+    size_k, size_n = module.size_k, module.size_n
+    name = module.name.rpartition(".")[2]
+    if name in REPLICATED_NAMES:
+        return size_k, [size_n]
+    if name in ROW_PARALLEL_NAMES:
+        return None if size_k % ranks else (size_k // ranks, [size_n])
+    if name in FUSED_QKV_NAMES and heads.query:
+        head_size, rest = divmod(size_n, heads.query + 2 * heads.key_value)
+        query, key = _share(heads.query * head_size, ranks), _key_value_share(heads.key_value * head_size, ranks, heads)
+        return None if rest or query is None or key is None else (size_k, [query, key])
+    if name in FUSED_GATE_UP_NAMES:
+        half = _share(size_n // 2, ranks)
+        return None if size_n % 2 or half is None else (size_k, [half])
+    share = _key_value_share(size_n, ranks, heads) if name in KEY_VALUE_NAMES else _share(size_n, ranks)
+    return None if share is None else (size_k, [share])
+
+
+def _share(size: int, ranks: int) -> int | None:
+    return None if size % ranks else size // ranks
+
+
+def _key_value_share(size: int, ranks: int, heads: Heads) -> int | None:
+    """Returns one rank's width of the key or value heads: of several ranks the same where there are more of them."""
+    if heads.key_value and max(ranks, heads.key_value) % min(ranks, heads.key_value):
+        return None
+    return _share(size, min(ranks, heads.key_value or ranks))

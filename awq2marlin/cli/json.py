@@ -1,0 +1,287 @@
+"""The one JSON object that every command prints with ``--json``; its shape is documented in docs/json.md."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from awq2marlin.errors import EXIT_DIFFERENCE, EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, Problem
+
+if TYPE_CHECKING:
+    from awq2marlin.batch.run import BatchResult
+    from awq2marlin.commands.convert import ConvertResult
+    from awq2marlin.commands.demo import DemoResult
+    from awq2marlin.commands.doctor import DoctorResult
+    from awq2marlin.commands.inspect import InspectResult
+    from awq2marlin.commands.revert import RevertResult
+    from awq2marlin.gemm.check import GemmRun
+    from awq2marlin.hub.identity import PushResult
+    from awq2marlin.layout.modules import ModulePlan
+    from awq2marlin.verification.compare import VerifyResult
+
+SCHEMA_VERSION = 1
+
+STATUS = {
+    EXIT_DONE: "done",
+    EXIT_FAILED: "failed",
+    EXIT_USAGE: "usage",
+    EXIT_DIFFERENCE: "difference",
+    EXIT_INTERRUPTED: "interrupted",
+}
+
+
+@dataclass
+class Report:
+    """What a command did, in the shape of its JSON object.
+
+    Attributes:
+        command: its name; empty if the command line could not be understood.
+        source: the folder read; empty if unknown.
+        output: the folder written or compared with; empty if there is none.
+        files: ``{name, bytes, sha256}`` of every file written or found; ``sha256`` is null but for `revert`.
+        modules: ``{name, K, N, layout, padded, verified, reason}`` of every quantized module that was looked at;
+            `inspect` adds ``group_size``, ``aligned`` and ``bytes``.
+        bytes: bytes written, compared or found.
+        seconds: wall time.
+        warnings: oddities that do no harm.
+        left_behind: files of the source that do not belong to the checkpoint, with the reason.
+        details: what only this command has to say.
+    """
+
+    command: str
+    source: str = ""
+    output: str = ""
+    files: list[dict[str, Any]] = field(default_factory=list)
+    modules: list[dict[str, Any]] = field(default_factory=list)
+    bytes: int = 0
+    seconds: float = 0.0
+    warnings: list[str] = field(default_factory=list)
+    left_behind: dict[str, str] = field(default_factory=dict)
+    details: dict[str, Any] = field(default_factory=dict)
+
+    def document(self, exit_code: int, problems: Sequence[Problem] = ()) -> dict[str, Any]:
+        """Returns the JSON object.
+
+        Args:
+            exit_code: the process's.
+            problems: what went wrong.
+        """
+        return {
+            "schema_version": SCHEMA_VERSION,
+            "command": self.command,
+            "status": STATUS[exit_code],
+            "exit_code": exit_code,
+            "source": self.source,
+            "output": self.output,
+            "files": self.files,
+            "modules": self.modules,
+            "bytes": self.bytes,
+            "seconds": round(self.seconds, 3),
+            "warnings": self.warnings,
+            "left_behind": self.left_behind,
+            "details": self.details,
+            "errors": [
+                {"file": each.file, "tensor": each.tensor, "code": each.code, "message": each.message}
+                for each in problems
+            ],
+        }
+
+
+def _files(sizes: Iterable[tuple[str, int]]) -> list[dict[str, Any]]:
+    return [{"name": name, "bytes": size, "sha256": None} for name, size in sizes]
+
+
+def _module(module: ModulePlan, verified: frozenset[str]) -> dict[str, Any]:
+    return {
+        "name": module.name,
+        "K": module.size_k,
+        "N": module.size_n,
+        "layout": "marlin" if module.converted else "awq",
+        "padded": [module.padded_k, module.padded_n] if module.is_padded else None,
+        "verified": module.name in verified,
+        "reason": module.reason,
+    }
+
+
+def _gemm(run: GemmRun | None) -> dict[str, Any]:
+    """Returns the keys ``device`` and ``gemm`` of the details; null where the GEMM was not asked."""
+    if run is None:
+        return {"device": None, "gemm": None}
+    return {"device": run.device_name, "gemm": [asdict(check) for check in run.checks]}
+
+
+def of_conversion(result: ConvertResult) -> Report:
+    """Returns the report of a conversion."""
+    verified = frozenset(result.verified)
+    return Report(
+        "convert",
+        str(result.source),
+        str(result.output),
+        files=_files([*result.shards.items(), *result.files.items()]),
+        modules=[_module(module, verified) for module in result.modules],
+        bytes=result.output_bytes,
+        seconds=result.seconds,
+        warnings=list(result.warnings),
+        left_behind=dict(result.left_behind),
+        details={
+            "dry_run": result.dry_run,
+            "converted": len(result.converted),
+            "kept": len(result.kept),
+            "verified": len(result.verified),
+            "resumed": list(result.resumed),
+            "source_bytes": result.source_bytes,
+            "side_files": list(result.files),
+            **_gemm(result.gemm),
+            "pushed": of_push(result.pushed).details if result.pushed is not None else None,
+        },
+    )
+
+
+def of_batch(result: BatchResult) -> Report:
+    """Returns the report of a batch."""
+    return Report(
+        "batch",
+        str(result.file or ""),
+        bytes=sum(item.bytes for item in result.items if not item.earlier),
+        seconds=result.seconds,
+        details={
+            "dry_run": result.dry_run,
+            "done": len(result.done),
+            "failed": len(result.failed),
+            "earlier": sum(item.earlier for item in result.items),
+            "record": str(result.record) if result.record else None,
+            "items": [item.document() for item in result.items],
+        },
+    )
+
+
+def of_verification(result: VerifyResult) -> Report:
+    """Returns the report of a verification that found no difference."""
+    verified = frozenset(module.name for module in result.modules)
+    return Report(
+        "verify",
+        str(result.source),
+        str(result.output),
+        modules=[_module(module, verified) for module in result.modules],
+        bytes=result.bytes,
+        seconds=result.seconds,
+        details={
+            "modules_verified": len(result.modules),
+            "modules_converted": result.modules_total,
+            "other_tensors": result.tensors,
+            "side_files": result.files,
+            **_gemm(result.gemm),
+        },
+    )
+
+
+def of_reversion(result: RevertResult) -> Report:
+    """Returns the report of a reversion."""
+    return Report(
+        "revert",
+        str(result.source),
+        str(result.output),
+        files=[{"name": file.name, "bytes": file.size, "sha256": file.sha256} for file in result.files],
+        bytes=result.bytes,
+        seconds=result.seconds,
+        left_behind=dict(result.left_behind),
+        details={"restores": result.restores},
+    )
+
+
+def of_inspection(result: InspectResult) -> Report:
+    """Returns the report of an inspection."""
+    return Report(
+        "inspect",
+        str(result.path),
+        files=_files(result.shards.items()),
+        modules=[
+            {
+                "name": module.name,
+                "K": module.size_k,
+                "N": module.size_n,
+                "group_size": module.group_size,
+                "layout": module.layout,
+                "aligned": module.aligned,
+                "padded": list(module.padded) if module.padded else None,
+                "verified": False,
+                "reason": module.reason,
+                "bytes": module.bytes,
+            }
+            for module in result.modules
+        ],
+        bytes=result.bytes,
+        warnings=list(result.warnings),
+        left_behind=dict(result.left_behind),
+        details={
+            "format": result.format,
+            "model_type": result.model_type,
+            "bits": result.bits,
+            "group_size": result.group_size,
+            "zero_point": result.zero_point,
+            "largest_tensor_parallel_size": result.largest_tensor_parallel_size,
+            "tensors": result.tensors,
+            "unquantized_modules": list(result.unquantized_modules),
+            "side_files": list(result.files),
+        },
+    )
+
+
+def of_push(result: PushResult) -> Report:
+    """Returns the report of an upload."""
+    return Report(
+        "push",
+        str(result.source),
+        result.repo_id,
+        files=[{"name": file.name, "bytes": file.size, "sha256": file.sha256} for file in result.files],
+        bytes=result.uploaded_bytes,
+        seconds=result.seconds,
+        left_behind=dict(result.left_behind),
+        details={
+            "dry_run": result.dry_run,
+            "revision": result.revision,
+            "url": result.url,
+            "commit": result.commit,
+            "pull_request": result.pull_request,
+            "created": result.created,
+            "uploaded": [file.name for file in result.files if file.uploaded],
+            "removed": list(result.removed),
+        },
+    )
+
+
+def of_demonstration(result: DemoResult) -> Report:
+    """Returns the report of a demonstration."""
+    report = of_conversion(result.conversion)
+    report.command = "demo"
+    report.files = of_reversion(result.reversion).files
+    report.seconds = result.seconds
+    report.details |= {
+        "folder": str(result.folder) if result.kept else None,
+        "modules_verified": len(result.verification.modules),
+        "identical_files": result.identical,
+    }
+    return report
+
+
+def of_doctor(result: DoctorResult) -> Report:
+    """Returns the report of a look at the machine."""
+    machine = result.machine
+    return Report(
+        "doctor",
+        details={
+            "ready": result.ready,
+            "torch": result.torch_version,
+            "torch_cuda": result.torch_cuda,
+            "driver": machine.driver_version,
+            "devices": [asdict(device) for device in machine.devices],
+            "cuda_core": machine.cuda_core_version,
+            "nvrtc": machine.nvrtc_version,
+            "kernels": str(machine.kernels_dir) if machine.kernels_dir else None,
+            "cache": str(machine.cache_dir),
+            "cached_kernels": machine.cached_kernels,
+            "cached_bytes": machine.cached_bytes,
+            "missing": [asdict(lack) for lack in machine.lacks],
+        },
+    )

@@ -1,0 +1,220 @@
+"""`push`: a finished checkpoint goes to a repository on the Hub.
+
+Look at the folder, look at the repository, compare every file with the manifest, upload what is missing, commit
+once. Nothing is changed on the Hub before the whole folder was found sound.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from awq2marlin.checkpoint.manifest import Manifest, read_manifest
+from awq2marlin.checkpoint.names import (
+    CARD_FILENAME,
+    CONFIG_FILENAME,
+    INDEX_FILENAME,
+    MANIFEST_FILENAME,
+    MAX_CARD_BYTES,
+)
+from awq2marlin.checkpoint.pairing import pair_modules
+from awq2marlin.checkpoint.quantization import AwqQuantization, MarlinQuantization, without_quantization
+from awq2marlin.checkpoint.source import Checkpoint, open_checkpoint
+from awq2marlin.errors import DifferenceError, OutputError, Problem, difference, refuse
+from awq2marlin.hub.identity import PushedFile, PushResult, identify
+from awq2marlin.hub.publication import DEFAULT_MESSAGE, Content, FileIdentity, Publication, PushTarget
+from awq2marlin.io.strict_json import parse_json
+from awq2marlin.io.workers import check_workers
+from awq2marlin.pipeline.model_card import addressed
+from awq2marlin.pipeline.output import read_journal
+from awq2marlin.progress import Progress, Silence
+
+
+def push(
+    folder: str | os.PathLike[str],
+    repo_id: str,
+    *,
+    private: bool = False,
+    revision: str | None = None,
+    create_pr: bool = False,
+    commit_message: str | None = None,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    progress: Progress | None = None,
+) -> PushResult:
+    """Uploads a converted checkpoint to the Hub, in one commit, if every file of it is as the conversion wrote it.
+
+    What the repository holds already is not sent again, so the same call goes on where an interrupted one stopped.
+
+    Args:
+        folder: of the converted checkpoint; never written to.
+        repo_id: the repository, ``org/name``; made if needed.
+        private: make a new repository private; an existing one must then be.
+        revision: branch to commit to, made if needed; by default ``main``.
+        create_pr: open a pull request instead.
+        commit_message: first line of the commit's message.
+        overwrite: replace a checkpoint of another model or run; files of it that this one does not have are removed.
+        dry_run: check the folder and look at the repository only; nothing is written.
+        progress: told what is being done.
+
+    Raises:
+        CheckpointError: if the folder is no sound converted checkpoint.
+        OutputError: if it is unfinished.
+        DifferenceError: if a file is not the one that the conversion wrote.
+        HubError: if the Hub refuses, or the repository holds something else.
+        ValueError: if an argument is none of its choices.
+    """
+    target = PushTarget(repo_id, private, revision, create_pr, overwrite)
+    _refuse_unfinished(Path(folder))
+    return push_folder(Path(folder), target, commit_message, dry_run, progress or Silence())
+
+
+def _refuse_unfinished(root: Path) -> None:
+    if root.is_dir() and read_journal(root) is not None:
+        message = "the conversion into this folder is not finished; run the same 'awq2marlin convert' again first"
+        raise OutputError(Problem(str(root), "", "unfinished", message))
+
+
+def push_folder(
+    root: Path, target: PushTarget, commit_message: str | None, dry_run: bool, progress: Progress
+) -> PushResult:
+    """Does what `push` does with a folder that is known to be finished.
+
+    Args:
+        root: the folder.
+        target: where it goes.
+        commit_message: first line of the commit's message.
+        dry_run: whether to write nothing.
+        progress: told what is being done.
+
+    Raises:
+        Awq2MarlinError: as `push`.
+    """
+    started = time.perf_counter()
+    overwrite, create_pr = target.overwrite, target.create_pr
+    checkpoint, manifest = _finished_checkpoint(root)
+    files = _contents(checkpoint, manifest, target.repo_id)
+    ours = checkpoint.folder.read(MANIFEST_FILENAME)
+    publication = Publication.open(target, files, lambda manifest: manifest == ours)
+    created = not publication.exists
+    identities = _sound_files(manifest, files, progress)
+    if not dry_run:
+        publication.create()
+    missing = {name: content for name, content in files.items() if not publication.has(name, identities[name])}
+    removed = publication.stale if overwrite or create_pr else ()
+    if not dry_run:
+        progress.start("upload", sum(identities[name].size for name in missing))
+        publication.commit(missing, commit_message or DEFAULT_MESSAGE, identities, progress)
+        progress.finish()
+    return PushResult(
+        source=checkpoint.folder.root,
+        repo_id=publication.repo_id,
+        revision=publication.revision,
+        url=publication.url,
+        commit=publication.commits[-1] if publication.commits else None,
+        pull_request=publication.pull_request,
+        created=created,
+        dry_run=dry_run,
+        files=tuple(
+            PushedFile(name, identities[name].size, identities[name].sha256, name in missing) for name in sorted(files)
+        ),
+        removed=removed,
+        left_behind=checkpoint.left_behind,
+        seconds=time.perf_counter() - started,
+    )
+
+
+def _finished_checkpoint(root: Path) -> tuple[Checkpoint, Manifest]:
+    """Opens a folder that `convert` has finished, and checks everything that headers and configs say."""
+    checkpoint = open_checkpoint(root)
+    quantization = checkpoint.quantization
+    if not isinstance(quantization, MarlinQuantization):
+        raise refuse(
+            "not-converted", "this checkpoint is AWQ; convert it first, with 'awq2marlin convert'", file=CONFIG_FILENAME
+        )
+    manifest = read_manifest(checkpoint.folder)
+    source = {name: shard.source_header for name, shard in manifest.shards.items()}
+    awq = AwqQuantization(quantization.bits, quantization.group_size, quantization.zero_point, None, MANIFEST_FILENAME)
+    pair_modules(source, awq, checkpoint)
+    _check_config(checkpoint, manifest)
+    return checkpoint, manifest
+
+
+def _check_config(checkpoint: Checkpoint, manifest: Manifest) -> None:
+    """Compares the keys of the config that a conversion does not touch with the source's text in the manifest."""
+    source = parse_json(manifest.texts[CONFIG_FILENAME].encode("utf-8"), MANIFEST_FILENAME, constants=True)
+    known = without_quantization(source) if isinstance(source, dict) else None
+    if _canonical(known) != _canonical(without_quantization(checkpoint.config)):
+        raise difference(
+            "config",
+            "a key other than quantization_config differs from the source's, which the manifest keeps: convert again, "
+            "or edit the config on the Hub if you mean it",
+            file=CONFIG_FILENAME,
+        )
+
+
+def _canonical(document: Any) -> str:
+    return json.dumps(document, sort_keys=True)
+
+
+def _contents(checkpoint: Checkpoint, manifest: Manifest, repo_id: str) -> dict[str, Content]:
+    """Returns every file of the checkpoint, the card with the repository's name in its commands."""
+    folder = checkpoint.folder
+    missing = sorted(name for name in manifest.files if not folder.exists(name))
+    if missing:
+        raise refuse(
+            "missing-file", "the manifest names this file, but it is not there; convert again", file=missing[0]
+        )
+    index = [INDEX_FILENAME] if checkpoint.has_index else []
+    names = [*checkpoint.shards, *checkpoint.side_files, *index, CONFIG_FILENAME, MANIFEST_FILENAME]
+    files: dict[str, Content] = {name: folder.path(name) for name in names}
+    if checkpoint.card is not None:
+        files[CARD_FILENAME] = _card(folder.read(checkpoint.card, MAX_CARD_BYTES), repo_id)
+    return files
+
+
+def _card(card: bytes, repo_id: str) -> bytes:
+    try:
+        card.decode("utf-8")
+    except UnicodeDecodeError as error:
+        message = f"it is not UTF-8 (byte {error.start}), and the Hub takes no other model card; save it as UTF-8"
+        raise refuse("hub-bad-card", message, file=CARD_FILENAME) from None
+    return addressed(card, repo_id)
+
+
+def _sound_files(manifest: Manifest, files: Mapping[str, Content], progress: Progress) -> dict[str, FileIdentity]:
+    """Reads every file once: compares it with the manifest's digest and returns what the Hub would know it by.
+
+    Raises:
+        DifferenceError: naming every file that is not the one that the conversion wrote.
+    """
+    recorded = {name: (shard.target_size, shard.target_digest) for name, shard in manifest.shards.items()}
+    recorded |= manifest.files
+    paths = {name: content for name, content in files.items() if isinstance(content, Path)}
+    identities = {name: FileIdentity.of(content) for name, content in files.items() if isinstance(content, bytes)}
+    problems: list[Problem] = []
+
+    def look(name: str) -> None:
+        identity, digest = identify(paths[name], name)
+        identities[name] = identity
+        if (identity.size, digest) != recorded.get(name, (identity.size, digest)):
+            size, original = recorded[name]
+            message = (
+                f"it is not the file that the conversion wrote (recorded {size} bytes, {original}; found "
+                f"{identity.size}, {digest}): it was changed or damaged since; convert again"
+            )
+            problems.append(Problem(name, "", "wrong-digest", message))
+        progress.advance(identity.size)
+
+    progress.start("check", sum(path.stat().st_size for path in paths.values()))
+    with ThreadPoolExecutor(check_workers(None), thread_name_prefix="check") as pool:
+        list(pool.map(look, sorted(paths)))
+    progress.finish()
+    if problems:
+        raise DifferenceError(problems)
+    return identities

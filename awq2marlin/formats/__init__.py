@@ -1,0 +1,1 @@
+"""Checkpoint formats: one file each, and the registry that recognises them."""

@@ -1,0 +1,83 @@
+"""What the Hub knows a file by, and what a push says of the files that it sent."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from awq2marlin.hub.publication import FileIdentity
+from awq2marlin.io.digest import xxh3_of_file
+
+#: The Hub stores files up to 10 MB in git, and knows those by git's own digest.
+_MAX_GIT_FILE = 32_000_000
+
+
+@dataclass(frozen=True)
+class PushedFile:
+    """A file of a checkpoint on the Hub.
+
+    Attributes:
+        name: relative path.
+        size: bytes.
+        sha256: 64 hexadecimal digits.
+        uploaded: whether this run sent it; otherwise the repository had it already.
+    """
+
+    name: str
+    size: int
+    sha256: str
+    uploaded: bool
+
+
+@dataclass(frozen=True)
+class PushResult:
+    """What a push did, or with ``dry_run`` would do.
+
+    Attributes:
+        source: the folder.
+        repo_id: the repository.
+        revision: the branch, or ``refs/pr/N``.
+        url: the repository's, the branch's or the pull request's address.
+        commit: hash of the commit; None if there was nothing to commit, or nothing was written.
+        pull_request: address of the pull request; None if none was opened.
+        created: whether the repository was made.
+        dry_run: whether nothing was written.
+        files: every file of the checkpoint, sorted by name.
+        removed: files of an earlier checkpoint that were removed.
+        left_behind: files of the folder that are not part of the checkpoint, with the reason.
+        seconds: wall time.
+    """
+
+    source: Path
+    repo_id: str
+    revision: str
+    url: str
+    commit: str | None
+    pull_request: str | None
+    created: bool
+    dry_run: bool
+    files: tuple[PushedFile, ...]
+    removed: tuple[str, ...]
+    left_behind: Mapping[str, str]
+    seconds: float
+
+    @property
+    def uploaded_bytes(self) -> int:
+        """Bytes of the files that were not there already."""
+        return sum(file.size for file in self.files if file.uploaded)
+
+
+def identify(path: Path, name: str) -> tuple[FileIdentity, str]:
+    """Returns what the Hub knows a file by, and its XXH3.
+
+    Args:
+        path: resolved path.
+        name: the file's name, for messages.
+    """
+    expected = path.stat().st_size
+    sha256, git = hashlib.sha256(), hashlib.sha1(b"blob %d\0" % expected, usedforsecurity=False)
+    in_git = expected <= _MAX_GIT_FILE
+    size, digest = xxh3_of_file((path, name), [sha256, *([git] if in_git else [])])
+    return FileIdentity(size, sha256.hexdigest(), git.hexdigest() if in_git else None), digest

@@ -1,0 +1,412 @@
+"""The Hub as a source: how users name a repository, and the repository as a folder whose files come when needed.
+
+A repository is opened from its listing, its small files and the headers of its shards, a few kilobytes each, so
+the whole plan stands before the first shard comes. Its commit is fixed when it is opened. What the Hub says is
+hostile until checked, as files are: names by `folder` and `checkpoint`, sizes and digests here.
+"""
+
+from __future__ import annotations
+
+import inspect
+import os
+import re
+import stat
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+from awq2marlin._version import __version__
+from awq2marlin.checkpoint.names import CONFIG_FILENAME
+from awq2marlin.errors import CheckpointError, HubError, Problem, printable, refuse
+from awq2marlin.hub.errors import told_as_hub_error
+from awq2marlin.hub.name import HubName, parse_source
+from awq2marlin.io.folder import MAX_JSON_BYTES, Folder
+from awq2marlin.io.safetensors import LENGTH_BYTES, MAX_HEADER_BYTES, Header, read_header
+
+#: What is asked of a shard first: nearly always the whole header.
+_HEADER_BYTES = 32_768
+
+#: A repository with more files than this is no checkpoint.
+_MAX_FILES = 100_000
+
+_MAX_FILE_BYTES = 1 << 50
+_HEADERS_AT_ONCE = 8
+_TRIES = 3
+_COMMIT = re.compile(r"[0-9a-f]{40}([0-9a-f]{24})?")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True)
+class RemoteFile:
+    """A file of a repository, as its listing describes it.
+
+    Attributes:
+        size: bytes.
+        sha256: of its contents, 64 hexadecimal digits; None for small files outside LFS.
+    """
+
+    size: int
+    sha256: str | None
+
+
+@dataclass(frozen=True)
+class HubFolder(Folder):
+    """A repository of the Hub at one commit, as a folder whose files come when they are opened.
+
+    Files go to the client's cache and stay there; or to `place`, from where `release` removes them.
+
+    Attributes:
+        root: where the client's cache has this commit, or would.
+        name: as the user named it.
+        commit: the commit's hash.
+        files: its files, by name.
+        place: a folder of our own for what is fetched; None for the client's cache.
+    """
+
+    name: HubName
+    commit: str
+    files: Mapping[str, RemoteFile]
+    place: Path | None = None
+    _texts: dict[str, bytes] = field(default_factory=dict, compare=False, repr=False)
+    _here: dict[str, Path] = field(default_factory=dict, compare=False, repr=False)
+
+    @property
+    def where(self) -> Path | str:
+        """What results and messages call it: repository and commit."""
+        return f"{self.name.repo_id}@{self.commit}"
+
+    @property
+    def origin(self) -> tuple[str, str] | None:
+        """Repository and commit."""
+        return self.name.repo_id, self.commit
+
+    def names(self) -> Iterator[str]:
+        """Yields the name of every file, sorted; hidden ones too."""
+        yield from sorted(self.files)
+
+    def exists(self, name: str) -> bool:
+        """Returns whether there is a file of that name."""
+        return name in self.files
+
+    def size(self, name: str) -> int:
+        """Returns a file's length in bytes, as the listing says."""
+        return self._file(name).size
+
+    def sha256(self, name: str) -> str | None:
+        """Returns a file's SHA-256, as the listing says; None for small files outside LFS."""
+        return self._file(name).sha256
+
+    def check(self, name: str) -> None:
+        """Refuses a file that is not there; fetches nothing."""
+        self._file(name)
+
+    def _file(self, name: str) -> RemoteFile:
+        if name not in self.files:
+            raise refuse("missing-file", f"the repository {self.where} does not have it", file=name)
+        return self.files[name]
+
+    def read(self, name: str, limit: int = MAX_JSON_BYTES) -> bytes:
+        """Returns a small file's bytes, by way of the client's cache if that is used."""
+        if self.place is None:
+            self.path(name)
+            return super().read(name, limit)
+        size = self.size(name)
+        if size > limit:
+            raise refuse("too-large", f"it has {size} bytes, more than {limit}", file=name)
+        if name not in self._texts:
+            self._texts[name] = self._range(name, 0, size)
+        return self._texts[name]
+
+    def read_header(self, name: str) -> Header:
+        """Returns the checked header of a safetensors file, fetched by a range request or two."""
+        if _is_offline():
+            return super().read_header(name)
+        size = self.size(name)
+        data = self._range(name, 0, min(size, _HEADER_BYTES))
+        length = LENGTH_BYTES + int.from_bytes(data[:LENGTH_BYTES], "little")
+        if len(data) < length <= min(size, LENGTH_BYTES + MAX_HEADER_BYTES):
+            data += self._range(name, len(data), length)
+        return read_header(BytesIO(data), size, name)
+
+    def read_headers(self, names: Iterable[str]) -> dict[str, Header]:
+        """Returns the checked headers of safetensors files, by name; several are asked for at once."""
+        names = list(names)
+        with ThreadPoolExecutor(_HEADERS_AT_ONCE, thread_name_prefix="header") as pool:
+            try:
+                return dict(zip(names, pool.map(self.read_header, names), strict=True))
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+
+    def path(self, name: str) -> Path:
+        """Returns where a file lies once it is here; see `fetch`."""
+        return self._here.get(name) or self.fetch(name, lambda _: None)
+
+    def fetch(self, name: str, advance: Callable[[int], None]) -> Path:
+        """Fetches a file by the Hub's client, unless it is here already, and returns where it lies, links resolved.
+
+        Args:
+            name: safe relative path.
+            advance: told of the bytes that come, of all of them in the end; what it raises stops the download.
+
+        Raises:
+            HubError: if the Hub or the network refuses.
+            CheckpointError: if what came is not as long as the listing says.
+            OSError: if it cannot be written.
+        """
+        from huggingface_hub import hf_hub_download
+
+        size = self.size(name)
+        told = _Told(size, advance)
+        with told_as_hub_error(self.name.repo_id, self.name.revision):
+            fetched = hf_hub_download(
+                self.name.repo_id,
+                name,
+                revision=self.commit,
+                local_dir=self.place,
+                local_files_only=_is_offline(),
+                library_name="awq2marlin",
+                library_version=__version__,
+                **_told_by(hf_hub_download, told),
+            )
+        path = self._here[name] = Path(fetched).resolve(strict=True)
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode) or found.st_size != size:
+            self.release(name)
+            raise refuse("truncated", _not_as_promised(path, f"{found.st_size} bytes", f"{size}"), file=name)
+        told.rest()
+        return path
+
+    def disk_need(self, names: Iterable[str]) -> tuple[Path, int]:
+        """Returns where files are going to be fetched to, and the bytes that are not there yet."""
+        from huggingface_hub import constants, try_to_load_from_cache
+
+        missing = [
+            name
+            for name in names
+            if not isinstance(try_to_load_from_cache(self.name.repo_id, name, revision=self.commit), str)
+        ]
+        return self.place or Path(constants.HF_HUB_CACHE), sum(map(self.size, missing))
+
+    def release(self, name: str) -> None:
+        """Removes what was fetched of a file to a place of our own; the client's cache is left alone."""
+        path = self._here.pop(name, None)
+        if self.place is not None and path is not None:
+            path.unlink(missing_ok=True)
+
+    def _range(self, name: str, begin: int, end: int) -> bytes:
+        """Returns some bytes of a file; tries again if the connection breaks."""
+        for left in reversed(range(_TRIES)):
+            try:
+                return self._range_once(name, begin, end)
+            except HubError as error:
+                if not left or error.problems[0].code not in ("hub-unreachable", "hub-short-answer"):
+                    raise
+        raise AssertionError("unreachable")
+
+    def _range_once(self, name: str, begin: int, end: int) -> bytes:
+        from huggingface_hub import hf_hub_url
+
+        if begin == end:
+            return b""
+        url = hf_hub_url(self.name.repo_id, name, revision=self.commit)
+        data = bytearray()
+        with told_as_hub_error(self.name.repo_id, self.name.revision), _answer(url, begin, end) as (status, pieces):
+            skip = 0 if status == 206 else begin  # a whole file where a range was asked for
+            for piece in pieces:
+                data += piece
+                if len(data) >= skip + end - begin or len(data) > MAX_HEADER_BYTES:
+                    break
+        found = bytes(data[skip : skip + end - begin])
+        if len(found) != end - begin:
+            raise HubError(
+                Problem(
+                    str(self.where),
+                    "",
+                    "hub-short-answer",
+                    f"asked for bytes {begin} to {end} of {printable(name)}, the Hub sent {len(found)}; "
+                    "run the command again",
+                )
+            )
+        return found
+
+
+@contextmanager
+def _answer(url: str, begin: int, end: int) -> Iterator[tuple[int, Iterator[bytes]]]:
+    """Asks for a range of a file; yields the answer's status and its body in pieces.
+
+    What breaks while the body is read is tried again by the caller; the client's retries are for the status.
+    """
+    from huggingface_hub import utils
+
+    client: Any = utils  # whose documents name these functions, but whose types do not
+    headers = client.build_hf_headers(library_name="awq2marlin", library_version=__version__)
+    headers |= {"Range": f"bytes={begin}-{end - 1}", "Accept-Encoding": "identity"}
+    options: dict[str, Any] = {"headers": headers, "timeout": 30, "retry_on_exceptions": ()}
+    if hasattr(client, "http_stream_backoff"):
+        with client.http_stream_backoff("GET", url, follow_redirects=True, **options) as response:
+            client.hf_raise_for_status(response)
+            yield response.status_code, response.iter_bytes(_HEADER_BYTES)
+    else:  # clients before 1.0 stand on another HTTP library
+        with client.http_backoff("GET", url, stream=True, **options) as response:
+            client.hf_raise_for_status(response)
+            yield response.status_code, response.iter_content(_HEADER_BYTES)
+
+
+def _is_offline() -> bool:
+    from huggingface_hub import constants
+
+    return bool(constants.HF_HUB_OFFLINE)
+
+
+def _not_as_promised(path: Path, found: str, promised: str) -> str:
+    return (
+        f"the file that was fetched has {found}, the Hub says {promised}; "
+        f"remove {path} if it is there and run the command again, it fetches it anew"
+    )
+
+
+class _Told:
+    """Passes on how much of a file has come, never more than there is: some transfers count bytes twice."""
+
+    def __init__(self, size: int, advance: Callable[[int], None]) -> None:
+        self._left = size
+        self._advance = advance
+
+    def update(self, count: float) -> None:
+        """So many bytes more have come; fewer, where a transfer begins again."""
+        step = max(0, min(int(count), self._left))
+        self._left -= step
+        self._advance(step)
+
+    def rest(self) -> None:
+        """All have come."""
+        self.update(self._left)
+
+
+def _told_by(download: Callable[..., str], told: _Told) -> dict[str, Any]:
+    """Returns the argument that lets a download tell of its bytes; clients before 1.1 draw bars of their own."""
+    return {"tqdm_class": _bar_that_tells(told)} if "tqdm_class" in inspect.signature(download).parameters else {}
+
+
+def _bar_that_tells(told: _Told) -> type[Any]:
+    """Returns a class of progress bars that draw nothing and pass on what they are told."""
+    from tqdm import tqdm
+
+    class Bar(tqdm):  # type: ignore[misc]
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **{**kwargs, "disable": True})
+
+        def update(self, n: float | None = 1) -> None:
+            told.update(n or 0)
+
+    return Bar
+
+
+def open_source(source: str | os.PathLike[str]) -> Folder:
+    """Opens a folder here or a repository on the Hub; see `parse_source` for how it is named.
+
+    Raises:
+        HubError: if the Hub or the network refuses, in words.
+        CheckpointError: if there is no such folder, or what the Hub says cannot be.
+    """
+    name = parse_source(source)
+    return open_hub(name) if isinstance(name, HubName) else Folder.at(name)
+
+
+def open_hub(name: HubName, *, commit: str | None = None, place: Path | None = None) -> HubFolder:
+    """Opens a repository from its listing; no file is fetched.
+
+    Args:
+        name: as the user named it.
+        commit: the commit to open instead of the one that the name stands for now.
+        place: a folder of our own for what is fetched; by default the client's cache.
+
+    Raises:
+        HubError: if the Hub or the network refuses, in words.
+        CheckpointError: if what the Hub says cannot be.
+    """
+    from huggingface_hub import HfApi
+
+    if _is_offline():
+        return _open_cached(name, commit)
+    api = HfApi(library_name="awq2marlin", library_version=__version__)
+    with told_as_hub_error(name.repo_id, name.revision):
+        found = api.model_info(name.repo_id, revision=commit or name.revision).sha
+        if not isinstance(found, str) or not _COMMIT.fullmatch(found) or (commit and commit != found):
+            raise _impossible(name, f"its commit would be {found!r}")
+        files = _checked_listing(name, api.list_repo_tree(name.repo_id, recursive=True, revision=found))
+        if place is None and commit is None and CONFIG_FILENAME in files:
+            # so that the cache knows what the name stood for, when it is used without the network
+            api.hf_hub_download(
+                name.repo_id,
+                CONFIG_FILENAME,
+                revision=name.revision,
+                **_told_by(api.hf_hub_download, _Told(0, lambda _: None)),
+            )
+    return HubFolder(_cached_snapshot(name.repo_id, found), name, found, files, place)
+
+
+def _checked_listing(name: HubName, entries: Iterable[Any]) -> dict[str, RemoteFile]:
+    files: dict[str, RemoteFile] = {}
+    for entry in entries:
+        path, size, lfs = entry.path, getattr(entry, "size", None), getattr(entry, "lfs", None)
+        if size is None:  # a folder
+            continue
+        sha256 = None if lfs is None else lfs.sha256
+        if not isinstance(path, str) or path in files or type(size) is not int or not 0 <= size < _MAX_FILE_BYTES:
+            raise _impossible(name, f"its listing has {path!r} with {size!r} bytes, or has it twice")
+        if lfs is not None and (lfs.size != size or not isinstance(sha256, str) or not _SHA256.fullmatch(sha256)):
+            raise _impossible(name, f"its listing contradicts itself about {path!r}")
+        files[path] = RemoteFile(size, sha256)
+        if len(files) > _MAX_FILES:
+            raise _impossible(name, f"it has more than {_MAX_FILES} files")
+    return files
+
+
+def _impossible(name: HubName, what: str) -> CheckpointError:
+    return refuse("hub-bad-answer", f"the Hub's answer cannot be: {printable(what)}", file=str(name))
+
+
+def hub_cache() -> Path:
+    """Returns the folder of the client's cache; need not exist."""
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HUB_CACHE).resolve()
+
+
+def _cached_snapshot(repo_id: str, commit: str) -> Path:
+    return hub_cache() / f"models--{repo_id.replace('/', '--')}" / "snapshots" / commit
+
+
+def _open_cached(name: HubName, commit: str | None) -> HubFolder:
+    """Opens what the client's cache has of a repository, without the network."""
+    from huggingface_hub import try_to_load_from_cache
+
+    cached = try_to_load_from_cache(name.repo_id, CONFIG_FILENAME, revision=commit or name.revision)
+    if not isinstance(cached, str):
+        raise HubError(
+            Problem(
+                str(name),
+                "",
+                "hub-offline",
+                "HF_HUB_OFFLINE is set, and the cache does not have this repository or this revision; unset it, or "
+                "fetch it first where there is a network",
+            )
+        )
+    root = Path(cached).parent
+    there = {path: root / path for path in Folder(root).names()}
+    files = {
+        path: RemoteFile(each.stat().st_size, _sha256_of_cached(each)) for path, each in there.items() if each.is_file()
+    }
+    return HubFolder(root, name, root.name, files)
+
+
+def _sha256_of_cached(path: Path) -> str | None:
+    """Returns the SHA-256 of a cached file that came by LFS: the cache names its blob after it."""
+    blob = path.readlink().name if path.is_symlink() else ""
+    return blob if _SHA256.fullmatch(blob) else None

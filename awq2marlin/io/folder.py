@@ -1,0 +1,317 @@
+"""Reading a folder that a stranger wrote: safe names, safe links, plain files only.
+
+Nothing here knows of AWQ or Marlin.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from io import FileIO
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any, BinaryIO
+
+from awq2marlin.errors import CheckpointError, printable, problem_from_os_error, refuse
+from awq2marlin.io.safetensors import Header, read_header
+from awq2marlin.io.strict_json import parse_json
+
+#: A JSON side file (config, index, manifest) above this size is refused unread: parsed it takes many times as much
+#: memory, and the index of the largest models published, with 200,000 tensors, has 25 MB.
+MAX_JSON_BYTES = 32_000_000
+
+#: Files that the Hub's client shares among repositories lie in its cache as ``blobs/ab/ab12...``, by their digest.
+_SHARED_BLOB = re.compile(r"([0-9a-f]{2})/\1[0-9a-f]{62}")
+
+
+def is_safe_name(name: str) -> bool:
+    """Returns whether ``name`` is a plain relative path inside a folder, on every operating system.
+
+    Hidden names are not: no checkpoint needs one, and ours begin with a dot while an output is unfinished.
+
+    Args:
+        name: a path with forward slashes, from a file or the network.
+    """
+    if not name or len(name) > 1024 or "\\" in name or not name.isprintable():
+        return False
+    windows = PureWindowsPath(name)
+    if windows.drive or windows.root or ":" in name:
+        return False
+    return all(part and not part.startswith(".") for part in name.split("/"))
+
+
+def check_name(name: Any, file: str) -> str:
+    """Returns ``name`` if it is a safe relative path.
+
+    Args:
+        name: what ``file`` says.
+        file: the file that says it, for the message.
+
+    Raises:
+        CheckpointError: if it is not a string, is absolute or hidden, has ``..`` or control characters.
+    """
+    if not isinstance(name, str) or not is_safe_name(name):
+        raise refuse(
+            "unsafe-name",
+            f"it names {printable(str(name))!r}; only plain relative paths inside the folder are taken",
+            file=file,
+        )
+    return name
+
+
+def find_clash(names: Collection[str]) -> tuple[str, str] | None:
+    """Returns two of the names that cannot stand in one folder on every file system, or None.
+
+    Such are equal names, names that differ in case only, and a file's name inside another file's.
+
+    Args:
+        names: safe relative paths of files.
+    """
+    folded: dict[str, str] = {}
+    for name in names:
+        other = folded.get(name.casefold())
+        if other is not None:
+            return name, other
+        folded[name.casefold()] = name
+    for name in names:
+        for parent in PurePosixPath(name.casefold()).parents:
+            if str(parent) in folded:
+                return name, folded[str(parent)]
+    return None
+
+
+def hub_repository(folder: Path) -> Path | None:
+    """Returns the repository folder if ``folder`` is a snapshot of the Hub cache, else None.
+
+    The cache keeps ``models--ORG--NAME/snapshots/REVISION/FILE`` as links into ``models--ORG--NAME/blobs``.
+    """
+    repository = folder.parent.parent
+    if folder.parent.name == "snapshots" and repository.name.startswith("models--"):
+        return repository
+    return None
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A folder whose files are read with suspicion.
+
+    Symbolic links are followed only to regular files inside the folder or, for a snapshot of the Hub
+    cache, inside that repository's ``blobs`` and those that all repositories of the cache share.
+
+    What lies elsewhere, and comes when it is needed, is a kin: see `hub.HubFolder`.
+
+    Attributes:
+        root: resolved path.
+    """
+
+    root: Path
+
+    @property
+    def where(self) -> Path | str:
+        """What results and messages call it."""
+        return self.root
+
+    @property
+    def origin(self) -> tuple[str, str] | None:
+        """Repository and commit, if it is one of the Hub; these fix the contents of every file."""
+        return None
+
+    @classmethod
+    def at(cls, path: str | os.PathLike[str]) -> Folder:
+        """Opens a folder.
+
+        Raises:
+            CheckpointError: if there is no such folder.
+        """
+        given = Path(path)
+        try:
+            root = given.resolve(strict=True)
+        except (OSError, RuntimeError, ValueError) as error:
+            reason = "a loop of links" if isinstance(error, RuntimeError) else "its name holds a NUL character"
+            if isinstance(error, OSError):
+                reason = problem_from_os_error(error).message
+            raise refuse("not-found", f"cannot open it as a checkpoint: {reason}", file=str(given)) from None
+        if not root.is_dir():
+            raise refuse(
+                "not-a-folder",
+                "a checkpoint is a folder with config.json and .safetensors files; name the folder",
+                file=str(given),
+            )
+        return cls(root)
+
+    def path(self, name: str) -> Path:
+        """Returns where a file of the folder really lies, links resolved.
+
+        Args:
+            name: safe relative path.
+
+        Raises:
+            CheckpointError: if it does not exist, is no regular file, or leads out of the folder.
+        """
+        try:
+            resolved = (self.root / name).resolve(strict=True)
+            mode = resolved.stat().st_mode
+        except RuntimeError:
+            raise refuse("unsafe-link", "it is a loop of links", file=name) from None
+        except OSError as error:
+            problem = problem_from_os_error(error)
+            raise refuse(problem.code, problem.message, file=name) from None
+        if not self._allows(resolved):
+            raise refuse(
+                "unsafe-link",
+                "it is a link that leads out of the checkpoint's folder; "
+                "copy the file there if it belongs to the checkpoint",
+                file=name,
+            )
+        if not stat.S_ISREG(mode):
+            raise refuse("not-a-file", "it is not a regular file", file=name)
+        return resolved
+
+    def _allows(self, resolved: Path) -> bool:
+        if resolved.is_relative_to(self.root):
+            return True
+        repository = hub_repository(self.root)
+        if repository is None:
+            return False
+        shared = repository.parent / "blobs"
+        if resolved.is_relative_to(shared):
+            return _SHARED_BLOB.fullmatch(resolved.relative_to(shared).as_posix()) is not None
+        return resolved.is_relative_to(repository / "blobs")
+
+    def check(self, name: str) -> None:
+        """Refuses a file that `path` would refuse; fetches nothing."""
+        self.path(name)
+
+    def fetch(self, name: str, advance: Callable[[int], None]) -> Path:
+        """Returns where a file lies, as `path`, once it is here.
+
+        Args:
+            name: safe relative path.
+            advance: told of the bytes that come, if it has to be fetched.
+        """
+        del advance  # it is here
+        return self.path(name)
+
+    def disk_need(self, names: Iterable[str]) -> tuple[Path, int]:
+        """Returns where files have to be fetched to, and how many bytes: none, they are here."""
+        del names
+        return self.root, 0
+
+    def release(self, name: str) -> None:
+        """Says that a file is needed no more; what was fetched to a place of our own is removed."""
+
+    def sha256(self, name: str) -> str | None:
+        """Returns what the file's SHA-256 has to be, where that is known: 64 hexadecimal digits."""
+        del name
+        return None
+
+    def open(self, name: str) -> BinaryIO:
+        """Opens a file for reading, unbuffered.
+
+        Raises:
+            CheckpointError: as `path`, or if it cannot be opened.
+        """
+        return open_regular(self.path(name), name)
+
+    def exists(self, name: str) -> bool:
+        """Returns whether there is something of that name, if only a broken link."""
+        return os.path.lexists(self.root / name)
+
+    def size(self, name: str) -> int:
+        """Returns a file's length in bytes."""
+        return self.path(name).stat().st_size
+
+    def read(self, name: str, limit: int = MAX_JSON_BYTES) -> bytes:
+        """Returns a small file's bytes.
+
+        Raises:
+            CheckpointError: as `open`, or if it is longer than ``limit`` bytes.
+        """
+        with self.open(name) as stream:
+            size = os.fstat(stream.fileno()).st_size
+            if size > limit:
+                raise refuse("too-large", f"it has {size} bytes, more than {limit}", file=name)
+            return stream.read(size)
+
+    def read_json(self, name: str, *, constants: bool = False) -> Any:
+        """Returns the JSON document in a file; see `parse_json`."""
+        return parse_json(self.read(name), name, constants=constants)
+
+    def read_header(self, name: str) -> Header:
+        """Returns the checked header of a safetensors file."""
+        with self.open(name) as stream:
+            return read_header(stream, os.fstat(stream.fileno()).st_size, name)
+
+    def read_headers(self, names: Iterable[str]) -> dict[str, Header]:
+        """Returns the checked headers of safetensors files, by name."""
+        return {name: self.read_header(name) for name in names}
+
+    def names(self) -> Iterator[str]:
+        """Yields the relative path of everything in the folder but folders, sorted; hidden names too.
+
+        Links to folders are yielded as files are, not entered: they are refused when opened.
+        """
+        for parent, folders, files in os.walk(self.root, onerror=_raise):
+            linked = [name for name in folders if (Path(parent) / name).is_symlink()]
+            folders[:] = sorted(set(folders) - set(linked))
+            relative = Path(parent).relative_to(self.root)
+            for name in sorted(files + linked):
+                yield (relative / name).as_posix()
+
+
+def _raise(error: OSError) -> None:
+    raise CheckpointError(problem_from_os_error(error)) from None
+
+
+def open_regular(path: Path, name: str) -> BinaryIO:
+    """Opens a regular file by its resolved path, unbuffered; never a link, never a pipe that would wait.
+
+    Args:
+        path: resolved path.
+        name: the file's name, for messages.
+
+    Raises:
+        CheckpointError: if it cannot be opened or is no regular file.
+    """
+    flags = os.O_RDONLY
+    for flag in ("O_CLOEXEC", "O_NOFOLLOW", "O_NONBLOCK", "O_BINARY"):
+        flags |= getattr(os, flag, 0)
+    try:
+        descriptor = os.open(path, flags)
+    except OSError as error:
+        problem = problem_from_os_error(error)
+        raise refuse(problem.code, problem.message, file=name) from None
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise refuse("not-a-file", "it is not a regular file", file=name)
+    return NamedFile(descriptor, name)
+
+
+class NamedFile(FileIO):
+    """A file open for reading whose errors say its name, so that none is taken for an error of the output."""
+
+    def __init__(self, descriptor: int, name: str) -> None:
+        """Takes over a descriptor; ``name`` is for messages."""
+        super().__init__(descriptor, "rb")
+        self._name = name
+
+    def readinto(self, buffer: Any, /) -> int | None:
+        """Reads into a buffer."""
+        with self._told():
+            return super().readinto(buffer)
+
+    def read(self, size: int | None = -1, /) -> bytes | Any:
+        """Reads at most ``size`` bytes, by default all."""
+        with self._told():
+            return super().read(size)
+
+    @contextmanager
+    def _told(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            problem = problem_from_os_error(error)
+            raise refuse(problem.code, f"cannot read it: {problem.message}", file=self._name) from None

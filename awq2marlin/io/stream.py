@@ -1,0 +1,342 @@
+"""One pass over a file: read, rewrite, digest and write it piece by piece, by several threads at once.
+
+The pieces are taken in order by whichever thread is free. Each is read, rewritten, and then waits for its
+turn at the digests, so that these see both files from the first byte to the last whatever the number of
+threads. Memory is two buffers a thread. Nothing here knows of AWQ or Marlin.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from awq2marlin.errors import refuse
+from awq2marlin.io.folder import open_regular
+
+Bytes = npt.NDArray[np.uint8]
+
+#: Length of a piece in bytes, about: two of them and their source fit a core's second-level cache.
+PIECE_BYTES = 1 << 20
+
+#: How much is written before the disk is told to begin.
+WRITE_BACK_BYTES = 16 << 20
+
+
+class Hash(Protocol):
+    """What `hashlib` and `xxhash` objects have in common."""
+
+    def update(self, data: memoryview | bytes, /) -> object:
+        """Takes the next bytes."""
+
+    def hexdigest(self) -> str:
+        """Returns the digest of all bytes so far."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """One step of a rewrite; offsets are in the files, in bytes.
+
+    Attributes:
+        read: (offset, length) in the source.
+        write: (offset, length) in the target.
+        rewrite: turns the bytes read into the bytes written; None copies them.
+    """
+
+    read: tuple[int, int]
+    write: tuple[int, int]
+    rewrite: Callable[[Bytes, Bytes], None] | None = None
+
+
+def copy_pieces(read_at: int, write_at: int, length: int) -> Iterator[Piece]:
+    """Yields the pieces that copy ``length`` bytes from one offset to another."""
+    for done in range(0, length, PIECE_BYTES):
+        size = min(PIECE_BYTES, length - done)
+        yield Piece((read_at + done, size), (write_at + done, size))
+
+
+class _Turnstile:
+    """Lets threads pass one at a time, in the order of their pieces."""
+
+    def __init__(self) -> None:
+        self._condition = threading.Condition()
+        self._next = 0
+        self._closed = False
+
+    @contextmanager
+    def turn(self, index: int) -> Iterator[None]:
+        """Waits until every piece before ``index`` has passed."""
+        with self._condition:
+            self._condition.wait_for(lambda: self._next == index or self._closed)
+            if self._closed:
+                raise _AbandonedError
+        yield
+        with self._condition:
+            self._next += 1
+            self._condition.notify_all()
+
+    def close(self) -> None:
+        """Turns everybody away, because a thread failed or the user interrupted."""
+        with self._condition:
+            self._closed = True
+            self._condition.notify_all()
+
+
+class _AbandonedError(Exception):
+    """A thread stops because another one failed; the other's error is the one that is told."""
+
+
+class _Rewriter:
+    """The state that the threads of one pass share."""
+
+    def __init__(
+        self,
+        source: tuple[Path, str],
+        target: Path,
+        pieces: Iterator[Piece],
+        source_hashes: Sequence[Hash],
+        target_hashes: Sequence[Hash],
+        progress: Callable[[int], None] | None,
+    ) -> None:
+        self._source_path, self._source_name = source
+        self._target_path = target
+        self._pieces = enumerate(pieces)
+        self._take = threading.Lock()
+        self._turnstile = _Turnstile()
+        self._source_hashes, self._target_hashes = source_hashes, target_hashes
+        self.progress = progress
+        self._changed = threading.Condition()
+        self._at_work = 0
+        self._failure: BaseException | None = None
+
+    def close(self) -> None:
+        """Leaves no piece to take, and turns away those who wait."""
+        self._turnstile.close()
+        with self._take:
+            self._pieces = enumerate(iter(()))
+
+    def enter(self) -> None:
+        """Announces a thread that is going to `work`, so that `finish` waits for it."""
+        with self._changed:
+            self._at_work += 1
+
+    def leave(self) -> None:
+        """Takes an announcement back, or ends it."""
+        with self._changed:
+            self._at_work -= 1
+            self._changed.notify_all()
+
+    def work(self) -> None:
+        """Takes pieces until none is left; the body of every thread that entered. `finish` tells what went wrong."""
+        try:
+            with (
+                open_regular(self._source_path, self._source_name) as source,
+                self._target_path.open("r+b", buffering=0) as target,
+            ):
+                self._work(source, target)
+        except _AbandonedError:
+            pass
+        except BaseException as error:
+            self._failure = self._failure or error
+            self.close()
+        finally:
+            self.leave()
+
+    def finish(self) -> None:
+        """Waits for every thread that entered and raises what the first one that failed raised."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._at_work == 0)
+        if self._failure is not None:
+            raise self._failure
+
+    def _work(self, source: BinaryIO, target: BinaryIO) -> None:
+        buffers = _Buffers()
+        while (taken := self._next_piece()) is not None:
+            index, piece = taken
+            found = buffers.source(piece.read[1])
+            _read_exactly(source, piece.read[0], found, self._source_name)
+            made = found
+            if piece.rewrite is not None:
+                made = buffers.target(piece.write[1])
+                piece.rewrite(found, made)
+            with self._turnstile.turn(index):
+                _update(self._source_hashes, found)
+                _update(self._target_hashes, made)
+            _write_exactly(target, piece.write[0], made)
+            _start_writing_back(target, *piece.write)
+            if self.progress is not None:
+                self.progress(piece.read[1])
+
+    def _next_piece(self) -> tuple[int, Piece] | None:
+        with self._take:
+            return next(self._pieces, None)
+
+
+class _Buffers:
+    """Two buffers that grow to the largest piece and are reused."""
+
+    def __init__(self) -> None:
+        self._source = np.empty(0, np.uint8)
+        self._target = np.empty(0, np.uint8)
+
+    def source(self, size: int) -> Bytes:
+        if self._source.size < size:
+            self._source = np.empty(max(size, PIECE_BYTES), np.uint8)
+        return self._source[:size]
+
+    def target(self, size: int) -> Bytes:
+        if self._target.size < size:
+            self._target = np.empty(max(size, PIECE_BYTES), np.uint8)
+        return self._target[:size]
+
+
+def _update(hashes: Sequence[Hash], data: Bytes) -> None:
+    for each in hashes:
+        each.update(data.data)
+
+
+def _read_exactly(stream: BinaryIO, offset: int, buffer: Bytes, name: str) -> None:
+    stream.seek(offset)
+    view = buffer.data
+    while view:
+        count = stream.readinto(view)  # type: ignore[attr-defined]
+        if not count:
+            raise refuse(
+                "truncated",
+                "the file became shorter while it was read; nothing may write to the source during a conversion",
+                file=name,
+            )
+        view = view[count:]
+
+
+def _write_exactly(stream: BinaryIO, offset: int, buffer: Bytes) -> None:
+    stream.seek(offset)
+    view = buffer.data
+    while view:
+        view = view[stream.write(view) :]
+
+
+def _start_writing_back(stream: BinaryIO, offset: int, length: int) -> None:
+    """Lets the disk begin while later pieces are computed, so that the final sync has little left to do.
+
+    Linux starts to write dirty pages back, without waiting, when it is told that they are not needed soon.
+    """
+    before, after = offset // WRITE_BACK_BYTES, (offset + length) // WRITE_BACK_BYTES
+    if after > before and hasattr(os, "posix_fadvise"):
+        begin = max(0, before - 1) * WRITE_BACK_BYTES  # once more what other threads may have written late
+        os.posix_fadvise(stream.fileno(), begin, after * WRITE_BACK_BYTES - begin, os.POSIX_FADV_DONTNEED)
+
+
+def rewrite_file(
+    source: tuple[Path, str],
+    target: Path,
+    pieces: Iterator[Piece],
+    *,
+    prefix: bytes = b"",
+    source_hashes: Sequence[Hash] = (),
+    target_hashes: Sequence[Hash] = (),
+    workers: int = 1,
+    progress: Callable[[int], None] | None = None,
+) -> None:
+    """Writes ``target`` from ``source`` in one pass and makes it durable.
+
+    Args:
+        source: resolved path and the name that messages use.
+        target: created or emptied; partial if anything is raised.
+        pieces: in the order of both files; beyond the prefix they cover the target without holes.
+        prefix: bytes the target begins with.
+        source_hashes: see the bytes of the pieces as read, in order.
+        target_hashes: see the prefix and the bytes of the pieces as written, in order.
+        workers: how many threads.
+        progress: called by any thread with the bytes read since its last call.
+
+    Raises:
+        CheckpointError: if the source ends early.
+        OSError: if reading or writing fails.
+    """
+    with target.open("wb", buffering=0) as stream:
+        _write_exactly(stream, 0, np.frombuffer(prefix, np.uint8))
+        for each in target_hashes:
+            each.update(prefix)
+        shared = _Rewriter(source, target, pieces, source_hashes, target_hashes, progress)
+        with _open_to_help(shared):
+            _start_threads(shared, workers - 1)
+            shared.enter()
+            shared.work()
+        try:
+            shared.finish()
+        except KeyboardInterrupt:  # met while waiting for the others
+            shared.close()
+            shared.finish()
+            raise
+        os.fsync(stream.fileno())
+
+
+def _start_threads(shared: _Rewriter, count: int) -> None:
+    """Starts threads beside the caller's; fewer, where the system gives no more."""
+    for _ in range(count):
+        shared.enter()
+        try:
+            threading.Thread(target=shared.work, name="rewrite").start()
+        except RuntimeError:
+            shared.leave()
+            return
+
+
+_under_way: list[_Rewriter] = []
+_under_way_lock = threading.Lock()
+
+
+@contextmanager
+def _open_to_help(shared: _Rewriter) -> Iterator[None]:
+    """Lets threads that have nothing else to do join a pass while it is under way."""
+    with _under_way_lock:
+        _under_way.append(shared)
+    try:
+        yield
+    except BaseException:
+        shared.close()
+        raise
+    finally:
+        with _under_way_lock:
+            _under_way.remove(shared)
+
+
+def help_others(progress: Callable[[int], None]) -> None:
+    """Joins the passes that other threads are at, until none has work left. Their own threads tell what goes wrong.
+
+    Args:
+        progress: only passes that report to it are joined: those of the caller's own run.
+    """
+    helped: list[_Rewriter] = []
+    while True:
+        with _under_way_lock:
+            shared = next((each for each in _under_way if each.progress is progress and each not in helped), None)
+            if shared is None:
+                return
+            shared.enter()
+        helped.append(shared)
+        shared.work()
+
+
+def digest_file(source: tuple[Path, str], hashes: Sequence[Hash]) -> int:
+    """Feeds a file to digests and returns its length in bytes.
+
+    Args:
+        source: resolved path and the name that messages use.
+        hashes: see every byte, in order.
+    """
+    buffer = np.empty(PIECE_BYTES, np.uint8)
+    size = 0
+    with open_regular(*source) as stream:
+        while count := stream.readinto(buffer.data):  # type: ignore[attr-defined]
+            _update(hashes, buffer[:count])
+            size += count
+    return size

@@ -1,0 +1,302 @@
+"""The model card of a converted checkpoint: what it is, what loads it, what was checked, and the source's own card.
+
+The source's front matter is kept as it is written, value by value, as text: it is composed to nodes and serialized
+again, and no value is ever constructed, so nothing in it is executed, expanded, or turned into another type. Front
+matter that is no plain YAML mapping is shown in the card's text. Equal inputs give equal bytes.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from awq2marlin._version import __version__
+from awq2marlin.checkpoint.quantization import FORMAT_VERSION
+from awq2marlin.errors import printable
+from awq2marlin.pipeline.plan import Plan
+
+if TYPE_CHECKING:
+    from yaml import Node
+
+    from awq2marlin.gemm.check import GemmRun
+
+    _Entries = dict[str, tuple[Node, Node]]
+
+#: Stands for the checkpoint's own place where nobody knows it yet; see `addressed`.
+PLACEHOLDER = "THIS_MODEL"
+
+#: Front matter above this is shown, not merged: the largest cards published have 400 kB of evaluation results.
+MAX_FRONT_MATTER = 500_000
+
+_FRONT_MATTER = re.compile(r"\A\s*---[ \t]*\r?\n(.*?)^---[ \t]*(?:\r?\n|\Z)", re.DOTALL | re.MULTILINE)
+_YAML = "tag:yaml.org,2002:"
+_WORD = re.compile(r"(?!(?:null|true|false|yes|no|on|off|y|n)\Z)[a-z][a-z0-9_-]*|[0-9]-bit", re.IGNORECASE)
+_TAGS = {_YAML + kind for kind in ("str", "int", "float", "bool", "null", "timestamp", "map", "seq")}
+_HINT = f"(`{PLACEHOLDER}` is this folder's path, or the repository's name.)\n\n"
+_HUB = "https://huggingface.co"
+
+
+def model_card(
+    plan: Plan,
+    verified: Sequence[str],
+    gemm: GemmRun | None,
+    *,
+    repo_id: str | None = None,
+    revision: str | None = None,
+) -> bytes:
+    """Returns the bytes of a converted checkpoint's ``README.md``.
+
+    Args:
+        plan: what was converted.
+        verified: modules whose values were compared with the source's.
+        gemm: what the Marlin GEMM said of them; None if it was not asked.
+        repo_id: repository on the Hub that the source came from, if any.
+        revision: commit of it.
+    """
+    card = plan.checkpoint.card
+    text = plan.checkpoint.folder.read(card).decode("utf-8-sig", "replace") if card else ""
+    front_matter, body = split_card(text)
+    merged, problem = merge_front_matter(front_matter, _own_metadata(plan, repo_id))
+    parts = [
+        f"---\n{merged}---\n\n",
+        _WARNING,
+        f"# {_title(repo_id)}\n\n",
+        _what(plan, repo_id, revision),
+        _how_to_load(),
+        _what_was_checked(plan, verified, gemm),
+        _how_to_check_and_revert(repo_id, revision),
+        _source_card(front_matter if problem else "", problem, body),
+    ]
+    return "".join(parts).encode("utf-8")
+
+
+def addressed(card: bytes, repo_id: str) -> bytes:
+    """Returns a card whose commands name the repository that it is in.
+
+    Args:
+        card: as `model_card` made it; in one that somebody changed, only what still is the placeholder is replaced.
+        repo_id: the repository.
+    """
+    return card.replace(_HINT.encode(), b"").replace(PLACEHOLDER.encode(), repo_id.encode())
+
+
+_WARNING = """> **Load this checkpoint only with an engine that knows the format `marlin_native`.** Transformers without
+> `awq2marlin` prints a warning, skips the quantized weights, and generates garbage. vLLM and SGLang without it refuse.
+
+"""
+
+
+def _title(repo_id: str | None) -> str:
+    return f"{repo_id.partition('/')[2] or repo_id}, Marlin-native" if repo_id else "A Marlin-native AWQ checkpoint"
+
+
+def _what(plan: Plan, repo_id: str | None, revision: str | None) -> str:
+    quantization = plan.quantization
+    source = f"[{repo_id}]({_HUB}/{repo_id})" if repo_id else "an AWQ checkpoint"
+    if repo_id and revision:
+        source += f" at revision [`{revision}`]({_HUB}/{repo_id}/tree/{revision})"
+    groups = "one group a column" if quantization.group_size == -1 else f"group size {quantization.group_size}"
+    points = "with zero points" if quantization.zero_point else "without zero points"
+    return (
+        f"The weights of {source} ({quantization.bits} bits, {groups}, {points}), with its quantized layers in the "
+        "layout of the Marlin kernels, so that an engine need not repack them at every start. No weight was changed: "
+        "the same integers, scales and zero points stand in another order. Made by "
+        f"[awq2marlin](https://pypi.org/project/awq2marlin/) {__version__}, format version {FORMAT_VERSION}.\n\n"
+    )
+
+
+def _how_to_load() -> str:
+    return f"""## How to load it
+
+{_HINT}vLLM, version 0.25 or 0.33, finds the loader by itself, once it is installed beside it:
+
+```sh
+pip install vllm==0.33.0 awq2marlin
+vllm serve {PLACEHOLDER}
+```
+
+Transformers, after `pip install 'awq2marlin[transformers,cuda]'`:
+
+```python
+import awq2marlin.integrations.transformers  # without this line, the model is garbage
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{PLACEHOLDER}", device_map="auto")
+tokenizer = AutoTokenizer.from_pretrained("{PLACEHOLDER}")
+```
+
+"""
+
+
+def _what_was_checked(plan: Plan, verified: Sequence[str], gemm: GemmRun | None) -> str:
+    padded = sum(module.is_padded for module in plan.converted)
+    rows = [
+        ("quantized layers", str(len(plan.modules))),
+        (
+            "of these in the Marlin layout",
+            str(len(plan.converted)) + (f", {padded} padded with zeros" if padded else ""),
+        ),
+        ("of these still in the AWQ layout", str(len(plan.kept))),
+        (
+            "compared with the source, value for value",
+            f"{len(verified)} of {len(plan.converted)}: no difference" if verified else "not done",
+        ),
+    ]
+    if gemm is None:
+        rows.append(("run through the Marlin GEMM", "not done"))
+    else:
+        rows += _gemm_rows(gemm)
+    table = "".join(f"| {what} | {result} |\n" for what, result in rows)
+    return f"## What was checked\n\n| | |\n| --- | --- |\n{table}\n"
+
+
+def _gemm_rows(gemm: GemmRun) -> Iterator[tuple[str, str]]:
+    what = f"run through the Marlin GEMM ({printable(gemm.device_name)})"
+    yield what, f"{len(gemm.checks)}: identity activations gave every weight back, bit for bit"
+    if gemm.checks:
+        worst = max(check.max_relative for check in gemm.checks)
+        yield "largest error with random activations, against float64", f"{worst:.1%} of the bound"
+
+
+def _how_to_check_and_revert(repo_id: str | None, revision: str | None) -> str:
+    source = f"{repo_id}@{revision}" if repo_id and revision else repo_id or "SOURCE"
+    return f"""Everything is compared with the source, by whoever wants to know, with:
+
+```sh
+awq2marlin verify {source} {PLACEHOLDER}
+```
+
+## How to get the AWQ checkpoint back
+
+Every file comes back byte for byte, this card's source included; the command prints each file's SHA-256:
+
+```sh
+awq2marlin revert {PLACEHOLDER} OUTPUT
+```
+
+"""
+
+
+def _source_card(front_matter: str, problem: str, body: str) -> str:
+    """Returns the source's own card, with its front matter where that could not be merged."""
+    if not front_matter and not body.strip():
+        return "The source has no card of its own.\n"
+    parts = ["---\n\n*What follows is the card of the source. It speaks of the AWQ checkpoint.*\n\n"]
+    if front_matter:
+        longest = max((len(run) for run in re.findall("`+", front_matter)), default=0)
+        fence = "`" * max(3, longest + 1)
+        parts.append(f"Its front matter could not be merged ({problem}):\n\n{fence}yaml\n{front_matter}{fence}\n\n")
+    return "".join([*parts, body.lstrip("\r\n")])
+
+
+def split_card(text: str) -> tuple[str, str]:
+    """Returns a card's front matter, without the lines of dashes and empty if it has none, and its body."""
+    match = _FRONT_MATTER.match(text)
+    return (match[1], text[match.end() :]) if match else ("", text)
+
+
+def _own_metadata(plan: Plan, repo_id: str | None) -> dict[str, str | list[str]]:
+    """Returns what our front matter says; lists are added to the source's, all else replaces it."""
+    own: dict[str, str | list[str]] = {
+        "base_model_relation": "quantized",
+        "library_name": "awq2marlin",  # not transformers: the Hub would show commands that build garbage
+        "tags": ["awq", "marlin", "awq2marlin", f"{plan.quantization.bits}-bit"],
+    }
+    return {"base_model": repo_id, **own} if repo_id else own
+
+
+def merge_front_matter(source: str, own: dict[str, str | list[str]]) -> tuple[str, str]:
+    """Merges front matter.
+
+    Args:
+        source: YAML that a stranger wrote, without the lines of dashes; may be empty, huge, broken or hostile.
+        own: what to add: lists are joined with the source's, everything else replaces what the source says.
+
+    Returns:
+        YAML of one mapping, and why the source is not in it; empty if it is.
+    """
+    if not source.strip() and all(_is_word(value) for value in own.values()):
+        return "".join(_lines(own)), ""  # PyYAML would say the same, but takes a while to import
+    entries, problem = _entries(source)
+    for key, value in own.items():
+        node, theirs = entries.get(key, (_scalar(key), None))
+        entries[key] = node, _joined(theirs, value) if isinstance(value, list) else _scalar(value)
+    return _serialized(entries), problem
+
+
+def _is_word(value: str | list[str]) -> bool:
+    """Returns whether YAML needs no quotes for a text, or for every text of a list, and takes it for text."""
+    return all(_WORD.fullmatch(each) for each in ([value] if isinstance(value, str) else value))
+
+
+def _lines(own: dict[str, str | list[str]]) -> Iterator[str]:
+    for key, value in own.items():
+        yield (
+            f"{key}: {value}\n"
+            if isinstance(value, str)
+            else "".join([f"{key}:\n", *(f"- {each}\n" for each in value)])
+        )
+
+
+def _entries(source: str) -> tuple[_Entries, str]:
+    """Returns the nodes of a mapping's keys and values by the keys' names, or nothing and why."""
+    import yaml
+
+    if not source.strip():
+        return {}, ""
+    if len(source) > MAX_FRONT_MATTER:
+        return {}, f"it has more than {MAX_FRONT_MATTER} characters"
+    try:
+        node = yaml.compose(source, yaml.SafeLoader)
+    except yaml.YAMLError:
+        return {}, "it is not YAML"
+    except RecursionError:
+        return {}, "it is nested too deeply"
+    if node is None:
+        return {}, ""
+    if not isinstance(node, yaml.MappingNode) or not all(isinstance(key, yaml.ScalarNode) for key, _ in node.value):
+        return {}, "it is not a mapping from names to values"
+    if not _is_plain(node):
+        return {}, "it has aliases, or types that YAML does not define"
+    return {key.value: (key, value) for key, value in node.value}, ""
+
+
+def _is_plain(root: Node) -> bool:
+    """Returns whether nodes are a tree of YAML's own types: no aliases, no foreign tags."""
+    seen: set[int] = set()
+    waiting: list[Node] = [root]
+    while waiting:
+        node = waiting.pop()
+        if id(node) in seen or node.tag not in _TAGS:
+            return False
+        seen.add(id(node))
+        if isinstance(node.value, list):
+            for each in node.value:
+                waiting += each if isinstance(each, tuple) else [each]
+    return True
+
+
+def _scalar(text: str) -> Node:
+    import yaml
+
+    return yaml.ScalarNode(_YAML + "str", text)
+
+
+def _joined(theirs: Node | None, ours: list[str]) -> Node:
+    """Returns a list of theirs, if it is text or a list, and of what it lacks of ours."""
+    import yaml
+
+    found = theirs.value if isinstance(theirs, yaml.SequenceNode) else [theirs]
+    kept = [each for each in found if isinstance(each, yaml.ScalarNode) and each.tag != _YAML + "null"]
+    known = {each.value for each in kept}
+    added = [_scalar(each) for each in ours if each not in known]
+    return yaml.SequenceNode(_YAML + "seq", [*kept, *added], flow_style=False)
+
+
+def _serialized(entries: _Entries) -> str:
+    import yaml
+
+    node = yaml.MappingNode(_YAML + "map", list(entries.values()), flow_style=False)
+    text: str = yaml.serialize(node, Dumper=yaml.SafeDumper, allow_unicode=True, width=1 << 20)
+    return text

@@ -1,0 +1,557 @@
+"""The folder a conversion writes: claimed by one process, resumable, never loadable before it is whole.
+
+While it is being written it holds ``.awq2marlin/`` with a lock, a journal and the partial files. A file
+gets its final name only when it is complete and synced, ``config.json`` comes last, and ``.awq2marlin/``
+goes after it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from awq2marlin.checkpoint.names import CONFIG_FILENAME
+from awq2marlin.errors import (
+    CheckpointError,
+    DifferenceError,
+    OutputError,
+    Problem,
+    printable,
+    problem_from_os_error,
+    refuse,
+)
+from awq2marlin.io.digest import is_digest, xxh3_of_file
+from awq2marlin.io.durable import sync_folder
+from awq2marlin.io.folder import check_name, hub_repository, is_safe_name
+from awq2marlin.io.stream import Hash
+from awq2marlin.io.strict_json import parse_json
+
+WORK_DIRECTORY = ".awq2marlin"
+
+#: Where source files of a repository lie while they are needed, inside of that.
+FETCHED_DIRECTORY = "source"
+JOURNAL_FILENAME = "journal.json"
+_LOCK_FILENAME = "lock"
+PARTIAL_SUFFIX = ".partial"
+_NEW_SUFFIX = ".new"
+_JOURNAL_VERSION = 1
+_MAX_NAMES_SHOWN = 5
+_START_ANEW = "choose another folder, or use --overwrite with 'convert', to start anew"
+
+#: Answers which files of an earlier conversion a run may remove; None if the folder must be empty or its own.
+Owned = Callable[[], Iterable[str] | None]
+
+
+@dataclass(frozen=True)
+class FinishedFile:
+    """A shard that is complete, as the journal remembers it.
+
+    Attributes:
+        source_size: bytes of the source it was made from.
+        source_digest: digest of that source.
+        target_size: bytes of the output.
+        target_digest: digest of the output.
+        verified: which modules were compared with the source before this was written; empty if that comes later.
+        sent: SHA-256 of the output, once the Hub has it and it is here no more; empty before.
+    """
+
+    source_size: int
+    source_digest: str
+    target_size: int
+    target_digest: str
+    verified: str = ""
+    sent: str = ""
+
+
+@dataclass
+class Journal:
+    """What an unfinished output folder remembers of itself.
+
+    Attributes:
+        plan: digest of the plan it follows.
+        names: every file that the run may leave in the folder, and those of an earlier conversion that it
+            replaces: all that it may remove.
+        finished: the shards that are complete.
+        pinned: the source as the user named it, and the commit that it stood for when the run began; None for a folder.
+        pull_request: revision and address of the pull request that the run opened, if it did.
+    """
+
+    plan: str
+    names: list[str]
+    finished: dict[str, FinishedFile] = field(default_factory=dict)
+    pinned: tuple[str, str] | None = None
+    pull_request: tuple[str, str] | None = None
+
+
+def _refused(code: str, path: Path, message: str) -> OutputError:
+    return OutputError(Problem(str(path), "", code, message))
+
+
+def refuse_overlap(source: Path, output: Path) -> None:
+    """Refuses an output folder that is the source, lies inside it, or holds it.
+
+    Args:
+        source: the source's folder, resolved.
+        output: where the output shall go; need not exist.
+
+    Raises:
+        OutputError: if either lies inside the other, or the output lies in the source's Hub cache, or no folder can
+            have its name.
+    """
+    if "\0" in str(output):
+        raise _refused("unsafe-name", output, "a folder's name cannot hold a NUL character; choose another")
+    resolved = _real(output)
+    protected = hub_repository(source) or source
+    if _is_same(resolved, source):
+        raise _refused("overlap", output, "the output folder is the source; choose another")
+    if any(_is_same(folder, protected) for folder in (resolved, *resolved.parents)):
+        raise _refused("overlap", output, "the output folder lies inside the source; choose one outside it")
+    if any(_is_same(folder, resolved) for folder in source.parents):
+        raise _refused("overlap", output, "the source lies inside the output folder; choose another")
+
+
+def _real(path: Path) -> Path:
+    """Returns ``path`` with its links resolved, as far as it exists; unlike `Path.resolve`, also in a loop of links."""
+    return Path(os.path.realpath(path))
+
+
+def _is_same(path: Path, other: Path) -> bool:
+    """Returns whether two resolved paths are one folder, be it by two mounts of it or by the case of letters."""
+    try:
+        return path == other or path.samefile(other)
+    except OSError:  # one of them is not there
+        return False
+
+
+def _leads_outside(root: Path, path: Path) -> bool:
+    """Returns whether a link on the way makes ``path``, which begins with ``root``, lie elsewhere."""
+    return not _real(path.parent).is_relative_to(_real(root))
+
+
+class OutputFolder:
+    """A claimed output folder. Made by `claim`.
+
+    Attributes:
+        root: where the finished files go.
+        work: where partial files grow.
+    """
+
+    def __init__(self, root: Path, names: Sequence[str], journal: Journal, *, may_replace: bool) -> None:
+        """Takes a folder that `claim` has locked."""
+        self.root = root
+        self.work = root.absolute() / WORK_DIRECTORY  # workers of an executor may be elsewhere
+        self._names = names
+        self._journal = journal
+        self._may_replace = may_replace
+
+    @property
+    def finished(self) -> Mapping[str, FinishedFile]:
+        """The shards that an earlier run, or this one, completed."""
+        return self._journal.finished
+
+    def partial(self, name: str) -> Path:
+        """Returns where the partial file of ``name`` grows; its own name is short, however long or deep that one is."""
+        return self.work / (hashlib.sha256(name.encode()).hexdigest()[:16] + PARTIAL_SUFFIX)
+
+    def final(self, name: str) -> Path:
+        """Returns the final path of ``name``; no link inside the folder leads it elsewhere.
+
+        Raises:
+            OutputError: if a folder on the way is a link that leads out of the output folder.
+        """
+        path = self.root / name
+        if _leads_outside(self.root, path):
+            raise _refused("unsafe-link", path, "a folder on the way is a link that leads out of the output folder")
+        return path
+
+    def remember(self, name: str, finished: FinishedFile) -> None:
+        """Writes into the journal that a shard is complete under its final name."""
+        self._sync_up(self.final(name).parent)
+        self._journal.finished[name] = finished
+        _write_journal(self.work, self._journal)
+
+    def sent(self, name: str, sha256: str) -> None:
+        """Writes into the journal that the Hub has a finished shard, and removes it here."""
+        self._journal.finished[name] = replace(self._journal.finished[name], sent=sha256)
+        _write_journal(self.work, self._journal)
+        self.final(name).unlink(missing_ok=True)
+
+    def note_pull_request(self, pull_request: tuple[str, str]) -> None:
+        """Writes into the journal where the run sends its files, so that a later one goes on there."""
+        self._journal.pull_request = pull_request
+        _write_journal(self.work, self._journal)
+
+    def discard(self) -> None:
+        """Removes every file of the run: all of them are elsewhere."""
+        _remove(self.root, {*self._journal.names})
+
+    def forget_all(self) -> None:
+        """Lets a later run make every shard again: one that held a wrong value speaks against all of them."""
+        self._journal.finished.clear()
+        _write_journal(self.work, self._journal)
+
+    @contextmanager
+    def distrusted_after_a_difference(self) -> Iterator[None]:
+        """Forgets all shards if a comparison of one with its source fails in the context."""
+        try:
+            yield
+        except DifferenceError:
+            self.forget_all()
+            raise
+
+    def forget(self, name: str) -> None:
+        """Lets this run make a shard again."""
+        del self._journal.finished[name]
+        _write_journal(self.work, self._journal)
+        self.final(name).unlink(missing_ok=True)
+
+    def _sync_up(self, folder: Path) -> None:
+        """Makes the names in a folder durable, and the folder's own name up to the root."""
+        sync_folder(folder)
+        while folder != self.root:
+            folder = folder.parent
+            sync_folder(folder)
+
+    def recheck(self, name: str, source: Path | None, note: Callable[[str], None], also: Sequence[Hash] = ()) -> bool:
+        """Hashes a finished shard and its source again, before it is trusted.
+
+        Args:
+            name: a shard in `finished`.
+            source: resolved path of the file it was made from; None if something else fixes its contents.
+            note: told if the shard is damaged; it is then forgotten and removed.
+            also: further hashes that see the shard's bytes.
+
+        Returns:
+            Whether it is still what the journal remembers.
+
+        Raises:
+            OutputError: if the source is another one now, and the run is not one that replaces what it finds.
+        """
+        entry = self._journal.finished[name]
+        if source is not None and xxh3_of_file((source, name)) != (entry.source_size, entry.source_digest):
+            if not self._may_replace:
+                raise _refused(
+                    "other-plan",
+                    self.root,
+                    "the folder holds an unfinished conversion of another source: "
+                    f"{printable(name)} has other contents now; {_START_ANEW}",
+                )
+            note(f"{printable(name)} has other contents now; it is made again")
+            self.forget(name)
+            return False
+        final = self.final(name)
+        found = xxh3_of_file((final.resolve(), name), also) if final.is_file() else None
+        if found == (entry.target_size, entry.target_digest):
+            return True
+        note(f"{printable(name)} was finished by an earlier run but is damaged now; it is made again")
+        self.forget(name)
+        return False
+
+    def write(self, name: str, data: bytes) -> None:
+        """Writes a small file: partial, synced, renamed."""
+        partial = self.partial(name)
+        with partial.open("wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        self.publish(name)
+
+    def publish(self, name: str, partial: Path | None = None) -> None:
+        """Gives a complete and synced partial file its final name.
+
+        Args:
+            name: the file's.
+            partial: the partial file, where it is not the one that `partial` says.
+        """
+        final = self.final(name)
+        final.parent.mkdir(parents=True, exist_ok=True)
+        (partial or self.partial(name)).replace(final)
+
+    def commit(self, config: bytes) -> None:
+        """Writes ``config.json``, the mark of a whole checkpoint, once all else is durable."""
+        for folder in {self.final(name).parent for name in self._names}:
+            self._sync_up(folder)
+        self.write(CONFIG_FILENAME, config)
+        sync_folder(self.root)
+
+
+@contextmanager
+def claim(
+    root: Path,
+    plan: str,
+    names: Iterable[str],
+    *,
+    owned: Owned = lambda: None,
+    pinned: tuple[str, str] | None = None,
+) -> Iterator[OutputFolder]:
+    """Claims an output folder for one run, new or resumed.
+
+    Everything of the run is undone by nobody but a later run: on an error the folder stays as it is, without
+    ``config.json``, and the same command resumes. On success ``.awq2marlin/`` is removed.
+
+    Args:
+        root: the folder; created if needed.
+        plan: digest of the plan; a journal of another plan is refused.
+        names: every file that the run will leave in the folder.
+        owned: asked when nobody else can change the folder: with ``--overwrite``, what may be removed first: the
+            files that the folder's own manifest names. None refuses a folder that is not empty or this run's own.
+        pinned: what `Journal.pinned` remembers for a later run.
+
+    Yields:
+        The folder, locked until the context ends.
+
+    Raises:
+        OutputError: if the folder is foreign, finished, in use, or of another plan.
+        OSError: if it cannot be written.
+    """
+    _refuse_unusable(root)
+    if not (root / WORK_DIRECTORY).exists():  # a foreign folder is not touched, not even to lock it
+        _refuse_foreign(root, owned())
+    created = _make_folder(root)
+    names = sorted(names)
+    try:
+        with _locked(root):
+            removable = owned()
+            journal = _open_journal(root, plan, names, removable, pinned)
+            with _journal_kept_while_needed(root, created):
+                yield OutputFolder(root, names, journal, may_replace=removable is not None)
+    except BaseException:
+        if created:
+            with suppress(OSError):  # not empty: it keeps what was done, or another process has begun there
+                root.rmdir()
+        raise
+
+
+@contextmanager
+def _locked(root: Path) -> Iterator[None]:
+    """Holds the lock of a folder, and on leaving removes ``.awq2marlin/`` unless there is a journal in it.
+
+    The lock file goes while the lock is held, and then the folder only if it is empty: so nobody who comes in
+    between can lose a lock or a journal of his own.
+    """
+    work = root / WORK_DIRECTORY
+    lock = FileLock(work / _LOCK_FILENAME)
+    try:
+        work.mkdir(exist_ok=True)
+        lock.acquire(timeout=0)
+    except (Timeout, FileNotFoundError):  # the latter: who held it removes the folder just now
+        raise _in_use(root) from None
+    try:
+        if not (work / _LOCK_FILENAME).exists():  # what we locked was removed before we had it
+            raise _in_use(root)
+        yield
+    finally:
+        finished = not (work / JOURNAL_FILENAME).exists()
+        if finished:
+            _remove_leftovers(work)
+            shutil.rmtree(work / FETCHED_DIRECTORY, ignore_errors=True)
+            (work / _LOCK_FILENAME).unlink(missing_ok=True)
+        lock.release()
+        if finished:
+            with suppress(OSError):
+                work.rmdir()
+
+
+def _in_use(root: Path) -> OutputError:
+    return _refused("in-use", root, "another process is writing this folder; wait for it or choose another")
+
+
+@contextmanager
+def _journal_kept_while_needed(root: Path, created: bool) -> Iterator[None]:
+    """Removes the journal, the mark of an unfinished folder, after success or if a new folder got nothing at all."""
+    journal = root / WORK_DIRECTORY / JOURNAL_FILENAME
+    try:
+        yield
+    except BaseException:
+        if created and _holds_nothing(root):
+            journal.unlink()
+        raise
+    journal.unlink()
+
+
+def _make_folder(root: Path) -> bool:
+    """Makes a folder and those above it, durably; returns whether it was not there before."""
+    missing = [folder for folder in (root, *root.parents) if not folder.exists()]
+    root.mkdir(parents=True, exist_ok=True)
+    for folder in missing:
+        sync_folder(folder.parent)
+    return root in missing
+
+
+def _holds_nothing(root: Path) -> bool:
+    present = [path.name for path in root.iterdir()]
+    work = root / WORK_DIRECTORY
+    return present == [WORK_DIRECTORY] and not any(
+        path for path in (*work.glob("*" + PARTIAL_SUFFIX), *(work / FETCHED_DIRECTORY).glob("**/*")) if path.is_file()
+    )
+
+
+def _refuse_unusable(root: Path) -> None:
+    if os.path.lexists(root) and not root.is_dir():
+        raise _refused("not-a-folder", root, "there is a file of this name; choose another output folder")
+    work = root / WORK_DIRECTORY
+    if work.is_symlink() or (work.exists() and not work.is_dir()):
+        raise _refused("unsafe-link", work, "it must be a folder of the converter's own; remove it")
+    if (work / FETCHED_DIRECTORY).is_symlink():
+        raise _refused("unsafe-link", work / FETCHED_DIRECTORY, "it must be a folder of the converter's own; remove it")
+
+
+def _refuse_foreign(root: Path, owned: Iterable[str] | None) -> None:
+    """Refuses a folder that holds anything, unless something of it may be removed."""
+    if owned is not None or not root.is_dir():
+        return
+    present = sorted(path.name for path in root.iterdir() if path.name != WORK_DIRECTORY)
+    if not present:
+        return
+    shown = ", ".join(printable(name) for name in present[:_MAX_NAMES_SHOWN])
+    more = ", ..." if len(present) > _MAX_NAMES_SHOWN else ""
+    raise _refused("not-empty", root, f"the folder is not empty ({shown}{more}); choose another, or an empty one")
+
+
+def _open_journal(
+    root: Path, plan: str, names: Sequence[str], owned: Iterable[str] | None, pinned: tuple[str, str] | None
+) -> Journal:
+    """Returns the journal of this plan, found or begun, and removes what is not finished.
+
+    The journal names all that is going to be removed before anything is, so that a run killed on the way has
+    lost track of nothing.
+    """
+    journal = read_journal(root)
+    if journal is None:
+        _refuse_foreign(root, owned)
+    elif journal.plan != plan and owned is None:
+        raise _refused(
+            "other-plan",
+            root,
+            "the folder holds an unfinished conversion of another source, other options or "
+            f"another version; finish that one, {_START_ANEW}",
+        )
+    _remove_leftovers(root / WORK_DIRECTORY)
+    if journal is None or journal.plan != plan:
+        ours = {*(owned or ()), *(journal.names if journal else ())}
+        _refuse_clashes(root, names, ours)
+        journal = Journal(plan, sorted({*names, *ours}), pinned=pinned)
+        _write_journal(root / WORK_DIRECTORY, journal)
+        sync_folder(root)
+    _remove(root, {*journal.names} - {*journal.finished})
+    return journal
+
+
+def _refuse_clashes(root: Path, names: Sequence[str], ours: set[str]) -> None:
+    """Refuses what stands where a file of ours, or a folder for it, has to go."""
+    for name in names:
+        folders = [parent.as_posix() for parent in Path(name).parents if parent != Path()]
+        taken = [each for each in folders if os.path.lexists(root / each) and not (root / each).is_dir()]
+        taken += [name] if os.path.lexists(root / name) else []
+        foreign = [printable(each) for each in taken if each not in ours]
+        if foreign:
+            raise _refused("not-empty", root, f"it holds {foreign[0]}, which is not ours; choose another folder")
+
+
+def read_journal(root: Path) -> Journal | None:
+    """Returns the journal of an unfinished output folder, or None if it has none.
+
+    Raises:
+        OutputError: if it is damaged.
+    """
+    path = root / WORK_DIRECTORY / JOURNAL_FILENAME
+    if not path.is_file():
+        return None
+    try:
+        return _parse_journal(parse_json(path.read_bytes(), JOURNAL_FILENAME))
+    except (CheckpointError, KeyError, TypeError, AttributeError, ValueError):
+        raise _refused(
+            "bad-journal",
+            path,
+            "the journal of the unfinished conversion is damaged; remove this output folder and convert again",
+        ) from None
+
+
+def _parse_journal(document: Any) -> Journal:
+    if type(document["names"]) is not list:
+        raise refuse("bad-journal", "names must be a list")
+    names = [check_name(name, JOURNAL_FILENAME) for name in document["names"]]
+    finished = {name: FinishedFile(**entry) for name, entry in document["finished"].items()}
+    for name, entry in finished.items():
+        sound = is_digest(entry.source_digest) and is_digest(entry.target_digest)
+        sound = sound and {type(entry.verified), type(entry.sent)} == {str}
+        if name not in names or not sound or {type(entry.source_size), type(entry.target_size)} != {int}:
+            raise refuse("bad-journal", "an entry is malformed")
+    if document["version"] != _JOURNAL_VERSION or not isinstance(document["plan"], str):
+        raise refuse("bad-journal", "the version is another")
+    pinned, pull_request = (_two_texts(document.get(key)) for key in ("pinned", "pull_request"))
+    return Journal(document["plan"], names, finished, pinned, pull_request)
+
+
+def _two_texts(value: Any) -> tuple[str, str] | None:
+    if value is None:
+        return None
+    first, second = value
+    if {type(first), type(second)} != {str}:
+        raise refuse("bad-journal", "a pair is malformed")
+    return first, second
+
+
+def _write_journal(work: Path, journal: Journal) -> None:
+    finished = {name: asdict(entry) for name, entry in sorted(journal.finished.items())}
+    document = {
+        "version": _JOURNAL_VERSION,
+        "plan": journal.plan,
+        "names": journal.names,
+        "finished": finished,
+        "pinned": journal.pinned,
+        "pull_request": journal.pull_request,
+    }
+    new = work / (JOURNAL_FILENAME + _NEW_SUFFIX)
+    new.unlink(missing_ok=True)
+    with new.open("x", encoding="utf-8") as stream:  # never through a link
+        json.dump(document, stream, indent=1)
+        stream.flush()
+        os.fsync(stream.fileno())
+    new.replace(work / JOURNAL_FILENAME)
+    sync_folder(work)
+
+
+def _remove(root: Path, names: set[str]) -> None:
+    """Removes the files named, ``config.json`` first, and the folders that became empty; nothing else."""
+    for name in sorted(names, key=lambda name: (name != CONFIG_FILENAME, name)):
+        path = root / name
+        is_file = path.is_symlink() or path.is_file()
+        if is_safe_name(name) and not _leads_outside(root, path) and is_file:
+            path.unlink()
+            if name == CONFIG_FILENAME:  # not loadable from here on, whatever happens
+                sync_folder(root)
+    parents = {parent for name in names for parent in Path(name).parents if parent != Path()}
+    for parent in sorted(parents, key=lambda path: -len(path.parts)):
+        folder = root / parent
+        is_folder = folder.is_dir() and not folder.is_symlink()
+        if is_folder and not _leads_outside(root, folder) and not any(folder.iterdir()):
+            folder.rmdir()
+
+
+def _remove_leftovers(work: Path) -> None:
+    """Removes what a run that was killed may have left half-written, half-fetched files too."""
+    for pattern in ("*" + PARTIAL_SUFFIX, "*" + _NEW_SUFFIX):
+        for path in work.glob(pattern):
+            path.unlink()
+    for path in (work / FETCHED_DIRECTORY).glob("**/*.incomplete"):
+        path.unlink()
+
+
+@contextmanager
+def told_as_output_error(root: Path) -> Iterator[None]:
+    """Turns system errors met while writing ``root`` into words for the user."""
+    try:
+        yield
+    except OSError as error:
+        problem = problem_from_os_error(error)
+        raise OutputError(Problem(problem.file or str(root), "", problem.code, problem.message)) from None

@@ -1,0 +1,162 @@
+"""The unit of work: one shard in, one shard out. Picklable tasks, a pure function."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import secrets
+import socket
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from awq2marlin._version import __version__
+from awq2marlin.errors import ExecutorError, Problem, refuse
+from awq2marlin.io.digest import Xxh3
+from awq2marlin.io.folder import open_regular
+from awq2marlin.io.stream import Piece, copy_pieces, rewrite_file
+from awq2marlin.pipeline.plan import ShardPlan
+
+
+@dataclass(frozen=True)
+class ShardTask:
+    """One shard to convert.
+
+    Attributes:
+        plan: what becomes of its bytes.
+        source: resolved path of the source file.
+        partial: where the output grows; every attempt adds letters of its own, so that two never write one file.
+        workers: threads to use.
+        sha256: what the source's has to be, 64 hexadecimal digits; None if that is not known.
+        version: of this package; whoever does the task must have the same.
+        number: a random one, so that an executor that keeps results (Dask does) never takes this task for an equal
+            one of another run.
+    """
+
+    plan: ShardPlan
+    source: Path
+    partial: Path
+    workers: int
+    sha256: str | None = None
+    version: str = __version__
+    number: int = field(default_factory=lambda: secrets.randbits(64))
+
+
+@dataclass(frozen=True)
+class ShardResult:
+    """A finished shard, complete and synced, but without its final name.
+
+    Attributes:
+        name: file name.
+        partial: where the output is.
+        source_size: bytes of the source.
+        source_digest: ``xxh3_128:hex`` of the source as it was read.
+        target_size: bytes of the output.
+        target_digest: ``xxh3_128:hex`` of the output as it was written.
+    """
+
+    name: str
+    partial: Path
+    source_size: int
+    source_digest: str
+    target_size: int
+    target_digest: str
+
+
+def convert_shard(task: ShardTask, progress: Callable[[int], None] | None = None) -> ShardResult:
+    """Converts one shard: reads it once, writes it once.
+
+    Done twice, also at the same time, it writes the same bytes to two files; whoever asked for it gives one of them
+    the final name.
+
+    Args:
+        task: what to do.
+        progress: called by any thread with the bytes read since its last call.
+
+    Raises:
+        CheckpointError: if the source is not what was planned with, or what its SHA-256 says.
+        ExecutorError: if this process is not of the version that made the task, or does not see its files.
+        OSError: if reading or writing fails.
+    """
+    plan = task.plan
+    _check_version(task)
+    _check_seen(task)
+    _check_unchanged(task)
+    partial = task.partial.with_name(f"{secrets.token_hex(4)}-{task.partial.name}")
+    source_digest, target_digest = Xxh3(plan.source.prefix), Xxh3()
+    sha256 = hashlib.sha256(plan.source.prefix) if task.sha256 else None
+    rewrite_file(
+        (task.source, plan.name),
+        partial,
+        _pieces(plan),
+        prefix=plan.target.prefix,
+        source_hashes=[source_digest, *([sha256] if sha256 else [])],
+        target_hashes=[target_digest],
+        workers=task.workers,
+        progress=progress,
+    )
+    if sha256 and sha256.hexdigest() != task.sha256:
+        partial.unlink()
+        raise refuse(
+            "wrong-digest",
+            f"the file that was fetched has SHA-256 {sha256.hexdigest()}, the Hub says {task.sha256}; "
+            f"remove {task.source} if it is there and run the same command again, it fetches it anew",
+            file=plan.name,
+        )
+    return ShardResult(
+        plan.name,
+        partial,
+        plan.source.file_size,
+        str(source_digest),
+        plan.target.file_size,
+        str(target_digest),
+    )
+
+
+def _check_version(task: ShardTask) -> None:
+    if task.version != __version__:
+        raise ExecutorError(
+            Problem(
+                task.plan.name,
+                "",
+                "other-version",
+                f"a worker has awq2marlin {__version__}, this conversion was begun with {task.version}; "
+                "install the same version for all of them",
+            )
+        )
+
+
+def _check_seen(task: ShardTask) -> None:
+    for path in (task.source, task.partial.parent):
+        if not path.exists():
+            raise ExecutorError(
+                Problem(
+                    str(path),
+                    "",
+                    "not-shared",
+                    f"it is gone, or this worker ({socket.gethostname()}) does not see it; source and output must "
+                    "lie on storage that all workers share, under the same path",
+                )
+            )
+
+
+def _check_unchanged(task: ShardTask) -> None:
+    prefix = task.plan.source.prefix
+    with open_regular(task.source, task.plan.name) as stream:
+        size = os.fstat(stream.fileno()).st_size
+        if size != task.plan.source.file_size or stream.read(len(prefix)) != prefix:
+            raise refuse(
+                "changed",
+                "the file changed after it was planned with; nothing may write to the source "
+                "during a conversion. Run the command again",
+                file=task.plan.name,
+            )
+
+
+def _pieces(plan: ShardPlan) -> Iterator[Piece]:
+    for span in plan.spans:
+        read_at, write_at = plan.source.data_start + span.source[0], plan.target.data_start + span.target[0]
+        if span.repack is None:
+            yield from copy_pieces(read_at, write_at, span.source[1] - span.source[0])
+        else:
+            yield from span.repack.pieces(read_at, write_at)

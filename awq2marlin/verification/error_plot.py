@@ -1,0 +1,83 @@
+"""A picture of a verification through the GEMM: error against depth, one colour for each kind of module."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from pathlib import Path
+
+from awq2marlin.errors import refuse
+from awq2marlin.gemm.check import GemmCheck, GemmRun
+
+#: Distinct also for readers who do not see all colours alike (Okabe and Ito, Color Universal Design, 2008).
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999933")
+
+
+def depth_of(module: str) -> int:
+    """Returns the first number in a module's name, its layer; -1 if there is none."""
+    found = re.search(r"(?:^|\.)(\d+)(?:\.|$)", module)
+    return int(found[1]) if found else -1
+
+
+def check_picture(file: Path) -> None:
+    """Refuses a picture that could not be drawn, before the work that it would show.
+
+    Args:
+        file: where the picture shall go.
+
+    Raises:
+        CheckpointError: if Matplotlib is not installed, or the file's ending names no format that it draws.
+        OSError: if there is no folder for the file.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise refuse("no-matplotlib", "--plot needs Matplotlib: pip install 'awq2marlin[plot]'") from None
+    endings = [f".{ending}" for ending in sorted(Figure().canvas.get_supported_filetypes())]
+    if file.suffix.lower() not in endings:
+        message = f"a picture's name must end in .png, or another of {', '.join(endings)}"
+        raise refuse("unknown-picture", message, file=str(file))
+    file.parent.stat()
+
+
+def plot_errors(run: GemmRun, file: Path) -> None:
+    """Draws the largest error of every module, each as a part of the bound that holds for its element.
+
+    Args:
+        run: what the GEMM said.
+        file: where the picture goes, complete or not at all; its ending chooses the format, ``.png`` for example.
+
+    Raises:
+        CheckpointError: as `check_picture`.
+        OSError: if the file cannot be written.
+    """
+    check_picture(file)
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    kinds: dict[str, list[GemmCheck]] = defaultdict(list)
+    for check in run.checks:
+        kinds[check.name.rpartition(".")[2]].append(check)
+    figure = Figure(figsize=(9, 5), layout="constrained")
+    axes = figure.add_subplot()
+    for index, (kind, checks) in enumerate(sorted(kinds.items())):
+        checks.sort(key=lambda check: depth_of(check.name))
+        depths, colour = [depth_of(check.name) for check in checks], _COLOURS[index % len(_COLOURS)]
+        axes.plot(depths, [check.max_relative for check in checks], "o-", color=colour, label=kind, markersize=4)
+    axes.axhline(1, color="black", linestyle="--", linewidth=1)
+    axes.annotate("the bound", (0, 1), xycoords=("axes fraction", "data"), xytext=(4, 3), textcoords="offset points")
+    axes.set_ylim(bottom=0)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlabel("layer")
+    axes.set_ylabel("largest |output - float64 reference| / bound")
+    axes.set_title(f"Marlin GEMM against float64, {run.device_name}", loc="left")
+    if kinds:
+        figure.legend(frameon=False, loc="outside right center")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", alpha=0.25)
+    partial = file.with_name(f".{file.name}.partial{file.suffix}")
+    try:
+        figure.savefig(partial, dpi=160)
+        partial.replace(file)
+    finally:
+        partial.unlink(missing_ok=True)

@@ -1,0 +1,235 @@
+"""Which cuts of a module are exact, and over how many GPUs a checkpoint can be cut."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from awq2marlin import convert, inspect
+from awq2marlin.checkpoint.synthetic import Recipe, llama_recipe, write_checkpoint
+from awq2marlin.checkpoint.tensor_parallel import inexact_awq_reason, inexact_reason, largest_tensor_parallel_size
+from awq2marlin.cli.app import main
+from awq2marlin.layout import reference
+from awq2marlin.layout.modules import ModulePlan
+from tests.equality import assert_identical
+
+GROUP_SIZES = (-1, 32, 64, 128)
+
+
+def random_words(*shape):
+    return np.random.default_rng(0).integers(0, 1 << 32, shape, np.uint32)
+
+
+# --- exact cuts -------------------------------------------------------------------------------------------
+
+
+@given(
+    st.sampled_from([4, 8]),
+    st.sampled_from(GROUP_SIZES),
+    st.integers(1, 24),
+    st.integers(1, 6),
+    st.sampled_from([1, 2, 3, 4, 6, 8]),
+)
+def test_a_cut_by_rows_is_exact_or_refused(bits, group_size, row_tiles, column_tiles, ranks):
+    size_k, size_n, factor = 16 * row_tiles, 64 * column_tiles, 32 // bits
+    assume(size_k % ranks == 0 and (group_size == -1 or size_k % group_size == 0))
+    share = size_k // ranks
+    in_tiles = share % 16 == 0
+    in_groups = group_size == -1 or share % group_size == 0
+    reason = inexact_reason(share, [size_n], group_size)
+    assert (reason is None) == (in_tiles and in_groups)
+    if reason:
+        assert f"{share} rows on one rank" in reason
+        return
+    qweight = random_words(size_k // 16, size_n * 16 // factor)
+    q = reference.unpack_marlin_qweight(qweight, bits)
+    for rank in range(ranks):
+        part = np.split(qweight, ranks)[rank]
+        assert_identical(reference.unpack_marlin_qweight(part, bits), np.split(q, ranks)[rank], f"rank {rank}")
+
+
+@given(
+    st.sampled_from([4, 8]),
+    st.sampled_from(GROUP_SIZES),
+    st.integers(1, 48),
+    st.sampled_from([1, 2, 3, 4, 6, 8]),
+)
+def test_a_cut_by_columns_is_exact_or_refused(bits, group_size, column_tiles, ranks):
+    size_k, size_n, factor = 128, 64 * column_tiles, 32 // bits
+    assume(size_n % ranks == 0)
+    share = size_n // ranks
+    reason = inexact_reason(size_k, [share], group_size)
+    assert (reason is None) == (share % 64 == 0)
+    if reason:
+        assert reason == f"{share} columns on one rank are not a multiple of 64"
+        return
+    qweight, qzeros = random_words(8, size_n * 16 // factor), random_words(2, size_n // factor)
+    scales = random_words(2, size_n)
+    q, z = reference.unpack_marlin_qweight(qweight, bits), reference.unpack_marlin_qzeros(qzeros, bits)
+    plain = {single: reference.unpermute_columns(scales, single) for single in (False, True)}
+    for rank in range(ranks):
+        cut = lambda array: np.ascontiguousarray(np.split(array, ranks, axis=1)[rank])  # noqa: B023, E731
+        assert_identical(reference.unpack_marlin_qweight(cut(qweight), bits), cut(q), "qweight")
+        assert_identical(reference.unpack_marlin_qzeros(cut(qzeros), bits), cut(z), "qzeros")
+        for single, values in plain.items():
+            assert_identical(reference.unpermute_columns(cut(scales), single), cut(values), "scales")
+
+
+@given(st.sampled_from([4, 8]), st.sampled_from(GROUP_SIZES), st.integers(1, 512), st.integers(1, 512))
+def test_an_awq_slice_consists_of_whole_words_and_groups(bits, group_size, rows, columns):
+    in_words, in_groups = columns % (32 // bits) == 0, group_size == -1 or rows % group_size == 0
+    assert (inexact_awq_reason(rows, [columns], bits, group_size) is None) == (in_words and in_groups)
+
+
+@pytest.mark.parametrize("reason", [inexact_reason(0, [64], 64), inexact_reason(64, [64, 0], 64)])
+def test_an_empty_slice_is_not_exact(reason):
+    assert reason.startswith("0 ")
+
+
+# --- over how many GPUs -----------------------------------------------------------------------------------
+
+
+def module(name, size_k, size_n, *, converted=True, padded=None, zeros=True):
+    parts = ("qweight", "qzeros", "scales") if zeros else ("qweight", "scales")
+    padded_k, padded_n = padded or (size_k, size_n)
+    return ModulePlan(f"model.layers.0.{name}", size_k, size_n, padded_k, padded_n, parts, converted)
+
+
+def largest(*modules, bits=4, group_size=128, heads=(32, 8), **config):
+    if heads:
+        config |= {"num_attention_heads": heads[0], "num_key_value_heads": heads[1]}
+    return largest_tensor_parallel_size(modules, bits, group_size, config)
+
+
+LLAMA_8B = [
+    module("self_attn.q_proj", 4096, 4096),
+    module("self_attn.k_proj", 4096, 1024),
+    module("self_attn.v_proj", 4096, 1024),
+    module("self_attn.o_proj", 4096, 4096),
+    module("mlp.gate_proj", 4096, 14336),
+    module("mlp.up_proj", 4096, 14336),
+    module("mlp.down_proj", 14336, 4096),
+]
+
+
+def test_llama_3_8b_can_be_cut_over_as_many_gpus_as_its_groups_and_tiles_allow():
+    # 14336 rows of down_proj are 112 groups of 128: 16 ranks get 7 each, 32 ranks would cut one in half.
+    assert largest(*LLAMA_8B) == 16
+    assert largest(*LLAMA_8B, group_size=64) == 32
+    assert largest(*LLAMA_8B, group_size=-1) == 32  # as many as heads; 448 columns and rows each
+    assert largest(*LLAMA_8B, heads=(24, 8)) == 8  # 3, 6, 12 and 24 do not divide the columns
+    assert largest(*LLAMA_8B, heads=None) == 16
+
+
+def test_llama_7b_can_be_cut_over_8_gpus_only_where_groups_are_not_in_the_way():
+    # 11008 rows at 8 ranks are 1376 = 86 tiles = 10.75 groups of 128 = 43 groups of 32.
+    down, gate = module("mlp.down_proj", 11008, 4096), module("mlp.gate_proj", 4096, 11008)
+    assert largest(down, heads=(32, 32)) == 2
+    assert largest(down, heads=(32, 32), group_size=32) == 8
+    assert largest(down, gate, heads=(32, 32), group_size=32) == 4  # 1376 columns are not a multiple of 64
+    assert largest(down, heads=(32, 32), group_size=-1) == 16
+
+
+def test_key_and_value_heads_are_shared_only_where_ranks_and_heads_divide_each_other():
+    key = module("self_attn.k_proj", 2048, 256)
+    assert largest(key, heads=(16, 4)) == 16  # 64 columns a head; four ranks share one
+    assert largest(key, heads=(12, 4)) == 12
+    assert largest(module("self_attn.k_proj", 2048, 768), heads=(12, 6)) == 12
+    # Four ranks would each get 192 columns, but that is one and a half of six heads.
+    assert largest(module("self_attn.k_proj", 2048, 768), heads=(4, 6)) == 2
+    assert largest(module("self_attn.k_proj", 2048, 128), heads=(16, 4)) == 2  # 32 columns a head are half a tile
+
+
+def test_modules_fused_in_the_file_are_cut_part_by_part():
+    # 32 query and 8 key and value heads of 128: 16 ranks get 2 query heads and one shared key and value head.
+    assert largest(module("self_attn.qkv_proj", 4096, 6144)) == 32
+    assert largest(module("self_attn.qkv_proj", 4096, 6144 + 64)) == 0  # no whole number of columns a head
+    assert largest(module("mlp.gate_up_proj", 4096, 2 * 1280)) == 4  # 1280 / 8 = 160, though 2560 / 8 = 320 = 5 x 64
+
+
+def test_replicated_modules_are_not_cut_and_heads_of_the_text_part_count():
+    assert largest(module("mlp.gate", 4096, 64)) == 32
+    assert largest(LLAMA_8B[0], heads=None, text_config={"num_attention_heads": 4}) == 4
+    assert largest(LLAMA_8B[0], heads=None, num_attention_heads=True) == 64  # no number: common sizes are tried
+
+
+def test_modules_in_awq_layout_are_cut_at_words_and_groups():
+    assert largest(module("self_attn.q_proj", 576, 576, converted=False), heads=(9, 3), group_size=64) == 9
+    assert largest(module("self_attn.o_proj", 576, 576, converted=False), heads=(9, 3), group_size=64) == 9
+    assert largest(module("self_attn.o_proj", 576, 576, converted=False), heads=(6, 3), group_size=64) == 3
+
+
+def test_padded_modules_are_served_whole_and_alone():
+    alone = module("mlp.down_proj", 1000, 4096, padded=(1024, 4096))
+    assert largest(alone) == 1
+    assert largest(module("mlp.gate_proj", 4096, 1000, padded=(4096, 1024))) == 0
+    assert largest(module("mlp.experts.3.down_proj", 1000, 4096, padded=(1024, 4096))) == 0
+
+
+def test_8_bits_with_zero_points_are_not_served():
+    assert largest(*LLAMA_8B, bits=8) == 0
+    assert largest(*(module(each.name, each.size_k, each.size_n, zeros=False) for each in LLAMA_8B), bits=8) == 16
+
+
+@given(
+    st.sampled_from(GROUP_SIZES),
+    st.integers(1, 40),
+    st.integers(1, 40),
+    st.integers(1, 16),
+    st.sampled_from(["mlp.up_proj", "mlp.down_proj"]),
+)
+def test_the_size_found_cuts_every_module_exactly_and_no_larger_one_does(group_size, k_tiles, n_tiles, heads, name):
+    size_k, size_n = 128 * k_tiles, 64 * n_tiles
+    found = largest(module(name, size_k, size_n), heads=(heads, heads), group_size=group_size)
+
+    def is_exact(ranks):
+        is_row = name == "mlp.down_proj"
+        if (size_k if is_row else size_n) % ranks:
+            return False
+        rows, columns = (size_k // ranks, size_n) if is_row else (size_k, size_n // ranks)
+        return inexact_reason(rows, [columns], group_size) is None
+
+    assert found == max(ranks for ranks in range(1, heads + 1) if heads % ranks == 0 and is_exact(ranks))
+
+
+# --- inspect ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def made(tmp_path, monkeypatch):
+    """``awq``, ``marlin`` and ``padded`` in the working folder; gate and up of 96 columns are unaligned."""
+    monkeypatch.chdir(tmp_path)
+    config = {"num_attention_heads": 8, "num_key_value_heads": 2}
+    recipe = llama_recipe(512, 1024, 1, 128, 64, group_size=64, config=config)
+    narrow = {name: (512, 96) for name in recipe.modules if "gate" in name or "up" in name}
+    write_checkpoint(tmp_path / "awq", Recipe({**recipe.modules, **narrow}, config=recipe.config, group_size=64))
+    convert("awq", "marlin", verify="none")
+    convert("awq", "padded", unaligned="pad", verify="none")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("folder", "size", "line"),
+    [
+        ("awq", 4, "once converted, the largest tensor-parallel size in vLLM is 4"),
+        ("marlin", 4, "the largest tensor-parallel size in vLLM is 4"),
+        ("padded", 0, "vLLM cannot load it: modules that it fuses are padded; convert with --unaligned keep"),
+    ],
+)
+def test_inspect_tells_the_largest_size(folder, size, line, made, capsys):
+    """96 columns in AWQ layout are cut at words of 8: in 4 parts, not in 8 only because 12 is no such multiple."""
+    assert inspect(made / folder).largest_tensor_parallel_size == size
+    assert main(["inspect", folder]) == 0
+    assert line in capsys.readouterr().out.splitlines()
+    assert main(["inspect", folder, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["details"]["largest_tensor_parallel_size"] == size
+
+
+def test_inspect_says_that_vllm_has_no_kernel_for_8_bits_with_zero_points(tmp_path, capsys):
+    write_checkpoint(tmp_path, Recipe({"a.q_proj": (128, 128)}, bits=8, config={"num_attention_heads": 2}))
+    assert main(["inspect", str(tmp_path)]) == 0
+    assert "vLLM cannot load it: it has no kernel for 8 bits with zero points" in capsys.readouterr().out.splitlines()

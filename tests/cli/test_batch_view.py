@@ -1,0 +1,93 @@
+"""What people see of a batch: a live table on a terminal, plain lines elsewhere."""
+
+import io
+import re
+from dataclasses import replace
+from pathlib import Path
+
+from awq2marlin import ItemResult, Problem
+from awq2marlin.batch.run import BatchResult
+from awq2marlin.cli import text as console
+from awq2marlin.cli.batch_view import BatchLines, LiveTable, batch_progress, outcome_text, print_batch, print_failures
+
+DONE = ItemResult("/m/a", "/o/a", "done", 0, bytes=2_000_000, seconds=1.5, converted=7, kept=2, verified=7)
+PROBLEMS = (Problem("config.json", "", "bad-config", "bits are \x1b[31mred"), Problem("", "", "x", "second"))
+FAILED = ItemResult("/m/\x1b[2Jb", "/o/b", "failed", 1, errors=PROBLEMS)
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def play(progress):
+    """Two items side by side: one is done, the other fails."""
+    progress.start(3, [replace(DONE, earlier=True)])
+    first, second = progress.item("m/a", "/o/a"), progress.item("m/\x1b[2Jb", "/o/b")
+    first.start("convert", 1000)
+    first.advance(400)
+    second.note("hello \x1b[2J")
+    if isinstance(progress, LiveTable):
+        progress._live.refresh()
+    first.advance(600)
+    first.finish()
+    progress.done(DONE)
+    progress.done(FAILED)
+    progress.finish()
+
+
+def test_plain_lines_tell_beginning_and_end_of_every_item():
+    stream = io.StringIO()
+    progress = batch_progress(stream)
+    assert isinstance(progress, BatchLines)
+    play(progress)
+    assert stream.getvalue().splitlines() == [
+        "[1 of 3 (1 done)] of earlier runs",
+        "begin m/a -> /o/a",
+        "begin m/\\x1b[2Jb -> /o/b",
+        "m/\\x1b[2Jb: hello \\x1b[2J",
+        "[2 of 3 (2 done)] done /m/a -> /o/a: 7 converted, 2 kept, 7 verified, 2.0 MB in 1.5 s",
+        "[3 of 3 (2 done, 1 failed)] failed /m/\\x1b[2Jb -> /o/b: config.json: bits are \\x1b[31mred (and 1 more)",
+    ]
+
+
+def test_plain_lines_tell_how_far_a_long_item_is(monkeypatch):
+    monkeypatch.setattr(console, "PLAIN_INTERVAL", 0.0)
+    stream = io.StringIO()
+    progress = batch_progress(stream)
+    progress.start(1, [])
+    item = progress.item("m/a", "/o/a")
+    item.start("convert", 1000)
+    item.advance(400)
+    assert stream.getvalue().splitlines()[-1].startswith("m/a: convert: 40 %, 400 B of 1.0 kB, ")
+
+
+def test_a_terminal_shows_a_table_of_what_is_under_way(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
+    monkeypatch.setenv("TERM", "xterm")
+    stream = Terminal()
+    progress = batch_progress(stream)
+    assert isinstance(progress, LiveTable)
+    play(progress)
+    shown = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", stream.getvalue())
+    assert re.search(r"m/a +convert .* 400 B of 1\.0 kB", shown)
+    assert "m/\\x1b[2Jb: hello" in shown, "what came from a file is escaped"
+    assert "\x1b[2J" not in stream.getvalue()
+    assert "1 of 3 (1 done)" in shown
+    assert shown.rstrip().endswith("3 of 3 (2 done, 1 failed)")
+    assert outcome_text(DONE) in shown
+
+
+def test_the_summary_tells_what_was_left_alone(capsys):
+    result = BatchResult((replace(DONE, earlier=True), DONE, FAILED), Path("list"), False, Path("list.record.jsonl"), 2)
+    print_batch(result)
+    told = capsys.readouterr().out
+    assert told.splitlines()[0] == "3 items: 2 done (1 of them by earlier runs), 1 failed"
+    assert "run the same command with --retry-failed to try what failed again" in told
+    assert told.splitlines()[-2:] == ["wrote 2.0 MB in 2.0 s", "record     list.record.jsonl"]
+    print_batch(replace(result, items=(replace(FAILED, earlier=True),)))
+    assert "1 failed in an earlier run and were not tried again" in capsys.readouterr().out
+    print_batch(replace(result, items=(DONE,), dry_run=True))
+    assert capsys.readouterr().out == "1 item: 1 could be done, 0 failed\nwould write 2.0 MB in 2.0 s\n"
+    print_failures(result)
+    assert capsys.readouterr().err.startswith("error: failed /m/\\x1b[2Jb -> /o/b: config.json")

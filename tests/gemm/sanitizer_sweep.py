@@ -1,0 +1,41 @@
+"""Every kernel once on ragged edges, small enough for compute-sanitizer.
+
+compute-sanitizer --tool racecheck python tests/gemm/sanitizer_sweep.py
+
+With ``memcheck`` add ``--report-api-errors no``: the CUDA bindings look up functions that older drivers do not have.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from awq2marlin.gemm import ops
+from awq2marlin.gemm.kernel_configs import all_configs, with_splits
+from tests.gemm.gemm_cases import random_layer, random_tokens
+
+
+def main() -> None:
+    launches = 0
+    for num_bits, dtype in ((4, torch.float16), (8, torch.bfloat16)):
+        for size_k, size_n, group_size in ((256, 192, 64), (128, 320, -1)):
+            layer = random_layer(
+                size_k, size_n, group_size, num_bits=num_bits, dtype=dtype, has_bias=True, device="cuda"
+            )
+            tensors = (layer.qweight, layer.scales, layer.qzeros)
+            for size_m in (1, 9, 33, 130):
+                a = random_tokens(size_m, layer)
+                problem = ops.problem_of(a, *tensors, num_bits=num_bits)
+                reductions = [(1, "workspace"), (2, "workspace")] + [(2, "cluster")] * problem.has_clusters
+                for config in all_configs(problem):
+                    for num_splits, reduction in reductions:
+                        ops.launch_gemm(with_splits(config, num_splits, reduction), problem, a, *tensors, layer.bias)
+                        launches += 1
+            ops.repack_awq(
+                torch.zeros(64, size_n * num_bits // 32, dtype=torch.int32, device="cuda"), num_bits=num_bits
+            )
+    torch.cuda.synchronize()
+    print(f"{launches} launches")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,209 @@
+"""The operator without a GPU: values, shapes, refusals, compilation by torch."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from awq2marlin.gemm import cpu as cpu_gemm
+from awq2marlin.gemm import ops
+from tests.gemm.gemm_cases import DTYPES, SMALL_SHAPES, random_layer, random_tokens
+
+GOLDEN = np.load(Path(__file__).parents[1] / "golden" / "marlin_layout.npz")
+CASES = sorted({key.split("/")[0] for key in GOLDEN.files})
+
+
+def golden(case, name):
+    key = f"{case}/{name}"
+    if key not in GOLDEN.files:
+        return None
+    tensor = torch.from_numpy(GOLDEN[key])
+    return tensor.view(torch.bfloat16) if case.endswith("bf16") and name.endswith("scales") else tensor
+
+
+def golden_weight(case):
+    """The weight in plain NumPy and float64, from the unpacked integers."""
+    q = GOLDEN[f"{case}/q"].astype(np.float64)
+    scales = golden(case, "awq_scales").double().numpy()
+    bits = int(case[1])
+    zeros = (
+        GOLDEN[f"{case}/z"].astype(np.float64)
+        if f"{case}/z" in GOLDEN.files
+        else np.full(scales.shape, 2.0 ** (bits - 1))
+    )
+    rows = q.shape[0] // scales.shape[0]
+    return (q - zeros.repeat(rows, 0)) * scales.repeat(rows, 0)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_golden_layer_gives_the_float64_product_rounded_once(case):
+    bits, weight = int(case[1]), golden_weight(case)
+    scales = golden(case, "marlin_scales")
+    a = torch.randn(5, weight.shape[0], generator=torch.Generator().manual_seed(0)).to(scales.dtype)
+    bias = torch.randn(weight.shape[1]).to(scales.dtype)
+    out = ops.marlin_gemm(a, golden(case, "marlin_qweight"), scales, golden(case, "marlin_qzeros"), bias, num_bits=bits)
+    exact = torch.from_numpy(a.double().numpy() @ weight + bias.double().numpy())
+    torch.testing.assert_close(out, exact.to(a.dtype), rtol=2 * torch.finfo(a.dtype).eps, atol=1e-6)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_identity_returns_the_decoded_weight_bit_for_bit(case):
+    bits, weight = int(case[1]), torch.from_numpy(golden_weight(case))
+    scales = golden(case, "marlin_scales")
+    eye = torch.eye(weight.shape[0], dtype=scales.dtype)
+    out = ops.marlin_gemm(eye, golden(case, "marlin_qweight"), scales, golden(case, "marlin_qzeros"), num_bits=bits)
+    assert torch.equal(out, weight.to(scales.dtype))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_repack_gives_the_golden_bytes(case):
+    packed = ops.repack_awq(golden(case, "awq_qweight"), num_bits=int(case[1]))
+    assert torch.equal(packed, golden(case, "marlin_qweight"))
+
+
+def test_no_tokens_give_an_empty_result():
+    layer = random_layer(128, 64, 32)
+    assert layer(torch.empty(0, 128, dtype=torch.float16)).shape == (0, 64)
+
+
+def test_column_slices_are_taken_as_they_are():
+    layer = random_layer(128, 320, 32)
+    a = random_tokens(3, layer)
+    part = ops.marlin_gemm(a, layer.qweight[:, 128:512], layer.scales[:, 64:256], layer.qzeros[:, 8:32])
+    assert torch.equal(part, layer(a)[:, 64:256])
+
+
+def test_wide_layers_are_decoded_in_pieces(monkeypatch):
+    layer = random_layer(128, 320, 64, has_bias=True)
+    a = random_tokens(2, layer)
+    whole = layer(a)
+    monkeypatch.setattr(cpu_gemm, "PIECE_BYTES", 1)
+    torch.testing.assert_close(layer(a), whole, rtol=1e-3, atol=0)
+
+
+LAYER = random_layer(256, 128, 64, has_bias=True)
+TOKENS = random_tokens(2, LAYER)
+
+REFUSALS = [
+    ({"num_bits": 3}, ValueError, "num_bits is 3; needed: 4 or 8"),
+    ({"a": TOKENS.float()}, TypeError, "a is torch.float32; needed: torch.float16 or torch.bfloat16"),
+    ({"a": TOKENS[0]}, ValueError, r"a has shape \[256\]; needed: \[M, K\]"),
+    (
+        {"a": TOKENS[:, :128]},
+        ValueError,
+        r"qweight has shape \[16, 256\]; needed: \[128/16, N\*16/8\], as a is \[2, 128\]",
+    ),
+    ({"a": random_tokens(256, LAYER).t()}, ValueError, "a has strides .*; needed: a last stride of 1"),
+    ({"a": torch.zeros(2, 257, dtype=torch.float16)[:, :256]}, ValueError, "a has row stride 257"),
+    ({"a": torch.zeros(2, 264, dtype=torch.float16)[:, 4:260]}, ValueError, "a has row stride 264 and offset 4"),
+    ({"qweight": LAYER.qweight.long()}, TypeError, "qweight is torch.int64; needed: torch.int32"),
+    (
+        {"qweight": LAYER.qweight[:, :64]},
+        ValueError,
+        r"scales has shape \[4, 128\]; needed: \[G, 32\]|K = 256, N = 32; needed",
+    ),
+    ({"qweight": LAYER.qweight.t().contiguous().t()}, ValueError, "qweight has strides"),
+    ({"scales": LAYER.scales.bfloat16()}, TypeError, "scales is torch.bfloat16; needed: torch.float16"),
+    ({"scales": LAYER.scales[:, :64]}, ValueError, r"scales has shape \[4, 64\]; needed: \[G, 128\]"),
+    ({"scales": LAYER.scales[:3]}, ValueError, r"scales has shape \[3, 128\]; needed: 1 row, or 8, 4, 2"),
+    ({"scales": LAYER.scales[:0]}, ValueError, r"scales has shape \[0, 128\]; needed: 1 row"),
+    ({"qzeros": LAYER.qzeros[:2]}, ValueError, r"qzeros has shape \[2, 16\]; needed: \[4, 16\]"),
+    ({"qzeros": LAYER.scales}, TypeError, "qzeros is torch.float16; needed: torch.int32"),
+    ({"bias": LAYER.bias[:64]}, ValueError, r"bias has shape \[64\]; needed: \[128\]"),
+    ({"bias": LAYER.bias.float()}, TypeError, "bias is torch.float32; needed: torch.float16"),
+    ({"qzeros": LAYER.qzeros.to("meta")}, ValueError, "qzeros is on meta and a on cpu; needed: one device"),
+]
+
+
+@pytest.mark.parametrize(("change", "error", "message"), REFUSALS)
+def test_a_refusal_names_the_argument_what_was_found_and_what_is_needed(change, error, message):
+    arguments = {
+        "a": TOKENS,
+        "qweight": LAYER.qweight,
+        "scales": LAYER.scales,
+        "qzeros": LAYER.qzeros,
+        "bias": LAYER.bias,
+    }
+    # A mixture of devices does not get past torch's dispatcher on a CPU: the check itself is asked.
+    call = ops.check_gemm if "meta" in message else ops.marlin_gemm
+    with pytest.raises(error, match=message):
+        call(**{"num_bits": 4, **arguments, **change})
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"), [((15, 8), "K a multiple of 16"), ((16, 4), "N of 64"), ((16,), r"\[K, N/f\]")]
+)
+def test_repack_refuses_what_has_no_whole_tiles(shape, message):
+    with pytest.raises(ValueError, match=message):
+        ops.repack_awq(torch.zeros(shape, dtype=torch.int32))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_opcheck_finds_nothing():
+    for layer in (LAYER, random_layer(128, 64, -1, num_bits=8, has_zeros=False)):
+        a = random_tokens(3, layer)
+        arguments = (a, layer.qweight, layer.scales, layer.qzeros, layer.bias, layer.num_bits)
+        torch.library.opcheck(torch.ops.awq2marlin.marlin_gemm.default, arguments)
+    packed = torch.zeros(32, 8, dtype=torch.int32)
+    torch.library.opcheck(torch.ops.awq2marlin.awq_marlin_repack.default, (packed, 4))
+
+
+def test_works_under_torch_compile_and_export():
+    class Model(torch.nn.Module):
+        def forward(self, a):
+            return torch.relu(LAYER(a))
+
+    compiled = torch.compile(Model(), backend="eager", fullgraph=True)
+    assert torch.equal(compiled(TOKENS), Model()(TOKENS))
+    exported = torch.export.export(Model(), (TOKENS,), dynamic_shapes={"a": {0: torch.export.Dim("tokens", min=2)}})
+    more = random_tokens(7, LAYER)
+    assert torch.equal(exported.module()(more), Model()(more))
+
+
+@pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
+@pytest.mark.parametrize(("size_k", "size_n"), SMALL_SHAPES)
+def test_every_alignment_works(size_k, size_n, dtype):
+    for group_size in (32, -1):
+        layer = random_layer(size_k, size_n, group_size, num_bits=8, dtype=dtype)
+        a = random_tokens(2, layer)
+        torch.testing.assert_close(layer(a), (a.double() @ layer.weight).to(dtype))
+
+
+def test_activations_and_bias_have_the_gradients_of_the_decoded_weight():
+    layer = random_layer(256, 192, 64, has_bias=True)
+    a, bias = random_tokens(5, layer).requires_grad_(), layer.bias.requires_grad_()
+    grad = torch.randn(5, 192, generator=torch.Generator().manual_seed(3)).half()
+    ops.marlin_gemm(a, layer.qweight, layer.scales, layer.qzeros, bias).backward(grad)
+    torch.testing.assert_close(a.grad.double(), grad.double() @ layer.weight.t(), rtol=2e-3, atol=2e-3)
+    torch.testing.assert_close(bias.grad.double(), grad.double().sum(0), rtol=2e-3, atol=2e-3)
+
+
+def test_scales_have_no_gradient_and_say_so():
+    layer = random_layer(128, 64, 64)
+    with pytest.raises(NotImplementedError, match="scales"):
+        ops.marlin_gemm(random_tokens(1, layer), layer.qweight, layer.scales.requires_grad_(), layer.qzeros)
+
+
+def test_memory_that_begins_between_the_steps_of_a_load_is_refused():
+    whole = torch.zeros(1 << 10, dtype=torch.float16)
+    shifted = torch.from_dlpack(whole[1:129].view(1, 128))  # an offset of 0, at an address that is no multiple of 16
+    assert shifted.storage_offset() == 0
+    with pytest.raises(ValueError, match=r"a begins at address 0x[0-9a-f]+; needed: a multiple of 16 bytes"):
+        ops._check_addresses(a=(shifted, 16))
+    ops._check_addresses(a=(whole, 16), bias=(None, 8))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"scales": torch.ones(2, 64)}, TypeError, "scales is torch.float32"),
+        ({"qweight": torch.tensor(1, dtype=torch.int32)}, ValueError, r"qweight has shape \[\]"),
+        ({}, ValueError, "qweight is on cpu; needed: a CUDA device"),
+    ],
+)
+def test_a_warm_up_names_the_argument_it_refuses(change, error, message):
+    layer = random_layer(128, 64, 64)
+    arguments = {"qweight": layer.qweight, "scales": layer.scales, **change}
+    with pytest.raises(error, match=message):
+        ops.warm_up(**arguments)
