@@ -1,4 +1,4 @@
-"""Compiles every kernel for every kind of GPU, on a machine that needs none: ``python -m awq2marlin.gemm.compile_matrix``.
+"""Compiles every kernel for every kind of GPU, without one: ``python -m awq2marlin.gemm.compile_matrix``.
 
 Every instantiation for compute capability 8.0 and 9.0, and one of each kernel for 8.6, 8.9, 10.0 and 12.0 (``--full``:
 every one for all). A register spilled to memory, a stack frame, or matrix instructions that the assembler had to

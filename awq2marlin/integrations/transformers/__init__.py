@@ -13,7 +13,11 @@ from awq2marlin.integrations.transformers.versions import check_version
 
 check_version()  # before anything that another version may lack is imported
 
-from awq2marlin.integrations.transformers.quantizer import MarlinNativeConfig as MarlinNativeConfig
-from awq2marlin.integrations.transformers.quantizer import MarlinNativeQuantizer as MarlinNativeQuantizer
+from awq2marlin.integrations.transformers.quantizer import (  # noqa: E402
+    MarlinNativeConfig as MarlinNativeConfig,
+)
+from awq2marlin.integrations.transformers.quantizer import (  # noqa: E402
+    MarlinNativeQuantizer as MarlinNativeQuantizer,
+)
 
 __all__ = ["MarlinNativeConfig", "MarlinNativeQuantizer"]
