@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from awq2marlin.commands.revert import RestoredFile as RestoredFile
     from awq2marlin.commands.revert import RevertResult as RevertResult
     from awq2marlin.commands.revert import revert as revert
+    from awq2marlin.commands.verify import VerifyResult as VerifyResult
+    from awq2marlin.commands.verify import verify as verify
     from awq2marlin.errors import Awq2MarlinError as Awq2MarlinError
     from awq2marlin.errors import BatchError as BatchError
     from awq2marlin.errors import CheckpointError as CheckpointError
@@ -76,8 +78,6 @@ if TYPE_CHECKING:
     from awq2marlin.layout.torch_functions import verify_marlin_supported as verify_marlin_supported
     from awq2marlin.layout.torch_functions import verify_marlin_supports_shape as verify_marlin_supports_shape
     from awq2marlin.progress import Progress as Progress
-    from awq2marlin.verification.compare import VerifyResult as VerifyResult
-    from awq2marlin.verification.compare import verify as verify
 
 #: Where each public name is defined. No module of the package bears a public function's name, so that
 #: importing a module never hides a function.
@@ -139,7 +139,7 @@ _HOMES: dict[str, str] = {
         "commands.revert": ["RestoredFile", "RevertResult", "revert"],
         "hub.identity": ["PushResult", "PushedFile"],
         "commands.push": ["push"],
-        "verification.compare": ["VerifyResult", "verify"],
+        "commands.verify": ["VerifyResult", "verify"],
     }.items()
     for name in names
 }

@@ -22,13 +22,15 @@ import typer
 import awq2marlin
 from awq2marlin import errors
 from awq2marlin.checkpoint.manifest import Manifest, ManifestShard, SourceCard
-from awq2marlin.checkpoint.quantization import AwqQuantization, marlin_document
 from awq2marlin.checkpoint.synthetic import llama_recipe, write_checkpoint
 from awq2marlin.cli.app import app, main
 from awq2marlin.cli.json import STATUS, Report
+from awq2marlin.formats.base import Quantization
+from awq2marlin.formats.registry import MARLIN_NATIVE
 from awq2marlin.hub import errors as hub_errors
 from awq2marlin.io.safetensors import Header
 from awq2marlin.layout.marlin import FUSED_SIBLINGS
+from awq2marlin.layout.scheme import Scheme
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "awq2marlin"
@@ -164,8 +166,8 @@ def _table(document: str, keys: str) -> list[str]:
 
 
 def test_format_document_lists_the_config_keys():
-    quantization = AwqQuantization(4, 128, True, None, "config.json")
-    written = marlin_document(quantization, [], [], {"module": (64, 64)})
+    quantization = Quantization(Scheme(4, 128, True), padded_modules={"module": (64, 64)})
+    written = MARLIN_NATIVE.write_config(quantization)
     assert sorted(_table("marlin-native.md", "quantization_config")) == sorted(written)
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from awq2marlin.errors import BatchError, CheckpointError, Problem, printable
-from awq2marlin.io.folder import MAX_JSON_BYTES
+from awq2marlin.io.source import MAX_JSON_BYTES
 from awq2marlin.io.strict_json import parse_json
 from awq2marlin.pipeline.plan import UNALIGNED_CHOICES
 from awq2marlin.verification.sampling import Device

@@ -17,10 +17,10 @@ from typing import Any
 from awq2marlin.batch.jobs import PUSHING, Job
 from awq2marlin.batch.record import BatchRecord, ItemResult
 from awq2marlin.checkpoint.manifest import read_manifest
-from awq2marlin.checkpoint.names import CONFIG_FILENAME, MANIFEST_FILENAME
-from awq2marlin.checkpoint.source import open_checkpoint
+from awq2marlin.checkpoint.opening import open_checkpoint
 from awq2marlin.commands.convert import convert
 from awq2marlin.commands.push import push
+from awq2marlin.commands.verify import verify
 from awq2marlin.errors import (
     EXIT_DONE,
     EXIT_FAILED,
@@ -34,16 +34,17 @@ from awq2marlin.errors import (
     difference,
     problem_from_os_error,
 )
+from awq2marlin.formats.names import CONFIG_FILENAME, MANIFEST_FILENAME
 from awq2marlin.hub.name import HUB_PREFIX
 from awq2marlin.hub.repository import open_source
-from awq2marlin.io.digest import xxh3_of_file
+from awq2marlin.io.digest import digest_of_file
 from awq2marlin.io.folder import Folder
-from awq2marlin.io.strict_json import encode_json
+from awq2marlin.io.source import RepoCommit
+from awq2marlin.io.stream import NamedPath
 from awq2marlin.io.workers import StoppedError
 from awq2marlin.pipeline.output import read_journal
 from awq2marlin.pipeline.plan import plan_conversion
 from awq2marlin.progress import Progress
-from awq2marlin.verification.compare import verify
 
 
 def known(job: Job, record: BatchRecord, retry_failed: bool) -> ItemResult | None:
@@ -96,11 +97,9 @@ def _whole_manifest(output: Path) -> str | None:
             return None
         folder = Folder.at(output)
         manifest = read_manifest(folder)
-        sizes = {name: shard.target_size for name, shard in manifest.shards.items()}
-        sizes |= {name: size for name, (size, _) in manifest.files.items()}
-        if any(folder.size(name) != size for name, size in sizes.items()):
+        if any(folder.size(name) != file.size for name, file in manifest.output_files.items()):
             return None
-        return xxh3_of_file((folder.path(MANIFEST_FILENAME), MANIFEST_FILENAME))[1]
+        return digest_of_file(NamedPath(folder.path(MANIFEST_FILENAME), MANIFEST_FILENAME)).xxh3
     except (Awq2MarlinError, OSError):
         return None
 
@@ -187,7 +186,7 @@ def _compare_finished(job: Job, workers: int | None, progress: Progress) -> Item
     plan = plan_conversion(open_checkpoint(folder), job.options["unaligned"])
     progress.note(f"{job.output} is there already; it is compared with its source")
     try:
-        if Folder.at(job.output).read(CONFIG_FILENAME) != encode_json(plan.config()):
+        if Folder.at(job.output).read(CONFIG_FILENAME) != plan.transfer.config:
             raise difference("config", "its config is another one", file=CONFIG_FILENAME)
         if job.options["low_disk"] and folder.origin is not None:
             verified = 0  # the source is not fetched again for that: its commit says that it is the same
@@ -229,15 +228,14 @@ def _push(job: Job, progress: Progress) -> str | None:
     return sent.url
 
 
-def _check_recorded(output: Path, origin: tuple[str, str]) -> None:
+def _check_recorded(output: Path, origin: RepoCommit) -> None:
     """Raises DifferenceError unless an output was made from a commit, and its files are those that it was."""
     folder = Folder.at(output)
     manifest = read_manifest(folder)
     if (manifest.repo_id, manifest.revision) != origin:
         raise difference("manifest", f"it was made from {manifest.repo_id}@{manifest.revision}")
-    recorded = {name: (shard.target_size, shard.target_digest) for name, shard in manifest.shards.items()}
-    for name, expected in (recorded | dict(manifest.files)).items():
-        if xxh3_of_file((folder.path(name), name)) != expected:
+    for name, expected in manifest.output_files.items():
+        if not expected.is_of(digest_of_file(NamedPath(folder.path(name), name))):
             raise difference("manifest", "it is not the file that was written", file=name)
 
 

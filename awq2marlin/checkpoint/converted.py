@@ -1,37 +1,110 @@
-"""What a converted checkpoint's headers must hold: every quantized module, complete, in the shapes of its layout.
+"""A converted checkpoint: what its headers must hold, and the source that its manifest remembers.
 
 No engine checks that a quantized checkpoint is complete: a tensor that is missing is loaded as garbage. Loaders ask
-here first. No tensor data is read.
+`converted_modules` first. No tensor data is read.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 
-from awq2marlin.checkpoint.names import CONFIG_FILENAME
-from awq2marlin.checkpoint.quantization import AwqQuantization, MarlinQuantization
-from awq2marlin.checkpoint.source import awq_modules
-from awq2marlin.errors import CheckpointError, Problem, printable
-from awq2marlin.io.safetensors import TensorInfo
-from awq2marlin.layout.marlin import GPTQ_MARLIN_TILE, num_groups, paddings, qweight_shape, unaligned_reason
-from awq2marlin.layout.modules import QUANTIZED_PARTS, SCALE_DTYPES, ModulePlan, module_name, planned_module
-from awq2marlin.layout.packing import pack_factor
+from awq2marlin.checkpoint.config import quantization_documents
+from awq2marlin.checkpoint.counterparts import Counterparts
+from awq2marlin.checkpoint.manifest import Manifest, read_manifest
+from awq2marlin.checkpoint.opening import Checkpoint, open_checkpoint
+from awq2marlin.checkpoint.pairing import pair
+from awq2marlin.errors import CheckpointError, Problem, refuse
+from awq2marlin.formats.base import Format, Quantization, find_modules
+from awq2marlin.formats.names import CONFIG_FILENAME, LEGACY_CONFIG_FILENAMES, MANIFEST_FILENAME
+from awq2marlin.formats.registry import KEPT, recognise
+from awq2marlin.io.safetensors import TensorIndex, TensorInfo
+from awq2marlin.io.source import Source
+from awq2marlin.io.strict_json import parse_json
+from awq2marlin.layout.modules import ModulePlan, module_name
 
-_DTYPES = {"qweight": ("I32",), "qzeros": ("I32",), "scales": SCALE_DTYPES}
 
-#: What a quantized module must not have: a dense weight, and the row order of GPTQ.
-_FOREIGN_PARTS = ("g_idx", "weight")
+@dataclass(frozen=True)
+class ConvertedCheckpoint:
+    """A checkpoint that a conversion wrote, with what its manifest says of the source.
+
+    Attributes:
+        checkpoint: its configs and headers.
+        manifest: what is known of its source.
+        source: the headers of its source.
+        counterparts: what became of the source's modules.
+    """
+
+    checkpoint: Checkpoint
+    manifest: Manifest
+    source: TensorIndex
+    counterparts: Counterparts
+
+    @classmethod
+    def open(cls, folder: Source, otherwise: str) -> ConvertedCheckpoint:
+        """Opens a converted checkpoint, and checks that its headers and those in the manifest agree.
+
+        Args:
+            folder: where it lies.
+            otherwise: what to say of a checkpoint that is not converted.
+
+        Raises:
+            CheckpointError: if it is none, or not sound.
+        """
+        checkpoint = open_checkpoint(folder)
+        require_converted(checkpoint, otherwise)
+        return cls.of(checkpoint, read_manifest(folder))
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, manifest: Manifest) -> ConvertedCheckpoint:
+        """Pairs a converted checkpoint with the headers in its manifest; raises as `open`."""
+        source = TensorIndex({name: shard.source_header for name, shard in manifest.shards.items()})
+        quantization = Quantization(checkpoint.quantization.scheme, origin=MANIFEST_FILENAME)
+        counterparts = pair(source, _source_format(manifest), quantization, checkpoint)
+        return cls(checkpoint, manifest, source, counterparts)
 
 
-def marlin_modules(
-    tensors: Mapping[str, TensorInfo], quantization: MarlinQuantization, shard_of: Mapping[str, str]
+def require_converted(checkpoint: Checkpoint, otherwise: str, file: str = CONFIG_FILENAME) -> None:
+    """Refuses a checkpoint that is not converted.
+
+    Args:
+        checkpoint: any.
+        otherwise: what to say then.
+        file: what to say it of.
+
+    Raises:
+        CheckpointError: saying that.
+    """
+    if not checkpoint.is_converted:
+        raise refuse("not-converted", otherwise, file=file)
+
+
+def _source_format(manifest: Manifest) -> Format:
+    """Returns the format of a source by the texts of its configs that the manifest keeps."""
+    config, *legacy = (
+        parse_json(manifest.texts[name].encode(), f"{MANIFEST_FILENAME} (text of {name})", constants=True)
+        if name in manifest.texts
+        else None
+        for name in (CONFIG_FILENAME, *LEGACY_CONFIG_FILENAMES)
+    )
+    older = {name: document for name, document in zip(LEGACY_CONFIG_FILENAMES, legacy, strict=True) if document}
+    documents = quantization_documents(config if isinstance(config, dict) else {}, older)
+    if not documents:
+        message = "the source's config that it keeps says nothing of a quantization; download the checkpoint again"
+        raise refuse("bad-manifest", message, file=MANIFEST_FILENAME)
+    place, document = next(iter(documents.items()))
+    return recognise(document, f"{MANIFEST_FILENAME} (text of {place})")
+
+
+def converted_modules(
+    format: Format, tensors: Mapping[str, TensorInfo], quantization: Quantization, shard_of: Mapping[str, str]
 ) -> dict[str, ModulePlan]:
     """Returns the quantized modules of a converted checkpoint, by name, sorted.
 
-    Those in Marlin layout are ``converted``; those in AWQ layout are not.
+    Those in the layout of the format are ``converted``; those kept in AWQ layout are not.
 
     Args:
+        format: of the checkpoint.
         tensors: every tensor of the checkpoint.
         quantization: what its config says.
         shard_of: the file of each tensor, for messages.
@@ -40,40 +113,23 @@ def marlin_modules(
         CheckpointError: naming every tensor that is missing or does not have the type and shape of its module's
             layout, and every name in the config's lists that is not there.
     """
-    found = _parts_of_modules(tensors)
-    kept, problems = _kept_modules(found, tensors, quantization, shard_of)
-    problems += _missing_from_lists(found, tensors, quantization)
-    modules = {}
-    for name in found.keys() - quantization.awq_modules:
-        parts = found[name]
-        wrong = list(_problems_of(name, parts, tensors, quantization))
-        for tensor, code, message in wrong:
-            shard = next(shard_of[other] for other in (tensor, *_names(name, parts)) if other in shard_of)
-            problems.append(Problem(shard, tensor, code, message))
-        if not wrong:
-            modules[name] = _marlin_module(name, parts, tensors, quantization)
+    listed = quantization.awq_modules
+    kept, kept_problems = find_modules(KEPT, tensors, quantization, shard_of, among=listed.__contains__)
+    own, own_problems = find_modules(format, tensors, quantization, shard_of, among=lambda module: module not in listed)
+    problems = list(dict.fromkeys([*kept_problems, *own_problems]))
+    troubled = {problem.tensor.rpartition(".")[0] for problem in problems}
+    problems += _missing_from_lists({*kept, *own, *troubled}, tensors, quantization)
     if problems:
         raise CheckpointError(problems)
-    return dict(sorted({**modules, **kept}.items()))
-
-
-def _parts_of_modules(tensors: Iterable[str]) -> dict[str, set[str]]:
-    """Returns what every quantized module has: its parts, a bias, and what it must not have."""
-    parts_of: dict[str, set[str]] = defaultdict(set)
-    for name in tensors:
-        module, _, part = name.rpartition(".")
-        if part in (*QUANTIZED_PARTS, "bias", *_FOREIGN_PARTS):
-            parts_of[module].add(part)
-    # `scales` alone belongs to a scaled activation
-    return {module: parts for module, parts in parts_of.items() if parts & {"qweight", "qzeros"}}
-
-
-def _names(module: str, parts: set[str]) -> list[str]:
-    return [module_name(module, part) for part in sorted(parts)]
+    modules = {name: ModulePlan.of(module, "kept") for name, module in kept.items()}
+    for name, module in own.items():
+        size_k, size_n = quantization.padded_modules.get(name, (module.size_k, module.size_n))
+        modules[name] = ModulePlan(name, size_k, size_n, module.size_k, module.size_n, module.parts, converted=True)
+    return dict(sorted(modules.items()))
 
 
 def _missing_from_lists(
-    found: Mapping[str, set[str]], tensors: Mapping[str, TensorInfo], quantization: MarlinQuantization
+    found: set[str], tensors: Mapping[str, TensorInfo], quantization: Quantization
 ) -> Iterator[Problem]:
     """Yields what the config's lists name and the files do not hold."""
     for key in ("awq_modules", "padded_modules"):
@@ -85,90 +141,3 @@ def _missing_from_lists(
         if module_name(module, "weight") not in tensors:
             message = "unquantized_modules names it, but no file holds it; download the checkpoint again, completely"
             yield Problem(CONFIG_FILENAME, module_name(module, "weight"), "missing-tensor", message)
-
-
-def _kept_modules(
-    found: Mapping[str, set[str]],
-    tensors: Mapping[str, TensorInfo],
-    quantization: MarlinQuantization,
-    shard_of: Mapping[str, str],
-) -> tuple[dict[str, ModulePlan], list[Problem]]:
-    """Returns the modules in AWQ layout, and what is wrong with them."""
-    kept = {
-        tensor: tensors[tensor]
-        for module in quantization.awq_modules & found.keys()
-        for tensor in _names(module, found[module])
-    }
-    if not kept:
-        return {}, []
-    awq = AwqQuantization(quantization.bits, quantization.group_size, quantization.zero_point, None, CONFIG_FILENAME)
-    try:
-        modules = awq_modules(kept, awq, shard_of)
-    except CheckpointError as error:
-        return {}, list(error.problems)
-    return {name: planned_module(module, "kept") for name, module in modules.items()}, []
-
-
-def _problems_of(
-    module: str, parts: set[str], tensors: Mapping[str, TensorInfo], quantization: MarlinQuantization
-) -> Iterator[tuple[str, str, str]]:
-    """Yields (tensor, code, message) for what is wrong with one module in Marlin layout."""
-    required = {"qweight", "scales", *(["qzeros"] if quantization.zero_point else [])}
-    for part in sorted(required - parts):
-        message = f"it is missing, but the module's {', '.join(sorted(parts))} are there; download the file again"
-        yield module_name(module, part), "missing-tensor", message
-    for part in sorted(parts & set(_FOREIGN_PARTS)):
-        message = f"the module has a qweight, and so must have no {part}; convert again"
-        yield module_name(module, part), "contradiction", message
-    if not required <= parts:
-        return
-    for part in sorted(parts & _DTYPES.keys()):
-        tensor = tensors[module_name(module, part)]
-        found = f"it is {printable(tensor.dtype)} {list(tensor.shape)}"
-        if tensor.dtype not in _DTYPES[part]:
-            yield tensor.name, "wrong-dtype", f"{found}, needed is {' or '.join(_DTYPES[part])}; convert again"
-            return
-        if len(tensor.shape) != 2:
-            yield tensor.name, "wrong-shape", f"{found}, needed are two dimensions; convert again"
-            return
-    yield from _shape_problems(module, parts, tensors, quantization)
-
-
-def _padded_sizes(module: str, tensors: Mapping[str, TensorInfo], bits: int) -> tuple[int, int]:
-    """Returns K and N as the shape of ``qweight`` says: those of the padded module, if it is padded."""
-    rows, words = tensors[module_name(module, "qweight")].shape
-    return rows * GPTQ_MARLIN_TILE, words * pack_factor(bits) // GPTQ_MARLIN_TILE
-
-
-def _shape_problems(
-    module: str, parts: set[str], tensors: Mapping[str, TensorInfo], quantization: MarlinQuantization
-) -> Iterator[tuple[str, str, str]]:
-    bits, group_size = quantization.bits, quantization.group_size
-    size_k, size_n = _padded_sizes(module, tensors, bits)
-    true_sizes = quantization.padded_modules.get(module, (size_k, size_n))
-    qweight = tensors[module_name(module, "qweight")]
-    reason = unaligned_reason(size_k, size_n, bits, group_size)
-    if not reason and qweight.shape != qweight_shape(size_k, size_n, bits):
-        reason = f"a row of {qweight.shape[1]} words does not hold whole columns"
-    if reason:
-        yield qweight.name, "wrong-shape", f"{list(qweight.shape)} is no Marlin weight of {bits} bits: {reason}"
-        return
-    if module in quantization.padded_modules and (size_k, size_n) not in paddings(*true_sizes):
-        message = f"K={size_k}, N={size_n} is not how K={true_sizes[0]}, N={true_sizes[1]} is padded"
-        yield qweight.name, "wrong-shape", message
-    groups = num_groups(size_k, group_size)
-    shapes = {"scales": (groups, size_n), "qzeros": (groups, size_n // pack_factor(bits)), "bias": (true_sizes[1],)}
-    for part in sorted(parts & shapes.keys()):
-        tensor = tensors[module_name(module, part)]
-        if tensor.shape != shapes[part]:
-            message = f"its shape is {list(tensor.shape)}, needed is {list(shapes[part])} as qweight says"
-            yield tensor.name, "wrong-shape", message
-
-
-def _marlin_module(
-    module: str, parts: set[str], tensors: Mapping[str, TensorInfo], quantization: MarlinQuantization
-) -> ModulePlan:
-    padded_k, padded_n = _padded_sizes(module, tensors, quantization.bits)
-    size_k, size_n = quantization.padded_modules.get(module, (padded_k, padded_n))
-    present = tuple(part for part in QUANTIZED_PARTS if part in parts)
-    return ModulePlan(module, size_k, size_n, padded_k, padded_n, present, converted=True)

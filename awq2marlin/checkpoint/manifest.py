@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from typing import Any, Literal, NoReturn
 
 from awq2marlin._version import __version__
-from awq2marlin.checkpoint.names import (
+from awq2marlin.errors import CheckpointError, printable, refuse
+from awq2marlin.formats.names import (
     CARD_FILENAME,
     CONFIG_FILENAME,
     INDEX_FILENAME,
@@ -22,12 +23,14 @@ from awq2marlin.checkpoint.names import (
     MANIFEST_FILENAME,
     MAX_CARD_BYTES,
 )
-from awq2marlin.checkpoint.quantization import FORMAT_VERSION
-from awq2marlin.errors import CheckpointError, printable, refuse
-from awq2marlin.io.digest import Xxh3, is_digest
-from awq2marlin.io.folder import MAX_JSON_BYTES, Folder, check_name, find_clash
+from awq2marlin.io.digest import FileDigest, digest_of, is_digest
+from awq2marlin.io.folder import check_name, find_clash
 from awq2marlin.io.safetensors import LENGTH_BYTES, MAX_HEADER_BYTES, Header, parse_header
+from awq2marlin.io.source import MAX_JSON_BYTES, Source
 from awq2marlin.io.strict_json import parse_json
+
+#: Of this file.
+MANIFEST_VERSION = 1
 
 #: What `revert` gives back: the source's files, byte for byte, or an AWQ checkpoint of the same tensors.
 Restores = Literal["files", "tensors"]
@@ -43,17 +46,13 @@ class ManifestShard:
 
     Attributes:
         source_header: the source's header, exact; where only tensors are restored, that of the file to come.
-        source_size: the source's bytes.
-        source_digests: the source's digests; empty where only tensors are restored.
-        target_size: the output's bytes.
-        target_digest: the output's digest.
+        source: the source's size and digests; None where only tensors are restored.
+        target: the output's.
     """
 
     source_header: Header
-    source_size: int
-    source_digests: tuple[str, ...]
-    target_size: int
-    target_digest: str
+    source: FileDigest | None
+    target: FileDigest
 
 
 @dataclass(frozen=True)
@@ -63,17 +62,17 @@ class SourceCard:
     Attributes:
         name: its name in the source.
         data: its bytes.
-        recorded: their (size, digest), as the conversion saw them.
+        recorded: what they are known by, as the conversion saw them.
     """
 
     name: str
     data: bytes
-    recorded: tuple[int, str]
+    recorded: FileDigest
 
     @classmethod
     def of(cls, name: str, data: bytes) -> SourceCard:
         """Takes a card as it lies in the source."""
-        return cls(name, data, (len(data), str(Xxh3(data))))
+        return cls(name, data, digest_of(data))
 
 
 @dataclass(frozen=True)
@@ -83,8 +82,8 @@ class Manifest:
     Attributes:
         shards: by file name.
         texts: exact text of source files that are not in the output as they were.
-        text_digests: (size, digest) of those texts.
-        files: (size, digest) of files carried over unchanged.
+        text_digests: what those texts are known by.
+        files: the files carried over unchanged, and what they are known by.
         repo_id: repository on the Hub it came from, if any.
         revision: commit of that repository.
         left_behind: files of the source that were not carried over, with the reason.
@@ -94,13 +93,18 @@ class Manifest:
 
     shards: Mapping[str, ManifestShard]
     texts: Mapping[str, str]
-    text_digests: Mapping[str, tuple[int, str]]
-    files: Mapping[str, tuple[int, str]]
+    text_digests: Mapping[str, FileDigest]
+    files: Mapping[str, FileDigest]
     repo_id: str | None
     revision: str | None
     left_behind: Mapping[str, str]
     card: SourceCard | None = None
     restores: Restores = "files"
+
+    @property
+    def output_files(self) -> dict[str, FileDigest]:
+        """What every shard of the output, and every file carried over, is known by."""
+        return {name: shard.target for name, shard in self.shards.items()} | dict(self.files)
 
     def names(self) -> list[str]:
         """Returns the files of the converted checkpoint that its conversion wrote."""
@@ -117,22 +121,22 @@ class Manifest:
         if headers > MAX_HEADER_BYTES:
             raise _unreadable(f"the headers of all shards together have {headers} bytes, more than {MAX_HEADER_BYTES}")
         document = {
-            "format_version": FORMAT_VERSION,
+            "format_version": MANIFEST_VERSION,
             "tool": {"name": "awq2marlin", "version": __version__},
             **({} if self.restores == "files" else {"restores": self.restores}),
             "source": {"repo_id": self.repo_id, "revision": self.revision},
             "shards": {
                 name: {
-                    "source": {"size": shard.source_size, "digests": list(shard.source_digests)},
+                    "source": _recorded(shard.source) if shard.source else _unknown(shard.source_header),
                     "source_header": _pack(shard.source_header.text),
-                    "output": {"size": shard.target_size, "digests": [shard.target_digest]},
+                    "output": _recorded(shard.target),
                 }
                 for name, shard in sorted(self.shards.items())
             },
             "texts": dict(sorted(self.texts.items())),
-            "text_digests": _recorded(self.text_digests),
+            "text_digests": _recorded_files(self.text_digests),
             "source_card": _recorded_card(self.card),
-            "files": _recorded(self.files),
+            "files": _recorded_files(self.files),
             "left_behind": dict(sorted(self.left_behind.items())),
         }
         data = (json.dumps(document, indent=1, ensure_ascii=True) + "\n").encode("ascii")
@@ -150,22 +154,30 @@ def _unreadable(what: str) -> CheckpointError:
     )
 
 
-def _recorded(files: Mapping[str, tuple[int, str]]) -> dict[str, dict[str, Any]]:
-    return {name: {"size": size, "digests": [digest]} for name, (size, digest) in sorted(files.items())}
+def _recorded(file: FileDigest) -> dict[str, Any]:
+    return {"size": file.size, "digests": list(file.digests)}
+
+
+def _unknown(header: Header) -> dict[str, Any]:
+    """Returns what stands in the place of a file that nobody has seen: its size will be that."""
+    return {"size": header.file_size, "digests": []}
+
+
+def _recorded_files(files: Mapping[str, FileDigest]) -> dict[str, dict[str, Any]]:
+    return {name: _recorded(file) for name, file in sorted(files.items())}
 
 
 def _recorded_card(card: SourceCard | None) -> dict[str, Any] | None:
     if card is None:
         return None
-    size, digest = card.recorded
-    return {"name": card.name, "size": size, "digests": [digest], "data": _pack(card.data)}
+    return {"name": card.name, **_recorded(card.recorded), "data": _pack(card.data)}
 
 
 def _pack(text: bytes) -> str:
     return base64.b64encode(zlib.compress(text, 9)).decode("ascii")
 
 
-def read_manifest(folder: Folder) -> Manifest:
+def read_manifest(folder: Source) -> Manifest:
     """Reads and checks the manifest of a converted checkpoint.
 
     Args:
@@ -191,8 +203,8 @@ def decode_manifest(data: bytes) -> Manifest:
         CheckpointError: as `read_manifest`.
     """
     document = _Checked(parse_json(data, MANIFEST_FILENAME), "the manifest")
-    if document.get("format_version", int) != FORMAT_VERSION:
-        document.bad(f"format_version is not {FORMAT_VERSION}; install a newer awq2marlin")
+    if document.get("format_version", int) != MANIFEST_VERSION:
+        document.bad(f"format_version is not {MANIFEST_VERSION}; install a newer awq2marlin")
     restores = document.restores()
     source = document.sub("source")
     shards: dict[str, ManifestShard] = {}
@@ -200,10 +212,7 @@ def decode_manifest(data: bytes) -> Manifest:
     for name, entry in document.entries("shards"):
         shards[check_name(name, MANIFEST_FILENAME)] = _shard(name, entry, room, restores)
         room -= len(shards[name].source_header.text)
-    files = {
-        check_name(name, MANIFEST_FILENAME): (entry.size(), entry.digests()[0])
-        for name, entry in document.entries("files")
-    }
+    files = {check_name(name, MANIFEST_FILENAME): entry.file() for name, entry in document.entries("files")}
     texts: dict[str, str] = {}
     for name, text in document.get("texts", dict).items():
         if not isinstance(text, str) or any("\ud800" <= char <= "\udfff" for char in text):
@@ -211,7 +220,7 @@ def decode_manifest(data: bytes) -> Manifest:
         if check_name(name, MANIFEST_FILENAME) not in _TEXT_NAMES:
             document.bad(f"texts holds {printable(name)!r}; only {', '.join(_TEXT_NAMES)} are restored from a text")
         texts[name] = text
-    text_digests = {name: (entry.size(), entry.digests()[0]) for name, entry in document.entries("text_digests")}
+    text_digests = {name: entry.file() for name, entry in document.entries("text_digests")}
     if text_digests.keys() != texts.keys():
         document.bad("texts and text_digests name different files")
     if CONFIG_FILENAME not in texts or not shards:
@@ -232,8 +241,7 @@ def _shard(name: str, entry: _Checked, room: int, restores: Restores) -> Manifes
     text = _unpack(entry, "source_header", name, room)
     size = source.size()
     header = parse_header(text, size - LENGTH_BYTES - len(text), f"{MANIFEST_FILENAME} (header of {name})")
-    digests = source.digests() if restores == "files" else ()
-    return ManifestShard(header, size, digests, output.size(), output.digests()[0])
+    return ManifestShard(header, source.file() if restores == "files" else None, output.file())
 
 
 def _card(document: _Checked) -> SourceCard | None:
@@ -244,7 +252,7 @@ def _card(document: _Checked) -> SourceCard | None:
     data = _unpack(entry, "data", name, MAX_CARD_BYTES)
     if name.casefold() != CARD_FILENAME.casefold():
         document.bad(f"source_card is called {printable(name)!r}, which is not {CARD_FILENAME}")
-    return SourceCard(name, data, (entry.size(), entry.digests()[0]))
+    return SourceCard(name, data, entry.file())
 
 
 def _unpack(entry: _Checked, key: str, name: str, room: int) -> bytes:
@@ -310,9 +318,12 @@ class _Checked:
             self.bad("size is out of range")
         return size
 
-    def digests(self) -> tuple[str, ...]:
-        """Returns ``digests``, XXH3 first."""
+    def file(self) -> FileDigest:
+        """Returns ``size`` and ``digests``: XXH3, and perhaps SHA-256."""
         digests = self.get("digests", list)
         if not digests or not all(map(is_digest, digests)) or not digests[0].startswith("xxh3_128:"):
             self.bad("digests must begin with one 'xxh3_128:...'")
-        return tuple(digests)
+        sha256 = [digest.removeprefix("sha256:") for digest in digests[1:] if digest.startswith("sha256:")]
+        if len(sha256) != len(digests) - 1 or len(sha256) > 1:
+            self.bad("digests may hold one 'sha256:...' after that, and nothing else")
+        return FileDigest(self.size(), digests[0], sha256[0] if sha256 else None)

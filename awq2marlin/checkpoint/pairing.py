@@ -1,4 +1,4 @@
-"""The same model in both layouts: which modules are converted, and whether every header agrees with that.
+"""The same model in two formats: which modules are converted, and whether every header agrees with that.
 
 `verify` pairs the source's headers with the output's; `revert` pairs the headers in the manifest with the
 converted files'. Both are hostile until they agree.
@@ -8,64 +8,53 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from awq2marlin.checkpoint.names import CONFIG_FILENAME
-from awq2marlin.checkpoint.quantization import AwqQuantization, MarlinQuantization
-from awq2marlin.checkpoint.source import Checkpoint, awq_modules
+from awq2marlin.checkpoint.counterparts import Counterparts
+from awq2marlin.checkpoint.opening import Checkpoint
 from awq2marlin.errors import printable, refuse
-from awq2marlin.io.safetensors import Header
-from awq2marlin.layout.marlin import GPTQ_MARLIN_TILE, is_aligned, paddings
-from awq2marlin.layout.modules import AwqModule, ModulePlan, module_name, target_shape
-from awq2marlin.layout.packing import pack_factor
+from awq2marlin.formats.base import Format, Quantization, find_modules, require_modules
+from awq2marlin.formats.names import CONFIG_FILENAME
+from awq2marlin.io.safetensors import TensorIndex, TensorInfo
+from awq2marlin.layout.marlin import paddings
+from awq2marlin.layout.modules import Linear, ModulePlan
+from awq2marlin.layout.scheme import Scheme
 
 
-def pair_modules(
-    source: Mapping[str, Header], quantization: AwqQuantization, marlin: Checkpoint, *, same_files: bool = True
-) -> dict[str, ModulePlan]:
-    """Returns every converted module, after checking that all headers agree.
+def pair(
+    index: TensorIndex, format: Format, quantization: Quantization, converted: Checkpoint, *, same_files: bool = True
+) -> Counterparts:
+    """Returns what became of every module, after checking that all headers agree.
 
     Args:
-        source: headers of the AWQ checkpoint, by file name.
-        quantization: of the AWQ checkpoint.
-        marlin: the converted checkpoint.
+        index: headers of the source.
+        format: the source's.
+        quantization: of the source.
+        converted: the converted checkpoint.
         same_files: whether tensors must lie in files of the same names and in the same order.
 
     Raises:
-        CheckpointError: if files, tensors, their order, types or shapes are not those that the conversion of
-            ``source`` has, or the config's lists name what is not there.
+        CheckpointError: if files, tensors, their order, types or shapes are not those that the conversion of the
+            source has, or the config's lists name what is not there.
     """
-    assert isinstance(marlin.quantization, MarlinQuantization)
-    shard_of = {name: shard for shard, header in source.items() for name in header.tensors}
-    _same_names(shard_of, marlin)
+    modules, problems = find_modules(format, index.tensors, quantization, index.shard_of)
+    require_modules(modules, problems, quantization)
+    _known_modules(converted, modules)
+    fates = {name: _fate(module, quantization.scheme, converted) for name, module in modules.items()}
+    counterparts = Counterparts(format, converted.format, quantization.scheme, fates)
+    expected = {
+        shard: [row.target for row in counterparts.rows(shard, header) if row.target is not None]
+        for shard, header in index.headers.items()
+    }
+    _same_names(expected, converted)
     if same_files:
-        _same_files(source, shard_of, marlin)
-    tensors = {name: tensor for header in source.values() for name, tensor in header.tensors.items()}
-    modules = awq_modules(tensors, quantization, shard_of)
-    _known_modules(marlin, modules)
-    converted = {
-        name: _converted(module, marlin)
-        for name, module in modules.items()
-        if name not in marlin.quantization.awq_modules
-    }
-    shapes = {
-        module_name(name, part): target_shape(module, part, quantization)
-        for name, module in converted.items()
-        for part in module.parts
-    }
-    for name, tensor in tensors.items():
-        found, shape = marlin.tensors[name], shapes.get(name, tensor.shape)
-        if (found.dtype, found.shape) != (tensor.dtype, shape):
-            raise refuse(
-                "wrong-shape",
-                f"expected {tensor.dtype} {list(shape)}, found {found.dtype} {list(found.shape)}",
-                file=shard_of[name],
-                tensor=name,
-            )
-    return converted
+        _same_files(expected, converted)
+    _same_shapes(expected, converted)
+    return counterparts
 
 
-def _same_names(shard_of: Mapping[str, str], marlin: Checkpoint) -> None:
-    for name in sorted({*shard_of, *marlin.shard_of}):
-        if name not in marlin.shard_of:
+def _same_names(expected: Mapping[str, list[TensorInfo]], converted: Checkpoint) -> None:
+    shard_of = {tensor.name: shard for shard, tensors in expected.items() for tensor in tensors}
+    for name in sorted({*shard_of, *converted.shard_of}):
+        if name not in converted.shard_of:
             raise refuse(
                 "missing-tensor",
                 "the source has this tensor, the converted checkpoint does not",
@@ -76,36 +65,47 @@ def _same_names(shard_of: Mapping[str, str], marlin: Checkpoint) -> None:
             raise refuse(
                 "extra-tensor",
                 "the converted checkpoint has this tensor, the source does not",
-                file=marlin.shard_of[name],
+                file=converted.shard_of[name],
                 tensor=name,
             )
 
 
-def _same_files(source: Mapping[str, Header], shard_of: Mapping[str, str], marlin: Checkpoint) -> None:
-    for name in sorted(shard_of):
-        if shard_of[name] != marlin.shard_of[name]:
+def _same_files(expected: Mapping[str, list[TensorInfo]], converted: Checkpoint) -> None:
+    for name, shard in sorted((tensor.name, shard) for shard, tensors in expected.items() for tensor in tensors):
+        if shard != converted.shard_of[name]:
             raise refuse(
                 "moved-tensor",
-                f"in the source it lies in {shard_of[name]}",
-                file=marlin.shard_of[name],
+                f"in the source it lies in {shard}",
+                file=converted.shard_of[name],
                 tensor=name,
             )
-    for shard in sorted({*source, *marlin.shards}):
-        if shard not in source or shard not in marlin.shards:
+    for shard in sorted({*expected, *converted.shards}):
+        if shard not in expected or shard not in converted.shards:
             raise refuse("missing-file", "only one of source and converted checkpoint has this file", file=shard)
-        if [tensor.name for tensor in source[shard].by_offset] != [
-            tensor.name for tensor in marlin.shards[shard].by_offset
-        ]:
+        if [tensor.name for tensor in expected[shard]] != [tensor.name for tensor in converted.shards[shard].by_offset]:
             raise refuse("moved-tensor", "the tensors lie in another order than in the source", file=shard)
 
 
-def _known_modules(marlin: Checkpoint, modules: Mapping[str, AwqModule]) -> None:
-    quantization = marlin.quantization
-    assert isinstance(quantization, MarlinQuantization)
+def _same_shapes(expected: Mapping[str, list[TensorInfo]], converted: Checkpoint) -> None:
+    for shard, tensors in expected.items():
+        for tensor in tensors:
+            found = converted.tensors[tensor.name]
+            if (found.dtype, found.shape) != (tensor.dtype, tensor.shape):
+                raise refuse(
+                    "wrong-shape",
+                    f"expected {tensor.dtype} {list(tensor.shape)}, found {found.dtype} {list(found.shape)}",
+                    file=shard,
+                    tensor=tensor.name,
+                )
+
+
+def _known_modules(converted: Checkpoint, modules: Mapping[str, Linear]) -> None:
+    """Refuses lists of the config that name what is not there, or not what is."""
+    quantization = converted.quantization
     for key, known, what in (
         ("awq_modules", set(modules), "quantized"),
         ("padded_modules", set(modules), "quantized"),
-        ("unquantized_modules", set(marlin.unquantized_modules), "in full precision"),
+        ("unquantized_modules", set(converted.unquantized_modules), "in full precision"),
     ):
         unknown = sorted(set(getattr(quantization, key)) - known)
         if unknown:
@@ -115,7 +115,7 @@ def _known_modules(marlin: Checkpoint, modules: Mapping[str, AwqModule]) -> None
                 file=CONFIG_FILENAME,
                 tensor=unknown[0],
             )
-    forgotten = sorted(set(marlin.unquantized_modules) - quantization.unquantized_modules)
+    forgotten = sorted(set(converted.unquantized_modules) - quantization.unquantized_modules)
     if forgotten:
         raise refuse(
             "contradiction",
@@ -133,37 +133,32 @@ def _known_modules(marlin: Checkpoint, modules: Mapping[str, AwqModule]) -> None
         )
 
 
-def _converted(module: AwqModule, marlin: Checkpoint) -> ModulePlan:
-    quantization = marlin.quantization
-    assert isinstance(quantization, MarlinQuantization)
-    padded_k, padded_n = module.size_k, module.size_n
-    true_sizes = quantization.padded_modules.get(module.name)
+def _fate(module: Linear, scheme: Scheme, converted: Checkpoint) -> ModulePlan:
+    """Returns what became of a module, as the converted checkpoint's lists and shapes say."""
+    if module.name in converted.quantization.awq_modules:
+        return ModulePlan.of(module, "kept")
+    format, padded = converted.format, (module.size_k, module.size_n)
+    true_sizes = converted.quantization.padded_modules.get(module.name)
+    qweight = converted.tensors.get(format.tensor_name(module.name, "qweight"))
+    file = converted.shard_of[qweight.name] if qweight else CONFIG_FILENAME
     if true_sizes is not None:
-        if true_sizes != (module.size_k, module.size_n):
+        if true_sizes != padded:
             raise refuse(
                 "contradiction",
-                f"padded_modules says {list(true_sizes)}, the source has {[module.size_k, module.size_n]}",
+                f"padded_modules says {list(true_sizes)}, the source has {list(padded)}",
                 file=CONFIG_FILENAME,
                 tensor=module.name,
             )
-        shape = marlin.tensors[module_name(module.name, "qweight")].shape
-        if len(shape) == 2:
-            padded_k, padded_n = (
-                shape[0] * GPTQ_MARLIN_TILE,
-                shape[1] * pack_factor(quantization.bits) // GPTQ_MARLIN_TILE,
-            )
-        if (padded_k, padded_n) not in paddings(module.size_k, module.size_n):
+        if qweight is not None and len(qweight.shape) == 2:
+            padded = format.sizes({"qweight": qweight}, scheme)
+        if padded not in paddings(*true_sizes):
             raise refuse(
                 "unaligned",
-                f"K={padded_k}, N={padded_n} is not how a source of K={module.size_k}, N={module.size_n} is padded",
-                file=marlin.shard_of[module_name(module.name, "qweight")],
+                f"K={padded[0]}, N={padded[1]} is not how a source of K={true_sizes[0]}, N={true_sizes[1]} is padded",
+                file=file,
                 tensor=module.name,
             )
-    if not is_aligned(padded_k, padded_n, quantization.bits, quantization.group_size):
-        raise refuse(
-            "unaligned",
-            f"K={padded_k}, N={padded_n} cannot be Marlin",
-            file=marlin.shard_of[module_name(module.name, "qweight")],
-            tensor=module.name,
-        )
-    return ModulePlan(module.name, module.size_k, module.size_n, padded_k, padded_n, module.parts, converted=True)
+    if format.unaligned_reason(*padded, scheme):
+        message = f"K={padded[0]}, N={padded[1]} cannot be {format.title}"
+        raise refuse("unaligned", message, file=file, tensor=module.name)
+    return ModulePlan.of(module, padded=padded)

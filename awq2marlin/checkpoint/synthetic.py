@@ -15,7 +15,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from awq2marlin.checkpoint.names import CONFIG_FILENAME, INDEX_FILENAME
+from awq2marlin.formats.names import CONFIG_FILENAME, INDEX_FILENAME
 from awq2marlin.io.safetensors import DTYPE_BITS, LENGTH_BYTES
 from awq2marlin.layout.marlin import num_groups
 from awq2marlin.layout.modules import QUANTIZED_PARTS, module_name

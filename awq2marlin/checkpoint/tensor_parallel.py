@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from awq2marlin.checkpoint.quantization import NESTED_CONFIGS
+from awq2marlin.checkpoint.config import NESTED_CONFIGS
 from awq2marlin.layout.marlin import GPTQ_MARLIN_TILE, MARLIN_TILE_N, fusion_group
 from awq2marlin.layout.modules import ModulePlan
 from awq2marlin.layout.packing import pack_factor

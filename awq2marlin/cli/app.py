@@ -345,7 +345,7 @@ def verify(
     """Compare a converted checkpoint with its source, value for value; exit 3 on a difference."""
 
     def work(progress: Progress | None) -> Any:
-        from awq2marlin.verification.compare import verify as run
+        from awq2marlin.commands.verify import verify as run
 
         if plot is not None:
             from awq2marlin.verification.error_plot import check_picture, plot_errors

@@ -15,10 +15,10 @@ if TYPE_CHECKING:
     from awq2marlin.commands.doctor import DoctorResult
     from awq2marlin.commands.inspect import InspectResult
     from awq2marlin.commands.revert import RevertResult
+    from awq2marlin.commands.verify import VerifyResult
     from awq2marlin.gemm.check import GemmRun
     from awq2marlin.hub.identity import PushResult
     from awq2marlin.layout.modules import ModulePlan
-    from awq2marlin.verification.compare import VerifyResult
 
 SCHEMA_VERSION = 1
 

@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from awq2marlin.commands.doctor import DoctorResult
     from awq2marlin.commands.inspect import InspectResult
     from awq2marlin.commands.revert import RevertResult
+    from awq2marlin.commands.verify import VerifyResult
     from awq2marlin.gemm.check import GemmRun
     from awq2marlin.hub.identity import PushResult
-    from awq2marlin.verification.compare import VerifyResult
 
 #: Seconds between two plain progress lines, where there is no terminal.
 PLAIN_INTERVAL = 5.0

@@ -1,4 +1,4 @@
-"""The converter's story, on one page: open, plan, convert shard by shard, carry the rest, verify, commit.
+"""`convert`, on one page: open, plan, look ahead, move every shard, verify, commit.
 
 Data flows one way. Nothing is written before the whole plan stands, nothing is loadable before it is
 verified, and no step looks back.
@@ -10,33 +10,31 @@ import os
 import time
 from collections.abc import Mapping
 from concurrent.futures import Executor
-from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, cast
 
-from awq2marlin.checkpoint.names import CARD_FILENAME, CONFIG_FILENAME
-from awq2marlin.checkpoint.source import open_checkpoint
+from awq2marlin.checkpoint.opening import open_checkpoint
+from awq2marlin.formats.names import CARD_FILENAME, MANIFEST_FILENAME
 from awq2marlin.hub.name import parse_source
-from awq2marlin.io.folder import Folder
-from awq2marlin.io.strict_json import encode_json
-from awq2marlin.io.tensors import TensorFiles
 from awq2marlin.io.workers import check_workers
 from awq2marlin.layout.modules import ModulePlan
-from awq2marlin.pipeline.carried import carry_side_files, refuse_unreadable, write_manifest
+from awq2marlin.pipeline.checks import Checks
 from awq2marlin.pipeline.model_card import model_card
-from awq2marlin.pipeline.output import FinishedFile, OutputFolder, claim, refuse_overlap, told_as_output_error
+from awq2marlin.pipeline.output import OutputFolder, refuse_overlap
 from awq2marlin.pipeline.plan import Plan, Unaligned, plan_conversion
 from awq2marlin.pipeline.preflight import (
     default_output,
     open_source_of_run,
     open_target,
-    output_names,
     owned_files,
     refuse_full_disk,
 )
-from awq2marlin.pipeline.run import Work, convert_shards
+from awq2marlin.pipeline.record import manifest_of, refuse_unreadable
+from awq2marlin.pipeline.resume import trusted_shards
+from awq2marlin.pipeline.run import Work, run
+from awq2marlin.pipeline.sink import Sink, Stay, open_sink
 from awq2marlin.progress import Progress, Silence
 from awq2marlin.verification.sampling import Device, check_count, check_device
 
@@ -44,6 +42,7 @@ if TYPE_CHECKING:
     from awq2marlin.gemm.check import GemmRun
     from awq2marlin.hub.identity import PushResult
     from awq2marlin.hub.publication import Publication, PushTarget
+    from awq2marlin.pipeline.departures import Relay
 
 #: How many converted modules are compared with the source before the output becomes loadable.
 DEFAULT_VERIFIED = 8
@@ -159,39 +158,34 @@ def convert(
         raise ValueError("device needs the whole source at the end, which low_disk removes; use verify() afterwards")
     check_device(device)
     check_workers(workers)
-    target = _target(push_to)
+    target, progress = _target(push_to), progress or Silence()
     started = time.perf_counter()
-    progress = progress or Silence()
     root = Path(output) if output is not None else default_output(parse_source(source))
     folder, pinned = open_source_of_run(source, root, overwrite=overwrite, low_disk=low_disk, progress=progress)
-    early = low_disk or folder.origin is not None
-    work = Work(workers, executor, 0 if verify == "none" else verify, early, low_disk, progress)
     plan = plan_conversion(open_checkpoint(folder), unaligned)
     refuse_unreadable(plan)
     refuse_overlap(folder.root, root)
     publication = None if target is None else open_target(target, plan, root, overwrite)
-    resumed: tuple[str, ...] = ()
-    verified: tuple[str, ...] = ()
-    gemm: GemmRun | None = None
-    pushed: PushResult | None = None
+    result = _planned(plan, root)
     if not dry_run:
-        owned = partial(owned_files, root, overwrite)
-        names = output_names(plan)
-        with told_as_output_error(root), claim(root, plan.digest, names, owned=owned, pinned=pinned) as out:
-            passing = publication if low_disk else None
-            resumed = _trusted_shards(plan, out, work, passing)
-            refuse_full_disk(plan, out, low_disk=low_disk, is_passed_on=passing is not None)
-            verified = tuple(module.name for module in work.chosen(plan))
-            if passing is not None:
-                pushed = _pass_on(plan, out, work, passing, commit_message)
-            else:
-                gemm = _complete(plan, out, work, device)
-                if publication is not None:
-                    pushed = _push(root, publication, commit_message, progress)
-        if passing is not None:
-            with suppress(OSError):  # not empty: there is something that is not ours
-                root.rmdir()
-    return _result(plan, root, dry_run, resumed, verified, gemm, pushed, time.perf_counter() - started)
+        checks = Checks(plan, root, 0 if verify == "none" else verify, device, workers, progress)
+        work = Work(progress, workers, executor, low_disk)
+        if low_disk or folder.origin is not None:  # each shard while the next is fetched, not all at the end
+            work = replace(work, compare=checks.compare_shard, check=checks.name)
+        relay = partial(_relay, publication, commit_message, plan, progress) if publication and low_disk else None
+        with open_sink(plan.transfer, root, partial(owned_files, root, overwrite), pinned, relay) as sink:
+            resumed = trusted_shards(plan.transfer, sink, work)
+            refuse_full_disk(plan.transfer, sink, work)
+            files = run(plan.transfer, sink, work)
+            sink.out.write(MANIFEST_FILENAME, manifest_of(plan, sink.out.finished, files).encode())
+            gemm = checks.compare_output(sink.out, are_compared=work.compare is not None)
+            sink.out.write(CARD_FILENAME, _card(plan, checks, gemm))
+            sink.commit(plan.transfer.config)
+            pushed = _pushed(sink, publication, commit_message, progress)
+        result = replace(
+            result, dry_run=False, resumed=tuple(resumed), verified=checks.chosen_names, gemm=gemm, pushed=pushed
+        )
+    return replace(result, seconds=time.perf_counter() - started)
 
 
 def _target(push_to: str | PushTarget | None) -> PushTarget | None:
@@ -202,123 +196,36 @@ def _target(push_to: str | PushTarget | None) -> PushTarget | None:
     return PushTarget(push_to)
 
 
-def _complete(plan: Plan, out: OutputFolder, work: Work, device: Device | None) -> GemmRun | None:
-    """Makes the output whole: shards, side files, manifest, comparison, card, and ``config.json`` last."""
-    convert_shards(plan, out, work)
-    write_manifest(plan, out, carry_side_files(plan, out))
-    gemm = _verify(plan, out, work, device)
-    _write_card(plan, out, work, gemm)
-    out.commit(encode_json(plan.config()))
-    return gemm
+def _relay(publication: Publication, message: str | None, plan: Plan, progress: Progress, out: OutputFolder) -> Relay:
+    """Returns the sink that passes every finished file on to the Hub."""
+    from awq2marlin.pipeline.departures import Relay
+
+    return Relay(out, publication, message, plan.transfer, progress)
 
 
-def _push(root: Path, publication: Publication, message: str | None, progress: Progress) -> PushResult:
+def _pushed(sink: Sink, publication: Publication | None, message: str | None, progress: Progress) -> PushResult | None:
+    """Sends a whole output to the Hub, unless it was passed on file by file."""
+    if publication is None:
+        return None
+    if not isinstance(sink, Stay):
+        return cast("Relay", sink).result()
     from awq2marlin.commands.push import push_folder
 
-    return push_folder(root, publication.target, message, False, progress)
+    return push_folder(sink.out.root, publication.target, message, False, progress)
 
 
-def _pass_on(plan: Plan, out: OutputFolder, work: Work, publication: Publication, message: str | None) -> PushResult:
-    """Converts shards and sends each to the Hub, where the checkpoint becomes whole; nothing of it stays here."""
-    from awq2marlin.hub.identity import PushResult
-    from awq2marlin.hub.publication import DEFAULT_MESSAGE
-    from awq2marlin.pipeline.departures import departing
-
-    started, created, removed = time.perf_counter(), not publication.exists, publication.stale
-    with departing(publication, out, message or DEFAULT_MESSAGE, work.progress) as departures:
-        convert_shards(plan, out, work, departures)
-        write_manifest(plan, out, carry_side_files(plan, out))
-        _write_card(plan, out, work, None)
-        shards = {shard.name for shard in plan.shards}
-        rest = [name for name in output_names(plan) if name not in shards and name != CONFIG_FILENAME]
-        departures.send_rest(rest, encode_json(plan.config()))
-    out.discard()
-    return PushResult(
-        source=out.root,
-        repo_id=publication.repo_id,
-        revision=publication.revision,
-        url=publication.url,
-        commit=publication.commits[-1] if publication.commits else None,
-        pull_request=publication.pull_request,
-        created=created,
-        dry_run=False,
-        files=tuple(sorted(departures.files, key=lambda file: file.name)),
-        removed=removed,
-        left_behind={},
-        seconds=time.perf_counter() - started,
-    )
-
-
-def _write_card(plan: Plan, out: OutputFolder, work: Work, gemm: GemmRun | None) -> None:
-    verified = [module.name for module in work.chosen(plan)]
+def _card(plan: Plan, checks: Checks, gemm: GemmRun | None) -> bytes:
     repo_id, revision = plan.checkpoint.folder.origin or (None, None)
-    out.write(CARD_FILENAME, model_card(plan, verified, gemm, repo_id=repo_id, revision=revision))
+    return model_card(plan, checks.chosen_names, gemm, repo_id=repo_id, revision=revision)
 
 
-def _trusted_shards(plan: Plan, out: OutputFolder, work: Work, publication: Publication | None) -> tuple[str, ...]:
-    """Returns the shards that an earlier run finished, source and output hashed again.
-
-    The contents of a repository's files are fixed by its commit, so they are not fetched again to be hashed. What was
-    sent is trusted if ``publication`` has it.
-    """
-    folder = plan.checkpoint.folder
-    if work.compares_early:  # what was not compared as this run is asked to, cannot be any more: its source may be gone
-        for name in [name for name, entry in out.finished.items() if entry.verified != work.early_check]:
-            out.forget(name)
-    for name, entry in [*out.finished.items()]:
-        if entry.sent and not (publication is not None and _is_there(name, entry, publication)):
-            out.forget(name)
-    trusted = tuple(
-        shard.name
-        for shard in plan.shards
-        if shard.name in out.finished
-        and (
-            out.finished[shard.name].sent
-            or out.recheck(shard.name, None if folder.origin else folder.path(shard.name), work.progress.note)
-        )
-    )
-    if trusted:
-        work.progress.note(f"resuming: {len(trusted)} of {len(plan.shards)} shards are already there")
-    return trusted
-
-
-def _is_there(name: str, sent: FinishedFile, publication: Publication) -> bool:
-    from awq2marlin.hub.publication import FileIdentity
-
-    return publication.has(name, FileIdentity(sent.target_size, sent.sent))
-
-
-def _verify(plan: Plan, out: OutputFolder, work: Work, device: Device | None) -> GemmRun | None:
-    """Compares converted modules with the source, from the disk, before the output becomes loadable."""
-    chosen, workers = work.chosen(plan), check_workers(work.workers)
-    if not chosen or (work.compares_early and device is None):
-        return None
-    from awq2marlin.verification.compare import run_gemm, verify_modules
-
-    source = TensorFiles.of(plan.checkpoint.folder, plan.checkpoint.shards)
-    folder = Folder.at(out.root)
-    output = TensorFiles.of(folder, {shard.name: folder.read_header(shard.name) for shard in plan.shards})
-    with out.distrusted_after_a_difference():
-        if not work.compares_early:
-            verify_modules(chosen, plan.quantization, source, output, workers=workers, progress=work.progress)
-        return run_gemm(chosen, plan.quantization, source, output, device, work.progress)
-
-
-def _result(
-    plan: Plan,
-    root: Path,
-    dry_run: bool,
-    resumed: tuple[str, ...],
-    verified: tuple[str, ...],
-    gemm: GemmRun | None,
-    pushed: PushResult | None,
-    seconds: float,
-) -> ConvertResult:
+def _planned(plan: Plan, root: Path) -> ConvertResult:
+    """Returns the result of a dry run: what would be done."""
     checkpoint = plan.checkpoint
     return ConvertResult(
         source=checkpoint.folder.where,
         output=root,
-        dry_run=dry_run,
+        dry_run=True,
         modules=tuple(plan.modules.values()),
         shards={shard.name: shard.target.file_size for shard in plan.shards},
         files={name: checkpoint.folder.size(name) for name in checkpoint.side_files},
@@ -326,9 +233,8 @@ def _result(
         warnings=checkpoint.warnings,
         source_bytes=plan.source_bytes,
         output_bytes=plan.target_bytes,
-        resumed=resumed,
-        verified=verified,
-        gemm=gemm,
-        seconds=seconds,
-        pushed=pushed,
+        resumed=(),
+        verified=(),
+        gemm=None,
+        seconds=0.0,
     )

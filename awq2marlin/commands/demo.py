@@ -12,9 +12,9 @@ from pathlib import Path
 from awq2marlin.checkpoint.synthetic import llama_recipe, write_checkpoint
 from awq2marlin.commands.convert import ConvertResult, convert
 from awq2marlin.commands.revert import RevertResult, revert
+from awq2marlin.commands.verify import VerifyResult, verify
 from awq2marlin.errors import OutputError, Problem, difference
 from awq2marlin.progress import Progress, Silence
-from awq2marlin.verification.compare import VerifyResult, verify
 
 
 @dataclass(frozen=True)

@@ -6,17 +6,17 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
+from awq2marlin.checkpoint.converted import ConvertedCheckpoint
 from awq2marlin.checkpoint.manifest import read_manifest
-from awq2marlin.checkpoint.names import MANIFEST_FILENAME
-from awq2marlin.checkpoint.pairing import pair_modules
-from awq2marlin.checkpoint.quantization import AwqQuantization, MarlinQuantization
-from awq2marlin.checkpoint.source import Checkpoint, awq_modules, open_checkpoint
+from awq2marlin.checkpoint.opening import Checkpoint, open_checkpoint
+from awq2marlin.checkpoint.source import SourceCheckpoint
 from awq2marlin.checkpoint.tensor_parallel import largest_tensor_parallel_size
+from awq2marlin.formats.base import Format
+from awq2marlin.formats.registry import DEFAULT_TARGET
 from awq2marlin.hub.repository import open_source
-from awq2marlin.layout.marlin import unaligned_reason
-from awq2marlin.layout.modules import AwqModule, ModulePlan, is_output_embedding, module_name, planned_module
+from awq2marlin.layout.modules import ModulePlan
 from awq2marlin.pipeline.plan import plan_modules
 
 
@@ -41,7 +41,7 @@ class ModuleInfo:
     size_k: int
     size_n: int
     group_size: int
-    layout: Literal["awq", "marlin"]
+    layout: str
     parts: tuple[str, ...]
     aligned: bool
     reason: str
@@ -73,7 +73,7 @@ class InspectResult:
     """
 
     path: Path | str
-    format: Literal["awq", "marlin_native"]
+    format: str
     bits: int
     group_size: int
     zero_point: bool
@@ -100,22 +100,22 @@ def inspect(path: str | os.PathLike[str]) -> InspectResult:
     """
     checkpoint = open_checkpoint(open_source(path))
     quantization = checkpoint.quantization
-    if isinstance(quantization, MarlinQuantization):
-        modules, plans = _marlin_modules(checkpoint, quantization)
+    if checkpoint.is_converted:
+        fates = ConvertedCheckpoint.of(checkpoint, read_manifest(checkpoint.folder)).counterparts
+        modules = [_module_info(fate, checkpoint, fates.layout_of(fate)) for fate in fates.modules.values()]
     else:
-        found = awq_modules(checkpoint.tensors, quantization, checkpoint.shard_of)
-        modules = [_module_info(module, checkpoint, "awq", None) for module in found.values()]
-        plans = list(plan_modules(found, checkpoint, quantization).values())
+        fates = plan_modules(SourceCheckpoint.of(checkpoint))
+        modules = [_module_info(fate, checkpoint, checkpoint.format) for fate in fates.modules.values()]
     return InspectResult(
         path=checkpoint.folder.where,
-        format="marlin_native" if isinstance(quantization, MarlinQuantization) else "awq",
+        format=checkpoint.format.name,
         bits=quantization.bits,
         group_size=quantization.group_size,
         zero_point=quantization.zero_point,
         model_type=_model_type(checkpoint.config),
         modules=tuple(modules),
         largest_tensor_parallel_size=largest_tensor_parallel_size(
-            plans, quantization.bits, quantization.group_size, checkpoint.config
+            fates.modules.values(), quantization.bits, quantization.group_size, checkpoint.config
         ),
         unquantized_modules=tuple(checkpoint.unquantized_modules),
         shards={name: header.file_size for name, header in checkpoint.shards.items()},
@@ -132,42 +132,27 @@ def _model_type(config: Mapping[str, Any]) -> str:
     return found if isinstance(found, str) else ""
 
 
-def _marlin_modules(
-    checkpoint: Checkpoint, quantization: MarlinQuantization
-) -> tuple[list[ModuleInfo], list[ModulePlan]]:
-    """Reads the modules' true sizes from the source headers that the manifest keeps."""
-    source = {name: shard.source_header for name, shard in read_manifest(checkpoint.folder).shards.items()}
-    awq = AwqQuantization(quantization.bits, quantization.group_size, quantization.zero_point, None, MANIFEST_FILENAME)
-    converted = pair_modules(source, awq, checkpoint)
-    tensors = {name: tensor for header in source.values() for name, tensor in header.tensors.items()}
-    infos, plans = [], []
-    for module in awq_modules(tensors, awq, checkpoint.shard_of).values():
-        plan = converted.get(module.name) or planned_module(module, "kept")
-        padded = (plan.padded_k, plan.padded_n) if plan.is_padded else None
-        infos.append(_module_info(module, checkpoint, "marlin" if plan.converted else "awq", padded))
-        plans.append(plan)
-    return infos, plans
+def _module_info(fate: ModulePlan, checkpoint: Checkpoint, layout: Format) -> ModuleInfo:
+    """Returns what a module is in the files.
 
-
-def _module_info(
-    module: AwqModule,
-    checkpoint: Checkpoint,
-    layout: Literal["awq", "marlin"],
-    padded: tuple[int, int] | None,
-) -> ModuleInfo:
-    quantization = checkpoint.quantization
-    reason = unaligned_reason(module.size_k, module.size_n, quantization.bits, quantization.group_size) or ""
-    if is_output_embedding(module.name):
-        reason = "output embedding, never converted"
+    Args:
+        fate: what becomes of it, or became.
+        checkpoint: where it lies.
+        layout: the format whose layout its tensors have.
+    """
+    scheme, target = checkpoint.quantization.scheme, DEFAULT_TARGET
+    reason = target.unaligned_reason(fate.size_k, fate.size_n, scheme)
+    if refusal := target.refusal(fate.name, fate.size_k, fate.size_n, scheme):
+        reason = f"{refusal}, never converted"
     return ModuleInfo(
-        name=module.name,
-        size_k=module.size_k,
-        size_n=module.size_n,
-        group_size=module.size_k if quantization.group_size == -1 else quantization.group_size,
-        layout=layout,
-        parts=module.parts,
+        name=fate.name,
+        size_k=fate.size_k,
+        size_n=fate.size_n,
+        group_size=fate.size_k if scheme.group_size == -1 else scheme.group_size,
+        layout=layout.layout_name,
+        parts=fate.parts,
         aligned=not reason,
         reason=reason,
-        padded=padded,
-        bytes=sum(checkpoint.tensors[module_name(module.name, part)].size for part in module.parts),
+        padded=(fate.padded_k, fate.padded_n) if checkpoint.is_converted and fate.is_padded else None,
+        bytes=sum(checkpoint.tensors[layout.tensor_name(fate.name, part)].size for part in fate.parts),
     )

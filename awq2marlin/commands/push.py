@@ -14,20 +14,22 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from awq2marlin.checkpoint.manifest import Manifest, read_manifest
-from awq2marlin.checkpoint.names import (
+from awq2marlin.checkpoint.config import without_quantization
+from awq2marlin.checkpoint.converted import ConvertedCheckpoint
+from awq2marlin.checkpoint.manifest import Manifest
+from awq2marlin.checkpoint.opening import Checkpoint
+from awq2marlin.errors import DifferenceError, OutputError, Problem, difference, refuse
+from awq2marlin.formats.names import (
     CARD_FILENAME,
     CONFIG_FILENAME,
     INDEX_FILENAME,
     MANIFEST_FILENAME,
     MAX_CARD_BYTES,
 )
-from awq2marlin.checkpoint.pairing import pair_modules
-from awq2marlin.checkpoint.quantization import AwqQuantization, MarlinQuantization, without_quantization
-from awq2marlin.checkpoint.source import Checkpoint, open_checkpoint
-from awq2marlin.errors import DifferenceError, OutputError, Problem, difference, refuse
 from awq2marlin.hub.identity import PushedFile, PushResult, identify
 from awq2marlin.hub.publication import DEFAULT_MESSAGE, Content, FileIdentity, Publication, PushTarget
+from awq2marlin.io.folder import Folder
+from awq2marlin.io.stream import NamedPath
 from awq2marlin.io.strict_json import parse_json
 from awq2marlin.io.workers import check_workers
 from awq2marlin.pipeline.model_card import addressed
@@ -97,10 +99,11 @@ def push_folder(
     """
     started = time.perf_counter()
     overwrite, create_pr = target.overwrite, target.create_pr
-    checkpoint, manifest = _finished_checkpoint(root)
+    converted = _finished_checkpoint(root)
+    checkpoint, manifest = converted.checkpoint, converted.manifest
     files = _contents(checkpoint, manifest, target.repo_id)
     ours = checkpoint.folder.read(MANIFEST_FILENAME)
-    publication = Publication.open(target, files, lambda manifest: manifest == ours)
+    publication = Publication.open(target, files, ours.__eq__)
     created = not publication.exists
     identities = _sound_files(manifest, files, progress)
     if not dry_run:
@@ -129,20 +132,12 @@ def push_folder(
     )
 
 
-def _finished_checkpoint(root: Path) -> tuple[Checkpoint, Manifest]:
+def _finished_checkpoint(root: Path) -> ConvertedCheckpoint:
     """Opens a folder that `convert` has finished, and checks everything that headers and configs say."""
-    checkpoint = open_checkpoint(root)
-    quantization = checkpoint.quantization
-    if not isinstance(quantization, MarlinQuantization):
-        raise refuse(
-            "not-converted", "this checkpoint is AWQ; convert it first, with 'awq2marlin convert'", file=CONFIG_FILENAME
-        )
-    manifest = read_manifest(checkpoint.folder)
-    source = {name: shard.source_header for name, shard in manifest.shards.items()}
-    awq = AwqQuantization(quantization.bits, quantization.group_size, quantization.zero_point, None, MANIFEST_FILENAME)
-    pair_modules(source, awq, checkpoint)
-    _check_config(checkpoint, manifest)
-    return checkpoint, manifest
+    otherwise = "this checkpoint is AWQ; convert it first, with 'awq2marlin convert'"
+    converted = ConvertedCheckpoint.open(Folder.at(root), otherwise)
+    _check_config(converted.checkpoint, converted.manifest)
+    return converted
 
 
 def _check_config(checkpoint: Checkpoint, manifest: Manifest) -> None:
@@ -193,20 +188,18 @@ def _sound_files(manifest: Manifest, files: Mapping[str, Content], progress: Pro
     Raises:
         DifferenceError: naming every file that is not the one that the conversion wrote.
     """
-    recorded = {name: (shard.target_size, shard.target_digest) for name, shard in manifest.shards.items()}
-    recorded |= manifest.files
+    recorded = manifest.output_files
     paths = {name: content for name, content in files.items() if isinstance(content, Path)}
     identities = {name: FileIdentity.of(content) for name, content in files.items() if isinstance(content, bytes)}
     problems: list[Problem] = []
 
     def look(name: str) -> None:
-        identity, digest = identify(paths[name], name)
+        identity, found = identify(NamedPath(paths[name], name))
         identities[name] = identity
-        if (identity.size, digest) != recorded.get(name, (identity.size, digest)):
-            size, original = recorded[name]
+        if not recorded.get(name, found).is_of(found):
             message = (
-                f"it is not the file that the conversion wrote (recorded {size} bytes, {original}; found "
-                f"{identity.size}, {digest}): it was changed or damaged since; convert again"
+                f"it is not the file that the conversion wrote (recorded {recorded[name]}; found {found}): it was "
+                "changed or damaged since; convert again"
             )
             problems.append(Problem(name, "", "wrong-digest", message))
         progress.advance(identity.size)

@@ -1,36 +1,34 @@
-"""The way back: from a converted checkpoint to the AWQ one it was made from, byte for byte.
-
-Headers come from the manifest, data from the inverse repack, side files and texts as they were. Every file
-is compared with the size and digest that the manifest recorded before it gets its name. Of a checkpoint that an
-engine saved the source's files are not known: its manifest describes an AWQ checkpoint of the same tensors.
-"""
+"""`revert`: the way back, from a converted checkpoint to the one it was made from, byte for byte."""
 
 from __future__ import annotations
 
-import hashlib
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from concurrent.futures import Executor
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
-from awq2marlin._version import __version__
-from awq2marlin.checkpoint.manifest import Manifest, ManifestShard, Restores, read_manifest
-from awq2marlin.checkpoint.names import CONFIG_FILENAME, MANIFEST_FILENAME
-from awq2marlin.checkpoint.pairing import pair_modules
-from awq2marlin.checkpoint.quantization import AwqQuantization, MarlinQuantization
-from awq2marlin.checkpoint.source import Checkpoint, open_checkpoint
-from awq2marlin.errors import difference, refuse
-from awq2marlin.hub.repository import open_source
-from awq2marlin.io.digest import Xxh3
-from awq2marlin.io.folder import Folder
-from awq2marlin.io.safetensors import Header
-from awq2marlin.io.stream import Piece, copy_pieces, rewrite_file
-from awq2marlin.io.workers import check_workers, run_side_by_side, share_workers
-from awq2marlin.layout.modules import ModulePlan, repack_of
-from awq2marlin.pipeline.arrivals import arriving
-from awq2marlin.pipeline.output import FinishedFile, OutputFolder, claim, refuse_overlap, told_as_output_error
+from awq2marlin.checkpoint.converted import ConvertedCheckpoint
+from awq2marlin.checkpoint.manifest import Restores
+from awq2marlin.errors import OutputError, Problem, printable
+from awq2marlin.formats.names import CONFIG_FILENAME
+from awq2marlin.hub.name import parse_source
+from awq2marlin.io.digest import FileDigest, digest_of, digest_of_file
+from awq2marlin.io.stream import NamedPath
+from awq2marlin.io.workers import check_workers
+from awq2marlin.pipeline.output import read_journal, refuse_overlap
+from awq2marlin.pipeline.preflight import default_output, open_source_of_run, refuse_full_disk
+from awq2marlin.pipeline.resume import trusted_shards
+from awq2marlin.pipeline.reversion import plan_reversion, recorded_files
+from awq2marlin.pipeline.run import Work, run
+from awq2marlin.pipeline.sink import open_sink
+from awq2marlin.pipeline.transfer import Transfer
 from awq2marlin.progress import Progress, Silence
+
+#: What the default name of the output ends with: never the name that the source had.
+OUTPUT_SUFFIX = "-reverted"
 
 
 @dataclass(frozen=True)
@@ -40,7 +38,7 @@ class RestoredFile:
     Attributes:
         name: relative path.
         size: bytes.
-        sha256: 64 hexadecimal digits, of what was written.
+        sha256: 64 hexadecimal digits, of what was written; empty in a dry run.
     """
 
     name: str
@@ -50,17 +48,19 @@ class RestoredFile:
 
 @dataclass(frozen=True)
 class RevertResult:
-    """What a reversion did.
+    """What a reversion did, or with ``dry_run`` would do.
 
     Attributes:
         source: the converted checkpoint's folder, or ``org/name@commit``.
         output: the AWQ checkpoint's folder.
         files: every restored file, sorted by name.
         left_behind: files of the original that the conversion had not carried over, with the reason.
-        bytes: bytes written.
+        bytes: bytes of these files.
         seconds: wall time.
         restores: ``files`` if every file is the original, byte for byte; ``tensors`` if an engine saved the
             converted checkpoint, so that the tensors are those of the original but the files are not.
+        dry_run: whether nothing was written.
+        resumed: shards that an earlier run had restored.
     """
 
     source: Path | str
@@ -70,13 +70,19 @@ class RevertResult:
     bytes: int
     seconds: float
     restores: Restores
+    dry_run: bool = False
+    resumed: tuple[str, ...] = ()
 
 
 def revert(
     converted: str | os.PathLike[str],
-    output: str | os.PathLike[str],
+    output: str | os.PathLike[str] | None = None,
     *,
     workers: int | None = None,
+    overwrite: bool = False,
+    dry_run: bool = False,
+    executor: Executor | None = None,
+    low_disk: bool = False,
     progress: Progress | None = None,
 ) -> RevertResult:
     """Gives back the AWQ checkpoint that a converted one was made from, every file byte for byte.
@@ -87,8 +93,14 @@ def revert(
     Args:
         converted: folder of the converted checkpoint, never written to; or a repository of the Hub,
             ``org/name[@revision]`` or ``hf://org/name[@revision]``, whose next shard is fetched while one is restored.
-        output: folder to write; must not exist, be empty, or hold an unfinished run of the same call.
-        workers: threads; by default as many as there are processors, at most eight.
+        output: folder to write; by default ``./<name>-reverted``.
+        workers: threads; by default as many as there are processors, at most eight. With an executor, threads
+            for one shard, by default one.
+        overwrite: replace files of an earlier reversion in ``output``: only those whose size and digest are the ones
+            that the manifest lists, and each only once its successor is complete.
+        dry_run: plan only; nothing is written.
+        executor: does the shards instead of threads of this process; see `convert`.
+        low_disk: of a repository, fetch its shards to a place of our own, and remove each as soon as it is restored.
         progress: told what is being done.
 
     Raises:
@@ -96,226 +108,77 @@ def revert(
         CheckpointError: if the folder is no sound converted checkpoint.
         HubError: if the Hub or the network refuses.
         OutputError: if the output folder is foreign, in use, full or unwritable.
+        ExecutorError: if the executor broke, or its workers do not see the same files.
     """
-    started = time.perf_counter()
-    progress, workers = progress or Silence(), check_workers(workers)
-    marlin = open_checkpoint(open_source(converted))
-    if not isinstance(marlin.quantization, MarlinQuantization):
-        raise refuse(
-            "not-converted",
-            "this checkpoint is AWQ already; there is nothing to revert",
-            file=CONFIG_FILENAME,
-        )
-    manifest = read_manifest(marlin.folder)
-    files = _carried_files(manifest, marlin)
-    texts = _checked_texts(manifest)
-    modules = _paired_modules(manifest, marlin, marlin.quantization)
-    root = Path(output)
-    refuse_overlap(marlin.folder.root, root)
-    names = [*manifest.shards, *files, *texts]
-    if manifest.restores == "tensors":
+    check_workers(workers)
+    started, progress = time.perf_counter(), progress or Silence()
+    root = Path(output) if output is not None else default_output(parse_source(converted), OUTPUT_SUFFIX)
+    folder, pinned = open_source_of_run(converted, root, overwrite=overwrite, low_disk=low_disk, progress=progress)
+    source = ConvertedCheckpoint.open(folder, "this checkpoint is AWQ already; there is nothing to revert")
+    transfer = plan_reversion(source)
+    refuse_overlap(folder.root, root)
+    restores = source.manifest.restores
+    if restores == "tensors":
         progress.note("an engine saved this checkpoint: the tensors of the original come back, not its files")
-    digest = _plan_digest(marlin.folder)
-    with told_as_output_error(root), claim(root, digest, names) as out:
-        restored = _restore_shards(marlin, manifest, modules, out, workers, progress)
-        restored += [_restore_file(name, recorded, marlin.folder, out) for name, recorded in files.items()]
-        restored += [_restore_text(name, text, out) for name, text in texts.items() if name != CONFIG_FILENAME]
-        config = texts[CONFIG_FILENAME]
-        out.commit(config)
-    restored.append(RestoredFile(CONFIG_FILENAME, len(config), hashlib.sha256(config).hexdigest()))
-    restored.sort(key=lambda file: file.name)
+    result = _planned(source, transfer, root)
+    if not dry_run:
+        owned = partial(_owned_files, root, recorded_files(source, transfer) if overwrite else None)
+        work = Work(progress, workers, executor, low_disk, with_sha256=True)
+        with open_sink(transfer, root, owned, pinned, in_place=True) as sink:
+            trusted = trusted_shards(transfer, sink, work)
+            refuse_full_disk(transfer, sink, work)
+            files = {**trusted, **run(transfer, sink, work), CONFIG_FILENAME: digest_of(transfer.config, sha256=True)}
+            sink.commit(transfer.config)
+        result = replace(result, dry_run=False, resumed=tuple(trusted), files=_restored(files))
+    return replace(result, seconds=time.perf_counter() - started)
+
+
+def _owned_files(root: Path, recorded: Mapping[str, FileDigest] | None) -> list[str] | None:
+    """Returns the files that ``--overwrite`` may replace in ``root``, or None if it is not to be touched.
+
+    A reverted folder bears no mark of ours. So a file is only replaced by one that is its equal, and whatever has the
+    name of a file that comes back and is none is refused: it may be somebody's original.
+
+    Raises:
+        OutputError: if a file has the name of one that comes back, and is another.
+    """
+    if recorded is None:
+        return None
+    unfinished = read_journal(root)
+    done = {*unfinished.finished} if unfinished else set()
+    for name, file in recorded.items():
+        path = root / name
+        if name in done or not os.path.lexists(path):
+            continue
+        if not path.is_file() or path.stat().st_size != file.size or not _is_file(path, file):
+            message = (
+                f"it holds a file {printable(name)} that is not the one that comes back, so it is not replaced; choose "
+                "another folder"
+            )
+            raise OutputError(Problem(str(root), "", "not-empty", message))
+    return [*recorded]
+
+
+def _is_file(path: Path, file: FileDigest) -> bool:
+    return file.is_of(digest_of_file(NamedPath(path.resolve(), path.name)))
+
+
+def _planned(source: ConvertedCheckpoint, transfer: Transfer, root: Path) -> RevertResult:
+    """Returns the result of a dry run: what would be given back."""
+    sizes = {shard.name: shard.target.file_size for shard in transfer.shards}
+    sizes |= {name: transfer.source.size(name) for name in transfer.carried}
+    sizes |= {name: len(data) for name, data in {**transfer.texts, CONFIG_FILENAME: transfer.config}.items()}
     return RevertResult(
-        marlin.folder.where,
+        transfer.source.where,
         root,
-        tuple(restored),
-        manifest.left_behind,
-        sum(file.size for file in restored),
-        time.perf_counter() - started,
-        manifest.restores,
+        tuple(RestoredFile(name, size, "") for name, size in sorted(sizes.items())),
+        source.manifest.left_behind,
+        sum(sizes.values()),
+        0.0,
+        source.manifest.restores,
+        dry_run=True,
     )
 
 
-def _carried_files(manifest: Manifest, marlin: Checkpoint) -> Mapping[str, tuple[int, str] | None]:
-    """Returns the side files to give back, with size and digest where they were recorded.
-
-    Missing and unsafe ones are refused here, before anything is written.
-    """
-    if manifest.restores == "tensors":
-        return dict.fromkeys(name for name in marlin.side_files if name not in manifest.texts)
-    for name in manifest.files:
-        if not marlin.folder.exists(name):
-            raise refuse(
-                "missing-file", "the manifest names this file, but it is not there; download it too", file=name
-            )
-        marlin.folder.path(name)
-    return manifest.files
-
-
-def _plan_digest(folder: Folder) -> str:
-    identity = hashlib.sha256(f"revert {__version__}\n".encode())
-    for name in (MANIFEST_FILENAME, CONFIG_FILENAME):
-        identity.update(hashlib.sha256(folder.read(name)).digest())
-    return "sha256:" + identity.hexdigest()
-
-
-def _paired_modules(manifest: Manifest, marlin: Checkpoint, quantization: MarlinQuantization) -> dict[str, ModulePlan]:
-    source = {name: shard.source_header for name, shard in manifest.shards.items()}
-    awq = AwqQuantization(quantization.bits, quantization.group_size, quantization.zero_point, None, MANIFEST_FILENAME)
-    return pair_modules(source, awq, marlin)
-
-
-@dataclass(frozen=True)
-class _RestoreTask:
-    """One shard to restore.
-
-    Attributes:
-        name: file name.
-        converted: resolved path of the converted file.
-        header: its header.
-        shard: what the manifest says of it.
-        modules: every converted module.
-        quantization: of the converted checkpoint.
-        partial: where the restored file grows.
-        workers: threads to use.
-    """
-
-    name: str
-    converted: Path
-    header: Header
-    shard: ManifestShard
-    modules: Mapping[str, ModulePlan]
-    quantization: MarlinQuantization
-    partial: Path
-    workers: int
-
-
-def _restore_shards(
-    marlin: Checkpoint,
-    manifest: Manifest,
-    modules: Mapping[str, ModulePlan],
-    out: OutputFolder,
-    workers: int,
-    progress: Progress,
-) -> list[RestoredFile]:
-    quantization, folder = marlin.quantization, marlin.folder
-    assert isinstance(quantization, MarlinQuantization)
-    restored = _trusted_shards(folder, manifest, out, progress)
-    todo = {name: marlin.shards[name] for name in manifest.shards if name not in out.finished}
-    at_once, threads = share_workers(workers, len(todo))
-
-    def task(name: str) -> _RestoreTask:
-        shard, partial = manifest.shards[name], out.partial(name)
-        return _RestoreTask(name, folder.path(name), todo[name], shard, modules, quantization, partial, threads)
-
-    def finish(done: tuple[RestoredFile, FinishedFile]) -> None:
-        file, finished = done
-        out.publish(file.name)
-        out.remember(file.name, finished)
-        restored.append(file)
-
-    files = {name: header.file_size for name, header in todo.items()}
-    fetched = 0 if folder.origin is None else sum(files.values())
-    progress.start(
-        "fetch and revert" if fetched else "revert",
-        fetched + sum(manifest.shards[name].source_header.data_size for name in todo),
-    )
-    with arriving(folder, files, progress.advance) as arrivals:
-        run_side_by_side(_restore_shard, map(task, arrivals), at_once, progress.advance, finish)
-    progress.finish()
-    return restored
-
-
-def _trusted_shards(folder: Folder, manifest: Manifest, out: OutputFolder, progress: Progress) -> list[RestoredFile]:
-    """Returns the shards that an earlier run restored, hashed again."""
-    trusted = []
-    for name, shard in manifest.shards.items():
-        sha256 = hashlib.sha256()
-        if name in out.finished and out.recheck(name, folder.path(name), progress.note, [sha256]):
-            trusted.append(RestoredFile(name, shard.source_size, sha256.hexdigest()))
-    return trusted
-
-
-def _restore_shard(task: _RestoreTask, advance: Callable[[int], None]) -> tuple[RestoredFile, FinishedFile]:
-    """Restores one shard under its partial name and compares it with what the manifest recorded."""
-    shard, sha256 = task.shard, hashlib.sha256()
-    read, made = Xxh3(task.header.prefix), Xxh3()
-    rewrite_file(
-        (task.converted, task.name),
-        task.partial,
-        _pieces(task.header, shard.source_header, task.modules, task.quantization),
-        prefix=shard.source_header.prefix,
-        source_hashes=[read],
-        target_hashes=[made, sha256],
-        workers=task.workers,
-        progress=advance,
-    )
-    if (task.header.file_size, str(read)) != (shard.target_size, shard.target_digest):
-        raise difference(
-            "wrong-digest",
-            "this converted file is not the one that the conversion wrote (recorded "
-            f"{shard.target_size} bytes, {shard.target_digest}; found {task.header.file_size}, {read}); it was "
-            "changed or damaged since: fetch it again",
-            file=task.name,
-        )
-    known = {str(made), f"sha256:{sha256.hexdigest()}"}
-    if shard.source_header.file_size != shard.source_size or not known.issuperset(shard.source_digests):
-        raise difference(
-            "wrong-digest",
-            f"the restored file is not the original: recorded {shard.source_size} bytes, "
-            f"{', '.join(shard.source_digests)}; restored {shard.source_header.file_size}, {', '.join(sorted(known))}",
-            file=task.name,
-        )
-    return (
-        RestoredFile(task.name, shard.source_size, sha256.hexdigest()),
-        FinishedFile(task.header.file_size, str(read), shard.source_size, str(made)),
-    )
-
-
-def _pieces(
-    converted: Header, source: Header, modules: Mapping[str, ModulePlan], quantization: MarlinQuantization
-) -> Iterator[Piece]:
-    for tensor in converted.by_offset:
-        read_at = converted.data_start + tensor.start
-        write_at = source.data_start + source.tensors[tensor.name].start
-        name, _, part = tensor.name.rpartition(".")
-        module = modules.get(name)
-        if module is None or part not in module.parts:
-            yield from copy_pieces(read_at, write_at, tensor.size)
-        else:
-            yield from repack_of(module, part, quantization).pieces(read_at, write_at, inverse=True)
-
-
-def _restore_file(name: str, recorded: tuple[int, str] | None, folder: Folder, out: OutputFolder) -> RestoredFile:
-    made, sha256, found = Xxh3(), hashlib.sha256(), folder.size(name)
-    rewrite_file((folder.path(name), name), out.partial(name), copy_pieces(0, 0, found), target_hashes=[made, sha256])
-    if recorded is not None and (found, str(made)) != recorded:
-        raise difference(
-            "wrong-digest",
-            f"the file is not the original: recorded {recorded[0]} bytes, {recorded[1]}; found "
-            f"{found}, {made}; it was changed since the conversion",
-            file=name,
-        )
-    out.publish(name)
-    return RestoredFile(name, found, sha256.hexdigest())
-
-
-def _checked_texts(manifest: Manifest) -> dict[str, bytes]:
-    """Returns the files that only the manifest holds, compared with their digests before the first byte is written."""
-    texts = {name: text.encode("utf-8") for name, text in manifest.texts.items()}
-    recorded = dict(manifest.text_digests)
-    if manifest.card is not None:
-        texts[manifest.card.name], recorded[manifest.card.name] = manifest.card.data, manifest.card.recorded
-    for name, data in texts.items():
-        if (len(data), str(Xxh3(data))) != recorded[name]:
-            raise difference(
-                "wrong-digest",
-                "the text that the manifest keeps is not the one it recorded; the "
-                "manifest was changed or damaged since the conversion: fetch it again",
-                file=name,
-            )
-    return texts
-
-
-def _restore_text(name: str, data: bytes, out: OutputFolder) -> RestoredFile:
-    out.write(name, data)
-    return RestoredFile(name, len(data), hashlib.sha256(data).hexdigest())
+def _restored(files: Mapping[str, FileDigest]) -> tuple[RestoredFile, ...]:
+    return tuple(RestoredFile(name, file.size, file.sha256 or "") for name, file in sorted(files.items()))

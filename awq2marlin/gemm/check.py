@@ -2,7 +2,7 @@
 
 Two checks a module. Exact: identity activations must give back the decoded source weight, bit for bit in the
 activation type. Numeric: random activations at several M, against a float64 product of the same weight. The
-weight is decoded from the AWQ tensors here, without a look at the Marlin ones.
+weight is decoded from the source's tensors here, without a look at the Marlin ones.
 """
 
 from __future__ import annotations
@@ -12,17 +12,15 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 
-from awq2marlin.checkpoint.quantization import AwqQuantization
+from awq2marlin.checkpoint.counterparts import Counterparts
 from awq2marlin.errors import difference, refuse
+from awq2marlin.formats.base import element_type
 from awq2marlin.gemm.jit import KernelUnavailableError, telling
 from awq2marlin.gemm.ops import marlin_gemm
 from awq2marlin.io.tensors import TensorFiles
-from awq2marlin.layout.marlin import num_groups
 from awq2marlin.layout.modules import ModulePlan, module_name
-from awq2marlin.layout.reference import unpack_awq
 from awq2marlin.progress import Progress
 
 #: Numbers of tokens that the numeric check runs: one, a tail, and what the larger kernels serve.
@@ -100,7 +98,7 @@ def pick_device(device: str) -> str:
 
 def check_modules(
     modules: Sequence[ModulePlan],
-    quantization: AwqQuantization,
+    counterparts: Counterparts,
     source: TensorFiles,
     output: TensorFiles,
     device: str,
@@ -110,7 +108,7 @@ def check_modules(
 
     Args:
         modules: converted ones.
-        quantization: the source's.
+        counterparts: what became of the source's modules.
         source: the AWQ tensors.
         output: the Marlin tensors.
         device: ``cuda``, ``cpu``, or ``auto``.
@@ -126,32 +124,32 @@ def check_modules(
     name = torch.cuda.get_device_name() if chosen == "cuda" else "CPU reference"
     if device == "auto":
         progress.note(f"running modules on {name}" + ("" if chosen == "cuda" else ": there is no GPU here"))
-    progress.start(f"run on {chosen}", sum(_qweight_bytes(module, source) for module in modules))
+    progress.start(f"run on {chosen}", sum(_qweight_bytes(module, counterparts, source) for module in modules))
     checks = []
     for module in modules:
         try:
             with telling(progress.note):
-                checks.append(_check_module(module, quantization, source, output, chosen))
+                checks.append(_check_module(module, counterparts, source, output, chosen))
         except KernelUnavailableError as error:
             raise refuse("no-kernel", str(error), tensor=module.name) from None
         except torch.cuda.OutOfMemoryError as error:
             message = f"{name} has not enough memory to run it: {str(error).splitlines()[0]}"
             raise refuse("out-of-memory", message, tensor=module.name) from None
-        progress.advance(_qweight_bytes(module, source))
+        progress.advance(_qweight_bytes(module, counterparts, source))
     progress.finish()
     return GemmRun(chosen, name, tuple(checks))
 
 
-def _qweight_bytes(module: ModulePlan, source: TensorFiles) -> int:
-    return source.info(module_name(module.name, "qweight")).size
+def _qweight_bytes(module: ModulePlan, counterparts: Counterparts, source: TensorFiles) -> int:
+    return source.info(counterparts.source.tensor_name(module.name, "qweight")).size
 
 
 def _check_module(
-    module: ModulePlan, quantization: AwqQuantization, source: TensorFiles, output: TensorFiles, device: str
+    module: ModulePlan, counterparts: Counterparts, source: TensorFiles, output: TensorFiles, device: str
 ) -> GemmCheck:
-    dtype = _TYPES[source.info(module_name(module.name, "scales")).dtype]
-    weight = _AwqWeight(module, quantization, source, dtype, device)
-    marlin = _MarlinModule(module, quantization, output, dtype, device)
+    dtype = _TYPES[source.info(counterparts.source.tensor_name(module.name, "scales")).dtype]
+    weight = _SourceWeight(module, counterparts, source, dtype, device)
+    marlin = _MarlinModule(module, counterparts.scheme.bits, output, dtype, device)
     _check_exact(module, weight, marlin, output)
     sizes_m = SIZES_M if device == "cuda" else SIZES_M_CPU
     errors = [_numeric_errors(size_m, weight, marlin, seed) for seed, size_m in enumerate(sizes_m)]
@@ -182,11 +180,7 @@ def _tensor(files: TensorFiles, name: str, dtype: torch.dtype, device: str) -> t
     return data.view(dtype).reshape(info.shape).to(device)
 
 
-def _unpacked(files: TensorFiles, name: str, bits: int) -> torch.Tensor:
-    return torch.from_numpy(unpack_awq(files.rows(name, 0, files.info(name).shape[0], np.uint32), bits))
-
-
-class _AwqWeight:
+class _SourceWeight:
     """The source's weight, decoded by columns: [padded K, padded N].
 
     q, z and s are zero in the padding, so the weight is too, but for padded rows of a group that begins before
@@ -194,19 +188,25 @@ class _AwqWeight:
     """
 
     def __init__(
-        self, module: ModulePlan, quantization: AwqQuantization, files: TensorFiles, dtype: torch.dtype, device: str
+        self, module: ModulePlan, counterparts: Counterparts, files: TensorFiles, dtype: torch.dtype, device: str
     ) -> None:
-        bits = quantization.bits
+        scheme = counterparts.scheme
         self.size_k, self.size_n = module.padded_k, module.padded_n
-        groups = num_groups(module.padded_k, quantization.group_size)
-        self._group_size = module.padded_k if groups == 1 else quantization.group_size
-        self._values = self._padded(_unpacked(files, module_name(module.name, "qweight"), bits), self.size_k, device)
+        groups = scheme.num_groups(module.padded_k)
+        self._group_size = module.padded_k if groups == 1 else scheme.group_size
+
+        def plain(part: str) -> torch.Tensor:
+            name = counterparts.source.tensor_name(module.name, part)
+            rows = files.rows(name, 0, files.info(name).shape[0], element_type(part))
+            values = counterparts.source.values(part, rows, module.size_k, scheme)
+            return torch.from_numpy(values if values.flags.writeable else values.copy())
+
+        self._values = self._padded(plain("qweight"), self.size_k, device)
         if "qzeros" in module.parts:
-            self._zeros = self._padded(_unpacked(files, module_name(module.name, "qzeros"), bits), groups, device)
+            self._zeros = self._padded(plain("qzeros"), groups, device)
         else:
-            self._zeros = torch.full((groups, self.size_n), 1 << (bits - 1), dtype=torch.uint8, device=device)
-        scales = _tensor(files, module_name(module.name, "scales"), dtype, "cpu")
-        self._scales = self._padded(scales, groups, device)
+            self._zeros = torch.full((groups, self.size_n), scheme.middle, dtype=torch.uint8, device=device)
+        self._scales = self._padded(plain("scales").view(dtype), groups, device)
 
     def _padded(self, tensor: torch.Tensor, rows: int, device: str) -> torch.Tensor:
         columns, missing = self.size_n - tensor.shape[1], rows - tensor.shape[0]
@@ -227,20 +227,18 @@ class _AwqWeight:
 class _MarlinModule:
     """A converted module on the device."""
 
-    def __init__(
-        self, module: ModulePlan, quantization: AwqQuantization, files: TensorFiles, dtype: torch.dtype, device: str
-    ) -> None:
+    def __init__(self, module: ModulePlan, bits: int, files: TensorFiles, dtype: torch.dtype, device: str) -> None:
         types = {"qweight": torch.int32, "qzeros": torch.int32, "scales": dtype}
         parts = {part: _tensor(files, module_name(module.name, part), types[part], device) for part in module.parts}
         self._arguments: tuple[Any, ...] = (parts["qweight"], parts["scales"], parts.get("qzeros"))
-        self._bits = quantization.bits
+        self._bits = bits
         self.dtype, self.device, self.size_k = dtype, device, module.padded_k
 
     def __call__(self, activations: torch.Tensor) -> torch.Tensor:
         return marlin_gemm(activations, *self._arguments, num_bits=self._bits)
 
 
-def _check_exact(module: ModulePlan, weight: _AwqWeight, marlin: _MarlinModule, output: TensorFiles) -> None:
+def _check_exact(module: ModulePlan, weight: _SourceWeight, marlin: _MarlinModule, output: TensorFiles) -> None:
     for begin in range(0, weight.size_k, _IDENTITY_ROWS):
         end = min(begin + _IDENTITY_ROWS, weight.size_k)
         identity = torch.zeros(end - begin, weight.size_k, dtype=marlin.dtype, device=marlin.device)
@@ -268,7 +266,7 @@ class _Errors:
     bound: float
 
 
-def _numeric_errors(size_m: int, weight: _AwqWeight, marlin: _MarlinModule, seed: int) -> _Errors:
+def _numeric_errors(size_m: int, weight: _SourceWeight, marlin: _MarlinModule, seed: int) -> _Errors:
     """Compares one product with float64, element by element, against the bound of its own element.
 
     A weight may be rounded once to the activation type before it is multiplied. The sum over K is formed in fp32

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from awq2marlin.checkpoint.names import LEGACY_CONFIG_FILENAMES
+from awq2marlin.formats.names import LEGACY_CONFIG_FILENAMES
 from awq2marlin.layout.marlin import MARLIN_SUPPORTED_GROUP_SIZES, SCALAR_TYPES
 from awq2marlin.layout.modules import is_output_embedding
 from awq2marlin.layout.packing import AWQ_SUPPORTED_BITS, pack_factor

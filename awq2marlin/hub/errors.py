@@ -75,7 +75,7 @@ _LOCAL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, er
 
 
 @contextmanager
-def told_as_hub_error(repo_id: str, revision: str | None = None) -> Iterator[None]:
+def as_hub_errors(repo_id: str, revision: str | None = None) -> Iterator[None]:
     """Turns what the client raises into a `HubError`; wrap calls of the client with it, and nothing else.
 
     Args:

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from awq2marlin.hub.publication import FileIdentity
-from awq2marlin.io.digest import xxh3_of_file
+from awq2marlin.io.digest import FileDigest, digest_of_file
+from awq2marlin.io.stream import NamedPath
 
 #: The Hub stores files up to 10 MB in git, and knows those by git's own digest.
 _MAX_GIT_FILE = 32_000_000
@@ -69,15 +70,14 @@ class PushResult:
         return sum(file.size for file in self.files if file.uploaded)
 
 
-def identify(path: Path, name: str) -> tuple[FileIdentity, str]:
-    """Returns what the Hub knows a file by, and its XXH3.
+def identify(source: NamedPath) -> tuple[FileIdentity, FileDigest]:
+    """Returns what the Hub knows a file by, and what a manifest does.
 
     Args:
-        path: resolved path.
-        name: the file's name, for messages.
+        source: where it lies, and its name for messages.
     """
-    expected = path.stat().st_size
+    expected = source.path.stat().st_size
     sha256, git = hashlib.sha256(), hashlib.sha1(b"blob %d\0" % expected, usedforsecurity=False)
     in_git = expected <= _MAX_GIT_FILE
-    size, digest = xxh3_of_file((path, name), [sha256, *([git] if in_git else [])])
-    return FileIdentity(size, sha256.hexdigest(), git.hexdigest() if in_git else None), digest
+    found = digest_of_file(source, [sha256, *([git] if in_git else [])])
+    return FileIdentity(found.size, sha256.hexdigest(), git.hexdigest() if in_git else None), found

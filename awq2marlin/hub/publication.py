@@ -21,10 +21,10 @@ from typing import TYPE_CHECKING, Any
 
 from awq2marlin._version import __version__
 from awq2marlin.checkpoint.manifest import decode_manifest
-from awq2marlin.checkpoint.names import CONFIG_FILENAME, INDEX_FILENAME, MANIFEST_FILENAME
 from awq2marlin.errors import CheckpointError, HubError, Problem, printable
-from awq2marlin.hub.errors import hub_url, told_as_hub_error
-from awq2marlin.io.folder import MAX_JSON_BYTES
+from awq2marlin.formats.names import CONFIG_FILENAME, INDEX_FILENAME, MANIFEST_FILENAME
+from awq2marlin.hub.errors import as_hub_errors, hub_url
+from awq2marlin.io.source import MAX_JSON_BYTES
 from awq2marlin.progress import Progress
 
 if TYPE_CHECKING:
@@ -370,7 +370,7 @@ class Publication:
     @contextmanager
     def _told(self) -> Iterator[None]:
         revision = None if self._revision == DEFAULT_BRANCH else self._revision
-        with told_as_hub_error(self.repo_id, revision):
+        with as_hub_errors(self.repo_id, revision):
             yield
 
 

@@ -1,4 +1,4 @@
-"""The Hub as a source: how users name a repository, and the repository as a folder whose files come when needed.
+"""The Hub as a source: a repository as a folder whose files come when they are needed.
 
 A repository is opened from its listing, its small files and the headers of its shards, a few kilobytes each, so
 the whole plan stands before the first shard comes. Its commit is fixed when it is opened. What the Hub says is
@@ -17,15 +17,17 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from awq2marlin._version import __version__
-from awq2marlin.checkpoint.names import CONFIG_FILENAME
 from awq2marlin.errors import CheckpointError, HubError, Problem, printable, refuse
-from awq2marlin.hub.errors import told_as_hub_error
+from awq2marlin.formats.names import CONFIG_FILENAME
+from awq2marlin.hub.errors import as_hub_errors
 from awq2marlin.hub.name import HubName, parse_source
-from awq2marlin.io.folder import MAX_JSON_BYTES, Folder
+from awq2marlin.io.folder import Folder, open_regular, read_header_of, read_small
 from awq2marlin.io.safetensors import LENGTH_BYTES, MAX_HEADER_BYTES, Header, read_header
+from awq2marlin.io.source import MAX_JSON_BYTES, RepoCommit, Source
+from awq2marlin.io.strict_json import parse_json
 
 #: What is asked of a shard first: nearly always the whole header.
 _HEADER_BYTES = 32_768
@@ -54,7 +56,7 @@ class RemoteFile:
 
 
 @dataclass(frozen=True)
-class HubFolder(Folder):
+class Repository:
     """A repository of the Hub at one commit, as a folder whose files come when they are opened.
 
     Files go to the client's cache and stay there; or to `place`, from where `release` removes them.
@@ -67,6 +69,7 @@ class HubFolder(Folder):
         place: a folder of our own for what is fetched; None for the client's cache.
     """
 
+    root: Path
     name: HubName
     commit: str
     files: Mapping[str, RemoteFile]
@@ -75,14 +78,14 @@ class HubFolder(Folder):
     _here: dict[str, Path] = field(default_factory=dict, compare=False, repr=False)
 
     @property
-    def where(self) -> Path | str:
+    def where(self) -> str:
         """What results and messages call it: repository and commit."""
         return f"{self.name.repo_id}@{self.commit}"
 
     @property
-    def origin(self) -> tuple[str, str] | None:
-        """Repository and commit."""
-        return self.name.repo_id, self.commit
+    def origin(self) -> RepoCommit:
+        """Repository and commit; these fix the contents of every file."""
+        return RepoCommit(self.name.repo_id, self.commit)
 
     def names(self) -> Iterator[str]:
         """Yields the name of every file, sorted; hidden ones too."""
@@ -112,8 +115,7 @@ class HubFolder(Folder):
     def read(self, name: str, limit: int = MAX_JSON_BYTES) -> bytes:
         """Returns a small file's bytes, by way of the client's cache if that is used."""
         if self.place is None:
-            self.path(name)
-            return super().read(name, limit)
+            return read_small(self.path(name), name, limit)
         size = self.size(name)
         if size > limit:
             raise refuse("too-large", f"it has {size} bytes, more than {limit}", file=name)
@@ -121,10 +123,18 @@ class HubFolder(Folder):
             self._texts[name] = self._range(name, 0, size)
         return self._texts[name]
 
+    def open(self, name: str) -> BinaryIO:
+        """Opens a file for reading, unbuffered, once it is here."""
+        return open_regular(self.path(name), name)
+
+    def read_json(self, name: str, *, constants: bool = False) -> Any:
+        """Returns the JSON document in a file; see `parse_json`."""
+        return parse_json(self.read(name), name, constants=constants)
+
     def read_header(self, name: str) -> Header:
         """Returns the checked header of a safetensors file, fetched by a range request or two."""
         if _is_offline():
-            return super().read_header(name)
+            return read_header_of(self.path(name), name)
         size = self.size(name)
         data = self._range(name, 0, min(size, _HEADER_BYTES))
         length = LENGTH_BYTES + int.from_bytes(data[:LENGTH_BYTES], "little")
@@ -161,8 +171,8 @@ class HubFolder(Folder):
         from huggingface_hub import hf_hub_download
 
         size = self.size(name)
-        told = _Told(size, advance)
-        with told_as_hub_error(self.name.repo_id, self.name.revision):
+        counter = _ByteCounter(size, advance)
+        with as_hub_errors(self.name.repo_id, self.name.revision):
             fetched = hf_hub_download(
                 self.name.repo_id,
                 name,
@@ -171,14 +181,14 @@ class HubFolder(Folder):
                 local_files_only=_is_offline(),
                 library_name="awq2marlin",
                 library_version=__version__,
-                **_told_by(hf_hub_download, told),
+                **_counted_by(hf_hub_download, counter),
             )
         path = self._here[name] = Path(fetched).resolve(strict=True)
         found = path.stat()
         if not stat.S_ISREG(found.st_mode) or found.st_size != size:
             self.release(name)
             raise refuse("truncated", _not_as_promised(path, f"{found.st_size} bytes", f"{size}"), file=name)
-        told.rest()
+        counter.rest()
         return path
 
     def disk_need(self, names: Iterable[str]) -> tuple[Path, int]:
@@ -215,7 +225,7 @@ class HubFolder(Folder):
             return b""
         url = hf_hub_url(self.name.repo_id, name, revision=self.commit)
         data = bytearray()
-        with told_as_hub_error(self.name.repo_id, self.name.revision), _answer(url, begin, end) as (status, pieces):
+        with as_hub_errors(self.name.repo_id, self.name.revision), _answer(url, begin, end) as (status, pieces):
             skip = 0 if status == 206 else begin  # a whole file where a range was asked for
             for piece in pieces:
                 data += piece
@@ -270,7 +280,7 @@ def _not_as_promised(path: Path, found: str, promised: str) -> str:
     )
 
 
-class _Told:
+class _ByteCounter:
     """Passes on how much of a file has come, never more than there is: some transfers count bytes twice."""
 
     def __init__(self, size: int, advance: Callable[[int], None]) -> None:
@@ -288,12 +298,12 @@ class _Told:
         self.update(self._left)
 
 
-def _told_by(download: Callable[..., str], told: _Told) -> dict[str, Any]:
+def _counted_by(download: Callable[..., str], counter: _ByteCounter) -> dict[str, Any]:
     """Returns the argument that lets a download tell of its bytes; clients before 1.1 draw bars of their own."""
-    return {"tqdm_class": _bar_that_tells(told)} if "tqdm_class" in inspect.signature(download).parameters else {}
+    return {"tqdm_class": _counting_bar(counter)} if "tqdm_class" in inspect.signature(download).parameters else {}
 
 
-def _bar_that_tells(told: _Told) -> type[Any]:
+def _counting_bar(counter: _ByteCounter) -> type[Any]:
     """Returns a class of progress bars that draw nothing and pass on what they are told."""
     from tqdm import tqdm
 
@@ -302,12 +312,12 @@ def _bar_that_tells(told: _Told) -> type[Any]:
             super().__init__(*args, **{**kwargs, "disable": True})
 
         def update(self, n: float | None = 1) -> None:
-            told.update(n or 0)
+            counter.update(n or 0)
 
     return Bar
 
 
-def open_source(source: str | os.PathLike[str]) -> Folder:
+def open_source(source: str | os.PathLike[str]) -> Source:
     """Opens a folder here or a repository on the Hub; see `parse_source` for how it is named.
 
     Raises:
@@ -318,7 +328,7 @@ def open_source(source: str | os.PathLike[str]) -> Folder:
     return open_hub(name) if isinstance(name, HubName) else Folder.at(name)
 
 
-def open_hub(name: HubName, *, commit: str | None = None, place: Path | None = None) -> HubFolder:
+def open_hub(name: HubName, *, commit: str | None = None, place: Path | None = None) -> Repository:
     """Opens a repository from its listing; no file is fetched.
 
     Args:
@@ -335,7 +345,7 @@ def open_hub(name: HubName, *, commit: str | None = None, place: Path | None = N
     if _is_offline():
         return _open_cached(name, commit)
     api = HfApi(library_name="awq2marlin", library_version=__version__)
-    with told_as_hub_error(name.repo_id, name.revision):
+    with as_hub_errors(name.repo_id, name.revision):
         found = api.model_info(name.repo_id, revision=commit or name.revision).sha
         if not isinstance(found, str) or not _COMMIT.fullmatch(found) or (commit and commit != found):
             raise _impossible(name, f"its commit would be {found!r}")
@@ -346,9 +356,9 @@ def open_hub(name: HubName, *, commit: str | None = None, place: Path | None = N
                 name.repo_id,
                 CONFIG_FILENAME,
                 revision=name.revision,
-                **_told_by(api.hf_hub_download, _Told(0, lambda _: None)),
+                **_counted_by(api.hf_hub_download, _ByteCounter(0, lambda _: None)),
             )
-    return HubFolder(_cached_snapshot(name.repo_id, found), name, found, files, place)
+    return Repository(_cached_snapshot(name.repo_id, found), name, found, files, place)
 
 
 def _checked_listing(name: HubName, entries: Iterable[Any]) -> dict[str, RemoteFile]:
@@ -383,7 +393,7 @@ def _cached_snapshot(repo_id: str, commit: str) -> Path:
     return hub_cache() / f"models--{repo_id.replace('/', '--')}" / "snapshots" / commit
 
 
-def _open_cached(name: HubName, commit: str | None) -> HubFolder:
+def _open_cached(name: HubName, commit: str | None) -> Repository:
     """Opens what the client's cache has of a repository, without the network."""
     from huggingface_hub import try_to_load_from_cache
 
@@ -403,7 +413,7 @@ def _open_cached(name: HubName, commit: str | None) -> HubFolder:
     files = {
         path: RemoteFile(each.stat().st_size, _sha256_of_cached(each)) for path, each in there.items() if each.is_file()
     }
-    return HubFolder(root, name, root.name, files)
+    return Repository(root, name, root.name, files)
 
 
 def _sha256_of_cached(path: Path) -> str | None:

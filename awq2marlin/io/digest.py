@@ -5,15 +5,45 @@ XXH3 keeps up with memory, so it costs nothing beside reading; it proves nothing
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Sequence
-from pathlib import Path
+from dataclasses import dataclass
 
 import xxhash
 
-from awq2marlin.io.stream import Hash, digest_file
+from awq2marlin.io.stream import Hash, NamedPath, digest_file
 
 _FORM = re.compile(r"xxh3_128:[0-9a-f]{32}|sha256:[0-9a-f]{64}")
+
+
+@dataclass(frozen=True)
+class FileDigest:
+    """What a file's contents are known by.
+
+    Attributes:
+        size: bytes.
+        xxh3: ``xxh3_128:hex``.
+        sha256: 64 hexadecimal digits, where it is known.
+    """
+
+    size: int
+    xxh3: str
+    sha256: str | None = None
+
+    @property
+    def digests(self) -> tuple[str, ...]:
+        """The digests in the manifest's form, XXH3 first."""
+        return (self.xxh3, f"sha256:{self.sha256}") if self.sha256 else (self.xxh3,)
+
+    def is_of(self, found: FileDigest) -> bool:
+        """Returns whether a file that was found is this one: no digest that both know differs."""
+        same = (self.size, self.xxh3) == (found.size, found.xxh3)
+        return same and (self.sha256 is None or found.sha256 is None or self.sha256 == found.sha256)
+
+    def __str__(self) -> str:
+        """Returns size and digests, for messages."""
+        return f"{self.size} bytes, {', '.join(self.digests)}"
 
 
 class Xxh3:
@@ -41,13 +71,23 @@ def is_digest(text: object) -> bool:
     return isinstance(text, str) and _FORM.fullmatch(text) is not None
 
 
-def xxh3_of_file(source: tuple[Path, str], also: Sequence[Hash] = ()) -> tuple[int, str]:
-    """Returns a file's length in bytes and its digest.
+def hexdigest(hash: Hash | None) -> str | None:
+    """Returns a hash's digest, or None if there is no hash."""
+    return hash.hexdigest() if hash else None
+
+
+def digest_of_file(source: NamedPath, also: Sequence[Hash] = ()) -> FileDigest:
+    """Reads a file and returns what it is known by.
 
     Args:
-        source: resolved path and the name that messages use.
+        source: where it lies, and its name for messages.
         also: further hashes that see the same bytes.
     """
     digest = Xxh3()
     size = digest_file(source, [digest, *also])
-    return size, str(digest)
+    return FileDigest(size, str(digest))
+
+
+def digest_of(data: bytes, *, sha256: bool = False) -> FileDigest:
+    """Returns what a file with these bytes is known by, with its SHA-256 if that is asked for."""
+    return FileDigest(len(data), str(Xxh3(data)), hashlib.sha256(data).hexdigest() if sha256 else None)

@@ -1,7 +1,4 @@
-"""Reading a folder that a stranger wrote: safe names, safe links, plain files only.
-
-Nothing here knows of AWQ or Marlin.
-"""
+"""Reading a folder that a stranger wrote: safe names, safe links, plain files only."""
 
 from __future__ import annotations
 
@@ -17,11 +14,8 @@ from typing import Any, BinaryIO
 
 from awq2marlin.errors import CheckpointError, printable, problem_from_os_error, refuse
 from awq2marlin.io.safetensors import Header, read_header
+from awq2marlin.io.source import MAX_JSON_BYTES, RepoCommit
 from awq2marlin.io.strict_json import parse_json
-
-#: A JSON side file (config, index, manifest) above this size is refused unread: parsed it takes many times as much
-#: memory, and the index of the largest models published, with 200,000 tensors, has 25 MB.
-MAX_JSON_BYTES = 32_000_000
 
 #: Files that the Hub's client shares among repositories lie in its cache as ``blobs/ab/ab12...``, by their digest.
 _SHARED_BLOB = re.compile(r"([0-9a-f]{2})/\1[0-9a-f]{62}")
@@ -101,8 +95,6 @@ class Folder:
     Symbolic links are followed only to regular files inside the folder or, for a snapshot of the Hub
     cache, inside that repository's ``blobs`` and those that all repositories of the cache share.
 
-    What lies elsewhere, and comes when it is needed, is a kin: see `hub.HubFolder`.
-
     Attributes:
         root: resolved path.
     """
@@ -115,8 +107,8 @@ class Folder:
         return self.root
 
     @property
-    def origin(self) -> tuple[str, str] | None:
-        """Repository and commit, if it is one of the Hub; these fix the contents of every file."""
+    def origin(self) -> RepoCommit | None:
+        """None: what lies in a folder may change."""
         return None
 
     @classmethod
@@ -230,11 +222,7 @@ class Folder:
         Raises:
             CheckpointError: as `open`, or if it is longer than ``limit`` bytes.
         """
-        with self.open(name) as stream:
-            size = os.fstat(stream.fileno()).st_size
-            if size > limit:
-                raise refuse("too-large", f"it has {size} bytes, more than {limit}", file=name)
-            return stream.read(size)
+        return read_small(self.path(name), name, limit)
 
     def read_json(self, name: str, *, constants: bool = False) -> Any:
         """Returns the JSON document in a file; see `parse_json`."""
@@ -242,8 +230,7 @@ class Folder:
 
     def read_header(self, name: str) -> Header:
         """Returns the checked header of a safetensors file."""
-        with self.open(name) as stream:
-            return read_header(stream, os.fstat(stream.fileno()).st_size, name)
+        return read_header_of(self.path(name), name)
 
     def read_headers(self, names: Iterable[str]) -> dict[str, Header]:
         """Returns the checked headers of safetensors files, by name."""
@@ -260,6 +247,30 @@ class Folder:
             relative = Path(parent).relative_to(self.root)
             for name in sorted(files + linked):
                 yield (relative / name).as_posix()
+
+
+def read_small(path: Path, name: str, limit: int) -> bytes:
+    """Returns a small file's bytes.
+
+    Args:
+        path: resolved path.
+        name: the file's name, for messages.
+        limit: bytes above which it is refused.
+
+    Raises:
+        CheckpointError: if it is longer, or cannot be read.
+    """
+    with open_regular(path, name) as stream:
+        size = os.fstat(stream.fileno()).st_size
+        if size > limit:
+            raise refuse("too-large", f"it has {size} bytes, more than {limit}", file=name)
+        return stream.read(size)
+
+
+def read_header_of(path: Path, name: str) -> Header:
+    """Returns the checked header of a safetensors file; arguments as for `read_small`."""
+    with open_regular(path, name) as stream:
+        return read_header(stream, os.fstat(stream.fileno()).st_size, name)
 
 
 def _raise(error: OSError) -> None:

@@ -9,7 +9,7 @@ Marlin.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, BinaryIO, NoReturn
@@ -234,22 +234,41 @@ def _check_coverage(header: Header, data_size: int, file: str) -> None:
         )
 
 
-def encode_header(source: Header, tensors: Mapping[str, TensorInfo]) -> Header:
-    """Returns the header of a file with the same tensors in the same order, but other shapes or offsets.
+def encode_header(source: Header, tensors: Mapping[str, Sequence[TensorInfo]]) -> Header:
+    """Returns the header of a file that is made from another one.
 
-    Everything else of the source's header stays: its metadata, the order of its keys. The JSON is compact
-    and padded with spaces, so that the data begins on a multiple of eight bytes.
+    Everything else of the source's header stays: its metadata, the order of its keys and of their entries. The JSON is
+    compact and padded with spaces, so that the data begins on a multiple of eight bytes.
 
     Args:
         source: the header to follow.
-        tensors: the new description of every tensor of ``source``, by name.
+        tensors: what stands in the place of every tensor of ``source``, by its name there: mostly one tensor, or
+            none, or several.
     """
-    document = json.loads(source.text)
-    for name, entry in document.items():
-        if name != "__metadata__":
-            tensor = tensors[name]
-            entry["shape"] = list(tensor.shape)
-            entry["data_offsets"] = [tensor.start, tensor.end]
+    document: dict[str, Any] = {}
+    for name, entry in json.loads(source.text).items():
+        if name == "__metadata__":
+            document[name] = entry
+            continue
+        for tensor in tensors[name]:
+            described = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": (tensor.start, tensor.end)}
+            document[tensor.name] = {key: described[key] for key in entry}
     text = json.dumps(document, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
     text += b" " * (-len(text) % LENGTH_BYTES)
-    return Header(text, {name: tensors[name] for name in source.tensors})
+    return Header(text, {tensor.name: tensor for name in source.tensors for tensor in tensors[name]})
+
+
+class TensorIndex:
+    """Every tensor of several files, by name; no two files share one.
+
+    Attributes:
+        headers: by file name.
+        tensors: by name.
+        shard_of: the file that holds each tensor.
+    """
+
+    def __init__(self, headers: Mapping[str, Header]) -> None:
+        """Takes the files' headers, by file name."""
+        self.headers = headers
+        self.tensors = {name: tensor for header in headers.values() for name, tensor in header.tensors.items()}
+        self.shard_of = {name: shard for shard, header in headers.items() for name in header.tensors}

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Protocol
+from typing import BinaryIO, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -28,6 +28,18 @@ PIECE_BYTES = 1 << 20
 
 #: How much is written before the disk is told to begin.
 WRITE_BACK_BYTES = 16 << 20
+
+
+class NamedPath(NamedTuple):
+    """A file to read.
+
+    Attributes:
+        path: where it really lies, links resolved.
+        name: what messages call it.
+    """
+
+    path: Path
+    name: str
 
 
 class Hash(Protocol):
@@ -98,14 +110,14 @@ class _Rewriter:
 
     def __init__(
         self,
-        source: tuple[Path, str],
+        source: NamedPath,
         target: Path,
         pieces: Iterator[Piece],
         source_hashes: Sequence[Hash],
         target_hashes: Sequence[Hash],
         progress: Callable[[int], None] | None,
     ) -> None:
-        self._source_path, self._source_name = source
+        self._source = source
         self._target_path = target
         self._pieces = enumerate(pieces)
         self._take = threading.Lock()
@@ -137,7 +149,7 @@ class _Rewriter:
         """Takes pieces until none is left; the body of every thread that entered. `finish` tells what went wrong."""
         try:
             with (
-                open_regular(self._source_path, self._source_name) as source,
+                open_regular(*self._source) as source,
                 self._target_path.open("r+b", buffering=0) as target,
             ):
                 self._work(source, target)
@@ -161,7 +173,7 @@ class _Rewriter:
         while (taken := self._next_piece()) is not None:
             index, piece = taken
             found = buffers.source(piece.read[1])
-            _read_exactly(source, piece.read[0], found, self._source_name)
+            _read_exactly(source, piece.read[0], found, self._source.name)
             made = found
             if piece.rewrite is not None:
                 made = buffers.target(piece.write[1])
@@ -235,7 +247,7 @@ def _start_writing_back(stream: BinaryIO, offset: int, length: int) -> None:
 
 
 def rewrite_file(
-    source: tuple[Path, str],
+    source: NamedPath,
     target: Path,
     pieces: Iterator[Piece],
     *,
@@ -248,7 +260,7 @@ def rewrite_file(
     """Writes ``target`` from ``source`` in one pass and makes it durable.
 
     Args:
-        source: resolved path and the name that messages use.
+        source: where it lies, and its name for messages.
         target: created or emptied; partial if anything is raised.
         pieces: in the order of both files; beyond the prefix they cover the target without holes.
         prefix: bytes the target begins with.
@@ -326,11 +338,11 @@ def help_others(progress: Callable[[int], None]) -> None:
         shared.work()
 
 
-def digest_file(source: tuple[Path, str], hashes: Sequence[Hash]) -> int:
+def digest_file(source: NamedPath, hashes: Sequence[Hash]) -> int:
     """Feeds a file to digests and returns its length in bytes.
 
     Args:
-        source: resolved path and the name that messages use.
+        source: where it lies, and its name for messages.
         hashes: see every byte, in order.
     """
     buffer = np.empty(PIECE_BYTES, np.uint8)

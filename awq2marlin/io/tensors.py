@@ -10,8 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from awq2marlin.errors import refuse
-from awq2marlin.io.folder import Folder
-from awq2marlin.io.safetensors import Header, TensorInfo
+from awq2marlin.io.safetensors import Header, TensorIndex, TensorInfo
+from awq2marlin.io.source import Source
 
 
 @dataclass(frozen=True)
@@ -20,28 +20,31 @@ class TensorFiles:
 
     Attributes:
         folder: of the checkpoint.
-        shards: headers by file name.
-        shard_of: the file of each tensor.
+        index: its headers.
     """
 
-    folder: Folder
-    shards: Mapping[str, Header]
-    shard_of: Mapping[str, str]
+    folder: Source
+    index: TensorIndex
 
     @classmethod
-    def of(cls, folder: Folder, shards: Mapping[str, Header]) -> TensorFiles:
-        """Makes it from the headers."""
-        return cls(folder, shards, {name: shard for shard, header in shards.items() for name in header.tensors})
+    def of(cls, folder: Source, headers: Mapping[str, Header]) -> TensorFiles:
+        """Makes it from the headers, by file name."""
+        return cls(folder, TensorIndex(headers))
+
+    @property
+    def shard_of(self) -> Mapping[str, str]:
+        """The file of each tensor."""
+        return self.index.shard_of
 
     def info(self, name: str) -> TensorInfo:
         """Returns a tensor's description."""
-        return self.shards[self.shard_of[name]].tensors[name]
+        return self.index.tensors[name]
 
     def read(self, name: str, begin: int, end: int) -> npt.NDArray[np.uint8]:
         """Returns bytes ``begin`` to ``end`` of a tensor's data."""
         shard = self.shard_of[name]
         with self.folder.open(shard) as stream:
-            stream.seek(self.shards[shard].data_start + self.info(name).start + begin)
+            stream.seek(self.index.headers[shard].data_start + self.info(name).start + begin)
             data = stream.read(end - begin)
         if len(data) != end - begin:
             raise refuse("truncated", "the file became shorter while it was read", file=shard, tensor=name)

@@ -1,14 +1,13 @@
-"""Quantized modules: what their tensors are called, how they are shaped, and what becomes of them."""
+"""Quantized modules: what their parts are called, how they are shaped, and what becomes of them."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
-from awq2marlin.layout.marlin import is_single_group, num_groups, qweight_shape
-from awq2marlin.layout.repack import Repack
+from awq2marlin.layout.scheme import Scheme
 
-#: The tensors that make a quantized module, by the last component of their names.
+#: The parts of a quantized module: its codes q [K, N], zero points z [G, N] and scales s [G, N]. AWQ and Marlin call
+#: the tensors that hold them so, and so does this package, whatever the format.
 QUANTIZED_PARTS = ("qweight", "qzeros", "scales")
 
 #: Last name components that mark the output embedding, which is never converted.
@@ -16,6 +15,9 @@ OUTPUT_EMBEDDING_NAMES = frozenset({"lm_head", "output", "embed_out"})
 
 #: Data types of scales that Marlin kernels take.
 SCALE_DTYPES = ("F16", "BF16")
+
+#: Bytes of one scale, fp16 or bf16.
+SCALE_BYTES = 2
 
 
 def is_output_embedding(module: str) -> bool:
@@ -28,9 +30,28 @@ def module_name(module: str, part: str) -> str:
     return f"{module}.{part}" if module else part
 
 
+def part_shape(part: str, size_k: int, size_n: int, scheme: Scheme, *, tile: int = 1) -> tuple[int, int]:
+    """Returns the shape of one tensor of a module whose rows go along K: the one place that knows.
+
+    Args:
+        part: ``qweight``, ``qzeros`` or ``scales``.
+        size_k: in features K, padding included.
+        size_n: out features N, padding included.
+        scheme: bits and group size.
+        tile: rows of K in one row of ``qweight``: 16 in Marlin layout, 1 in AWQ's.
+
+    Returns:
+        [K / tile, N * tile / f], [G, N / f] or [G, N]; f values fill a word of int32.
+    """
+    if part == "qweight":
+        return size_k // tile, size_n * tile // scheme.pack_factor
+    groups = scheme.num_groups(size_k)
+    return groups, size_n if part == "scales" else size_n // scheme.pack_factor
+
+
 @dataclass(frozen=True)
-class AwqModule:
-    """A quantized module of an AWQ checkpoint.
+class Linear:
+    """A quantized module, as the tensors of a file show it.
 
     Attributes:
         name: full name.
@@ -56,7 +77,7 @@ class ModulePlan:
         padded_k: K in the output; K unless padded.
         padded_n: N in the output; N unless padded.
         parts: which of ``qweight``, ``qzeros``, ``scales`` it has.
-        converted: whether it becomes Marlin; otherwise it is kept in AWQ layout.
+        converted: whether it takes the layout of the output's format; otherwise it is kept in AWQ layout.
         reason: why it is kept, in words; empty for a converted module.
     """
 
@@ -69,49 +90,19 @@ class ModulePlan:
     converted: bool
     reason: str = ""
 
+    @classmethod
+    def of(cls, module: Linear, reason: str = "", padded: tuple[int, int] | None = None) -> ModulePlan:
+        """Returns what becomes of a module.
+
+        Args:
+            module: as it was found.
+            reason: why it is kept; empty if it is converted.
+            padded: (K, N) in the output; None if it is not padded.
+        """
+        padded_k, padded_n = padded or (module.size_k, module.size_n)
+        return cls(module.name, module.size_k, module.size_n, padded_k, padded_n, module.parts, not reason, reason)
+
     @property
     def is_padded(self) -> bool:
         """Whether the output is larger than the source."""
         return (self.padded_k, self.padded_n) != (self.size_k, self.size_n)
-
-
-def planned_module(module: AwqModule, reason: str = "") -> ModulePlan:
-    """Returns the plan of a module that is not padded.
-
-    Args:
-        module: of an AWQ checkpoint.
-        reason: why it is kept in AWQ layout; empty if it is converted.
-    """
-    return ModulePlan(
-        module.name,
-        module.size_k,
-        module.size_n,
-        module.size_k,
-        module.size_n,
-        module.parts,
-        converted=not reason,
-        reason=reason,
-    )
-
-
-def repack_of(module: ModulePlan, part: str, quantization: Any) -> Repack:
-    """Returns how one tensor of a converted module is repacked.
-
-    Args:
-        module: the module, with its true and padded sizes.
-        part: ``qweight``, ``qzeros`` or ``scales``.
-        quantization: for bits and group size.
-    """
-    groups = num_groups(module.size_k, quantization.group_size)
-    source_rows = module.size_k if part == "qweight" else groups
-    shape = target_shape(module, part, quantization)
-    single = is_single_group(module.padded_k, quantization.group_size)
-    return Repack(part, quantization.bits, source_rows, shape[0], module.size_n, module.padded_n, single)  # type: ignore[arg-type]
-
-
-def target_shape(module: ModulePlan, part: str, quantization: Any) -> tuple[int, int]:
-    """Returns the shape of one tensor of a converted module in the output."""
-    groups = num_groups(module.padded_k, quantization.group_size)
-    if part == "qweight":
-        return qweight_shape(module.padded_k, module.padded_n, quantization.bits)
-    return (groups, module.padded_n if part == "scales" else module.padded_n * quantization.bits // 32)

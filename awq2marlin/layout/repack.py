@@ -1,140 +1,183 @@
 """Repacking one tensor, piece by piece: which bytes of the source make which bytes of the target.
 
-A tensor is cut into bands of rows that repack independently: sixteen rows of ``qweight`` make one row of
-tiles, one row of ``qzeros`` or ``scales`` makes one row. Unpadded, a piece keeps its offset and length, so
-a file can be rewritten in one pass with two small buffers.
+Between two formats stands one plain form of each part of a module, rows of K (or G) one after the other:
+
+    codes and zero points   uint32 [rows, N / f], packed in AWQ's order
+    scales                  16 bits each [rows, N]
+
+A `PartLayout` says how a tensor of a format holds such rows, and turns its bytes into them and back. AWQ's tensors hold
+them as they are. A `Repack` goes from one layout to another, by bands of rows that repack independently: sixteen rows
+of codes make one row of Marlin tiles. Unpadded, a piece keeps its length, so a file is rewritten in one pass with two
+small buffers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
-from typing import Literal
+from typing import ClassVar, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from awq2marlin.errors import refuse
 from awq2marlin.io.stream import PIECE_BYTES, Piece
 from awq2marlin.layout.machine_code import address, kernel
 from awq2marlin.layout.marlin import GPTQ_MARLIN_TILE, MARLIN_INTERLEAVE, SCALE_PERM, SCALE_PERM_SINGLE
+from awq2marlin.layout.modules import SCALE_BYTES
 from awq2marlin.layout.packing import AWQ_PACK_ORDER, inverse_order, pack_factor
 
 Bytes = npt.NDArray[np.uint8]
-
-#: Bytes of one element of ``scales``, fp16 or bf16.
-_SCALE_BYTES = 2
 
 #: What a kernel of ``qweight`` needs to stage one tile.
 _SCRATCH_BYTES = 512
 
 
-@dataclass(frozen=True)
-class Repack:
-    """How one tensor of a module becomes its Marlin counterpart. Small and picklable.
+class Rewrite(Protocol):
+    """What becomes of one tensor while a file is rewritten. Small and picklable."""
 
-    Attributes:
-        part: which tensor of the module it is.
-        num_bits: 4 or 8.
-        source_rows: rows of the source: K for ``qweight``, G for the others.
-        target_rows: rows of the target: padded K / 16 for ``qweight``, padded G for the others.
-        size_n: columns N of the source.
-        padded_n: columns of the target; N unless padded.
-        single_group: whether one group spans all of K, so that scales take the 32-wide order.
-    """
-
-    part: Literal["qweight", "qzeros", "scales"]
-    num_bits: int
-    source_rows: int
-    target_rows: int
-    size_n: int
-    padded_n: int
-    single_group: bool
-
-    @property
-    def band(self) -> int:
-        """Source rows that make one target row."""
-        return GPTQ_MARLIN_TILE if self.part == "qweight" else 1
-
-    @property
-    def source_row_bytes(self) -> int:
-        """Bytes of one row of the source."""
-        return self._row_bytes(self.size_n)
-
-    @property
-    def target_row_bytes(self) -> int:
-        """Bytes of one row of the target."""
-        return self.band * self._row_bytes(self.padded_n)
-
-    def _row_bytes(self, columns: int) -> int:
-        return columns * _SCALE_BYTES if self.part == "scales" else columns * self.num_bits // 8
-
-    def source_range(self, first: int, last: int) -> tuple[int, int]:
-        """Returns the byte range of the source that makes target rows ``first`` to ``last``."""
-        begin, end = (min(row * self.band, self.source_rows) for row in (first, last))
-        return begin * self.source_row_bytes, end * self.source_row_bytes
-
-    def pieces(self, read_at: int, write_at: int, *, inverse: bool = False) -> Iterator[Piece]:
-        """Yields the pieces of the tensor that are repacked one by one, in any order.
+    def pieces(self, read_at: int, write_at: int) -> Iterator[Piece]:
+        """Yields the pieces of the tensor, which are rewritten one by one, in any order.
 
         Args:
             read_at: where the tensor begins in the file that is read, in bytes.
             write_at: where it begins in the file that is written.
-            inverse: whether Marlin is read and AWQ written.
         """
-        rows_at_once = max(1, PIECE_BYTES // self.target_row_bytes)
-        for first in range(0, self.target_rows, rows_at_once):
-            last = min(first + rows_at_once, self.target_rows)
-            begin, end = self.source_range(first, last)
-            awq = begin, end - begin
-            marlin = first * self.target_row_bytes, (last - first) * self.target_row_bytes
-            read, write = (marlin, awq) if inverse else (awq, marlin)
-            work = self.backward if inverse else self.forward
-            yield Piece((read_at + read[0], read[1]), (write_at + write[0], write[1]), work)
 
-    def forward(self, source: Bytes, target: Bytes) -> None:
-        """Repacks a piece from AWQ to Marlin.
+
+@dataclass(frozen=True)
+class PartLayout:
+    """How one tensor holds one part of a module; this one as plain rows, which is AWQ's way.
+
+    Attributes:
+        part: ``qweight``, ``qzeros`` or ``scales``.
+        bits: bits per code, 4 or 8.
+        rows: rows of the part: K for codes, G for zero points and scales.
+        columns: N.
+    """
+
+    part: str
+    bits: int
+    rows: int
+    columns: int
+
+    #: Rows that lie together: a piece of the tensor holds whole bands of them.
+    band: ClassVar[int] = 1
+
+    #: Whether the tensor's bytes are the plain rows.
+    is_plain: ClassVar[bool] = True
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one plain row."""
+        return self.columns * SCALE_BYTES if self.part == "scales" else self.columns * self.bits // 8
+
+    @property
+    def band_bytes(self) -> int:
+        """Bytes of the tensor that hold one band."""
+        return self.band * self.row_bytes
+
+    @property
+    def size(self) -> int:
+        """Bytes of the whole tensor."""
+        return -(-self.rows // self.band) * self.band_bytes
+
+    def bands(self, first: int, last: int) -> tuple[int, int]:
+        """Returns the bands, first and past the last, that hold rows ``first`` to ``last``, as far as there are any."""
+        return min(first, self.rows) // self.band, -(-min(last, self.rows) // self.band)
+
+    def unpack(self, data: Bytes, plain: Bytes) -> None:
+        """Turns whole bands of the tensor into plain rows.
 
         Args:
-            source: uint8, contiguous, aligned to 4 bytes: whole rows, as `source_range` says.
-            target: uint8, likewise: whole target rows; written in full.
+            data: uint8, contiguous, aligned to 4 bytes: the bands.
+            plain: uint8, likewise, as long as their rows; written in full.
         """
-        if target.size != source.size or self.padded_n != self.size_n:
-            padded = np.zeros(target.size, np.uint8)
-            rows = source.size // self.source_row_bytes
-            whole = padded.reshape(-1, self._row_bytes(self.padded_n))
-            whole[:rows, : self.source_row_bytes] = source.reshape(rows, self.source_row_bytes)
-            source = padded
-        self._apply(source, target, inverse=False)
+        plain[:] = data
 
-    def backward(self, target: Bytes, source: Bytes) -> None:
-        """Undoes `forward`: Marlin bytes in ``target``, AWQ bytes to ``source``."""
-        if target.size == source.size and self.padded_n == self.size_n:
-            self._apply(target, source, inverse=True)
-            return
-        padded = np.empty(target.size, np.uint8)
-        self._apply(target, padded, inverse=True)
-        rows = source.size // self.source_row_bytes
-        whole = padded.reshape(-1, self._row_bytes(self.padded_n))
-        source.reshape(rows, self.source_row_bytes)[:] = whole[:rows, : self.source_row_bytes]
+    def pack(self, plain: Bytes, data: Bytes) -> None:
+        """Undoes `unpack`."""
+        data[:] = plain
+
+    def _check(self, plain: Bytes, data: Bytes) -> None:
+        """Refuses what is not whole bands: the kernels trust their sizes."""
+        fits = plain.size == data.size and data.size % self.band_bytes == 0 and self.columns % 64 == 0
+        if not (fits and plain.flags.c_contiguous and data.flags.c_contiguous):
+            raise ValueError(
+                f"pieces of {plain.size} and {data.size} bytes are not whole rows of {self.band_bytes} bytes"
+            )
+
+
+@dataclass(frozen=True)
+class MarlinWeight(PartLayout):
+    """Codes in Marlin's tiles of 16 rows by 64 columns; pictured in kernels/README.md."""
+
+    band: ClassVar[int] = GPTQ_MARLIN_TILE
+    is_plain: ClassVar[bool] = False
+
+    def unpack(self, data: Bytes, plain: Bytes) -> None:
+        """Turns rows of tiles into plain rows."""
+        self._apply("unpack", data, plain)
+
+    def pack(self, plain: Bytes, data: Bytes) -> None:
+        """Turns plain rows, sixteen a row of tiles, into tiles."""
+        self._apply("repack", plain, data)
+
+    def _apply(self, verb: str, source: Bytes, target: Bytes) -> None:
+        self._check(source, target)
+        scratch = np.empty(_SCRATCH_BYTES, np.uint8)
+        tile_rows, row_words = target.size // self.band_bytes, self.columns // pack_factor(self.bits)
+        name = f"{verb}_qweight_{self.bits}bit"
+        kernel(name)(address(source), address(target), address(scratch), tile_rows, row_words)
+
+
+@dataclass(frozen=True)
+class MarlinZeroPoints(PartLayout):
+    """Zero points in Marlin's order: columns permuted in blocks of 64, then interleaved in each word."""
+
+    is_plain: ClassVar[bool] = False
+
+    def unpack(self, data: Bytes, plain: Bytes) -> None:
+        """Turns permuted rows into plain ones."""
+        self._apply(data, plain, inverse=True)
+
+    def pack(self, plain: Bytes, data: Bytes) -> None:
+        """Turns plain rows into permuted ones."""
+        self._apply(plain, data, inverse=False)
 
     def _apply(self, source: Bytes, target: Bytes, *, inverse: bool) -> None:
-        sizes_fit = source.size == target.size and target.size % self.target_row_bytes == 0 and self.padded_n % 64 == 0
-        if not (sizes_fit and source.flags.c_contiguous and target.flags.c_contiguous):
-            raise ValueError(  # the kernels trust their sizes
-                f"pieces of {source.size} and {target.size} bytes are not whole rows of {self.target_row_bytes} bytes"
-            )
-        if self.part == "scales":
-            table = _scale_columns(self.single_group, inverse)
-            name, sizes = "gather_columns", (source.size // _SCALE_BYTES // table.size, table.size)
-        elif self.part == "qzeros":
-            table = _zero_point_fields(self.num_bits, inverse)
-            name, sizes = f"gather_fields_{self.num_bits}bit", (source.size * 8 // self.num_bits // table.size, 0)
-        else:
-            table = np.empty(_SCRATCH_BYTES, np.uint8)
-            name = f"{'unpack' if inverse else 'repack'}_qweight_{self.num_bits}bit"
-            sizes = (target.size // self.target_row_bytes, self.padded_n // pack_factor(self.num_bits))
-        kernel(name)(address(source), address(target), address(table), *sizes)
+        self._check(source, target)
+        table = _zero_point_fields(self.bits, inverse)
+        blocks = source.size * 8 // self.bits // table.size
+        kernel(f"gather_fields_{self.bits}bit")(address(source), address(target), address(table), blocks, 0)
+
+
+@dataclass(frozen=True)
+class MarlinScales(PartLayout):
+    """Scales in Marlin's order: columns permuted in blocks of 64, or of 32 where one group spans all of K.
+
+    Attributes:
+        single_group: whether one group does.
+    """
+
+    single_group: bool = False
+
+    is_plain: ClassVar[bool] = False
+
+    def unpack(self, data: Bytes, plain: Bytes) -> None:
+        """Turns permuted rows into plain ones."""
+        self._apply(data, plain, inverse=True)
+
+    def pack(self, plain: Bytes, data: Bytes) -> None:
+        """Turns plain rows into permuted ones."""
+        self._apply(plain, data, inverse=False)
+
+    def _apply(self, source: Bytes, target: Bytes, *, inverse: bool) -> None:
+        self._check(source, target)
+        table = _scale_columns(self.single_group, inverse)
+        blocks = source.size // SCALE_BYTES // table.size
+        kernel("gather_columns")(address(source), address(target), address(table), blocks, table.size)
 
 
 @cache
@@ -154,3 +197,132 @@ def _zero_point_fields(num_bits: int, inverse: bool) -> npt.NDArray[np.uint8]:
         column = SCALE_PERM[word * factor + MARLIN_INTERLEAVE[num_bits][field]]
         fields.append(column // factor * factor + field_of_column[column % factor])
     return np.array(inverse_order(tuple(fields)) if inverse else fields, np.uint8)
+
+
+@dataclass(frozen=True)
+class Repack:
+    """How one tensor becomes its counterpart in another layout; where that is larger, padded with zeros.
+
+    Attributes:
+        source: how the tensor that is read holds the part.
+        target: how the tensor that is written does.
+    """
+
+    source: PartLayout
+    target: PartLayout
+
+    @property
+    def inverse(self) -> Repack:
+        """The way back; padding goes."""
+        return Repack(self.target, self.source)
+
+    def pieces(self, read_at: int, write_at: int) -> Iterator[Piece]:
+        """Yields the pieces of the tensor; see `Rewrite.pieces`."""
+        step = self._rows_at_once()
+        for first in range(0, max(self.source.rows, self.target.rows), step):
+            (begin, end), (into, past) = (each.bands(first, first + step) for each in (self.source, self.target))
+            read = read_at + begin * self.source.band_bytes, (end - begin) * self.source.band_bytes
+            write = write_at + into * self.target.band_bytes, (past - into) * self.target.band_bytes
+            yield Piece(read, write, self.rewrite)
+
+    def _rows_at_once(self) -> int:
+        """Returns how many rows a piece has: whole bands of both sides, about `PIECE_BYTES`."""
+        low, high = sorted((self.source.band, self.target.band))
+        band = -(-high // low) * low
+        return band * max(1, PIECE_BYTES // (band * max(self.source.row_bytes, self.target.row_bytes)))
+
+    def rewrite(self, found: Bytes, made: Bytes) -> None:
+        """Turns bands of the source into the bands of the target that hold the same rows.
+
+        Args:
+            found: uint8, contiguous, aligned to 4 bytes: whole bands of the source.
+            made: uint8, likewise: whole bands of the target; written in full.
+        """
+        source, target = self.source, self.target
+        plain_in, plain_out = (_plain_size(each, data) for each, data in ((source, found), (target, made)))
+        is_same = plain_in == plain_out and source.columns == target.columns
+        if is_same and target.is_plain:
+            source.unpack(found, made)
+            return
+        plain = found
+        if not source.is_plain:
+            plain = np.empty(plain_in, np.uint8)
+            source.unpack(found, plain)
+        if not is_same:
+            plain = _fitted(plain, source.row_bytes, plain_out, target.row_bytes)
+        target.pack(plain, made)
+
+
+def _plain_size(layout: PartLayout, data: Bytes) -> int:
+    """Returns how many bytes of plain rows the bands in ``data`` hold."""
+    return data.size // layout.band_bytes * layout.band * layout.row_bytes
+
+
+def _fitted(plain: Bytes, row_bytes: int, size: int, target_row_bytes: int) -> Bytes:
+    """Returns plain rows in another size: cut, or filled up with zeros."""
+    rows, columns = plain.reshape(-1, row_bytes), min(row_bytes, target_row_bytes)
+    fitted = np.zeros((size // target_row_bytes, target_row_bytes), np.uint8)
+    count = min(len(rows), len(fitted))
+    fitted[:count, :columns] = rows[:count, :columns]
+    return fitted.reshape(-1)
+
+
+@dataclass(frozen=True)
+class Made:
+    """A tensor that only the target has, because it follows from its module's shape.
+
+    Attributes:
+        size: its bytes.
+        data: returns them; picklable.
+    """
+
+    size: int
+    data: Callable[[], bytes]
+
+    def pieces(self, read_at: int, write_at: int) -> Iterator[Piece]:
+        """Yields one piece that reads nothing."""
+        yield Piece((read_at, 0), (write_at, self.size), self.rewrite)
+
+    def rewrite(self, found: Bytes, made: Bytes) -> None:
+        """Writes the tensor's bytes."""
+        del found  # nothing
+        made[:] = np.frombuffer(self.data(), np.uint8)
+
+
+@dataclass(frozen=True)
+class Proven:
+    """A tensor that only the source has: proven to follow from its module's shape, so that `revert` can make it again.
+
+    Attributes:
+        file: where it lies, for messages.
+        name: full name, for messages.
+        size: its bytes.
+        data: returns the bytes that follow; picklable.
+    """
+
+    file: str
+    name: str
+    size: int
+    data: Callable[[], bytes]
+
+    def pieces(self, read_at: int, write_at: int) -> Iterator[Piece]:
+        """Yields one piece that writes nothing."""
+        yield Piece((read_at, self.size), (write_at, 0), self.rewrite)
+
+    def rewrite(self, found: Bytes, made: Bytes) -> None:
+        """Compares what was read with what follows.
+
+        Raises:
+            CheckpointError: if they differ.
+        """
+        del made  # nothing
+        expected = np.frombuffer(self.data(), np.uint8)
+        if not np.array_equal(found, expected):
+            at = int(np.argmax(found != expected)) if found.size == expected.size else min(found.size, expected.size)
+            raise refuse(
+                "contradiction",
+                f"byte {at} is not what the module's shape implies, so the conversion could not be undone; "
+                "the checkpoint is damaged or of another format",
+                file=self.file,
+                tensor=self.name,
+            )

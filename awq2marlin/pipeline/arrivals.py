@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from queue import SimpleQueue
 
-from awq2marlin.io.folder import Folder
+from awq2marlin.io.source import Source
 from awq2marlin.io.workers import StoppedError
 
 #: How long to wait for a download to stop; where the client does not notice, it dies with the process.
@@ -18,7 +18,7 @@ class Arrivals:
     """Files of a folder in the order in which they are wanted, each yielded once it is here. Made by `arriving`."""
 
     def __init__(
-        self, folder: Folder, sizes: Mapping[str, int], advance: Callable[[int], None], room: int | None
+        self, folder: Source, sizes: Mapping[str, int], advance: Callable[[int], None], room: int | None
     ) -> None:
         """Takes what `arriving` takes."""
         self._folder, self._sizes, self._advance, self._room = folder, sizes, advance, room
@@ -76,7 +76,7 @@ class Arrivals:
 
 @contextmanager
 def arriving(
-    folder: Folder, sizes: Mapping[str, int], advance: Callable[[int], None], room: int | None = None
+    folder: Source, sizes: Mapping[str, int], advance: Callable[[int], None], room: int | None = None
 ) -> Iterator[Arrivals]:
     """Fetches files ahead, one at a time, while the context lasts.
 

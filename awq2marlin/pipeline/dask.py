@@ -1,7 +1,7 @@
 """An existing Dask cluster as an executor: joined, checked early, and its ways to fail told in words.
 
 Whether workers have this package, in this version, and see the same files, is asked before any work begins.
-Workers that join later are asked by each task they get (`shard.convert_shard`).
+Workers that join later are asked by each task they get (`shard.rewrite_shard`).
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from awq2marlin._version import __version__
-from awq2marlin.checkpoint.names import CONFIG_FILENAME
 from awq2marlin.errors import CheckpointError, ExecutorError, Problem, printable
+from awq2marlin.formats.names import CONFIG_FILENAME
 from awq2marlin.hub.name import HubName
 from awq2marlin.hub.repository import hub_cache
 from awq2marlin.io.strict_json import parse_json

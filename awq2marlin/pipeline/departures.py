@@ -2,40 +2,19 @@
 
 from __future__ import annotations
 
+import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 
-from awq2marlin.checkpoint.manifest import decode_manifest
-from awq2marlin.checkpoint.names import CARD_FILENAME, CONFIG_FILENAME
-from awq2marlin.errors import CheckpointError
-from awq2marlin.hub.identity import PushedFile, identify
-from awq2marlin.hub.publication import Content, FileIdentity, Publication
+from awq2marlin.formats.names import CARD_FILENAME, CONFIG_FILENAME
+from awq2marlin.hub.identity import PushedFile, PushResult, identify
+from awq2marlin.hub.publication import DEFAULT_MESSAGE, Content, FileIdentity, Publication
+from awq2marlin.io.stream import NamedPath
 from awq2marlin.pipeline.model_card import addressed
-from awq2marlin.pipeline.output import OutputFolder
-from awq2marlin.pipeline.plan import Plan
+from awq2marlin.pipeline.output import FinishedFile, OutputFolder, PullRequest
+from awq2marlin.pipeline.transfer import ShardPlan, Transfer
 from awq2marlin.progress import Progress
-
-
-def is_conversion_of(plan: Plan, manifest: bytes) -> bool:
-    """Returns whether a manifest can be that of this very conversion, as far as headers and texts tell.
-
-    Args:
-        plan: the conversion's.
-        manifest: its bytes, from the Hub.
-    """
-    try:
-        found = decode_manifest(manifest)
-    except CheckpointError:
-        return False
-    folder = plan.checkpoint.folder
-    shards = {name: (shard.source_header.text, shard.target_size) for name, shard in found.shards.items()}
-    return (
-        (found.repo_id, found.revision) == (folder.origin or (None, None))
-        and shards == {shard.name: (shard.source.text, shard.target.file_size) for shard in plan.shards}
-        and found.texts.get(CONFIG_FILENAME, "").encode("utf-8") == folder.read(CONFIG_FILENAME)
-    )
 
 
 class Departures:
@@ -56,7 +35,7 @@ class Departures:
         """
         entry = self._out.finished[name]
         if entry.sent:
-            self.files.append(PushedFile(name, entry.target_size, entry.sent, uploaded=False))
+            self.files.append(PushedFile(name, entry.target.size, entry.sent, uploaded=False))
             return
         self.wait()
         self._under_way.append((name, self._pool.submit(self._send_shard, name)))
@@ -78,7 +57,7 @@ class Departures:
         """Lets the journal remember the pull request, once one is open."""
         publication = self._publication
         if publication.pull_request is not None:
-            self._out.note_pull_request((publication.revision, publication.pull_request))
+            self._out.note_pull_request(PullRequest(publication.revision, publication.pull_request))
 
     def send_rest(self, names: Sequence[str], config: bytes) -> None:
         """Sends all other files in one commit and ``config.json`` in the last.
@@ -97,7 +76,7 @@ class Departures:
 
     def _send_shard(self, name: str) -> PushedFile:
         path = self._out.final(name)
-        identity, _ = identify(path, name)
+        identity, _ = identify(NamedPath(path, name))
         missing = not self._publication.has(name, identity)
         if missing:
             self._publication.commit({name: path}, f"{self._message}: {name}", {name: identity})
@@ -106,7 +85,7 @@ class Departures:
 
     def _commit(self, contents: Mapping[str, Content], message: str) -> None:
         identities = {
-            name: FileIdentity.of(content) if isinstance(content, bytes) else identify(content, name)[0]
+            name: FileIdentity.of(content) if isinstance(content, bytes) else identify(NamedPath(content, name))[0]
             for name, content in contents.items()
         }
         missing = {name: each for name, each in contents.items() if not self._publication.has(name, identities[name])}
@@ -120,21 +99,82 @@ class Departures:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
 
-@contextmanager
-def departing(publication: Publication, out: OutputFolder, message: str, progress: Progress) -> Iterator[Departures]:
-    """Makes the repository ready, and sends shards while the context lasts.
+class Relay:
+    """Files are passed on to the Hub, where the checkpoint becomes whole; nothing of it stays here.
 
-    Args:
-        publication: where to; it is made if needed, and no checkpoint is loadable there from here on.
-        out: where the shards are; one that was sent is removed there.
-        message: what the commits' messages begin with.
-        progress: told of the bytes that were sent.
+    Attributes:
+        out: the folder in which files grow.
     """
-    publication.create()
-    publication.clear(f"{message}: remove the earlier one")
-    departures = Departures(publication, out, message, progress)
-    departures.note_pull_request()
-    try:
-        yield departures
-    finally:
-        departures.close()
+
+    def __init__(
+        self, out: OutputFolder, publication: Publication, message: str | None, transfer: Transfer, progress: Progress
+    ) -> None:
+        """Takes a repository that was found fit, and changes nothing there yet.
+
+        Args:
+            out: the folder in which files grow.
+            publication: where they go.
+            message: what the commits' messages begin with; None for the default.
+            transfer: what is made.
+            progress: told of the bytes that were sent.
+        """
+        self.out = out
+        self._publication, self._message, self._transfer = publication, message or DEFAULT_MESSAGE, transfer
+        self._created, self._removed = not publication.exists, publication.stale
+        self._departures = Departures(publication, out, self._message, progress)
+        self._started = time.perf_counter()
+
+    def has(self, name: str, entry: FinishedFile) -> bool:
+        """Returns whether the repository has a shard that an earlier run sent."""
+        return self._publication.has(name, FileIdentity(entry.target.size, entry.sent))
+
+    def steps(self, shards: Sequence[ShardPlan]) -> dict[str, int]:
+        """Returns what has to be sent yet."""
+        finished = self.out.finished
+        unsent = [each for each in shards if each.name not in finished or not finished[each.name].sent]
+        return {"push": sum(shard.target.file_size for shard in unsent)}
+
+    def begin(self) -> None:
+        """Makes the repository ready, so that no checkpoint is loadable there, and sends what is finished."""
+        self._publication.create()
+        self._publication.clear(f"{self._message}: remove the earlier one")
+        self._departures.note_pull_request()
+        for name in [*self.out.finished]:
+            self._departures.send(name)
+
+    def finished(self, name: str) -> None:
+        """Begins to send a shard."""
+        self._departures.send(name)
+
+    def wait(self) -> None:
+        """Waits until all shards are on the Hub."""
+        self._departures.wait()
+
+    def commit(self, config: bytes) -> None:
+        """Sends all other files, ``config.json`` last, and removes everything here."""
+        shards = {shard.name for shard in self._transfer.shards}
+        rest = [name for name in self._transfer.names if name not in shards and name != CONFIG_FILENAME]
+        self._departures.send_rest(rest, config)
+        self.out.discard()
+
+    def close(self) -> None:
+        """Sends nothing more."""
+        self._departures.close()
+
+    def result(self) -> PushResult:
+        """Returns what was sent where, once all is there."""
+        publication = self._publication
+        return PushResult(
+            source=self.out.root,
+            repo_id=publication.repo_id,
+            revision=publication.revision,
+            url=publication.url,
+            commit=publication.commits[-1] if publication.commits else None,
+            pull_request=publication.pull_request,
+            created=self._created,
+            dry_run=False,
+            files=tuple(sorted(self._departures.files, key=lambda file: file.name)),
+            removed=self._removed,
+            left_behind={},
+            seconds=time.perf_counter() - self._started,
+        )

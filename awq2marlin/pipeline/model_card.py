@@ -12,7 +12,6 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from awq2marlin._version import __version__
-from awq2marlin.checkpoint.quantization import FORMAT_VERSION
 from awq2marlin.errors import printable
 from awq2marlin.pipeline.plan import Plan
 
@@ -102,7 +101,7 @@ def _what(plan: Plan, repo_id: str | None, revision: str | None) -> str:
         f"The weights of {source} ({quantization.bits} bits, {groups}, {points}), with its quantized layers in the "
         "layout of the Marlin kernels, so that an engine need not repack them at every start. No weight was changed: "
         "the same integers, scales and zero points stand in another order. Made by "
-        f"[awq2marlin](https://pypi.org/project/awq2marlin/) {__version__}, format version {FORMAT_VERSION}.\n\n"
+        f"[awq2marlin](https://pypi.org/project/awq2marlin/) {__version__}, format version {plan.target.version}.\n\n"
     )
 
 

@@ -13,13 +13,12 @@ import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from filelock import FileLock, Timeout
 
-from awq2marlin.checkpoint.names import CONFIG_FILENAME
 from awq2marlin.errors import (
     CheckpointError,
     DifferenceError,
@@ -29,10 +28,11 @@ from awq2marlin.errors import (
     problem_from_os_error,
     refuse,
 )
-from awq2marlin.io.digest import is_digest, xxh3_of_file
+from awq2marlin.formats.names import CONFIG_FILENAME
+from awq2marlin.io.digest import FileDigest, digest_of_file, is_digest
 from awq2marlin.io.durable import sync_folder
 from awq2marlin.io.folder import check_name, hub_repository, is_safe_name
-from awq2marlin.io.stream import Hash
+from awq2marlin.io.stream import Hash, NamedPath
 from awq2marlin.io.strict_json import parse_json
 
 WORK_DIRECTORY = ".awq2marlin"
@@ -56,20 +56,64 @@ class FinishedFile:
     """A shard that is complete, as the journal remembers it.
 
     Attributes:
-        source_size: bytes of the source it was made from.
-        source_digest: digest of that source.
-        target_size: bytes of the output.
-        target_digest: digest of the output.
+        source: what the source that it was made from is known by.
+        target: what the output is known by.
         verified: which modules were compared with the source before this was written; empty if that comes later.
         sent: SHA-256 of the output, once the Hub has it and it is here no more; empty before.
     """
 
-    source_size: int
-    source_digest: str
-    target_size: int
-    target_digest: str
+    source: FileDigest
+    target: FileDigest
     verified: str = ""
     sent: str = ""
+
+    def document(self) -> dict[str, Any]:
+        """Returns the journal's entry."""
+        return {
+            "source_size": self.source.size,
+            "source_digest": self.source.xxh3,
+            "target_size": self.target.size,
+            "target_digest": self.target.xxh3,
+            "verified": self.verified,
+            "sent": self.sent,
+        }
+
+    @classmethod
+    def parse(cls, entry: Any) -> FinishedFile:
+        """Reads an entry; raises any of the errors that `read_journal` translates if it is malformed."""
+        keys = ("source_size", "source_digest", "target_size", "target_digest")
+        source_size, source_digest, target_size, target_digest = (entry[key] for key in keys)
+        verified, sent = entry.get("verified", ""), entry.get("sent", "")
+        sound = is_digest(source_digest) and is_digest(target_digest)
+        if not sound or {type(source_size), type(target_size)} != {int} or {type(verified), type(sent)} != {str}:
+            raise refuse("bad-journal", "an entry is malformed")
+        if entry.keys() - {*keys, "verified", "sent"}:
+            raise refuse("bad-journal", "an entry has a key that is not known")
+        return cls(FileDigest(source_size, source_digest), FileDigest(target_size, target_digest), verified, sent)
+
+
+class Pinned(NamedTuple):
+    """A source on the Hub, as it was when a run began.
+
+    Attributes:
+        name: as the user named it.
+        commit: the commit that the name stood for.
+    """
+
+    name: str
+    commit: str
+
+
+class PullRequest(NamedTuple):
+    """A pull request that a run opened.
+
+    Attributes:
+        revision: where commits to it go, ``refs/pr/N``.
+        url: its address.
+    """
+
+    revision: str
+    url: str
 
 
 @dataclass
@@ -81,15 +125,15 @@ class Journal:
         names: every file that the run may leave in the folder, and those of an earlier conversion that it
             replaces: all that it may remove.
         finished: the shards that are complete.
-        pinned: the source as the user named it, and the commit that it stood for when the run began; None for a folder.
-        pull_request: revision and address of the pull request that the run opened, if it did.
+        pinned: the source, if it is one of the Hub.
+        pull_request: the pull request that the run opened, if it did.
     """
 
     plan: str
     names: list[str]
     finished: dict[str, FinishedFile] = field(default_factory=dict)
-    pinned: tuple[str, str] | None = None
-    pull_request: tuple[str, str] | None = None
+    pinned: Pinned | None = None
+    pull_request: PullRequest | None = None
 
 
 def _refused(code: str, path: Path, message: str) -> OutputError:
@@ -185,7 +229,7 @@ class OutputFolder:
         _write_journal(self.work, self._journal)
         self.final(name).unlink(missing_ok=True)
 
-    def note_pull_request(self, pull_request: tuple[str, str]) -> None:
+    def note_pull_request(self, pull_request: PullRequest) -> None:
         """Writes into the journal where the run sends its files, so that a later one goes on there."""
         self._journal.pull_request = pull_request
         _write_journal(self.work, self._journal)
@@ -237,7 +281,7 @@ class OutputFolder:
             OutputError: if the source is another one now, and the run is not one that replaces what it finds.
         """
         entry = self._journal.finished[name]
-        if source is not None and xxh3_of_file((source, name)) != (entry.source_size, entry.source_digest):
+        if source is not None and digest_of_file(NamedPath(source, name)) != entry.source:
             if not self._may_replace:
                 raise _refused(
                     "other-plan",
@@ -249,8 +293,7 @@ class OutputFolder:
             self.forget(name)
             return False
         final = self.final(name)
-        found = xxh3_of_file((final.resolve(), name), also) if final.is_file() else None
-        if found == (entry.target_size, entry.target_digest):
+        if final.is_file() and digest_of_file(NamedPath(final.resolve(), name), also) == entry.target:
             return True
         note(f"{printable(name)} was finished by an earlier run but is damaged now; it is made again")
         self.forget(name)
@@ -291,7 +334,8 @@ def claim(
     names: Iterable[str],
     *,
     owned: Owned = lambda: None,
-    pinned: tuple[str, str] | None = None,
+    pinned: Pinned | None = None,
+    in_place: bool = False,
 ) -> Iterator[OutputFolder]:
     """Claims an output folder for one run, new or resumed.
 
@@ -305,6 +349,8 @@ def claim(
         owned: asked when nobody else can change the folder: with ``--overwrite``, what may be removed first: the
             files that the folder's own manifest names. None refuses a folder that is not empty or this run's own.
         pinned: what `Journal.pinned` remembers for a later run.
+        in_place: whether files that may be removed stay until others take their names: then the folder never lacks
+            what it had.
 
     Yields:
         The folder, locked until the context ends.
@@ -321,7 +367,7 @@ def claim(
     try:
         with _locked(root):
             removable = owned()
-            journal = _open_journal(root, plan, names, removable, pinned)
+            journal = _open_journal(root, plan, names, removable, pinned, in_place)
             with _journal_kept_while_needed(root, created):
                 yield OutputFolder(root, names, journal, may_replace=removable is not None)
     except BaseException:
@@ -418,7 +464,12 @@ def _refuse_foreign(root: Path, owned: Iterable[str] | None) -> None:
 
 
 def _open_journal(
-    root: Path, plan: str, names: Sequence[str], owned: Iterable[str] | None, pinned: tuple[str, str] | None
+    root: Path,
+    plan: str,
+    names: Sequence[str],
+    owned: Iterable[str] | None,
+    pinned: Pinned | None,
+    in_place: bool,
 ) -> Journal:
     """Returns the journal of this plan, found or begun, and removes what is not finished.
 
@@ -442,7 +493,8 @@ def _open_journal(
         journal = Journal(plan, sorted({*names, *ours}), pinned=pinned)
         _write_journal(root / WORK_DIRECTORY, journal)
         sync_folder(root)
-    _remove(root, {*journal.names} - {*journal.finished})
+    if not in_place:
+        _remove(root, {*journal.names} - {*journal.finished})
     return journal
 
 
@@ -480,16 +532,19 @@ def _parse_journal(document: Any) -> Journal:
     if type(document["names"]) is not list:
         raise refuse("bad-journal", "names must be a list")
     names = [check_name(name, JOURNAL_FILENAME) for name in document["names"]]
-    finished = {name: FinishedFile(**entry) for name, entry in document["finished"].items()}
-    for name, entry in finished.items():
-        sound = is_digest(entry.source_digest) and is_digest(entry.target_digest)
-        sound = sound and {type(entry.verified), type(entry.sent)} == {str}
-        if name not in names or not sound or {type(entry.source_size), type(entry.target_size)} != {int}:
-            raise refuse("bad-journal", "an entry is malformed")
+    finished = {name: FinishedFile.parse(entry) for name, entry in document["finished"].items()}
+    if not finished.keys() <= {*names}:
+        raise refuse("bad-journal", "it remembers a shard that it does not name")
     if document["version"] != _JOURNAL_VERSION or not isinstance(document["plan"], str):
         raise refuse("bad-journal", "the version is another")
     pinned, pull_request = (_two_texts(document.get(key)) for key in ("pinned", "pull_request"))
-    return Journal(document["plan"], names, finished, pinned, pull_request)
+    return Journal(
+        document["plan"],
+        names,
+        finished,
+        pinned and Pinned(*pinned),
+        pull_request and PullRequest(*pull_request),
+    )
 
 
 def _two_texts(value: Any) -> tuple[str, str] | None:
@@ -502,7 +557,7 @@ def _two_texts(value: Any) -> tuple[str, str] | None:
 
 
 def _write_journal(work: Path, journal: Journal) -> None:
-    finished = {name: asdict(entry) for name, entry in sorted(journal.finished.items())}
+    finished = {name: entry.document() for name, entry in sorted(journal.finished.items())}
     document = {
         "version": _JOURNAL_VERSION,
         "plan": journal.plan,
@@ -548,7 +603,7 @@ def _remove_leftovers(work: Path) -> None:
 
 
 @contextmanager
-def told_as_output_error(root: Path) -> Iterator[None]:
+def as_output_errors(root: Path) -> Iterator[None]:
     """Turns system errors met while writing ``root`` into words for the user."""
     try:
         yield

@@ -8,73 +8,30 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal, get_args
 
 from awq2marlin._version import __version__
-from awq2marlin.checkpoint.names import CONFIG_FILENAME, INDEX_FILENAME, MANIFEST_FILENAME
-from awq2marlin.checkpoint.quantization import (
-    AwqQuantization,
-    MarlinQuantization,
-    marlin_document,
-    without_quantization,
-)
-from awq2marlin.checkpoint.source import Checkpoint, awq_modules
-from awq2marlin.errors import CheckpointError, Problem, refuse
-from awq2marlin.io.safetensors import Header, TensorInfo, encode_header
-from awq2marlin.layout.marlin import (
-    fusion_group,
-    padded_shapes,
-    unaligned_reason,
-)
-from awq2marlin.layout.modules import (
-    AwqModule,
-    ModulePlan,
-    is_output_embedding,
-    module_name,
-    planned_module,
-    repack_of,
-    target_shape,
-)
-from awq2marlin.layout.repack import Repack
+from awq2marlin.checkpoint.config import without_quantization
+from awq2marlin.checkpoint.counterparts import Counterparts
+from awq2marlin.checkpoint.index import converted_index
+from awq2marlin.checkpoint.opening import Checkpoint
+from awq2marlin.checkpoint.source import SourceCheckpoint
+from awq2marlin.errors import CheckpointError, Problem
+from awq2marlin.formats.base import Format, Quantization
+from awq2marlin.formats.names import CARD_FILENAME, CONFIG_FILENAME, INDEX_FILENAME, MANIFEST_FILENAME
+from awq2marlin.formats.registry import DEFAULT_TARGET
+from awq2marlin.io.safetensors import Header
+from awq2marlin.io.strict_json import encode_json
+from awq2marlin.layout.marlin import fusion_group
+from awq2marlin.layout.modules import Linear, ModulePlan
+from awq2marlin.pipeline.transfer import ShardPlan, Transfer, spans_of
 
-#: What to do with modules whose shapes Marlin cannot take.
+#: What to do with modules whose shapes the target's layout cannot take.
 Unaligned = Literal["keep", "pad", "error"]
 UNALIGNED_CHOICES: tuple[Unaligned, ...] = get_args(Unaligned)
-
-
-@dataclass(frozen=True)
-class Span:
-    """A run of a shard's data and what is done with it; offsets are into the data, in bytes.
-
-    Attributes:
-        source: (start, end) in the source.
-        target: (start, end) in the target.
-        repack: how it is rewritten; None copies it.
-    """
-
-    source: tuple[int, int]
-    target: tuple[int, int]
-    repack: Repack | None
-
-
-@dataclass(frozen=True)
-class ShardPlan:
-    """How one file becomes one file. Picklable.
-
-    Attributes:
-        name: the file's name, the same in source and output.
-        source: the source's header.
-        target: the output's header.
-        spans: runs that cover the data of both, in order.
-    """
-
-    name: str
-    source: Header
-    target: Header
-    spans: tuple[Span, ...]
 
 
 @dataclass(frozen=True)
@@ -83,21 +40,34 @@ class Plan:
 
     Attributes:
         checkpoint: the source.
-        quantization: the source's quantization.
+        counterparts: what becomes of its modules.
         unaligned: the option it was made with.
-        modules: every quantized module's fate, by name.
         shards: every file's, sorted by name.
     """
 
     checkpoint: Checkpoint
-    quantization: AwqQuantization
+    counterparts: Counterparts
     unaligned: Unaligned
-    modules: Mapping[str, ModulePlan]
     shards: tuple[ShardPlan, ...]
+
+    @property
+    def quantization(self) -> Quantization:
+        """How the source is quantized."""
+        return self.checkpoint.quantization
+
+    @property
+    def target(self) -> Format:
+        """The format of the output."""
+        return self.counterparts.target
+
+    @property
+    def modules(self) -> Mapping[str, ModulePlan]:
+        """Every quantized module's fate, by name."""
+        return self.counterparts.modules
 
     @cached_property
     def converted(self) -> list[ModulePlan]:
-        """The modules that become Marlin."""
+        """The modules that take the target's layout."""
         return [module for module in self.modules.values() if module.converted]
 
     @cached_property
@@ -127,10 +97,39 @@ class Plan:
 
     def config(self) -> dict[str, Any]:
         """Returns the output's ``config.json``."""
-        padded = {module.name: (module.size_k, module.size_n) for module in self.converted if module.is_padded}
-        kept = [module.name for module in self.kept]
-        document = marlin_document(self.quantization, kept, self.checkpoint.unquantized_modules, padded)
-        return without_quantization(self.checkpoint.config, document)
+        quantization = Quantization(
+            self.counterparts.scheme,
+            self.quantization.modules_to_not_convert,
+            awq_modules=frozenset(module.name for module in self.kept),
+            unquantized_modules=frozenset(self.checkpoint.unquantized_modules),
+            padded_modules={each.name: (each.size_k, each.size_n) for each in self.converted if each.is_padded},
+        )
+        return without_quantization(self.checkpoint.config, self.target.write_config(quantization))
+
+    @cached_property
+    def rewritten_index(self) -> bytes | None:
+        """The output's index, where it is not the source's."""
+        if not self.checkpoint.has_index:
+            return None
+        target = {shard.name: shard.target for shard in self.shards}
+        document = converted_index(self.checkpoint.folder.read_json(INDEX_FILENAME), self.checkpoint.shards, target)
+        return None if document is None else encode_json(document)
+
+    @cached_property
+    def transfer(self) -> Transfer:
+        """What the conversion reads and writes."""
+        checkpoint, index = self.checkpoint, self.rewritten_index
+        same_index = [INDEX_FILENAME] if checkpoint.has_index and index is None else []
+        return Transfer(
+            "convert",
+            checkpoint.folder,
+            self.shards,
+            dict.fromkeys([*checkpoint.side_files, *same_index]),
+            {} if index is None else {INDEX_FILENAME: index},
+            (MANIFEST_FILENAME, CARD_FILENAME),
+            encode_json(self.config()),
+            self.digest,
+        )
 
     @cached_property
     def digest(self) -> str:
@@ -150,6 +149,8 @@ class Plan:
             ],
             "side_files": [(name, folder.size(name)) for name in self.checkpoint.side_files],
         }
+        if self.target is not DEFAULT_TARGET:  # version 0.1 knew no other, and its runs are gone on with
+            identity["target"] = self.target.name
         return "sha256:" + _sha256(json.dumps(identity, sort_keys=True).encode())
 
 
@@ -157,13 +158,14 @@ def _sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def plan_conversion(checkpoint: Checkpoint, unaligned: Unaligned = "keep") -> Plan:
+def plan_conversion(checkpoint: Checkpoint, unaligned: Unaligned = "keep", target: Format = DEFAULT_TARGET) -> Plan:
     """Returns the plan of a conversion.
 
     Args:
-        checkpoint: an AWQ checkpoint.
-        unaligned: what to do with modules whose shapes Marlin cannot take: ``keep`` them in AWQ layout,
+        checkpoint: the source.
+        unaligned: what to do with modules whose shapes the target's layout cannot take: ``keep`` them in AWQ layout,
             ``pad`` them with zeros, or ``error``.
+        target: the format to convert to.
 
     Raises:
         CheckpointError: if the checkpoint is already converted, its modules do not agree, or, with
@@ -173,122 +175,73 @@ def plan_conversion(checkpoint: Checkpoint, unaligned: Unaligned = "keep") -> Pl
     if unaligned not in UNALIGNED_CHOICES:
         choices = ", ".join(map(repr, UNALIGNED_CHOICES))
         raise ValueError(f"unaligned must be one of {choices}, found {unaligned!r}")
-    quantization = checkpoint.quantization
-    if isinstance(quantization, MarlinQuantization):
-        raise refuse(
-            "already-converted",
-            "this checkpoint is already Marlin-native; 'awq2marlin revert' gives the AWQ one back",
-            file=CONFIG_FILENAME,
-        )
-    if checkpoint.folder.exists(MANIFEST_FILENAME):
-        raise refuse(
-            "already-converted",
-            "an AWQ checkpoint must not hold a file of this name; remove it",
-            file=MANIFEST_FILENAME,
-        )
-    found = awq_modules(checkpoint.tensors, quantization, checkpoint.shard_of)
-    modules = plan_modules(found, checkpoint, quantization, unaligned)
+    source = SourceCheckpoint.of(checkpoint)
+    counterparts = plan_modules(source, unaligned, target)
     if unaligned == "error":
-        _refuse_unaligned(modules, checkpoint, quantization)
-    shards = tuple(_plan_shard(name, header, modules, quantization) for name, header in checkpoint.shards.items())
-    return Plan(checkpoint, quantization, unaligned, modules, shards)
+        _refuse_unaligned(counterparts, checkpoint)
+    shards = tuple(_plan_shard(name, header, counterparts) for name, header in checkpoint.shards.items())
+    return Plan(checkpoint, counterparts, unaligned, shards)
 
 
 def plan_modules(
-    found: Mapping[str, AwqModule],
-    checkpoint: Checkpoint,
-    quantization: AwqQuantization,
-    unaligned: Unaligned = "keep",
-) -> dict[str, ModulePlan]:
-    """Returns what becomes of every quantized module of an AWQ checkpoint, by name.
+    source: SourceCheckpoint, unaligned: Unaligned = "keep", target: Format = DEFAULT_TARGET
+) -> Counterparts:
+    """Returns what becomes of every quantized module of a source.
 
     Args:
-        found: its quantized modules.
-        checkpoint: the checkpoint, for what is not quantized.
-        quantization: the checkpoint's.
-        unaligned: what to do with modules whose shapes Marlin cannot take; ``error`` keeps them.
+        source: the source.
+        unaligned: what to do with modules whose shapes the target's layout cannot take; ``error`` keeps them.
+        target: the format to convert to.
     """
-    groups: dict[str, list[AwqModule]] = defaultdict(list)
-    for module in found.values():
+    checkpoint, groups = source.checkpoint, defaultdict(list)
+    for module in source.modules.values():
         groups[fusion_group(module.name)].append(module)
     in_full_precision = {fusion_group(name): name for name in reversed(checkpoint.unquantized_modules)}
-    plans = {}
-    for key, members in groups.items():
-        for planned in _plan_group(members, in_full_precision.get(key), quantization, unaligned):
-            plans[planned.name] = planned
-    return {name: plans[name] for name in found}
+    counterparts = Counterparts(checkpoint.format, target, checkpoint.quantization.scheme, {})
+    fates = {
+        fate.name: fate
+        for key, members in groups.items()
+        for fate in _plan_group(members, in_full_precision.get(key), counterparts, unaligned)
+    }
+    return replace(counterparts, modules={name: fates[name] for name in source.modules})
 
 
 def _plan_group(
-    members: list[AwqModule],
-    in_full_precision: str | None,
-    quantization: AwqQuantization,
-    unaligned: Unaligned,
-) -> list[ModulePlan]:
+    members: list[Linear], in_full_precision: str | None, counterparts: Counterparts, unaligned: Unaligned
+) -> Iterable[ModulePlan]:
     """Decides over modules that runtimes fuse: together or not at all."""
+    target, scheme = counterparts.target, counterparts.scheme
     reasons = {}
     for module in members:
-        if is_output_embedding(module.name):
-            reasons[module.name] = "output embedding"
+        misfit = target.unaligned_reason(module.size_k, module.size_n, scheme)
+        if refusal := target.refusal(module.name, module.size_k, module.size_n, scheme):
+            reasons[module.name] = refusal
         elif in_full_precision:
             reasons[module.name] = f"fused with {in_full_precision}, which is not quantized"
-        elif unaligned != "pad":
-            reason = unaligned_reason(module.size_k, module.size_n, quantization.bits, quantization.group_size)
-            if reason:
-                reasons[module.name] = f"unaligned: {reason}"
+        elif misfit and unaligned != "pad":
+            reasons[module.name] = f"unaligned: {misfit}"
     if reasons:
         blocker = next(iter(reasons))
-        return [
-            planned_module(module, reasons.get(module.name, f"fused with {blocker}, which is kept"))
-            for module in members
-        ]
+        return [ModulePlan.of(each, reasons.get(each.name, f"fused with {blocker}, which is kept")) for each in members]
     sizes = [(module.size_k, module.size_n) for module in members]
-    if any(unaligned_reason(*size, quantization.bits, quantization.group_size) for size in sizes):
-        sizes = padded_shapes(sizes, quantization.group_size)
-    return [
-        replace(planned_module(module), padded_k=size_k, padded_n=size_n)
-        for module, (size_k, size_n) in zip(members, sizes, strict=True)
-    ]
+    if any(target.unaligned_reason(*size, scheme) for size in sizes):
+        sizes = target.padded_shapes(sizes, scheme)
+    return [ModulePlan.of(module, padded=size) for module, size in zip(members, sizes, strict=True)]
 
 
-def _refuse_unaligned(modules: Mapping[str, ModulePlan], checkpoint: Checkpoint, quantization: AwqQuantization) -> None:
-    problems = []
-    for module in modules.values():
-        reason = unaligned_reason(module.size_k, module.size_n, quantization.bits, quantization.group_size)
-        if reason and not is_output_embedding(module.name):
-            shard = checkpoint.shard_of[module_name(module.name, "qweight")]
+def _refuse_unaligned(counterparts: Counterparts, checkpoint: Checkpoint) -> None:
+    target, scheme, problems = counterparts.target, counterparts.scheme, []
+    for module in counterparts.modules.values():
+        size = module.size_k, module.size_n
+        reason = target.unaligned_reason(*size, scheme)
+        if reason and not target.refusal(module.name, *size, scheme):
+            shard = checkpoint.shard_of[counterparts.source.tensor_name(module.name, "qweight")]
             message = f"unaligned: {reason}; use --unaligned keep or pad"
             problems.append(Problem(shard, module.name, "unaligned", message))
     if problems:
         raise CheckpointError(problems)
 
 
-def _plan_shard(
-    name: str, source: Header, modules: Mapping[str, ModulePlan], quantization: AwqQuantization
-) -> ShardPlan:
-    targets: dict[str, TensorInfo] = {}
-    spans: list[Span] = []
-    position = 0
-    for tensor in source.by_offset:
-        module, _, part = tensor.name.rpartition(".")
-        plan = modules.get(module)
-        repack, shape = None, tensor.shape
-        if plan is not None and plan.converted and part in plan.parts:
-            repack = repack_of(plan, part, quantization)
-            shape = target_shape(plan, part, quantization)
-        size = repack.target_rows * repack.target_row_bytes if repack else tensor.size
-        targets[tensor.name] = TensorInfo(tensor.name, tensor.dtype, shape, position, position + size)
-        spans.append(Span((tensor.start, tensor.end), (position, position + size), repack))
-        position += size
-    return ShardPlan(name, source, encode_header(source, targets), _merge_copies(spans))
-
-
-def _merge_copies(spans: list[Span]) -> tuple[Span, ...]:
-    """Joins neighbouring runs that are only copied, so that small tensors cost nothing."""
-    merged: list[Span] = []
-    for span in spans:
-        if merged and span.repack is None and merged[-1].repack is None:
-            before = merged.pop()
-            span = Span((before.source[0], span.source[1]), (before.target[0], span.target[1]), None)
-        merged.append(span)
-    return tuple(merged)
+def _plan_shard(name: str, source: Header, counterparts: Counterparts) -> ShardPlan:
+    rows = counterparts.rows(name, source)
+    return ShardPlan(name, source, counterparts.target_header(source, rows), spans_of(rows))

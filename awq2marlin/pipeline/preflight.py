@@ -1,4 +1,4 @@
-"""Where a conversion reads from and writes to: opened, looked at, and refused before any work."""
+"""Where a run reads from and writes to: opened, looked at, and refused before any work."""
 
 from __future__ import annotations
 
@@ -9,33 +9,37 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from awq2marlin.checkpoint.manifest import read_manifest
-from awq2marlin.checkpoint.names import CARD_FILENAME, CONFIG_FILENAME, INDEX_FILENAME, MANIFEST_FILENAME
-from awq2marlin.errors import HubError, OutputError, Problem
+from awq2marlin.checkpoint.manifest import decode_manifest, read_manifest
+from awq2marlin.errors import CheckpointError, HubError, OutputError, Problem
+from awq2marlin.formats.names import CONFIG_FILENAME, MANIFEST_FILENAME
+from awq2marlin.formats.registry import DEFAULT_TARGET
 from awq2marlin.hub.name import HUB_PREFIX, HubName, is_ambiguous, parse_source
 from awq2marlin.io.folder import Folder, hub_repository
-from awq2marlin.pipeline.output import FETCHED_DIRECTORY, WORK_DIRECTORY, OutputFolder, read_journal
+from awq2marlin.io.source import Source
+from awq2marlin.pipeline.output import FETCHED_DIRECTORY, WORK_DIRECTORY, Pinned, read_journal
 from awq2marlin.pipeline.plan import Plan
-from awq2marlin.pipeline.run import two_largest
+from awq2marlin.pipeline.run import Work, two_largest
+from awq2marlin.pipeline.sink import Sink
+from awq2marlin.pipeline.transfer import Transfer
 from awq2marlin.progress import Progress
 
 if TYPE_CHECKING:
     from awq2marlin.hub.publication import Publication, PushTarget
 
 
-def default_output(source: Path | HubName) -> Path:
-    """Returns ``./<name>-marlin`` for a source, a snapshot of the Hub cache by its repository's name."""
+def default_output(source: Path | HubName, suffix: str = DEFAULT_TARGET.output_suffix) -> Path:
+    """Returns ``./<name><suffix>`` for a source, a snapshot of the Hub cache by its repository's name."""
     if isinstance(source, HubName):
-        return Path(f"{source.repo_id.partition('/')[2]}-marlin")
+        return Path(source.repo_id.partition("/")[2] + suffix)
     source = Folder.at(source).root
     repository = hub_repository(source)
     name = repository.name.split("--")[-1] if repository else source.name
-    return Path(f"{name}-marlin")
+    return Path(name + suffix)
 
 
 def open_source_of_run(
     source: str | os.PathLike[str], root: Path, *, overwrite: bool, low_disk: bool, progress: Progress
-) -> tuple[Folder, tuple[str, str] | None]:
+) -> tuple[Source, Pinned | None]:
     """Opens the source; of a repository, the commit that an unfinished run in ``root`` began with.
 
     Args:
@@ -58,13 +62,14 @@ def open_source_of_run(
     place = root.absolute() / WORK_DIRECTORY / FETCHED_DIRECTORY if low_disk else None
     folder = open_hub(name, place=place)
     journal = None if overwrite else read_journal(root)
-    if journal and journal.pinned and journal.pinned != (str(name), folder.commit) and journal.pinned[0] == str(name):
+    pinned = journal.pinned if journal else None
+    if pinned and pinned.name == str(name) and pinned.commit != folder.commit:
         progress.note(
-            f"{name} has moved on to {folder.commit}; this run goes on with {journal.pinned[1]}, which it began with "
+            f"{name} has moved on to {folder.commit}; this run goes on with {pinned.commit}, which it began with "
             "(--overwrite begins anew)"
         )
-        folder = open_hub(name, commit=journal.pinned[1], place=place)
-    return folder, (str(name), folder.commit)
+        folder = open_hub(name, commit=pinned.commit, place=place)
+    return folder, Pinned(str(name), folder.commit)
 
 
 def open_target(target: PushTarget, plan: Plan, root: Path, overwrite: bool) -> Publication:
@@ -82,13 +87,12 @@ def open_target(target: PushTarget, plan: Plan, root: Path, overwrite: bool) -> 
         HubError: if it may not receive the result, or has it already.
     """
     from awq2marlin.hub.publication import Publication
-    from awq2marlin.pipeline.departures import is_conversion_of
 
     journal = read_journal(root)
     target = replace(target, overwrite=target.overwrite or overwrite)
     if target.create_pr and journal is not None and journal.pull_request is not None:
-        target = replace(target, create_pr=False, revision=journal.pull_request[0], overwrite=True)
-    publication = Publication.open(target, output_names(plan), lambda manifest: is_conversion_of(plan, manifest))
+        target = replace(target, create_pr=False, revision=journal.pull_request.revision, overwrite=True)
+    publication = Publication.open(target, plan.transfer.names, lambda manifest: _is_conversion_of(plan, manifest))
     if publication.is_loadable and journal is None and not (target.overwrite or target.create_pr):
         raise HubError(
             Problem(
@@ -101,11 +105,19 @@ def open_target(target: PushTarget, plan: Plan, root: Path, overwrite: bool) -> 
     return publication
 
 
-def output_names(plan: Plan) -> list[str]:
-    """Returns every file that a conversion leaves in its output folder."""
-    shards = [shard.name for shard in plan.shards]
-    index = [INDEX_FILENAME] if plan.checkpoint.has_index else []
-    return sorted([*shards, *plan.checkpoint.side_files, *index, CARD_FILENAME, CONFIG_FILENAME, MANIFEST_FILENAME])
+def _is_conversion_of(plan: Plan, manifest: bytes) -> bool:
+    """Returns whether a manifest, from the Hub, can be this conversion's, as far as headers and texts tell."""
+    try:
+        found = decode_manifest(manifest)
+    except CheckpointError:
+        return False
+    folder = plan.checkpoint.folder
+    shards = {name: (shard.source_header.text, shard.target.size) for name, shard in found.shards.items()}
+    return (
+        (found.repo_id, found.revision) == (folder.origin or (None, None))
+        and shards == {shard.name: (shard.source.text, shard.target.file_size) for shard in plan.shards}
+        and found.texts.get(CONFIG_FILENAME, "").encode("utf-8") == folder.read(CONFIG_FILENAME)
+    )
 
 
 def owned_files(root: Path, overwrite: bool) -> list[str] | None:
@@ -134,24 +146,24 @@ def owned_files(root: Path, overwrite: bool) -> list[str] | None:
     return [] if unfinished else None
 
 
-def refuse_full_disk(plan: Plan, out: OutputFolder, *, low_disk: bool, is_passed_on: bool) -> None:
+def refuse_full_disk(transfer: Transfer, sink: Sink, work: Work) -> None:
     """Compares what the output and what has to be fetched need with the space that their disks have.
 
     Args:
-        plan: the whole plan.
-        out: the output folder; what is finished in it needs no more.
-        low_disk: whether source shards go as soon as they are converted.
-        is_passed_on: whether finished shards go too.
+        transfer: what is read and written.
+        sink: where it goes; what is finished needs no more.
+        work: how it is done.
 
     Raises:
         OutputError: if there is not enough.
     """
-    folder, side_files = plan.checkpoint.folder, plan.checkpoint.side_files
-    todo = [shard for shard in plan.shards if shard.name not in out.finished]
+    source, out = transfer.source, sink.out
+    todo = [shard for shard in transfer.shards if shard.name not in out.finished]
     targets = [shard.target.file_size for shard in todo]
-    written = sum(map(folder.size, side_files)) + (sum(targets) if not is_passed_on else two_largest(targets))
-    place, fetched = folder.disk_need([*(shard.name for shard in todo), *side_files])
-    if low_disk:
+    stays = not sink.steps(todo)
+    written = sum(map(source.size, transfer.carried)) + (sum(targets) if stays else two_largest(targets))
+    place, fetched = source.disk_need([*(shard.name for shard in todo), *transfer.carried])
+    if work.low_disk:
         fetched = min(fetched, two_largest([shard.source.file_size for shard in todo]))
     needs: dict[int, int] = defaultdict(int)
     for path, size in ((out.root, written), (place, fetched)):
@@ -159,9 +171,10 @@ def refuse_full_disk(plan: Plan, out: OutputFolder, *, low_disk: bool, is_passed
         needs[there.stat().st_dev] += size
         free = shutil.disk_usage(there).free
         if needs[there.stat().st_dev] > free:
-            advice = ", use --low-disk" if folder.origin and not low_disk else ""
+            advice = ", use --low-disk" if source.origin and not work.low_disk else ""
+            what = "conversion" if transfer.verb == "convert" else "way back"
             message = (
-                f"the conversion needs {needs[there.stat().st_dev] / 1e9:.2f} GB, the disk has "
+                f"the {what} needs {needs[there.stat().st_dev] / 1e9:.2f} GB, the disk has "
                 f"{free / 1e9:.2f} GB free; free some space{advice} or choose another disk"
             )
             raise OutputError(Problem(str(path), "", "disk-full", message))

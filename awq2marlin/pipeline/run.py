@@ -1,27 +1,24 @@
-"""The way of the shards: fetched, converted, given their names; where disk is scarce, compared and released at once."""
+"""Running a transfer: each shard, as it arrives, is rewritten, compared, named and handed on; then all other files."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
-from awq2marlin.errors import CheckpointError, ExecutorError, Problem
-from awq2marlin.io.folder import Folder
-from awq2marlin.io.tensors import TensorFiles
+from awq2marlin.errors import CheckpointError, DifferenceError, ExecutorError, Problem, difference
+from awq2marlin.io.digest import FileDigest, Xxh3, digest_of, hexdigest
+from awq2marlin.io.source import Source
+from awq2marlin.io.stream import NamedPath, copy_pieces, rewrite_file
 from awq2marlin.io.workers import check_workers, run_on_executor, run_side_by_side, share_workers
-from awq2marlin.layout.modules import ModulePlan, module_name
 from awq2marlin.pipeline.arrivals import arriving
 from awq2marlin.pipeline.output import FinishedFile, OutputFolder
-from awq2marlin.pipeline.plan import Plan, ShardPlan
-from awq2marlin.pipeline.shard import ShardResult, ShardTask, convert_shard
-from awq2marlin.progress import Progress, Silence
-from awq2marlin.verification.sampling import Layers, sample_modules
-
-if TYPE_CHECKING:
-    from awq2marlin.pipeline.departures import Departures
+from awq2marlin.pipeline.shard import ShardResult, ShardTask, rewrite_shard
+from awq2marlin.pipeline.sink import Sink
+from awq2marlin.pipeline.transfer import ShardPlan, Transfer
+from awq2marlin.progress import Progress
 
 #: How many shards an executor is given at once; its workers should never wait for the next.
 MAX_IN_FLIGHT = 64
@@ -29,33 +26,25 @@ MAX_IN_FLIGHT = 64
 
 @dataclass(frozen=True)
 class Work:
-    """How a conversion is done; nothing here changes a byte of the output.
+    """How a transfer is done; nothing here changes a byte of the output.
 
     Attributes:
+        progress: told what is being done.
         workers: threads, of this process or for one shard of an executor; None for the default.
         executor: does the shards instead of threads of this process.
-        verify: how many converted modules to compare with the source.
-        compares_early: whether each shard is compared with its source as soon as it is converted, while the next is
-            fetched; otherwise all are in the end.
-        low_disk: whether each source shard is released after that.
-        progress: told what is being done.
+        low_disk: whether each source shard is released as soon as its output is finished.
+        with_sha256: whether the SHA-256 of every file is asked for.
+        compare: called with each shard once it has its name, before the journal remembers it; raises if it differs.
+        check: what the journal notes of that comparison; empty without one.
     """
 
-    workers: int | None
-    executor: Executor | None
-    verify: Layers
-    compares_early: bool
-    low_disk: bool
     progress: Progress
-
-    def chosen(self, plan: Plan) -> list[ModulePlan]:
-        """Returns the modules that are compared."""
-        return sample_modules(plan.converted, self.verify) if self.verify else []
-
-    @property
-    def early_check(self) -> str:
-        """What the journal notes of the comparison where it comes before; empty where it comes at the end."""
-        return f"verify {self.verify}" if self.compares_early else ""
+    workers: int | None = None
+    executor: Executor | None = None
+    low_disk: bool = False
+    with_sha256: bool = False
+    compare: Callable[[ShardPlan], None] | None = None
+    check: str = ""
 
 
 def two_largest(sizes: Sequence[int]) -> int:
@@ -63,84 +52,128 @@ def two_largest(sizes: Sequence[int]) -> int:
     return sum(sorted(sizes)[-2:])
 
 
-def convert_shards(plan: Plan, out: OutputFolder, work: Work, departures: Departures | None = None) -> None:
-    """Converts the shards that are not finished, each as it arrives.
+def run(transfer: Transfer, sink: Sink, work: Work) -> dict[str, FileDigest]:
+    """Makes every file of a transfer but those that come later; what is finished already is not made again.
 
     Args:
-        plan: the whole plan.
-        out: where they go.
+        transfer: what to read and write.
+        sink: where finished shards go.
         work: how.
-        departures: sends every finished shard on, those of earlier runs too.
+
+    Returns:
+        What each file that was made is known by.
 
     Raises:
-        DifferenceError: if a comparison finds a difference.
+        DifferenceError: if a comparison finds a difference, or a file is not what was recorded.
         Awq2MarlinError: whatever else stops it; what is finished stays.
     """
-    folder, progress = plan.checkpoint.folder, work.progress
-    todo = {shard.name: shard for shard in plan.shards if shard.name not in out.finished}
-    files = {name: shard.source.file_size for name, shard in todo.items()}
-    chosen = work.chosen(plan) if work.compares_early else []
+    made = _move_shards(transfer, sink, work)
+    for name, expected in transfer.carried.items():
+        made[name] = _carry(name, expected, transfer.source, sink.out, work)
+    for name, data in transfer.texts.items():
+        sink.out.write(name, data)
+        made[name] = digest_of(data, sha256=work.with_sha256)
+    return made
+
+
+def _move_shards(transfer: Transfer, sink: Sink, work: Work) -> dict[str, FileDigest]:
+    source, out, progress = transfer.source, sink.out, work.progress
+    todo = {shard.name: shard for shard in transfer.shards if shard.name not in out.finished}
+    sizes = {name: shard.source.file_size for name, shard in todo.items()}
+    made: dict[str, FileDigest] = {}
 
     def finish(done: ShardResult) -> None:
+        _refuse_unexpected(done, transfer)
         _publish(done, out)
         if work.executor is not None:  # from elsewhere, nothing is heard until a shard is done
             progress.advance(todo[done.name].source.data_size)
-        if work.compares_early:
-            _compare(plan, todo[done.name], chosen, out, check_workers(work.workers))
+        if work.compare is not None:
+            with distrusted_after_a_difference(out):
+                work.compare(todo[done.name])
         out.remember(done.name, _journal_entry(done, work))
         if work.low_disk:
             arrivals.release(done.name)
-        if departures is not None:
-            departures.send(done.name)
+        made[done.name] = done.target
+        sink.finished(done.name)
 
-    _announce(plan, out, todo, progress, departures is not None)
-    if departures is not None:
-        for name in out.finished:
-            departures.send(name)
-    room = two_largest([*files.values()]) if work.low_disk else None
-    with arriving(folder, files, progress.advance, room) as arrivals:
-        if work.executor is None:
-            at_once, threads = share_workers(check_workers(work.workers), 1 if work.low_disk else len(todo))
-        else:
-            at_once, threads = MAX_IN_FLIGHT, check_workers(work.workers or 1)
+    _announce(transfer, todo, sink, progress)
+    sink.begin()
+    room = two_largest([*sizes.values()]) if work.low_disk else None
+    with arriving(source, sizes, progress.advance, room) as arrivals:
+        at_once, threads = _share(work, len(todo))
         tasks = (
-            ShardTask(todo[name], folder.path(name), out.partial(name), threads, folder.sha256(name))
+            ShardTask(todo[name], source.path(name), out.partial(name), threads, source.sha256(name), work.with_sha256)
             for name in arrivals
         )
-        with _released_if_spoilt(folder):
+        with _released_if_spoilt(source):
             if work.executor is None:
-                run_side_by_side(convert_shard, tasks, at_once, progress.advance, finish)
+                run_side_by_side(rewrite_shard, tasks, at_once, progress.advance, finish)
             else:
-                run_on_executor(work.executor, convert_shard, tasks, at_once, finish)
-    if departures is not None:
-        departures.wait()
+                run_on_executor(work.executor, rewrite_shard, tasks, at_once, finish)
+    sink.wait()
     progress.finish()
+    return made
 
 
-def _announce(plan: Plan, out: OutputFolder, todo: Mapping[str, ShardPlan], progress: Progress, are_sent: bool) -> None:
-    """Tells what begins: one stage, in which all bytes are counted that are fetched, converted and sent."""
-    steps = {"convert": sum(shard.source.data_size for shard in todo.values())}
-    if plan.checkpoint.folder.origin is not None:
+def _share(work: Work, shards: int) -> tuple[int, int]:
+    """Returns how many shards are worked on at once, and with how many threads each."""
+    if work.executor is not None:
+        return MAX_IN_FLIGHT, check_workers(work.workers or 1)
+    return share_workers(check_workers(work.workers), 1 if work.low_disk else shards)
+
+
+def _announce(transfer: Transfer, todo: Mapping[str, ShardPlan], sink: Sink, progress: Progress) -> None:
+    """Tells what begins: one stage, in which all bytes are counted that are fetched, rewritten and sent."""
+    steps: dict[str, int] = {transfer.verb: sum(shard.source.data_size for shard in todo.values())}
+    if transfer.source.origin is not None:
         steps = {"fetch": sum(shard.source.file_size for shard in todo.values())} | steps
-    if are_sent:
-        unsent = [shard for shard in plan.shards if shard.name in todo or not out.finished[shard.name].sent]
-        steps["push"] = sum(shard.target.file_size for shard in unsent)
+    steps |= sink.steps(transfer.shards)
     progress.start(" and ".join(steps), sum(steps.values()))
 
 
 @contextmanager
-def _released_if_spoilt(folder: Folder) -> Iterator[None]:
+def _released_if_spoilt(source: Source) -> Iterator[None]:
     """Removes a file that was fetched to a place of our own and is not what was promised: a rerun fetches it anew."""
     try:
         yield
     except CheckpointError as error:
         for problem in error.problems:
-            folder.release(problem.file)
+            source.release(problem.file)
         raise
 
 
+@contextmanager
+def distrusted_after_a_difference(out: OutputFolder) -> Iterator[None]:
+    """Forgets all shards if a comparison of one with its source fails in the context."""
+    try:
+        yield
+    except DifferenceError:
+        out.forget_all()
+        raise
+
+
+def _refuse_unexpected(done: ShardResult, transfer: Transfer) -> None:
+    """Compares a shard with what was recorded of it, on both sides, before it gets its name."""
+    expected = transfer.expected.get(done.name)
+    if expected is None:
+        return
+    if not expected.source.is_of(done.source):
+        raise difference(
+            "wrong-digest",
+            f"this converted file is not the one that the conversion wrote (recorded {expected.source}; found "
+            f"{done.source}); it was changed or damaged since: fetch it again",
+            file=done.name,
+        )
+    if expected.target is not None and not expected.target.is_of(done.target):
+        raise difference(
+            "wrong-digest",
+            f"the restored file is not the original: recorded {expected.target}; restored {done.target}",
+            file=done.name,
+        )
+
+
 def _publish(done: ShardResult, out: OutputFolder) -> None:
-    """Gives a converted shard its name, unless a worker of an executor wrote it where this process cannot see it."""
+    """Gives a rewritten shard its name, unless a worker of an executor wrote it where this process cannot see it."""
     if not done.partial.is_file():
         raise ExecutorError(
             Problem(
@@ -155,19 +188,22 @@ def _publish(done: ShardResult, out: OutputFolder) -> None:
 
 
 def _journal_entry(done: ShardResult, work: Work) -> FinishedFile:
-    return FinishedFile(done.source_size, done.source_digest, done.target_size, done.target_digest, work.early_check)
+    source, target = (FileDigest(file.size, file.xxh3) for file in (done.source, done.target))
+    return FinishedFile(source, target, work.check)
 
 
-def _compare(plan: Plan, shard: ShardPlan, chosen: Sequence[ModulePlan], out: OutputFolder, workers: int) -> None:
-    """Compares those tensors of the chosen modules that lie in a shard, before its source goes."""
-    from awq2marlin.verification.compare import verify_modules
-
-    source = TensorFiles.of(plan.checkpoint.folder, {shard.name: shard.source})
-    folder = Folder.at(out.root)
-    output = TensorFiles.of(folder, {shard.name: folder.read_header(shard.name)})
-    here = [
-        replace(module, parts=tuple(part for part in module.parts if module_name(module.name, part) in source.shard_of))
-        for module in chosen
-    ]
-    with out.distrusted_after_a_difference():
-        verify_modules(here, plan.quantization, source, output, workers=workers, progress=Silence())
+def _carry(name: str, expected: FileDigest | None, source: Source, out: OutputFolder, work: Work) -> FileDigest:
+    """Copies a file that belongs to the checkpoint unchanged."""
+    xxh3, sha256, size = Xxh3(), hashlib.sha256() if work.with_sha256 else None, source.size(name)
+    hashes = [each for each in (xxh3, sha256) if each]
+    rewrite_file(NamedPath(source.path(name), name), out.partial(name), copy_pieces(0, 0, size), target_hashes=hashes)
+    found = FileDigest(size, str(xxh3), hexdigest(sha256))
+    if expected is not None and not expected.is_of(found):
+        raise difference(
+            "wrong-digest",
+            f"the file is not the original: recorded {expected}; found {found}; it was changed since the conversion",
+            file=name,
+        )
+    out.publish(name)
+    source.release(name)
+    return found

@@ -12,15 +12,15 @@ from pathlib import Path
 
 from awq2marlin._version import __version__
 from awq2marlin.errors import ExecutorError, Problem, refuse
-from awq2marlin.io.digest import Xxh3
+from awq2marlin.io.digest import FileDigest, Xxh3, hexdigest
 from awq2marlin.io.folder import open_regular
-from awq2marlin.io.stream import Piece, copy_pieces, rewrite_file
-from awq2marlin.pipeline.plan import ShardPlan
+from awq2marlin.io.stream import NamedPath, Piece, copy_pieces, rewrite_file
+from awq2marlin.pipeline.transfer import ShardPlan
 
 
 @dataclass(frozen=True)
 class ShardTask:
-    """One shard to convert.
+    """One shard to rewrite.
 
     Attributes:
         plan: what becomes of its bytes.
@@ -28,6 +28,7 @@ class ShardTask:
         partial: where the output grows; every attempt adds letters of its own, so that two never write one file.
         workers: threads to use.
         sha256: what the source's has to be, 64 hexadecimal digits; None if that is not known.
+        with_sha256: whether the output's SHA-256 is asked for.
         version: of this package; whoever does the task must have the same.
         number: a random one, so that an executor that keeps results (Dask does) never takes this task for an equal
             one of another run.
@@ -38,6 +39,7 @@ class ShardTask:
     partial: Path
     workers: int
     sha256: str | None = None
+    with_sha256: bool = False
     version: str = __version__
     number: int = field(default_factory=lambda: secrets.randbits(64))
 
@@ -49,22 +51,18 @@ class ShardResult:
     Attributes:
         name: file name.
         partial: where the output is.
-        source_size: bytes of the source.
-        source_digest: ``xxh3_128:hex`` of the source as it was read.
-        target_size: bytes of the output.
-        target_digest: ``xxh3_128:hex`` of the output as it was written.
+        source: what the source is known by, as it was read.
+        target: what the output is known by, as it was written.
     """
 
     name: str
     partial: Path
-    source_size: int
-    source_digest: str
-    target_size: int
-    target_digest: str
+    source: FileDigest
+    target: FileDigest
 
 
-def convert_shard(task: ShardTask, progress: Callable[[int], None] | None = None) -> ShardResult:
-    """Converts one shard: reads it once, writes it once.
+def rewrite_shard(task: ShardTask, progress: Callable[[int], None] | None = None) -> ShardResult:
+    """Rewrites one shard: reads it once, writes it once.
 
     Done twice, also at the same time, it writes the same bytes to two files; whoever asked for it gives one of them
     the final name.
@@ -83,34 +81,30 @@ def convert_shard(task: ShardTask, progress: Callable[[int], None] | None = None
     _check_seen(task)
     _check_unchanged(task)
     partial = task.partial.with_name(f"{secrets.token_hex(4)}-{task.partial.name}")
-    source_digest, target_digest = Xxh3(plan.source.prefix), Xxh3()
-    sha256 = hashlib.sha256(plan.source.prefix) if task.sha256 else None
+    read, made = Xxh3(plan.source.prefix), Xxh3()
+    source_sha256 = hashlib.sha256(plan.source.prefix) if task.sha256 else None
+    target_sha256 = hashlib.sha256() if task.with_sha256 else None
     rewrite_file(
-        (task.source, plan.name),
+        NamedPath(task.source, plan.name),
         partial,
         _pieces(plan),
         prefix=plan.target.prefix,
-        source_hashes=[source_digest, *([sha256] if sha256 else [])],
-        target_hashes=[target_digest],
+        source_hashes=[each for each in (read, source_sha256) if each],
+        target_hashes=[each for each in (made, target_sha256) if each],
         workers=task.workers,
         progress=progress,
     )
-    if sha256 and sha256.hexdigest() != task.sha256:
+    if source_sha256 and source_sha256.hexdigest() != task.sha256:
         partial.unlink()
         raise refuse(
             "wrong-digest",
-            f"the file that was fetched has SHA-256 {sha256.hexdigest()}, the Hub says {task.sha256}; "
+            f"the file that was fetched has SHA-256 {source_sha256.hexdigest()}, the Hub says {task.sha256}; "
             f"remove {task.source} if it is there and run the same command again, it fetches it anew",
             file=plan.name,
         )
-    return ShardResult(
-        plan.name,
-        partial,
-        plan.source.file_size,
-        str(source_digest),
-        plan.target.file_size,
-        str(target_digest),
-    )
+    source = FileDigest(plan.source.file_size, str(read), hexdigest(source_sha256))
+    target = FileDigest(plan.target.file_size, str(made), hexdigest(target_sha256))
+    return ShardResult(plan.name, partial, source, target)
 
 
 def _check_version(task: ShardTask) -> None:
@@ -156,7 +150,7 @@ def _check_unchanged(task: ShardTask) -> None:
 def _pieces(plan: ShardPlan) -> Iterator[Piece]:
     for span in plan.spans:
         read_at, write_at = plan.source.data_start + span.source[0], plan.target.data_start + span.target[0]
-        if span.repack is None:
+        if span.rewrite is None:
             yield from copy_pieces(read_at, write_at, span.source[1] - span.source[0])
         else:
-            yield from span.repack.pieces(read_at, write_at)
+            yield from span.rewrite.pieces(read_at, write_at)

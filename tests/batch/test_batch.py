@@ -18,7 +18,7 @@ from awq2marlin.batch import record as batch_record
 from awq2marlin.batch.record import open_record, read_record
 from awq2marlin.checkpoint.synthetic import Recipe, write_checkpoint
 from awq2marlin.pipeline import run as pipeline
-from awq2marlin.pipeline.shard import convert_shard
+from awq2marlin.pipeline.shard import rewrite_shard
 
 from ..faults.helpers import WORK, contents, finish, run_here, run_process, start, stop_when
 from .conftest import BROKEN, MODELS
@@ -327,12 +327,12 @@ def _die_once(marker, task):
             marker.touch()
             os.kill(os.getpid(), signal.SIGKILL)
 
-    return convert_shard(task, die)
+    return rewrite_shard(task, die)
 
 
 def test_processes_do_the_shards_and_a_killed_one_stops_the_batch_which_then_resumes(models, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(pipeline, "convert_shard", partial(_die_once, tmp_path / "died"))
+    monkeypatch.setattr(pipeline, "rewrite_shard", partial(_die_once, tmp_path / "died"))
     sources = [*models.sources[:3], *models.sources[4:6]]
     go = partial(convert_many, sources, out_dir="out", record="record.jsonl")
     context = get_context("spawn")

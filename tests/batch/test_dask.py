@@ -20,7 +20,7 @@ from awq2marlin.io.workers import run_on_executor
 from awq2marlin.pipeline import dask as cluster
 from awq2marlin.pipeline import run as pipeline
 from awq2marlin.pipeline.dask import dask_executor, unseen
-from awq2marlin.pipeline.shard import convert_shard
+from awq2marlin.pipeline.shard import rewrite_shard
 from awq2marlin.progress import Silence
 
 from ..faults.helpers import WORK, contents, run_here
@@ -77,12 +77,12 @@ def _die_in_mid_file(marker, task):
             return
         os.kill(os.getpid(), signal.SIGKILL)
 
-    return convert_shard(task, die)
+    return rewrite_shard(task, die)
 
 
 def test_a_worker_killed_in_mid_file_loses_nothing(dask, made, tmp_path, monkeypatch):
     marker = tmp_path / "died"
-    monkeypatch.setattr(pipeline, "convert_shard", partial(_die_in_mid_file, marker))
+    monkeypatch.setattr(pipeline, "rewrite_shard", partial(_die_in_mid_file, marker))
     out = tmp_path / "out"
     with dask_executor(dask.scheduler_address, [made / "source"], [out]) as executor:
         result = convert(made / "source", out, executor=executor)
@@ -94,7 +94,7 @@ def test_a_worker_killed_in_mid_file_loses_nothing(dask, made, tmp_path, monkeyp
 
 def test_a_shard_that_kills_every_worker_fails_its_item_and_no_other(dask, models, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(pipeline, "convert_shard", partial(_always_die, "model-01"))
+    monkeypatch.setattr(pipeline, "rewrite_shard", partial(_always_die, "model-01"))
     with dask_executor(dask.scheduler_address, [], [tmp_path]) as executor:
         result = convert_many(models.sources[:3], executor=executor, record="record")
     assert [item.status for item in result.items] == ["done", "failed", "done"]
@@ -108,7 +108,7 @@ def test_a_shard_that_kills_every_worker_fails_its_item_and_no_other(dask, model
 def _always_die(name, task):
     if task.source.parent.name == name:
         os.kill(os.getpid(), signal.SIGKILL)
-    return convert_shard(task)
+    return rewrite_shard(task)
 
 
 def test_an_equal_task_of_a_later_run_is_done_again(dask, models, tmp_path):
@@ -228,11 +228,11 @@ def test_a_worker_that_joins_later_and_sees_other_files_is_told(made, tmp_path, 
     def elsewhere(task):
         shutil.move(tmp_path / "out" / WORK, tmp_path / "gone")
         try:
-            return convert_shard(task)
+            return rewrite_shard(task)
         finally:
             shutil.move(tmp_path / "gone", tmp_path / "out" / WORK)
 
-    monkeypatch.setattr(pipeline, "convert_shard", elsewhere)
+    monkeypatch.setattr(pipeline, "rewrite_shard", elsewhere)
     with ThreadPoolExecutor(1) as pool, pytest.raises(ExecutorError, match="lie on storage that all workers") as caught:
         convert(made / "source", tmp_path / "out", executor=pool)
     assert caught.value.problems[0].code == "not-shared"
@@ -271,12 +271,12 @@ class Twice(Executor):
 def _late(barrier, task):
     """Two at once; the second ends only when the whole conversion has."""
     if barrier.wait() == 1:
-        return convert_shard(task)
+        return rewrite_shard(task)
 
     def wait(_count):
         late.wait(10)
 
-    return convert_shard(task, wait)
+    return rewrite_shard(task, wait)
 
 
 late = threading.Event()
@@ -284,7 +284,7 @@ late = threading.Event()
 
 def test_tasks_done_twice_at_the_same_time_and_finished_late_harm_nothing(models, tmp_path, monkeypatch):
     out = tmp_path / "out"
-    monkeypatch.setattr(pipeline, "convert_shard", partial(_late, threading.Barrier(2)))
+    monkeypatch.setattr(pipeline, "rewrite_shard", partial(_late, threading.Barrier(2)))
     late.clear()
     with ThreadPoolExecutor(4) as pool:
         executor = Twice(pool)

@@ -10,9 +10,8 @@ from typing import Any
 import pytest
 
 from awq2marlin import convert
-from awq2marlin.checkpoint.converted import marlin_modules
-from awq2marlin.checkpoint.quantization import MarlinQuantization
-from awq2marlin.checkpoint.source import Checkpoint, open_checkpoint
+from awq2marlin.checkpoint.converted import converted_modules
+from awq2marlin.checkpoint.opening import Checkpoint, open_checkpoint
 from awq2marlin.checkpoint.synthetic import llama_recipe, write_checkpoint
 from awq2marlin.errors import CheckpointError
 
@@ -33,10 +32,9 @@ def checkpoint(tmp_path: Path) -> Callable[..., Checkpoint]:
 
 def modules_of(checkpoint: Checkpoint, without: tuple[str, ...] = (), **changes: Any) -> Any:
     quantization = checkpoint.quantization
-    assert isinstance(quantization, MarlinQuantization)
     tensors = {name: tensor for name, tensor in checkpoint.tensors.items() if name not in without}
     tensors |= {name: replace(tensors[name], **change) for name, change in changes.pop("tensors", {}).items()}
-    return marlin_modules(tensors, replace(quantization, **changes), checkpoint.shard_of)
+    return converted_modules(checkpoint.format, tensors, replace(quantization, **changes), checkpoint.shard_of)
 
 
 def problems_of(checkpoint: Checkpoint, *arguments: Any, **changes: Any) -> list[tuple[str, str]]:

@@ -24,7 +24,7 @@ from awq2marlin import __version__
 from awq2marlin.checkpoint.synthetic import write_checkpoint
 from awq2marlin.cli import text as console
 from awq2marlin.cli.app import main
-from awq2marlin.pipeline.shard import ShardResult, ShardTask, convert_shard
+from awq2marlin.pipeline.shard import ShardResult, ShardTask, rewrite_shard
 from tests.e2e import oracle
 from tests.e2e.inputs import hub_snapshot, layer, plain, say
 
@@ -317,14 +317,14 @@ def test_a_conversion_that_fails_its_own_verification_exits_3_and_is_never_loada
     made: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def wrong(task: ShardTask, progress: Any) -> ShardResult:
-        done = convert_shard(task, progress)
+        done = rewrite_shard(task, progress)
         data = bytearray(done.partial.read_bytes())
         data[task.plan.target.data_start + task.plan.target.tensors["model.layers.0.mlp.up_proj.qweight"].start] ^= 1
         done.partial.write_bytes(data)
         return done
 
     with monkeypatch.context() as patch:
-        patch.setattr("awq2marlin.pipeline.run.convert_shard", wrong)
+        patch.setattr("awq2marlin.pipeline.run.rewrite_shard", wrong)
         code, out, err = run(capsys, "convert", made / "awq", "output", "--json", "--verify", "all")
     (error,) = read_json(out, "convert", 3)["errors"]
     assert (code, error["tensor"]) == (3, "model.layers.0.mlp.up_proj.qweight")
@@ -631,7 +631,7 @@ def test_a_mistake_is_one_line_and_changes_nothing(name: str, made: Path, capsys
 def test_a_picture_that_cannot_be_drawn_is_refused_before_the_work(
     made: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("awq2marlin.verification.compare.verify", lambda *_, **__: pytest.fail("the work was begun"))
+    monkeypatch.setattr("awq2marlin.commands.verify.verify", lambda *_, **__: pytest.fail("the work was begun"))
     arguments = ["verify", made / "awq", made / "marlin", "--device", "cpu", "--plot"]
     code, out, err = run(capsys, *arguments, "errors.xyz")
     assert (code, out) == (1, "")

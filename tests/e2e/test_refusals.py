@@ -224,7 +224,7 @@ def test_names_that_differ_only_in_case_are_refused(names: tuple[str, str | None
 def test_an_already_converted_checkpoint_is_refused(tmp_path: Path) -> None:
     write_checkpoint(tmp_path / "source", plain())
     convert(tmp_path / "source", tmp_path / "output")
-    with pytest.raises(CheckpointError, match="already Marlin-native; 'awq2marlin revert' gives the AWQ one back"):
+    with pytest.raises(CheckpointError, match="already Marlin-native; 'awq2marlin revert' gives the original back"):
         convert(tmp_path / "output", tmp_path / "again")
     assert not (tmp_path / "again").exists()
 

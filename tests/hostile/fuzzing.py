@@ -19,9 +19,9 @@ from hypothesis import strategies as st
 from safetensors import deserialize
 
 from awq2marlin import convert, inspect
+from awq2marlin.checkpoint.config import read_config, read_quantization
 from awq2marlin.checkpoint.manifest import read_manifest
-from awq2marlin.checkpoint.quantization import AwqQuantization, read_config, read_quantization
-from awq2marlin.checkpoint.source import open_checkpoint
+from awq2marlin.checkpoint.opening import open_checkpoint
 from awq2marlin.errors import Awq2MarlinError, CheckpointError
 from awq2marlin.io.folder import Folder
 from awq2marlin.io.safetensors import DTYPE_BITS, encode_header, parse_header, read_header
@@ -180,7 +180,7 @@ def check_header(content: bytes) -> None:
     }
     assert header.prefix + data == content
     assert header.file_size == len(content)
-    again = encode_header(header, header.tensors)
+    again = encode_header(header, {name: [tensor] for name, tensor in header.tensors.items()})
     assert read_header(io.BytesIO(again.prefix + data), again.file_size, "f").tensors == header.tensors
 
 
@@ -239,9 +239,9 @@ def check_config(content: bytes, name: str = "config.json") -> None:
     """Plans a conversion of a checkpoint with this config, which must then be one of those that exist."""
     with _Changed("awq", name, content) as folder:
         is_refused, found = refused(lambda: read_quantization(Folder.at(folder), read_config(Folder.at(folder))))
-        if not is_refused and isinstance(found, AwqQuantization):
-            assert found.bits in (4, 8)
-            assert found.group_size in (-1, 32, 64, 128)
+        if not is_refused:
+            assert found[1].bits in (4, 8)
+            assert found[1].group_size in (-1, 32, 64, 128)
         is_refused, plan = refused(lambda: plan_conversion(open_checkpoint(folder)))
         if not is_refused:
             json.dumps(plan.config(), indent=2)

@@ -255,7 +255,13 @@ def test_what_the_library_takes_is_taken_with_equal_content(name: str) -> None:
     }
     assert found == expected
     assert header.file_size == len(content)
-    assert read(encode_header(header, header.tensors).prefix + content[header.data_start :]).tensors == header.tensors
+    assert (
+        read(
+            encode_header(header, {name: [tensor] for name, tensor in header.tensors.items()}).prefix
+            + content[header.data_start :]
+        ).tensors
+        == header.tensors
+    )
 
 
 @pytest.mark.parametrize("dtype", DTYPE_BITS)

@@ -8,7 +8,7 @@ import json
 import pytest
 
 from awq2marlin import CheckpointError, convert, inspect, revert
-from awq2marlin.checkpoint.source import open_checkpoint
+from awq2marlin.checkpoint.opening import open_checkpoint
 from awq2marlin.cli.app import main
 from awq2marlin.errors import Awq2MarlinError, Problem
 from awq2marlin.io.folder import is_safe_name

@@ -7,7 +7,7 @@ import pytest
 from huggingface_hub import CommitOperationAdd, HfApi, constants, hf_hub_download
 
 from awq2marlin import HubError
-from awq2marlin.hub.errors import hub_url, told_as_hub_error, without_token
+from awq2marlin.hub.errors import as_hub_errors, hub_url, without_token
 
 pytestmark = pytest.mark.usefixtures("hub", "no_waiting")
 
@@ -21,7 +21,7 @@ def repositories(hub):
 
 def refusal(work, repo_id="org/open", revision=None):
     """Returns the one problem that ``work`` is refused with."""
-    with pytest.raises(HubError) as refused, told_as_hub_error(repo_id, revision):
+    with pytest.raises(HubError) as refused, as_hub_errors(repo_id, revision):
         work()
     (problem,) = refused.value.problems
     return problem
@@ -134,11 +134,11 @@ def test_a_short_body(hub):
 
 
 def test_errors_of_the_disk_and_our_own_pass(tmp_path):
-    with pytest.raises(FileNotFoundError), told_as_hub_error("org/open"):
+    with pytest.raises(FileNotFoundError), as_hub_errors("org/open"):
         (tmp_path / "nothing").read_bytes()
-    with pytest.raises(OSError, match="No space left"), told_as_hub_error("org/open"):
+    with pytest.raises(OSError, match="No space left"), as_hub_errors("org/open"):
         raise OSError(28, "No space left on device")
-    with pytest.raises(ZeroDivisionError), told_as_hub_error("org/open"):
+    with pytest.raises(ZeroDivisionError), as_hub_errors("org/open"):
         _ = 1 // 0
 
 

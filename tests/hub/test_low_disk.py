@@ -11,7 +11,7 @@ import pytest
 
 from awq2marlin import DifferenceError, convert
 from awq2marlin.pipeline import run as pipeline
-from awq2marlin.pipeline.shard import convert_shard
+from awq2marlin.pipeline.shard import rewrite_shard
 
 from ..faults.helpers import WORK, contents, finished_shards
 from .conftest import REPO, SHARDS, shard_names
@@ -63,12 +63,12 @@ class Steps:
 
     def __init__(self, monkeypatch, before_end):
         self.begun, self.ended, self._before_end = {}, {}, before_end
-        monkeypatch.setattr(pipeline, "convert_shard", self)
+        monkeypatch.setattr(pipeline, "rewrite_shard", self)
 
     def __call__(self, task, progress=None):
         number = int(task.plan.name[6:11])
         self.begun[number] = time.monotonic()
-        done = convert_shard(task, progress)
+        done = rewrite_shard(task, progress)
         self._before_end(number)
         self.ended[number] = time.monotonic()
         return done
@@ -138,10 +138,10 @@ def test_little_disk_needs_the_output_and_two_shards(hub, tmp_path, monkeypatch,
 
 
 def spoiling(name):
-    """Returns a `convert_shard` that puts a wrong value into the first quantized weight of one shard."""
+    """Returns a `rewrite_shard` that puts a wrong value into the first quantized weight of one shard."""
 
     def wrong(task, progress=None):
-        done = convert_shard(task, progress)
+        done = rewrite_shard(task, progress)
         if task.plan.name == name:
             data = bytearray(done.partial.read_bytes())
             tensor = next(each for each in task.plan.target.tensors.values() if each.name.endswith(".qweight"))
@@ -157,7 +157,7 @@ def test_a_shard_is_compared_before_its_source_goes(tmp_path, monkeypatch, sourc
     name = shard_names(source)[2]
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
-        patch.setattr(pipeline, "convert_shard", spoiling(name))
+        patch.setattr(pipeline, "rewrite_shard", spoiling(name))
         with pytest.raises(DifferenceError, match="value at row 0, column 0"):
             convert(REPO, out, low_disk=True, verify="all")
     assert (out / WORK / "source" / name).exists()
@@ -233,10 +233,10 @@ def test_a_source_shard_that_was_here_already_is_not_fetched_again(hub, tmp_path
     def stop(task, progress=None):
         if "00002" in task.plan.name:
             raise KeyboardInterrupt
-        return convert_shard(task, progress)
+        return rewrite_shard(task, progress)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline, "convert_shard", stop)
+        patch.setattr(pipeline, "rewrite_shard", stop)
         with pytest.raises(KeyboardInterrupt):
             convert(REPO, out, low_disk=True)
     assert finished_shards(out) == [f"model-00001-of-0000{SHARDS}.safetensors"]

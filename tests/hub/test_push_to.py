@@ -131,7 +131,7 @@ def test_from_hub_to_hub_needs_a_few_shards_of_disk(tmp_path, monkeypatch, sourc
 
 def test_a_module_that_differs_is_not_sent(hub, tmp_path, monkeypatch, source):
     name = shard_names(source)[1]
-    monkeypatch.setattr(pipeline, "convert_shard", spoiling(name))
+    monkeypatch.setattr(pipeline, "rewrite_shard", spoiling(name))
     with pytest.raises(DifferenceError):
         convert(REPO, tmp_path / "out", low_disk=True, push_to=TARGET, verify="all")
     assert name not in on_the_hub(hub)

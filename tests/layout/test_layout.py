@@ -17,12 +17,14 @@ from hypothesis import example, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from awq2marlin.checkpoint.quantization import AwqQuantization
+from awq2marlin.checkpoint.counterparts import Counterparts
+from awq2marlin.formats.registry import AWQ_GEMM, MARLIN_NATIVE
 from awq2marlin.layout import reference
 from awq2marlin.layout import torch_functions as layout
 from awq2marlin.layout.marlin import padded_shapes
-from awq2marlin.layout.modules import ModulePlan, repack_of
-from awq2marlin.layout.repack import Repack
+from awq2marlin.layout.modules import ModulePlan
+from awq2marlin.layout.repack import MarlinScales, MarlinWeight, MarlinZeroPoints, PartLayout, Repack
+from awq2marlin.layout.scheme import Scheme
 from tests.equality import assert_identical
 from tests.shapes import SMALL_SHAPES, UNALIGNED_SHAPES
 
@@ -118,9 +120,9 @@ class Numba:
         k, n, _, b = layer[:4]
         groups = len(layer.z)
         return (
-            Repack("qweight", b, k, k // 16, n, n, layer.single),
-            Repack("qzeros", b, groups, groups, n, n, layer.single),
-            Repack("scales", b, groups, groups, n, n, layer.single),
+            Repack(PartLayout("qweight", b, k, n), MarlinWeight("qweight", b, k, n)),
+            Repack(PartLayout("qzeros", b, groups, n), MarlinZeroPoints("qzeros", b, groups, n)),
+            Repack(PartLayout("scales", b, groups, n), MarlinScales("scales", b, groups, n, layer.single)),
         )
 
     @classmethod
@@ -130,7 +132,7 @@ class Numba:
         found = []
         for repack, source, shape in zip(cls.repacks(layer), (qweight, qzeros, scales), shapes, strict=True):
             target = np.full(source.nbytes, 0xA5, np.uint8)
-            repack.forward(as_bytes(source), target)
+            repack.rewrite(as_bytes(source), target)
             found.append(target.view(source.dtype).reshape(shape))
         return tuple(found)
 
@@ -141,7 +143,7 @@ class Numba:
         found = []
         for repack, target, shape in zip(cls.repacks(layer), (qweight, qzeros, scales), shapes, strict=True):
             source = np.full(target.nbytes, 0xA5, np.uint8)
-            repack.backward(as_bytes(target), source)
+            repack.inverse.rewrite(as_bytes(target), source)
             found.append(source.view(target.dtype).reshape(shape))
         return tuple(found)
 
@@ -614,8 +616,14 @@ def padded_layer(layer, padded_k, padded_n):
 def planned_repacks(layer, padded_k, padded_n):
     """How a conversion repacks the layer's tensors, from its plan."""
     module = ModulePlan("m", layer.size_k, layer.size_n, padded_k, padded_n, PARTS, converted=True)
-    quantization = AwqQuantization(layer.bits, layer.group_size, True, None, "config.json")
-    return [repack_of(module, part, quantization) for part in PARTS]
+    scheme = Scheme(layer.bits, layer.group_size, True)
+    counterparts = Counterparts(AWQ_GEMM, MARLIN_NATIVE, scheme, {"m": module})
+    return [counterparts.repack(module, part) for part in PARTS]
+
+
+def source_range(repack, first, last):
+    """The bytes of the source that make bands ``first`` to ``last`` of the target."""
+    return tuple(min(band * repack.target.band, repack.source.rows) * repack.source.row_bytes for band in (first, last))
 
 
 def check_padding(layer):
@@ -625,13 +633,13 @@ def check_padding(layer):
     for repack, source, target in zip(planned_repacks(layer, padded_k, padded_n), layer.awq(), expected, strict=True):
         found = np.full(target.nbytes, 0xA5, np.uint8)
         before = as_bytes(source)
-        repack.forward(before, found)
-        assert_identical(found, as_bytes(target), f"{repack.part} of K={layer.size_k}, N={layer.size_n}")
-        assert_identical(before, as_bytes(source), f"{repack.part}: the source was changed")
+        repack.rewrite(before, found)
+        assert_identical(found, as_bytes(target), f"{repack.source.part} of K={layer.size_k}, N={layer.size_n}")
+        assert_identical(before, as_bytes(source), f"{repack.source.part}: the source was changed")
         back = np.full(source.nbytes, 0xA5, np.uint8)
-        repack.backward(found, back)
-        assert_identical(back, as_bytes(source), f"{repack.part} of K={layer.size_k}, N={layer.size_n} and back")
-        assert_identical(found, as_bytes(target), f"{repack.part}: the target was changed on the way back")
+        repack.inverse.rewrite(found, back)
+        assert_identical(back, as_bytes(source), f"{repack.source.part} of K={layer.size_k}, N={layer.size_n} and back")
+        assert_identical(found, as_bytes(target), f"{repack.source.part}: the target was changed on the way back")
 
 
 @given(
@@ -665,24 +673,25 @@ def test_pieces_make_the_same_bytes_as_the_whole(bits, group_size, size_k, octet
     padded_k, padded_n = padded_shapes([(size_k, 8 * octets)], group_size)[0]
     for repack, source in zip(planned_repacks(layer, padded_k, padded_n), layer.awq(), strict=True):
         source_bytes = as_bytes(source)
-        whole = np.empty(repack.target_rows * repack.target_row_bytes, np.uint8)
-        repack.forward(source_bytes, whole)
-        edges = sorted({0, repack.target_rows, *(split % (repack.target_rows + 1) for split in splits)})
+        whole = np.empty(repack.target.size, np.uint8)
+        repack.rewrite(source_bytes, whole)
+        bands = repack.target.rows // repack.target.band
+        edges = sorted({0, bands, *(split % (bands + 1) for split in splits)})
         pieces, ranges, restored = [], [], np.full(source_bytes.size, 0xA5, np.uint8)
         for first, last in pairwise(edges):
-            begin, end = repack.source_range(first, last)
-            piece = np.full((last - first) * repack.target_row_bytes, 0xA5, np.uint8)
-            repack.forward(source_bytes[begin:end].copy(), piece)
+            begin, end = source_range(repack, first, last)
+            piece = np.full((last - first) * repack.target.band_bytes, 0xA5, np.uint8)
+            repack.rewrite(source_bytes[begin:end].copy(), piece)
             back = np.empty(end - begin, np.uint8)
-            repack.backward(piece, back)
+            repack.inverse.rewrite(piece, back)
             restored[begin:end] = back
             pieces.append(piece)
             ranges.append((begin, end))
         assert ranges[0][0] == 0, repack
         assert ranges[-1][1] == source_bytes.size, repack
         assert all(one[1] == other[0] for one, other in pairwise(ranges)), ranges
-        assert_identical(np.concatenate(pieces), whole, f"{repack.part} in pieces {edges}")
-        assert_identical(restored, source_bytes, f"{repack.part} in pieces {edges} and back")
+        assert_identical(np.concatenate(pieces), whole, f"{repack.source.part} in pieces {edges}")
+        assert_identical(restored, source_bytes, f"{repack.source.part} in pieces {edges} and back")
 
 
 @pytest.mark.parametrize("shape", SMALL_SHAPES, ids=str)
@@ -690,9 +699,9 @@ def test_unpadded_pieces_keep_offset_and_length(shape):
     """What lets a file be rewritten in one pass: target rows lie where their source rows lay."""
     layer = random_layer(*shape[:4])
     for repack, source in zip(planned_repacks(layer, shape.size_k, shape.size_n), layer.awq(), strict=True):
-        assert repack.target_rows * repack.target_row_bytes == source.nbytes
-        for row in range(repack.target_rows + 1):
-            assert repack.source_range(0, row)[1] == row * repack.target_row_bytes
+        assert repack.target.size == source.nbytes
+        for row in range(repack.target.rows // repack.target.band + 1):
+            assert source_range(repack, 0, row)[1] == row * repack.target.band_bytes
 
 
 @pytest.mark.parametrize("inverse", [False, True])
@@ -701,16 +710,16 @@ def test_pieces_of_a_tensor_rewrite_all_of_it(piece_bytes, inverse, monkeypatch)
     monkeypatch.setattr("awq2marlin.layout.repack.PIECE_BYTES", piece_bytes)
     layer = random_layer(200, 96, 64, 4)
     for repack, source in zip(planned_repacks(layer, 256, 128), layer.awq(), strict=True):
-        awq, marlin = as_bytes(source), np.empty(repack.target_rows * repack.target_row_bytes, np.uint8)
-        repack.forward(awq, marlin)
+        awq, marlin = as_bytes(source), np.empty(repack.target.size, np.uint8)
+        repack.rewrite(awq, marlin)
         old, new = (marlin, awq) if inverse else (awq, marlin)
         made = np.full(new.size, 0xA5, np.uint8)
-        for piece in repack.pieces(1000, 5000, inverse=inverse):
+        for piece in (repack.inverse if inverse else repack).pieces(1000, 5000):
             read, write = piece.read[0] - 1000, piece.write[0] - 5000
             part = np.empty(piece.write[1], np.uint8)
             piece.rewrite(old[read : read + piece.read[1]].copy(), part)
             made[write : write + piece.write[1]] = part
-        assert_identical(made, new, f"{repack.part} in pieces")
+        assert_identical(made, new, f"{repack.source.part} in pieces")
 
 
 # --- what torch callers may rely on -----------------------------------------------------------------------

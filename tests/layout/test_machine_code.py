@@ -13,10 +13,10 @@ from awq2marlin.io.code_cache import cache_folder
 SCRIPT = """
 import sys
 import numpy as np
-from awq2marlin.repack import Repack
+from awq2marlin.layout.repack import MarlinWeight, PartLayout, Repack
 source = np.arange(512, dtype=np.uint8)
 target = np.empty_like(source)
-Repack("qweight", 4, 16, 1, 64, 64, False).forward(source, target)
+Repack(PartLayout("qweight", 4, 16, 64), MarlinWeight("qweight", 4, 16, 64)).rewrite(source, target)
 print(int((target * np.arange(512)).sum()), "numba" in sys.modules)
 """
 
@@ -95,11 +95,11 @@ def test_the_cache_follows_the_environment(monkeypatch, tmp_path):
 
 def test_the_kernels_refuse_sizes_that_do_not_fit():
     """The machine code trusts its sizes, so that they are checked before it is called."""
-    from awq2marlin.layout.repack import Repack
+    from awq2marlin.layout.repack import MarlinScales, PartLayout, Repack
 
-    repack = Repack("scales", 4, 2, 2, 64, 64, False)
+    repack = Repack(PartLayout("scales", 4, 2, 64), MarlinScales("scales", 4, 2, 64))
     whole = np.zeros(256, np.uint8)
     with pytest.raises(ValueError, match="not whole rows of 128 bytes"):
-        repack.forward(whole[:200], whole[:200].copy())
+        repack.rewrite(whole[:200], whole[:200].copy())
     with pytest.raises(ValueError, match="not whole rows of 128 bytes"):
-        repack.forward(np.zeros(512, np.uint8)[::2], whole)
+        repack.rewrite(np.zeros(512, np.uint8)[::2], whole)

@@ -14,13 +14,13 @@ from pathlib import Path
 import pytest
 
 from awq2marlin import convert, errors
-from awq2marlin.checkpoint.source import open_checkpoint
+from awq2marlin.checkpoint.opening import open_checkpoint
 from awq2marlin.checkpoint.synthetic import llama_recipe, write_checkpoint
 from awq2marlin.errors import Awq2MarlinError, CheckpointError, ExecutorError, Problem
 from awq2marlin.io.workers import run_on_executor
 from awq2marlin.pipeline import run as pipeline
 from awq2marlin.pipeline.plan import plan_conversion
-from awq2marlin.pipeline.shard import ShardTask, convert_shard
+from awq2marlin.pipeline.shard import ShardTask, rewrite_shard
 
 from ..faults.helpers import WORK, contents, finished_shards
 
@@ -90,7 +90,7 @@ def test_progress_comes_back_to_the_calling_thread_and_adds_up(made, tmp_path, p
 def test_a_task_is_picklable_and_pure(made, tmp_path):
     shard = plan_conversion(open_checkpoint(made / "source")).shards[0]
     task = pickle.loads(pickle.dumps(ShardTask(shard, made / "source" / shard.name, tmp_path / "x.partial", 1)))
-    once, again = convert_shard(task), pickle.loads(pickle.dumps(convert_shard(task)))
+    once, again = rewrite_shard(task), pickle.loads(pickle.dumps(rewrite_shard(task)))
     assert once.partial != again.partial, "two attempts never write one file"
     for done in (once, again):
         assert done.partial.read_bytes() == (made / "marlin" / shard.name).read_bytes()
@@ -101,7 +101,7 @@ def test_a_task_is_picklable_and_pure(made, tmp_path):
 
 
 def test_an_error_in_a_process_comes_back_as_it_is(made, tmp_path, processes, monkeypatch):
-    monkeypatch.setattr(pipeline, "convert_shard", partial(_convert_a_changed_file, tmp_path))
+    monkeypatch.setattr(pipeline, "rewrite_shard", partial(_convert_a_changed_file, tmp_path))
     with pytest.raises(CheckpointError) as caught:
         convert(made / "source", tmp_path / "out", executor=processes)
     assert caught.value.problems[0].code == "changed"
@@ -112,7 +112,7 @@ def test_an_error_in_a_process_comes_back_as_it_is(made, tmp_path, processes, mo
 def _convert_a_changed_file(folder, task):
     copy = folder / task.plan.name
     copy.write_bytes(task.source.read_bytes() + b"x")
-    return convert_shard(replace(task, source=copy))
+    return rewrite_shard(replace(task, source=copy))
 
 
 def _die_on(name, marker, task):
@@ -121,12 +121,12 @@ def _die_on(name, marker, task):
         marker.touch()
         time.sleep(0.5)
         os.kill(os.getpid(), 9)
-    return convert_shard(task)
+    return rewrite_shard(task)
 
 
 def test_a_killed_process_is_told_in_words_and_the_same_call_resumes(made, tmp_path, monkeypatch):
     name = sorted(path.name for path in (made / "source").glob("*.safetensors"))[-1]
-    monkeypatch.setattr(pipeline, "convert_shard", partial(_die_on, name, tmp_path / "died"))
+    monkeypatch.setattr(pipeline, "rewrite_shard", partial(_die_on, name, tmp_path / "died"))
     out = tmp_path / "out"
     with (
         ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool,
@@ -157,11 +157,11 @@ def test_an_executor_that_gives_up_is_told_in_words(made, tmp_path):
 
 def test_a_worker_that_sees_other_files_is_told(made, tmp_path, monkeypatch):
     def elsewhere(task):
-        done = convert_shard(task)
+        done = rewrite_shard(task)
         done.partial.unlink()
         return done
 
-    monkeypatch.setattr(pipeline, "convert_shard", elsewhere)
+    monkeypatch.setattr(pipeline, "rewrite_shard", elsewhere)
     with ThreadPoolExecutor(1) as pool, pytest.raises(ExecutorError, match="storage that all workers share"):
         convert(made / "source", tmp_path / "out", executor=pool)
 

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from awq2marlin import CheckpointError, convert, inspect, revert, verify
-from awq2marlin.checkpoint.source import open_checkpoint
+from awq2marlin.checkpoint.opening import open_checkpoint
 from awq2marlin.checkpoint.synthetic import llama_recipe, write_checkpoint
 from awq2marlin.gemm.check import GemmCheck, GemmRun
 from awq2marlin.integrations.vllm.versions import SUPPORTED_VERSIONS, unsupported_reason

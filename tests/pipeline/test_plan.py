@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from awq2marlin import CheckpointError
-from awq2marlin.checkpoint.source import open_checkpoint
+from awq2marlin.checkpoint.opening import open_checkpoint
 from awq2marlin.checkpoint.synthetic import write_checkpoint
 from awq2marlin.layout.marlin import fusion_group, padded_shapes
 from awq2marlin.layout.modules import ModulePlan
@@ -193,11 +193,11 @@ def test_spans_cover_source_and_target_without_a_hole(case: Any, unaligned: Any,
         at = (0, 0)
         for span in shard.spans:
             assert (span.source[0], span.target[0]) == at
-            if span.repack is None or unaligned == "keep":
+            if span.rewrite is None or unaligned == "keep":
                 assert span.source[1] - span.source[0] == span.target[1] - span.target[0]
             at = (span.source[1], span.target[1])
         assert at == (shard.source.data_size, shard.target.data_size)
-        copies = [span.repack is None for span in shard.spans]
+        copies = [span.rewrite is None for span in shard.spans]
         assert not any(left and right for left, right in itertools.pairwise(copies)), "copies are joined"
     assert found.source_bytes == sum(shard.source.file_size for shard in found.shards)
     assert unaligned == "pad" or found.source_data_bytes == found.target_data_bytes

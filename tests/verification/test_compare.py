@@ -12,7 +12,7 @@ import pytest
 
 from awq2marlin import CheckpointError, DifferenceError, ModulePlan, Problem, convert, verify
 from awq2marlin.checkpoint.synthetic import write_checkpoint
-from awq2marlin.verification.compare import sample_modules
+from awq2marlin.commands.verify import sample_modules
 from tests.e2e import oracle
 from tests.e2e.inputs import INDEX, edit_json, join_file, layer, plain, split_file
 

@@ -13,9 +13,10 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from awq2marlin.checkpoint.names import CONFIG_FILENAME
-from awq2marlin.checkpoint.quantization import MARLIN_QUANT_METHOD, read_marlin_quantization
 from awq2marlin.errors import refuse
+from awq2marlin.formats.marlin_native import MARLIN_QUANT_METHOD
+from awq2marlin.formats.names import CONFIG_FILENAME
+from awq2marlin.formats.registry import MARLIN_NATIVE
 from awq2marlin.gemm.jit import KernelUnavailableError, machine_facts
 from awq2marlin.gemm.module_repack import awq_to_marlin, marlin_to_awq
 from awq2marlin.integrations.transformers.saving import save_format_with
@@ -45,7 +46,7 @@ class MarlinNativeConfig(QuantizationConfigMixin):
             CheckpointError: if a value is missing or of the wrong kind, or the format is newer than this package.
         """
         self.document = {**document, "quant_method": MARLIN_QUANT_METHOD}
-        self.quantization = read_marlin_quantization(self.document, CONFIG_FILENAME)
+        self.quantization = MARLIN_NATIVE.read_config(self.document, CONFIG_FILENAME)
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the keys that config.json holds."""

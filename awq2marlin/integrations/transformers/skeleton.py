@@ -10,9 +10,10 @@ from typing import Any
 
 import torch
 
-from awq2marlin.checkpoint.converted import marlin_modules
-from awq2marlin.checkpoint.quantization import MarlinQuantization
+from awq2marlin.checkpoint.converted import converted_modules
 from awq2marlin.errors import CheckpointError, Problem, refuse
+from awq2marlin.formats.base import Quantization
+from awq2marlin.formats.registry import MARLIN_NATIVE
 from awq2marlin.gemm.linear import MarlinLinear
 from awq2marlin.integrations.transformers.experts import MarlinExperts
 from awq2marlin.integrations.transformers.names import ExpertsPlan, Renamings, find_places
@@ -66,7 +67,7 @@ class Skeleton:
         padded: plans of the modules that the files hold padded, likewise.
     """
 
-    def __init__(self, model: Any, headers: Headers, quantization: MarlinQuantization, dtype: torch.dtype) -> None:
+    def __init__(self, model: Any, headers: Headers, quantization: Quantization, dtype: torch.dtype) -> None:
         """Takes what is known before any tensor is read.
 
         Args:
@@ -87,7 +88,7 @@ class Skeleton:
         Raises:
             CheckpointError: naming what is missing from the files, or does not fit the model.
         """
-        modules = marlin_modules(self._headers.tensors, self._quantization, self._headers.shard_of)
+        modules = converted_modules(MARLIN_NATIVE, self._headers.tensors, self._quantization, self._headers.shard_of)
         places = find_places(self._model, modules)
         problems: list[Problem] = []
         for name, plan in places.linears.items():

@@ -16,9 +16,11 @@ from vllm.logger import init_logger
 from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig, QuantizeMethodBase
 
-from awq2marlin.checkpoint.names import CONFIG_FILENAME
-from awq2marlin.checkpoint.quantization import MARLIN_QUANT_METHOD, MarlinQuantization, read_marlin_quantization
 from awq2marlin.errors import printable, refuse
+from awq2marlin.formats.base import Quantization
+from awq2marlin.formats.marlin_native import MARLIN_QUANT_METHOD
+from awq2marlin.formats.names import CONFIG_FILENAME
+from awq2marlin.formats.registry import MARLIN_NATIVE
 from awq2marlin.integrations.vllm.contents import Contents
 from awq2marlin.integrations.vllm.inventory import WITHOUT_KERNEL, inventory_of, read_inventory, tensors_of
 
@@ -36,7 +38,7 @@ class MarlinNativeConfig(QuantizationConfig):  # type: ignore[misc]
         contents: what the checkpoint holds, with the names that vLLM gives the modules.
     """
 
-    def __init__(self, quantization: MarlinQuantization) -> None:
+    def __init__(self, quantization: Quantization) -> None:
         """Takes what the checkpoint's config says."""
         super().__init__()
         self.contents = Contents(quantization)
@@ -74,7 +76,7 @@ class MarlinNativeConfig(QuantizationConfig):  # type: ignore[misc]
         Raises:
             CheckpointError: if it is malformed, of a newer format, or of a kind that vLLM has no kernel for.
         """
-        quantization = read_marlin_quantization(config, CONFIG_FILENAME)
+        quantization = MARLIN_NATIVE.read_config(config, CONFIG_FILENAME)
         if quantization.bits == 8 and quantization.zero_point:
             raise refuse("unsupported-engine", WITHOUT_KERNEL, file=CONFIG_FILENAME)
         return cls(quantization)

@@ -6,9 +6,9 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from awq2marlin.checkpoint.names import CONFIG_FILENAME
-from awq2marlin.checkpoint.quantization import MarlinQuantization
 from awq2marlin.errors import printable, refuse
+from awq2marlin.formats.base import Quantization
+from awq2marlin.formats.names import CONFIG_FILENAME
 from awq2marlin.integrations.vllm.inventory import Inventory
 from awq2marlin.layout.packing import pack_factor
 
@@ -26,7 +26,7 @@ class Contents:
         inventory: what its headers say; None where they could not be read.
     """
 
-    quantization: MarlinQuantization
+    quantization: Quantization
     inventory: Inventory | None = None
 
     @property

@@ -11,13 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from awq2marlin.checkpoint.converted import marlin_modules
+from awq2marlin.checkpoint.converted import converted_modules
 from awq2marlin.checkpoint.manifest import read_manifest
-from awq2marlin.checkpoint.names import CONFIG_FILENAME, MANIFEST_FILENAME
-from awq2marlin.checkpoint.quantization import MARLIN_QUANT_METHOD, MarlinQuantization
-from awq2marlin.checkpoint.source import Checkpoint, open_checkpoint
+from awq2marlin.checkpoint.opening import Checkpoint, open_checkpoint
 from awq2marlin.checkpoint.tensor_parallel import largest_tensor_parallel_size
 from awq2marlin.errors import CheckpointError, Problem, refuse
+from awq2marlin.formats.base import Quantization
+from awq2marlin.formats.marlin_native import MARLIN_QUANT_METHOD
+from awq2marlin.formats.names import CONFIG_FILENAME, MANIFEST_FILENAME
+from awq2marlin.formats.registry import MARLIN_NATIVE
 from awq2marlin.io.safetensors import TensorInfo
 from awq2marlin.layout.modules import module_name
 
@@ -41,7 +43,7 @@ class Inventory:
     largest_tensor_parallel_size: int
 
 
-def read_inventory(path: Path, quantization: MarlinQuantization) -> Inventory:
+def read_inventory(path: Path, quantization: Quantization) -> Inventory:
     """Returns the inventory of a checkpoint in a folder, which must be complete.
 
     Args:
@@ -52,7 +54,7 @@ def read_inventory(path: Path, quantization: MarlinQuantization) -> Inventory:
         CheckpointError: naming every file and tensor that is missing or contradicts the config.
     """
     checkpoint = open_checkpoint(path)
-    if not isinstance(checkpoint.quantization, MarlinQuantization):
+    if checkpoint.format is not MARLIN_NATIVE:
         raise refuse("contradiction", f"it does not say quant_method {MARLIN_QUANT_METHOD!r}", file=CONFIG_FILENAME)
     if checkpoint.folder.exists(MANIFEST_FILENAME):
         _refuse_lost(checkpoint)
@@ -61,7 +63,7 @@ def read_inventory(path: Path, quantization: MarlinQuantization) -> Inventory:
 
 def inventory_of(
     tensors: Mapping[str, TensorInfo],
-    quantization: MarlinQuantization,
+    quantization: Quantization,
     config: Mapping[str, Any],
     shard_of: Mapping[str, str] | None = None,
 ) -> Inventory:
@@ -76,7 +78,7 @@ def inventory_of(
     Raises:
         CheckpointError: naming every tensor that is missing or of the wrong kind, or that vLLM has no kernel for.
     """
-    modules = marlin_modules(tensors, quantization, shard_of or dict.fromkeys(tensors, "")).values()
+    modules = converted_modules(MARLIN_NATIVE, tensors, quantization, shard_of or dict.fromkeys(tensors, "")).values()
     with_zeros = frozenset(module.name for module in modules if "qzeros" in module.parts)
     if quantization.bits == 8 and with_zeros:
         names = (module_name(module, "qzeros") for module in with_zeros)

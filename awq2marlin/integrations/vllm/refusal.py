@@ -8,8 +8,8 @@ import torch
 from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 
-from awq2marlin.checkpoint.quantization import MARLIN_QUANT_METHOD
 from awq2marlin.errors import refuse
+from awq2marlin.formats.marlin_native import MARLIN_QUANT_METHOD
 
 
 def register_refusal(reason: str) -> None:

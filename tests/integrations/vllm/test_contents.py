@@ -7,14 +7,16 @@ from unittest import mock
 import pytest
 
 from awq2marlin import convert
-from awq2marlin.checkpoint.names import INDEX_FILENAME, MANIFEST_FILENAME
-from awq2marlin.checkpoint.quantization import MarlinQuantization, read_marlin_quantization
 from awq2marlin.checkpoint.synthetic import Recipe, write_checkpoint
 from awq2marlin.errors import CheckpointError
+from awq2marlin.formats.base import Quantization
+from awq2marlin.formats.names import INDEX_FILENAME, MANIFEST_FILENAME
+from awq2marlin.formats.registry import MARLIN_NATIVE
 from awq2marlin.integrations.vllm.contents import Contents
 from awq2marlin.integrations.vllm.inventory import Inventory, inventory_of, read_inventory, tensors_of
 from awq2marlin.integrations.vllm.versions import minor_version, takes_activation_order, unsupported_reason
 from awq2marlin.io.safetensors import TensorInfo
+from awq2marlin.layout.scheme import Scheme
 
 MODULES = {
     "model.layers.0.self_attn.o_proj": (256, 512),
@@ -25,7 +27,7 @@ WEIGHTS = {"model.embed_tokens.weight": (64, 256), "model.norm.weight": (256,)}
 
 
 def quantization(**changes):
-    empty = MarlinQuantization(4, 64, True, frozenset(), frozenset(), {})
+    empty = Quantization(Scheme(4, 64, True))
     return replace(
         empty, **{name: frozenset(value) if type(value) is set else value for name, value in changes.items()}
     )
@@ -39,7 +41,7 @@ def made(tmp_path):
     folder = tmp_path / "marlin"
     convert(tmp_path / "awq", folder, verify="none")
     document = json.loads((folder / "config.json").read_text())
-    return folder, read_marlin_quantization(document["quantization_config"], "config.json")
+    return folder, MARLIN_NATIVE.read_config(document["quantization_config"], "config.json")
 
 
 def problems(call, *arguments):

@@ -1,0 +1,159 @@
+"""The same model in two formats: which tensor of one file is which tensor of the other, and how it is rewritten.
+
+Planning a conversion, taking it back, comparing two checkpoints and checking that their headers agree are all walks
+over the rows of this one table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+from awq2marlin.formats.base import DerivedTensor, Format
+from awq2marlin.formats.registry import KEPT
+from awq2marlin.io.safetensors import Header, TensorInfo, encode_header
+from awq2marlin.layout.modules import ModulePlan, module_name
+from awq2marlin.layout.repack import Made, Proven, Repack, Rewrite
+from awq2marlin.layout.scheme import Scheme
+
+
+@dataclass(frozen=True)
+class Row:
+    """A tensor and its counterpart; one of them is missing where it follows from the module's shape.
+
+    Attributes:
+        source: the tensor of the source, or None.
+        target: the tensor of the target, or None; its offsets are those of a target that holds the rows one after the
+            other.
+        rewrite: how the first becomes the second; None copies it.
+    """
+
+    source: TensorInfo | None
+    target: TensorInfo | None
+    rewrite: Rewrite | None
+
+
+@dataclass(frozen=True)
+class Counterparts:
+    """What becomes of a source's modules in a target, tensor by tensor.
+
+    Attributes:
+        source: the source's format.
+        target: the target's.
+        scheme: bits, groups and zero points of both.
+        modules: every quantized module's fate, by name.
+    """
+
+    source: Format
+    target: Format
+    scheme: Scheme
+    modules: Mapping[str, ModulePlan]
+
+    def layout_of(self, module: ModulePlan) -> Format:
+        """Returns the format whose layout a module has in the target: the target's own, or that of kept modules."""
+        return self.target if module.converted else KEPT
+
+    def is_rewritten(self, module: ModulePlan) -> bool:
+        """Returns whether a module's tensors are other ones in the target."""
+        return module.converted or self.source is not KEPT
+
+    @property
+    def rewritten(self) -> list[ModulePlan]:
+        """The modules whose tensors are other ones in the target."""
+        return [module for module in self.modules.values() if self.is_rewritten(module)]
+
+    def repack(self, module: ModulePlan, part: str) -> Repack:
+        """Returns how the tensor that holds a part of a rewritten module becomes its counterpart."""
+        return Repack(
+            self.source.layout(part, module.size_k, module.size_n, self.scheme),
+            self.layout_of(module).layout(part, module.padded_k, module.padded_n, self.scheme),
+        )
+
+    def rows(self, file: str, header: Header) -> list[Row]:
+        """Returns the rows of one file, in the order of its data.
+
+        Args:
+            file: the source's file, for messages.
+            header: its header.
+        """
+        rows: list[Row] = []
+        position = 0
+        for tensor in header.by_offset:
+            source: TensorInfo | None = tensor
+            for target, rewrite in self._targets_of(file, tensor, position):
+                rows.append(Row(source, target, rewrite))
+                source, position = None, target.end if target else position  # what follows is made of nothing
+        return rows
+
+    def target_header(self, header: Header, rows: Iterable[Row]) -> Header:
+        """Returns the header of a file of the target.
+
+        Args:
+            header: of the source's file.
+            rows: its rows.
+        """
+        targets: dict[str, list[TensorInfo]] = {name: [] for name in header.tensors}
+        place = ""
+        for row in rows:
+            place = row.source.name if row.source else place
+            if row.target is not None:
+                targets[place].append(row.target)
+        return encode_header(header, targets)
+
+    def _targets_of(
+        self, file: str, tensor: TensorInfo, position: int
+    ) -> Iterator[tuple[TensorInfo | None, Rewrite | None]]:
+        """Yields what stands in the place of a tensor, and how it is made: first of the tensor, then of nothing."""
+        name, _, suffix = tensor.name.rpartition(".")
+        module = self.modules.get(name)
+        if module is None or not self.is_rewritten(module):
+            yield TensorInfo(tensor.name, tensor.dtype, tensor.shape, position, position + tensor.size), None
+            return
+        part = next((part for part in module.parts if self.source.suffixes[part] == suffix), None)
+        if part is None:
+            derived = _derived(self.source, module.size_k, module.size_n, self.scheme).get(suffix)
+            if derived is None:  # a bias
+                yield TensorInfo(tensor.name, tensor.dtype, tensor.shape, position, position + tensor.size), None
+            else:
+                yield None, Proven(file, tensor.name, tensor.size, derived.data)
+            return
+        layout, repack = self.layout_of(module), self.repack(module, part)
+        shape = layout.shape(part, module.padded_k, module.padded_n, self.scheme)
+        end = position + repack.target.size
+        yield TensorInfo(layout.tensor_name(name, part), tensor.dtype, shape, position, end), repack
+        if part == "qweight":
+            yield from self._made(name, module, layout, end)
+
+    def _made(
+        self, name: str, module: ModulePlan, layout: Format, position: int
+    ) -> Iterator[tuple[TensorInfo, Rewrite]]:
+        """Yields the tensors of a module that only the target has: they follow its weight."""
+        for suffix, derived in _derived(layout, module.padded_k, module.padded_n, self.scheme).items():
+            size = len(derived.data())
+            yield (
+                TensorInfo(module_name(name, suffix), derived.dtype, derived.shape, position, position + size),
+                Made(size, derived.data),
+            )
+            position += size
+
+
+def _derived(format: Format, size_k: int, size_n: int, scheme: Scheme) -> dict[str, DerivedTensor]:
+    return {derived.suffix: derived for derived in format.derived(size_k, size_n, scheme)}
+
+
+def inverse_row(row: Row, file: str) -> Row:
+    """Returns the way back of a row: what was made is proven, what was proven is made.
+
+    Args:
+        row: of the way there.
+        file: the target's file, for messages.
+    """
+    rewrite = row.rewrite
+    if isinstance(rewrite, Made):
+        assert row.target is not None
+        rewrite = Proven(file, row.target.name, rewrite.size, rewrite.data)
+    elif isinstance(rewrite, Proven):
+        rewrite = Made(rewrite.size, rewrite.data)
+    elif isinstance(rewrite, Repack):
+        rewrite = rewrite.inverse
+    return Row(row.target, row.source, rewrite)

@@ -1,0 +1,146 @@
+"""AWQ checkpoints of the "gemm" version, as AutoAWQ and its heirs write them.
+
+A module has ``qweight`` int32 [K, N/f], ``qzeros`` int32 [G, N/f] and ``scales`` [G, N]: plain rows along K, f values a
+word in the order of `layout.packing`. Shapes and the packing order are those of AutoAWQ's GEMM kernels;
+docs/marlin-native.md states them in full. Source: AutoAWQ 0.2.9, ``awq/modules/linear/gemm.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from awq2marlin.formats.base import Fault, Format, Quantization
+from awq2marlin.formats.config import first_of, method_of, scheme_of, word
+from awq2marlin.io.safetensors import DTYPE_BITS, TensorInfo
+from awq2marlin.layout.marlin import MARLIN_SUPPORTED_GROUP_SIZES, MAX_SIZE_N, num_groups
+from awq2marlin.layout.modules import part_shape
+from awq2marlin.layout.repack import PartLayout
+from awq2marlin.layout.scheme import Scheme
+
+#: The keys under which tools name the layout of an AWQ checkpoint. Only "gemm" is this one.
+LAYOUT_KEYS = ("version", "format", "checkpoint_format")
+
+#: Keys that only configs of GPTQ have, for one that does not name its method.
+GPTQ_KEYS = ("desc_act", "damp_percent")
+
+
+class AwqGemm(Format):
+    """AWQ, version "gemm"."""
+
+    name = "awq"
+    title = "AWQ"
+    layout_name = "awq"
+    output_suffix = "-awq"
+    is_source = True
+
+    def claims(self, document: Mapping[str, Any], place: str) -> bool:
+        """Returns whether a config names AWQ, or no method, and no layout but "gemm"."""
+        method = method_of(document, place)
+        if method not in ("awq", "") or (not method and any(key in document for key in GPTQ_KEYS)):
+            return False
+        if word(document, "backend", place) in ("llm-awq", "llm_awq"):
+            return False
+        return all(word(document, key, place) in ("gemm", "") for key in LAYOUT_KEYS)
+
+    def read_config(self, document: Mapping[str, Any], place: str) -> Quantization:
+        """Returns bits, group size and zero points, under the names of any tool."""
+        bits = first_of(document, ("bits", "w_bit"), place)
+        group_size = first_of(document, ("group_size", "q_group_size"), place)
+        zero_point = document.get("zero_point")
+        if zero_point is None:
+            zero_point = True  # the default of every tool that leaves it out
+        scheme = scheme_of(bits, group_size, zero_point, place)
+        return Quantization(scheme, document.get("modules_to_not_convert"), place)
+
+    def write_config(self, quantization: Quantization) -> dict[str, Any]:
+        """Returns the config as AutoAWQ writes it."""
+        return {
+            "quant_method": "awq",
+            "version": "gemm",
+            "bits": quantization.bits,
+            "group_size": quantization.group_size,
+            "zero_point": quantization.zero_point,
+            "modules_to_not_convert": quantization.modules_to_not_convert,
+        }
+
+    def sizes(self, tensors: Mapping[str, TensorInfo], scheme: Scheme) -> tuple[int, int]:
+        """Returns K and N as ``qweight`` says."""
+        size_k, words = tensors["qweight"].shape
+        return size_k, words * scheme.pack_factor
+
+    def shape(self, part: str, size_k: int, size_n: int, scheme: Scheme) -> tuple[int, ...]:
+        """Returns the shape of a part: rows along K."""
+        return part_shape(part, size_k, size_n, scheme)
+
+    def layout(self, part: str, size_k: int, size_n: int, scheme: Scheme) -> PartLayout:
+        """Returns plain rows."""
+        rows = size_k if part == "qweight" else scheme.num_groups(size_k)
+        return PartLayout(part, scheme.bits, rows, size_n)
+
+    def faults(
+        self, module: str, tensors: Mapping[str, TensorInfo], size_k: int, size_n: int, quantization: Quantization
+    ) -> Iterator[Fault]:
+        """Yields what contradicts ``qweight`` or the config, with what it fits instead."""
+        del module
+        qweight, scales = tensors["qweight"], tensors["scales"]
+        if size_k == 0 or size_n == 0 or size_n > MAX_SIZE_N:
+            message = f"K={size_k}, N={size_n} is empty or wider than {MAX_SIZE_N} columns"
+            yield qweight.name, "wrong-shape", message
+            return
+        scheme = quantization.scheme
+        if scales.shape[1] != size_n:
+            yield (
+                scales.name,
+                "contradiction",
+                f"qweight {list(qweight.shape)} and {scheme.bits} bits mean N={size_n}, "
+                f"but scales are {list(scales.shape)}; {_bits_hint(qweight.shape[1], scales.shape[1], scheme.bits)}",
+            )
+            return
+        groups = scheme.num_groups(size_k)
+        if scales.shape[0] != groups:
+            yield (
+                scales.name,
+                "contradiction",
+                f"K={size_k} and group size {scheme.group_size} mean {groups} groups, "
+                f"but there are {scales.shape[0]}: {_group_hint(size_k, scales.shape[0])}. "
+                "One group size for all modules is needed",
+            )
+        qzeros, expected = tensors.get("qzeros"), (scales.shape[0], qweight.shape[1])
+        if qzeros is not None and qzeros.shape != expected:
+            message = f"its shape is {list(qzeros.shape)}, needed is {list(expected)} as scales and qweight say"
+            yield qzeros.name, "contradiction", message
+        bias = tensors.get("bias")
+        if bias is not None and bias.shape != (size_n,):
+            yield bias.name, "contradiction", f"its shape is {list(bias.shape)}, needed is {[size_n]}"
+
+    def rows_per_row(self, part: str) -> int:
+        """Returns 1: rows are plain."""
+        del part
+        return 1
+
+    def values(self, part: str, rows: npt.NDArray[Any], size_k: int, scheme: Scheme) -> npt.NDArray[Any]:
+        """Returns the columns of packed words in their order; scales are plain."""
+        del size_k
+        if part == "scales":
+            return rows
+        from awq2marlin.layout.reference import unpack_awq  # a conversion that compares nothing does not need it
+
+        return unpack_awq(rows.astype(np.uint32, copy=False), scheme.bits)
+
+
+def _bits_hint(words: int, columns: int, said: int) -> str:
+    """Returns which bits would fit a row of words and a row of scales."""
+    for bits in DTYPE_BITS.values():
+        if bits < 32 and words * 32 == columns * bits:
+            return f"that fits {bits} bits, the config says {said}"
+    return "perhaps it is packed in another layout (GPTQ, GEMV); only AWQ's 'gemm' is converted"
+
+
+def _group_hint(size_k: int, groups: int) -> str:
+    """Returns which group size would fit."""
+    fits = [size for size in MARLIN_SUPPORTED_GROUP_SIZES if num_groups(size_k, size) == groups]
+    return f"that fits group size {fits[0]}" if fits else "that fits no supported group size"

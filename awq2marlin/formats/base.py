@@ -1,0 +1,378 @@
+"""What a checkpoint format has to say of itself, and how its modules are found in the headers of files.
+
+A format is one class in one file of this folder. It says how its config is recognised, what the tensors of a module
+are called and how they are shaped, how each holds its part of the module (see `layout.repack`), how a reader decodes
+it slowly and plainly (see `layout.reference`), and what its config looks like. Nothing outside this folder names one,
+but loaders, the demonstration and documents.
+
+Every format is a description of the same numbers: codes q [K, N], zero points z [G, N] and scales s [G, N] with
+w[k, n] = (q[k, n] - z[k // g, n]) * s[k // g, n].
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+
+from awq2marlin.errors import CheckpointError, Problem, refuse
+from awq2marlin.io.safetensors import TensorInfo
+from awq2marlin.layout.modules import QUANTIZED_PARTS, SCALE_DTYPES, Linear, module_name
+from awq2marlin.layout.repack import PartLayout
+from awq2marlin.layout.scheme import Scheme
+
+#: (tensor, code, message): something that is wrong with one module.
+Fault = tuple[str, str, str]
+
+
+@dataclass(frozen=True)
+class Quantization:
+    """How a checkpoint is quantized, as its config says.
+
+    Attributes:
+        scheme: bits, groups and zero points.
+        modules_to_not_convert: what a config of AWQ says under this key, unchanged.
+        origin: the file that said so.
+        awq_modules: of a converted checkpoint, the quantized modules kept in AWQ layout.
+        unquantized_modules: of a converted one, the modules with a floating-point weight of two or more dimensions.
+        padded_modules: of a converted one, true (K, N) of the modules that were padded.
+    """
+
+    scheme: Scheme
+    modules_to_not_convert: Any = None
+    origin: str = ""
+    awq_modules: frozenset[str] = frozenset()
+    unquantized_modules: frozenset[str] = frozenset()
+    padded_modules: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+
+    @property
+    def bits(self) -> int:
+        """Bits per value, 4 or 8."""
+        return self.scheme.bits
+
+    @property
+    def group_size(self) -> int:
+        """Rows of K that share scales, -1 for all."""
+        return self.scheme.group_size
+
+    @property
+    def zero_point(self) -> bool:
+        """Whether modules have zero points of their own."""
+        return self.scheme.zero_point
+
+
+@dataclass(frozen=True)
+class DerivedTensor:
+    """A tensor of a module that holds nothing but what follows from the module's shape.
+
+    Attributes:
+        suffix: last component of its name.
+        dtype: as headers call it, e.g. ``I64``.
+        shape: sizes.
+        data: returns its bytes; picklable.
+    """
+
+    suffix: str
+    dtype: str
+    shape: tuple[int, ...]
+    data: Callable[[], bytes]
+
+
+class Format(ABC):
+    """One checkpoint format. Stateless: there is one instance of each, in `registry`."""
+
+    #: What `inspect` calls it, and the key of the registry.
+    name: ClassVar[str]
+
+    #: What messages call it.
+    title: ClassVar[str]
+
+    #: What results call the layout of its modules, e.g. ``marlin``.
+    layout_name: ClassVar[str]
+
+    #: The version of the format that is written.
+    version: ClassVar[int] = 1
+
+    #: What the default name of an output ends with, e.g. ``-marlin``.
+    output_suffix: ClassVar[str] = ""
+
+    #: Whether it can be converted from, and to.
+    is_source: ClassVar[bool] = False
+    is_target: ClassVar[bool] = False
+
+    #: The last name component of the tensor that holds each part of a module.
+    suffixes: ClassVar[Mapping[str, str]] = {part: part for part in QUANTIZED_PARTS}
+
+    #: The types that each part's tensor may have.
+    dtypes: ClassVar[Mapping[str, tuple[str, ...]]] = {"qweight": ("I32",), "qzeros": ("I32",), "scales": SCALE_DTYPES}
+
+    #: Parts any of which makes a module a quantized one; `scales` alone may belong to a scaled activation.
+    marks: ClassVar[tuple[str, ...]] = ("qweight", "qzeros")
+
+    #: What a quantized module must not have besides: last name components.
+    foreign_suffixes: ClassVar[tuple[str, ...]] = ("g_idx", "weight")
+
+    # --- the config
+
+    @abstractmethod
+    def claims(self, document: Mapping[str, Any], place: str) -> bool:
+        """Returns whether a quantization config is one of this format.
+
+        Args:
+            document: a quantization config; any object of a stranger's JSON.
+            place: where it stands, for messages.
+
+        Raises:
+            CheckpointError: if a value that names the format is no string.
+        """
+
+    @abstractmethod
+    def read_config(self, document: Mapping[str, Any], place: str) -> Quantization:
+        """Returns what a quantization config says, checked.
+
+        Args:
+            document: the config, which the format claims.
+            place: where it stands, for messages.
+
+        Raises:
+            CheckpointError: if a value is missing, wrong or not supported.
+        """
+
+    @abstractmethod
+    def write_config(self, quantization: Quantization) -> dict[str, Any]:
+        """Returns the quantization config of a checkpoint of this format.
+
+        Args:
+            quantization: what it has to say.
+        """
+
+    # --- the tensors of a module
+
+    @abstractmethod
+    def sizes(self, tensors: Mapping[str, TensorInfo], scheme: Scheme) -> tuple[int, int]:
+        """Returns K and N of a module, padding included, as its tensors show them.
+
+        Args:
+            tensors: its tensors by part, ``qweight`` and ``scales`` among them, each of two dimensions.
+            scheme: of the checkpoint.
+        """
+
+    @abstractmethod
+    def shape(self, part: str, size_k: int, size_n: int, scheme: Scheme) -> tuple[int, ...]:
+        """Returns the shape of the tensor that holds a part of a module.
+
+        Args:
+            part: ``qweight``, ``qzeros`` or ``scales``.
+            size_k: K, padding included.
+            size_n: N, padding included.
+            scheme: of the checkpoint.
+        """
+
+    @abstractmethod
+    def layout(self, part: str, size_k: int, size_n: int, scheme: Scheme) -> PartLayout:
+        """Returns how that tensor holds the part; arguments as for `shape`."""
+
+    def has_zero_points(self, scheme: Scheme) -> bool:
+        """Returns whether a module must have a tensor of zero points."""
+        return scheme.zero_point
+
+    def derived(self, size_k: int, size_n: int, scheme: Scheme) -> Sequence[DerivedTensor]:  # noqa: ARG002
+        """Returns the further tensors that a module of a shape has; none, in most formats."""
+        return ()
+
+    def faults(
+        self, module: str, tensors: Mapping[str, TensorInfo], size_k: int, size_n: int, quantization: Quantization
+    ) -> Iterator[Fault]:
+        """Yields what is wrong with the shapes of a module's tensors.
+
+        Args:
+            module: full name.
+            tensors: its tensors by part, of the right types and of two dimensions; and ``bias``, if it has one.
+            size_k: K as `sizes` says.
+            size_n: N as `sizes` says.
+            quantization: of the checkpoint.
+        """
+        del module
+        shapes = {part: self.shape(part, size_k, size_n, quantization.scheme) for part in self.suffixes}
+        for part, shape in {**shapes, "bias": (size_n,)}.items():
+            tensor = tensors.get(part)
+            if tensor is not None and tensor.shape != shape:
+                message = f"its shape is {list(tensor.shape)}, needed is {list(shape)} as the module's others say"
+                yield tensor.name, "contradiction", message
+
+    # --- which modules it can hold
+
+    def refusal(self, module: str, size_k: int, size_n: int, scheme: Scheme) -> str:  # noqa: ARG002
+        """Returns why a module cannot be of this format whatever is done with it, in words; empty if it can."""
+        return ""
+
+    def unaligned_reason(self, size_k: int, size_n: int, scheme: Scheme) -> str:  # noqa: ARG002
+        """Returns why a module can be of this format only if it is padded, in words; empty if it can as it is."""
+        return ""
+
+    def padded_shapes(self, sizes: Sequence[tuple[int, int]], scheme: Scheme) -> list[tuple[int, int]]:  # noqa: ARG002
+        """Returns the (K, N) to which modules that engines fuse are padded together."""
+        return list(sizes)
+
+    # --- reading it slowly, for comparison: shares nothing with `layout`
+
+    @abstractmethod
+    def rows_per_row(self, part: str) -> int:
+        """Returns how many rows of the plain values one row of a part's tensor holds."""
+
+    @abstractmethod
+    def values(self, part: str, rows: npt.NDArray[Any], size_k: int, scheme: Scheme) -> npt.NDArray[Any]:
+        """Returns the plain values that some rows of a part's tensor hold.
+
+        Args:
+            part: ``qweight``, ``qzeros`` or ``scales``.
+            rows: uint32 [R, words] or, of scales, uint16 [R, N].
+            size_k: K of the module, padding included.
+            scheme: of the checkpoint.
+
+        Returns:
+            uint8 [R * rows_per_row, N], or the bits of scales uint16 [R, N].
+        """
+
+    def tensor_name(self, module: str, part: str) -> str:
+        """Returns the full name of the tensor that holds a part of a module."""
+        return module_name(module, self.suffixes[part])
+
+
+def element_type(part: str) -> type[np.generic]:
+    """Returns the type in which a part's tensor is read: 32-bit words, or the 16 bits of a scale."""
+    return np.uint16 if part == "scales" else np.uint32
+
+
+def find_modules(
+    format: Format,
+    tensors: Mapping[str, TensorInfo],
+    quantization: Quantization,
+    shard_of: Mapping[str, str],
+    *,
+    among: Callable[[str], bool] = lambda _module: True,
+) -> tuple[dict[str, Linear], list[Problem]]:
+    """Returns the quantized modules among tensors by name, sorted, and everything that is wrong with them.
+
+    Args:
+        format: the format that they are of.
+        tensors: every tensor of the checkpoint.
+        quantization: what its config says.
+        shard_of: the file of each tensor, for messages.
+        among: answers whether a module is looked at.
+    """
+    problems: list[Problem] = []
+    modules = {}
+    for name, parts in sorted(_parts_of_modules(format, tensors, shard_of, problems).items()):
+        if not among(name) or not any(format.suffixes[part] in parts for part in format.marks):
+            continue
+        faults = list(_module_faults(format, name, parts, tensors, quantization))
+        if faults:
+            first = module_name(name, min(parts))
+            problems += [Problem(shard_of.get(tensor, shard_of[first]), tensor, *fault) for tensor, *fault in faults]
+            continue
+        found = _tensors_of(format, name, parts, tensors)
+        size_k, size_n = format.sizes(found, quantization.scheme)
+        modules[name] = Linear(name, size_k, size_n, tuple(part for part in QUANTIZED_PARTS if part in found))
+    return modules, problems
+
+
+def _parts_of_modules(
+    format: Format, tensors: Mapping[str, TensorInfo], shard_of: Mapping[str, str], problems: list[Problem]
+) -> dict[str, set[str]]:
+    """Returns the last name components that every module has, as far as they matter here."""
+    known = {*format.suffixes.values(), *format.foreign_suffixes}
+    parts_of: dict[str, set[str]] = defaultdict(set)
+    for name in tensors:
+        module, _, suffix = name.rpartition(".")
+        if suffix not in known:
+            continue
+        if not name.startswith("."):
+            parts_of[module].add(suffix)
+        elif suffix != "weight":
+            message = "its name begins with a dot, so its module has no name; rename it"
+            problems.append(Problem(shard_of[name], name, "bad-name", message))
+    return parts_of
+
+
+def _tensors_of(
+    format: Format, module: str, parts: set[str], tensors: Mapping[str, TensorInfo]
+) -> dict[str, TensorInfo]:
+    found = {
+        part: tensors[format.tensor_name(module, part)] for part, suffix in format.suffixes.items() if suffix in parts
+    }
+    bias = tensors.get(module_name(module, "bias"))
+    return found if bias is None else {**found, "bias": bias}
+
+
+def _module_faults(
+    format: Format, module: str, parts: set[str], tensors: Mapping[str, TensorInfo], quantization: Quantization
+) -> Iterator[Fault]:
+    """Yields what is wrong with one module."""
+    if "g_idx" in parts and "g_idx" in format.foreign_suffixes:
+        yield module_name(module, "g_idx"), "foreign-format", f"this is a GPTQ module; {format.title} has no row order"
+        return
+    if "weight" in parts:
+        yield module_name(module, "weight"), "contradiction", "the module has both a qweight and a weight"
+    with_zeros = format.has_zero_points(quantization.scheme)
+    required = ["qweight", "scales", *(["qzeros"] if with_zeros else [])]
+    missing = [part for part in required if format.suffixes[part] not in parts]
+    for part in missing:
+        why = " (zero_point is true)" if part == "qzeros" else ""
+        message = f"it is missing, but the module's {sorted(parts)} are there{why}; download the file again"
+        yield format.tensor_name(module, part), "missing-tensor", message
+    found = _tensors_of(format, module, parts, tensors)
+    unfit = list(_type_faults(format, found))
+    yield from unfit
+    if missing or unfit:
+        return
+    size_k, size_n = format.sizes(found, quantization.scheme)
+    unfit = list(format.faults(module, found, size_k, size_n, quantization))
+    yield from unfit
+    if not unfit:
+        yield from _derived_faults(module, format.derived(size_k, size_n, quantization.scheme), tensors)
+
+
+def _derived_faults(
+    module: str, derived: Sequence[DerivedTensor], tensors: Mapping[str, TensorInfo]
+) -> Iterator[Fault]:
+    for each in derived:
+        name = module_name(module, each.suffix)
+        tensor = tensors.get(name)
+        if tensor is None:
+            yield name, "missing-tensor", "it is missing, but the module's other tensors are there"
+        elif (tensor.dtype, tensor.shape) != (each.dtype, each.shape):
+            found, needed = (f"{one.dtype} {list(one.shape)}" for one in (tensor, each))
+            yield name, "contradiction", f"it is {found}, needed is {needed} as the module's other tensors say"
+
+
+def _type_faults(format: Format, found: Mapping[str, TensorInfo]) -> Iterator[Fault]:
+    for part, dtypes in sorted(format.dtypes.items()):
+        tensor = found.get(part)
+        if tensor is None:
+            continue
+        if tensor.dtype not in dtypes:
+            yield tensor.name, "wrong-dtype", f"its type is {tensor.dtype}, needed is {' or '.join(dtypes)}"
+        elif len(tensor.shape) != 2:
+            yield tensor.name, "wrong-shape", f"its shape is {list(tensor.shape)}, needed are two dimensions"
+
+
+def require_modules(modules: Mapping[str, Linear], problems: Sequence[Problem], quantization: Quantization) -> None:
+    """Refuses a source whose modules do not agree, or that has none.
+
+    Raises:
+        CheckpointError: naming every problem.
+    """
+    if problems:
+        raise CheckpointError(problems)
+    if not modules:
+        raise refuse(
+            "no-quantized-modules",
+            "the config says that the checkpoint is quantized, but no tensor is: the config contradicts the tensors",
+            file=quantization.origin,
+        )

@@ -1,0 +1,69 @@
+"""Taking values from a quantization config that a stranger wrote, each checked as it is taken."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+from awq2marlin.errors import printable, refuse
+from awq2marlin.layout.marlin import MARLIN_SUPPORTED_GROUP_SIZES
+from awq2marlin.layout.packing import AWQ_SUPPORTED_BITS
+from awq2marlin.layout.scheme import Scheme
+
+
+def word(document: Mapping[str, Any], key: str, place: str) -> str:
+    """Returns a value that names something, in small letters; empty if it is absent.
+
+    Raises:
+        CheckpointError: if it is no string.
+    """
+    value = document.get(key)
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        raise refuse("bad-config", f"{key} must be a string, found {printable(repr(value))}", file=place)
+    return value.lower()
+
+
+def method_of(document: Mapping[str, Any], place: str) -> str:
+    """Returns what the config calls its method; empty if it does not."""
+    return word(document, "quant_method", place) or word(document, "method", place)
+
+
+def first_of(document: Mapping[str, Any], keys: Collection[str], place: str) -> Any:
+    """Returns the value under one of several keys, which must agree where more than one is there.
+
+    Raises:
+        CheckpointError: if none is there, or they differ.
+    """
+    found = {key: document[key] for key in keys if document.get(key) is not None}
+    if not found:
+        raise refuse("bad-config", f"the quantization config has none of {', '.join(keys)}", file=place)
+    if len(set(map(repr, found.values()))) > 1:
+        raise refuse("contradiction", f"the quantization config says {printable(str(found))}", file=place)
+    return next(iter(found.values()))
+
+
+def scheme_of(bits: Any, group_size: Any, zero_point: Any, place: str) -> Scheme:
+    """Returns a scheme of values that a config gives.
+
+    Raises:
+        CheckpointError: if one is of the wrong type or not supported.
+    """
+    if type(bits) is not int or bits not in AWQ_SUPPORTED_BITS:
+        raise refuse(
+            "unsupported-bits",
+            f"it is quantized to {printable(repr(bits))} bits; "
+            f"{' and '.join(map(str, AWQ_SUPPORTED_BITS))} are supported",
+            file=place,
+        )
+    if type(group_size) is not int or group_size not in MARLIN_SUPPORTED_GROUP_SIZES:
+        raise refuse(
+            "unsupported-group-size",
+            f"its group size is {printable(repr(group_size))}; "
+            f"{', '.join(map(str, MARLIN_SUPPORTED_GROUP_SIZES))} are supported",
+            file=place,
+        )
+    if not isinstance(zero_point, bool):
+        raise refuse("bad-config", f"zero_point must be true or false, found {printable(repr(zero_point))}", file=place)
+    return Scheme(bits, group_size, zero_point)

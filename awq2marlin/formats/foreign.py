@@ -1,0 +1,60 @@
+"""Formats that are not converted: refused by name, with what to do."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from awq2marlin.errors import CheckpointError, printable, refuse
+from awq2marlin.formats.awq_gemm import GPTQ_KEYS, LAYOUT_KEYS
+from awq2marlin.formats.config import method_of, word
+
+_LAYOUT_NAMES = {
+    "gemv": "AWQ's GEMV layout",
+    "gemv_fast": "AWQ's GEMV-fast layout",
+    "gemvfast": "AWQ's GEMV-fast layout",
+    "gemv-fast": "AWQ's GEMV-fast layout",
+    "llm-awq": "the layout of the llm-awq repository",
+    "llm_awq": "the layout of the llm-awq repository",
+    "marlin": "AutoAWQ's own Marlin layout (without zero points)",
+    "exllama": "AWQ's ExLlama layout",
+    "ipex": "AWQ's IPEX layout",
+    "bitblas": "the BitBLAS layout",
+}
+_METHOD_NAMES = {
+    "gptq": "a GPTQ checkpoint",
+    "gptq_marlin": "a GPTQ checkpoint",
+    "marlin": "an old GPTQ-Marlin checkpoint",
+    "compressed-tensors": "a compressed-tensors checkpoint",
+    "awq_marlin": "a checkpoint marked as packed by an engine",
+    "bitsandbytes": "a bitsandbytes checkpoint",
+    "fp8": "an FP8 checkpoint",
+    "gguf": "a GGUF checkpoint",
+}
+_WHAT_TO_DO = "Only AWQ checkpoints of version 'gemm' are converted; look for such a one of this model"
+
+
+def foreign(document: Mapping[str, Any], place: str) -> CheckpointError:
+    """Returns the refusal of a checkpoint that no format claims, to be raised by the caller.
+
+    Args:
+        document: its quantization config.
+        place: where that stands.
+    """
+    message = f"this is {_name(document, place)}, not an AWQ checkpoint in the 'gemm' layout. {_WHAT_TO_DO}"
+    return refuse("foreign-format", message, file=place)
+
+
+def _name(document: Mapping[str, Any], place: str) -> str:
+    method = method_of(document, place)
+    if method in _METHOD_NAMES:
+        return _METHOD_NAMES[method]
+    if method not in ("awq", ""):
+        return f"a checkpoint of quant_method {printable(method)!r}"
+    if not method and any(key in document for key in GPTQ_KEYS):
+        return _METHOD_NAMES["gptq"]
+    if word(document, "backend", place) in ("llm-awq", "llm_awq"):
+        return _LAYOUT_NAMES["llm-awq"]
+    layouts = {key: word(document, key, place) for key in LAYOUT_KEYS}
+    key, layout = next((key, layout) for key, layout in layouts.items() if layout not in ("gemm", ""))
+    return _LAYOUT_NAMES.get(layout, f"AWQ with {key} {printable(layout)!r}")

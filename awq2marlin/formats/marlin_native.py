@@ -1,0 +1,175 @@
+"""Marlin-native checkpoints, version 1: what this package writes, and its loaders serve (docs/marlin-native.md).
+
+A module has ``qweight`` int32 [K/16, N*16/f] in tiles, ``qzeros`` int32 [G, N/f] and ``scales`` [G, N] with permuted
+columns; kernels/README.md pictures the layout. A module that Marlin's shapes cannot take is kept in AWQ layout and
+listed in the config, so that loaders know two layouts and no more.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from awq2marlin.errors import printable, refuse
+from awq2marlin.formats.base import Fault, Format, Quantization
+from awq2marlin.formats.config import first_of, method_of, scheme_of
+from awq2marlin.formats.names import MANIFEST_FILENAME
+from awq2marlin.io.safetensors import TensorInfo
+from awq2marlin.layout.marlin import GPTQ_MARLIN_TILE, padded_shapes, paddings, unaligned_reason
+from awq2marlin.layout.modules import is_output_embedding, part_shape
+from awq2marlin.layout.repack import MarlinScales, MarlinWeight, MarlinZeroPoints, PartLayout
+from awq2marlin.layout.scheme import Scheme
+
+MARLIN_QUANT_METHOD = "marlin_native"
+FORMAT_VERSION = 1
+
+
+class MarlinNative(Format):
+    """The Marlin-native format, version 1."""
+
+    name = MARLIN_QUANT_METHOD
+    title = "Marlin-native"
+    layout_name = "marlin"
+    output_suffix = "-marlin"
+    is_target = True
+    version = FORMAT_VERSION
+
+    def claims(self, document: Mapping[str, Any], place: str) -> bool:
+        """Returns whether the config names the method."""
+        return method_of(document, place) == MARLIN_QUANT_METHOD
+
+    def read_config(self, document: Mapping[str, Any], place: str) -> Quantization:
+        """Returns what the config says; every key that a conversion writes must be there.
+
+        Raises:
+            CheckpointError: if a value is missing or of the wrong kind, or the format is newer than this tool.
+        """
+        version = document.get("format_version")
+        if type(version) is not int or version != FORMAT_VERSION:
+            raise refuse(
+                "unsupported-format",
+                f"format_version is {printable(repr(version))}; this tool reads "
+                f"version {FORMAT_VERSION}. Install a newer awq2marlin",
+                file=place,
+            )
+        if document.get("zero_point") is None:
+            raise refuse("bad-config", "zero_point is missing; a conversion always writes it", file=place)
+        bits, group_size = first_of(document, ("bits",), place), first_of(document, ("group_size",), place)
+        scheme = scheme_of(bits, group_size, document["zero_point"], place)
+        manifest = document.get("manifest")
+        if manifest != MANIFEST_FILENAME:
+            message = f"manifest must be {MANIFEST_FILENAME!r}, found {printable(repr(manifest))}"
+            raise refuse("bad-config", message, file=place)
+        padded = document.get("padded_modules", {})
+        if not isinstance(padded, dict) or not all(_is_shape(value) for value in padded.values()):
+            raise refuse("bad-config", "padded_modules must map module names to [K, N]", file=place)
+        return Quantization(
+            scheme,
+            document.get("modules_to_not_convert"),
+            place,
+            _names(document, "awq_modules", place),
+            _names(document, "unquantized_modules", place),
+            {name: (value[0], value[1]) for name, value in padded.items()},
+        )
+
+    def write_config(self, quantization: Quantization) -> dict[str, Any]:
+        """Returns the config; ``padded_modules`` is left out where there are none."""
+        padded = quantization.padded_modules
+        document: dict[str, Any] = {
+            "quant_method": MARLIN_QUANT_METHOD,
+            "format_version": FORMAT_VERSION,
+            "bits": quantization.bits,
+            "group_size": quantization.group_size,
+            "zero_point": quantization.zero_point,
+            "awq_modules": sorted(quantization.awq_modules),
+            "unquantized_modules": sorted(quantization.unquantized_modules),
+            "modules_to_not_convert": quantization.modules_to_not_convert,
+            "manifest": MANIFEST_FILENAME,
+        }
+        if padded:
+            document["padded_modules"] = {name: list(padded[name]) for name in sorted(padded)}
+        return document
+
+    def sizes(self, tensors: Mapping[str, TensorInfo], scheme: Scheme) -> tuple[int, int]:
+        """Returns K and N, padding included, as the shape of ``qweight`` says."""
+        rows, words = tensors["qweight"].shape
+        return rows * GPTQ_MARLIN_TILE, words * scheme.pack_factor // GPTQ_MARLIN_TILE
+
+    def shape(self, part: str, size_k: int, size_n: int, scheme: Scheme) -> tuple[int, ...]:
+        """Returns the shape of a part: ``qweight`` in rows of tiles, the others in rows along K."""
+        return part_shape(part, size_k, size_n, scheme, tile=GPTQ_MARLIN_TILE)
+
+    def layout(self, part: str, size_k: int, size_n: int, scheme: Scheme) -> PartLayout:
+        """Returns Marlin's tiles, or its order of columns."""
+        if part == "qweight":
+            return MarlinWeight(part, scheme.bits, size_k, size_n)
+        groups = scheme.num_groups(size_k)
+        if part == "qzeros":
+            return MarlinZeroPoints(part, scheme.bits, groups, size_n)
+        return MarlinScales(part, scheme.bits, groups, size_n, scheme.is_single_group(size_k))
+
+    def faults(
+        self, module: str, tensors: Mapping[str, TensorInfo], size_k: int, size_n: int, quantization: Quantization
+    ) -> Iterator[Fault]:
+        """Yields what no conversion writes: unaligned sizes, a padding that is none, parts that do not fit."""
+        scheme, qweight = quantization.scheme, tensors["qweight"]
+        reason = self.unaligned_reason(size_k, size_n, scheme)
+        if not reason and qweight.shape != self.shape("qweight", size_k, size_n, scheme):
+            reason = f"a row of {qweight.shape[1]} words does not hold whole columns"
+        if reason:
+            message = f"{list(qweight.shape)} is no Marlin weight of {scheme.bits} bits: {reason}"
+            yield qweight.name, "wrong-shape", message
+            return
+        true_sizes = quantization.padded_modules.get(module)
+        if true_sizes is not None and (size_k, size_n) not in paddings(*true_sizes):
+            message = f"K={size_k}, N={size_n} is not how K={true_sizes[0]}, N={true_sizes[1]} is padded"
+            yield qweight.name, "wrong-shape", message
+        shapes = {part: self.shape(part, size_k, size_n, scheme) for part in ("scales", "qzeros")}
+        shapes["bias"] = (true_sizes[1] if true_sizes else size_n,)
+        for part, shape in shapes.items():
+            tensor = tensors.get(part)
+            if tensor is not None and tensor.shape != shape:
+                message = f"its shape is {list(tensor.shape)}, needed is {list(shape)} as qweight says"
+                yield tensor.name, "wrong-shape", message
+
+    def refusal(self, module: str, size_k: int, size_n: int, scheme: Scheme) -> str:
+        """Returns that the output embedding is never converted."""
+        del size_k, size_n, scheme
+        return "output embedding" if is_output_embedding(module) else ""
+
+    def unaligned_reason(self, size_k: int, size_n: int, scheme: Scheme) -> str:
+        """Returns why Marlin's shapes do not fit a module."""
+        return unaligned_reason(size_k, size_n, scheme.bits, scheme.group_size) or ""
+
+    def padded_shapes(self, sizes: Sequence[tuple[int, int]], scheme: Scheme) -> list[tuple[int, int]]:
+        """Returns aligned shapes, K in common; see `layout.marlin.padded_shapes`."""
+        return padded_shapes(sizes, scheme.group_size)
+
+    def rows_per_row(self, part: str) -> int:
+        """Returns 16 for tiles, 1 for the others."""
+        return 16 if part == "qweight" else 1
+
+    def values(self, part: str, rows: npt.NDArray[Any], size_k: int, scheme: Scheme) -> npt.NDArray[Any]:
+        """Returns the values by the loops of the specification's sentences."""
+        from awq2marlin.layout import reference  # a conversion that compares nothing does not need it
+
+        if part == "scales":
+            return reference.unpermute_columns(rows, scheme.group_size == -1 or scheme.group_size >= size_k)
+        unpack = reference.unpack_marlin_qweight if part == "qweight" else reference.unpack_marlin_qzeros
+        return unpack(rows.astype(np.uint32, copy=False), scheme.bits)
+
+
+def _is_shape(value: Any) -> bool:
+    return isinstance(value, list) and len(value) == 2 and all(type(size) is int and size > 0 for size in value)
+
+
+def _names(document: Mapping[str, Any], key: str, place: str) -> frozenset[str]:
+    value = document.get(key)
+    if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+        raise refuse("bad-config", f"{key} must be a list of module names", file=place)
+    if len(set(value)) != len(value):
+        raise refuse("bad-config", f"{key} names a module twice", file=place)
+    return frozenset(value)

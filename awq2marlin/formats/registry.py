@@ -1,0 +1,50 @@
+"""The formats there are. A new one is a file of this folder and a line here."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from awq2marlin.formats.awq_gemm import AwqGemm
+from awq2marlin.formats.base import Format
+from awq2marlin.formats.foreign import foreign
+from awq2marlin.formats.marlin_native import MarlinNative
+
+AWQ_GEMM = AwqGemm()
+MARLIN_NATIVE = MarlinNative()
+
+#: In the order in which they are asked whether a config is theirs.
+FORMATS: list[Format] = [MARLIN_NATIVE, AWQ_GEMM]
+
+#: The layout in which a module stays that the target's format cannot take, whatever the source was.
+KEPT = AWQ_GEMM
+
+#: What a conversion writes if nothing else is asked for.
+DEFAULT_TARGET: Format = MARLIN_NATIVE
+
+
+def recognise(document: Mapping[str, Any], place: str) -> Format:
+    """Returns the format of a quantization config.
+
+    Args:
+        document: the config.
+        place: where it stands, for messages.
+
+    Raises:
+        CheckpointError: naming the format, if it is none of ours.
+    """
+    for format in FORMATS:
+        if format.claims(document, place):
+            return format
+    raise foreign(document, place)
+
+
+@contextmanager
+def registered(format: Format) -> Iterator[Format]:
+    """Adds a format for as long as the context lasts; it is asked first."""
+    FORMATS.insert(0, format)
+    try:
+        yield format
+    finally:
+        FORMATS.remove(format)

@@ -1,0 +1,103 @@
+"""What a conversion records of its source, so that `revert` can give it back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from awq2marlin.checkpoint.manifest import Manifest, ManifestShard, SourceCard
+from awq2marlin.errors import refuse
+from awq2marlin.formats.names import CONFIG_FILENAME, INDEX_FILENAME
+from awq2marlin.io.digest import FileDigest, Xxh3, digest_of
+from awq2marlin.io.safetensors import MAX_HEADER_BYTES
+from awq2marlin.io.source import MAX_JSON_BYTES, Source
+from awq2marlin.pipeline.output import FinishedFile
+from awq2marlin.pipeline.plan import Plan
+from awq2marlin.pipeline.transfer import ShardPlan
+
+#: How many bytes of a JSON file one byte of a text may become: a control character is written ``\\u0000``.
+_MOST_GROWTH = 6
+
+#: What an entry of a JSON file needs beside its name and text: keys, numbers, digests, white space.
+_ENTRY_BYTES = 1000
+
+#: Stands for a digest that is not known yet; they are all of one length.
+_ANY_DIGEST = str(Xxh3())
+
+
+def manifest_of(plan: Plan, finished: Mapping[str, FinishedFile], files: Mapping[str, FileDigest]) -> Manifest:
+    """Returns the manifest of a conversion.
+
+    Args:
+        plan: the conversion's.
+        finished: what every shard and its source are known by.
+        files: what every file that was carried over is known by.
+    """
+    checkpoint, folder = plan.checkpoint, plan.checkpoint.folder
+    shards = {
+        shard.name: _manifest_shard(shard, finished[shard.name], folder.sha256(shard.name)) for shard in plan.shards
+    }
+    texts = {name: _exact_text(folder, name) for name in _rewritten_names(plan)}
+    digests = {name: digest_of(text.encode()) for name, text in texts.items()}
+    repo_id, revision = folder.origin or (None, None)
+    card = SourceCard.of(checkpoint.card, folder.read(checkpoint.card)) if checkpoint.card else None
+    carried = {name: FileDigest(files[name].size, files[name].xxh3) for name in plan.transfer.carried}
+    return Manifest(shards, texts, digests, carried, repo_id, revision, checkpoint.left_behind, card=card)
+
+
+def _manifest_shard(shard: ShardPlan, done: FinishedFile, sha256: str | None) -> ManifestShard:
+    return ManifestShard(shard.source, FileDigest(done.source.size, done.source.xxh3, sha256), done.target)
+
+
+def _rewritten_names(plan: Plan) -> list[str]:
+    """Returns the files whose text only the manifest holds."""
+    index = [INDEX_FILENAME] if plan.rewritten_index is not None else []
+    return [CONFIG_FILENAME, *plan.checkpoint.legacy_configs, *index]
+
+
+def _exact_text(folder: Source, name: str) -> str:
+    try:
+        return folder.read(name).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise refuse("bad-json", f"it is not UTF-8 (byte {error.start})", file=name) from None
+
+
+def refuse_unreadable(plan: Plan) -> None:
+    """Refuses a conversion whose output would break a limit of those who read it, before anything is written.
+
+    Args:
+        plan: the whole plan.
+
+    Raises:
+        CheckpointError: if a header, the config, the index or the manifest would be too long.
+    """
+    for shard in plan.shards:
+        _refuse_long(len(shard.target.text), MAX_HEADER_BYTES, "the header", shard.name)
+    _refuse_long(len(plan.transfer.config), MAX_JSON_BYTES, "the file", CONFIG_FILENAME)
+    if plan.rewritten_index is not None:
+        _refuse_long(len(plan.rewritten_index), MAX_JSON_BYTES, "the file", INDEX_FILENAME)
+    if _MOST_GROWTH * _recorded_bytes(plan) <= MAX_JSON_BYTES:  # nearly always; spares compressing all headers twice
+        return
+    sizes = {shard.name: (shard.source.file_size, shard.target.file_size) for shard in plan.shards}
+    done = {name: FinishedFile(_unknown(old), _unknown(new)) for name, (old, new) in sizes.items()}
+    manifest_of(
+        plan, done, {name: _unknown(plan.checkpoint.folder.size(name)) for name in plan.transfer.carried}
+    ).encode()
+
+
+def _unknown(size: int) -> FileDigest:
+    return FileDigest(size, _ANY_DIGEST)
+
+
+def _recorded_bytes(plan: Plan) -> int:
+    """Returns how many bytes of the source the manifest holds in some form; no fewer."""
+    checkpoint = plan.checkpoint
+    files = [*_rewritten_names(plan), *([checkpoint.card] if checkpoint.card else [])]
+    names = [*checkpoint.shards, *checkpoint.side_files, *checkpoint.left_behind, *checkpoint.left_behind.values()]
+    texts = sum(map(checkpoint.folder.size, files)) + sum(len(shard.source.text) for shard in plan.shards)
+    return texts + sum(len(name.encode()) for name in names) + _ENTRY_BYTES * (len(names) + len(files))
+
+
+def _refuse_long(size: int, limit: int, what: str, file: str) -> None:
+    if size > limit:
+        message = f"{what} would have {size} bytes in the output, more than the limit of {limit}; shorten the source's"
+        raise refuse("too-large", message, file=file)

@@ -1,0 +1,109 @@
+"""Where finished files go: they stay in the output folder, or are passed on to the Hub."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
+
+from awq2marlin.pipeline.output import FinishedFile, OutputFolder, Owned, Pinned, as_output_errors, claim
+from awq2marlin.pipeline.transfer import ShardPlan, Transfer
+
+if TYPE_CHECKING:
+    from awq2marlin.pipeline.departures import Relay
+
+
+class Sink(Protocol):
+    """What a run hands its finished files to; `Stay` and `departures.Relay`."""
+
+    @property
+    def out(self) -> OutputFolder:
+        """The folder in which files grow."""
+
+    def steps(self, shards: Sequence[ShardPlan]) -> dict[str, int]:
+        """Returns what is going to be done with finished shards, in words, and the bytes of it."""
+
+    def has(self, name: str, entry: FinishedFile) -> bool:
+        """Returns whether a shard that was sent away is still there."""
+
+    def begin(self) -> None:
+        """The first shard is about to be made; what earlier runs finished is there."""
+
+    def finished(self, name: str) -> None:
+        """A shard is complete and remembered."""
+
+    def wait(self) -> None:
+        """All shards are complete; returns when they are where they go."""
+
+    def commit(self, config: bytes) -> None:
+        """All other files are complete; ``config.json`` makes the checkpoint whole."""
+
+
+@dataclass(frozen=True)
+class Stay:
+    """Files stay in the output folder."""
+
+    out: OutputFolder
+
+    def steps(self, shards: Sequence[ShardPlan]) -> dict[str, int]:
+        """Returns nothing: finished shards are where they belong."""
+        del shards
+        return {}
+
+    def has(self, name: str, entry: FinishedFile) -> bool:
+        """Returns False: nobody knows of any other place."""
+        del name, entry
+        return False
+
+    def begin(self) -> None:
+        """Nothing has to be made ready."""
+
+    def finished(self, name: str) -> None:
+        """The shard is where it belongs."""
+
+    def wait(self) -> None:
+        """There is nothing to wait for."""
+
+    def commit(self, config: bytes) -> None:
+        """Writes ``config.json`` once all else is durable."""
+        self.out.commit(config)
+
+
+@contextmanager
+def open_sink(
+    transfer: Transfer,
+    root: Path,
+    owned: Owned,
+    pinned: Pinned | None,
+    relay: Callable[[OutputFolder], Relay] | None = None,
+    *,
+    in_place: bool = False,
+) -> Iterator[Sink]:
+    """Claims the output folder for a transfer; see `output.claim`.
+
+    Args:
+        transfer: what will be written.
+        root: the folder.
+        owned: which files of it may be removed.
+        pinned: what a later run has to know of the source.
+        relay: makes what passes finished files on to the Hub; None if they stay.
+        in_place: whether files that may be removed stay until others take their names.
+
+    Yields:
+        Where finished files go.
+    """
+    with as_output_errors(root):
+        with claim(root, transfer.digest, transfer.names, owned=owned, pinned=pinned, in_place=in_place) as out:
+            if relay is None:
+                yield Stay(out)
+            else:
+                passing = relay(out)
+                try:
+                    yield passing
+                finally:
+                    passing.close()
+        if relay is not None:
+            with suppress(OSError):  # not empty: there is something that is not ours
+                root.rmdir()

@@ -1,0 +1,118 @@
+"""Files in, files out: everything that is decided before a byte is written.
+
+A conversion and the way back are both a `Transfer`: headers in, headers out, and spans of bytes between them. What runs
+it (`pipeline.run`) knows neither formats nor directions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Literal
+
+from awq2marlin.checkpoint.counterparts import Row
+from awq2marlin.formats.names import CONFIG_FILENAME
+from awq2marlin.io.digest import FileDigest
+from awq2marlin.io.safetensors import Header, TensorInfo
+from awq2marlin.io.source import Source
+from awq2marlin.layout.repack import Rewrite
+
+
+@dataclass(frozen=True)
+class Span:
+    """A run of a shard's data and what is done with it; offsets are into the data, in bytes.
+
+    Attributes:
+        source: (start, end) in the source; empty for what is made of nothing.
+        target: (start, end) in the target; empty for what is only looked at.
+        rewrite: how it is rewritten; None copies it.
+    """
+
+    source: tuple[int, int]
+    target: tuple[int, int]
+    rewrite: Rewrite | None
+
+
+@dataclass(frozen=True)
+class ShardPlan:
+    """How one file becomes one file. Picklable.
+
+    Attributes:
+        name: the file's name, the same in source and output.
+        source: the source's header.
+        target: the output's header.
+        spans: runs that cover the data of both, in order.
+    """
+
+    name: str
+    source: Header
+    target: Header
+    spans: tuple[Span, ...]
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What a shard has to be: digests that were recorded when it was converted.
+
+    Attributes:
+        source: what is read.
+        target: what is written; None if it is not known.
+    """
+
+    source: FileDigest
+    target: FileDigest | None
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """All that one run reads and writes.
+
+    Attributes:
+        verb: what progress calls it.
+        source: where it is read from.
+        shards: every safetensors file, sorted by name.
+        carried: files that are copied as they are, with what they must be where that was recorded.
+        texts: files that are written as they stand here.
+        later: names of files that the run makes when all others are there.
+        config: bytes of ``config.json``, which comes last.
+        digest: of everything that decides the output's bytes; a journal of another is refused.
+        expected: what shards must be, by name; empty where nobody knows it yet.
+    """
+
+    verb: Literal["convert", "revert"]
+    source: Source
+    shards: tuple[ShardPlan, ...]
+    carried: Mapping[str, FileDigest | None]
+    texts: Mapping[str, bytes]
+    later: tuple[str, ...]
+    config: bytes
+    digest: str
+    expected: Mapping[str, Expected] = field(default_factory=dict)
+
+    @property
+    def names(self) -> list[str]:
+        """Every file that the run leaves in its output, sorted."""
+        shards = [shard.name for shard in self.shards]
+        return sorted([*shards, *self.carried, *self.texts, *self.later, CONFIG_FILENAME])
+
+
+def spans_of(rows: Iterable[Row]) -> tuple[Span, ...]:
+    """Returns the spans of a shard; neighbours that are only copied are joined, so that small tensors cost nothing.
+
+    Args:
+        rows: of the shard, in the order of both files; with the offsets of both.
+    """
+    spans: list[Span] = []
+    read, written = 0, 0
+    for row in rows:
+        span = Span(_range(row.source, read), _range(row.target, written), row.rewrite)
+        read, written = span.source[1], span.target[1]
+        if span.rewrite is None and spans and spans[-1].rewrite is None:
+            before = spans.pop()
+            span = Span((before.source[0], read), (before.target[0], written), None)
+        spans.append(span)
+    return tuple(spans)
+
+
+def _range(tensor: TensorInfo | None, position: int) -> tuple[int, int]:
+    return (position, position) if tensor is None else (tensor.start, tensor.end)

@@ -1,0 +1,156 @@
+"""Comparing everything of two checkpoints that is no tensor's data: headers, configs, files, and the manifest."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from awq2marlin.checkpoint.config import without_quantization
+from awq2marlin.checkpoint.counterparts import Counterparts
+from awq2marlin.checkpoint.index import converted_index
+from awq2marlin.checkpoint.manifest import Manifest
+from awq2marlin.checkpoint.opening import Checkpoint
+from awq2marlin.errors import difference
+from awq2marlin.formats.base import Quantization
+from awq2marlin.formats.names import CARD_FILENAME, CONFIG_FILENAME, INDEX_FILENAME
+from awq2marlin.io.source import Source
+from awq2marlin.layout.modules import ModulePlan
+from awq2marlin.verification.values import BAND_BYTES
+
+
+def compare_side_files(source: Checkpoint, output: Checkpoint, manifest: Manifest) -> list[str]:
+    """Compares everything that is no tensor, and the manifest; returns the files that both hold byte for byte.
+
+    Raises:
+        DifferenceError: naming the first file that differs.
+    """
+    files = [*source.side_files, *_same_index(source, output)]
+    for name in files:
+        _compare_files(source.folder, output.folder, name)
+    _compare_manifest(source, manifest, files)
+    return files
+
+
+def _same_index(source: Checkpoint, output: Checkpoint) -> list[str]:
+    """Returns the index's name if both must hold the same; compares it with what it must be if not."""
+    if not source.has_index:
+        return []
+    document = source.folder.read_json(INDEX_FILENAME)
+    expected = converted_index(document, source.shards, output.shards)
+    if expected is None:
+        return [INDEX_FILENAME]
+    if not _same_json(expected, output.folder.read_json(INDEX_FILENAME)):
+        raise difference("different-bytes", "it differs from the source's in more than total_size", file=INDEX_FILENAME)
+    return []
+
+
+def compare_headers(source: Checkpoint, output: Checkpoint, counterparts: Counterparts) -> None:
+    """Compares what the pairing does not ask: the metadata and the order of the names.
+
+    Raises:
+        DifferenceError: naming the first file that differs.
+    """
+    for name, header in source.shards.items():
+        made = counterparts.target_header(header, counterparts.rows(name, header))
+        expected, found = (json.loads(each.text) for each in (made, output.shards[name]))
+        if expected.get("__metadata__") != found.get("__metadata__"):
+            raise difference("header", "the header's metadata is not the source's", file=name)
+        if list(expected) != list(found):
+            raise difference("header", "the header's names stand in another order than in the source", file=name)
+
+
+def compare_configs(source: Checkpoint, output: Checkpoint, modules: Iterable[ModulePlan], *, whole: bool) -> None:
+    """Compares the output's config with what its own lists of modules imply.
+
+    Args:
+        source: the source.
+        output: the converted checkpoint.
+        modules: every quantized module's fate.
+        whole: whether the rest of the config must be the source's, too.
+
+    Raises:
+        DifferenceError: naming the keys that differ.
+    """
+    expected = output.format.write_config(
+        Quantization(
+            source.quantization.scheme,
+            source.quantization.modules_to_not_convert,
+            awq_modules=output.quantization.awq_modules,
+            unquantized_modules=frozenset(source.unquantized_modules),
+            padded_modules={each.name: (each.size_k, each.size_n) for each in modules if each.is_padded},
+        )
+    )
+    found = output.config.get("quantization_config")
+    if not _same_json(found, expected):
+        known = found if isinstance(found, dict) else {}
+        keys = [key for key in expected if not _same_json(known.get(key), expected[key])]
+        keys += [key for key in ("padded_modules",) if key in known and key not in expected]
+        raise difference(
+            "config",
+            f"quantization_config differs from what the source implies, in {', '.join(keys) or 'an additional key'}",
+            file=CONFIG_FILENAME,
+        )
+    if whole and not _same_json(without_quantization(source.config), without_quantization(output.config)):
+        raise difference(
+            "config", "a key other than quantization_config differs from the source's", file=CONFIG_FILENAME
+        )
+
+
+def _same_json(left: Any, right: Any) -> bool:
+    """Returns whether two documents hold the same; to Python, false equals 0 and NaN does not equal NaN."""
+    return json.dumps(left, sort_keys=True) == json.dumps(right, sort_keys=True)
+
+
+def _compare_manifest(source: Checkpoint, manifest: Manifest, files: Sequence[str]) -> None:
+    """Compares what `revert` would give back with the source, but for digests.
+
+    Args:
+        source: the source.
+        manifest: of the converted checkpoint.
+        files: those that both hold, byte for byte.
+    """
+    texts = [CONFIG_FILENAME, *source.legacy_configs]
+    if source.has_index and INDEX_FILENAME not in files:
+        texts.append(INDEX_FILENAME)
+    for recorded, there in ((manifest.shards, source.shards), (manifest.files, files), (manifest.texts, texts)):
+        for name in sorted(set(recorded) ^ set(there)):
+            which = "the manifest" if name in recorded else "the source"
+            raise difference("manifest", f"only {which} has it, so it would not come back as it was", file=name)
+    _compare_card(source, manifest)
+    for name, shard in manifest.shards.items():
+        if shard.source_header.text != source.shards[name].text:
+            raise difference("manifest", "the header that the manifest keeps is not the source's", file=name)
+    for name, text in manifest.texts.items():
+        if text.encode("utf-8", "surrogatepass") != source.folder.read(name):
+            raise difference("manifest", "the text that the manifest keeps is not the source's", file=name)
+
+
+def _compare_card(source: Checkpoint, manifest: Manifest) -> None:
+    """Compares the model card that `revert` would give back; the output's own is free text for people."""
+    recorded = manifest.card.name if manifest.card else None
+    if source.card != recorded:
+        which = "the manifest" if recorded else "the source"
+        raise difference("manifest", f"only {which} has it, so it would not come back as it was", file=CARD_FILENAME)
+    if source.card is not None and manifest.card is not None and source.folder.read(source.card) != manifest.card.data:
+        raise difference("manifest", "the model card that the manifest keeps is not the source's", file=source.card)
+
+
+def _compare_files(old: Source, new: Source, name: str) -> None:
+    if not new.exists(name):
+        raise difference("missing-file", "the source has this file, the output does not", file=name)
+    with old.open(name) as expected, new.open(name) as found:
+        offset = 0
+        while True:
+            left, right = expected.read(BAND_BYTES), found.read(BAND_BYTES)
+            if left != right:
+                at = next(
+                    (i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b),
+                    min(len(left), len(right)),
+                )
+                raise difference(
+                    "different-bytes", f"the file differs from the source's at byte {offset + at}", file=name
+                )
+            if not left:
+                return
+            offset += len(left)

@@ -1,0 +1,191 @@
+"""Comparing the tensors of two checkpoints: quantized modules value for value, everything else byte for byte.
+
+Both layouts are unpacked to plain values by their formats' own slow readers (`Format.values`), which share nothing
+with the repack. The first difference is named with its place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from awq2marlin.checkpoint.counterparts import Counterparts
+from awq2marlin.errors import difference
+from awq2marlin.formats.base import element_type
+from awq2marlin.io.safetensors import TensorInfo
+from awq2marlin.io.tensors import TensorFiles
+from awq2marlin.layout.modules import ModulePlan
+from awq2marlin.progress import Progress
+from awq2marlin.verification.sampling import Device
+
+if TYPE_CHECKING:
+    from awq2marlin.gemm.check import GemmRun
+
+#: Bytes that are compared at once.
+BAND_BYTES = 1 << 20
+
+#: One comparison; raises `DifferenceError`.
+Job = Callable[[], None]
+
+_WORDS = {"qweight": "value", "qzeros": "zero point", "scales": "scale (bits)"}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two checkpoints of the same model whose headers agree.
+
+    Attributes:
+        counterparts: which tensor is which.
+        source: the source's tensors.
+        output: the converted ones.
+        progress: told of every byte of the source that was compared.
+    """
+
+    counterparts: Counterparts
+    source: TensorFiles
+    output: TensorFiles
+    progress: Progress
+
+    def tensor_name(self, module: ModulePlan, part: str) -> str:
+        """Returns the source's name of the tensor that holds a part of a module."""
+        return self.counterparts.source.tensor_name(module.name, part)
+
+    def module_bytes(self, modules: Sequence[ModulePlan]) -> int:
+        """Returns the bytes of the source that modules have."""
+        return sum(self.source.info(self.tensor_name(each, part)).size for each in modules for part in each.parts)
+
+    def module_job(self, module: ModulePlan) -> Job:
+        """Returns the comparison of one module, value for value."""
+
+        def job() -> None:
+            for part in module.parts:
+                for first, expected, found in self._bands(module, part):
+                    self._compare_values(module, part, first, expected, found)
+                self.progress.advance(self.source.info(self.tensor_name(module, part)).size)
+
+        return job
+
+    def tensor_job(self, name: str) -> Job:
+        """Returns the comparison of a tensor that is the same in both, byte for byte."""
+
+        def job() -> None:
+            tensor = self.source.info(name)
+            for begin in range(0, tensor.size, BAND_BYTES):
+                end = min(begin + BAND_BYTES, tensor.size)
+                expected, found = self.source.read(name, begin, end), self.output.read(name, begin, end)
+                if not np.array_equal(expected, found):
+                    at = int(np.argmax(expected != found))
+                    raise difference(
+                        "different-bytes",
+                        f"{_place(tensor, begin + at)}: expected byte {expected[at]:#04x}, found {found[at]:#04x}",
+                        file=self.output.shard_of[name],
+                        tensor=name,
+                    )
+                self.progress.advance(end - begin)
+
+        return job
+
+    def _bands(self, module: ModulePlan, part: str) -> Iterator[tuple[int, npt.NDArray[Any], npt.NDArray[Any]]]:
+        """Yields (first row, expected, found): bands of plain values of one part, padding included."""
+        scheme, source, target = (
+            self.counterparts.scheme,
+            self.counterparts.source,
+            self.counterparts.layout_of(module),
+        )
+        old_name, new_name = self.tensor_name(module, part), target.tensor_name(module.name, part)
+        old_rows, new = self.source.info(old_name).shape[0], self.output.info(new_name)
+        old_step, new_step = source.rows_per_row(part), target.rows_per_row(part)
+        band = max(old_step, new_step)
+        band *= max(1, BAND_BYTES // max(1, new.size // new.shape[0] * band // new_step))
+        element = element_type(part)
+        for first in range(0, new.shape[0] * new_step, band):
+            old_words = self.source.rows(old_name, *_rows(first, band, old_step, old_rows), element)
+            new_words = self.output.rows(new_name, *_rows(first, band, new_step, new.shape[0]), element)
+            found = target.values(part, new_words, module.padded_k, scheme)
+            yield first, _fitted(source.values(part, old_words, module.size_k, scheme), found), found
+
+    def _compare_values(
+        self,
+        module: ModulePlan,
+        part: str,
+        first_row: int,
+        expected: npt.NDArray[Any],
+        found: npt.NDArray[Any],
+    ) -> None:
+        if np.array_equal(expected, found):
+            return
+        name = self.counterparts.layout_of(module).tensor_name(module.name, part)
+        row, column = (int(index) for index in np.argwhere(expected != found)[0])
+        raise difference(
+            "different-value",
+            f"{_WORDS[part]} at row {first_row + row}, column {column}: "
+            f"expected {expected[row, column]}, found {found[row, column]}",
+            file=self.output.shard_of[name],
+            tensor=name,
+        )
+
+
+def _rows(first: int, count: int, step: int, rows: int) -> tuple[int, int]:
+    """Returns the rows of a tensor, ``step`` plain rows each, that hold some plain rows, as far as there are any."""
+    return min(first // step, rows), min(-(-(first + count) // step), rows)
+
+
+def _fitted(values: npt.NDArray[Any], like: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Returns values with zeros where the other array is larger, which is what padding has to be."""
+    if values.shape == like.shape:
+        return values
+    fitted = np.zeros(like.shape, like.dtype)
+    fitted[: values.shape[0], : values.shape[1]] = values[: like.shape[0], : like.shape[1]]
+    return fitted
+
+
+def _place(tensor: TensorInfo, offset: int) -> str:
+    """Returns where a byte of a tensor lies, as row and column where that makes sense."""
+    if len(tensor.shape) != 2 or not tensor.size:
+        return f"byte {offset}"
+    row, rest = divmod(offset, tensor.size // tensor.shape[0])
+    return f"row {row}, column {rest * tensor.shape[1] // (tensor.size // tensor.shape[0])}, byte {offset}"
+
+
+def run_jobs(jobs: Sequence[Job], workers: int) -> None:
+    """Runs comparisons side by side; the error raised is that of the first job, in order, that found one."""
+    with ThreadPoolExecutor(workers, thread_name_prefix="verify") as pool:
+        running = [pool.submit(job) for job in jobs]
+        try:
+            for each in running:
+                each.result()
+        except BaseException:
+            pool.shutdown(wait=True, cancel_futures=True)
+            raise
+
+
+def verify_modules(modules: Sequence[ModulePlan], comparison: Comparison, workers: int) -> None:
+    """Compares modules value for value; the converter calls it before its output becomes loadable.
+
+    Args:
+        modules: which.
+        comparison: of what with what.
+        workers: threads.
+
+    Raises:
+        DifferenceError: naming the first difference.
+    """
+    comparison.progress.start("verify", comparison.module_bytes(modules))
+    run_jobs([comparison.module_job(each) for each in modules], workers)
+    comparison.progress.finish()
+
+
+def run_gemm(modules: Sequence[ModulePlan], comparison: Comparison, device: Device | None) -> GemmRun | None:
+    """Runs modules through the Marlin GEMM, if a device is named; see `gemm.check.check_modules`."""
+    if device is None:
+        return None
+    from awq2marlin.gemm.check import check_modules  # brings torch along
+
+    return check_modules(
+        modules, comparison.counterparts, comparison.source, comparison.output, device, comparison.progress
+    )
