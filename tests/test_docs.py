@@ -28,6 +28,7 @@ from awq2marlin.cli.json import STATUS, Report
 from awq2marlin.formats.base import Quantization
 from awq2marlin.formats.registry import MARLIN_NATIVE
 from awq2marlin.hub import errors as hub_errors
+from awq2marlin.io.digest import digest_of
 from awq2marlin.io.safetensors import Header
 from awq2marlin.layout.marlin import FUSED_SIBLINGS
 from awq2marlin.layout.scheme import Scheme
@@ -172,12 +173,13 @@ def test_format_document_lists_the_config_keys():
 
 
 def test_format_document_lists_the_manifest_keys():
-    shard = ManifestShard(Header(b"{}", {}), 10, ("xxh3_128:" + "0" * 32,), 10, "xxh3_128:" + "0" * 32)
+    file = digest_of(b"")
+    shard = ManifestShard(Header(b"{}", {}), file, file)
     manifest = Manifest(
         {"<file>": shard},
         {"<file>": ""},
-        {"<file>": (0, "")},
-        {"<file>": (0, "")},
+        {"<file>": file},
+        {"<file>": file},
         None,
         None,
         {"<file>": ""},

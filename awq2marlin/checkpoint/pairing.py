@@ -37,7 +37,8 @@ def pair(
     """
     modules, problems = find_modules(format, index.tensors, quantization, index.shard_of)
     require_modules(modules, problems, quantization)
-    _known_modules(converted, modules)
+    if converted.format.has_module_lists:
+        _known_modules(converted, modules)
     fates = {name: _fate(module, quantization.scheme, converted) for name, module in modules.items()}
     counterparts = Counterparts(format, converted.format, quantization.scheme, fates)
     expected = {

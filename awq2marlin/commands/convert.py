@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Literal, cast
 
 from awq2marlin.checkpoint.opening import open_checkpoint
 from awq2marlin.formats.names import CARD_FILENAME, MANIFEST_FILENAME
+from awq2marlin.formats.registry import DEFAULT_TARGET, target_named
 from awq2marlin.hub.name import parse_source
 from awq2marlin.io.workers import check_workers
 from awq2marlin.layout.modules import ModulePlan
@@ -113,6 +114,7 @@ def convert(
     low_disk: bool = False,
     push_to: str | PushTarget | None = None,
     commit_message: str | None = None,
+    to: str = DEFAULT_TARGET.layout_name,
     progress: Progress | None = None,
 ) -> ConvertResult:
     """Converts an AWQ checkpoint to a Marlin-native one (docs/marlin-native.md).
@@ -141,6 +143,7 @@ def convert(
         push_to: repository of the Hub that the result is sent to, ``org/name`` or a `PushTarget`; in one commit once
             all is done, unless ``low_disk``.
         commit_message: first line of the commits' messages.
+        to: the format to write; ``"marlin"`` is the one there is.
         progress: told what is being done.
 
     Raises:
@@ -158,11 +161,11 @@ def convert(
         raise ValueError("device needs the whole source at the end, which low_disk removes; use verify() afterwards")
     check_device(device)
     check_workers(workers)
-    target, progress = _target(push_to), progress or Silence()
+    target, progress, format = _target(push_to), progress or Silence(), target_named(to)
     started = time.perf_counter()
-    root = Path(output) if output is not None else default_output(parse_source(source))
+    root = Path(output) if output is not None else default_output(parse_source(source), format.output_suffix)
     folder, pinned = open_source_of_run(source, root, overwrite=overwrite, low_disk=low_disk, progress=progress)
-    plan = plan_conversion(open_checkpoint(folder), unaligned)
+    plan = plan_conversion(open_checkpoint(folder), unaligned, format)
     refuse_unreadable(plan)
     refuse_overlap(folder.root, root)
     publication = None if target is None else open_target(target, plan, root, overwrite)

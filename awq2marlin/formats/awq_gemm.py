@@ -117,6 +117,13 @@ class AwqGemm(Format):
         if bias is not None and bias.shape != (size_n,):
             yield bias.name, "contradiction", f"its shape is {list(bias.shape)}, needed is {[size_n]}"
 
+    def refusal(self, module: str, size_k: int, size_n: int, scheme: Scheme) -> str:
+        """Returns that whole words are needed."""
+        del module, size_k
+        if size_n % scheme.pack_factor:
+            return f"N={size_n} is not a multiple of {scheme.pack_factor}, the values in a word of AWQ's layout"
+        return ""
+
     def rows_per_row(self, part: str) -> int:
         """Returns 1: rows are plain."""
         del part

@@ -105,6 +105,9 @@ class Format(ABC):
     is_source: ClassVar[bool] = False
     is_target: ClassVar[bool] = False
 
+    #: Whether its config lists the modules that are kept, padded, or not quantized.
+    has_module_lists: ClassVar[bool] = False
+
     #: The last name component of the tensor that holds each part of a module.
     suffixes: ClassVar[Mapping[str, str]] = {part: part for part in QUANTIZED_PARTS}
 
@@ -223,7 +226,10 @@ class Format(ABC):
 
     @abstractmethod
     def rows_per_row(self, part: str) -> int:
-        """Returns how many rows of the plain values one row of a part's tensor holds."""
+        """Returns how many rows of the plain values one row of a part's tensor holds.
+
+        0 means that rows of the tensor hold no whole ones, as where it is transposed: it is read as a whole.
+        """
 
     @abstractmethod
     def values(self, part: str, rows: npt.NDArray[Any], size_k: int, scheme: Scheme) -> npt.NDArray[Any]:
@@ -274,7 +280,8 @@ def find_modules(
         faults = list(_module_faults(format, name, parts, tensors, quantization))
         if faults:
             first = module_name(name, min(parts))
-            problems += [Problem(shard_of.get(tensor, shard_of[first]), tensor, *fault) for tensor, *fault in faults]
+            for tensor, code, message in faults:
+                problems.append(Problem(shard_of.get(tensor, shard_of[first]), tensor, code, message))
             continue
         found = _tensors_of(format, name, parts, tensors)
         size_k, size_n = format.sizes(found, quantization.scheme)

@@ -35,6 +35,7 @@ class MarlinNative(Format):
     layout_name = "marlin"
     output_suffix = "-marlin"
     is_target = True
+    has_module_lists = True
     version = FORMAT_VERSION
 
     def claims(self, document: Mapping[str, Any], place: str) -> bool:

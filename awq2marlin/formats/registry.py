@@ -40,6 +40,21 @@ def recognise(document: Mapping[str, Any], place: str) -> Format:
     raise foreign(document, place)
 
 
+def target_named(name: str) -> Format:
+    """Returns a format that can be written.
+
+    Args:
+        name: what its layout is called, e.g. ``marlin``.
+
+    Raises:
+        ValueError: if there is none of that name.
+    """
+    targets = {format.layout_name: format for format in FORMATS if format.is_target}
+    if name not in targets:
+        raise ValueError(f"to must be one of {', '.join(map(repr, targets))}, found {name!r}")
+    return targets[name]
+
+
 @contextmanager
 def registered(format: Format) -> Iterator[Format]:
     """Adds a format for as long as the context lasts; it is asked first."""

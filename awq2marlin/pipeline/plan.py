@@ -22,7 +22,7 @@ from awq2marlin.checkpoint.source import SourceCheckpoint
 from awq2marlin.errors import CheckpointError, Problem
 from awq2marlin.formats.base import Format, Quantization
 from awq2marlin.formats.names import CARD_FILENAME, CONFIG_FILENAME, INDEX_FILENAME, MANIFEST_FILENAME
-from awq2marlin.formats.registry import DEFAULT_TARGET
+from awq2marlin.formats.registry import DEFAULT_TARGET, KEPT
 from awq2marlin.io.safetensors import Header
 from awq2marlin.io.strict_json import encode_json
 from awq2marlin.layout.marlin import fusion_group
@@ -179,6 +179,7 @@ def plan_conversion(checkpoint: Checkpoint, unaligned: Unaligned = "keep", targe
     counterparts = plan_modules(source, unaligned, target)
     if unaligned == "error":
         _refuse_unaligned(counterparts, checkpoint)
+    _refuse_unkeepable(counterparts, checkpoint)
     shards = tuple(_plan_shard(name, header, counterparts) for name, header in checkpoint.shards.items())
     return Plan(checkpoint, counterparts, unaligned, shards)
 
@@ -237,6 +238,19 @@ def _refuse_unaligned(counterparts: Counterparts, checkpoint: Checkpoint) -> Non
         if reason and not target.refusal(module.name, *size, scheme):
             shard = checkpoint.shard_of[counterparts.source.tensor_name(module.name, "qweight")]
             message = f"unaligned: {reason}; use --unaligned keep or pad"
+            problems.append(Problem(shard, module.name, "unaligned", message))
+    if problems:
+        raise CheckpointError(problems)
+
+
+def _refuse_unkeepable(counterparts: Counterparts, checkpoint: Checkpoint) -> None:
+    """Refuses modules that the target cannot take and that cannot be kept either."""
+    problems = []
+    for module in counterparts.modules.values():
+        reason = KEPT.refusal(module.name, module.size_k, module.size_n, counterparts.scheme)
+        if reason and not module.converted:
+            shard = checkpoint.shard_of[counterparts.source.tensor_name(module.name, "qweight")]
+            message = f"{module.reason}; and it cannot be kept: {reason}. Use --unaligned pad"
             problems.append(Problem(shard, module.name, "unaligned", message))
     if problems:
         raise CheckpointError(problems)

@@ -16,7 +16,7 @@ import numpy.typing as npt
 
 from awq2marlin.checkpoint.counterparts import Counterparts
 from awq2marlin.errors import difference
-from awq2marlin.formats.base import element_type
+from awq2marlin.formats.base import Format, element_type
 from awq2marlin.io.safetensors import TensorInfo
 from awq2marlin.io.tensors import TensorFiles
 from awq2marlin.layout.modules import ModulePlan
@@ -92,22 +92,17 @@ class Comparison:
 
     def _bands(self, module: ModulePlan, part: str) -> Iterator[tuple[int, npt.NDArray[Any], npt.NDArray[Any]]]:
         """Yields (first row, expected, found): bands of plain values of one part, padding included."""
-        scheme, source, target = (
-            self.counterparts.scheme,
-            self.counterparts.source,
-            self.counterparts.layout_of(module),
-        )
-        old_name, new_name = self.tensor_name(module, part), target.tensor_name(module.name, part)
-        old_rows, new = self.source.info(old_name).shape[0], self.output.info(new_name)
-        old_step, new_step = source.rows_per_row(part), target.rows_per_row(part)
-        band = max(old_step, new_step)
-        band *= max(1, BAND_BYTES // max(1, new.size // new.shape[0] * band // new_step))
-        element = element_type(part)
-        for first in range(0, new.shape[0] * new_step, band):
-            old_words = self.source.rows(old_name, *_rows(first, band, old_step, old_rows), element)
-            new_words = self.output.rows(new_name, *_rows(first, band, new_step, new.shape[0]), element)
-            found = target.values(part, new_words, module.padded_k, scheme)
-            yield first, _fitted(source.values(part, old_words, module.size_k, scheme), found), found
+        scheme, source, target = self.counterparts.scheme, self.counterparts.source, self.counterparts.layout_of(module)
+        old, new = _Rows.of(source, self.source, module.name, part), _Rows.of(target, self.output, module.name, part)
+        total = scheme.num_groups(module.padded_k) if part != "qweight" else module.padded_k
+        band = total
+        if old.step and new.step:
+            band = max(old.step, new.step)
+            band *= max(1, BAND_BYTES // max(1, new.bytes_of(band)))
+        for first in range(0, total, band):
+            found = target.values(part, new.read(first, band), module.padded_k, scheme)
+            expected = _fitted(source.values(part, old.read(first, band), module.size_k, scheme), found)
+            yield first, expected, found
 
     def _compare_values(
         self,
@@ -130,9 +125,37 @@ class Comparison:
         )
 
 
-def _rows(first: int, count: int, step: int, rows: int) -> tuple[int, int]:
-    """Returns the rows of a tensor, ``step`` plain rows each, that hold some plain rows, as far as there are any."""
-    return min(first // step, rows), min(-(-(first + count) // step), rows)
+@dataclass(frozen=True)
+class _Rows:
+    """A part's tensor, read by rows of its plain values.
+
+    Attributes:
+        files: where it lies.
+        tensor: its description.
+        part: which part it is.
+        step: plain rows in one row of the tensor; 0 if only all of the tensor holds whole ones.
+    """
+
+    files: TensorFiles
+    tensor: TensorInfo
+    part: str
+    step: int
+
+    @classmethod
+    def of(cls, format: Format, files: TensorFiles, module: str, part: str) -> _Rows:
+        return cls(files, files.info(format.tensor_name(module, part)), part, format.rows_per_row(part))
+
+    def bytes_of(self, count: int) -> int:
+        """Returns the bytes that hold some plain rows."""
+        return self.tensor.size // max(1, self.tensor.shape[0]) * count // self.step
+
+    def read(self, first: int, count: int) -> npt.NDArray[Any]:
+        """Returns the rows of the tensor that hold some plain rows, as far as there are any."""
+        rows = self.tensor.shape[0]
+        begin, end = 0, rows
+        if self.step:
+            begin, end = min(first // self.step, rows), min(-(-(first + count) // self.step), rows)
+        return self.files.rows(self.tensor.name, begin, end, element_type(self.part))
 
 
 def _fitted(values: npt.NDArray[Any], like: npt.NDArray[Any]) -> npt.NDArray[Any]:

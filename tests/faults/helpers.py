@@ -154,7 +154,7 @@ def finish(process):
 class Stepped:
     """Runs the command line in children of one warm process; see `stepper`."""
 
-    def __init__(self, folder):
+    def __init__(self, folder, **environment):
         make_source(folder / "source")
         self._folder = folder
         script = Path(__file__).with_name("stepper.py")
@@ -163,7 +163,7 @@ class Stepped:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env=ENVIRONMENT,
+            env={**ENVIRONMENT, **environment},
         )
 
     def run(self, *arguments, root, at=None, do="kill"):
