@@ -58,3 +58,27 @@ def test_a_folder_of_that_name_is_taken(hub, run, tmp_path):
     outcome = run("revert", TARGET, "back")
     assert outcome.code == 0, outcome.err
     assert not hub.requests()
+
+
+def test_with_low_disk_no_more_than_two_shards_are_here_and_the_cache_gets_none(hub, pushed, source, tmp_path):
+    fetched, cache = set(), tmp_path / "back" / ".awq2marlin" / "source"
+
+    class Watch:
+        def start(self, what, total):
+            assert (what, total > 0) == ("fetch and revert", True)
+
+        def advance(self, _count):
+            here = {path.name for path in cache.glob("*.safetensors")}
+            assert len(here) <= 2
+            fetched.update(here)
+
+        def finish(self):
+            pass
+
+        def note(self, text):
+            raise AssertionError(text)
+
+    revert(pushed, tmp_path / "back", low_disk=True, progress=Watch())
+    assert contents(tmp_path / "back") == contents(source)
+    assert len(fetched) > 2
+    assert fetches(hub).keys() == {1, 2, 3, 4}

@@ -20,7 +20,8 @@ from awq2marlin.formats.registry import MARLIN_NATIVE
 from awq2marlin.gemm.jit import KernelUnavailableError, machine_facts
 from awq2marlin.gemm.module_repack import awq_to_marlin, marlin_to_awq
 from awq2marlin.integrations.transformers.saving import save_format_with
-from awq2marlin.integrations.transformers.skeleton import Headers, Skeleton
+from awq2marlin.integrations.transformers.skeleton import Skeleton, read_headers
+from awq2marlin.io.safetensors import TensorIndex
 from awq2marlin.layout.modules import ModulePlan
 
 logger = logging.getLogger(__name__)
@@ -99,7 +100,7 @@ class MarlinNativeQuantizer(HfQuantizer):
         if getattr(model.config, "distributed_config", None) is not None:
             message = "packed weights cannot be cut for tensor parallelism here; use device_map, or serve with vLLM"
             raise refuse("unsupported-parallelism", message)
-        headers = Headers.read(_safetensors(checkpoint_files))
+        headers = read_headers(_safetensors(checkpoint_files))
         self._warn_of_rounding(headers)
         self._skeleton = Skeleton(model, headers, self.quantization_config.quantization, self._dtype)
         self._skeleton.build()
@@ -111,7 +112,7 @@ class MarlinNativeQuantizer(HfQuantizer):
         del self._skeleton  # it holds the headers
         return model
 
-    def _warn_of_rounding(self, headers: Headers) -> None:
+    def _warn_of_rounding(self, headers: TensorIndex) -> None:
         found = {each.dtype for name, each in headers.tensors.items() if name.endswith(".scales")}
         others = sorted(name for name in found if _SCALE_DTYPES.get(name, self._dtype) != self._dtype)
         if others:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,46 +17,29 @@ from awq2marlin.formats.registry import MARLIN_NATIVE
 from awq2marlin.gemm.linear import MarlinLinear
 from awq2marlin.integrations.transformers.experts import MarlinExperts
 from awq2marlin.integrations.transformers.names import ExpertsPlan, Renamings, find_places
-from awq2marlin.io.folder import open_regular
-from awq2marlin.io.safetensors import TensorInfo, read_header
+from awq2marlin.io.folder import read_header_of
+from awq2marlin.io.safetensors import TensorIndex
 from awq2marlin.layout.marlin import padded_shapes
 from awq2marlin.layout.modules import ModulePlan, module_name
 
 
-@dataclass(frozen=True)
-class Headers:
-    """What the headers of a checkpoint's files say.
+def read_headers(paths: Iterable[str]) -> TensorIndex:
+    """Reads the headers of a checkpoint's files.
 
-    Attributes:
-        tensors: every tensor by name.
-        shard_of: the file of each.
+    Args:
+        paths: safetensors files.
+
+    Raises:
+        CheckpointError: if a file is no sound safetensors file, or two hold a tensor of one name.
     """
-
-    tensors: Mapping[str, TensorInfo]
-    shard_of: Mapping[str, str]
-
-    @classmethod
-    def read(cls, paths: Iterable[str]) -> Headers:
-        """Reads them.
-
-        Args:
-            paths: safetensors files.
-
-        Raises:
-            CheckpointError: if a file is no sound safetensors file, or two hold a tensor of one name.
-        """
-        tensors: dict[str, TensorInfo] = {}
-        shard_of: dict[str, str] = {}
-        for path in map(Path, paths):
-            with open_regular(path, path.name) as stream:
-                header = read_header(stream, path.stat().st_size, path.name)
-            for name in header.tensors:
-                if name in tensors:
-                    message = f"{shard_of[name]} holds a tensor of this name too"
-                    raise refuse("duplicate-tensor", message, file=path.name, tensor=name)
-                shard_of[name] = path.name
-            tensors |= header.tensors
-        return cls(tensors, shard_of)
+    headers = {path.name: read_header_of(path, path.name) for path in map(Path, paths)}
+    index = TensorIndex(headers)
+    for file, header in headers.items():
+        for name in header.tensors:
+            if index.shard_of[name] != file:
+                message = f"{index.shard_of[name]} holds a tensor of this name too"
+                raise refuse("duplicate-tensor", message, file=file, tensor=name)
+    return index
 
 
 class Skeleton:
@@ -67,7 +50,7 @@ class Skeleton:
         padded: plans of the modules that the files hold padded, likewise.
     """
 
-    def __init__(self, model: Any, headers: Headers, quantization: Quantization, dtype: torch.dtype) -> None:
+    def __init__(self, model: Any, headers: TensorIndex, quantization: Quantization, dtype: torch.dtype) -> None:
         """Takes what is known before any tensor is read.
 
         Args:

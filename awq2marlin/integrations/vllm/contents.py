@@ -10,7 +10,7 @@ from awq2marlin.errors import printable, refuse
 from awq2marlin.formats.base import Quantization
 from awq2marlin.formats.names import CONFIG_FILENAME
 from awq2marlin.integrations.vllm.inventory import Inventory
-from awq2marlin.layout.packing import pack_factor
+from awq2marlin.layout.scheme import Scheme
 
 Layout = Literal["marlin", "awq", "none"]
 
@@ -40,9 +40,14 @@ class Contents:
         return self.quantization.group_size
 
     @property
+    def scheme(self) -> Scheme:
+        """Bits, groups and zero points."""
+        return self.quantization.scheme
+
+    @property
     def pack_factor(self) -> int:
         """Values per int32."""
-        return pack_factor(self.bits)
+        return self.scheme.pack_factor
 
     def renamed(self, rename: Callable[[list[str]], list[str]]) -> Contents:
         """Returns the same contents with other names of the modules.

@@ -18,10 +18,7 @@ from awq2marlin.checkpoint.tensor_parallel import inexact_awq_reason, inexact_re
 from awq2marlin.errors import refuse
 from awq2marlin.integrations.vllm.contents import Contents, is_any_below
 from awq2marlin.integrations.vllm.finishing import (
-    AWQ_TILE,
-    marlin_part,
     pad_to,
-    part_shape,
     permute_bias,
     reorder_scales,
 )
@@ -29,8 +26,9 @@ from awq2marlin.integrations.vllm.record import LoadRecord
 from awq2marlin.integrations.vllm.state import are_weights_processed
 from awq2marlin.integrations.vllm.versions import takes_activation_order
 from awq2marlin.layout.marlin import GPTQ_MARLIN_TILE, is_aligned, is_single_group, num_groups
-from awq2marlin.layout.modules import QUANTIZED_PARTS
+from awq2marlin.layout.modules import QUANTIZED_PARTS, part_shape
 from awq2marlin.layout.torch_functions import replace_parameter
+from awq2marlin.layout.torch_parts import marlin_part
 
 #: Multiple to which the inner size of experts is padded where tiles do not divide it.
 _PADDED_MULTIPLE = 128
@@ -183,7 +181,7 @@ class MarlinNativeMoEMethod(AutoAWQMoEMethod):  # type: ignore[misc]
 
     def _shape(self, group: str, part: str, inner: int) -> tuple[int, int]:
         """Returns the shape of one expert's tensor."""
-        return part_shape(part, *self._matrix(group, inner), self.contents.bits, self.contents.group_size, self.tile)
+        return part_shape(part, *self._matrix(group, inner), self.contents.scheme, tile=self.tile)
 
     def _inexact_reason(self, size_k: int, size_n: int) -> str | None:
         return inexact_reason(size_k, [size_n], self.contents.group_size)
@@ -261,14 +259,14 @@ class MarlinNativeMoEMethod(AutoAWQMoEMethod):  # type: ignore[misc]
 class MarlinRepackedMoEMethod(MarlinNativeMoEMethod):
     """The same for experts kept in AWQ layout that vLLM's own AWQ code cannot load: repacked after loading."""
 
-    tile = AWQ_TILE
+    tile = 1
 
     def _inexact_reason(self, size_k: int, size_n: int) -> str | None:
         return inexact_awq_reason(size_k, [size_n], self.contents.bits, self.contents.group_size)
 
     def _for_kernel(self, group: str, part: str, tensor: torch.Tensor, inner: int) -> torch.Tensor:
         matrix = self._matrix(group, inner)
-        return marlin_part(part, tensor, *matrix, self.contents.bits, self.contents.group_size)
+        return marlin_part(part, tensor, *matrix, self.contents.scheme)
 
 
 class _Facts:

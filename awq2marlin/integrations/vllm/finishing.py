@@ -8,30 +8,8 @@ from __future__ import annotations
 import torch
 from torch.nn.functional import pad
 
-from awq2marlin.layout.marlin import SCALE_PERM, SCALE_PERM_SINGLE, num_groups
-from awq2marlin.layout.packing import inverse_order, pack_factor
-from awq2marlin.layout.torch_functions import awq_marlin_repack, awq_to_marlin_zero_points, marlin_permute_scales
-
-#: Rows of K that one row of ``qweight`` holds in AWQ layout.
-AWQ_TILE = 1
-
-
-def part_shape(part: str, size_k: int, size_n: int, num_bits: int, group_size: int, tile: int) -> tuple[int, int]:
-    """Returns the shape of one tensor of a module.
-
-    Args:
-        part: ``qweight``, ``qzeros`` or ``scales``.
-        size_k: K.
-        size_n: N.
-        num_bits: 4 or 8.
-        group_size: rows of K that share scales, -1 for all.
-        tile: rows of K in a row of ``qweight``: 16 in Marlin layout, 1 in AWQ layout.
-    """
-    factor = pack_factor(num_bits)
-    if part == "qweight":
-        return size_k // tile, size_n * tile // factor
-    groups = num_groups(size_k, group_size)
-    return (groups, size_n) if part == "scales" else (groups, size_n // factor)
+from awq2marlin.layout.marlin import SCALE_PERM, SCALE_PERM_SINGLE
+from awq2marlin.layout.packing import inverse_order
 
 
 def pad_to(tensor: torch.Tensor, rows: int, columns: int, blocks: int = 1) -> torch.Tensor:
@@ -53,31 +31,6 @@ def pad_to(tensor: torch.Tensor, rows: int, columns: int, blocks: int = 1) -> to
         return tensor
     apart = tensor.reshape(*tensor.shape[:-1], blocks, -1)  # [..., R, blocks, C / blocks]
     return pad(apart, (0, more_columns // blocks, 0, 0, 0, more_rows)).flatten(-2)
-
-
-def marlin_part(
-    part: str, tensor: torch.Tensor, size_k: int, size_n: int, num_bits: int, group_size: int
-) -> torch.Tensor:
-    """Returns a tensor of an AWQ module in Marlin layout.
-
-    Args:
-        part: ``qweight``, ``qzeros`` or ``scales``.
-        tensor: [..., R, C], of that part in AWQ layout.
-        size_k: K, aligned.
-        size_n: N, aligned.
-        num_bits: 4 or 8.
-        group_size: rows of K that share scales, -1 for all.
-
-    Returns:
-        A new tensor, with the same leading dimensions.
-    """
-    if tensor.ndim > 2:
-        return torch.stack([marlin_part(part, each, size_k, size_n, num_bits, group_size) for each in tensor])
-    if part == "qweight":
-        return awq_marlin_repack(tensor, size_k, size_n, num_bits)
-    if part == "qzeros":
-        return awq_to_marlin_zero_points(tensor, num_groups(size_k, group_size), size_n, num_bits)
-    return marlin_permute_scales(tensor, size_k, size_n, group_size)
 
 
 def reorder_scales(scales: torch.Tensor, *, was_single: bool, is_single: bool) -> torch.Tensor:

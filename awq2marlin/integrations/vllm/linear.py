@@ -19,10 +19,7 @@ from awq2marlin.checkpoint.tensor_parallel import inexact_awq_reason, inexact_re
 from awq2marlin.errors import refuse
 from awq2marlin.integrations.vllm.contents import Contents
 from awq2marlin.integrations.vllm.finishing import (
-    AWQ_TILE,
-    marlin_part,
     pad_to,
-    part_shape,
     permute_bias,
     reorder_scales,
 )
@@ -30,8 +27,9 @@ from awq2marlin.integrations.vllm.kernels import LinearKernel, VllmMarlinKernel
 from awq2marlin.integrations.vllm.record import LoadRecord
 from awq2marlin.integrations.vllm.state import are_weights_processed
 from awq2marlin.layout.marlin import GPTQ_MARLIN_TILE, is_single_group, padded_shapes
-from awq2marlin.layout.modules import QUANTIZED_PARTS
+from awq2marlin.layout.modules import QUANTIZED_PARTS, part_shape
 from awq2marlin.layout.torch_functions import replace_parameter
+from awq2marlin.layout.torch_parts import marlin_part
 
 
 @register_weight_loader_v2_supported_method
@@ -167,7 +165,7 @@ class MarlinNativeLinearMethod(LinearMethodBase):  # type: ignore[misc]
         return inexact_reason(size_k, widths, self.contents.group_size)
 
     def _shape(self, part: str, size_k: int, size_n: int) -> tuple[int, int]:
-        return part_shape(part, size_k, size_n, self.contents.bits, self.contents.group_size, self.tile)
+        return part_shape(part, size_k, size_n, self.contents.scheme, tile=self.tile)
 
     def _parameter(
         self, part: str, shape: tuple[int, int], scale_dtype: torch.dtype, loader: Any, is_group_whole: bool
@@ -204,13 +202,13 @@ class MarlinNativeLinearMethod(LinearMethodBase):  # type: ignore[misc]
 class MarlinRepackedLinearMethod(MarlinNativeLinearMethod):
     """The same for a module kept in AWQ layout that vLLM's own AWQ code cannot load: repacked after loading."""
 
-    tile = AWQ_TILE
+    tile = 1
 
     def _inexact_reason(self, size_k: int, widths: list[int]) -> str | None:
         return inexact_awq_reason(size_k, widths, self.contents.bits, self.contents.group_size)
 
     def _for_kernel(self, part: str, tensor: torch.Tensor, size_k: int, size_n: int) -> torch.Tensor:
-        return marlin_part(part, tensor, size_k, size_n, self.contents.bits, self.contents.group_size)
+        return marlin_part(part, tensor, size_k, size_n, self.contents.scheme)
 
 
 def module_names(prefix: str, modules: list[str], width_count: int) -> list[str]:

@@ -73,7 +73,14 @@ def test_registering_adds_one_method_leaves_the_others_and_is_light():
     assert (same, name, method) == (True, "MarlinNativeConfig", "marlin_native")
     assert count >= 2
     assert "awq2marlin.integrations.vllm.config" in new
-    heavy = {"linear", "ops", "layout", "jit", "integrations.vllm.linear", "integrations.vllm.experts"}
+    heavy = {
+        "gemm.linear",
+        "gemm.ops",
+        "layout.torch_functions",
+        "gemm.jit",
+        "integrations.vllm.linear",
+        "integrations.vllm.experts",
+    }
     assert heavy.isdisjoint(each.removeprefix("awq2marlin.") for each in new)
     assert [each for each in new if each.startswith(("vllm.model_executor.layers.fused_moe", "numba"))] == []
 

@@ -27,7 +27,7 @@ WEIGHTS = {"model.embed_tokens.weight": (64, 256), "model.norm.weight": (256,)}
 
 
 def quantization(**changes):
-    empty = Quantization(Scheme(4, 64, True))
+    empty = Quantization(Scheme(changes.pop("bits", 4), 64, changes.pop("zero_point", True)))
     return replace(
         empty, **{name: frozenset(value) if type(value) is set else value for name, value in changes.items()}
     )

@@ -1,0 +1,150 @@
+"""`revert` has what `convert` has: a dry run, a default output, an executor, and an overwrite that erases nothing."""
+
+import os
+import shutil
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from multiprocessing import get_context
+
+import pytest
+
+from awq2marlin import OutputError, convert, revert
+from awq2marlin.pipeline import run as pipeline
+from awq2marlin.pipeline.shard import rewrite_shard
+from tests.faults.helpers import WORK, contents, digests, finished_shards, make_source
+
+SHARD = "model-00001-of-00002.safetensors"
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A checkpoint, its conversion, and a reversion of that."""
+    folder = tmp_path_factory.mktemp("made")
+    make_source(folder / "model-awq")
+    convert(folder / "model-awq", folder / "model-marlin", unaligned="pad")
+    revert(folder / "model-marlin", folder / "back")
+    return folder
+
+
+@pytest.fixture
+def original(made, tmp_path):
+    """A copy of the checkpoint that was converted."""
+    return shutil.copytree(made / "model-awq", tmp_path / "original")
+
+
+def test_the_default_output_never_bears_the_name_of_the_source(made, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    result = revert(made / "model-marlin")
+    assert str(result.output) == "model-marlin-reverted"
+    assert contents(tmp_path / "model-marlin-reverted") == contents(made / "model-awq")
+
+
+def test_a_dry_run_tells_every_file_and_writes_nothing(made, tmp_path):
+    result = revert(made / "model-marlin", tmp_path / "out", dry_run=True)
+    assert (result.dry_run, result.resumed) == (True, ())
+    sizes = {name: len(data) for name, data in contents(made / "model-awq").items()}
+    assert {file.name: (file.size, file.sha256) for file in result.files} == {
+        name: (size, "") for name, size in sizes.items()
+    }
+    assert result.bytes == sum(sizes.values())
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("kind", ["threads", "processes"])
+def test_an_executor_gives_the_same_bytes_and_digests(made, tmp_path, kind):
+    pool = ThreadPoolExecutor(2) if kind == "threads" else ProcessPoolExecutor(2, mp_context=get_context("spawn"))
+    with pool:
+        result = revert(made / "model-marlin", tmp_path / "out", executor=pool)
+    assert contents(tmp_path / "out") == contents(made / "model-awq")
+    assert result.files == revert(made / "model-marlin", tmp_path / "alone").files
+
+
+def test_a_disk_that_is_too_small_is_told_before_the_first_byte(made, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    with pytest.raises(OutputError, match=r"the way back needs 0\.00 GB") as caught:
+        revert(made / "model-marlin", tmp_path / "out")
+    assert caught.value.problems[0].code == "disk-full"
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_earlier_reversion_is_replaced_only_if_that_is_asked_for(made, tmp_path):
+    out = shutil.copytree(made / "back", tmp_path / "out")
+    with pytest.raises(OutputError, match="the folder is not empty"):
+        revert(made / "model-marlin", out)
+    result = revert(made / "model-marlin", out, overwrite=True)
+    assert contents(out) == contents(made / "model-awq")
+    assert {file.name for file in result.files} == contents(out).keys()
+
+
+def test_what_is_missing_of_an_earlier_reversion_is_made_again(made, tmp_path):
+    out = shutil.copytree(made / "back", tmp_path / "out")
+    for name in (SHARD, "config.json"):
+        (out / name).unlink()
+    (out / "notes.txt").write_text("not ours")
+    revert(made / "model-marlin", out, overwrite=True)
+    assert contents(out) == {**contents(made / "model-awq"), "notes.txt": b"not ours"}
+
+
+@pytest.mark.parametrize("name", [SHARD, "config.json", "code/deep/modeling.py"])
+@pytest.mark.parametrize("same_size", [True, False])
+def test_a_file_that_is_not_the_one_that_comes_back_is_never_replaced(made, original, name, same_size):
+    data = bytearray((original / name).read_bytes())
+    data[-1] ^= 1
+    (original / name).write_bytes(data if same_size else data + b"x")
+    before = digests(original)
+    with pytest.raises(OutputError, match="that is not the one that comes back, so it is not replaced") as caught:
+        revert(made / "model-marlin", original, overwrite=True)
+    assert caught.value.problems[0].code == "not-empty"
+    assert name in str(caught.value)
+    assert digests(original) == before
+
+
+def test_a_finished_conversion_is_never_replaced(made, tmp_path):
+    out = tmp_path / "out"
+    convert(made / "model-awq", out)
+    before = digests(out)
+    with pytest.raises(OutputError, match="not replaced"):
+        revert(made / "model-marlin", out, overwrite=True)
+    assert digests(out) == before
+
+
+def test_an_original_is_whole_at_every_moment_of_an_overwrite_and_after_it_failed(made, original, monkeypatch):
+    """A reverted folder bears no mark of ours, so it may be the user's own: it never lacks what it had."""
+    expected, steps = contents(original), []
+    replace = os.replace
+
+    def looking(source, target):
+        steps.append(str(target))
+        assert {name: (original / name).read_bytes() for name in expected} == expected
+        if len(steps) == 6:
+            raise OSError(5, "Input/output error")
+        return replace(source, target)
+
+    monkeypatch.setattr(os, "replace", looking)
+    monkeypatch.setattr(type(original), "replace", lambda self, target: looking(self, target))
+    with pytest.raises(OutputError):
+        revert(made / "model-marlin", original, overwrite=True, workers=1)
+    assert {name: data for name, data in contents(original).items() if not name.startswith(WORK)} == expected
+    monkeypatch.undo()
+    revert(made / "model-marlin", original)  # goes on, also where that is not said again
+    assert contents(original) == expected
+
+
+def test_a_stopped_run_goes_on_with_what_it_had_and_says_so(made, tmp_path, monkeypatch):
+    left, out = [1], tmp_path / "out"
+
+    def stop(task, progress):
+        if not left:
+            raise KeyboardInterrupt
+        left.pop()
+        return rewrite_shard(task, progress)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(pipeline, "rewrite_shard", stop)
+        with pytest.raises(KeyboardInterrupt):
+            revert(made / "model-marlin", out, workers=1)
+    assert finished_shards(out) == [SHARD]
+    result = revert(made / "model-marlin", out)
+    assert result.resumed == (SHARD,)
+    assert contents(out) == contents(made / "model-awq")
+    assert all(len(file.sha256) == 64 for file in result.files)
