@@ -24,6 +24,7 @@ PUBLIC_FUNCTIONS = ("convert", "convert_many", "verify", "revert", "push", "insp
 #: The floors of the house, lowest first: a folder, or a file of the ground floor, imports only from below.
 FLOORS = [
     "_version",
+    "error_codes",
     "errors",
     "progress",
     "io",

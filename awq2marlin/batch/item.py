@@ -32,6 +32,7 @@ from awq2marlin.errors import (
     OutputError,
     Problem,
     difference,
+    internal_error,
     problem_from_os_error,
 )
 from awq2marlin.hub.name import HUB_PREFIX
@@ -133,13 +134,10 @@ def run_job(job: Job, progress: Progress, *, dry_run: bool, **defaults: Any) -> 
         result = job.result(EXIT_FAILED, errors=(problem,))
     except StoppedError:
         raise
-    except Exception as error:  # a defect of ours: it must not cost the rest of a night's batch, nor be hidden
+    except Exception as error:  # a fault of ours: it must not cost the rest of a night's batch, nor be hidden
         place = traceback.extract_tb(error.__traceback__)[-1]
-        message = (
-            f"{type(error).__name__}: {error} ({Path(place.filename).name}:{place.lineno}); this is a defect of "
-            "awq2marlin: please report it, with what 'awq2marlin convert' prints for this source"
-        )
-        result = job.result(EXIT_FAILED, errors=(Problem("", "", "unexpected-error", message),))
+        evidence = f"what 'awq2marlin convert' prints for this source ({Path(place.filename).name}:{place.lineno})"
+        result = job.result(EXIT_FAILED, errors=(internal_error(error, evidence),))
     return replace(result, seconds=time.perf_counter() - started)
 
 

@@ -12,16 +12,13 @@ from typing import Any
 from awq2marlin.batch.file import BatchItem, check_entries, check_options, read_batch_file
 from awq2marlin.batch.record import ItemResult
 from awq2marlin.commands.convert import DEFAULT_VERIFIED
-from awq2marlin.errors import EXIT_DIFFERENCE, EXIT_DONE, EXIT_FAILED, BatchError, CheckpointError, Problem, printable
+from awq2marlin.errors import STATUS, BatchError, CheckpointError, Problem, printable
 from awq2marlin.hub.name import HUB_PREFIX, HubName, parse_source
 from awq2marlin.hub.publication import PushTarget
 from awq2marlin.pipeline.preflight import default_output
 
 #: Options that decide neither what is written nor what is checked: the record leaves them out.
 _PASSING = ("output", "workers", "commit_message")
-
-_STATUS = {EXIT_DONE: "done", EXIT_FAILED: "failed", EXIT_DIFFERENCE: "difference"}
-
 
 #: Every option of an item that has a default; the same as `convert`'s.
 _DEFAULTS: Mapping[str, Any] = {
@@ -89,7 +86,7 @@ class Job:
             **{
                 "source": self.source,
                 "output": str(self.output),
-                "status": _STATUS[exit_code],
+                "status": STATUS[exit_code],
                 "exit_code": exit_code,
                 "options": self.recorded_options,
                 "finished_at": now,

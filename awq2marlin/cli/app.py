@@ -27,6 +27,7 @@ from awq2marlin.errors import (
     EXIT_USAGE,
     Awq2MarlinError,
     Problem,
+    internal_error,
     printable,
     problem_from_os_error,
 )
@@ -570,10 +571,7 @@ def _failure(command: str, error: BaseException) -> tuple[int, Sequence[Problem]
         )
         problem = Problem("", "", "interrupted", f"interrupted{resumes}")
     else:
-        what = f"{type(error).__name__}: {error}"
-        problem = Problem(
-            "", "", "internal-error", f"a fault of awq2marlin, please report it with the traceback: {what}"
-        )
+        problem = internal_error(error, "the traceback")
     return code, (problem,), str(problem)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from awq2marlin.errors import EXIT_DIFFERENCE, EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, Problem
+from awq2marlin.errors import STATUS, Problem
 
 if TYPE_CHECKING:
     from awq2marlin.batch.run import BatchResult
@@ -21,14 +21,6 @@ if TYPE_CHECKING:
     from awq2marlin.verification.compare import VerifyResult
 
 SCHEMA_VERSION = 1
-
-STATUS = {
-    EXIT_DONE: "done",
-    EXIT_FAILED: "failed",
-    EXIT_USAGE: "usage",
-    EXIT_DIFFERENCE: "difference",
-    EXIT_INTERRUPTED: "interrupted",
-}
 
 
 @dataclass

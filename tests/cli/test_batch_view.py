@@ -11,7 +11,7 @@ from awq2marlin.cli import text as console
 from awq2marlin.cli.batch_view import BatchLines, LiveTable, batch_progress, outcome_text, print_batch, print_failures
 
 DONE = ItemResult("/m/a", "/o/a", "done", 0, bytes=2_000_000, seconds=1.5, converted=7, kept=2, verified=7)
-PROBLEMS = (Problem("config.json", "", "bad-config", "bits are \x1b[31mred"), Problem("", "", "x", "second"))
+PROBLEMS = (Problem("config.json", "", "bad-config", "bits are \x1b[31mred"), Problem("", "", "bad-header", "second"))
 FAILED = ItemResult("/m/\x1b[2Jb", "/o/b", "failed", 1, errors=PROBLEMS)
 
 
