@@ -26,6 +26,7 @@ FLOORS = [
     "_version",
     "error_codes",
     "errors",
+    "arguments",
     "progress",
     "io",
     "layout",

@@ -327,9 +327,11 @@ def _executor(
 def verify(
     source: _Source,
     output: Annotated[str, typer.Argument(metavar="OUTPUT", help="Folder of the converted one, or its repository.")],
-    layers: Annotated[
+    modules: Annotated[
         Any,
         typer.Option(
+            "--modules",
+            "--layers",
             metavar="N|all",
             parser=_number_or("all"),
             help="Converted modules to compare value for value; everything else is always compared.",
@@ -352,7 +354,7 @@ def verify(
             from awq2marlin.verification.error_plot import check_picture, plot_errors
 
             check_picture(plot)
-        result = run(source, output, layers=layers, workers=workers, device=device, progress=progress)
+        result = run(source, output, modules=modules, workers=workers, device=device, progress=progress)
         if plot is not None and result.gemm is not None:
             plot_errors(result.gemm, plot)
         return result

@@ -14,10 +14,11 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from awq2marlin.checkpoint.names import CARD_FILENAME, CONFIG_FILENAME
 from awq2marlin.checkpoint.source import open_checkpoint
+from awq2marlin.commands.options import ConvertOptions, Unaligned, Verify
 from awq2marlin.hub.name import parse_source
 from awq2marlin.io.folder import Folder
 from awq2marlin.io.strict_json import encode_json
@@ -27,7 +28,7 @@ from awq2marlin.layout.modules import ModulePlan
 from awq2marlin.pipeline.carried import carry_side_files, refuse_unreadable, write_manifest
 from awq2marlin.pipeline.model_card import model_card
 from awq2marlin.pipeline.output import FinishedFile, OutputFolder, claim, refuse_overlap, told_as_output_error
-from awq2marlin.pipeline.plan import Plan, Unaligned, plan_conversion
+from awq2marlin.pipeline.plan import Plan, plan_conversion
 from awq2marlin.pipeline.preflight import (
     default_output,
     open_source_of_run,
@@ -38,17 +39,12 @@ from awq2marlin.pipeline.preflight import (
 )
 from awq2marlin.pipeline.run import Work, convert_shards
 from awq2marlin.progress import Progress, Silence
-from awq2marlin.verification.sampling import Device, check_count, check_device
+from awq2marlin.verification.sampling import Device, check_device
 
 if TYPE_CHECKING:
     from awq2marlin.gemm.check import GemmRun
     from awq2marlin.hub.identity import PushResult
     from awq2marlin.hub.publication import Publication, PushTarget
-
-#: How many converted modules are compared with the source before the output becomes loadable.
-DEFAULT_VERIFIED = 8
-
-Verify = int | Literal["all", "none"]
 
 
 @dataclass(frozen=True)
@@ -107,7 +103,7 @@ def convert(
     unaligned: Unaligned = "keep",
     workers: int | None = None,
     overwrite: bool = False,
-    verify: Verify = DEFAULT_VERIFIED,
+    verify: Verify = ConvertOptions.verify,
     dry_run: bool = False,
     device: Device | None = None,
     executor: Executor | None = None,
@@ -149,17 +145,12 @@ def convert(
         HubError: if the Hub or the network refuses.
         OutputError: if the output folder is foreign, in use, full or unwritable.
         ExecutorError: if the executor broke, or its workers do not see the same files.
-        ValueError: if an argument is none of its choices.
+        ValueError: if an argument is none of its choices, or does not go with another; see `ConvertOptions`.
         DifferenceError: if the verification finds a difference; the output has no ``config.json`` then.
     """
-    check_count("verify", verify, ("all", "none"))
-    if device is not None and verify in ("none", 0):
-        raise ValueError("device needs verify: it runs the modules that are compared")
-    if device is not None and low_disk:
-        raise ValueError("device needs the whole source at the end, which low_disk removes; use verify() afterwards")
+    options = ConvertOptions(unaligned, workers, overwrite, verify, dry_run, device, low_disk, push_to, commit_message)
     check_device(device)
-    check_workers(workers)
-    target = _target(push_to)
+    target = options.target
     started = time.perf_counter()
     progress = progress or Silence()
     root = Path(output) if output is not None else default_output(parse_source(source))
@@ -192,14 +183,6 @@ def convert(
             with suppress(OSError):  # not empty: there is something that is not ours
                 root.rmdir()
     return _result(plan, root, dry_run, resumed, verified, gemm, pushed, time.perf_counter() - started)
-
-
-def _target(push_to: str | PushTarget | None) -> PushTarget | None:
-    if not isinstance(push_to, str):
-        return push_to
-    from awq2marlin.hub.publication import PushTarget
-
-    return PushTarget(push_to)
 
 
 def _complete(plan: Plan, out: OutputFolder, work: Work, device: Device | None) -> GemmRun | None:

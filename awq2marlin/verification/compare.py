@@ -40,7 +40,7 @@ from awq2marlin.layout.marlin import is_single_group
 from awq2marlin.layout.modules import ModulePlan, module_name
 from awq2marlin.layout.reference import unpack_awq, unpack_marlin_qweight, unpack_marlin_qzeros, unpermute_columns
 from awq2marlin.progress import Progress, Silence
-from awq2marlin.verification.sampling import Device, Layers, check_count, check_device, sample_modules
+from awq2marlin.verification.sampling import Device, Modules, check_device, chosen_count, sample_modules
 
 if TYPE_CHECKING:
     from awq2marlin.gemm.check import GemmRun
@@ -79,42 +79,45 @@ def verify(
     source: str | os.PathLike[str],
     output: str | os.PathLike[str],
     *,
-    layers: Layers = "all",
+    modules: Modules = "all",
     workers: int | None = None,
     device: Device | None = None,
     progress: Progress | None = None,
+    layers: Modules | None = None,
 ) -> VerifyResult:
     """Compares a converted checkpoint with its source.
 
     Args:
         source: folder of the AWQ checkpoint, or a repository of the Hub, ``org/name[@revision]``.
         output: folder of the converted one, or a repository.
-        layers: how many converted modules to compare value for value, spread over the model, or ``"all"``,
+        modules: how many converted modules to compare value for value, spread over the model, or ``"all"``,
             which also hashes every file and compares the digests with the manifest's. Everything else is
             always compared in full.
         workers: threads; by default as many as there are processors, at most eight.
         device: also run the chosen modules through the Marlin GEMM, on ``"cuda"``, ``"cpu"`` (an exact reference)
             or ``"auto"``, the GPU if there is one.
         progress: told what is being done.
+        layers: the earlier name of ``modules``.
 
     Raises:
+        ValueError: if an argument is none of its choices.
         DifferenceError: naming the first difference: file, tensor, row, column, expected and found.
         CheckpointError: if either folder is no readable checkpoint of its kind.
         OSError: if reading fails.
     """
-    check_count("layers", layers, ("all",))
+    count = chosen_count(modules, layers)
     check_device(device)
     started = time.perf_counter()
     progress = progress or Silence()
     awq, marlin = _open_pair(source, output)
     manifest = read_manifest(marlin.folder)
-    modules = _pair(awq, marlin, same_files=manifest.restores == "files")
-    files = _compare_side_files(awq, marlin, manifest, modules) if manifest.restores == "files" else []
-    chosen = sample_modules(modules, layers)
-    parts = {module_name(each.name, part) for each in modules for part in each.parts}
+    converted = _pair(awq, marlin, same_files=manifest.restores == "files")
+    files = _compare_side_files(awq, marlin, manifest, converted) if manifest.restores == "files" else []
+    chosen = sample_modules(converted, count)
+    parts = {module_name(each.name, part) for each in converted for part in each.parts}
     others = [name for name in awq.tensors if name not in parts]
     old, new = TensorFiles.of(awq.folder, awq.shards), TensorFiles.of(marlin.folder, marlin.shards)
-    hashed = list(_recorded_files(manifest, awq, marlin)) if layers == "all" else []
+    hashed = list(_recorded_files(manifest, awq, marlin)) if count == "all" else []
     total = _module_bytes(chosen, old) + sum(old.info(name).size for name in others)
     progress.start("verify", total + sum(size for _, _, size, _ in hashed))
     jobs: list[Callable[[], None]] = [
@@ -130,7 +133,7 @@ def verify(
         awq.folder.where,
         marlin.folder.where,
         tuple(chosen),
-        len(modules),
+        len(converted),
         len(others),
         len(files),
         total,

@@ -86,7 +86,7 @@ def start(*arguments: object, **options: Any) -> subprocess.Popen[bytes]:
 
 OPTIONS = {
     "convert": "--dry-run --unaligned keep|pad|error --workers --overwrite --quiet --json --verify N|all|none SOURCE",
-    "verify": "--layers N|all --workers --quiet --json SOURCE OUTPUT",
+    "verify": "--modules --layers N|all --workers --quiet --json SOURCE OUTPUT",
     "revert": "--workers --quiet --json CONVERTED OUTPUT",
     "inspect": "--quiet --json PATH",
     "demo": "--quiet --json FOLDER",
