@@ -12,7 +12,7 @@ from typing import Any
 from awq2marlin.arguments import ArgumentError
 from awq2marlin.batch.file import OPTIONS, BatchItem, check_entries, check_options, read_batch_file
 from awq2marlin.batch.record import ItemResult
-from awq2marlin.commands.options import TARGET_OPTIONS, ConvertOptions
+from awq2marlin.commands.options import ABOUT_TARGET, TARGET_OPTIONS, ConvertOptions
 from awq2marlin.errors import STATUS, BatchError, CheckpointError, Problem, printable
 from awq2marlin.hub.name import HUB_PREFIX, HubName, parse_source
 from awq2marlin.hub.target import PushTarget
@@ -23,7 +23,6 @@ _PASSING = ("workers", "dry_run", "commit_message")
 
 #: Options that say where a result goes on the Hub.
 PUSHING = ("push_to", *TARGET_OPTIONS)
-_ABOUT_TARGET = (*PUSHING, "commit_message")
 
 #: Where options stand that hold for every item which does not give them itself.
 _OF_ALL = "the options of all items"
@@ -123,7 +122,7 @@ def plan_jobs(
         wrong.append(f"{_OF_ALL}: each item needs an output of its own; use out_dir")
     sound = {name: value for name, value in options.items() if name in OPTIONS and OPTIONS[name].takes(value)}
     jobs = list(_jobs(items, Path(out_dir or ""), sound, wrong))
-    alone = [name for name in _ABOUT_TARGET if sound.get(name)]
+    alone = [name for name in ABOUT_TARGET if sound.get(name)]
     if alone and all(job.options.target is None for job in jobs):
         wrong.append(f"{_OF_ALL}: {alone[0]} needs push_to")
     wrong += _clashes(jobs)
@@ -170,7 +169,7 @@ def _options(item: BatchItem, name: str, of_all: Mapping[str, Any]) -> ConvertOp
     given = {**of_all, **item.options}
     push_to = given.get("push_to")
     if push_to is None:  # what all items say of their target is said of those that have one
-        given = {**{key: value for key, value in of_all.items() if key not in _ABOUT_TARGET}, **item.options}
+        given = {**{key: value for key, value in of_all.items() if key not in ABOUT_TARGET}, **item.options}
     elif "/" not in push_to:
         given["push_to"] = f"{push_to}/{name}"
     return ConvertOptions.of(given)

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from awq2marlin.cli.by_type import ByType
 from awq2marlin.errors import STATUS, Problem
 
 if TYPE_CHECKING:
@@ -80,6 +81,10 @@ class Report:
         }
 
 
+#: Returns the report of a result.
+report_of: ByType[Report] = ByType()
+
+
 def _files(sizes: Iterable[tuple[str, int]]) -> list[dict[str, Any]]:
     return [{"name": name, "bytes": size, "sha256": None} for name, size in sizes]
 
@@ -103,7 +108,8 @@ def _gemm(run: GemmRun | None) -> dict[str, Any]:
     return {"device": run.device_name, "gemm": [asdict(check) for check in run.checks]}
 
 
-def of_conversion(result: ConvertResult) -> Report:
+@report_of.register
+def _conversion(result: ConvertResult) -> Report:
     """Returns the report of a conversion."""
     verified = frozenset(result.verified)
     return Report(
@@ -125,12 +131,13 @@ def of_conversion(result: ConvertResult) -> Report:
             "source_bytes": result.source_bytes,
             "side_files": list(result.files),
             **_gemm(result.gemm),
-            "pushed": of_push(result.pushed).details if result.pushed is not None else None,
+            "pushed": report_of(result.pushed).details if result.pushed is not None else None,
         },
     )
 
 
-def of_batch(result: BatchResult) -> Report:
+@report_of.register
+def _batch(result: BatchResult) -> Report:
     """Returns the report of a batch."""
     return Report(
         "batch",
@@ -148,7 +155,8 @@ def of_batch(result: BatchResult) -> Report:
     )
 
 
-def of_verification(result: VerifyResult) -> Report:
+@report_of.register
+def _verification(result: VerifyResult) -> Report:
     """Returns the report of a verification that found no difference."""
     verified = frozenset(module.name for module in result.modules)
     return Report(
@@ -168,7 +176,8 @@ def of_verification(result: VerifyResult) -> Report:
     )
 
 
-def of_reversion(result: RevertResult) -> Report:
+@report_of.register
+def _reversion(result: RevertResult) -> Report:
     """Returns the report of a reversion."""
     return Report(
         "revert",
@@ -182,7 +191,8 @@ def of_reversion(result: RevertResult) -> Report:
     )
 
 
-def of_inspection(result: InspectResult) -> Report:
+@report_of.register
+def _inspection(result: InspectResult) -> Report:
     """Returns the report of an inspection."""
     return Report(
         "inspect",
@@ -220,7 +230,8 @@ def of_inspection(result: InspectResult) -> Report:
     )
 
 
-def of_push(result: PushResult) -> Report:
+@report_of.register
+def _push(result: PushResult) -> Report:
     """Returns the report of an upload."""
     return Report(
         "push",
@@ -243,11 +254,12 @@ def of_push(result: PushResult) -> Report:
     )
 
 
-def of_demonstration(result: DemoResult) -> Report:
+@report_of.register
+def _demonstration(result: DemoResult) -> Report:
     """Returns the report of a demonstration."""
-    report = of_conversion(result.conversion)
+    report = report_of(result.conversion)
     report.command = "demo"
-    report.files = of_reversion(result.reversion).files
+    report.files = report_of(result.reversion).files
     report.seconds = result.seconds
     report.details |= {
         "folder": str(result.folder) if result.kept else None,
@@ -257,7 +269,8 @@ def of_demonstration(result: DemoResult) -> Report:
     return report
 
 
-def of_doctor(result: DoctorResult) -> Report:
+@report_of.register
+def _doctor(result: DoctorResult) -> Report:
     """Returns the report of a look at the machine."""
     machine = result.machine
     return Report(

@@ -23,6 +23,9 @@ Verify = Count | Literal["all", "none"]
 #: Options of a `PushTarget` that stand beside ``push_to`` on the command line and in a list.
 TARGET_OPTIONS = tuple(each.name for each in fields(PushTarget) if each.name not in ("repo_id", "overwrite"))
 
+#: All options that say something of the target.
+ABOUT_TARGET = ("push_to", *TARGET_OPTIONS, "commit_message")
+
 
 @dataclass(frozen=True)
 class ConvertOptions(Checked):
