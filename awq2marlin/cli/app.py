@@ -20,7 +20,7 @@ from awq2marlin._version import __version__
 from awq2marlin.cli import options as opt
 from awq2marlin.cli.outcome import guarded, run, tell_usage_error
 from awq2marlin.commands.options import ABOUT_TARGET, ConvertOptions
-from awq2marlin.errors import EXIT_DONE, EXIT_INTERRUPTED
+from awq2marlin.errors import EXIT_DONE, EXIT_INTERRUPTED, EXIT_USAGE
 from awq2marlin.hub.target import PushTarget
 
 if TYPE_CHECKING:
@@ -36,10 +36,10 @@ app = typer.Typer(
     name="awq2marlin",
     help="Convert AWQ checkpoints to the Marlin layout, offline: streamed, verified, and reversible byte for byte.",
     epilog="Exit codes: 0 done, 1 failed or refused, 2 usage, 3 a difference was found, 130 interrupted.",
-    no_args_is_help=True,
     add_completion=False,
+    rich_markup_mode=None,  # which would take [@revision] for markup, and hide it
     pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
 
 #: The common base of the command line parser's usage errors.
@@ -48,11 +48,15 @@ _UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 
 @app.callback(invoke_without_command=True)
 def _root(
+    context: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
 ) -> None:
     if version:
         print(f"awq2marlin {__version__}", flush=True)
         raise typer.Exit
+    if context.invoked_subcommand is None:
+        print(context.get_help(), flush=True)
+        raise typer.Exit(EXIT_USAGE)
 
 
 @app.command()

@@ -121,8 +121,7 @@ def tell_usage_error(message: str, command: str, as_json: bool) -> int:
         as_json: whether to print the JSON object.
     """
     message = printable(message)
-    if message:  # empty where the help was printed instead
-        print(f"usage error: {message}\nTry 'awq2marlin --help' or 'awq2marlin COMMAND --help'.", file=sys.stderr)
+    print(f"usage error: {message}\nTry 'awq2marlin --help' or 'awq2marlin COMMAND --help'.", file=sys.stderr)
     if as_json:
         from awq2marlin.cli.json import Report
 

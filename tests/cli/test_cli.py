@@ -113,6 +113,19 @@ def parameters(command: str) -> list[Any]:
     return [each for each in group.commands[command].params if each.name != "help"]
 
 
+@pytest.mark.parametrize("columns", ["60", "200"])
+@pytest.mark.parametrize("command", [*COMMANDS, "batch", "push", "doctor"])
+def test_help_shows_every_description_word_for_word(
+    command: str, columns: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    shown = "".join(run(capsys, command, "--help")[1].split())
+    described = {each.name: each.help for each in parameters(command)}
+    assert [name for name, text in described.items() if not text or "".join(text.split()) not in shown] == []
+    named = {"source", "converted", "path"} & {*described}
+    assert [name for name in named if "org/name[@revision]" not in described[name]] == []
+
+
 @pytest.mark.parametrize(
     ("command", "options"), [("convert", ConvertOptions), ("batch", ConvertOptions)], ids=["convert", "batch"]
 )
