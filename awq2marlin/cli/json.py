@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from awq2marlin.commands.convert import ConvertResult
     from awq2marlin.commands.demo import DemoResult
     from awq2marlin.commands.doctor import DoctorResult
-    from awq2marlin.commands.inspect import InspectResult
+    from awq2marlin.commands.inspect import InspectResult, ModuleInfo
     from awq2marlin.commands.revert import RevertResult
     from awq2marlin.gemm.check import GemmRun
     from awq2marlin.hub.identity import PushResult
@@ -191,6 +191,21 @@ def _reversion(result: RevertResult) -> Report:
     )
 
 
+def _module_info(module: ModuleInfo) -> dict[str, Any]:
+    return {
+        "name": module.name,
+        "K": module.size_k,
+        "N": module.size_n,
+        "group_size": module.group_size,
+        "layout": module.layout,
+        "aligned": module.aligned,
+        "padded": list(module.padded) if module.padded else None,
+        "verified": False,
+        "reason": module.reason,
+        "bytes": module.bytes,
+    }
+
+
 @report_of.register
 def _inspection(result: InspectResult) -> Report:
     """Returns the report of an inspection."""
@@ -198,21 +213,7 @@ def _inspection(result: InspectResult) -> Report:
         "inspect",
         str(result.path),
         files=_files(result.shards.items()),
-        modules=[
-            {
-                "name": module.name,
-                "K": module.size_k,
-                "N": module.size_n,
-                "group_size": module.group_size,
-                "layout": module.layout,
-                "aligned": module.aligned,
-                "padded": list(module.padded) if module.padded else None,
-                "verified": False,
-                "reason": module.reason,
-                "bytes": module.bytes,
-            }
-            for module in result.modules
-        ],
+        modules=[_module_info(module) for module in result.modules],
         bytes=result.bytes,
         warnings=list(result.warnings),
         left_behind=dict(result.left_behind),

@@ -79,18 +79,18 @@ def verify(
     source: str | os.PathLike[str],
     output: str | os.PathLike[str],
     *,
-    modules: Modules = "all",
+    modules: Modules | None = None,
     workers: int | None = None,
     device: Device | None = None,
     progress: Progress | None = None,
-    layers: Modules | None = None,
+    layers: Modules = "all",
 ) -> VerifyResult:
     """Compares a converted checkpoint with its source.
 
     Args:
         source: folder of the AWQ checkpoint, or a repository of the Hub, ``org/name[@revision]``.
         output: folder of the converted one, or a repository.
-        modules: how many converted modules to compare value for value, spread over the model, or ``"all"``,
+        modules: how many converted modules to compare value for value, spread over the model; by default ``"all"``,
             which also hashes every file and compares the digests with the manifest's. Everything else is
             always compared in full.
         workers: threads; by default as many as there are processors, at most eight.

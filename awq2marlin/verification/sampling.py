@@ -37,19 +37,19 @@ def check_device(device: Device | None) -> None:
         pick_device(device)
 
 
-def chosen_count(modules: Modules, layers: Modules | None) -> Modules:
+def chosen_count(modules: Modules | None, layers: Modules) -> Modules:
     """Returns how many modules the caller wants to look at.
 
     Args:
-        modules: as the caller gave it; ``"all"`` if it was not given.
-        layers: the same, by its earlier name; None if it was not given.
+        modules: as the caller gave it; None if it was not given.
+        layers: the same, by its earlier name; ``"all"`` if it was not given.
 
     Raises:
         ValueError: if it is neither a number from 0 nor ``"all"``, or given twice.
     """
-    if layers is not None and modules != "all":
+    if modules is not None and layers != "all":
         raise ArgumentError("{modules} and {layers} are two names of one argument; give only {modules}")
-    name, value = ("modules", modules) if layers is None else ("layers", layers)
+    name, value = ("layers", layers) if modules is None else ("modules", modules)
     kind_of(Modules).check(name, value)
     return value
 
