@@ -19,7 +19,7 @@ import typer
 from awq2marlin._version import __version__
 from awq2marlin.cli import options as opt
 from awq2marlin.cli.outcome import guarded, run, tell_usage_error
-from awq2marlin.commands.options import ABOUT_TARGET, ConvertOptions
+from awq2marlin.commands.options import ABOUT_TARGET, ConvertOptions, RevertOptions
 from awq2marlin.errors import EXIT_DONE, EXIT_INTERRUPTED, EXIT_USAGE
 from awq2marlin.hub.target import PushTarget
 
@@ -86,11 +86,8 @@ def convert(
 
     def work(progress: Progress | None) -> Any:
         from awq2marlin.commands.convert import convert
-        from awq2marlin.hub.name import parse_source
 
-        def folders() -> _Folders:
-            return [parse_source(source)], [output or Path("output")]
-
+        folders = partial(_of_one_run, source, output)
         with _executor(None if dry_run else dask, folders, progress) as executor:
             return convert(source, output, **vars(options), executor=executor, progress=progress)
 
@@ -208,8 +205,26 @@ def revert(
             metavar="CONVERTED", help="Converted checkpoint: folder or Hub repository, org/name[@revision]."
         ),
     ],
-    output: Annotated[Path, typer.Argument(metavar="OUTPUT", help="Folder to write.")],
+    output: Annotated[
+        Path | None, typer.Argument(metavar="OUTPUT", help="Folder to write; by default ./<name>-reverted.")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be restored and write nothing.")] = False,
     workers: opt.Workers = None,
+    overwrite: Annotated[
+        bool,
+        typer.Option(
+            "--overwrite", help="Restore into an earlier reversion again; a file that is not the one recorded stays."
+        ),
+    ] = False,
+    low_disk: Annotated[
+        bool,
+        typer.Option(
+            "--low-disk",
+            help="Hub repositories only: delete each fetched shard once it is restored. Needs space for the output "
+            "plus two shards.",
+        ),
+    ] = False,
+    dask: opt.Dask = None,
     quiet: opt.Quiet = False,
     as_json: opt.Json = False,
 ) -> None:
@@ -217,13 +232,16 @@ def revert(
 
     Prints each file's SHA-256. If interrupted, run it again to continue.
     """
+    options = opt.made(RevertOptions, locals())
 
     def work(progress: Progress | None) -> Any:
         from awq2marlin.commands.revert import revert
 
-        return revert(converted, output, workers=workers, progress=progress)
+        folders = partial(_of_one_run, converted, output)
+        with _executor(None if dry_run else dask, folders, progress) as executor:
+            return revert(converted, output, **vars(options), executor=executor, progress=progress)
 
-    run("revert", work, [converted, output], quiet, as_json)
+    run("revert", work, [converted, output or ""], quiet, as_json)
 
 
 @app.command()
@@ -316,6 +334,12 @@ def doctor(quiet: opt.Quiet = False, as_json: opt.Json = False) -> None:
         return doctor()
 
     run("doctor", work, [], quiet, as_json)
+
+
+def _of_one_run(source: str, output: Path | None) -> _Folders:
+    from awq2marlin.hub.name import parse_source
+
+    return [parse_source(source)], [output or Path("output")]
 
 
 def _executor(

@@ -183,11 +183,11 @@ def _reversion(result: RevertResult) -> Report:
         "revert",
         str(result.source),
         str(result.output),
-        files=[{"name": file.name, "bytes": file.size, "sha256": file.sha256} for file in result.files],
+        files=[{"name": file.name, "bytes": file.size, "sha256": file.sha256 or None} for file in result.files],
         bytes=result.bytes,
         seconds=result.seconds,
         left_behind=dict(result.left_behind),
-        details={"restores": result.restores},
+        details={"dry_run": result.dry_run, "resumed": list(result.resumed), "restores": result.restores},
     )
 
 

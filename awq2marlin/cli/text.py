@@ -232,11 +232,17 @@ def _doctor(result: DoctorResult) -> None:
 
 @show.register
 def _reversion(result: RevertResult) -> None:
-    """Prints every restored file with its digest, in the form of ``sha256sum``."""
+    """Prints every restored file with its digest, in the form of ``sha256sum``; in a dry run with its size."""
     for file in result.files:
-        _say(f"{file.sha256}  {printable(file.name)}")
-    told = "all digests match" if result.restores == "files" else "the tensors of the original; its files are not known"
-    _say(f"restored {len(result.files)} files, {size_text(result.bytes)} in {result.seconds:.1f} s, {told}")
+        _say(f"{size_text(file.size) if result.dry_run else file.sha256}  {printable(file.name)}")
+    files = f"{len(result.files)} files, {size_text(result.bytes)}"
+    if result.dry_run:
+        _say(f"would restore {files} to {printable(str(result.output))}")
+    else:
+        by_files = result.restores == "files"
+        told = "all digests match" if by_files else "the tensors of the original; its files are not known"
+        _say(f"restored {files} in {result.seconds:.1f} s, {told}")
+        _say(f"output   {printable(str(result.output))}")
     _show_lists(result.left_behind, ())
 
 

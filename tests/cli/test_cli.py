@@ -28,7 +28,7 @@ from awq2marlin.cli import progress as shown_progress
 from awq2marlin.cli.app import app, main
 from awq2marlin.cli.json import report_of
 from awq2marlin.cli.text import show, size_text
-from awq2marlin.commands.options import TARGET_OPTIONS, ConvertOptions
+from awq2marlin.commands.options import TARGET_OPTIONS, ConvertOptions, RevertOptions
 from awq2marlin.pipeline.shard import ShardResult, ShardTask, convert_shard
 from tests.e2e import oracle
 from tests.e2e.inputs import hub_snapshot, layer, plain, say
@@ -92,7 +92,7 @@ def start(*arguments: object, **options: Any) -> subprocess.Popen[bytes]:
 OPTIONS = {
     "convert": "--dry-run --unaligned keep|pad|error --workers --overwrite --quiet --json --verify N|all|none SOURCE",
     "verify": "--modules --layers N|all --workers --quiet --json SOURCE OUTPUT",
-    "revert": "--workers --quiet --json CONVERTED OUTPUT",
+    "revert": "--dry-run --overwrite --low-disk --dask --workers --quiet --json CONVERTED OUTPUT",
     "inspect": "--quiet --json PATH",
     "demo": "--quiet --json FOLDER",
 }
@@ -127,14 +127,16 @@ def test_help_shows_every_description_word_for_word(
 
 
 @pytest.mark.parametrize(
-    ("command", "options"), [("convert", ConvertOptions), ("batch", ConvertOptions)], ids=["convert", "batch"]
+    ("command", "options"),
+    [("convert", ConvertOptions), ("batch", ConvertOptions), ("revert", RevertOptions)],
+    ids=["convert", "batch", "revert"],
 )
 def test_a_command_has_every_option_with_its_default(command: str, options: type) -> None:
     defaults = {each.name: each.default for each in parameters(command)}
     assert {each.name: defaults.get(each.name, "missing") for each in fields(options)} == {
         each.name: each.default for each in fields(options)
     }
-    assert {*TARGET_OPTIONS} <= {*defaults}
+    assert command == "revert" or {*TARGET_OPTIONS} <= {*defaults}
 
 
 def test_every_result_is_shown_and_reported() -> None:
@@ -398,7 +400,8 @@ USAGE = [
     ("verify a b --modules none", "verify", "'none' is neither a number nor 'all'"),
     ("verify a", "verify", "Missing argument 'OUTPUT'"),
     ("verify a b --layers none", "verify", "'none' is neither a number nor 'all'"),
-    ("revert a", "revert", "Missing argument 'OUTPUT'"),
+    ("revert", "revert", "Missing argument 'CONVERTED'"),
+    ("revert a --workers 0", "revert", "'--workers'"),
     ("inspect", "inspect", "Missing argument 'PATH'"),
     ("demo a b", "demo", "unexpected extra argument"),
     ("convert a \x1b[31m b", "convert", "\\x1b[31m"),
@@ -583,6 +586,28 @@ def test_verify_and_revert_tell_what_they_did(made: Path, capsys: pytest.Capture
     assert (code, err) == (0, "")
     hashes = oracle.file_hashes(made / "awq")
     assert out.splitlines()[:4] == [f"{hashes[name]}  {name}" for name in sorted(set(hashes) - {"pytorch_model.bin"})]
+
+
+def test_a_dry_run_of_revert_writes_nothing_and_lists_every_file(
+    made: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, err = run(capsys, "revert", made / "marlin", "--dry-run")
+    assert (code, err) == (0, "")
+    assert out.splitlines()[-2].startswith("would restore 4 files, ")
+    assert out.splitlines()[-2].endswith(" to marlin-reverted")
+    document = read_json(run(capsys, "revert", made / "marlin", "--dry-run", "--json")[1], "revert", 0)
+    assert document["details"] == {"dry_run": True, "resumed": [], "restores": "files"}
+    assert list(Path().iterdir()) == []
+    assert run(capsys, "revert", made / "marlin", "-q") == (0, "", "")
+    written = {file.name: file.stat().st_size for file in Path("marlin-reverted").iterdir()}
+    assert {file["name"]: file["bytes"] for file in document["files"]} == written
+    assert {file["sha256"] for file in document["files"]} == {None}
+
+
+def test_revert_does_it_again_only_when_asked(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(capsys, "revert", made / "marlin", "back", "-q")[0] == 0
+    assert run(capsys, "revert", made / "marlin", "back", "-q")[0] == 1
+    assert run(capsys, "revert", made / "marlin", "back", "-q", "--overwrite")[0] == 0
 
 
 def test_demo_shows_a_round_trip(capsys: pytest.CaptureFixture[str]) -> None:

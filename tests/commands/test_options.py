@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 import pytest
 
 import awq2marlin
-from awq2marlin import PushTarget, convert, verify
+from awq2marlin import PushTarget, convert, revert, verify
 from awq2marlin.arguments import ArgumentError, Checked, kind_of
 from awq2marlin.commands.options import TARGET_OPTIONS, ConvertOptions, RevertOptions, Unaligned
 from awq2marlin.pipeline import plan
@@ -92,8 +92,11 @@ def test_options_of_the_target_make_one() -> None:
 
 @pytest.mark.parametrize(
     ("function", "options", "others"),
-    [(convert, ConvertOptions, {"source", "output", "executor", "progress"})],
-    ids=["convert"],
+    [
+        (convert, ConvertOptions, {"source", "output", "executor", "progress"}),
+        (revert, RevertOptions, {"converted", "output", "executor", "progress"}),
+    ],
+    ids=["convert", "revert"],
 )
 def test_a_function_takes_its_options_with_their_defaults(function: Any, options: type, others: set[str]) -> None:
     parameters = {
