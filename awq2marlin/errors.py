@@ -10,12 +10,23 @@ import errno
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from awq2marlin.error_codes import ERROR_CODES
+
 #: Process exit codes of the command line.
 EXIT_DONE = 0
 EXIT_FAILED = 1
 EXIT_USAGE = 2
 EXIT_DIFFERENCE = 3
 EXIT_INTERRUPTED = 130
+
+#: What each is called, in ``--json`` and in the record of a batch.
+STATUS = {
+    EXIT_DONE: "done",
+    EXIT_FAILED: "failed",
+    EXIT_USAGE: "usage",
+    EXIT_DIFFERENCE: "difference",
+    EXIT_INTERRUPTED: "interrupted",
+}
 
 #: How many problems a message spells out before it only counts them.
 MAX_PROBLEMS_SHOWN = 20
@@ -54,7 +65,7 @@ class Problem:
     Attributes:
         file: the file it was found in, relative to its folder where that is known; may be empty.
         tensor: the tensor or module it is about; may be empty.
-        code: a short stable name, for scripts.
+        code: a short stable name, for scripts; one of `ERROR_CODES`.
         message: a sentence or two: what was found, what is needed, what to do.
     """
 
@@ -62,6 +73,10 @@ class Problem:
     tensor: str
     code: str
     message: str
+
+    def __post_init__(self) -> None:
+        """Makes sure that scripts find the code in docs/json.md."""
+        assert self.code in ERROR_CODES, f"no error code {self.code!r} stands in error_codes.py"
 
     def __str__(self) -> str:
         """Returns ``file: tensor: message`` without the parts that are empty, escaped."""
@@ -163,6 +178,17 @@ _ADVICE = {
     ),
     errno.ESTALE: ("io-error", "the network file system lost this file; run the command again"),
 }
+
+
+def internal_error(error: BaseException, evidence: str) -> Problem:
+    """Returns what an error means that no input may cause.
+
+    Args:
+        error: whatever was raised.
+        evidence: what to report it with.
+    """
+    what = f"{type(error).__name__}: {error}"
+    return Problem("", "", "internal-error", f"a fault of awq2marlin: please report it with {evidence}: {what}")
 
 
 def problem_from_os_error(error: OSError) -> Problem:

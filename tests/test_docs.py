@@ -7,7 +7,6 @@ they speak of is one on loopback.
 from __future__ import annotations
 
 import ast
-import errno
 import inspect
 import json
 import re
@@ -20,14 +19,14 @@ import pytest
 import typer
 
 import awq2marlin
-from awq2marlin import errors
 from awq2marlin.checkpoint.manifest import Manifest, ManifestShard, SourceCard
 from awq2marlin.checkpoint.synthetic import llama_recipe, write_checkpoint
 from awq2marlin.cli.app import app, main
-from awq2marlin.cli.json import STATUS, Report
+from awq2marlin.cli.json import Report
+from awq2marlin.error_codes import ERROR_CODES, FORMER_CODES, table_rows
+from awq2marlin.errors import STATUS
 from awq2marlin.formats.base import Quantization
 from awq2marlin.formats.registry import MARLIN_NATIVE
-from awq2marlin.hub import errors as hub_errors
 from awq2marlin.io.digest import digest_of
 from awq2marlin.io.safetensors import Header
 from awq2marlin.layout.marlin import FUSED_SIBLINGS
@@ -256,65 +255,36 @@ def test_json_document_lists_every_status():
     assert {int(code): status for status, code in found} == STATUS
 
 
-def test_json_document_lists_every_error_code():
-    listed = _table("json.md", "error codes")
-    assert listed == sorted(set(listed)), "the table is not sorted, or lists a code twice"
-    assert set(listed) == _error_codes()
+def test_json_document_has_the_registry_of_error_codes():
+    rest = (DOCS / "json.md").read_text("utf-8").partition("<!-- keys: error codes -->\n")[2]
+    listed = rest.split("\n\n")[0].splitlines()[2:]
+    assert listed == table_rows(), "python -m awq2marlin.error_codes prints the rows"
+    assert list(ERROR_CODES) == sorted(ERROR_CODES)
 
 
-def _error_codes() -> set[str]:
-    """Every code that the package can report, read from its source."""
-    system = {code for code, _ in errors._ADVICE.values()}
-    unknown = max(errno.errorcode) + 1
-    system |= {code for code, _ in (*hub_errors.BY_NAME.values(), *hub_errors.BY_STATUS.values())}
-    system |= {hub_errors.SERVER_FAILED[0], hub_errors.BAD_CARD[0]}
-    codes = system | {errors.problem_from_os_error(OSError(unknown, "unknown")).code}
-    for path in sorted(PACKAGE.rglob("*.py")):
-        codes |= _Codes(ast.parse(path.read_text("utf-8"))).codes
-    return codes
+def test_every_error_code_is_used_and_no_other():
+    used, made = set(), set()
+    for path in PACKAGE.rglob("*.py"):
+        if path.name != "error_codes.py":
+            tree = ast.parse(path.read_text("utf-8"))
+            used |= {text for node in ast.walk(tree) for text in _handed_on(node)}
+            made |= {code for node in ast.walk(tree) for code in _made_with(node)}
+    assert ERROR_CODES.keys() - used == FORMER_CODES
+    assert made - ERROR_CODES.keys() == set()
+    assert len(made) > len(ERROR_CODES) / 2, "the test no longer sees how problems are made"
 
 
-class _Codes:
-    """The error codes in one module.
+def _handed_on(node: ast.AST) -> Iterator[str]:
+    """Yields the texts that a node hands on: to a call, or in a tuple, as the tables and generators of problems do."""
+    if isinstance(node, (ast.Call, ast.Tuple, ast.IfExp)):
+        yield from (each.value for each in ast.iter_child_nodes(node) if isinstance(each, ast.Constant))
 
-    A code stands at a known place in the calls that make a problem, or a function passes on a parameter of its
-    own to that place and is then itself such a call. Generators of problems yield (tensor, code, message).
-    """
 
-    def __init__(self, tree: ast.Module) -> None:
-        self.codes: set[str] = set()
-        self._makers = {"Problem": 2, "refuse": 0, "difference": 0}
-        functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)]
-        for _ in range(3):  # wrappers of wrappers
-            for function in functions:
-                self._learn(function)
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in self._makers:
-                self._take(self._code_of(node))
-            elif isinstance(node, ast.Yield) and isinstance(node.value, ast.Tuple) and len(node.value.elts) == 3:
-                self._take(node.value.elts[1])
-
-    def _learn(self, function: ast.FunctionDef) -> None:
-        parameters = [each.arg for each in function.args.args]
-        for node in ast.walk(function):
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in self._makers:
-                code = self._code_of(node)
-                if isinstance(code, ast.Name) and code.id in parameters:
-                    self._makers[function.name] = parameters.index(code.id)
-
-    def _code_of(self, call: ast.Call) -> ast.expr | None:
-        named = [keyword.value for keyword in call.keywords if keyword.arg == "code"]
-        place = self._makers[call.func.id]
-        return named[0] if named else call.args[place] if len(call.args) > place else None
-
-    def _take(self, code: ast.expr | None) -> None:
-        if isinstance(code, ast.IfExp):
-            self._take(code.body)
-            self._take(code.orelse)
-        elif isinstance(code, ast.Constant) and isinstance(code.value, str):
-            self.codes.add(code.value)
-        else:  # passed on: `problem.code`, a parameter, or a yielded code
-            assert isinstance(code, (ast.Name, ast.Attribute, type(None))), f"a code is computed: {ast.dump(code)}"
+def _made_with(node: ast.AST) -> Iterator[str]:
+    """Yields the code in a call that makes a problem, if it stands there in words."""
+    place = {"Problem": 2, "refuse": 0, "difference": 0}.get(getattr(getattr(node, "func", None), "id", ""))
+    if place is not None and len(node.args) > place and isinstance(node.args[place], ast.Constant):
+        yield node.args[place].value
 
 
 def test_design_document_lists_the_floors():

@@ -7,18 +7,17 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
+from awq2marlin.arguments import ArgumentError, Kind, kind_of, kinds
+from awq2marlin.commands.options import TARGET_OPTIONS, ConvertOptions
 from awq2marlin.errors import BatchError, CheckpointError, Problem, printable
+from awq2marlin.hub.target import PushTarget
 from awq2marlin.io.source import MAX_JSON_BYTES
 from awq2marlin.io.strict_json import parse_json
-from awq2marlin.pipeline.plan import UNALIGNED_CHOICES
-from awq2marlin.verification.sampling import Device
-
-_MAX_WORKERS = 256
 
 #: (where it stands, what stands there): a source, or a mapping with ``source`` and options.
 Entry = tuple[str, Any]
@@ -39,54 +38,14 @@ class BatchItem:
     options: Mapping[str, Any]
 
 
-@dataclass(frozen=True)
-class _Kind:
-    """What an option may be.
+_TEXT = kind_of(str)
 
-    Attributes:
-        needed: in words.
-        takes: whether it takes a value.
-    """
-
-    needed: str
-    takes: Callable[[Any], bool]
-
-
-def _one_of(*values: str | None) -> _Kind:
-    words = " or ".join("null" if value is None else repr(value) for value in values)
-    return _Kind(words, lambda value: value in values)
-
-
-def _is_verify(value: Any) -> bool:
-    return value in ("all", "none") or (type(value) is int and value >= 0)
-
-
-def _is_workers(value: Any) -> bool:
-    return value is None or (type(value) is int and 1 <= value <= _MAX_WORKERS)
-
-
-def _is_text(value: Any) -> bool:
-    return isinstance(value, str) and bool(value) and "\0" not in value
-
-
-_FLAG = _Kind("true or false", lambda value: type(value) is bool)
-
-_TEXT = _Kind("text, or null", lambda value: value is None or _is_text(value))
-
-#: The keywords of `awq2marlin.convert` that an item may give, and those of `awq2marlin.hub.publication.PushTarget`.
-OPTIONS: Mapping[str, _Kind] = {
-    "output": _Kind("a path", _is_text),
-    "unaligned": _one_of(*UNALIGNED_CHOICES),
-    "workers": _Kind(f"a number from 1 to {_MAX_WORKERS}", _is_workers),
-    "overwrite": _FLAG,
-    "verify": _Kind("a number from 0, 'all' or 'none'", _is_verify),
-    "device": _one_of(*get_args(Device), None),
-    "low_disk": _FLAG,
-    "push_to": _Kind("a repository or an owner on the Hub, or null", lambda value: value is None or _is_text(value)),
-    "private": _FLAG,
-    "revision": _TEXT,
-    "create_pr": _FLAG,
-    "commit_message": _TEXT,
+#: What an item may give beside its source: the options of `convert` and, beside them, those of a `PushTarget`.
+OPTIONS: Mapping[str, Kind] = {
+    "output": Kind(("a path",), _TEXT.takes),
+    **{name: kind for name, kind in kinds(ConvertOptions).items() if name != "dry_run"},
+    "push_to": Kind(("a repository or an owner on the Hub",), kind_of(str | None).takes),
+    **{name: kind for name, kind in kinds(PushTarget).items() if name in TARGET_OPTIONS},
 }
 
 
@@ -137,8 +96,11 @@ def check_options(options: Mapping[str, Any], place: str) -> Iterator[str]:
         if name not in OPTIONS:
             known = ", ".join(OPTIONS)
             yield f"{place}: there is no option {printable(str(name))!r}; the options are {known}"
-        elif not OPTIONS[name].takes(value):
-            yield f"{place}: {name} must be {OPTIONS[name].needed}, found {printable(repr(value))}"
+            continue
+        try:
+            OPTIONS[name].check(name, value)
+        except ArgumentError as error:
+            yield f"{place}: {error}"
 
 
 def _problem(file: str, message: str) -> Problem:
@@ -152,7 +114,7 @@ def _checked(entries: Iterable[Entry], file: str, problems: list[Problem]) -> li
         plain = {name: os.fspath(value) if isinstance(value, os.PathLike) else value for name, value in found.items()}
         source = plain.pop("source", None)
         wrong = list(check_options(plain, place))
-        if not _is_text(source):
+        if not _TEXT.takes(source):
             wrong.insert(0, f"{place}: source must be a folder or a repository, found {printable(repr(source))}")
         problems += [_problem(file, each) for each in wrong]
         items.append(BatchItem(place, str(source), plain))

@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 import traceback
 from collections.abc import Mapping
+from concurrent.futures import Executor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from awq2marlin.batch.record import BatchRecord, ItemResult
 from awq2marlin.checkpoint.manifest import read_manifest
 from awq2marlin.checkpoint.opening import open_checkpoint
 from awq2marlin.commands.convert import convert
+from awq2marlin.commands.options import DEFAULT_TO
 from awq2marlin.commands.push import push
 from awq2marlin.commands.verify import verify
 from awq2marlin.errors import (
@@ -32,9 +34,11 @@ from awq2marlin.errors import (
     OutputError,
     Problem,
     difference,
+    internal_error,
     problem_from_os_error,
 )
 from awq2marlin.formats.names import CONFIG_FILENAME, MANIFEST_FILENAME
+from awq2marlin.formats.registry import target_named
 from awq2marlin.hub.name import HUB_PREFIX
 from awq2marlin.hub.repository import open_source
 from awq2marlin.io.digest import digest_of_file
@@ -60,17 +64,17 @@ def known(job: Job, record: BatchRecord, retry_failed: bool) -> ItemResult | Non
         return None
     if last.exit_code == EXIT_DONE:
         passed_on = bool(last.options.get("low_disk") and last.options.get("push_to"))  # and nothing of it is here
-        stands = passed_on == job.passes_on and (
+        stands = passed_on == job.options.passes_on and (
             passed_on or (last.manifest is not None and _whole_manifest(job.output) == last.manifest)
         )
-        return replace(last, earlier=True) if stands and _covers(last.options, job.options) else None
+        return replace(last, earlier=True) if stands and _covers(last.options, job.recorded_options) else None
     is_same = dict(last.options) == job.recorded_options
     return replace(last, earlier=True) if is_same and not retry_failed else None
 
 
 def _covers(done: Mapping[str, Any], asked: Mapping[str, Any]) -> bool:
     """Returns whether what was done is all that is asked: the same bytes, compared as thoroughly, sent as far."""
-    if done.get("unaligned") != asked["unaligned"]:
+    if (done.get("unaligned"), done.get("to", DEFAULT_TO)) != (asked["unaligned"], asked.get("to", DEFAULT_TO)):
         return False
     if asked["device"] is not None and done.get("device") != asked["device"]:
         return False
@@ -104,23 +108,26 @@ def _whole_manifest(output: Path) -> str | None:
         return None
 
 
-def run_job(job: Job, progress: Progress, *, dry_run: bool, **defaults: Any) -> ItemResult:
+def run_job(
+    job: Job, progress: Progress, *, dry_run: bool, workers: int | None, executor: Executor | None
+) -> ItemResult:
     """Does one item; what goes wrong with it becomes its result.
 
     Args:
         job: what is to be done.
         progress: told what is being done; stops the work if it raises `StoppedError`.
         dry_run: plan only.
-        **defaults: further arguments of `convert`, where the item does not give them.
+        workers: threads, where the item does not say how many.
+        executor: does the shards, as for `convert`.
 
     Raises:
         ExecutorError: if the executor can do no other item either.
     """
     started = time.perf_counter()
-    options = {**defaults, **{name: value for name, value in job.options.items() if value is not None}}
+    job = replace(job, options=replace(job.options, workers=job.options.workers or workers))
     try:
-        result = _plan_only(job) if dry_run else _compare_finished(job, options["workers"], progress)
-        result = result or _convert(job, options, progress)
+        result = _plan_only(job) if dry_run else _compare_finished(job, progress)
+        result = result or _convert(job, executor, progress)
     except Awq2MarlinError as error:
         if isinstance(error, ExecutorError) and error.problems[0].code != "killed-workers":
             raise  # it can do no other item either
@@ -132,25 +139,22 @@ def run_job(job: Job, progress: Progress, *, dry_run: bool, **defaults: Any) -> 
         result = job.result(EXIT_FAILED, errors=(problem,))
     except StoppedError:
         raise
-    except Exception as error:  # a defect of ours: it must not cost the rest of a night's batch, nor be hidden
+    except Exception as error:  # a fault of ours: it must not cost the rest of a night's batch, nor be hidden
         place = traceback.extract_tb(error.__traceback__)[-1]
-        message = (
-            f"{type(error).__name__}: {error} ({Path(place.filename).name}:{place.lineno}); this is a defect of "
-            "awq2marlin: please report it, with what 'awq2marlin convert' prints for this source"
-        )
-        result = job.result(EXIT_FAILED, errors=(Problem("", "", "unexpected-error", message),))
+        evidence = f"what 'awq2marlin convert' prints for this source ({Path(place.filename).name}:{place.lineno})"
+        result = job.result(EXIT_FAILED, errors=(internal_error(error, evidence),))
     return replace(result, seconds=time.perf_counter() - started)
 
 
-def _convert(job: Job, options: Mapping[str, Any], progress: Progress) -> ItemResult:
-    plain = {name: value for name, value in options.items() if name not in PUSHING}
+def _convert(job: Job, executor: Executor | None, progress: Progress) -> ItemResult:
+    options = job.options
     try:
-        done = convert(job.item.source, job.output, push_to=job.target, progress=progress, **plain)
+        done = convert(job.item.source, job.output, **vars(options), executor=executor, progress=progress)
     except HubError as error:
-        if error.problems[0].code != "target-finished":
+        if options.target is None or error.problems[0].code != "target-finished":
             raise
         progress.note("the repository holds this very conversion already")
-        return job.result(EXIT_DONE, pushed=f"{HUB_PREFIX}{job.options['push_to']}")
+        return job.result(EXIT_DONE, pushed=f"{HUB_PREFIX}{options.target.repo_id}")
     return job.result(
         EXIT_DONE,
         bytes=done.output_bytes,
@@ -158,19 +162,19 @@ def _convert(job: Job, options: Mapping[str, Any], progress: Progress) -> ItemRe
         kept=len(done.kept),
         verified=len(done.verified),
         resumed=len(done.resumed),
-        manifest=None if job.passes_on else _whole_manifest(job.output),
+        manifest=None if options.passes_on else _whole_manifest(job.output),
         pushed=done.pushed.url if done.pushed else None,
     )
 
 
 def _plan_only(job: Job) -> ItemResult:
-    plan = plan_conversion(open_checkpoint(job.item.source), job.options["unaligned"])
+    plan = plan_conversion(open_checkpoint(job.item.source), job.options.unaligned, target_named(job.options.to))
     return job.result(
         EXIT_DONE, status="planned", bytes=plan.target_bytes, converted=len(plan.converted), kept=len(plan.kept)
     )
 
 
-def _compare_finished(job: Job, workers: int | None, progress: Progress) -> ItemResult | None:
+def _compare_finished(job: Job, progress: Progress) -> ItemResult | None:
     """Compares a finished output, which the record does not answer for, with the source, completely.
 
     Returns:
@@ -182,21 +186,21 @@ def _compare_finished(job: Job, workers: int | None, progress: Progress) -> Item
     """
     if not _holds_finished(job.output):
         return None
-    folder = open_source(job.item.source)
-    plan = plan_conversion(open_checkpoint(folder), job.options["unaligned"])
+    folder, options = open_source(job.item.source), job.options
+    plan = plan_conversion(open_checkpoint(folder), options.unaligned, target_named(options.to))
     progress.note(f"{job.output} is there already; it is compared with its source")
     try:
         if Folder.at(job.output).read(CONFIG_FILENAME) != plan.transfer.config:
             raise difference("config", "its config is another one", file=CONFIG_FILENAME)
-        if job.options["low_disk"] and folder.origin is not None:
+        if options.low_disk and folder.origin is not None:
             verified = 0  # the source is not fetched again for that: its commit says that it is the same
             _check_recorded(job.output, folder.origin)
         else:
-            device = job.options["device"]
+            workers, device = options.workers, options.device
             found = verify(job.item.source, job.output, workers=workers, device=device, progress=progress)
             verified = len(found.modules)
     except (CheckpointError, DifferenceError) as error:
-        if job.options["overwrite"]:
+        if options.overwrite:
             return None
         raise _not_this_one(job.output, error) from None
     return job.result(
@@ -212,20 +216,10 @@ def _compare_finished(job: Job, workers: int | None, progress: Progress) -> Item
 
 def _push(job: Job, progress: Progress) -> str | None:
     """Sends a finished output to where it shall go, if anywhere; what is there already is not sent again."""
-    target = job.target
+    target, message = job.options.target, job.options.commit_message
     if target is None:
         return None
-    sent = push(
-        job.output,
-        target.repo_id,
-        private=target.private,
-        revision=target.revision,
-        create_pr=target.create_pr,
-        commit_message=job.options["commit_message"],
-        overwrite=target.overwrite,
-        progress=progress,
-    )
-    return sent.url
+    return push(job.output, **vars(target), commit_message=message, progress=progress).url
 
 
 def _check_recorded(output: Path, origin: RepoCommit) -> None:
@@ -241,7 +235,7 @@ def _check_recorded(output: Path, origin: RepoCommit) -> None:
 
 def _not_this_one(output: Path, error: Awq2MarlinError) -> OutputError:
     message = (
-        f"the folder holds a finished conversion that is not what this item gives ({error.problems[0]}); "
+        f"the folder holds a different finished conversion ({error.problems[0]}); "
         "use --overwrite to replace it, or choose another"
     )
     return OutputError(Problem(str(output), "", "not-empty", message))

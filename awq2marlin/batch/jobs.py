@@ -9,36 +9,23 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from awq2marlin.batch.file import BatchItem, check_entries, check_options, read_batch_file
+from awq2marlin.arguments import ArgumentError
+from awq2marlin.batch.file import OPTIONS, BatchItem, check_entries, check_options, read_batch_file
 from awq2marlin.batch.record import ItemResult
-from awq2marlin.commands.convert import DEFAULT_VERIFIED
-from awq2marlin.errors import EXIT_DIFFERENCE, EXIT_DONE, EXIT_FAILED, BatchError, CheckpointError, Problem, printable
+from awq2marlin.commands.options import ABOUT_TARGET, DEFAULT_TO, TARGET_OPTIONS, ConvertOptions
+from awq2marlin.errors import STATUS, BatchError, CheckpointError, Problem, printable
 from awq2marlin.hub.name import HUB_PREFIX, HubName, parse_source
-from awq2marlin.hub.publication import PushTarget
+from awq2marlin.hub.target import PushTarget
 from awq2marlin.pipeline.preflight import default_output
 
 #: Options that decide neither what is written nor what is checked: the record leaves them out.
-_PASSING = ("output", "workers", "commit_message")
-
-_STATUS = {EXIT_DONE: "done", EXIT_FAILED: "failed", EXIT_DIFFERENCE: "difference"}
-
-
-#: Every option of an item that has a default; the same as `convert`'s.
-_DEFAULTS: Mapping[str, Any] = {
-    "unaligned": "keep",
-    "verify": DEFAULT_VERIFIED,
-    "device": None,
-    "overwrite": False,
-    "low_disk": False,
-    "push_to": None,
-    "private": False,
-    "revision": None,
-    "create_pr": False,
-    "commit_message": None,
-}
+_PASSING = ("workers", "dry_run", "commit_message")
 
 #: Options that say where a result goes on the Hub.
-PUSHING = ("push_to", "private", "revision", "create_pr")
+PUSHING = ("push_to", *TARGET_OPTIONS)
+
+#: Where options stand that hold for every item which does not give them itself.
+_OF_ALL = "the options of all items"
 
 #: A list's file, or the list itself.
 Sources = str | os.PathLike[str] | Iterable[str | os.PathLike[str] | Mapping[str, Any]]
@@ -52,35 +39,23 @@ class Job:
         item: as the list says it.
         source: what tells this source from others: an absolute path, or ``hf://org/name[@revision]``.
         output: absolute path of the folder to write.
-        options: keyword arguments of `convert` but ``output``.
+        options: how it is converted.
     """
 
     item: BatchItem
     source: str
     output: Path
-    options: Mapping[str, Any]
+    options: ConvertOptions
 
     @property
     def recorded_options(self) -> dict[str, Any]:
-        """The options that the record remembers."""
-        return {name: value for name, value in self.options.items() if name not in _PASSING}
-
-    @property
-    def target(self) -> PushTarget | None:
-        """Where the result goes on the Hub, if it does.
-
-        Raises:
-            ValueError: if that cannot be.
-        """
-        if self.options["push_to"] is None:
-            return None
-        repo_id, private, revision, create_pr = (self.options[name] for name in PUSHING)
-        return PushTarget(repo_id, private, revision, create_pr, self.options["overwrite"])
-
-    @property
-    def passes_on(self) -> bool:
-        """Whether the result goes to the Hub and nothing of it stays here."""
-        return bool(self.options["low_disk"] and self.options["push_to"])
+        """The options that the record remembers, those of the target beside the others."""
+        target = self.options.target
+        options = {name: value for name, value in vars(self.options).items() if name not in _PASSING}
+        options["push_to"] = target.repo_id if target else None
+        if options["to"] == DEFAULT_TO:  # records of version 0.1 do not tell it
+            del options["to"]
+        return options | {name: getattr(target, name, getattr(PushTarget, name)) for name in TARGET_OPTIONS}
 
     def result(self, exit_code: int, **found: Any) -> ItemResult:
         """Returns a result of this item."""
@@ -89,7 +64,7 @@ class Job:
             **{
                 "source": self.source,
                 "output": str(self.output),
-                "status": _STATUS[exit_code],
+                "status": STATUS[exit_code],
                 "exit_code": exit_code,
                 "options": self.recorded_options,
                 "finished_at": now,
@@ -144,51 +119,62 @@ def plan_jobs(
     if not 1 <= number <= count:
         raise ValueError(f"part must be (number, count) with 1 <= number <= count, found {part}")
     items = read_batch_file(Path(sources)) if isinstance(sources, (str, os.PathLike)) else check_entries(sources)
-    wrong = list(check_options(options, "the options of all items"))
+    wrong = list(check_options(options, _OF_ALL))
     if "output" in options:
-        wrong.append("the options of all items: each item needs an output of its own; use out_dir")
-    jobs = []
-    for item in items:
-        try:
-            jobs.append(_job(item, Path(out_dir or ""), {**_DEFAULTS, **options}))
-        except CheckpointError as error:  # its source cannot be a name
-            wrong.append(f"{item.place}: {error}")
-    for job in jobs:
-        if job.options["device"] is not None and job.options["verify"] in ("none", 0):
-            wrong.append(f"{job.item.place}: device needs verify: it runs the modules that are compared")
-        if job.options["device"] is not None and job.options["low_disk"]:
-            wrong.append(f"{job.item.place}: device needs the whole source at the end, which low_disk removes")
-        wrong += (f"{job.item.place}: {each}" for each in _wrong_target(job))
-    alone = [name for name in (*PUSHING, "commit_message") if options.get(name)]
-    if alone and all(job.options["push_to"] is None for job in jobs):
-        wrong.append(f"the options of all items: {alone[0]} needs push_to")
+        wrong.append(f"{_OF_ALL}: each item needs an output of its own; use out_dir")
+    sound = {name: value for name, value in options.items() if name in OPTIONS and OPTIONS[name].takes(value)}
+    jobs = list(_jobs(items, Path(out_dir or ""), sound, wrong))
+    alone = [name for name in ABOUT_TARGET if sound.get(name)]
+    if alone and all(job.options.target is None for job in jobs):
+        wrong.append(f"{_OF_ALL}: {alone[0]} needs push_to")
     wrong += _clashes(jobs)
     if wrong:
         raise BatchError([Problem(str(list_file(sources) or ""), "", "bad-batch", each) for each in wrong])
     return jobs[number - 1 :: count]
 
 
-def _job(item: BatchItem, out_dir: Path, defaults: Mapping[str, Any]) -> Job:
+def _jobs(items: Iterable[BatchItem], out_dir: Path, of_all: Mapping[str, Any], wrong: list[str]) -> Iterator[Job]:
+    """Yields the jobs of items; what is wrong with one is added to ``wrong``, and the other items are looked at too."""
+    for item in items:
+        try:
+            source, output = _places(item, out_dir)
+        except CheckpointError as error:  # its source cannot be a name
+            wrong.append(f"{item.place}: {error}")
+            continue
+        options = ConvertOptions()
+        try:
+            options = _options(item, output.name, of_all)
+        except ArgumentError as error:
+            wrong.append(f"{item.place}: {error}")
+        yield Job(item, source, output, options)
+
+
+def _places(item: BatchItem, out_dir: Path) -> tuple[str, Path]:
+    """Returns `Job.source` and `Job.output` of an item."""
     name = parse_source(item.source)
     source = HUB_PREFIX + str(name) if isinstance(name, HubName) else os.path.realpath(name)
     output = item.options.get("output") or _default_output(name)
-    path = Path(os.path.realpath(out_dir / output))
-    options = {name: value for name, value in {**defaults, **item.options}.items() if name != "output"}
-    owner = options["push_to"]
-    if isinstance(owner, str) and "/" not in owner:
-        options["push_to"] = f"{owner}/{path.name}"
-    return Job(item, source, path, options)
+    return source, Path(os.path.realpath(out_dir / output))
 
 
-def _wrong_target(job: Job) -> Iterator[str]:
-    """Yields what is wrong with where an item shall go on the Hub."""
-    alone = [name for name in (*PUSHING, "commit_message") if name in job.item.options and name != "push_to"]
-    if job.options["push_to"] is None and alone:
-        yield f"{alone[0]} needs push_to"
-    try:
-        _ = job.target
-    except ValueError as error:
-        yield str(error)
+def _options(item: BatchItem, name: str, of_all: Mapping[str, Any]) -> ConvertOptions:
+    """Returns the options of an item.
+
+    Args:
+        item: as the list says it.
+        name: of its output, for a repository of which only the owner is given.
+        of_all: options of every item that does not give them itself.
+
+    Raises:
+        ArgumentError: if they do not go together.
+    """
+    given = {**of_all, **item.options}
+    push_to = given.get("push_to")
+    if push_to is None:  # what all items say of their target is said of those that have one
+        given = {**{key: value for key, value in of_all.items() if key not in ABOUT_TARGET}, **item.options}
+    elif "/" not in push_to:
+        given["push_to"] = f"{push_to}/{name}"
+    return ConvertOptions.of(given)
 
 
 def _default_output(source: Path | HubName) -> Path:
@@ -209,10 +195,11 @@ def _clashes(jobs: Sequence[Job]) -> Iterator[str]:
                 f"{job.item.place}: its output {printable(str(job.output))} is that of {other.item.place} too; "
                 "give one of them an 'output' of its own"
             )
-    targets: dict[tuple[Any, Any], Job] = {}
+    targets: dict[tuple[str, str], Job] = {}
     for job in jobs:
-        if job.options["push_to"] is not None:
-            other = targets.setdefault((job.options["push_to"], job.options["revision"]), job)
+        target = job.options.target
+        if target is not None:
+            other = targets.setdefault((target.repo_id, target.branch), job)
             if other is not job:
                 yield f"{job.item.place}: it would be pushed where {other.item.place} is; give it its own 'push_to'"
     sources = {Path(job.source): job for job in jobs if not job.source.startswith(HUB_PREFIX)}

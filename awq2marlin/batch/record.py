@@ -17,6 +17,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from awq2marlin._version import __version__
+from awq2marlin.error_codes import ERROR_CODES
 from awq2marlin.errors import BatchError, CheckpointError, OutputError, Problem
 from awq2marlin.io.digest import is_digest
 from awq2marlin.io.strict_json import parse_json
@@ -170,6 +171,8 @@ def _result(document: dict[str, Any]) -> ItemResult:
     """Returns the result in a line; what it raises says that the line is none, or not sound."""
     if document.pop("version") != RECORD_VERSION:
         raise ValueError
+    if any(error["code"] not in ERROR_CODES for error in document["errors"]):
+        raise ValueError  # a newer version's: its line is not ours to understand
     result = ItemResult(**{**document, "errors": tuple(Problem(**error) for error in document["errors"])})
     texts = [result.source, result.output, result.status, result.tool_version, result.finished_at]
     texts += [text for error in result.errors for text in (error.file, error.tensor, error.code, error.message)]

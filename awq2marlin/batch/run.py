@@ -126,7 +126,7 @@ def convert_many(
         jobs: items at the same time.
         workers: threads of all jobs together; by default one a processor, at most eight. With an executor, threads
             for one shard, by default one.
-        part: (number, of how many): take only every so-manieth item, for several machines that share a list. By
+        part: (number, of how many): take only every N-th item, for several machines that share a list. By
             default all.
         retry_failed: try again what failed in an earlier run.
         record: JSONL file of what became of the items; by default the list's name with ``.record.jsonl``. A list

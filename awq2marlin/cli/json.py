@@ -6,14 +6,15 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from awq2marlin.errors import EXIT_DIFFERENCE, EXIT_DONE, EXIT_FAILED, EXIT_INTERRUPTED, EXIT_USAGE, Problem
+from awq2marlin.cli.by_type import ByType
+from awq2marlin.errors import STATUS, Problem
 
 if TYPE_CHECKING:
     from awq2marlin.batch.run import BatchResult
     from awq2marlin.commands.convert import ConvertResult
     from awq2marlin.commands.demo import DemoResult
     from awq2marlin.commands.doctor import DoctorResult
-    from awq2marlin.commands.inspect import InspectResult
+    from awq2marlin.commands.inspect import InspectResult, ModuleInfo
     from awq2marlin.commands.revert import RevertResult
     from awq2marlin.commands.verify import VerifyResult
     from awq2marlin.gemm.check import GemmRun
@@ -21,14 +22,6 @@ if TYPE_CHECKING:
     from awq2marlin.layout.modules import ModulePlan
 
 SCHEMA_VERSION = 1
-
-STATUS = {
-    EXIT_DONE: "done",
-    EXIT_FAILED: "failed",
-    EXIT_USAGE: "usage",
-    EXIT_DIFFERENCE: "difference",
-    EXIT_INTERRUPTED: "interrupted",
-}
 
 
 @dataclass
@@ -88,6 +81,10 @@ class Report:
         }
 
 
+#: Returns the report of a result.
+report_of: ByType[Report] = ByType()
+
+
 def _files(sizes: Iterable[tuple[str, int]]) -> list[dict[str, Any]]:
     return [{"name": name, "bytes": size, "sha256": None} for name, size in sizes]
 
@@ -111,7 +108,8 @@ def _gemm(run: GemmRun | None) -> dict[str, Any]:
     return {"device": run.device_name, "gemm": [asdict(check) for check in run.checks]}
 
 
-def of_conversion(result: ConvertResult) -> Report:
+@report_of.register
+def _conversion(result: ConvertResult) -> Report:
     """Returns the report of a conversion."""
     verified = frozenset(result.verified)
     return Report(
@@ -133,12 +131,13 @@ def of_conversion(result: ConvertResult) -> Report:
             "source_bytes": result.source_bytes,
             "side_files": list(result.files),
             **_gemm(result.gemm),
-            "pushed": of_push(result.pushed).details if result.pushed is not None else None,
+            "pushed": report_of(result.pushed).details if result.pushed is not None else None,
         },
     )
 
 
-def of_batch(result: BatchResult) -> Report:
+@report_of.register
+def _batch(result: BatchResult) -> Report:
     """Returns the report of a batch."""
     return Report(
         "batch",
@@ -156,7 +155,8 @@ def of_batch(result: BatchResult) -> Report:
     )
 
 
-def of_verification(result: VerifyResult) -> Report:
+@report_of.register
+def _verification(result: VerifyResult) -> Report:
     """Returns the report of a verification that found no difference."""
     verified = frozenset(module.name for module in result.modules)
     return Report(
@@ -176,41 +176,44 @@ def of_verification(result: VerifyResult) -> Report:
     )
 
 
-def of_reversion(result: RevertResult) -> Report:
+@report_of.register
+def _reversion(result: RevertResult) -> Report:
     """Returns the report of a reversion."""
     return Report(
         "revert",
         str(result.source),
         str(result.output),
-        files=[{"name": file.name, "bytes": file.size, "sha256": file.sha256} for file in result.files],
+        files=[{"name": file.name, "bytes": file.size, "sha256": file.sha256 or None} for file in result.files],
         bytes=result.bytes,
         seconds=result.seconds,
         left_behind=dict(result.left_behind),
-        details={"restores": result.restores},
+        details={"dry_run": result.dry_run, "resumed": list(result.resumed), "restores": result.restores},
     )
 
 
-def of_inspection(result: InspectResult) -> Report:
+def _module_info(module: ModuleInfo) -> dict[str, Any]:
+    return {
+        "name": module.name,
+        "K": module.size_k,
+        "N": module.size_n,
+        "group_size": module.group_size,
+        "layout": module.layout,
+        "aligned": module.aligned,
+        "padded": list(module.padded) if module.padded else None,
+        "verified": False,
+        "reason": module.reason,
+        "bytes": module.bytes,
+    }
+
+
+@report_of.register
+def _inspection(result: InspectResult) -> Report:
     """Returns the report of an inspection."""
     return Report(
         "inspect",
         str(result.path),
         files=_files(result.shards.items()),
-        modules=[
-            {
-                "name": module.name,
-                "K": module.size_k,
-                "N": module.size_n,
-                "group_size": module.group_size,
-                "layout": module.layout,
-                "aligned": module.aligned,
-                "padded": list(module.padded) if module.padded else None,
-                "verified": False,
-                "reason": module.reason,
-                "bytes": module.bytes,
-            }
-            for module in result.modules
-        ],
+        modules=[_module_info(module) for module in result.modules],
         bytes=result.bytes,
         warnings=list(result.warnings),
         left_behind=dict(result.left_behind),
@@ -228,7 +231,8 @@ def of_inspection(result: InspectResult) -> Report:
     )
 
 
-def of_push(result: PushResult) -> Report:
+@report_of.register
+def _push(result: PushResult) -> Report:
     """Returns the report of an upload."""
     return Report(
         "push",
@@ -251,11 +255,12 @@ def of_push(result: PushResult) -> Report:
     )
 
 
-def of_demonstration(result: DemoResult) -> Report:
+@report_of.register
+def _demonstration(result: DemoResult) -> Report:
     """Returns the report of a demonstration."""
-    report = of_conversion(result.conversion)
+    report = report_of(result.conversion)
     report.command = "demo"
-    report.files = of_reversion(result.reversion).files
+    report.files = report_of(result.reversion).files
     report.seconds = result.seconds
     report.details |= {
         "folder": str(result.folder) if result.kept else None,
@@ -265,7 +270,8 @@ def of_demonstration(result: DemoResult) -> Report:
     return report
 
 
-def of_doctor(result: DoctorResult) -> Report:
+@report_of.register
+def _doctor(result: DoctorResult) -> Report:
     """Returns the report of a look at the machine."""
     machine = result.machine
     return Report(

@@ -1,4 +1,4 @@
-"""What a person sees: progress on standard error, results on standard output.
+"""What a person sees of a result, on standard output, and of an error, on standard error.
 
 Everything that came from a file is escaped before it is printed, and nothing is read as markup.
 """
@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import re
 import sys
-import threading
-import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, TextIO
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
-from awq2marlin.errors import Problem, printable
+from awq2marlin.cli.by_type import ByType
+from awq2marlin.errors import EXIT_DONE, printable
 
 if TYPE_CHECKING:
+    from awq2marlin.batch.record import ItemResult
+    from awq2marlin.batch.run import BatchResult
     from awq2marlin.commands.convert import ConvertResult
     from awq2marlin.commands.demo import DemoResult
     from awq2marlin.commands.doctor import DoctorResult
@@ -25,8 +26,6 @@ if TYPE_CHECKING:
     from awq2marlin.gemm.check import GemmRun
     from awq2marlin.hub.identity import PushResult
 
-#: Seconds between two plain progress lines, where there is no terminal.
-PLAIN_INTERVAL = 5.0
 _MAX_NAMES_SHOWN = 8
 
 #: Columns of tables that hold numbers, flush right.
@@ -42,91 +41,14 @@ def size_text(count: float) -> str:
     raise AssertionError("unreachable")
 
 
-class ConsoleProgress:
-    """Shows progress on standard error: a bar on a terminal, plain lines elsewhere."""
-
-    def __init__(self, stream: TextIO | None = None) -> None:
-        """Draws on ``stream``, by default standard error."""
-        self._stream = stream or sys.stderr
-        self._lock = threading.Lock()
-        self._bar: Any = None
-        self._plain: PlainLines | None = None
-
-    def start(self, what: str, total: int) -> None:
-        """A stage begins."""
-        with self._lock:
-            if self._stream.isatty():
-                from tqdm import tqdm
-
-                self._bar = tqdm(
-                    total=total,
-                    desc=what,
-                    unit="B",
-                    unit_scale=True,
-                    file=self._stream,
-                    leave=False,
-                    dynamic_ncols=True,
-                )
-            else:
-                self._plain = PlainLines(self._say, what, total)
-
-    def advance(self, count: int) -> None:
-        """So many bytes are done."""
-        with self._lock:
-            if self._bar is not None:
-                self._bar.update(count)
-            if self._plain is not None:
-                self._plain.update(count)
-
-    def finish(self) -> None:
-        """The stage is done."""
-        with self._lock:
-            if self._bar is not None:
-                self._bar.close()
-            self._bar = self._plain = None
-
-    def note(self, text: str) -> None:
-        """Something worth a line."""
-        with self._lock:
-            self._say(printable(text))
-
-    def _say(self, text: str) -> None:
-        print(text, file=self._stream, flush=True)
+#: Prints a result for people.
+show: ByType[None] = ByType()
 
 
-class PlainLines:
-    """A line every few seconds: share, bytes, rate, time left."""
-
-    def __init__(self, say: Callable[[str], None], what: str, total: int) -> None:
-        """Prints with ``say`` on a stage: its name, and its length in bytes."""
-        self._say, self._what, self._total = say, what, total
-        self._done = 0
-        self._started = self._told = time.monotonic()
-
-    def update(self, count: int) -> None:
-        """So many bytes are done."""
-        self._done += count
-        now = time.monotonic()
-        if now - self._told < PLAIN_INTERVAL:
-            return
-        self._told = now
-        rate = self._done / (now - self._started)
-        left = (self._total - self._done) / rate if rate else 0
-        self._say(
-            f"{self._what}: {self._done * 100 // max(self._total, 1)} %, {size_text(self._done)} of "
-            f"{size_text(self._total)}, {size_text(rate)}/s, {left:.0f} s left"
-        )
-
-
-def print_problems(problems: Sequence[Problem], text: str) -> None:
-    """Prints what went wrong on standard error.
-
-    Args:
-        problems: all of them; their number heads the list if there are several.
-        text: one line each, already escaped and capped.
-    """
-    head = "error: " if len(problems) == 1 else f"error: {len(problems)} problems:\n"
-    print(f"{head}{text}", file=sys.stderr, flush=True)
+def print_failures(result: BatchResult) -> None:
+    """Prints on standard error what failed."""
+    for item in result.failed:
+        print(f"error: {outcome_text(item)}", file=sys.stderr, flush=True)
 
 
 def _say(text: str = "") -> None:
@@ -158,7 +80,7 @@ def _table(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     console.print(table)
 
 
-def _print_lists(left_behind: dict[str, str], warnings: Sequence[str]) -> None:
+def _show_lists(left_behind: Mapping[str, str], warnings: Sequence[str]) -> None:
     for warning in warnings:
         _say(f"note       {printable(warning)}")
     shown = list(left_behind.items())[:_MAX_NAMES_SHOWN]
@@ -168,7 +90,12 @@ def _print_lists(left_behind: dict[str, str], warnings: Sequence[str]) -> None:
         _say(f"not carried over: {', '.join(names)}{more}")
 
 
-def print_plan(result: ConvertResult) -> None:
+@show.register
+def _conversion(result: ConvertResult) -> None:
+    _show_plan(result) if result.dry_run else _show_conversion(result)
+
+
+def _show_plan(result: ConvertResult) -> None:
     """Prints a dry run: every module's fate, alike ones together, and the bytes."""
     groups: Counter[tuple[str, ...]] = Counter()
     for module in result.modules:
@@ -184,10 +111,10 @@ def print_plan(result: ConvertResult) -> None:
     _say(f"would read    {size_text(result.source_bytes)} from {printable(str(result.source))}")
     _say(f"would write   {size_text(result.output_bytes)} to {printable(str(result.output))}")
     _say(f"would convert {len(result.converted)} modules, keep {len(result.kept)} in AWQ layout")
-    _print_lists(dict(result.left_behind), result.warnings)
+    _show_lists(result.left_behind, result.warnings)
 
 
-def print_conversion(result: ConvertResult) -> None:
+def _show_conversion(result: ConvertResult) -> None:
     """Prints what a conversion did."""
     rate = f", {size_text(result.source_bytes / result.seconds)}/s" if result.seconds else ""
     _say(f"converted  {len(result.converted)} modules to the Marlin layout")
@@ -200,32 +127,71 @@ def print_conversion(result: ConvertResult) -> None:
         _say(f"padded     {padded} modules with zeros")
     if result.verified:
         _say(f"verified   {len(result.verified)} modules value for value; 'awq2marlin verify' compares everything")
-    print_gemm(result.gemm)
+    if result.gemm is not None:
+        show(result.gemm)
     _say(f"wrote      {size_text(result.output_bytes)} in {result.seconds:.1f} s{rate}")
     if result.pushed is not None:
         _say(f"pushed     {printable(result.pushed.url)}")
     if result.output.exists():
         _say(f"output     {printable(str(result.output))}")
-    _print_lists(dict(result.left_behind), result.warnings)
+    _show_lists(result.left_behind, result.warnings)
     if not result.converted:
         _say("note       no module could be converted, so this checkpoint gains nothing; see --unaligned pad")
 
 
-def print_verification(result: VerifyResult) -> None:
+@show.register
+def _batch(result: BatchResult) -> None:
+    """Prints the summary of a batch."""
+    earlier = [item for item in result.items if item.earlier]
+    done, failed = len(result.done), result.failed
+    verb = "could be done" if result.dry_run else "done"
+    before = sum(item.exit_code == EXIT_DONE for item in earlier)
+    by_earlier = f" ({before} of them by earlier runs)" if before else ""
+    total = len(result.items)
+    _say(f"{total} item{'' if total == 1 else 's'}: {done} {verb}{by_earlier}, {len(failed)} failed")
+    for item in failed:
+        _say(outcome_text(item))
+    untried = sum(item.exit_code != EXIT_DONE for item in earlier)
+    if untried:
+        _say(f"{untried} failed in an earlier run and were not tried again; --retry-failed tries them")
+    elif failed and not result.dry_run:
+        _say("run the same command with --retry-failed to try what failed again")
+    wrote = sum(item.bytes for item in result.items if not item.earlier)
+    _say(f"{'would write' if result.dry_run else 'wrote'} {size_text(wrote)} in {result.seconds:.1f} s")
+    if result.record is not None and not result.dry_run:
+        _say(f"record     {printable(str(result.record))}")
+
+
+def outcome_text(result: ItemResult) -> str:
+    """Returns one line on what became of an item; of its problems only the first."""
+    place = f"{printable(result.source)} -> {printable(result.output)}"
+    if result.exit_code != EXIT_DONE:
+        more = f" (and {len(result.errors) - 1} more)" if len(result.errors) > 1 else ""
+        why = f": {result.errors[0]}{more}" if result.errors else ""
+        return f"{result.status} {place}{why}"
+    verified = f", {result.verified} verified" if result.verified else ""
+    return (
+        f"{result.status} {place}: {result.converted} converted, {result.kept} kept{verified}, "
+        f"{size_text(result.bytes)} in {result.seconds:.1f} s"
+    )
+
+
+@show.register
+def _verification(result: VerifyResult) -> None:
     """Prints what a verification compared."""
     _say(f"equal: {len(result.modules)} of {result.modules_total} converted modules, value for value")
     _say(f"       {result.tensors} other tensors and {result.files} files, byte for byte")
     _say(f"compared {size_text(result.bytes)} in {result.seconds:.1f} s")
-    print_gemm(result.gemm)
+    if result.gemm is not None:
+        show(result.gemm)
 
 
-def print_gemm(run: GemmRun | None) -> None:
-    """Prints what the Marlin GEMM said of each module, if it was asked."""
-    if run is None:
-        return
+@show.register
+def _gemm(run: GemmRun) -> None:
+    """Prints what the Marlin GEMM said of each module."""
     tokens = ", ".join(map(str, run.checks[0].sizes_m)) if run.checks else ""
-    _say(f"run on {printable(run.device_name)}: identity activations gave back every weight bit for bit;")
-    _say(f"random ones, M = {tokens}, against float64:")
+    _say(f"run on {printable(run.device_name)}, exact: identity inputs reproduced every weight bit for bit;")
+    _say(f"random inputs, M = {tokens}, against float64:")
     _table(
         ("module", "K", "N", "type", "max error", "mean error", "of bound"),
         (
@@ -243,7 +209,8 @@ def print_gemm(run: GemmRun | None) -> None:
     )
 
 
-def print_doctor(result: DoctorResult) -> None:
+@show.register
+def _doctor(result: DoctorResult) -> None:
     """Prints what the machine has and what is missing."""
     machine = result.machine
     _say(f"PyTorch    {result.torch_version} (CUDA {result.torch_cuda or 'none'})")
@@ -260,19 +227,27 @@ def print_doctor(result: DoctorResult) -> None:
         _say(f"missing    {printable(lack.what)}")
         _say(f"           {printable(lack.remedy)}")
     verdict = "the Marlin GEMM runs on the GPU here" if result.ready else "the Marlin GEMM does not run on a GPU here"
-    _say(f"{verdict}; convert, verify and revert need none")
+    _say(f"{verdict} (convert, verify and revert don't need a GPU)")
 
 
-def print_reversion(result: RevertResult) -> None:
-    """Prints every restored file with its digest, in the form of ``sha256sum``."""
+@show.register
+def _reversion(result: RevertResult) -> None:
+    """Prints every restored file with its digest, in the form of ``sha256sum``; in a dry run with its size."""
     for file in result.files:
-        _say(f"{file.sha256}  {printable(file.name)}")
-    told = "all as recorded" if result.restores == "files" else "the tensors of the original; its files are not known"
-    _say(f"restored {len(result.files)} files, {size_text(result.bytes)} in {result.seconds:.1f} s, {told}")
-    _print_lists(dict(result.left_behind), ())
+        _say(f"{size_text(file.size) if result.dry_run else file.sha256}  {printable(file.name)}")
+    files = f"{len(result.files)} files, {size_text(result.bytes)}"
+    if result.dry_run:
+        _say(f"would restore {files} to {printable(str(result.output))}")
+    else:
+        by_files = result.restores == "files"
+        told = "all digests match" if by_files else "the tensors of the original; its files are not known"
+        _say(f"restored {files} in {result.seconds:.1f} s, {told}")
+        _say(f"output   {printable(str(result.output))}")
+    _show_lists(result.left_behind, ())
 
 
-def print_push(result: PushResult) -> None:
+@show.register
+def _push(result: PushResult) -> None:
     """Prints what was sent where."""
     sent = [file for file in result.files if file.uploaded]
     there = len(result.files) - len(sent)
@@ -289,10 +264,11 @@ def print_push(result: PushResult) -> None:
     elif not result.dry_run:
         _say(f"committed  {result.commit} in {result.seconds:.1f} s")
     _say(f"see        {printable(result.url)}")
-    _print_lists(dict(result.left_behind), ())
+    _show_lists(result.left_behind, ())
 
 
-def print_inspection(result: InspectResult) -> None:
+@show.register
+def _inspection(result: InspectResult) -> None:
     """Prints what a checkpoint is."""
     name = "Marlin-native" if result.format == "marlin_native" else "AWQ"
     zero_points = "with" if result.zero_point else "without"
@@ -321,7 +297,7 @@ def print_inspection(result: InspectResult) -> None:
     )
     _say(f"{len(result.modules)} quantized modules, {len(result.unquantized_modules)} in full precision")
     _say(_ranks_text(result))
-    _print_lists(dict(result.left_behind), result.warnings)
+    _show_lists(result.left_behind, result.warnings)
 
 
 def _ranks_text(result: InspectResult) -> str:
@@ -335,7 +311,8 @@ def _ranks_text(result: InspectResult) -> str:
     return f"{once}the largest tensor-parallel size in vLLM is {size}"
 
 
-def print_demonstration(result: DemoResult) -> None:
+@show.register
+def _demonstration(result: DemoResult) -> None:
     """Prints what the demonstration did, step by step."""
     conversion, verification, reversion = result.conversion, result.verification, result.reversion
     made = f"{len(conversion.modules)} modules, {size_text(conversion.source_bytes)}"

@@ -13,18 +13,18 @@ from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, cast
 
 from awq2marlin.checkpoint.opening import open_checkpoint
+from awq2marlin.commands.options import ConvertOptions, Verify
 from awq2marlin.formats.names import CARD_FILENAME, MANIFEST_FILENAME
-from awq2marlin.formats.registry import DEFAULT_TARGET, target_named
+from awq2marlin.formats.registry import target_named
 from awq2marlin.hub.name import parse_source
-from awq2marlin.io.workers import check_workers
-from awq2marlin.layout.modules import ModulePlan
+from awq2marlin.layout.modules import ModulePlan, Unaligned
 from awq2marlin.pipeline.checks import Checks
 from awq2marlin.pipeline.model_card import model_card
 from awq2marlin.pipeline.output import OutputFolder, refuse_overlap
-from awq2marlin.pipeline.plan import Plan, Unaligned, plan_conversion
+from awq2marlin.pipeline.plan import Plan, plan_conversion
 from awq2marlin.pipeline.preflight import (
     default_output,
     open_source_of_run,
@@ -37,18 +37,13 @@ from awq2marlin.pipeline.resume import trusted_shards
 from awq2marlin.pipeline.run import Work, run
 from awq2marlin.pipeline.sink import Sink, Stay, open_sink
 from awq2marlin.progress import Progress, Silence
-from awq2marlin.verification.sampling import Device, check_count, check_device
+from awq2marlin.verification.sampling import Device, check_device
 
 if TYPE_CHECKING:
     from awq2marlin.gemm.check import GemmRun
     from awq2marlin.hub.identity import PushResult
     from awq2marlin.hub.publication import Publication, PushTarget
     from awq2marlin.pipeline.departures import Relay
-
-#: How many converted modules are compared with the source before the output becomes loadable.
-DEFAULT_VERIFIED = 8
-
-Verify = int | Literal["all", "none"]
 
 
 @dataclass(frozen=True)
@@ -107,14 +102,14 @@ def convert(
     unaligned: Unaligned = "keep",
     workers: int | None = None,
     overwrite: bool = False,
-    verify: Verify = DEFAULT_VERIFIED,
+    verify: Verify = ConvertOptions.verify,
     dry_run: bool = False,
     device: Device | None = None,
     executor: Executor | None = None,
     low_disk: bool = False,
     push_to: str | PushTarget | None = None,
     commit_message: str | None = None,
-    to: str = DEFAULT_TARGET.layout_name,
+    to: str = ConvertOptions.to,
     progress: Progress | None = None,
 ) -> ConvertResult:
     """Converts an AWQ checkpoint to a Marlin-native one (docs/marlin-native.md).
@@ -151,17 +146,14 @@ def convert(
         HubError: if the Hub or the network refuses.
         OutputError: if the output folder is foreign, in use, full or unwritable.
         ExecutorError: if the executor broke, or its workers do not see the same files.
-        ValueError: if an argument is none of its choices.
+        ValueError: if an argument is none of its choices, or does not go with another; see `ConvertOptions`.
         DifferenceError: if the verification finds a difference; the output has no ``config.json`` then.
     """
-    check_count("verify", verify, ("all", "none"))
-    if device is not None and verify in ("none", 0):
-        raise ValueError("device needs verify: it runs the modules that are compared")
-    if device is not None and low_disk:
-        raise ValueError("device needs the whole source at the end, which low_disk removes; use verify() afterwards")
+    options = ConvertOptions(
+        unaligned, workers, overwrite, verify, dry_run, device, low_disk, push_to, commit_message, to
+    )
     check_device(device)
-    check_workers(workers)
-    target, progress, format = _target(push_to), progress or Silence(), target_named(to)
+    target, progress, format = options.target, progress or Silence(), target_named(to)
     started = time.perf_counter()
     root = Path(output) if output is not None else default_output(parse_source(source), format.output_suffix)
     folder, pinned = open_source_of_run(source, root, overwrite=overwrite, low_disk=low_disk, progress=progress)
@@ -189,14 +181,6 @@ def convert(
             result, dry_run=False, resumed=tuple(resumed), verified=checks.chosen_names, gemm=gemm, pushed=pushed
         )
     return replace(result, seconds=time.perf_counter() - started)
-
-
-def _target(push_to: str | PushTarget | None) -> PushTarget | None:
-    if not isinstance(push_to, str):
-        return push_to
-    from awq2marlin.hub.publication import PushTarget
-
-    return PushTarget(push_to)
 
 
 def _relay(publication: Publication, message: str | None, plan: Plan, progress: Progress, out: OutputFolder) -> Relay:

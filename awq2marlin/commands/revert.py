@@ -12,12 +12,12 @@ from pathlib import Path
 
 from awq2marlin.checkpoint.converted import ConvertedCheckpoint
 from awq2marlin.checkpoint.manifest import Restores
+from awq2marlin.commands.options import RevertOptions
 from awq2marlin.errors import OutputError, Problem, printable
 from awq2marlin.formats.names import CONFIG_FILENAME
 from awq2marlin.hub.name import parse_source
 from awq2marlin.io.digest import FileDigest, digest_of, digest_of_file
 from awq2marlin.io.stream import NamedPath
-from awq2marlin.io.workers import check_workers
 from awq2marlin.pipeline.output import read_journal, refuse_overlap
 from awq2marlin.pipeline.preflight import default_output, open_source_of_run, refuse_full_disk
 from awq2marlin.pipeline.resume import trusted_shards
@@ -109,8 +109,9 @@ def revert(
         HubError: if the Hub or the network refuses.
         OutputError: if the output folder is foreign, in use, full or unwritable.
         ExecutorError: if the executor broke, or its workers do not see the same files.
+        ValueError: if an argument is none of its choices.
     """
-    check_workers(workers)
+    RevertOptions(workers, overwrite, dry_run, low_disk)  # which check themselves
     started, progress = time.perf_counter(), progress or Silence()
     root = Path(output) if output is not None else default_output(parse_source(converted), OUTPUT_SUFFIX)
     folder, pinned = open_source_of_run(converted, root, overwrite=overwrite, low_disk=low_disk, progress=progress)

@@ -24,7 +24,7 @@ from awq2marlin.io.workers import check_workers
 from awq2marlin.layout.modules import ModulePlan
 from awq2marlin.progress import Progress, Silence
 from awq2marlin.verification.headers import compare_configs, compare_headers, compare_side_files
-from awq2marlin.verification.sampling import Device, Layers, check_count, check_device, sample_modules
+from awq2marlin.verification.sampling import Device, Modules, check_device, chosen_count, sample_modules
 from awq2marlin.verification.values import Comparison, Job, run_gemm, run_jobs
 
 if TYPE_CHECKING:
@@ -62,30 +62,33 @@ def verify(
     source: str | os.PathLike[str],
     output: str | os.PathLike[str],
     *,
-    layers: Layers = "all",
+    modules: Modules | None = None,
     workers: int | None = None,
     device: Device | None = None,
     progress: Progress | None = None,
+    layers: Modules = "all",
 ) -> VerifyResult:
     """Compares a converted checkpoint with its source.
 
     Args:
         source: folder of the AWQ checkpoint, or a repository of the Hub, ``org/name[@revision]``.
         output: folder of the converted one, or a repository.
-        layers: how many converted modules to compare value for value, spread over the model, or ``"all"``,
+        modules: how many converted modules to compare value for value, spread over the model; by default ``"all"``,
             which also hashes every file and compares the digests with the manifest's. Everything else is
             always compared in full.
         workers: threads; by default as many as there are processors, at most eight.
         device: also run the chosen modules through the Marlin GEMM, on ``"cuda"``, ``"cpu"`` (an exact reference)
             or ``"auto"``, the GPU if there is one.
         progress: told what is being done.
+        layers: the earlier name of ``modules``.
 
     Raises:
+        ValueError: if an argument is none of its choices.
         DifferenceError: naming the first difference: file, tensor, row, column, expected and found.
         CheckpointError: if either folder is no readable checkpoint of its kind.
         OSError: if reading fails.
     """
-    check_count("layers", layers, ("all",))
+    count = chosen_count(modules, layers)
     check_device(device)
     started = time.perf_counter()
     progress = progress or Silence()
@@ -93,12 +96,12 @@ def verify(
     manifest = read_manifest(new.folder)
     counterparts = _paired(old, new, whole=manifest.restores == "files")
     files = compare_side_files(old, new, manifest) if manifest.restores == "files" else []
-    chosen = sample_modules(counterparts.rewritten, layers)
+    chosen = sample_modules(counterparts.rewritten, count)
     others = _other_tensors(counterparts, old)
     comparison = Comparison(
         counterparts, TensorFiles(old.folder, old.index), TensorFiles(new.folder, new.index), progress
     )
-    hashed = list(_recorded_files(manifest, old, new)) if layers == "all" else []
+    hashed = list(_recorded_files(manifest, old, new)) if count == "all" else []
     total = comparison.module_bytes(chosen) + sum(old.tensors[name].size for name in others)
     progress.start("verify", total + sum(file.size for _, _, file in hashed))
     jobs: list[Job] = [

@@ -6,6 +6,8 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+from awq2marlin.arguments import ArgumentError
+from awq2marlin.errors import printable
 from awq2marlin.formats.awq_gemm import AwqGemm
 from awq2marlin.formats.base import Format
 from awq2marlin.formats.foreign import foreign
@@ -51,7 +53,9 @@ def target_named(name: str) -> Format:
     """
     targets = {format.layout_name: format for format in FORMATS if format.is_target}
     if name not in targets:
-        raise ValueError(f"to must be one of {', '.join(map(repr, targets))}, found {name!r}")
+        raise ArgumentError(
+            "{to} must be {targets}, found {name}", targets=" or ".join(map(repr, targets)), name=printable(repr(name))
+        )
     return targets[name]
 
 

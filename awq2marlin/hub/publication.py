@@ -11,7 +11,6 @@ Only public calls of ``huggingface_hub`` are used, so that its xet transfer serv
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,15 +23,14 @@ from awq2marlin.checkpoint.manifest import decode_manifest
 from awq2marlin.errors import CheckpointError, HubError, Problem, printable
 from awq2marlin.formats.names import CONFIG_FILENAME, INDEX_FILENAME, MANIFEST_FILENAME
 from awq2marlin.hub.errors import as_hub_errors, hub_url
+from awq2marlin.hub.target import DEFAULT_BRANCH
+from awq2marlin.hub.target import PushTarget as PushTarget
 from awq2marlin.io.source import MAX_JSON_BYTES
 from awq2marlin.progress import Progress
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
-DEFAULT_BRANCH = "main"
-_REPO_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", re.ASCII)
-_COMMIT = re.compile(r"[0-9a-f]{40}")
 _MAX_NAMES_SHOWN = 5
 
 #: What a commit is called.
@@ -40,43 +38,6 @@ DEFAULT_MESSAGE = "Add Marlin-native checkpoint"
 
 #: Bytes from which on a file is uploaded by itself.
 _LARGE = 10_000_000
-
-
-@dataclass(frozen=True)
-class PushTarget:
-    """Where a checkpoint goes, and what may happen there.
-
-    Attributes:
-        repo_id: ``org/name``.
-        private: whether a new repository is private; an existing one must then be.
-        revision: branch, made if needed, or ``refs/pr/N`` of a pull request; by default ``main``.
-        create_pr: whether to open a pull request instead of changing the branch.
-        overwrite: whether an earlier checkpoint there is replaced.
-    """
-
-    repo_id: str
-    private: bool = False
-    revision: str | None = None
-    create_pr: bool = False
-    overwrite: bool = False
-
-    def __post_init__(self) -> None:
-        """Checks the names.
-
-        Raises:
-            ValueError: if they are none, or if a pull request is asked for on another branch than ``main``.
-        """
-        if not _REPO_ID.fullmatch(self.repo_id) or ".." in self.repo_id or "--" in self.repo_id:
-            raise ValueError(f"{printable(self.repo_id)!r} is no repository; name it like org/name")
-        if self.revision is not None and (not self.revision or _COMMIT.fullmatch(self.revision)):
-            raise ValueError("a revision to push to is a branch, not a commit")
-        if self.create_pr and self.branch != DEFAULT_BRANCH:
-            raise ValueError(f"a pull request is opened on {DEFAULT_BRANCH}; leave the revision away")
-
-    @property
-    def branch(self) -> str:
-        """The branch."""
-        return self.revision or DEFAULT_BRANCH
 
 
 @dataclass(frozen=True)

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 from awq2marlin.layout.scheme import Scheme
 
 #: The parts of a quantized module: its codes q [K, N], zero points z [G, N] and scales s [G, N]. AWQ and Marlin call
 #: the tensors that hold them so, and so does this package, whatever the format.
 QUANTIZED_PARTS = ("qweight", "qzeros", "scales")
+
+#: What to do with modules whose shapes the target's layout cannot take.
+Unaligned = Literal["keep", "pad", "error"]
+UNALIGNED_CHOICES: tuple[Unaligned, ...] = get_args(Unaligned)
 
 #: Last name components that mark the output embedding, which is never converted.
 OUTPUT_EMBEDDING_NAMES = frozenset({"lm_head", "output", "embed_out"})

@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Literal, get_args
+from typing import Any
 
 from awq2marlin._version import __version__
 from awq2marlin.checkpoint.config import without_quantization
@@ -26,12 +26,8 @@ from awq2marlin.formats.registry import DEFAULT_TARGET, KEPT
 from awq2marlin.io.safetensors import Header
 from awq2marlin.io.strict_json import encode_json
 from awq2marlin.layout.marlin import fusion_group
-from awq2marlin.layout.modules import Linear, ModulePlan
+from awq2marlin.layout.modules import UNALIGNED_CHOICES, Linear, ModulePlan, Unaligned
 from awq2marlin.pipeline.transfer import ShardPlan, Transfer, spans_of
-
-#: What to do with modules whose shapes the target's layout cannot take.
-Unaligned = Literal["keep", "pad", "error"]
-UNALIGNED_CHOICES: tuple[Unaligned, ...] = get_args(Unaligned)
 
 
 @dataclass(frozen=True)

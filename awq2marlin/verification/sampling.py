@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal
 
-from awq2marlin.layout.modules import ModulePlan
+from awq2marlin.arguments import ArgumentError, Count, kind_of
+
+if TYPE_CHECKING:
+    from awq2marlin.layout.modules import ModulePlan
 
 #: How many modules to look at: a number, or all of them.
-Layers = int | Literal["all"]
+Modules = Count | Literal["all"]
+
+#: The same, by the name that it used to have.
+Layers = Modules
 
 #: Where to run modules through the GEMM.
 Device = Literal["auto", "cpu", "cuda"]
 
 
-def check_device(device: str | None) -> None:
+def check_device(device: Device | None) -> None:
     """Refuses a device that is none of the choices, or not there, before any work is done.
 
     Args:
@@ -24,28 +30,28 @@ def check_device(device: str | None) -> None:
         ValueError: if it is none of `Device`.
         CheckpointError: if it is ``"cuda"`` and there is no GPU that PyTorch can use.
     """
-    if device is None:
-        return
-    if device not in get_args(Device):
-        raise ValueError(f"device must be one of {get_args(Device)}, found {device!r}")
-    from awq2marlin.gemm.check import pick_device  # brings torch along
+    kind_of(Device | None).check("device", device)
+    if device is not None:
+        from awq2marlin.gemm.check import pick_device  # brings torch along
 
-    pick_device(device)
+        pick_device(device)
 
 
-def check_count(name: str, value: object, words: tuple[str, ...]) -> None:
-    """Refuses anything but a number from 0 and certain words.
+def chosen_count(modules: Modules | None, layers: Modules) -> Modules:
+    """Returns how many modules the caller wants to look at.
 
     Args:
-        name: the argument's.
-        value: what the caller gave.
-        words: the words it may be.
+        modules: as the caller gave it; None if it was not given.
+        layers: the same, by its earlier name; ``"all"`` if it was not given.
 
     Raises:
-        ValueError: naming the argument, what was found and what is needed.
+        ValueError: if it is neither a number from 0 nor ``"all"``, or given twice.
     """
-    if value not in words and (type(value) is not int or value < 0):
-        raise ValueError(f"{name} must be a number from 0 or {' or '.join(map(repr, words))}, found {value!r}")
+    if modules is not None and layers != "all":
+        raise ArgumentError("{modules} and {layers} are two names of one argument; give only {modules}")
+    name, value = ("layers", layers) if modules is None else ("modules", modules)
+    kind_of(Modules).check(name, value)
+    return value
 
 
 def sample_modules(modules: Sequence[ModulePlan], layers: Layers) -> list[ModulePlan]:

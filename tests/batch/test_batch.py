@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from awq2marlin import BatchError, ExecutorError, ItemResult, OutputError, convert_many
+from awq2marlin import BatchError, ExecutorError, ItemResult, OutputError, Problem, convert_many
 from awq2marlin.batch import item as batch_item
 from awq2marlin.batch import record as batch_record
 from awq2marlin.batch.record import open_record, read_record
@@ -288,13 +288,22 @@ def test_a_file_that_is_no_record_is_refused_and_left_alone(models, tmp_path, mo
     monkeypatch.chdir(tmp_path)
     record = Path("record.jsonl")
     good = json.dumps({"version": 1, **ItemResult("a", "b", "done", 0).document()})
-    for bad in ("not mine", "[]", "{}", good.replace('"version": 1', '"version": 2'), good.replace("[]", '["x"]')):
+    coded = good.replace("[]", '[{"file": "", "tensor": "", "code": "of-a-newer-version", "message": ""}]')
+    newer = good.replace('"version": 1', '"version": 2')
+    for bad in ("not mine", "[]", "{}", newer, coded, good.replace("[]", '["x"]')):
         record.write_text(f"{bad}\n")
         with pytest.raises(BatchError, match=r"line 1 is not one of a batch's record") as caught:
             convert_many(models.sources[:1], record=record)
         assert caught.value.problems[0].code == "bad-record"
         assert record.read_text() == f"{bad}\n"
     assert sorted(tmp_path.iterdir()) == [tmp_path / "record.jsonl"]
+
+
+def test_a_record_of_the_code_that_batch_used_to_write_is_read(tmp_path):
+    document = ItemResult("a", "b", "failed", 1, (Problem("", "", "unexpected-error", "a defect"),)).document()
+    del document["earlier"]
+    (tmp_path / "record.jsonl").write_text(json.dumps({"version": 1, **document}) + "\n")
+    assert read_record(tmp_path / "record.jsonl")["b"].errors[0].code == "unexpected-error"
 
 
 def test_the_same_batch_twice_at_once_is_refused(models, tmp_path, monkeypatch):
@@ -382,7 +391,7 @@ def test_a_defect_in_one_item_stops_no_other_and_is_told(models, tmp_path, monke
     result = convert_many(models.sources[:3], jobs=2)
     assert [item.status for item in result.items] == ["done", "failed", "done"]
     (problem,) = result.items[1].errors
-    assert problem.code == "unexpected-error"
+    assert problem.code == "internal-error"
     assert "ZeroDivisionError: a defect" in problem.message
 
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from awq2marlin import BatchError, convert, convert_many
 from awq2marlin.batch.file import OPTIONS, check_entries, read_batch_file
 from awq2marlin.batch.jobs import plan_jobs
-from awq2marlin.hub.publication import PushTarget
+from awq2marlin.hub.target import PushTarget
 
 
 def read(path, text):
@@ -164,8 +164,8 @@ def test_wrong_options_of_all_items_are_refused(tmp_path, monkeypatch):
     assert clashes({"source": "a", "private": True}) == ["item 1: private needs push_to"]
     assert clashes("a", private=True, commit_message="x") == ["the options of all items: private needs push_to"]
     some = plan_jobs(["a", {"source": "b", "push_to": "org/b"}], None, None, {"private": True, "revision": None})
-    assert [job.target and job.target.private for job in some] == [None, True]
-    assert "is no repository" in clashes({"source": "a", "push_to": "a/b/c"})[0]
+    assert [job.options.target and job.options.target.private for job in some] == [None, True]
+    assert "is not a repository name" in clashes({"source": "a", "push_to": "a/b/c"})[0]
     assert "a pull request is opened on main" in clashes("a", push_to="org", create_pr=True, revision="x")[0]
     pushed_twice = clashes({"source": "a", "push_to": "org/x"}, {"source": "b", "output": "x"}, push_to="org")
     assert pushed_twice == ["item 2: it would be pushed where item 1 is; give it its own 'push_to'"]

@@ -14,16 +14,21 @@ import subprocess
 import sys
 import termios
 from collections.abc import Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 
 import awq2marlin
 from awq2marlin import __version__
 from awq2marlin.checkpoint.synthetic import write_checkpoint
-from awq2marlin.cli import text as console
-from awq2marlin.cli.app import main
+from awq2marlin.cli import progress as shown_progress
+from awq2marlin.cli.app import app, main
+from awq2marlin.cli.json import report_of
+from awq2marlin.cli.text import show, size_text
+from awq2marlin.commands.options import TARGET_OPTIONS, ConvertOptions, RevertOptions
 from awq2marlin.pipeline.shard import ShardResult, ShardTask, rewrite_shard
 from tests.e2e import oracle
 from tests.e2e.inputs import hub_snapshot, layer, plain, say
@@ -77,7 +82,7 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, st
 
 def start(*arguments: object, **options: Any) -> subprocess.Popen[bytes]:
     """Runs a command in a process of its own."""
-    root = str(Path(console.__file__).parents[2])
+    root = str(Path(awq2marlin.cli.__file__).parents[2])
     environment = {**os.environ, "PYTHONPATH": root}
     return subprocess.Popen([sys.executable, "-m", "awq2marlin", *map(str, arguments)], env=environment, **options)
 
@@ -86,8 +91,8 @@ def start(*arguments: object, **options: Any) -> subprocess.Popen[bytes]:
 
 OPTIONS = {
     "convert": "--dry-run --unaligned keep|pad|error --workers --overwrite --quiet --json --verify N|all|none SOURCE",
-    "verify": "--layers N|all --workers --quiet --json SOURCE OUTPUT",
-    "revert": "--workers --quiet --json CONVERTED OUTPUT",
+    "verify": "--modules --layers N|all --workers --quiet --json SOURCE OUTPUT",
+    "revert": "--dry-run --overwrite --low-disk --dask --workers --quiet --json CONVERTED OUTPUT",
     "inspect": "--quiet --json PATH",
     "demo": "--quiet --json FOLDER",
 }
@@ -100,6 +105,43 @@ def test_help_names_every_option(command: str, capsys: pytest.CaptureFixture[str
     assert [option for option in OPTIONS[command].split() if option not in out] == []
     assert "[[" not in out
     assert run(capsys, command, "-h")[1] == out
+
+
+def parameters(command: str) -> list[Any]:
+    """The arguments and options of a command, as typer has them."""
+    group: Any = typer.main.get_command(app)
+    return [each for each in group.commands[command].params if each.name != "help"]
+
+
+@pytest.mark.parametrize("columns", ["60", "200"])
+@pytest.mark.parametrize("command", [*COMMANDS, "batch", "push", "doctor"])
+def test_help_shows_every_description_word_for_word(
+    command: str, columns: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    shown = "".join(run(capsys, command, "--help")[1].split())
+    described = {each.name: each.help for each in parameters(command)}
+    assert [name for name, text in described.items() if not text or "".join(text.split()) not in shown] == []
+    named = {"source", "converted", "path"} & {*described}
+    assert [name for name in named if "org/name[@revision]" not in described[name]] == []
+
+
+@pytest.mark.parametrize(
+    ("command", "options"),
+    [("convert", ConvertOptions), ("batch", ConvertOptions), ("revert", RevertOptions)],
+    ids=["convert", "batch", "revert"],
+)
+def test_a_command_has_every_option_with_its_default(command: str, options: type) -> None:
+    defaults = {each.name: each.default for each in parameters(command)}
+    assert {each.name: defaults.get(each.name, "missing") for each in fields(options)} == {
+        each.name: each.default for each in fields(options)
+    }
+    assert command == "revert" or {*TARGET_OPTIONS} <= {*defaults}
+
+
+def test_every_result_is_shown_and_reported() -> None:
+    results = {name for name in awq2marlin.__all__ if name.endswith("Result")} - {"ItemResult"}
+    assert show.names - {"GemmRun"} == report_of.names == results
 
 
 def test_help_names_every_command_and_exit_code(capsys: pytest.CaptureFixture[str]) -> None:
@@ -118,7 +160,7 @@ def test_no_arguments_give_the_help_and_a_usage_code(capsys: pytest.CaptureFixtu
 @pytest.mark.parametrize("arguments", [["--help"], ["convert", "--help"], ["--version"]])
 def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
     command = [sys.executable, "-X", "importtime", "-m", "awq2marlin", *arguments]
-    root = str(Path(console.__file__).parents[2])
+    root = str(Path(awq2marlin.cli.__file__).parents[2])
     done = subprocess.run(command, env={**os.environ, "PYTHONPATH": root}, capture_output=True, text=True, check=True)
     imported = {line.rpartition("|")[2].strip().split(".")[0] for line in done.stderr.splitlines()}
     assert "awq2marlin" in imported
@@ -346,9 +388,20 @@ USAGE = [
     ("convert a --verify -1", "convert", "'-1' is neither a number nor 'all' nor 'none'"),
     ("convert a --workers 0", "convert", "'--workers'"),
     ("convert a --workers many", "convert", "'--workers'"),
+    ("convert a --device cpu --verify none", "convert", "--device needs --verify: it runs the modules"),
+    ("convert a --device cpu --low-disk", "convert", "--device needs the whole source, which --low-disk removes"),
+    ("batch a --device cpu --verify 0", "batch", "--device needs --verify: it runs the modules"),
+    ("convert a --private", "convert", "--private needs --push-to"),
+    ("convert a --revision x", "convert", "--revision needs --push-to; a revision of the source is written behind"),
+    ("convert a --commit-message x", "convert", "--commit-message needs --push-to"),
+    ("convert a --push-to verify", "convert", "'verify' is not a repository name (org/name)"),
+    ("push a b/c --create-pr --revision x", "push", "a pull request is opened on main; drop --revision"),
+    ("verify a b --plot x.png", "verify", "--plot needs --device: there is nothing to plot otherwise"),
+    ("verify a b --modules none", "verify", "'none' is neither a number nor 'all'"),
     ("verify a", "verify", "Missing argument 'OUTPUT'"),
     ("verify a b --layers none", "verify", "'none' is neither a number nor 'all'"),
-    ("revert a", "revert", "Missing argument 'OUTPUT'"),
+    ("revert", "revert", "Missing argument 'CONVERTED'"),
+    ("revert a --workers 0", "revert", "'--workers'"),
     ("inspect", "inspect", "Missing argument 'PATH'"),
     ("demo a b", "demo", "unexpected extra argument"),
     ("convert a \x1b[31m b", "convert", "\\x1b[31m"),
@@ -412,7 +465,7 @@ def test_dry_run_writes_nothing_and_tells_every_fate(made: Path, capsys: pytest.
     reason = "unaligned: K=192, N=64 is neither a multiple of (128, 64) nor of (64, 128)"
     assert f"model.layers.*.self_attn.k_proj 192 64 1 keep {reason}" in lines
     size = (made / "marlin" / SHARD).stat().st_size
-    assert f"would write {console.size_text(size)} to output" in lines
+    assert f"would write {size_text(size)} to output" in lines
     assert "would convert 3 modules, keep 4 in AWQ layout" in lines
     assert "not carried over: pytorch_model.bin (pickled weights)" in lines
 
@@ -517,7 +570,7 @@ def test_inspect_shows_padded_modules(made: Path, capsys: pytest.CaptureFixture[
     run(capsys, "convert", made / "awq", "output", "--unaligned", "pad")
     _, out, _ = run(capsys, "inspect", "output")
     lines = [" ".join(line.split()) for line in out.splitlines()]
-    size = console.size_text(256 * 64 // 2 + 4 * 64 // 2 + 4 * 64 * 2)
+    size = size_text(256 * 64 // 2 + 4 * 64 // 2 + 4 * 64 * 2)
     reason = "no: K=192, N=64 is neither a multiple of (128, 64) nor of"
     padded = [line for line in lines if line.startswith("model.layers.*.self_attn.k_proj")]
     assert [line[: -len(" (64, 128)")] if line.endswith(")") else line for line in padded] == [
@@ -533,6 +586,28 @@ def test_verify_and_revert_tell_what_they_did(made: Path, capsys: pytest.Capture
     assert (code, err) == (0, "")
     hashes = oracle.file_hashes(made / "awq")
     assert out.splitlines()[:4] == [f"{hashes[name]}  {name}" for name in sorted(set(hashes) - {"pytorch_model.bin"})]
+
+
+def test_a_dry_run_of_revert_writes_nothing_and_lists_every_file(
+    made: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, out, err = run(capsys, "revert", made / "marlin", "--dry-run")
+    assert (code, err) == (0, "")
+    assert out.splitlines()[-2].startswith("would restore 4 files, ")
+    assert out.splitlines()[-2].endswith(" to marlin-reverted")
+    document = read_json(run(capsys, "revert", made / "marlin", "--dry-run", "--json")[1], "revert", 0)
+    assert document["details"] == {"dry_run": True, "resumed": [], "restores": "files"}
+    assert list(Path().iterdir()) == []
+    assert run(capsys, "revert", made / "marlin", "-q") == (0, "", "")
+    written = {file.name: file.stat().st_size for file in Path("marlin-reverted").iterdir()}
+    assert {file["name"]: file["bytes"] for file in document["files"]} == written
+    assert {file["sha256"] for file in document["files"]} == {None}
+
+
+def test_revert_does_it_again_only_when_asked(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(capsys, "revert", made / "marlin", "back", "-q")[0] == 0
+    assert run(capsys, "revert", made / "marlin", "back", "-q")[0] == 1
+    assert run(capsys, "revert", made / "marlin", "back", "-q", "--overwrite")[0] == 0
 
 
 def test_demo_shows_a_round_trip(capsys: pytest.CaptureFixture[str]) -> None:
@@ -556,7 +631,7 @@ LINE = re.compile(r"(convert|verify|revert): (\d+) %, [\d.]+ \w?B of [\d.]+ \w?B
 def test_progress_is_plain_lines_where_there_is_no_terminal(
     made: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(console, "PLAIN_INTERVAL", 0.0)
+    monkeypatch.setattr(shown_progress, "PLAIN_INTERVAL", 0.0)
     code, out, err = run(capsys, "convert", made / "awq", "output", "--workers", "1", "--json")
     told = [LINE.fullmatch(line) for line in err.splitlines()]
     assert code == 0

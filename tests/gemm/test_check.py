@@ -152,7 +152,7 @@ def test_auto_says_that_it_used_the_cpu_reference(
     assert main(["verify", *map(str, pair), "--device", "auto"]) == 0
     out, err = capsys.readouterr()
     assert "running modules on CPU reference: there is no GPU here" in err
-    assert "run on CPU reference: identity activations gave back every weight bit for bit" in out
+    assert "run on CPU reference, exact: identity inputs reproduced every weight bit for bit" in out
     assert DOWN in out
 
 

@@ -257,6 +257,6 @@ def test_module_names_inside_a_message_are_escaped(tmp_path, run, say) -> None:
 
 
 def test_every_line_of_an_error_is_printable() -> None:
-    problem = Problem(NASTY, NASTY, "code", NASTY)
+    problem = Problem(NASTY, NASTY, "unsafe-name", NASTY)
     assert str(problem).isprintable()
     assert len(str(Awq2MarlinError([problem] * 30)).splitlines()) == 21

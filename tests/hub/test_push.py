@@ -257,7 +257,7 @@ def test_a_dry_run_writes_nothing(hub, marlin, other):
 
 def test_arguments_that_make_no_sense(marlin):
     for repo_id in ("name", "a/b/c", "org/", "/name", "org/na me", "datasets/org/name", "org/a..b", "-/x", "org/ü"):
-        with pytest.raises(ValueError, match="name it like org/name"):
+        with pytest.raises(ValueError, match="is not a repository name"):
             push(marlin, repo_id)
     for options in ({"revision": "a" * 40}, {"revision": ""}, {"revision": "x", "create_pr": True}):
         with pytest.raises(ValueError, match="revision"):

@@ -221,7 +221,7 @@ def test_python_takes_a_target(hub, tmp_path):
     result = convert(REPO, tmp_path / "out", push_to=PushTarget(TARGET, private=True), commit_message="x")
     assert hub.repository(TARGET).private
     assert (result.pushed.repo_id, result.pushed.url) == (TARGET, f"{hub.endpoint}/{TARGET}")
-    with pytest.raises(ValueError, match="is no repository"):
+    with pytest.raises(ValueError, match="is not a repository name"):
         convert(REPO, tmp_path / "out2", push_to="x")
 
 

@@ -177,7 +177,7 @@ ERRORS = [each for _, each in inspect.getmembers(errors, inspect.isclass) if iss
 
 @pytest.mark.parametrize("kind", ERRORS, ids=lambda kind: kind.__name__)
 def test_every_error_survives_pickling(kind):
-    problems = [Problem("file", "tensor", "code", "message"), Problem("a", "", "code", "other")]
+    problems = [Problem("file", "tensor", "changed", "message"), Problem("a", "", "changed", "other")]
     error = kind(problems)
     copy = pickle.loads(pickle.dumps(error))
     assert type(copy) is kind
@@ -261,7 +261,7 @@ def test_after_a_failure_nothing_is_begun_or_taken_any_more():
 def test_an_error_of_the_tasks_themselves_is_raised():
     def tasks():
         yield 1
-        raise Awq2MarlinError(Problem("", "", "code", "no more"))
+        raise Awq2MarlinError(Problem("", "", "changed", "no more"))
 
     with ThreadPoolExecutor(1) as pool, pytest.raises(Awq2MarlinError, match="no more"):
         run_on_executor(pool, abs, tasks(), 1, lambda _: None)

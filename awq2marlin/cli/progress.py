@@ -1,4 +1,4 @@
-"""What people see of a batch while it runs: a live table on a terminal, plain lines elsewhere.
+"""What people see on standard error while the work is done: bars and a live table on a terminal, plain lines elsewhere.
 
 Everything that came from a file is escaped, and nothing is read as markup.
 """
@@ -7,70 +7,108 @@ from __future__ import annotations
 
 import sys
 import threading
+import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TextIO
 
-from awq2marlin.cli.text import PlainLines, size_text
-from awq2marlin.errors import EXIT_DONE, printable
+from awq2marlin.cli.text import outcome_text, size_text
+from awq2marlin.errors import printable
 
 if TYPE_CHECKING:
     from rich.table import Table
 
     from awq2marlin.batch.record import ItemResult
-    from awq2marlin.batch.run import BatchProgress, BatchResult
+    from awq2marlin.batch.run import BatchProgress
     from awq2marlin.progress import Progress
+
+#: Seconds between two plain progress lines, where there is no terminal.
+PLAIN_INTERVAL = 5.0
 
 #: How often the table is drawn, a second.
 _REFRESH = 4
+
+
+class ConsoleProgress:
+    """Shows progress on standard error: a bar on a terminal, plain lines elsewhere."""
+
+    def __init__(self, stream: TextIO | None = None) -> None:
+        """Draws on ``stream``, by default standard error."""
+        self._stream = stream or sys.stderr
+        self._lock = threading.Lock()
+        self._bar: Any = None
+        self._plain: PlainLines | None = None
+
+    def start(self, what: str, total: int) -> None:
+        """A stage begins."""
+        with self._lock:
+            if self._stream.isatty():
+                from tqdm import tqdm
+
+                self._bar = tqdm(
+                    total=total,
+                    desc=what,
+                    unit="B",
+                    unit_scale=True,
+                    file=self._stream,
+                    leave=False,
+                    dynamic_ncols=True,
+                )
+            else:
+                self._plain = PlainLines(self._say, what, total)
+
+    def advance(self, count: int) -> None:
+        """So many bytes are done."""
+        with self._lock:
+            if self._bar is not None:
+                self._bar.update(count)
+            if self._plain is not None:
+                self._plain.update(count)
+
+    def finish(self) -> None:
+        """The stage is done."""
+        with self._lock:
+            if self._bar is not None:
+                self._bar.close()
+            self._bar = self._plain = None
+
+    def note(self, text: str) -> None:
+        """Something worth a line."""
+        with self._lock:
+            self._say(printable(text))
+
+    def _say(self, text: str) -> None:
+        print(text, file=self._stream, flush=True)
+
+
+class PlainLines:
+    """A line every few seconds: share, bytes, rate, time left."""
+
+    def __init__(self, say: Callable[[str], None], what: str, total: int) -> None:
+        """Prints with ``say`` on a stage: its name, and its length in bytes."""
+        self._say, self._what, self._total = say, what, total
+        self._done = 0
+        self._started = self._told = time.monotonic()
+
+    def update(self, count: int) -> None:
+        """So many bytes are done."""
+        self._done += count
+        now = time.monotonic()
+        if now - self._told < PLAIN_INTERVAL:
+            return
+        self._told = now
+        rate = self._done / (now - self._started)
+        left = (self._total - self._done) / rate if rate else 0
+        self._say(
+            f"{self._what}: {self._done * 100 // max(self._total, 1)} %, {size_text(self._done)} of "
+            f"{size_text(self._total)}, {size_text(rate)}/s, {left:.0f} s left"
+        )
 
 
 def batch_progress(stream: TextIO | None = None) -> BatchProgress:
     """Returns what shows a batch on ``stream``, by default standard error: a table if that is a terminal."""
     stream = stream or sys.stderr
     return LiveTable(stream) if stream.isatty() else BatchLines(stream)
-
-
-def outcome_text(result: ItemResult) -> str:
-    """Returns one line on what became of an item; of its problems only the first."""
-    place = f"{printable(result.source)} -> {printable(result.output)}"
-    if result.exit_code != EXIT_DONE:
-        more = f" (and {len(result.errors) - 1} more)" if len(result.errors) > 1 else ""
-        why = f": {result.errors[0]}{more}" if result.errors else ""
-        return f"{result.status} {place}{why}"
-    verified = f", {result.verified} verified" if result.verified else ""
-    return (
-        f"{result.status} {place}: {result.converted} converted, {result.kept} kept{verified}, "
-        f"{size_text(result.bytes)} in {result.seconds:.1f} s"
-    )
-
-
-def print_batch(result: BatchResult) -> None:
-    """Prints the summary of a batch on standard output."""
-    earlier = [item for item in result.items if item.earlier]
-    done, failed = len(result.done), result.failed
-    verb = "could be done" if result.dry_run else "done"
-    before = sum(item.exit_code == EXIT_DONE for item in earlier)
-    by_earlier = f" ({before} of them by earlier runs)" if before else ""
-    total = len(result.items)
-    print(f"{total} item{'' if total == 1 else 's'}: {done} {verb}{by_earlier}, {len(failed)} failed")
-    for item in failed:
-        print(outcome_text(item))
-    untried = sum(item.exit_code != EXIT_DONE for item in earlier)
-    if untried:
-        print(f"{untried} failed in an earlier run and were not tried again; --retry-failed tries them")
-    elif failed and not result.dry_run:
-        print("run the same command with --retry-failed to try what failed again")
-    wrote = sum(item.bytes for item in result.items if not item.earlier)
-    print(f"{'would write' if result.dry_run else 'wrote'} {size_text(wrote)} in {result.seconds:.1f} s")
-    if result.record is not None and not result.dry_run:
-        print(f"record     {printable(str(result.record))}")
-
-
-def print_failures(result: BatchResult) -> None:
-    """Prints on standard error what failed."""
-    for item in result.failed:
-        print(f"error: {outcome_text(item)}", file=sys.stderr, flush=True)
 
 
 class _Counts:

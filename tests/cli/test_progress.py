@@ -7,11 +7,12 @@ from pathlib import Path
 
 from awq2marlin import ItemResult, Problem
 from awq2marlin.batch.run import BatchResult
-from awq2marlin.cli import text as console
-from awq2marlin.cli.batch_view import BatchLines, LiveTable, batch_progress, outcome_text, print_batch, print_failures
+from awq2marlin.cli import progress as shown_progress
+from awq2marlin.cli.progress import BatchLines, LiveTable, batch_progress
+from awq2marlin.cli.text import outcome_text, print_failures, show
 
 DONE = ItemResult("/m/a", "/o/a", "done", 0, bytes=2_000_000, seconds=1.5, converted=7, kept=2, verified=7)
-PROBLEMS = (Problem("config.json", "", "bad-config", "bits are \x1b[31mred"), Problem("", "", "x", "second"))
+PROBLEMS = (Problem("config.json", "", "bad-config", "bits are \x1b[31mred"), Problem("", "", "bad-header", "second"))
 FAILED = ItemResult("/m/\x1b[2Jb", "/o/b", "failed", 1, errors=PROBLEMS)
 
 
@@ -52,7 +53,7 @@ def test_plain_lines_tell_beginning_and_end_of_every_item():
 
 
 def test_plain_lines_tell_how_far_a_long_item_is(monkeypatch):
-    monkeypatch.setattr(console, "PLAIN_INTERVAL", 0.0)
+    monkeypatch.setattr(shown_progress, "PLAIN_INTERVAL", 0.0)
     stream = io.StringIO()
     progress = batch_progress(stream)
     progress.start(1, [])
@@ -80,14 +81,14 @@ def test_a_terminal_shows_a_table_of_what_is_under_way(monkeypatch):
 
 def test_the_summary_tells_what_was_left_alone(capsys):
     result = BatchResult((replace(DONE, earlier=True), DONE, FAILED), Path("list"), False, Path("list.record.jsonl"), 2)
-    print_batch(result)
+    show(result)
     told = capsys.readouterr().out
     assert told.splitlines()[0] == "3 items: 2 done (1 of them by earlier runs), 1 failed"
     assert "run the same command with --retry-failed to try what failed again" in told
     assert told.splitlines()[-2:] == ["wrote 2.0 MB in 2.0 s", "record     list.record.jsonl"]
-    print_batch(replace(result, items=(replace(FAILED, earlier=True),)))
+    show(replace(result, items=(replace(FAILED, earlier=True),)))
     assert "1 failed in an earlier run and were not tried again" in capsys.readouterr().out
-    print_batch(replace(result, items=(DONE,), dry_run=True))
+    show(replace(result, items=(DONE,), dry_run=True))
     assert capsys.readouterr().out == "1 item: 1 could be done, 0 failed\nwould write 2.0 MB in 2.0 s\n"
     print_failures(result)
     assert capsys.readouterr().err.startswith("error: failed /m/\\x1b[2Jb -> /o/b: config.json")

@@ -1,0 +1,152 @@
+"""The options that commands share, as they are written and described on the command line.
+
+What an option may be and goes with is stated in `commands.options`; `made` puts a refusal from there into the spelling
+of the command line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, TypeVar
+
+import typer
+
+from awq2marlin.arguments import MAX_WORKERS, ArgumentError, Checked
+from awq2marlin.errors import printable
+from awq2marlin.layout import modules
+from awq2marlin.verification import sampling
+
+_Options = TypeVar("_Options", bound=Checked)
+
+
+def made(kind: type[_Options], given: Mapping[str, Any]) -> _Options:
+    """Returns the options of a command.
+
+    Args:
+        kind: their class.
+        given: the command's arguments by name; what is no option of the class is left aside.
+
+    Raises:
+        typer.BadParameter: if they are wrong, or do not go together.
+    """
+    try:
+        return kind.of(given)
+    except ArgumentError as error:
+        raise typer.BadParameter(error.spelled(lambda name: "--" + name.replace("_", "-"))) from None
+
+
+def _number_or(*words: str) -> Callable[[object], int | str]:
+    def parse(value: object) -> int | str:
+        text = str(value)
+        if text in words:
+            return text
+        if text.isascii() and text.isdigit() and len(text) < 10:
+            return int(text)
+        raise typer.BadParameter(f"{printable(text)!r} is neither a number nor {' nor '.join(map(repr, words))}")
+
+    return parse
+
+
+def _part(value: str) -> tuple[int, int]:
+    number, _, count = value.partition("/")
+    if number.isdecimal() and count.isdecimal() and len(value) < 20 and 1 <= int(number) <= int(count):
+        return int(number), int(count)
+    raise typer.BadParameter(f"{printable(value)!r} is not of the form 3/20, with a number from 1 to the count")
+
+
+Source = Annotated[
+    str,
+    typer.Argument(
+        metavar="SOURCE",
+        help="Folder of the AWQ checkpoint, or a repository of the Hub: org/name[@revision], where there is no such "
+        "folder, or hf://org/name[@revision].",
+    ),
+]
+Workers = Annotated[
+    int | None, typer.Option(min=1, max=MAX_WORKERS, help="Number of threads (default: one per CPU, at most 8).")
+]
+To = Annotated[str, typer.Option(metavar="FORMAT", help="Format to write: marlin.")]
+Unaligned = Annotated[
+    modules.Unaligned,
+    typer.Option(
+        help="Modules whose shapes Marlin cannot take: keep them in AWQ layout, pad them with zeros, or stop."
+    ),
+]
+Verify = Annotated[
+    Any,
+    typer.Option(
+        metavar="N|all|none",
+        parser=_number_or("all", "none"),
+        help="Modules to compare with the source before the output becomes loadable.",
+    ),
+]
+Modules = Annotated[
+    Any,
+    typer.Option(
+        "--modules",
+        "--layers",
+        metavar="N|all",
+        parser=_number_or("all"),
+        help="Converted modules to compare value for value; everything else is always compared.",
+    ),
+]
+Device = Annotated[
+    sampling.Device | None,
+    typer.Option(help="Also run the compared modules through the Marlin GEMM: on a GPU, or the exact CPU reference."),
+]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace an earlier conversion; only files that it wrote are removed.")
+]
+LowDisk = Annotated[
+    bool,
+    typer.Option(
+        "--low-disk",
+        help="Hub sources only: delete each source shard once it is converted and checked. Needs space for the output "
+        "plus two shards. With --push-to, for local sources too: send each finished shard at once and keep nothing. "
+        "Not with --device.",
+    ),
+]
+PushTo = Annotated[
+    str | None,
+    typer.Option(metavar="ORG/NAME", help="Repository of the Hub that gets the result; made if needed."),
+]
+PushAllTo = Annotated[
+    str | None,
+    typer.Option(
+        metavar="ORG",
+        help="Send every result to the Hub, to a repository under this owner, named like the output folder.",
+    ),
+]
+Private = Annotated[
+    bool,
+    typer.Option(
+        "--private", help="With --push-to: create the repository as private; refuse one that exists and is public."
+    ),
+]
+Revision = Annotated[
+    str | None,
+    typer.Option(metavar="BRANCH", help="With --push-to: branch to commit to, made if needed; by default main."),
+]
+CreatePr = Annotated[
+    bool, typer.Option("--create-pr", help="With --push-to: open a pull request instead of changing the branch.")
+]
+CommitMessage = Annotated[
+    str | None, typer.Option(metavar="TEXT", help="With --push-to: first line of the commits' messages.")
+]
+Dask = Annotated[
+    str | None,
+    typer.Option(
+        metavar="ADDRESS",
+        help="Spread the shards over a Dask cluster that shares the storage: tcp://HOST:8786, or its scheduler file.",
+    ),
+]
+Part = Annotated[
+    Any,
+    typer.Option(metavar="I/N", parser=_part, help="Take only the I-th of N parts, one for each job of an array."),
+]
+Picture = Annotated[Path | None, typer.Option(metavar="FILE.png", help="With --device: plot the GEMM error per layer.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
+Json = Annotated[
+    bool, typer.Option("--json", help="Print one JSON object on standard output, all else on standard error.")
+]

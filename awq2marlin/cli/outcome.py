@@ -1,0 +1,164 @@
+"""How a command ends: its exit code, its result or its errors, for people or as the JSON object."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, TextIO
+
+import typer
+
+from awq2marlin.errors import (
+    EXIT_DONE,
+    EXIT_FAILED,
+    EXIT_INTERRUPTED,
+    EXIT_USAGE,
+    Awq2MarlinError,
+    Problem,
+    internal_error,
+    printable,
+    problem_from_os_error,
+)
+
+if TYPE_CHECKING:
+    from awq2marlin.cli.json import Report
+    from awq2marlin.progress import Progress
+
+#: Commands that go on where they were interrupted.
+_RESUMING = {"convert", "batch", "revert", "push"}
+
+
+def run(
+    command: str,
+    work: Callable[[Progress | None], Any],
+    where: Sequence[object],
+    quiet: bool,
+    as_json: bool,
+) -> None:
+    """Runs a command and tells the outcome.
+
+    Args:
+        command: its name.
+        work: the library's call; given where to tell its progress, None for nowhere.
+        where: what the user named, the source first.
+        quiet: whether to print errors only.
+        as_json: whether to print the JSON object.
+
+    Raises:
+        typer.Exit: with the exit code, if it is not 0.
+    """
+    from awq2marlin.cli.json import Report
+    from awq2marlin.cli.progress import ConsoleProgress
+
+    started = time.perf_counter()
+    progress = None if quiet else ConsoleProgress()
+    try:
+        result = work(progress)
+    except BrokenPipeError:
+        raise
+    except (Exception, KeyboardInterrupt) as error:
+        code, problems = _meaning(error, command)
+        is_ours = problems[0].code == "internal-error"
+        if not is_ours:
+            if progress is not None:
+                progress.finish()
+            print(_problems_text(error, problems), file=sys.stderr, flush=True)
+        if as_json:
+            source, output = [*map(str, where), "", ""][:2]
+            _print_json(Report(command, source, output, seconds=time.perf_counter() - started), code, problems)
+        if is_ours:
+            raise  # with its traceback
+        raise typer.Exit(code) from None
+    _tell_result(result, started, quiet, as_json)
+
+
+def _tell_result(result: Any, started: float, quiet: bool, as_json: bool) -> None:
+    """Prints a result; one that knows of failures has an ``exit_code`` and ``problems``."""
+    from awq2marlin.cli.json import report_of
+    from awq2marlin.cli.text import show
+
+    code = getattr(result, "exit_code", EXIT_DONE)
+    if as_json:
+        report = report_of(result)
+        report.seconds = report.seconds or time.perf_counter() - started
+        _print_json(report, code, getattr(result, "problems", ()))
+    elif not quiet:
+        show(result)
+    if code != EXIT_DONE:
+        raise typer.Exit(code)
+
+
+def _meaning(error: BaseException, command: str) -> tuple[int, Sequence[Problem]]:
+    """Returns what an error of the library means: exit code and problems."""
+    if isinstance(error, Awq2MarlinError):
+        return error.exit_code, error.problems
+    if isinstance(error, OSError):
+        return EXIT_FAILED, [problem_from_os_error(error)]
+    if isinstance(error, MemoryError):
+        return EXIT_FAILED, [Problem("", "", "out-of-memory", "there is not enough memory; use fewer --workers")]
+    if isinstance(error, KeyboardInterrupt):
+        resumes = "; the same command resumes where it stopped" if command in _RESUMING else ""
+        return EXIT_INTERRUPTED, [Problem("", "", "interrupted", f"interrupted{resumes}")]
+    return EXIT_FAILED, [internal_error(error, "the traceback")]
+
+
+def _problems_text(error: BaseException, problems: Sequence[Problem]) -> str:
+    """Returns what went wrong, one line each, capped; their number heads the list if there are several."""
+    head = "error: " if len(problems) == 1 else f"error: {len(problems)} problems:\n"
+    return head + (str(error) if isinstance(error, Awq2MarlinError) else str(problems[0]))
+
+
+def tell_usage_error(message: str, command: str, as_json: bool) -> int:
+    """Tells what is wrong with a command line, and returns the exit code.
+
+    Args:
+        message: what is wrong, for people.
+        command: the command's name; empty if none is named.
+        as_json: whether to print the JSON object.
+    """
+    message = printable(message)
+    print(f"usage error: {message}\nTry 'awq2marlin --help' or 'awq2marlin COMMAND --help'.", file=sys.stderr)
+    if as_json:
+        from awq2marlin.cli.json import Report
+
+        _print_json(Report(command), EXIT_USAGE, [Problem("", "", "usage", message)])
+    return EXIT_USAGE
+
+
+def _print_json(report: Report, code: int, problems: Sequence[Problem]) -> None:
+    print(json.dumps(report.document(code, problems), indent=2, ensure_ascii=True), flush=True)
+
+
+def guarded(command_line: Callable[[], int]) -> int:
+    """Runs a command line and returns its exit code, whatever its output is connected to.
+
+    Args:
+        command_line: what to run; returns an exit code.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a name that the terminal cannot show must not end the command
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        code = command_line()
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader of our output left; nothing more can be told, not even at exit
+        _silence(sys.stdout, sys.stderr)
+    except OSError as error:  # what the work met is told by now: this one is of telling it
+        _silence(sys.stdout)
+        reason = printable(error.strerror or str(error)).lower()
+        print(f"error: cannot write to standard output: {reason}", file=sys.stderr, flush=True)
+    else:
+        return code
+    return EXIT_FAILED
+
+
+def _silence(*streams: TextIO) -> None:
+    """Lets streams that take nothing any more take everything, also what Python still holds for them at exit."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in streams:
+        os.dup2(nowhere, stream.fileno())
+    os.close(nowhere)

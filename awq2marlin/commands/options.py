@@ -1,0 +1,125 @@
+"""The options of the commands, stated once: what each may be, by default is, and goes with.
+
+Python, the command line and the list of a batch all make one of these, so a rule has one place and one wording. A new
+option is a field here, a line in the command's signature, and what the command does with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+from awq2marlin.arguments import ArgumentError, Checked, Count, Workers
+from awq2marlin.hub.target import PushTarget
+from awq2marlin.layout.modules import Unaligned
+from awq2marlin.verification.sampling import Device
+
+#: How many converted modules are compared with the source before the output becomes loadable.
+Verify = Count | Literal["all", "none"]
+
+#: The format that is written unless another is asked for, by its layout's name.
+DEFAULT_TO = "marlin"
+
+#: Options of a `PushTarget` that stand beside ``push_to`` on the command line and in a list.
+TARGET_OPTIONS = tuple(each.name for each in fields(PushTarget) if each.name not in ("repo_id", "overwrite"))
+
+#: All options that say something of the target.
+ABOUT_TARGET = ("push_to", *TARGET_OPTIONS, "commit_message")
+
+
+@dataclass(frozen=True)
+class ConvertOptions(Checked):
+    """How `convert` works: all its arguments but source, output, executor and progress.
+
+    Attributes:
+        unaligned: what to do with modules whose shapes Marlin cannot take.
+        workers: threads; None for one a processor, at most eight.
+        overwrite: whether an earlier conversion is removed first.
+        verify: how many converted modules are compared with the source.
+        dry_run: whether nothing is written.
+        device: where the compared modules also run through the Marlin GEMM; None for nowhere.
+        low_disk: whether source shards, and with ``push_to`` finished ones, are removed as soon as they can be.
+        push_to: repository of the Hub that the result is sent to, ``org/name`` or a `PushTarget`.
+        commit_message: first line of the commits' messages.
+        to: the format to write, by its layout's name.
+    """
+
+    unaligned: Unaligned = "keep"
+    workers: Workers | None = None
+    overwrite: bool = False
+    verify: Verify = 8
+    dry_run: bool = False
+    device: Device | None = None
+    low_disk: bool = False
+    push_to: str | PushTarget | None = None
+    commit_message: str | None = None
+    to: str = DEFAULT_TO
+
+    def __post_init__(self) -> None:
+        """Checks every option, and that they go together.
+
+        Raises:
+            ValueError: naming the option, or the two that do not go together.
+        """
+        super().__post_init__()
+        if self.to != DEFAULT_TO:
+            from awq2marlin.formats.registry import target_named  # brings NumPy along
+
+            target_named(self.to)
+        target = self.target  # refuses what is no name of a repository
+        if self.device is not None and self.verify in ("none", 0):
+            raise ArgumentError("{device} needs {verify}: it runs the modules that are compared")
+        if self.device is not None and self.low_disk:
+            raise ArgumentError("{device} needs the whole source, which {low_disk} removes; use 'verify' afterwards")
+        if self.commit_message is not None and target is None:
+            raise _needs_target("commit_message")
+
+    @property
+    def target(self) -> PushTarget | None:
+        """Where the result goes on the Hub; None if it stays here."""
+        return PushTarget(self.push_to) if isinstance(self.push_to, str) else self.push_to
+
+    @property
+    def passes_on(self) -> bool:
+        """Whether the result goes to the Hub shard by shard, and nothing of it stays here."""
+        return self.low_disk and self.push_to is not None
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any]) -> ConvertOptions:
+        """Returns the options among those of a command line or a list, where the target's stand beside the others.
+
+        Args:
+            given: values by name; what is neither an option of this class nor of `PushTarget` is left aside.
+
+        Raises:
+            ValueError: as the class does, and if an option of the target is given without ``push_to``.
+        """
+        about_target = [name for name in TARGET_OPTIONS if given.get(name)]
+        if given.get("push_to") is not None:
+            given = {**given, "push_to": PushTarget.of({**given, "repo_id": given["push_to"]})}
+        elif about_target:
+            raise _needs_target(about_target[0])
+        return super().of(given)
+
+
+@dataclass(frozen=True)
+class RevertOptions(Checked):
+    """How `revert` works: all its arguments but those that name folders, executor and progress.
+
+    Attributes:
+        workers: threads; None for one a processor, at most eight.
+        overwrite: whether an earlier reversion is removed first.
+        dry_run: whether nothing is written.
+        low_disk: whether shards of a repository are removed as soon as they are restored.
+    """
+
+    workers: Workers | None = None
+    overwrite: bool = False
+    dry_run: bool = False
+    low_disk: bool = False
+
+
+def _needs_target(name: str) -> ArgumentError:
+    hint = "; a revision of the source is written behind its name: org/name@REVISION" if name == "revision" else ""
+    return ArgumentError(f"{{{name}}} needs {{push_to}}{hint}")
