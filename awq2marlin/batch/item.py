@@ -46,7 +46,7 @@ from awq2marlin.io.folder import Folder
 from awq2marlin.io.source import RepoCommit
 from awq2marlin.io.stream import NamedPath
 from awq2marlin.io.workers import StoppedError
-from awq2marlin.pipeline.output import read_journal
+from awq2marlin.pipeline.journal import read_journal
 from awq2marlin.pipeline.plan import plan_conversion
 from awq2marlin.progress import Progress
 

@@ -32,8 +32,8 @@ from awq2marlin.io.folder import Folder
 from awq2marlin.io.stream import NamedPath
 from awq2marlin.io.strict_json import parse_json
 from awq2marlin.io.workers import check_workers
+from awq2marlin.pipeline.journal import read_journal
 from awq2marlin.pipeline.model_card import addressed
-from awq2marlin.pipeline.output import read_journal
 from awq2marlin.progress import Progress, Silence
 
 

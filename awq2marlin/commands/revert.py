@@ -18,7 +18,8 @@ from awq2marlin.formats.names import CONFIG_FILENAME
 from awq2marlin.hub.name import parse_source
 from awq2marlin.io.digest import FileDigest, digest_of, digest_of_file
 from awq2marlin.io.stream import NamedPath
-from awq2marlin.pipeline.output import read_journal, refuse_overlap
+from awq2marlin.pipeline.journal import read_journal
+from awq2marlin.pipeline.output import refuse_overlap
 from awq2marlin.pipeline.preflight import default_output, open_source_of_run, refuse_full_disk
 from awq2marlin.pipeline.resume import trusted_shards
 from awq2marlin.pipeline.reversion import plan_reversion, recorded_files

@@ -133,28 +133,37 @@ class MarlinWeight(PartLayout):
 
 
 @dataclass(frozen=True)
-class MarlinZeroPoints(PartLayout):
-    """Zero points in Marlin's order: columns permuted in blocks of 64, then interleaved in each word."""
+class _Permuted(PartLayout):
+    """Rows whose columns stand in another order."""
 
     is_plain: ClassVar[bool] = False
 
     def unpack(self, data: Bytes, plain: Bytes) -> None:
         """Turns permuted rows into plain ones."""
-        self._apply(data, plain, inverse=True)
+        self._check(plain, data)
+        self._gather(data, plain, inverse=True)
 
     def pack(self, plain: Bytes, data: Bytes) -> None:
         """Turns plain rows into permuted ones."""
-        self._apply(plain, data, inverse=False)
+        self._check(plain, data)
+        self._gather(plain, data, inverse=False)
 
-    def _apply(self, source: Bytes, target: Bytes, *, inverse: bool) -> None:
-        self._check(source, target)
+    def _gather(self, source: Bytes, target: Bytes, *, inverse: bool) -> None:
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class MarlinZeroPoints(_Permuted):
+    """Zero points in Marlin's order: columns permuted in blocks of 64, then interleaved in each word."""
+
+    def _gather(self, source: Bytes, target: Bytes, *, inverse: bool) -> None:
         table = _zero_point_fields(self.bits, inverse)
         blocks = source.size * 8 // self.bits // table.size
         kernel(f"gather_fields_{self.bits}bit")(address(source), address(target), address(table), blocks, 0)
 
 
 @dataclass(frozen=True)
-class MarlinScales(PartLayout):
+class MarlinScales(_Permuted):
     """Scales in Marlin's order: columns permuted in blocks of 64, or of 32 where one group spans all of K.
 
     Attributes:
@@ -163,18 +172,7 @@ class MarlinScales(PartLayout):
 
     single_group: bool = False
 
-    is_plain: ClassVar[bool] = False
-
-    def unpack(self, data: Bytes, plain: Bytes) -> None:
-        """Turns permuted rows into plain ones."""
-        self._apply(data, plain, inverse=True)
-
-    def pack(self, plain: Bytes, data: Bytes) -> None:
-        """Turns plain rows into permuted ones."""
-        self._apply(plain, data, inverse=False)
-
-    def _apply(self, source: Bytes, target: Bytes, *, inverse: bool) -> None:
-        self._check(source, target)
+    def _gather(self, source: Bytes, target: Bytes, *, inverse: bool) -> None:
         table = _scale_columns(self.single_group, inverse)
         blocks = source.size // SCALE_BYTES // table.size
         kernel("gather_columns")(address(source), address(target), address(table), blocks, table.size)

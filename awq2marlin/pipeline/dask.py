@@ -24,7 +24,8 @@ from awq2marlin.formats.names import CONFIG_FILENAME
 from awq2marlin.hub.name import HubName
 from awq2marlin.hub.repository import hub_cache
 from awq2marlin.io.strict_json import parse_json
-from awq2marlin.pipeline.output import PARTIAL_SUFFIX, WORK_DIRECTORY
+from awq2marlin.pipeline.journal import WORK_DIRECTORY
+from awq2marlin.pipeline.output import PARTIAL_SUFFIX
 from awq2marlin.progress import Progress, Silence
 
 #: Seconds until a scheduler that does not answer is given up.

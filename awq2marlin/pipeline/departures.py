@@ -11,8 +11,9 @@ from awq2marlin.formats.names import CARD_FILENAME, CONFIG_FILENAME
 from awq2marlin.hub.identity import PushedFile, PushResult, identify
 from awq2marlin.hub.publication import DEFAULT_MESSAGE, Content, FileIdentity, Publication
 from awq2marlin.io.stream import NamedPath
+from awq2marlin.pipeline.journal import FinishedFile, PullRequest
 from awq2marlin.pipeline.model_card import addressed
-from awq2marlin.pipeline.output import FinishedFile, OutputFolder, PullRequest
+from awq2marlin.pipeline.output import OutputFolder
 from awq2marlin.pipeline.transfer import ShardPlan, Transfer
 from awq2marlin.progress import Progress
 

@@ -8,132 +8,48 @@ goes after it.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
 
 from filelock import FileLock, Timeout
 
 from awq2marlin.errors import (
-    CheckpointError,
     DifferenceError,
     OutputError,
     Problem,
     printable,
     problem_from_os_error,
-    refuse,
 )
 from awq2marlin.formats.names import CONFIG_FILENAME
-from awq2marlin.io.digest import FileDigest, digest_of_file, is_digest
+from awq2marlin.io.digest import digest_of_file
 from awq2marlin.io.durable import sync_folder
-from awq2marlin.io.folder import check_name, hub_repository, is_safe_name
+from awq2marlin.io.folder import hub_repository, is_safe_name
 from awq2marlin.io.stream import Hash, NamedPath
-from awq2marlin.io.strict_json import parse_json
-
-WORK_DIRECTORY = ".awq2marlin"
+from awq2marlin.pipeline.journal import (
+    JOURNAL_FILENAME,
+    NEW_SUFFIX,
+    WORK_DIRECTORY,
+    FinishedFile,
+    Journal,
+    Pinned,
+    PullRequest,
+    read_journal,
+    write_journal,
+)
 
 #: Where source files of a repository lie while they are needed, inside of that.
 FETCHED_DIRECTORY = "source"
-JOURNAL_FILENAME = "journal.json"
 _LOCK_FILENAME = "lock"
 PARTIAL_SUFFIX = ".partial"
-_NEW_SUFFIX = ".new"
-_JOURNAL_VERSION = 1
 _MAX_NAMES_SHOWN = 5
 _START_ANEW = "choose another folder, or use --overwrite with 'convert', to start anew"
 
 #: Answers which files of an earlier conversion a run may remove; None if the folder must be empty or its own.
 Owned = Callable[[], Iterable[str] | None]
-
-
-@dataclass(frozen=True)
-class FinishedFile:
-    """A shard that is complete, as the journal remembers it.
-
-    Attributes:
-        source: what the source that it was made from is known by.
-        target: what the output is known by.
-        verified: which modules were compared with the source before this was written; empty if that comes later.
-        sent: SHA-256 of the output, once the Hub has it and it is here no more; empty before.
-    """
-
-    source: FileDigest
-    target: FileDigest
-    verified: str = ""
-    sent: str = ""
-
-    def document(self) -> dict[str, Any]:
-        """Returns the journal's entry."""
-        return {
-            "source_size": self.source.size,
-            "source_digest": self.source.xxh3,
-            "target_size": self.target.size,
-            "target_digest": self.target.xxh3,
-            "verified": self.verified,
-            "sent": self.sent,
-        }
-
-    @classmethod
-    def parse(cls, entry: Any) -> FinishedFile:
-        """Reads an entry; raises any of the errors that `read_journal` translates if it is malformed."""
-        keys = ("source_size", "source_digest", "target_size", "target_digest")
-        source_size, source_digest, target_size, target_digest = (entry[key] for key in keys)
-        verified, sent = entry.get("verified", ""), entry.get("sent", "")
-        sound = is_digest(source_digest) and is_digest(target_digest)
-        if not sound or {type(source_size), type(target_size)} != {int} or {type(verified), type(sent)} != {str}:
-            raise refuse("bad-journal", "an entry is malformed")
-        if entry.keys() - {*keys, "verified", "sent"}:
-            raise refuse("bad-journal", "an entry has a key that is not known")
-        return cls(FileDigest(source_size, source_digest), FileDigest(target_size, target_digest), verified, sent)
-
-
-class Pinned(NamedTuple):
-    """A source on the Hub, as it was when a run began.
-
-    Attributes:
-        name: as the user named it.
-        commit: the commit that the name stood for.
-    """
-
-    name: str
-    commit: str
-
-
-class PullRequest(NamedTuple):
-    """A pull request that a run opened.
-
-    Attributes:
-        revision: where commits to it go, ``refs/pr/N``.
-        url: its address.
-    """
-
-    revision: str
-    url: str
-
-
-@dataclass
-class Journal:
-    """What an unfinished output folder remembers of itself.
-
-    Attributes:
-        plan: digest of the plan it follows.
-        names: every file that the run may leave in the folder, and those of an earlier conversion that it
-            replaces: all that it may remove.
-        finished: the shards that are complete.
-        pinned: the source, if it is one of the Hub.
-        pull_request: the pull request that the run opened, if it did.
-    """
-
-    plan: str
-    names: list[str]
-    finished: dict[str, FinishedFile] = field(default_factory=dict)
-    pinned: Pinned | None = None
-    pull_request: PullRequest | None = None
 
 
 def _refused(code: str, path: Path, message: str) -> OutputError:
@@ -221,18 +137,18 @@ class OutputFolder:
         """Writes into the journal that a shard is complete under its final name."""
         self._sync_up(self.final(name).parent)
         self._journal.finished[name] = finished
-        _write_journal(self.work, self._journal)
+        write_journal(self.work, self._journal)
 
     def sent(self, name: str, sha256: str) -> None:
         """Writes into the journal that the Hub has a finished shard, and removes it here."""
         self._journal.finished[name] = replace(self._journal.finished[name], sent=sha256)
-        _write_journal(self.work, self._journal)
+        write_journal(self.work, self._journal)
         self.final(name).unlink(missing_ok=True)
 
     def note_pull_request(self, pull_request: PullRequest) -> None:
         """Writes into the journal where the run sends its files, so that a later one goes on there."""
         self._journal.pull_request = pull_request
-        _write_journal(self.work, self._journal)
+        write_journal(self.work, self._journal)
 
     def discard(self) -> None:
         """Removes every file of the run: all of them are elsewhere."""
@@ -241,7 +157,7 @@ class OutputFolder:
     def forget_all(self) -> None:
         """Lets a later run make every shard again: one that held a wrong value speaks against all of them."""
         self._journal.finished.clear()
-        _write_journal(self.work, self._journal)
+        write_journal(self.work, self._journal)
 
     @contextmanager
     def distrusted_after_a_difference(self) -> Iterator[None]:
@@ -255,7 +171,7 @@ class OutputFolder:
     def forget(self, name: str) -> None:
         """Lets this run make a shard again."""
         del self._journal.finished[name]
-        _write_journal(self.work, self._journal)
+        write_journal(self.work, self._journal)
         self.final(name).unlink(missing_ok=True)
 
     def _sync_up(self, folder: Path) -> None:
@@ -491,7 +407,7 @@ def _open_journal(
         ours = {*(owned or ()), *(journal.names if journal else ())}
         _refuse_clashes(root, names, ours)
         journal = Journal(plan, sorted({*names, *ours}), pinned=pinned)
-        _write_journal(root / WORK_DIRECTORY, journal)
+        write_journal(root / WORK_DIRECTORY, journal)
         sync_folder(root)
     if not in_place:
         _remove(root, {*journal.names} - {*journal.finished})
@@ -507,73 +423,6 @@ def _refuse_clashes(root: Path, names: Sequence[str], ours: set[str]) -> None:
         foreign = [printable(each) for each in taken if each not in ours]
         if foreign:
             raise _refused("not-empty", root, f"it holds {foreign[0]}, which is not ours; choose another folder")
-
-
-def read_journal(root: Path) -> Journal | None:
-    """Returns the journal of an unfinished output folder, or None if it has none.
-
-    Raises:
-        OutputError: if it is damaged.
-    """
-    path = root / WORK_DIRECTORY / JOURNAL_FILENAME
-    if not path.is_file():
-        return None
-    try:
-        return _parse_journal(parse_json(path.read_bytes(), JOURNAL_FILENAME))
-    except (CheckpointError, KeyError, TypeError, AttributeError, ValueError):
-        raise _refused(
-            "bad-journal",
-            path,
-            "the journal of the unfinished conversion is damaged; remove this output folder and convert again",
-        ) from None
-
-
-def _parse_journal(document: Any) -> Journal:
-    if type(document["names"]) is not list:
-        raise refuse("bad-journal", "names must be a list")
-    names = [check_name(name, JOURNAL_FILENAME) for name in document["names"]]
-    finished = {name: FinishedFile.parse(entry) for name, entry in document["finished"].items()}
-    if not finished.keys() <= {*names}:
-        raise refuse("bad-journal", "it remembers a shard that it does not name")
-    if document["version"] != _JOURNAL_VERSION or not isinstance(document["plan"], str):
-        raise refuse("bad-journal", "the version is another")
-    pinned, pull_request = (_two_texts(document.get(key)) for key in ("pinned", "pull_request"))
-    return Journal(
-        document["plan"],
-        names,
-        finished,
-        pinned and Pinned(*pinned),
-        pull_request and PullRequest(*pull_request),
-    )
-
-
-def _two_texts(value: Any) -> tuple[str, str] | None:
-    if value is None:
-        return None
-    first, second = value
-    if {type(first), type(second)} != {str}:
-        raise refuse("bad-journal", "a pair is malformed")
-    return first, second
-
-
-def _write_journal(work: Path, journal: Journal) -> None:
-    finished = {name: entry.document() for name, entry in sorted(journal.finished.items())}
-    document = {
-        "version": _JOURNAL_VERSION,
-        "plan": journal.plan,
-        "names": journal.names,
-        "finished": finished,
-        "pinned": journal.pinned,
-        "pull_request": journal.pull_request,
-    }
-    new = work / (JOURNAL_FILENAME + _NEW_SUFFIX)
-    new.unlink(missing_ok=True)
-    with new.open("x", encoding="utf-8") as stream:  # never through a link
-        json.dump(document, stream, indent=1)
-        stream.flush()
-        os.fsync(stream.fileno())
-    new.replace(work / JOURNAL_FILENAME)
-    sync_folder(work)
 
 
 def _remove(root: Path, names: set[str]) -> None:
@@ -595,7 +444,7 @@ def _remove(root: Path, names: set[str]) -> None:
 
 def _remove_leftovers(work: Path) -> None:
     """Removes what a run that was killed may have left half-written, half-fetched files too."""
-    for pattern in ("*" + PARTIAL_SUFFIX, "*" + _NEW_SUFFIX):
+    for pattern in ("*" + PARTIAL_SUFFIX, "*" + NEW_SUFFIX):
         for path in work.glob(pattern):
             path.unlink()
     for path in (work / FETCHED_DIRECTORY).glob("**/*.incomplete"):

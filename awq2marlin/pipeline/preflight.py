@@ -16,7 +16,8 @@ from awq2marlin.formats.registry import DEFAULT_TARGET
 from awq2marlin.hub.name import HUB_PREFIX, HubName, is_ambiguous, parse_source
 from awq2marlin.io.folder import Folder, hub_repository
 from awq2marlin.io.source import Source
-from awq2marlin.pipeline.output import FETCHED_DIRECTORY, WORK_DIRECTORY, Pinned, read_journal
+from awq2marlin.pipeline.journal import WORK_DIRECTORY, Pinned, read_journal
+from awq2marlin.pipeline.output import FETCHED_DIRECTORY
 from awq2marlin.pipeline.plan import Plan
 from awq2marlin.pipeline.run import Work, two_largest
 from awq2marlin.pipeline.sink import Sink

@@ -10,7 +10,7 @@ from awq2marlin.formats.names import CONFIG_FILENAME, INDEX_FILENAME
 from awq2marlin.io.digest import FileDigest, Xxh3, digest_of
 from awq2marlin.io.safetensors import MAX_HEADER_BYTES
 from awq2marlin.io.source import MAX_JSON_BYTES, Source
-from awq2marlin.pipeline.output import FinishedFile
+from awq2marlin.pipeline.journal import FinishedFile
 from awq2marlin.pipeline.plan import Plan
 from awq2marlin.pipeline.transfer import ShardPlan
 

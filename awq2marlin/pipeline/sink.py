@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from awq2marlin.pipeline.output import FinishedFile, OutputFolder, Owned, Pinned, as_output_errors, claim
+from awq2marlin.pipeline.journal import FinishedFile, Pinned
+from awq2marlin.pipeline.output import OutputFolder, Owned, as_output_errors, claim
 from awq2marlin.pipeline.transfer import ShardPlan, Transfer
 
 if TYPE_CHECKING:
