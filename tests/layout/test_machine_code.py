@@ -13,7 +13,7 @@ from awq2marlin.io.code_cache import cache_folder
 SCRIPT = """
 import sys
 import numpy as np
-from awq2marlin.repack import Repack
+from awq2marlin.layout.repack import Repack
 source = np.arange(512, dtype=np.uint8)
 target = np.empty_like(source)
 Repack("qweight", 4, 16, 1, 64, 64, False).forward(source, target)

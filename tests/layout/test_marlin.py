@@ -6,7 +6,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from awq2marlin.layout import marlin
+from awq2marlin.layout import marlin, modules
 from awq2marlin.layout import packing as awq
 from awq2marlin.layout import torch_functions as layout
 from tests.shapes import MODEL_SHAPES, SMALL_SHAPES, UNALIGNED_SHAPES
@@ -363,12 +363,12 @@ def test_shared_experts_fuse_among_themselves_as_any_mlp_does():
 
 @pytest.mark.parametrize("name", ["lm_head", "model.lm_head", "transformer.output", "embed_out"])
 def test_the_output_embedding_is_known_by_its_last_name_component(name):
-    assert awq.is_output_embedding(name)
+    assert modules.is_output_embedding(name)
 
 
 @pytest.mark.parametrize("name", ["", "lm_head.linear", "layers.0.attn.output_proj", "output.dense", "my_lm_head"])
 def test_other_modules_are_no_output_embedding(name):
-    assert not awq.is_output_embedding(name)
+    assert not modules.is_output_embedding(name)
 
 
 # --- the field's checks -----------------------------------------------------------------------------------
