@@ -14,7 +14,6 @@ import io
 import os
 import re
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -24,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from awq2marlin.io.code_cache import CACHE_VARIABLE, cache_folder, is_private
+from awq2marlin.io.code_cache import CACHE_VARIABLE, CodeCache, cache_folder, is_private
 
 if TYPE_CHECKING:
     from cuda.core import Kernel
@@ -37,7 +36,6 @@ INSTALL_COMMAND = "pip install 'awq2marlin[cuda]'"
 
 #: NVRTC's own cache (no_cache) would leave the assembler's report empty.
 _COMPILE_OPTIONS: dict[str, Any] = {"std": "c++17", "ptxas_options": "-v", "no_cache": True}
-_DIGEST_BYTES = hashlib.sha256().digest_size
 
 
 class KernelUnavailableError(RuntimeError):
@@ -171,57 +169,17 @@ def _read_resources(log: str) -> Resources:
     )
 
 
-def cache_dir() -> Path:
-    """Returns the folder of compiled kernels; it need not exist yet."""
-    return cache_folder() / "kernels"
+def kernel_cache() -> CodeCache:
+    """Returns the cache of compiled kernels."""
+    return CodeCache(cache_folder() / "kernels", ".cubin")
 
 
-class KernelCache:
-    """Compiled kernels in a folder, one file each: the SHA-256 of the machine code, then the code.
-
-    A file appears complete under its name or not at all, so any number of a user's processes may share a folder.
-    A file that is damaged, or that others could have written, counts as absent and is replaced.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        """Uses ``folder``, which :meth:`put` creates when it must."""
-        self.folder = folder
-
-    @staticmethod
-    def key(source: KernelSource, arch: str) -> str:
-        """Returns the digest of everything that machine code depends on."""
-        digest = hashlib.sha256(headers_digest())
-        for part in (source.text, arch, compiler_version(), repr(_COMPILE_OPTIONS)):
-            digest.update(part.encode() + b"\0")
-        return digest.hexdigest()
-
-    def get(self, key: str) -> bytes | None:
-        """Returns the machine code under ``key``, or None if there is none that is whole and private."""
-        path = self.folder / f"{key}.cubin"
-        try:
-            if not (is_private(path) and is_private(self.folder)):
-                return None
-            content = path.read_bytes()
-        except OSError:
-            return None
-        digest, cubin = content[:_DIGEST_BYTES], content[_DIGEST_BYTES:]
-        return cubin if cubin and hashlib.sha256(cubin).digest() == digest else None
-
-    def put(self, key: str, cubin: bytes) -> bool:
-        """Keeps machine code under ``key``; returns whether that worked (a full disk is no reason to fail)."""
-        try:
-            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            handle, partial = tempfile.mkstemp(dir=self.folder, prefix=".partial-")
-        except OSError:
-            return False
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(hashlib.sha256(cubin).digest() + cubin)
-            Path(partial).replace(self.folder / f"{key}.cubin")
-        except OSError:
-            Path(partial).unlink(missing_ok=True)
-            return False
-        return True
+def key_of(source: KernelSource, arch: str) -> str:
+    """Returns the digest of everything that a kernel's machine code depends on."""
+    digest = hashlib.sha256(headers_digest())
+    for part in (source.text, arch, compiler_version(), repr(_COMPILE_OPTIONS)):
+        digest.update(part.encode() + b"\0")
+    return digest.hexdigest()
 
 
 def _say_on_stderr(text: str) -> None:
@@ -250,8 +208,7 @@ def build(source: KernelSource, arch: str) -> bytes:
     Raises:
         KernelUnavailableError: if it has to be compiled and cannot be.
     """
-    cache = KernelCache(cache_dir())
-    key = cache.key(source, arch)
+    cache, key = kernel_cache(), key_of(source, arch)
     cubin = cache.get(key)
     if cubin is None:
         start = time.perf_counter()
@@ -402,10 +359,12 @@ def machine_facts() -> MachineFacts:
         )
 
     lacks += _version_lacks(nvrtc, driver_version)
-    folder = cache_dir()
-    sizes = [path.stat().st_size for path in folder.glob("*.cubin")] if folder.is_dir() else []
-    lacks += _cache_lacks(folder)
-    return MachineFacts(driver_version, devices, core, nvrtc, sources, folder, len(sizes), sum(sizes), tuple(lacks))
+    cache = kernel_cache()
+    sizes = [path.stat().st_size for path in cache.files()]
+    lacks += _cache_lacks(cache.folder)
+    return MachineFacts(
+        driver_version, devices, core, nvrtc, sources, cache.folder, len(sizes), sum(sizes), tuple(lacks)
+    )
 
 
 def _version_of(package: str) -> str | None:

@@ -4,14 +4,13 @@ import multiprocessing
 import os
 import shutil
 import sys
-import tempfile
-from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
 
 from awq2marlin.gemm import compile_matrix, jit
 from awq2marlin.gemm.kernel_configs import repack_source
+from awq2marlin.io.code_cache import CACHE_VARIABLE
 
 needs_compiler = pytest.mark.skipif(
     jit.machine_facts().nvrtc_version is None,
@@ -21,67 +20,19 @@ needs_compiler = pytest.mark.skipif(
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv(jit.CACHE_VARIABLE, str(tmp_path / "cache"))
-    return jit.KernelCache(jit.cache_dir())
-
-
-def test_cache_returns_what_was_put(cache):
-    assert cache.get("key") is None
-    assert cache.put("key", b"machine code")
-    assert cache.get("key") == b"machine code"
-    assert [path.name for path in cache.folder.iterdir()] == ["key.cubin"], "no partial file stays"
-
-
-@pytest.mark.parametrize("damage", [b"", b"x", b"\0" * 32, b"\0" * 100])
-def test_a_damaged_entry_counts_as_absent(cache, damage):
-    cache.put("key", b"machine code")
-    (cache.folder / "key.cubin").write_bytes(damage)
-    assert cache.get("key") is None
-
-
-def test_a_truncated_entry_counts_as_absent(cache):
-    cache.put("key", b"machine code")
-    path = cache.folder / "key.cubin"
-    path.write_bytes(path.read_bytes()[:-1])
-    assert cache.get("key") is None
-
-
-@pytest.mark.skipif(not hasattr(os, "geteuid"), reason="Files have no owner and mode here.")
-def test_code_that_others_could_have_written_counts_as_absent(cache):
-    cache.put("key", b"machine code")
-    path = cache.folder / "key.cubin"
-    for place in (path, cache.folder):
-        mode = place.stat().st_mode
-        place.chmod(mode | 0o020)
-        assert cache.get("key") is None, place
-        place.chmod(mode)
-    assert cache.get("key") == b"machine code"
-
-
-def test_without_a_home_the_cache_is_a_temporary_folder_of_the_users_own(monkeypatch):
-    def no_home():
-        raise RuntimeError("Could not determine home directory.")
-
-    for variable in (jit.CACHE_VARIABLE, "XDG_CACHE_HOME"):
-        monkeypatch.delenv(variable, raising=False)
-    monkeypatch.setattr(Path, "home", no_home)
-    assert jit.cache_dir() == Path(tempfile.gettempdir()) / f"awq2marlin-{os.getuid()}" / "kernels"
-
-
-def test_a_folder_that_cannot_be_made_is_no_reason_to_fail(tmp_path):
-    (tmp_path / "file").write_text("")
-    assert not jit.KernelCache(tmp_path / "file" / "cache").put("key", b"machine code")
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
+    return jit.kernel_cache()
 
 
 @needs_compiler
 def test_key_depends_on_source_architecture_headers_and_compiler(monkeypatch):
     source = repack_source(4)
-    keys = {jit.KernelCache.key(source, "sm_80"), jit.KernelCache.key(source, "sm_90a")}
-    keys.add(jit.KernelCache.key(repack_source(8), "sm_80"))
+    keys = {jit.key_of(source, "sm_80"), jit.key_of(source, "sm_90a")}
+    keys.add(jit.key_of(repack_source(8), "sm_80"))
     monkeypatch.setattr(jit, "headers_digest", lambda: b"other headers")
-    keys.add(jit.KernelCache.key(source, "sm_80"))
+    keys.add(jit.key_of(source, "sm_80"))
     monkeypatch.setattr(jit, "compiler_version", lambda: "99.0")
-    keys.add(jit.KernelCache.key(source, "sm_80"))
+    keys.add(jit.key_of(source, "sm_80"))
     assert len(keys) == 5
 
 
@@ -176,13 +127,13 @@ def test_a_device_name_ends_at_its_first_zero_byte():
 @pytest.mark.skipif(os.geteuid() == 0, reason="Root may write everywhere.")
 def test_machine_facts_tell_of_a_cache_that_cannot_be_written(tmp_path, monkeypatch):
     tmp_path.chmod(0o500)
-    monkeypatch.setenv(jit.CACHE_VARIABLE, str(tmp_path / "cache"))
-    assert any(jit.CACHE_VARIABLE in lack.remedy for lack in jit.machine_facts().lacks)
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
+    assert any(CACHE_VARIABLE in lack.remedy for lack in jit.machine_facts().lacks)
 
 
 def test_machine_facts_tell_of_a_cache_that_is_no_folder(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
-    monkeypatch.setenv(jit.CACHE_VARIABLE, str(tmp_path / "file"))
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "file"))
     assert any(str(tmp_path / "file") in lack.what for lack in jit.machine_facts().lacks)
 
 
