@@ -15,6 +15,7 @@ from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 
+from awq2marlin.errors import KernelUnavailableError
 from awq2marlin.gemm import jit
 from awq2marlin.gemm.jit import KernelSource, Resources
 from awq2marlin.gemm.kernel_configs import all_sources
@@ -56,7 +57,7 @@ def _compile(job: tuple[KernelSource, str]) -> tuple[str, str, list[str], int]:
     source, arch = job
     try:
         resources = jit.compile_kernel(source, arch).resources
-    except jit.KernelUnavailableError as exc:
+    except KernelUnavailableError as exc:
         return source.name, arch, [str(exc)], 0
     return source.name, arch, faults_of(resources), resources.registers
 

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from awq2marlin.errors import KernelUnavailableError
 from awq2marlin.io.code_cache import CACHE_VARIABLE, CodeCache, cache_folder, is_private
 
 if TYPE_CHECKING:
@@ -36,10 +37,6 @@ INSTALL_COMMAND = "pip install 'awq2marlin[cuda]'"
 
 #: NVRTC's own cache (no_cache) would leave the assembler's report empty.
 _COMPILE_OPTIONS: dict[str, Any] = {"std": "c++17", "ptxas_options": "-v", "no_cache": True}
-
-
-class KernelUnavailableError(RuntimeError):
-    """A kernel cannot be compiled, loaded or used here; the message says why and what mends it."""
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
+from awq2marlin.errors import KernelUnavailableError
 from awq2marlin.gemm import cpu, jit
 from awq2marlin.gemm.kernel_configs import (
     MIN_CAPABILITY,
@@ -451,7 +452,7 @@ def _device(index: int) -> _Device:
     properties = torch.cuda.get_device_properties(index)
     capability = (properties.major, properties.minor)
     if capability < MIN_CAPABILITY:
-        raise jit.KernelUnavailableError(
+        raise KernelUnavailableError(
             f"cuda:{index} ({properties.name}) has compute capability {capability[0]}.{capability[1]}; "
             "needed: 8.0 or newer."
         )
@@ -570,7 +571,7 @@ def _launch(
     """Launches a kernel; one that ``overlaps`` may be set up before the stream's last kernel is through."""
     with torch.cuda.device(device.index):
         if not jit.is_loaded(source, device.index) and torch.cuda.is_current_stream_capturing():
-            raise jit.KernelUnavailableError(
+            raise KernelUnavailableError(
                 f"{source.name} is not loaded yet, and a CUDA graph capture forbids loading. "
                 "Before the capture, call awq2marlin.warm_up(qweight, scales, qzeros) for the layer."
             )

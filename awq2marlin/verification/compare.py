@@ -100,6 +100,7 @@ def verify(
     Raises:
         DifferenceError: naming the first difference: file, tensor, row, column, expected and found.
         CheckpointError: if either folder is no readable checkpoint of its kind.
+        UnavailableError: if the device is not there, or cannot run the kernels.
         OSError: if reading fails.
     """
     check_count("layers", layers, ("all",))

@@ -22,7 +22,7 @@ def check_device(device: str | None) -> None:
 
     Raises:
         ValueError: if it is none of `Device`.
-        CheckpointError: if it is ``"cuda"`` and there is no GPU that PyTorch can use.
+        UnavailableError: if it is ``"cuda"`` and there is no GPU that PyTorch can use.
     """
     if device is None:
         return

@@ -5,6 +5,7 @@ import threading
 import pytest
 import torch
 
+from awq2marlin.errors import KernelUnavailableError
 from awq2marlin.gemm import jit, ops
 from awq2marlin.gemm.kernel_configs import GemmProblem, all_configs, pick_config, with_splits
 from tests.gemm.gemm_cases import DTYPES, SMALL_SHAPES, Layer, assert_product, random_layer, random_tokens
@@ -193,7 +194,7 @@ def test_first_use_in_a_capture_names_the_warm_up(monkeypatch):
     a = random_tokens(1, layer)
     monkeypatch.setattr(jit, "_loaded", {})
     graph = torch.cuda.CUDAGraph()
-    with pytest.raises(jit.KernelUnavailableError, match="warm_up"), torch.cuda.graph(graph):
+    with pytest.raises(KernelUnavailableError, match="warm_up"), torch.cuda.graph(graph):
         layer(a)
     assert_product(layer(a), a, layer)
 

@@ -1,13 +1,16 @@
 """Compilation at run time: the cache, the messages, and what the doctor sees. Needs neither GPU nor driver."""
 
+import copy
 import multiprocessing
 import os
+import pickle
 import shutil
 import sys
 from types import ModuleType, SimpleNamespace
 
 import pytest
 
+from awq2marlin.errors import KernelUnavailableError, UnavailableError
 from awq2marlin.gemm import compile_matrix, jit
 from awq2marlin.gemm.kernel_configs import repack_source
 from awq2marlin.io.code_cache import CACHE_VARIABLE
@@ -70,7 +73,7 @@ def test_a_caller_may_ask_to_be_told_instead(capsys):
 @needs_compiler
 @pytest.mark.usefixtures("cache")
 def test_source_that_does_not_compile_is_refused_with_the_compilers_words():
-    with pytest.raises(jit.KernelUnavailableError, match=r"broken does not compile for sm_80(.|\n)*undefined"):
+    with pytest.raises(KernelUnavailableError, match=r"broken does not compile for sm_80(.|\n)*undefined"):
         jit.build(jit.KernelSource("broken", "int x = undefined;"), "sm_80")
 
 
@@ -86,9 +89,19 @@ def test_processes_share_a_cache(cache):
     assert len(list(cache.folder.iterdir())) == 1
 
 
+def test_a_kernel_that_is_unavailable_is_a_kind_of_both():
+    error = KernelUnavailableError("one line\nand another")
+    assert isinstance(error, UnavailableError)
+    assert isinstance(error, RuntimeError)
+    assert [problem.code for problem in error.problems] == ["no-kernel"]
+    for each in (error, pickle.loads(pickle.dumps(error)), copy.copy(error)):
+        assert str(each) == "one line\nand another"
+        assert each.problems == error.problems
+
+
 def test_missing_compiler_names_the_command_that_mends_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "cuda.bindings", None)
-    with pytest.raises(jit.KernelUnavailableError, match=r"pip install 'awq2marlin\[cuda\]'"):
+    with pytest.raises(KernelUnavailableError, match=r"pip install 'awq2marlin\[cuda\]'"):
         jit.compiler_version.__wrapped__()
 
 

@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers.core_model_loading import Chunk, WeightConverter
 
 from awq2marlin import convert
-from awq2marlin.errors import CheckpointError
+from awq2marlin.errors import CheckpointError, UnavailableError
 from awq2marlin.gemm.linear import MarlinLinear
 from awq2marlin.integrations.transformers import MarlinNativeConfig, names
 from awq2marlin.integrations.transformers.experts import MarlinExperts
@@ -297,7 +297,7 @@ def test_fp32_is_refused(make_case: MakeCase) -> None:
 
 
 def test_devices_without_kernels_are_refused(make_case: MakeCase) -> None:
-    with pytest.raises(CheckpointError, match="device_map names mps; Marlin kernels run on CUDA GPUs"):
+    with pytest.raises(UnavailableError, match="device_map names mps; Marlin kernels run on CUDA GPUs"):
         make_case("llama").load(device_map={"": "mps"})
 
 
