@@ -28,6 +28,7 @@ import torch
 
 from awq2marlin.gemm import jit, ops
 from awq2marlin.gemm.kernel_configs import GemmProblem, PortableConfig, all_configs, pick_config, with_splits
+from awq2marlin.gemm.source import ENTRY_POINT, KernelSource
 
 SHAPES = {  # name: (K, N)
     "8B qkv": (4096, 6144),
@@ -46,7 +47,7 @@ MAX_RELATIVE_ERROR = 1e-3  # fp16 results of fp16 inputs come to 2e-4 to 4e-4
 
 READ_KERNEL = f"""\
 using u32 = unsigned int;
-extern "C" __global__ void __launch_bounds__(512) {jit.ENTRY_POINT}(const uint4* from, u32* to, long long count) {{
+extern "C" __global__ void __launch_bounds__(512) {ENTRY_POINT}(const uint4* from, u32* to, long long count) {{
   u32 sum = 0;
   const long long stride = (long long)gridDim.x * blockDim.x;
   long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x;
@@ -88,7 +89,7 @@ def read_bandwidth() -> float:
     """Returns bytes per second of a kernel that only reads 4 GiB."""
     data = torch.randint(-(2**31), 2**31, (1 << 30,), dtype=torch.int32, device="cuda")
     out = torch.zeros(1, dtype=torch.int32, device="cuda")
-    source = jit.KernelSource("read", READ_KERNEL)
+    source = KernelSource("read", READ_KERNEL)
     blocks = 4 * torch.cuda.get_device_properties(0).multi_processor_count
     arguments = (data.data_ptr(), out.data_ptr(), ctypes.c_longlong(data.numel() // 4))
     device = ops._device(0)

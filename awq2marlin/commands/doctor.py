@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from awq2marlin.gemm.jit import Lack, MachineFacts, machine_facts
+from awq2marlin.gemm.machine import Lack, MachineFacts, machine_facts
 
 
 @dataclass(frozen=True)

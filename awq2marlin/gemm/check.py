@@ -17,7 +17,7 @@ import torch
 
 from awq2marlin.checkpoint.quantization import AwqQuantization
 from awq2marlin.errors import KernelUnavailableError, Problem, UnavailableError, difference
-from awq2marlin.gemm.jit import telling
+from awq2marlin.gemm.jit import on_compile
 from awq2marlin.gemm.ops import marlin_gemm
 from awq2marlin.io.tensors import TensorFiles
 from awq2marlin.layout.marlin import num_groups
@@ -130,7 +130,7 @@ def check_modules(
     checks = []
     for module in modules:
         try:
-            with telling(progress.note):
+            with on_compile(progress.note):
                 checks.append(_check_module(module, quantization, source, output, chosen))
         except KernelUnavailableError as error:
             raise UnavailableError(Problem("", module.name, "no-kernel", str(error))) from None

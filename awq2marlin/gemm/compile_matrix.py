@@ -17,8 +17,9 @@ from multiprocessing import get_context
 
 from awq2marlin.errors import KernelUnavailableError
 from awq2marlin.gemm import jit
-from awq2marlin.gemm.jit import KernelSource, Resources
+from awq2marlin.gemm.jit import Resources
 from awq2marlin.gemm.kernel_configs import all_sources
+from awq2marlin.gemm.source import KernelSource
 
 COMPLETE = ((8, 0), (9, 0))
 SAMPLED = ((8, 6), (8, 9), (10, 0), (12, 0))

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Literal, Protocol
 
-from awq2marlin.gemm.jit import ENTRY_POINT, KernelSource
+from awq2marlin.gemm.source import ENTRY_POINT, KernelSource, repack_source
 
 Dtype = Literal["fp16", "bf16"]
 Reduction = Literal["cluster", "workspace"]
@@ -463,21 +463,6 @@ def sum_splits_source(dtype: Dtype) -> KernelSource:
 using namespace marlin;
 extern "C" __global__ void __launch_bounds__(256) {ENTRY_POINT}(MARLIN_GEMM_PARAMETERS) {{
   sum_splits<{_CPP_TYPES[dtype]}>(MARLIN_GEMM_ARGUMENTS);
-}}
-""",
-    )
-
-
-def repack_source(num_bits: int) -> KernelSource:
-    """Returns the kernel that turns AWQ weights into Marlin ones."""
-    return KernelSource(
-        f"Repack<{num_bits}>",
-        f"""\
-#include "repack.cuh"
-using namespace marlin;
-extern "C" __global__ void __launch_bounds__(256)
-    {ENTRY_POINT}(const u32* awq, u32* marlin, int size_k, int size_n, i64 awq_stride) {{
-  Repack<{num_bits}>::run(awq, marlin, size_k, size_n, awq_stride);
 }}
 """,
     )

@@ -26,9 +26,9 @@ from awq2marlin.gemm.kernel_configs import (
     candidates,
     grid_of,
     pick_config,
-    repack_source,
     sum_splits_source,
 )
+from awq2marlin.gemm.source import KernelSource, repack_source
 from awq2marlin.layout import torch_functions as layout
 from awq2marlin.layout.marlin import ALIGNMENTS, GPTQ_MARLIN_TILE, MARLIN_SUPPORTED_GROUP_SIZES, MARLIN_TILE_N
 from awq2marlin.layout.packing import AWQ_PACK_ORDER, inverse_order
@@ -141,7 +141,7 @@ def warm_up(
     return len(sources)
 
 
-def _sources_of(largest: GemmProblem) -> dict[jit.KernelSource, int]:
+def _sources_of(largest: GemmProblem) -> dict[KernelSource, int]:
     """Returns every kernel that a layer may need up to so many tokens, with its shared memory."""
     sources = {sum_splits_source(largest.dtype): 0}
     for size_m in (1, 9, 17):  # the least tokens of each set of candidates
@@ -558,7 +558,7 @@ def launch_gemm(
 
 
 def _launch(
-    source: jit.KernelSource,
+    source: KernelSource,
     device: _Device,
     grid: tuple[int, int, int],
     cluster: int,

@@ -8,7 +8,7 @@ import torch
 
 from awq2marlin import doctor
 from awq2marlin.commands import doctor as diagnosis
-from awq2marlin.gemm.jit import DeviceFacts, MachineFacts
+from awq2marlin.gemm.machine import DeviceFacts, MachineFacts
 
 GPU = DeviceFacts(0, "NVIDIA H200", (9, 0), 1 << 37, 132, is_supported=True)
 

@@ -5,12 +5,13 @@ import re
 import pytest
 
 from awq2marlin.gemm import jit
+from awq2marlin.gemm.source import ENTRY_POINT, KernelSource, kernels_dir
 from awq2marlin.layout import marlin
 from awq2marlin.layout.packing import AWQ_PACK_ORDER
 
 
 def header_constants():
-    text = (jit.kernels_dir() / "marlin_layout.cuh").read_text()
+    text = (kernels_dir() / "marlin_layout.cuh").read_text()
     arrays = re.findall(r"constexpr int (\w+)\[\d+\] = \{([\d, ]+)\};", text)
     numbers = re.findall(r"constexpr int (\w+) = (\d+);", text)
     return {name: tuple(map(int, values.split(","))) for name, values in arrays} | {n: int(v) for n, v in numbers}
@@ -38,5 +39,5 @@ def test_scale_positions_invert_the_permutations():
             single = 32 * (column // 32) + marlin.SCALE_PERM_SINGLE.index(column % 32)
             lines.append(f'static_assert(grouped_scale_position({lane}, {m}) == {grouped}, "");')
             lines.append(f'static_assert(single_scale_position({lane}, {m}) == {single}, "");')
-    lines.append(f'extern "C" __global__ void {jit.ENTRY_POINT}() {{}}')
-    assert jit.compile_kernel(jit.KernelSource("layout", "\n".join(lines)), "sm_80").cubin
+    lines.append(f'extern "C" __global__ void {ENTRY_POINT}() {{}}')
+    assert jit.compile_kernel(KernelSource("layout", "\n".join(lines)), "sm_80").cubin

@@ -16,7 +16,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from awq2marlin.checkpoint.names import CONFIG_FILENAME
 from awq2marlin.checkpoint.quantization import MARLIN_QUANT_METHOD, read_marlin_quantization
 from awq2marlin.errors import KernelUnavailableError, Problem, UnavailableError, refuse
-from awq2marlin.gemm.jit import machine_facts
+from awq2marlin.gemm.machine import machine_facts
 from awq2marlin.gemm.module_repack import awq_to_marlin, marlin_to_awq
 from awq2marlin.integrations.transformers.saving import save_format_with
 from awq2marlin.integrations.transformers.skeleton import Headers, Skeleton
