@@ -27,7 +27,9 @@ from pathlib import Path
 import torch
 
 from awq2marlin.gemm import jit, ops
-from awq2marlin.gemm.kernel_configs import GemmProblem, PortableConfig, all_configs, pick_config, with_splits
+from awq2marlin.gemm.families.base import GemmProblem
+from awq2marlin.gemm.families.portable import PortableConfig
+from awq2marlin.gemm.select import all_configs, pick_config
 from awq2marlin.gemm.source import ENTRY_POINT, KernelSource
 
 SHAPES = {  # name: (K, N)
@@ -174,7 +176,7 @@ def _portable_us(
     problem: GemmProblem, a: torch.Tensor, layers: list[tuple[torch.Tensor, ...]], out: torch.Tensor
 ) -> float:
     """Times the kernel that has no Hopper instruction, whole, as a GPU of compute capability 8.0 would run it."""
-    config = with_splits([c for c in all_configs(problem) if isinstance(c, PortableConfig)][-1], 1)
+    config = [each for each in all_configs(problem) if isinstance(each, PortableConfig)][-1]
 
     def launch(i: int) -> torch.Tensor:
         return ops.launch_gemm(config, problem, a, *layers[i % len(layers)], None, out)

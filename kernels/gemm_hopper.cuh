@@ -8,7 +8,7 @@
 // Two mbarriers per stage: `full` says that the copies have arrived, `empty` that all eight multiplying warps are done with them.
 #pragma once
 
-#include "gemm_common.cuh"
+#include "gemm_base.cuh"
 #include "wgmma.cuh"
 
 namespace marlin {

@@ -5,7 +5,7 @@
 // for all tokens of the block. Activations are shared by the block, weights by no two warps.
 #pragma once
 
-#include "gemm_common.cuh"
+#include "gemm_base.cuh"
 
 namespace marlin {
 

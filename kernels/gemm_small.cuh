@@ -9,7 +9,7 @@
 // Scales are not applied to weights but, in fp32, to a group's sum: cheaper, as a group has more rows than a lane has sums.
 #pragma once
 
-#include "gemm_common.cuh"
+#include "gemm_base.cuh"
 
 namespace marlin {
 

@@ -18,7 +18,7 @@ from multiprocessing import get_context
 from awq2marlin.errors import KernelUnavailableError
 from awq2marlin.gemm import jit
 from awq2marlin.gemm.jit import Resources
-from awq2marlin.gemm.kernel_configs import all_sources
+from awq2marlin.gemm.select import all_sources
 from awq2marlin.gemm.source import KernelSource
 
 COMPLETE = ((8, 0), (9, 0))

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from awq2marlin.errors import KernelUnavailableError
+from awq2marlin.gemm.families.base import MIN_CAPABILITY
 from awq2marlin.gemm.jit import INSTALL_COMMAND, check_driver, compiler_version, kernel_cache
-from awq2marlin.gemm.kernel_configs import MIN_CAPABILITY
 from awq2marlin.gemm.source import kernels_dir
 from awq2marlin.io.code_cache import CACHE_VARIABLE, is_private
 

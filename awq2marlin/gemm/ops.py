@@ -11,23 +11,15 @@ import ctypes
 import functools
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
 from awq2marlin.errors import KernelUnavailableError
 from awq2marlin.gemm import cpu, jit
-from awq2marlin.gemm.kernel_configs import (
-    MIN_CAPABILITY,
-    Dtype,
-    GemmConfig,
-    GemmProblem,
-    candidates,
-    grid_of,
-    pick_config,
-    sum_splits_source,
-)
+from awq2marlin.gemm.families.base import MIN_CAPABILITY, Dtype, GemmConfig, GemmProblem, sum_splits_source
+from awq2marlin.gemm.select import pick_config, sources_up_to
 from awq2marlin.gemm.source import KernelSource, repack_source
 from awq2marlin.layout import torch_functions as layout
 from awq2marlin.layout.marlin import ALIGNMENTS, GPTQ_MARLIN_TILE, MARLIN_SUPPORTED_GROUP_SIZES, MARLIN_TILE_N
@@ -133,22 +125,12 @@ def warm_up(
     if qweight.device.type != "cuda":
         raise ValueError(f"qweight is on {qweight.device}; needed: a CUDA device, the only one that needs a warm-up.")
     device = _device(qweight.device.index)
-    sources = _sources_of(_problem(max_tokens, shape, scales.dtype, num_bits, device))
+    sources = sources_up_to(_problem(max_tokens, shape, scales.dtype, num_bits, device))
     with torch.cuda.device(device.index):
         _bind_thread(device.index)
         for source, shared_bytes in sources.items():
             jit.load(source, device.index, device.capability, shared_bytes)
     return len(sources)
-
-
-def _sources_of(largest: GemmProblem) -> dict[KernelSource, int]:
-    """Returns every kernel that a layer may need up to so many tokens, with its shared memory."""
-    sources = {sum_splits_source(largest.dtype): 0}
-    for size_m in (1, 9, 17):  # the least tokens of each set of candidates
-        if size_m <= largest.size_m:
-            for config in candidates(replace(largest, size_m=size_m)):
-                sources[config.source] = config.shared_bytes
-    return sources
 
 
 # ---- checks -----------------------------------------------------------------------------------------------
@@ -547,7 +529,7 @@ def launch_gemm(
         scales.stride(0),
         0 if qzeros is None else qzeros.stride(0),
     )
-    grid = grid_of(config, problem)
+    grid = config.grid(problem)
     cluster = config.num_splits if config.num_splits > 1 and not needs_workspace else 1
     overlaps = problem.has_clusters
     _launch(config.source, device, grid, cluster, config.threads, config.shared_bytes, args, overlaps=overlaps)

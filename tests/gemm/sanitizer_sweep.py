@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 
 from awq2marlin.gemm import ops
-from awq2marlin.gemm.kernel_configs import all_configs, with_splits
+from awq2marlin.gemm.select import all_configs
 from tests.gemm.gemm_cases import random_layer, random_tokens
 
 
@@ -28,7 +28,7 @@ def main() -> None:
                 reductions = [(1, "workspace"), (2, "workspace")] + [(2, "cluster")] * problem.has_clusters
                 for config in all_configs(problem):
                     for num_splits, reduction in reductions:
-                        ops.launch_gemm(with_splits(config, num_splits, reduction), problem, a, *tensors, layer.bias)
+                        ops.launch_gemm(config.with_splits(num_splits, reduction), problem, a, *tensors, layer.bias)
                         launches += 1
             ops.repack_awq(
                 torch.zeros(64, size_n * num_bits // 32, dtype=torch.int32, device="cuda"), num_bits=num_bits

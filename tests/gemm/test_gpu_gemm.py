@@ -7,7 +7,8 @@ import torch
 
 from awq2marlin.errors import KernelUnavailableError
 from awq2marlin.gemm import jit, ops
-from awq2marlin.gemm.kernel_configs import GemmProblem, all_configs, pick_config, with_splits
+from awq2marlin.gemm.families.base import GemmProblem
+from awq2marlin.gemm.select import all_configs, pick_config
 from tests.gemm.gemm_cases import DTYPES, SMALL_SHAPES, Layer, assert_product, random_layer, random_tokens
 from tests.gemm.test_cpu_gemm import CASES, golden
 from tests.gemm.test_linear import loaded_layer
@@ -43,11 +44,11 @@ def run(config, a, layer):
 def variants(problem):
     """Every kernel that serves a problem, whole and split, with either way to sum the splits."""
     for config in all_configs(problem):
-        yield with_splits(config, 1)
-        yield with_splits(config, 3, "workspace")
+        yield config.with_splits(1)
+        yield config.with_splits(3, "workspace")
         if problem.has_clusters:
-            yield with_splits(config, 2, "cluster")
-            yield with_splits(config, 8, "cluster")
+            yield config.with_splits(2, "cluster")
+            yield config.with_splits(8, "cluster")
 
 
 def groups_that_divide(size_k):
@@ -124,7 +125,7 @@ def test_both_ways_to_sum_splits_give_the_same_bits():
         pytest.skip("This GPU has no clusters, so there is one way only.")
     a = random_tokens(16, layer)
     for config in all_configs(problem):
-        outs = [run(with_splits(config, 5, reduction), a, layer) for reduction in ("cluster", "workspace")]
+        outs = [run(config.with_splits(5, reduction), a, layer) for reduction in ("cluster", "workspace")]
         assert torch.equal(*outs), config
 
 
@@ -178,7 +179,7 @@ def test_works_in_a_captured_graph_on_another_stream():
 def test_split_sums_survive_a_captured_graph():
     layer = gpu_layer(1024, 512, 128)
     a = random_tokens(16, layer)
-    config = with_splits(all_configs(problem_of(16, layer))[0], 4, "workspace")
+    config = all_configs(problem_of(16, layer))[0].with_splits(4, "workspace")
     expected = run(config, a, layer)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
