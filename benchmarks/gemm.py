@@ -27,8 +27,10 @@ from pathlib import Path
 import torch
 
 from awq2marlin.gemm import jit, ops
+from awq2marlin.gemm.checks import GemmTensors
 from awq2marlin.gemm.families.base import GemmProblem
 from awq2marlin.gemm.families.portable import PortableConfig
+from awq2marlin.gemm.launch import device_of, launch_gemm, launch_kernel, problem_of
 from awq2marlin.gemm.select import all_configs, pick_config
 from awq2marlin.gemm.source import ENTRY_POINT, KernelSource
 
@@ -94,10 +96,10 @@ def read_bandwidth() -> float:
     source = KernelSource("read", READ_KERNEL)
     blocks = 4 * torch.cuda.get_device_properties(0).multi_processor_count
     arguments = (data.data_ptr(), out.data_ptr(), ctypes.c_longlong(data.numel() // 4))
-    device = ops._device(0)
+    device = device_of(0)
 
     def launch(_: int) -> None:
-        ops._launch(source, device, (blocks, 1, 1), 1, 512, 0, arguments)
+        launch_kernel(source, device, (blocks, 1, 1), 512, arguments)
 
     return data.numel() * 4 / median_us(launch, 2) * 1e6
 
@@ -139,7 +141,7 @@ def time_shape(name: str, sizes_m: list[int], peaks: dict[str, float]) -> list[d
     for size_m in sizes_m:
         a = torch.randn(size_m, size_k, dtype=torch.float16, device="cuda")
         out = torch.empty(size_m, size_n, dtype=torch.float16, device="cuda")
-        problem = ops.problem_of(a, *layers[0])
+        problem = problem_of(GemmTensors(a, *layers[0]))
         config = pick_config(problem)
         floor = 1e6 * max(
             (packed_bytes + 2 * size_m * (size_k + size_n)) / peaks["read_bandwidth"],
@@ -147,7 +149,7 @@ def time_shape(name: str, sizes_m: list[int], peaks: dict[str, float]) -> list[d
         )
 
         def launch(i: int, config=config, problem=problem, a=a, out=out) -> torch.Tensor:  # noqa: ANN001
-            return ops.launch_gemm(config, problem, a, *layers[i % count], None, out)
+            return launch_gemm(config, problem, GemmTensors(a, *layers[i % count]), out)
 
         error = check(launch(0), a, layers[0])
         launches = max(count, 8) if size_m <= 512 else count
@@ -179,7 +181,7 @@ def _portable_us(
     config = [each for each in all_configs(problem) if isinstance(each, PortableConfig)][-1]
 
     def launch(i: int) -> torch.Tensor:
-        return ops.launch_gemm(config, problem, a, *layers[i % len(layers)], None, out)
+        return launch_gemm(config, problem, GemmTensors(a, *layers[i % len(layers)]), out)
 
     check(launch(0), a, layers[0])
     return median_us(launch, len(layers), replays=5)

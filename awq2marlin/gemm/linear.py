@@ -27,8 +27,8 @@ class QuantConfig(Protocol):
 class AWQMarlinLinearMethod:
     """How one linear layer keeps and applies its weights.
 
-    The engine calls :meth:`create_weights`, loads an AWQ checkpoint's tensors into the parameters, calls
-    :meth:`process_weights_after_loading` once, and :meth:`apply` for every forward pass.
+    The engine calls `create_weights`, loads an AWQ checkpoint's tensors into the parameters, calls
+    `process_weights_after_loading` once, and `apply` for every forward pass.
     """
 
     def __init__(self, quant_config: QuantConfig) -> None:
@@ -69,7 +69,7 @@ class AWQMarlinLinearMethod:
         if reason:
             raise ValueError(f"a layer of K = {size_k}, N = {size_n} cannot run on Marlin kernels: {reason}")
         if params_dtype not in config.get_supported_act_dtypes():
-            raise ValueError(f"params_dtype is {params_dtype}; needed: torch.float16 or torch.bfloat16")
+            raise ValueError(f"params_dtype must be torch.float16 or torch.bfloat16, found {params_dtype}")
 
         groups = num_groups(size_k, config.group_size)
         packed_n = size_n // config.pack_factor
@@ -97,7 +97,7 @@ class AWQMarlinLinearMethod:
         """Turns the loaded AWQ tensors into Marlin ones, on the device where they are.
 
         Args:
-            layer: one that :meth:`create_weights` prepared.
+            layer: one that `create_weights` prepared.
 
         Raises:
             RuntimeError: if the layer has been processed before; doing it twice would scramble the weights.
@@ -119,7 +119,7 @@ class AWQMarlinLinearMethod:
         """Returns ``x @ w + bias``.
 
         Args:
-            layer: one that :meth:`process_weights_after_loading` has been through.
+            layer: one that `process_weights_after_loading` has been through.
             x: activations [..., K], of the scales' type.
             bias: [N], or None.
 

@@ -56,7 +56,7 @@ class CodeCache:
     """
 
     def __init__(self, folder: Path, ending: str) -> None:
-        """Uses a folder, which :meth:`put` creates when it must.
+        """Uses a folder, which `put` creates when it must.
 
         Args:
             folder: may be shared with caches of other endings.

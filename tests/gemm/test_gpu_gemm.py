@@ -7,7 +7,9 @@ import torch
 
 from awq2marlin.errors import KernelUnavailableError
 from awq2marlin.gemm import jit, ops
+from awq2marlin.gemm.checks import GemmTensors
 from awq2marlin.gemm.families.base import GemmProblem
+from awq2marlin.gemm.launch import launch_gemm
 from awq2marlin.gemm.select import all_configs, pick_config
 from tests.gemm.gemm_cases import DTYPES, SMALL_SHAPES, Layer, assert_product, random_layer, random_tokens
 from tests.gemm.test_cpu_gemm import CASES, golden
@@ -36,9 +38,8 @@ def problem_of(size_m, layer):
 def run(config, a, layer):
     """Runs a config into poisoned memory: what no block writes stays NaN."""
     out = torch.full((a.shape[0], layer.size_n), float("nan"), dtype=a.dtype, device=a.device)
-    return ops.launch_gemm(
-        config, problem_of(a.shape[0], layer), a, layer.qweight, layer.scales, layer.qzeros, layer.bias, out
-    )
+    tensors = GemmTensors(a, layer.qweight, layer.scales, layer.qzeros, layer.bias, layer.num_bits)
+    return launch_gemm(config, problem_of(a.shape[0], layer), tensors, out)
 
 
 def variants(problem):
@@ -298,9 +299,9 @@ def test_works_under_torch_compile():
 def test_refusals_leave_the_process_working():
     layer = gpu_layer(256, 128, 64)
     a = random_tokens(5, layer)
-    with pytest.raises(ValueError, match="qweight is on cpu and a on cuda:0"):
+    with pytest.raises(ValueError, match="qweight must be on the device of a, cuda:0, found cpu"):
         ops.marlin_gemm(a, layer.qweight.cpu(), layer.scales, layer.qzeros)
-    with pytest.raises(TypeError, match="scales is"):
+    with pytest.raises(TypeError, match="scales must be"):
         ops.marlin_gemm(a, layer.qweight, layer.scales.bfloat16(), layer.qzeros)
     wide = gpu_layer(64, 1 << 20, 64)
     many = random_tokens(1 << 20, wide)

@@ -52,7 +52,9 @@ def test_layer_refuses_shapes_and_types_without_kernels():
     method = AWQMarlinLinearMethod(AWQMarlinConfig(4, 128, True))
     with pytest.raises(ValueError, match="K = 128, N = 48"):
         method.create_weights(torch.nn.Module(), 128, [48], 128, 48, torch.float16)
-    with pytest.raises(ValueError, match=r"params_dtype is torch\.float32"):
+    with pytest.raises(
+        ValueError, match=r"params_dtype must be torch\.float16 or torch\.bfloat16, found torch\.float32"
+    ):
         method.create_weights(torch.nn.Module(), 128, [64], 128, 64, torch.float32)
 
 

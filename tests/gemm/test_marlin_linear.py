@@ -80,5 +80,5 @@ def test_a_layer_that_kernels_do_not_take_is_refused():
 
 def test_activations_of_another_type_are_refused():
     layer = MarlinLinear(128, 64, num_bits=4, group_size=64, dtype=torch.bfloat16)
-    with pytest.raises(TypeError, match=r"scales is torch\.bfloat16; needed: torch\.float16"):
+    with pytest.raises(TypeError, match=r"scales must be torch\.float16, found torch\.bfloat16"):
         layer(torch.zeros(1, 128, dtype=torch.float16))
