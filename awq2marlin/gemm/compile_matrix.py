@@ -64,13 +64,18 @@ def _compile(job: tuple[KernelSource, str]) -> tuple[str, str, list[str], int]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Compiles the matrix and prints what is wrong; returns the exit code."""
+    """Compiles the matrix and prints what is wrong; returns the exit code, 1 also where there is no compiler."""
     parser = argparse.ArgumentParser(prog="python -m awq2marlin.gemm.compile_matrix", description=__doc__)
     parser.add_argument("--full", action="store_true", help="every instantiation for every architecture")
     parser.add_argument("--verbose", action="store_true", help="a line for every kernel")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: the cores)")
     options = parser.parse_args(arguments)
 
+    try:
+        jit.check_compiler()
+    except KernelUnavailableError as exc:
+        print(exc, file=sys.stderr)
+        return 1
     start = time.perf_counter()
     jobs = matrix(full=options.full)
     failed = 0

@@ -89,6 +89,20 @@ def compiler_version() -> str:
     return f"{major}.{minor}"
 
 
+def check_compiler() -> None:
+    """Checks that everything is there that compiling needs.
+
+    Raises:
+        KernelUnavailableError: naming what is missing, and the command that brings it.
+    """
+    compiler_version()
+    try:
+        import cuda.core  # noqa: F401 - whether it can be imported is the question
+    except ImportError as exc:
+        message = f"The package cuda-core cannot be imported ({exc}). To install it: {INSTALL_COMMAND}"
+        raise KernelUnavailableError(message) from exc
+
+
 def compile_kernel(source: KernelSource, arch: str) -> CompiledKernel:
     """Compiles a kernel, past the cache. Needs neither a GPU nor a driver.
 
@@ -99,12 +113,8 @@ def compile_kernel(source: KernelSource, arch: str) -> CompiledKernel:
     Raises:
         KernelUnavailableError: if the compiler is missing or refuses; the message has its words.
     """
-    compiler_version()
-    try:
-        from cuda.core import Program, ProgramOptions
-    except ImportError as exc:
-        message = f"The package cuda-core cannot be imported ({exc}). To install it: {INSTALL_COMMAND}"
-        raise KernelUnavailableError(message) from exc
+    check_compiler()
+    from cuda.core import Program, ProgramOptions
 
     options = ProgramOptions(name=source.name, arch=arch, include_path=str(kernels_dir()), **_COMPILE_OPTIONS)
     log = io.StringIO()
