@@ -39,12 +39,13 @@ if TYPE_CHECKING:
     from awq2marlin.errors import DifferenceError as DifferenceError
     from awq2marlin.errors import ExecutorError as ExecutorError
     from awq2marlin.errors import HubError as HubError
+    from awq2marlin.errors import KernelUnavailableError as KernelUnavailableError
     from awq2marlin.errors import OutputError as OutputError
     from awq2marlin.errors import Problem as Problem
+    from awq2marlin.errors import UnavailableError as UnavailableError
     from awq2marlin.gemm.check import GemmCheck as GemmCheck
     from awq2marlin.gemm.check import GemmRun as GemmRun
     from awq2marlin.gemm.config import AWQMarlinConfig as AWQMarlinConfig
-    from awq2marlin.gemm.jit import KernelUnavailableError as KernelUnavailableError
     from awq2marlin.gemm.linear import AWQMarlinLinearMethod as AWQMarlinLinearMethod
     from awq2marlin.gemm.ops import marlin_gemm as marlin_gemm
     from awq2marlin.gemm.ops import repack_awq as repack_awq
@@ -96,8 +97,10 @@ _HOMES: dict[str, str] = {
             "DifferenceError",
             "ExecutorError",
             "HubError",
+            "KernelUnavailableError",
             "OutputError",
             "Problem",
+            "UnavailableError",
         ],
         "commands.inspect": ["InspectResult", "ModuleInfo", "inspect"],
         "layout.torch_functions": [
@@ -130,7 +133,6 @@ _HOMES: dict[str, str] = {
         ],
         "commands.doctor": ["DoctorResult", "doctor"],
         "gemm.check": ["GemmCheck", "GemmRun"],
-        "gemm.jit": ["KernelUnavailableError"],
         "gemm.linear": ["AWQMarlinLinearMethod"],
         "gemm.ops": ["marlin_gemm", "repack_awq", "warm_up"],
         "layout.modules": ["ModulePlan"],

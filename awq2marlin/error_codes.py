@@ -182,6 +182,7 @@ ERROR_CODES: Mapping[str, Advice] = {
         "the config says AWQ, but no tensor is a `qweight`",
         "the config does not belong to these shards; download both again",
     ),
+    "no-torch": Advice("`doctor`: PyTorch cannot be imported", "install PyTorch, or repair the installation"),
     "no-weights": Advice("the folder holds no safetensors file", "download the checkpoint completely"),
     "no-workers": Advice("`--dask`: the cluster has no workers", "start some"),
     "not-a-file": Advice("something that must be a file is a folder, a pipe or a device", "put the file there"),

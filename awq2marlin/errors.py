@@ -135,6 +135,23 @@ class HubError(Awq2MarlinError):
     """The Hub, its client or the network refused: not found, no access, no connection, too many requests."""
 
 
+class UnavailableError(Awq2MarlinError):
+    """This machine lacks what was asked for: a GPU, the kernels' compiler, Matplotlib, memory on the GPU."""
+
+
+class KernelUnavailableError(UnavailableError, RuntimeError):
+    """A kernel cannot be compiled, loaded or used here; the message says why and what mends it."""
+
+    def __init__(self, message: str) -> None:
+        """Takes the message; its code is ``no-kernel``."""
+        super().__init__(Problem("", "", "no-kernel", message))
+        self.args = (message,)  # what a copy is made from
+
+    def __str__(self) -> str:
+        """Returns the message as it is: a compiler's words have lines of their own."""
+        return self.problems[0].message
+
+
 class DifferenceError(Awq2MarlinError):
     """A comparison found a difference."""
 

@@ -27,7 +27,12 @@ from pathlib import Path
 import torch
 
 from awq2marlin.gemm import jit, ops
-from awq2marlin.gemm.kernel_configs import GemmProblem, PortableConfig, all_configs, pick_config, with_splits
+from awq2marlin.gemm.checks import GemmTensors
+from awq2marlin.gemm.families.base import GemmProblem
+from awq2marlin.gemm.families.portable import PortableConfig
+from awq2marlin.gemm.launch import device_of, launch_gemm, launch_kernel, problem_of
+from awq2marlin.gemm.select import all_configs, pick_config
+from awq2marlin.gemm.source import ENTRY_POINT, KernelSource
 
 SHAPES = {  # name: (K, N)
     "8B qkv": (4096, 6144),
@@ -46,7 +51,7 @@ MAX_RELATIVE_ERROR = 1e-3  # fp16 results of fp16 inputs come to 2e-4 to 4e-4
 
 READ_KERNEL = f"""\
 using u32 = unsigned int;
-extern "C" __global__ void __launch_bounds__(512) {jit.ENTRY_POINT}(const uint4* from, u32* to, long long count) {{
+extern "C" __global__ void __launch_bounds__(512) {ENTRY_POINT}(const uint4* from, u32* to, long long count) {{
   u32 sum = 0;
   const long long stride = (long long)gridDim.x * blockDim.x;
   long long i = (long long)blockIdx.x * blockDim.x + threadIdx.x;
@@ -88,13 +93,13 @@ def read_bandwidth() -> float:
     """Returns bytes per second of a kernel that only reads 4 GiB."""
     data = torch.randint(-(2**31), 2**31, (1 << 30,), dtype=torch.int32, device="cuda")
     out = torch.zeros(1, dtype=torch.int32, device="cuda")
-    source = jit.KernelSource("read", READ_KERNEL)
+    source = KernelSource("read", READ_KERNEL)
     blocks = 4 * torch.cuda.get_device_properties(0).multi_processor_count
     arguments = (data.data_ptr(), out.data_ptr(), ctypes.c_longlong(data.numel() // 4))
-    device = ops._device(0)
+    device = device_of(0)
 
     def launch(_: int) -> None:
-        ops._launch(source, device, (blocks, 1, 1), 1, 512, 0, arguments)
+        launch_kernel(source, device, (blocks, 1, 1), 512, arguments)
 
     return data.numel() * 4 / median_us(launch, 2) * 1e6
 
@@ -136,7 +141,7 @@ def time_shape(name: str, sizes_m: list[int], peaks: dict[str, float]) -> list[d
     for size_m in sizes_m:
         a = torch.randn(size_m, size_k, dtype=torch.float16, device="cuda")
         out = torch.empty(size_m, size_n, dtype=torch.float16, device="cuda")
-        problem = ops.problem_of(a, *layers[0])
+        problem = problem_of(GemmTensors(a, *layers[0]))
         config = pick_config(problem)
         floor = 1e6 * max(
             (packed_bytes + 2 * size_m * (size_k + size_n)) / peaks["read_bandwidth"],
@@ -144,7 +149,7 @@ def time_shape(name: str, sizes_m: list[int], peaks: dict[str, float]) -> list[d
         )
 
         def launch(i: int, config=config, problem=problem, a=a, out=out) -> torch.Tensor:  # noqa: ANN001
-            return ops.launch_gemm(config, problem, a, *layers[i % count], None, out)
+            return launch_gemm(config, problem, GemmTensors(a, *layers[i % count]), out)
 
         error = check(launch(0), a, layers[0])
         launches = max(count, 8) if size_m <= 512 else count
@@ -173,10 +178,10 @@ def _portable_us(
     problem: GemmProblem, a: torch.Tensor, layers: list[tuple[torch.Tensor, ...]], out: torch.Tensor
 ) -> float:
     """Times the kernel that has no Hopper instruction, whole, as a GPU of compute capability 8.0 would run it."""
-    config = with_splits([c for c in all_configs(problem) if isinstance(c, PortableConfig)][-1], 1)
+    config = [each for each in all_configs(problem) if isinstance(each, PortableConfig)][-1]
 
     def launch(i: int) -> torch.Tensor:
-        return ops.launch_gemm(config, problem, a, *layers[i % len(layers)], None, out)
+        return launch_gemm(config, problem, GemmTensors(a, *layers[i % len(layers)]), out)
 
     check(launch(0), a, layers[0])
     return median_us(launch, len(layers), replays=5)

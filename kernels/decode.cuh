@@ -1,8 +1,9 @@
 // From packed integers to 16-bit floating point, exactly.
 //
-// An unsigned integer ORed into the mantissa of a power of two is that power plus the integer: no conversion instruction
-// is needed. Subtracting (power + zero point) leaves q - z. Both sides are integers below 2048 (fp16) or 256 (bf16), so
-// the difference is exact, whatever the zero point. (Kim, Henry, Fahim, Awadalla: "Who says elephants can't run", 2022.)
+// An unsigned integer ORed into the mantissa of a power of two is that power plus the integer: no conversion
+// instruction is needed. Subtracting (power + zero point) leaves q - z. Both sides are integers below 2048 (fp16) or
+// 256 (bf16), so the difference is exact, whatever the zero point. (Kim, Henry, Fahim, Awadalla: "Who says elephants
+// can't run", 2022.)
 #pragma once
 
 #include "ptx.cuh"
@@ -88,7 +89,8 @@ struct Decoder<Half, 8> {
 
 template <>
 struct Decoder<Bfloat16, 8> {
-  // Eight bits do not fit beside a power of two in bf16's seven: the way goes through fp32. |q - z| <= 255 is exact in bf16.
+  // Eight bits do not fit beside a power of two in bf16's seven: the way goes through fp32. |q - z| <= 255 is exact in
+  // bf16.
   struct Offsets {
     float low[2];  // 2^23 + z for columns c and c + 8
   };
@@ -100,8 +102,10 @@ struct Decoder<Bfloat16, 8> {
   static __device__ __forceinline__ void decode(u32 (&frag)[4], const u32* words, const Offsets& z) {
 #pragma unroll
     for (int column = 0; column < 2; ++column) {
-      frag[column] = pack2(Bfloat16{}, value<0>(words[column], z.low[column]), value<2>(words[column], z.low[column]));
-      frag[column + 2] = pack2(Bfloat16{}, value<1>(words[column], z.low[column]), value<3>(words[column], z.low[column]));
+      const u32 word = words[column];
+      const float zero = z.low[column];
+      frag[column] = pack2(Bfloat16{}, value<0>(word, zero), value<2>(word, zero));
+      frag[column + 2] = pack2(Bfloat16{}, value<1>(word, zero), value<3>(word, zero));
     }
   }
 

@@ -1,14 +1,15 @@
 // The GEMM for many tokens on compute capability 9.0: wgmma, fed by a warpgroup that does nothing but copy.
 //
-// A block computes 256 columns by 32, 64 or 128 tokens. Each of a warpgroup's four warps takes one tile of 64 columns, and block j
-// of the four tiles together is one m64 operand A, transposed and in registers: a lane's words serve without a shuffle. The first
-// warpgroup multiplies blocks 0 and 1 of every tile, the second blocks 2 and 3, so each weight is decoded once per block.
-// Operand B is the tokens, in shared memory with 128-byte swizzle.
+// A block computes 256 columns by 32 to 128 tokens. Each of a warpgroup's four warps takes one tile of 64 columns,
+// and block j of the four tiles together is one m64 operand A, transposed and in registers: a lane's words serve
+// without a shuffle. The first warpgroup multiplies blocks 0 and 1 of every tile, the second blocks 2 and 3, so each
+// weight is decoded once per block. Operand B is the tokens, in shared memory with 128-byte swizzle.
 //
-// Two mbarriers per stage: `full` says that the copies have arrived, `empty` that all eight multiplying warps are done with them.
+// Two mbarriers per stage: `full` says that the copies have arrived, `empty` that all eight multiplying warps are done
+// with them.
 #pragma once
 
-#include "gemm_common.cuh"
+#include "gemm_base.cuh"
 #include "wgmma.cuh"
 
 namespace marlin {
@@ -34,7 +35,7 @@ class HopperGemm {
   static constexpr int kBatches = kStageRows / kBatchRows;
   static constexpr int kSums = kTokens / 2;                      // accumulators of a lane in one m64 operand
   static_assert(kBatches == 2, "registers of one batch are free once the next is under way");
-  static_assert(kTokens == 32 || kTokens == 64 || kTokens == 128, "wgmma.cuh has these widths");
+  static_assert(kHasWgmma<kTokens>, "wgmma.cuh has no instruction of this width");
   static_assert(kStageRows * 2 == 128, "a row of tokens is one 128-byte swizzle line");
 
   static constexpr int kRowChunks = kStageRows / 8;              // of 16 bytes, XOR-swizzled as wgmma wants
@@ -51,8 +52,8 @@ class HopperGemm {
 
  public:
   static constexpr int kThreads = (kMathWarps + kCopyWarps) * kWarpLanes;
-  // A multiprocessor has 65536 registers: 168 for each of these threads, in multiples of 8, or 80 when it holds two blocks.
-  // Few sums leave room for two, whose decoding hides each other's waiting.
+  // A multiprocessor has 65536 registers: 168 for each of these threads, in multiples of 8, or 80 when it holds two
+  // blocks. Few sums leave room for two, whose decoding hides each other's waiting.
   static_assert(kResidentBlocks == 1 || (kResidentBlocks == 2 && kTokens == 32), "the sums must fit the registers");
   static constexpr int kEntryRegisters = kResidentBlocks == 2 ? 80 : 168;
   static constexpr int kCopyRegisters = kResidentBlocks == 2 ? 32 : 56;
@@ -123,7 +124,7 @@ class HopperGemm {
     }
   };
 
-  // ---- the copying warps ---------------------------------------------------------------------------------------------
+  // ---- the copying warps --------------------------------------------------------------------------------------------
 
   // What one copying thread fetches for every stage. Pointers move on; nothing is computed twice.
   struct Copier {
@@ -165,16 +166,18 @@ class HopperGemm {
   __device__ __forceinline__ void copy_stage(Copier& copier, u32 slot_offset) const {
 #pragma unroll
     for (int i = 0; i < kActLoads; ++i)
-      cp_async_16(copier.act_sh_wr + slot_offset + i * (kRoundTokens * kRowChunks * 16), copier.act_gl_rd + copier.token_offsets[i]);
+      cp_async_16(copier.act_sh_wr + slot_offset + i * (kRoundTokens * kRowChunks * 16),
+                  copier.act_gl_rd + copier.token_offsets[i]);
     copier.act_gl_rd += kStageRows;
 #pragma unroll
     for (int i = 0; i < kStageTiles; ++i) {
-      copy_tile<kBits>(copier.weights_sh_wr + slot_offset + i * (kWarpgroupWarps * L::kTileWords * 4), copier.weights_gl_rd, lane);
+      copy_tile<kBits>(copier.weights_sh_wr + slot_offset + i * (kWarpgroupWarps * L::kTileWords * 4),
+                       copier.weights_gl_rd, lane);
       copier.weights_gl_rd += args.qweight_stride;
     }
   }
 
-  // ---- the multiplying warps ------------------------------------------------------------------------------------------
+  // ---- the multiplying warps ----------------------------------------------------------------------------------------
 
   __device__ __forceinline__ void multiply(Sums& sums, StepRange range) const {
     const GroupReader<T, kBits> groups(args, tile_n(warp % kWarpgroupWarps), lane);
@@ -210,9 +213,11 @@ class HopperGemm {
 #pragma unroll
         for (int i = 0; i < kBatchTiles; ++i)
 #pragma unroll
-          for (int b = 0; b < kBlocks; ++b) wgmma(T{}, sums.v[b], weight[batch][i][b], act + 2 * (batch * kBatchTiles + i));
+          for (int b = 0; b < kBlocks; ++b)
+            wgmma(T{}, sums.v[b], weight[batch][i][b], act + 2 * (batch * kBatchTiles + i));
         wgmma_commit();
-        wgmma_wait<1>();  // the batch before is done: its registers are free, and after a stage's last batch so is its slot
+        // The batch before is done: its registers are free, and after a stage's last batch so is its slot.
+        wgmma_wait<1>();
         if (batch == 0) {
           __syncwarp();  // all lanes have read their words
           if (step > range.begin && lane == 0) mbarrier_arrive(empty(released));
@@ -234,8 +239,8 @@ class HopperGemm {
     for (int i = 0; i < kStageTiles; ++i) load_shared(words[i], tile_sh(slot, i, 0) + place);
   }
 
-  static __device__ __forceinline__ void decode_batch(u32 (&weight)[kBatchTiles][kBlocks][4], const u32 (*words)[kWords],
-                                                      const Constants& constants) {
+  static __device__ __forceinline__ void decode_batch(u32 (&weight)[kBatchTiles][kBlocks][4],
+                                                      const u32 (*words)[kWords], const Constants& constants) {
 #pragma unroll
     for (int i = 0; i < kBatchTiles; ++i)
 #pragma unroll
@@ -245,7 +250,8 @@ class HopperGemm {
       }
   }
 
-  __device__ __forceinline__ Constants prepare(const GroupReader<T, kBits>& groups, const LaneGroup<kBits>& group) const {
+  __device__ __forceinline__ Constants prepare(const GroupReader<T, kBits>& groups,
+                                               const LaneGroup<kBits>& group) const {
     Constants constants;
 #pragma unroll
     for (int b = 0; b < kBlocks; ++b) {
@@ -272,11 +278,12 @@ class HopperGemm {
         for (int t = 0; t < kTokens / 8; ++t)
 #pragma unroll
           for (int i = 0; i < 2; ++i)
-            tile.at(8 * t + 2 * (lane % 4) + i, w * kTileColumns + lane / 4 + 8 * m) = scale * sums.v[b][4 * t + 2 * half + i];
+            tile.at(8 * t + 2 * (lane % 4) + i, w * kTileColumns + lane / 4 + 8 * m) =
+                scale * sums.v[b][4 * t + 2 * half + i];
       }
   }
 
-  // ---- where things are -------------------------------------------------------------------------------------------------
+  // ---- where things are ---------------------------------------------------------------------------------------------
 
   // Tiles past the last column repeat the last: what comes of them is not stored.
   __device__ __forceinline__ int tile_n(int w) const {

@@ -1,11 +1,11 @@
 // The GEMM for any number of tokens on any GPU from compute capability 8.0: mma.m16n8k16 and cp.async.
 //
-// As in gemm_small.cuh the transposed weight is operand A. A block computes 256 columns by 32 or 64 tokens: four warps side by
-// side own a tile of 64 columns each, and two such rows of warps share the rows of every stage. So a weight is decoded once
-// for all tokens of the block. Activations are shared by the block, weights by no two warps.
+// As in gemm_small.cuh the transposed weight is operand A. A block computes 256 columns by 32 or 64 tokens: four warps
+// side by side own a tile of 64 columns each, and two such rows of warps share the rows of every stage. So a weight is
+// decoded once for all tokens of the block. Activations are shared by the block, weights by no two warps.
 #pragma once
 
-#include "gemm_common.cuh"
+#include "gemm_base.cuh"
 
 namespace marlin {
 
@@ -72,8 +72,8 @@ class PortableGemm {
     }
   }
 
-  // Copies run kStages - 1 ahead. One barrier a stage: behind it the stage has arrived for all, and all are done with the one
-  // before, which is the next to be filled.
+  // Copies run kStages - 1 ahead. One barrier a stage: behind it the stage has arrived for all, and all are done with
+  // the one before, which is the next to be filled.
   __device__ __forceinline__ void sum_rows() {
     const StepRange range = split_steps(args.size_k / kStageRows, blockIdx.x, args.num_splits);
     LaneGroup<kBits> group, next_group;
@@ -115,7 +115,8 @@ class PortableGemm {
   __device__ __forceinline__ void multiply(int slot, const LaneGroup<kBits>& group) {
     u32 act[kTokenTiles][4];  // operand B of both tiles
 #pragma unroll
-    for (int t = 0; t < kTokenTiles; ++t) ldmatrix_x4(act[t], act_sh_rd + slot * kStageBytes + t * (8 * kRowChunks * 16));
+    for (int t = 0; t < kTokenTiles; ++t)
+      ldmatrix_x4(act[t], act_sh_rd + slot * kStageBytes + t * (8 * kRowChunks * 16));
     u32 words[kWarpTiles][L::kLaneWords];
 #pragma unroll
     for (int i = 0; i < kWarpTiles; ++i) load_lane_words<kBits>(words[i], tile_sh(slot, i), lane);
@@ -134,7 +135,8 @@ class PortableGemm {
     }
   }
 
-  // The rows of warps add up one after the other, in the order of K. Lane l holds columns l/4 + 8 m, tokens 8 t + 2 (l mod 4), + 1.
+  // The rows of warps add up one after the other, in the order of K. Lane l holds columns l/4 + 8 m, tokens 8 t + 2 (l
+  // mod 4), + 1.
   __device__ __forceinline__ void deposit(const SumTile<kColumns>& tile) const {
 #pragma unroll
     for (int turn = 0; turn < kWarpsK; ++turn) {

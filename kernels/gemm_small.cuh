@@ -1,15 +1,16 @@
 // The GEMM for few tokens (up to 8, or 16), where reading the weights is all the time there is.
 //
-// The transposed weight is operand A of mma.m16n8k16, the tokens are its 8 columns. A warp owns one tile of 64 columns. It copies
-// the weights of every step ahead to shared memory that no other warp looks at, and a lane reads from there what the tensor core
-// wants: many bytes in flight, few registers, no barrier. Few registers also leave room for the blocks of the next launch, which
-// may be set up meanwhile.
-// The warps of a block share the rows, and so do the blocks of a split; nothing is summed across warps before the end.
+// The transposed weight is operand A of mma.m16n8k16, the tokens are its 8 columns. A warp owns one tile of 64 columns.
+// It copies the weights of every step ahead to shared memory that no other warp looks at, and a lane reads from there
+// what the tensor core wants: many bytes in flight, few registers, no barrier. Few registers also leave room for the
+// blocks of the next launch, which may be set up meanwhile. The warps of a block share the rows, and so do the blocks
+// of a split; nothing is summed across warps before the end.
 //
-// Scales are not applied to weights but, in fp32, to a group's sum: cheaper, as a group has more rows than a lane has sums.
+// Scales are not applied to weights but, in fp32, to a group's sum: cheaper, as a group has more rows than a lane has
+// sums.
 #pragma once
 
-#include "gemm_common.cuh"
+#include "gemm_base.cuh"
 
 namespace marlin {
 
@@ -101,7 +102,8 @@ class SmallGemm {
       now = next;
       if (step + kWarps < range.end) read_groups(next, step + kWarps);
       cp_async_wait<kStages - 2>();
-      __syncwarp();  // the step is there for all lanes, and all are done with the one before, the next to be overwritten
+      // The step is there for all lanes, and all are done with the one before, the next to be overwritten.
+      __syncwarp();
       fetch(step + (kStages - 1) * kWarps, range.end, slot == 0 ? kStages - 1 : slot - 1);
       multiply(slot, now);
       slot = slot == kStages - 1 ? 0 : slot + 1;
@@ -112,7 +114,8 @@ class SmallGemm {
 
   __device__ __forceinline__ void read_groups(Groups& into, int step) const {
 #pragma unroll
-    for (int i = 0; i < kStepGroups; ++i) groups.read(into.of[i], (step * kStepRows + i * kScaledRows) / kGroupSize, lane);
+    for (int i = 0; i < kStepGroups; ++i)
+      groups.read(into.of[i], (step * kStepRows + i * kScaledRows) / kGroupSize, lane);
   }
 
   __device__ __forceinline__ void fetch(int step, int end, int slot) const {
@@ -152,7 +155,8 @@ class SmallGemm {
         u32 weight[4];
         D::decode(weight, words + j * L::kBlockWords, D::offsets(groups.zeros(group, j)));
 #pragma unroll
-        for (int t = 0; t < kTokenTiles; ++t) mma(T{}, partial[t][j], weight, act[t][2 * (i % 2)], act[t][2 * (i % 2) + 1]);
+        for (int t = 0; t < kTokenTiles; ++t)
+          mma(T{}, partial[t][j], weight, act[t][2 * (i % 2)], act[t][2 * (i % 2) + 1]);
       }
       if (i % kScaledTiles == kScaledTiles - 1) add_scaled(partial, group);
     }
@@ -163,7 +167,8 @@ class SmallGemm {
     for (int i = 0; i < kTokenTiles * kTileBlocks * 4; ++i) (&partial[0][0][0])[i] = 0.f;
   }
 
-  __device__ __forceinline__ void add_scaled(const float (&partial)[kTokenTiles][kTileBlocks][4], const LaneGroup<kBits>& group) {
+  __device__ __forceinline__ void add_scaled(const float (&partial)[kTokenTiles][kTileBlocks][4],
+                                             const LaneGroup<kBits>& group) {
 #pragma unroll
     for (int j = 0; j < kTileBlocks; ++j) {
       const u32 scales = groups.scales(group, j);
@@ -197,9 +202,9 @@ class SmallGemm {
     return sum;
   }
 
-  // The warps' sums, and those of the blocks that share the columns, added up in the order of K: out, or to the workspace.
-  // Within a cluster block r finishes every num_splits-th four columns from the r-th on; the others write their parts of
-  // those into its shared memory, each to a place of its own, so that one barrier is enough.
+  // The warps' sums, and those of the blocks that share the columns, added up in the order of K: out, or to the
+  // workspace. Within a cluster block r finishes every num_splits-th four columns from the r-th on; the others write
+  // their parts of those into its shared memory, each to a place of its own, so that one barrier is enough.
   static __device__ __forceinline__ void finish(const GemmArguments& args, unsigned char* shared) {
     const int split = blockIdx.x, first_column = blockIdx.y * kTileColumns;
     const int quads = min(args.size_m, kTokens) * kQuads;

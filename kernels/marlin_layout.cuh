@@ -1,6 +1,6 @@
 // The Marlin layout in numbers. README.md beside this file explains them, with pictures.
 //
-// awq2marlin holds the same constants in Python; tests/kernels/test_layout_header.py compares the two.
+// awq2marlin holds the same constants in Python; tests/gemm/test_layout_header.py compares the two.
 #pragma once
 
 using u16 = unsigned short;

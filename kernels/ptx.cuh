@@ -127,7 +127,7 @@ __host__ __device__ constexpr u32 ones(Bfloat16) { return 0x3f803f80u; }
 __device__ __forceinline__ u32 low_twice(u32 v) { return __byte_perm(v, v, 0x1010); }
 __device__ __forceinline__ u32 high_twice(u32 v) { return __byte_perm(v, v, 0x3232); }
 
-// ---- tensor cores, any compute capability from 8.0 --------------------------------------------------------------------
+// ---- tensor cores, any compute capability from 8.0 ------------------------------------------------------------------
 
 // d[16, 8] += a[16, 16] @ b[16, 8]
 __device__ __forceinline__ void mma(Half, float (&d)[4], const u32 (&a)[4], u32 b0, u32 b1) {
@@ -143,7 +143,7 @@ __device__ __forceinline__ void mma(Bfloat16, float (&d)[4], const u32 (&a)[4], 
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
 
-// ---- thread block clusters, compute capability 9.0 and newer ------------------------------------------------------------
+// ---- thread block clusters, compute capability 9.0 and newer --------------------------------------------------------
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
 #define MARLIN_HAS_CLUSTERS 1
@@ -172,7 +172,9 @@ __device__ __forceinline__ F32x4 load_cluster(u32 address) {
 }
 
 // That a block of the cluster runs at all must be known before its memory is written: say so early, ask late.
-__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory"); }
+__device__ __forceinline__ void cluster_arrive() {
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+}
 __device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.aligned;" ::: "memory"); }
 // A last barrier before blocks leave: it orders no memory.
 __device__ __forceinline__ void cluster_leave() {
@@ -180,11 +182,13 @@ __device__ __forceinline__ void cluster_leave() {
   cluster_wait();
 }
 __device__ __forceinline__ void store_cluster(u32 address, F32x4 v) {
-  asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(address), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w)
+  asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};"
+               :
+               : "r"(address), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w)
                : "memory");
 }
 
-// ---- mbarriers ----------------------------------------------------------------------------------------------------------
+// ---- mbarriers ------------------------------------------------------------------------------------------------------
 
 __device__ __forceinline__ void mbarrier_init(u32 barrier, u32 arrivals) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(arrivals) : "memory");
@@ -210,13 +214,14 @@ __device__ __forceinline__ void mbarrier_wait(u32 barrier, u32 parity) {
       "r"(parity)
       : "memory");
 }
-// What this thread wrote to shared memory, or saw written, becomes visible to its wgmma, which read through another proxy.
+// What this thread wrote to shared memory, or saw written, becomes visible to its wgmma, which read through another
+// proxy.
 __device__ __forceinline__ void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 #else
 #define MARLIN_HAS_CLUSTERS 0
 #endif
 
-// ---- programmatic dependent launch: no-ops before compute capability 9.0, or when the launch did not ask for it -------------
+// ---- programmatic dependent launch: no-ops before compute capability 9.0, or when the launch did not ask for it -----
 
 // The next kernel of the stream may be set up while this one still runs.
 __device__ __forceinline__ void start_next_launch() {
@@ -224,7 +229,8 @@ __device__ __forceinline__ void start_next_launch() {
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
 }
-// Until the kernel before us is through and its writes can be seen. Nothing may be read or written earlier, only prefetched.
+// Until the kernel before us is through and its writes can be seen. Nothing may be read or written earlier, only
+// prefetched.
 __device__ __forceinline__ void wait_for_last_launch() {
 #if MARLIN_HAS_CLUSTERS
   asm volatile("griddepcontrol.wait;" ::: "memory");

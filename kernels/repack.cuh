@@ -1,8 +1,8 @@
 // AWQ -> Marlin: the same values, spread the way README.md shows. Reads and writes every byte once, 16 at a time.
 //
-// A thread serves the four rows 2q, 2q+1, 2q+8, 2q+9 of a tile (q = 0..3), from which the lanes 4i + q (i = 0..7) take all that
-// they own. Within 16 columns (4 bits), the eight words that it read and the eight that it writes are an 8x8 matrix of nibbles
-// and its transpose; with 8 bits, 4x4 bytes.
+// A thread serves the four rows 2q, 2q+1, 2q+8, 2q+9 of a tile (q = 0..3), from which the lanes 4i + q (i = 0..7) take
+// all that they own. Within 16 columns (4 bits), the eight words that it read and the eight that it writes are an 8x8
+// matrix of nibbles and its transpose; with 8 bits, 4x4 bytes.
 #pragma once
 
 #include "ptx.cuh"
@@ -69,7 +69,8 @@ struct Repack {
   }
 
  private:
-  // Field f of a target word is value kInterleave[f]: of the rows' values v0, v1, v2, v3 (and v4 .. v7, eight columns on).
+  // Field f of a target word is value kInterleave[f]: of the rows' values v0, v1, v2, v3 (and v4 .. v7, eight columns
+  // on).
   static __device__ __forceinline__ void spread(const u32 (&words)[4][8], u32* lane_gl_wr) {
     u32 out[8][kTileBlocks];
 #pragma unroll

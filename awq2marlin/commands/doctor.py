@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
-import torch
+from awq2marlin.errors import Problem, UnavailableError
+from awq2marlin.gemm.machine import Lack, MachineFacts, machine_facts
 
-from awq2marlin.gemm.jit import Lack, MachineFacts, machine_facts
+if TYPE_CHECKING:
+    from types import ModuleType
 
 
 @dataclass(frozen=True)
@@ -31,13 +34,22 @@ class DoctorResult:
 
 
 def doctor() -> DoctorResult:
-    """Looks at this machine. Converting, verifying values and reverting need nothing of what it looks for."""
+    """Looks at this machine. Converting, verifying values and reverting need nothing of what it looks for.
+
+    Raises:
+        UnavailableError: if PyTorch, which this package installs, cannot be imported: there is nothing to look with.
+    """
+    try:
+        import torch
+    except (ImportError, OSError) as exc:  # OSError: a library of its own that cannot be loaded
+        message = f"PyTorch cannot be imported ({exc}). To install it: pip install torch"
+        raise UnavailableError(Problem("", "", "no-torch", message)) from exc
     machine = machine_facts()
-    lacks = (*machine.lacks, *_torch_lacks(machine))
+    lacks = (*machine.lacks, *_torch_lacks(torch, machine))
     return DoctorResult(torch.__version__, torch.version.cuda, replace(machine, lacks=lacks))
 
 
-def _torch_lacks(machine: MachineFacts) -> list[Lack]:
+def _torch_lacks(torch: ModuleType, machine: MachineFacts) -> list[Lack]:
     if torch.version.cuda is None:
         return [
             Lack(

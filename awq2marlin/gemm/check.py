@@ -15,9 +15,9 @@ from typing import Any
 import torch
 
 from awq2marlin.checkpoint.counterparts import Counterparts
-from awq2marlin.errors import difference, refuse
+from awq2marlin.errors import KernelUnavailableError, Problem, UnavailableError, difference
 from awq2marlin.formats.base import element_type
-from awq2marlin.gemm.jit import KernelUnavailableError, telling
+from awq2marlin.gemm.jit import on_compile
 from awq2marlin.gemm.ops import marlin_gemm
 from awq2marlin.io.tensors import TensorFiles
 from awq2marlin.layout.modules import ModulePlan, module_name
@@ -83,16 +83,16 @@ def pick_device(device: str) -> str:
         device: ``cuda``, ``cpu``, or ``auto`` for the GPU if there is one.
 
     Raises:
-        CheckpointError: if a GPU is asked for that is not there.
+        UnavailableError: if a GPU is asked for that is not there.
     """
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
-        raise refuse(
-            "no-gpu",
+        message = (
             "--device cuda needs a GPU that PyTorch can use; 'awq2marlin doctor' tells what is missing, and "
-            "--device cpu uses the exact CPU reference",
+            "--device cpu uses the exact CPU reference"
         )
+        raise UnavailableError(Problem("", "", "no-gpu", message))
     return device
 
 
@@ -117,7 +117,7 @@ def check_modules(
 
     Raises:
         DifferenceError: naming the first module, row and column that differ.
-        CheckpointError: if the device is not there or has not enough memory, or the kernel cannot be compiled or run
+        UnavailableError: if the device is not there or has not enough memory, or the kernel cannot be compiled or run
             on it.
     """
     chosen = pick_device(device)
@@ -128,13 +128,13 @@ def check_modules(
     checks = []
     for module in modules:
         try:
-            with telling(progress.note):
+            with on_compile(progress.note):
                 checks.append(_check_module(module, counterparts, source, output, chosen))
         except KernelUnavailableError as error:
-            raise refuse("no-kernel", str(error), tensor=module.name) from None
+            raise UnavailableError(Problem("", module.name, "no-kernel", str(error))) from None
         except torch.cuda.OutOfMemoryError as error:
             message = f"{name} has not enough memory to run it: {str(error).splitlines()[0]}"
-            raise refuse("out-of-memory", message, tensor=module.name) from None
+            raise UnavailableError(Problem("", module.name, "out-of-memory", message)) from None
         progress.advance(_qweight_bytes(module, counterparts, source))
     progress.finish()
     return GemmRun(chosen, name, tuple(checks))

@@ -15,9 +15,11 @@ from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 
+from awq2marlin.errors import KernelUnavailableError
 from awq2marlin.gemm import jit
-from awq2marlin.gemm.jit import KernelSource, Resources
-from awq2marlin.gemm.kernel_configs import all_sources
+from awq2marlin.gemm.jit import Resources
+from awq2marlin.gemm.select import all_sources
+from awq2marlin.gemm.source import KernelSource
 
 COMPLETE = ((8, 0), (9, 0))
 SAMPLED = ((8, 6), (8, 9), (10, 0), (12, 0))
@@ -56,19 +58,24 @@ def _compile(job: tuple[KernelSource, str]) -> tuple[str, str, list[str], int]:
     source, arch = job
     try:
         resources = jit.compile_kernel(source, arch).resources
-    except jit.KernelUnavailableError as exc:
+    except KernelUnavailableError as exc:
         return source.name, arch, [str(exc)], 0
     return source.name, arch, faults_of(resources), resources.registers
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Compiles the matrix and prints what is wrong; returns the exit code."""
+    """Compiles the matrix and prints what is wrong; returns the exit code, 1 also where there is no compiler."""
     parser = argparse.ArgumentParser(prog="python -m awq2marlin.gemm.compile_matrix", description=__doc__)
     parser.add_argument("--full", action="store_true", help="every instantiation for every architecture")
     parser.add_argument("--verbose", action="store_true", help="a line for every kernel")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: the cores)")
     options = parser.parse_args(arguments)
 
+    try:
+        jit.check_compiler()
+    except KernelUnavailableError as exc:
+        print(exc, file=sys.stderr)
+        return 1
     start = time.perf_counter()
     jobs = matrix(full=options.full)
     failed = 0

@@ -86,12 +86,13 @@ class AWQMarlinConfig:
         """Returns the files beside ``config.json`` in which older tools kept the quantization config."""
         return list(LEGACY_CONFIG_FILENAMES)
 
-    def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> AWQMarlinLinearMethod | None:
+    def get_quant_method(self, layer: torch.nn.Module, prefix: str = "") -> AWQMarlinLinearMethod | None:
         """Returns how a layer keeps and applies its weights, or None for one that is not quantized.
 
         Args:
             layer: of the engine: a ``torch.nn.Linear`` or a class derived from one called ``LinearBase``.
-            prefix: its full name; the output embedding and `modules_to_not_convert` are left alone.
+            prefix: its full name, as far as the engine tells it; the output embedding and `modules_to_not_convert`
+                are left alone.
         """
         import torch
 

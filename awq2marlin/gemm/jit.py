@@ -1,4 +1,4 @@
-"""Compiles the CUDA kernels when they are first needed, and keeps what it compiled.
+"""Compiles the CUDA kernels when they are first needed, keeps what it compiled, and loads it.
 
 NVRTC, NVIDIA's compiler library, comes as a wheel: no CUDA toolkit is needed, and to compile (without
 running) neither a GPU nor a driver. A compiled kernel goes to a folder that all processes share, under a
@@ -9,52 +9,29 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import importlib.metadata
 import io
-import os
 import re
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from awq2marlin.io.code_cache import CACHE_VARIABLE, cache_folder, is_private
+from awq2marlin.errors import KernelUnavailableError
+from awq2marlin.gemm.source import ENTRY_POINT, KernelSource, headers_digest, kernels_dir
+from awq2marlin.io.code_cache import CodeCache, cache_folder
 
 if TYPE_CHECKING:
     from cuda.core import Kernel
-
-#: The name of the one entry point of every source that is compiled here.
-ENTRY_POINT = "awq2marlin_kernel"
 
 #: What to type where the run-time compiler is missing.
 INSTALL_COMMAND = "pip install 'awq2marlin[cuda]'"
 
 #: NVRTC's own cache (no_cache) would leave the assembler's report empty.
 _COMPILE_OPTIONS: dict[str, Any] = {"std": "c++17", "ptxas_options": "-v", "no_cache": True}
-_DIGEST_BYTES = hashlib.sha256().digest_size
-
-
-class KernelUnavailableError(RuntimeError):
-    """A kernel cannot be compiled, loaded or used here; the message says why and what mends it."""
-
-
-@dataclass(frozen=True)
-class KernelSource:
-    """A complete CUDA C++ source with one entry point.
-
-    Attributes:
-        name: what messages call it.
-        text: the source; its entry point is ``extern "C"`` and bears the name ``ENTRY_POINT``.
-    """
-
-    name: str
-    text: str
 
 
 @dataclass(frozen=True)
@@ -92,31 +69,6 @@ def arch_of(capability: tuple[int, int]) -> str:
 
 
 @functools.cache
-def kernels_dir() -> Path:
-    """Returns the folder of the CUDA sources: inside an installed package, or beside it in the repository.
-
-    Raises:
-        KernelUnavailableError: if it is in neither place.
-    """
-    package = Path(__file__).resolve().parent.parent
-    for folder in (package / "kernels", package.parent / "kernels"):
-        if (folder / "marlin_layout.cuh").is_file():
-            return folder
-    raise KernelUnavailableError(
-        f"The CUDA sources are missing: no marlin_layout.cuh in {package / 'kernels'}. Reinstall awq2marlin."
-    )
-
-
-@functools.cache
-def headers_digest() -> bytes:
-    """Returns a SHA-256 over every CUDA header's name and content."""
-    digest = hashlib.sha256()
-    for path in sorted(kernels_dir().glob("*.cuh")):
-        digest.update(path.name.encode() + b"\0" + hashlib.sha256(path.read_bytes()).digest())
-    return digest.digest()
-
-
-@functools.cache
 def compiler_version() -> str:
     """Returns NVRTC's version as ``"13.0"``.
 
@@ -137,6 +89,20 @@ def compiler_version() -> str:
     return f"{major}.{minor}"
 
 
+def check_compiler() -> None:
+    """Checks that everything is there that compiling needs.
+
+    Raises:
+        KernelUnavailableError: naming what is missing, and the command that brings it.
+    """
+    compiler_version()
+    try:
+        import cuda.core  # noqa: F401 - whether it can be imported is the question
+    except ImportError as exc:
+        message = f"The package cuda-core cannot be imported ({exc}). To install it: {INSTALL_COMMAND}"
+        raise KernelUnavailableError(message) from exc
+
+
 def compile_kernel(source: KernelSource, arch: str) -> CompiledKernel:
     """Compiles a kernel, past the cache. Needs neither a GPU nor a driver.
 
@@ -147,7 +113,7 @@ def compile_kernel(source: KernelSource, arch: str) -> CompiledKernel:
     Raises:
         KernelUnavailableError: if the compiler is missing or refuses; the message has its words.
     """
-    compiler_version()
+    check_compiler()
     from cuda.core import Program, ProgramOptions
 
     options = ProgramOptions(name=source.name, arch=arch, include_path=str(kernels_dir()), **_COMPILE_OPTIONS)
@@ -171,57 +137,17 @@ def _read_resources(log: str) -> Resources:
     )
 
 
-def cache_dir() -> Path:
-    """Returns the folder of compiled kernels; it need not exist yet."""
-    return cache_folder() / "kernels"
+def kernel_cache() -> CodeCache:
+    """Returns the cache of compiled kernels."""
+    return CodeCache(cache_folder() / "kernels", ".cubin")
 
 
-class KernelCache:
-    """Compiled kernels in a folder, one file each: the SHA-256 of the machine code, then the code.
-
-    A file appears complete under its name or not at all, so any number of a user's processes may share a folder.
-    A file that is damaged, or that others could have written, counts as absent and is replaced.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        """Uses ``folder``, which :meth:`put` creates when it must."""
-        self.folder = folder
-
-    @staticmethod
-    def key(source: KernelSource, arch: str) -> str:
-        """Returns the digest of everything that machine code depends on."""
-        digest = hashlib.sha256(headers_digest())
-        for part in (source.text, arch, compiler_version(), repr(_COMPILE_OPTIONS)):
-            digest.update(part.encode() + b"\0")
-        return digest.hexdigest()
-
-    def get(self, key: str) -> bytes | None:
-        """Returns the machine code under ``key``, or None if there is none that is whole and private."""
-        path = self.folder / f"{key}.cubin"
-        try:
-            if not (is_private(path) and is_private(self.folder)):
-                return None
-            content = path.read_bytes()
-        except OSError:
-            return None
-        digest, cubin = content[:_DIGEST_BYTES], content[_DIGEST_BYTES:]
-        return cubin if cubin and hashlib.sha256(cubin).digest() == digest else None
-
-    def put(self, key: str, cubin: bytes) -> bool:
-        """Keeps machine code under ``key``; returns whether that worked (a full disk is no reason to fail)."""
-        try:
-            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            handle, partial = tempfile.mkstemp(dir=self.folder, prefix=".partial-")
-        except OSError:
-            return False
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(hashlib.sha256(cubin).digest() + cubin)
-            Path(partial).replace(self.folder / f"{key}.cubin")
-        except OSError:
-            Path(partial).unlink(missing_ok=True)
-            return False
-        return True
+def key_of(source: KernelSource, arch: str) -> str:
+    """Returns the digest of everything that a kernel's machine code depends on."""
+    digest = hashlib.sha256(headers_digest())
+    for part in (source.text, arch, compiler_version(), repr(_COMPILE_OPTIONS)):
+        digest.update(part.encode() + b"\0")
+    return digest.hexdigest()
 
 
 def _say_on_stderr(text: str) -> None:
@@ -232,8 +158,8 @@ _say: ContextVar[Callable[[str], None]] = ContextVar("say", default=_say_on_stde
 
 
 @contextmanager
-def telling(say: Callable[[str], None]) -> Iterator[None]:
-    """Lets :func:`build` tell ``say`` what it compiles, for callers with a display of their own."""
+def on_compile(say: Callable[[str], None]) -> Iterator[None]:
+    """Has `build` report to ``say`` what it compiles, for callers with a display of their own."""
     token = _say.set(say)
     try:
         yield
@@ -244,14 +170,13 @@ def telling(say: Callable[[str], None]) -> Iterator[None]:
 def build(source: KernelSource, arch: str) -> bytes:
     """Returns the machine code of a kernel, from the cache or else from the compiler.
 
-    Says on stderr, or as :func:`telling` decides, what it compiles: the first use of a kernel takes a second, and
+    Says on stderr, or as `on_compile` decides, what it compiles: the first use of a kernel takes a second, and
     nobody should wonder why.
 
     Raises:
         KernelUnavailableError: if it has to be compiled and cannot be.
     """
-    cache = KernelCache(cache_dir())
-    key = cache.key(source, arch)
+    cache, key = kernel_cache(), key_of(source, arch)
     cubin = cache.get(key)
     if cubin is None:
         start = time.perf_counter()
@@ -267,7 +192,7 @@ _load_lock = threading.Lock()
 
 
 def is_loaded(source: KernelSource, device_index: int) -> bool:
-    """Tells whether :func:`load` would answer at once."""
+    """Returns whether `load` would answer at once."""
     return (source, device_index) in _loaded
 
 
@@ -295,16 +220,16 @@ def load(source: KernelSource, device_index: int, capability: tuple[int, int], s
 
 def _load(source: KernelSource, device_index: int, capability: tuple[int, int], shared_bytes: int) -> Kernel:
     cubin = build(source, arch_of(capability))
-    from cuda.bindings import driver
-    from cuda.core import ObjectCode
-
     try:
+        from cuda.bindings import driver
+        from cuda.core import ObjectCode
+
         kernel = ObjectCode.from_cubin(cubin, name=source.name).get_kernel(ENTRY_POINT)
         handle = driver.CUkernel(int(kernel.handle))
         limit = driver.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-        _check(driver.cuKernelSetAttribute(limit, shared_bytes, handle, driver.CUdevice(device_index)))
+        check_driver(driver.cuKernelSetAttribute(limit, shared_bytes, handle, driver.CUdevice(device_index)))
         # The driver loads code when it is first launched, which a graph capture forbids: have it loaded now.
-        _check(driver.cuKernelGetFunction(handle))
+        check_driver(driver.cuKernelGetFunction(handle))
     except KernelUnavailableError:
         raise
     except Exception as exc:
@@ -312,168 +237,12 @@ def _load(source: KernelSource, device_index: int, capability: tuple[int, int], 
     return kernel
 
 
-def _check(result: tuple[object, ...]) -> None:
+def check_driver(result: tuple[object, ...]) -> None:
+    """Checks what a call of the driver returned.
+
+    Raises:
+        KernelUnavailableError: if that begins with an error's code.
+    """
     code = result[0]
     if code != 0:
         raise KernelUnavailableError(f"The CUDA driver answers {getattr(code, 'name', code)}.")
-
-
-# ---- what a machine has ----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class DeviceFacts:
-    """A GPU, as far as the kernels care.
-
-    Attributes:
-        index: its ordinal.
-        name: its maker's name for it.
-        capability: its compute capability, such as (9, 0).
-        memory_bytes: its memory.
-        multiprocessors: how many it has.
-        is_supported: whether the kernels run on it (8.0 and newer).
-    """
-
-    index: int
-    name: str
-    capability: tuple[int, int]
-    memory_bytes: int
-    multiprocessors: int
-    is_supported: bool
-
-
-@dataclass(frozen=True)
-class Lack:
-    """Something that is missing, and what mends it."""
-
-    what: str
-    remedy: str
-
-
-@dataclass(frozen=True)
-class MachineFacts:
-    """What ``awq2marlin doctor`` prints.
-
-    Attributes:
-        driver_version: the CUDA version that the driver serves, such as ``"13.0"``; None without a driver.
-        devices: the GPUs that it shows.
-        cuda_core_version: of the package that compiles and launches; None if absent.
-        nvrtc_version: of the run-time compiler; None if it cannot be loaded.
-        kernels_dir: the CUDA sources; None if absent.
-        cache_dir: where compiled kernels are kept.
-        cached_kernels: how many are there.
-        cached_bytes: what they take.
-        lacks: what is missing to run the GEMM on a GPU. Empty: all is well.
-    """
-
-    driver_version: str | None
-    devices: tuple[DeviceFacts, ...]
-    cuda_core_version: str | None
-    nvrtc_version: str | None
-    kernels_dir: Path | None
-    cache_dir: Path
-    cached_kernels: int
-    cached_bytes: int
-    lacks: tuple[Lack, ...]
-
-
-def machine_facts() -> MachineFacts:
-    """Looks at this machine. Raises nothing: what cannot be had is among the lacks."""
-    lacks: list[Lack] = []
-    core = _version_of("cuda-core")
-    if core is None:
-        lacks.append(Lack("The package cuda-core is not installed.", INSTALL_COMMAND))
-    nvrtc = sources = None
-    try:
-        nvrtc = compiler_version()
-    except KernelUnavailableError as exc:
-        lacks.append(Lack(str(exc), INSTALL_COMMAND))
-    try:
-        sources = kernels_dir()
-    except KernelUnavailableError as exc:
-        lacks.append(Lack(str(exc), "pip install --force-reinstall awq2marlin"))
-
-    driver_version, devices, lack = _driver_facts()
-    if lack:
-        lacks.append(lack)
-    elif not any(device.is_supported for device in devices):
-        lacks.append(
-            Lack("No GPU of compute capability 8.0 or newer.", "Use a machine with one (A100, RTX 30xx or newer).")
-        )
-
-    lacks += _version_lacks(nvrtc, driver_version)
-    folder = cache_dir()
-    sizes = [path.stat().st_size for path in folder.glob("*.cubin")] if folder.is_dir() else []
-    lacks += _cache_lacks(folder)
-    return MachineFacts(driver_version, devices, core, nvrtc, sources, folder, len(sizes), sum(sizes), tuple(lacks))
-
-
-def _version_of(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _driver_facts() -> tuple[str | None, tuple[DeviceFacts, ...], Lack | None]:
-    """Asks the driver, if there is one, without creating a context on any device."""
-    remedy = "Install NVIDIA's driver; then nvidia-smi lists the GPUs."
-    try:
-        from cuda.bindings import driver
-
-        (started,) = driver.cuInit(0)
-        if started == driver.CUresult.CUDA_ERROR_NO_DEVICE:
-            hidden = "See what nvidia-smi lists, and what CUDA_VISIBLE_DEVICES allows."
-            return None, (), Lack("The NVIDIA driver shows no GPU.", hidden)
-        _check((started,))
-        _, version = driver.cuDriverGetVersion()
-        _, count = driver.cuDeviceGetCount()
-        devices = tuple(_device_facts(driver, index) for index in range(count))
-    except ImportError as exc:
-        return None, (), Lack(f"The package cuda-bindings cannot be imported ({exc}).", INSTALL_COMMAND)
-    except Exception as exc:  # no libcuda, no device, no permission: all the same to us
-        return None, (), Lack(f"The NVIDIA driver does not answer ({exc}).", remedy)
-    return f"{version // 1000}.{version % 1000 // 10}", devices, None
-
-
-def _device_facts(api: Any, index: int) -> DeviceFacts:
-    names = api.CUdevice_attribute
-
-    def attribute(which: object) -> int:
-        return int(api.cuDeviceGetAttribute(which, index)[1])
-
-    capability = (
-        attribute(names.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR),
-        attribute(names.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR),
-    )
-    return DeviceFacts(
-        index=index,
-        name=api.cuDeviceGetName(128, index)[1].partition(b"\0")[0].decode(),
-        capability=capability,
-        memory_bytes=int(api.cuDeviceTotalMem(index)[1]),
-        multiprocessors=attribute(names.CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT),
-        is_supported=capability >= (8, 0),
-    )
-
-
-def _version_lacks(nvrtc: str | None, driver: str | None) -> list[Lack]:
-    """Code of a newer major version of CUDA does not load on an older driver; minor versions go together."""
-    if nvrtc is None or driver is None or int(nvrtc.partition(".")[0]) <= int(driver.partition(".")[0]):
-        return []
-    major = nvrtc.partition(".")[0]
-    return [
-        Lack(
-            f"NVRTC {nvrtc} compiles for CUDA {major}; the driver serves {driver}.",
-            f"Install a driver that serves CUDA {major}.",
-        )
-    ]
-
-
-def _cache_lacks(folder: Path) -> list[Lack]:
-    other = f"export {CACHE_VARIABLE}=/a/folder/of/your/own"
-    existing = next(each for each in (folder, *folder.parents) if each.exists())
-    if not existing.is_dir() or not os.access(existing, os.W_OK):
-        return [Lack(f"Compiled kernels cannot be kept in {folder}.", other)]
-    if folder.is_dir() and not is_private(folder):
-        return [Lack(f"Others may write {folder}, so kernels in it are not used: each process compiles.", other)]
-    return []

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any, Protocol
 
 import torch
 from torch.nn import functional
 
+from awq2marlin.gemm.checks import ACTIVATION_TYPES, check_type
 from awq2marlin.gemm.ops import marlin_gemm, repack_awq
 from awq2marlin.layout.marlin import num_groups, qweight_shape, unaligned_reason
 from awq2marlin.layout.torch_functions import awq_to_marlin_zero_points, marlin_permute_scales, replace_parameter
+
+#: What `torch.nn.Module` does to each of its tensors in ``to``, ``float``, ``cuda`` and the like.
+_TensorFunction = Callable[[torch.Tensor], torch.Tensor]
 
 
 class QuantConfig(Protocol):
@@ -27,8 +33,8 @@ class QuantConfig(Protocol):
 class AWQMarlinLinearMethod:
     """How one linear layer keeps and applies its weights.
 
-    The engine calls :meth:`create_weights`, loads an AWQ checkpoint's tensors into the parameters, calls
-    :meth:`process_weights_after_loading` once, and :meth:`apply` for every forward pass.
+    The engine calls `create_weights`, loads an AWQ checkpoint's tensors into the parameters, calls
+    `process_weights_after_loading` once, and `apply` for every forward pass.
     """
 
     def __init__(self, quant_config: QuantConfig) -> None:
@@ -49,7 +55,8 @@ class AWQMarlinLinearMethod:
 
         ``qweight`` int32 [K, N/f], ``scales`` [G, N] of ``params_dtype``, and ``qzeros`` int32 [G, N/f] if the
         config has zero points. They carry ``input_dim``, ``output_dim``, and the packed ones ``packed_dim`` and
-        ``packed_factor``, by which engines cut and fuse them.
+        ``packed_factor``, by which engines cut and fuse them. From here on the layer refuses, with a `TypeError`, to
+        be cast to a type that the kernels do not take.
 
         Args:
             layer: the module; it also remembers its sizes.
@@ -69,7 +76,7 @@ class AWQMarlinLinearMethod:
         if reason:
             raise ValueError(f"a layer of K = {size_k}, N = {size_n} cannot run on Marlin kernels: {reason}")
         if params_dtype not in config.get_supported_act_dtypes():
-            raise ValueError(f"params_dtype is {params_dtype}; needed: torch.float16 or torch.bfloat16")
+            raise ValueError(f"params_dtype must be torch.float16 or torch.bfloat16, found {params_dtype}")
 
         groups = num_groups(size_k, config.group_size)
         packed_n = size_n // config.pack_factor
@@ -92,12 +99,13 @@ class AWQMarlinLinearMethod:
         facts.output_size_per_partition = size_n
         facts.num_groups = groups
         facts.is_marlin = False
+        facts._apply = partial(_apply_if_taken, layer)
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         """Turns the loaded AWQ tensors into Marlin ones, on the device where they are.
 
         Args:
-            layer: one that :meth:`create_weights` prepared.
+            layer: one that `create_weights` prepared.
 
         Raises:
             RuntimeError: if the layer has been processed before; doing it twice would scramble the weights.
@@ -119,7 +127,7 @@ class AWQMarlinLinearMethod:
         """Returns ``x @ w + bias``.
 
         Args:
-            layer: one that :meth:`process_weights_after_loading` has been through.
+            layer: one that `process_weights_after_loading` has been through.
             x: activations [..., K], of the scales' type.
             bias: [N], or None.
 
@@ -144,6 +152,30 @@ class AWQMarlinLinearMethod:
         return out.reshape(*x.shape[:-1], out.shape[-1])
 
 
+def _check_cast(layer: torch.nn.Module, function: _TensorFunction) -> None:
+    """Refuses to let a packed layer become what the kernels do not take: the product would be refused, or wrong.
+
+    Args:
+        layer: with ``scales`` and ``qweight``.
+        function: what is to be applied to its tensors; it is tried on empty ones of their types.
+
+    Raises:
+        TypeError: naming the tensor, its type afterwards and the types that are taken.
+    """
+    for name, types in (("scales", ACTIVATION_TYPES), ("qweight", (torch.int32,))):
+        tensor = _tensor(layer, name)
+        after = function(torch.empty(0, dtype=tensor.dtype, device=tensor.device))
+        if after.dtype != tensor.dtype:
+            check_type(f"{name} of a packed layer", after, *types)
+
+
+def _apply_if_taken(layer: torch.nn.Module, function: _TensorFunction, recurse: bool = True) -> torch.nn.Module:
+    """Stands in for the ``_apply`` of an engine's layer."""
+    _check_cast(layer, function)
+    applied: torch.nn.Module = type(layer)._apply(layer, function, recurse)  # type: ignore[no-untyped-call]
+    return applied
+
+
 def _tensor(layer: torch.nn.Module, name: str) -> torch.Tensor:
     tensor = getattr(layer, name)
     assert isinstance(tensor, torch.Tensor), "create_weights registered it"
@@ -155,6 +187,9 @@ class MarlinLinear(torch.nn.Module):
 
     Inference only. Parameters, without gradients: ``qweight`` int32 [K/16, N*16/f], ``scales`` [G, N], ``qzeros``
     int32 [G, N/f] or None, ``bias`` [N] in plain order or None; K, N and G padded, except in the bias.
+
+    It moves to other devices and may be cast to fp16 or bf16; a cast to another type, by ``float`` or ``to``, of the
+    layer or of a model around it, is refused with a `TypeError`. Layers before it in that model may be cast by then.
     """
 
     qweight: torch.nn.Parameter
@@ -224,6 +259,12 @@ class MarlinLinear(torch.nn.Module):
             bias = functional.pad(bias, (0, self.padded_n - self.out_features))
         out = marlin_gemm(rows, self.qweight, self.scales, self.qzeros, bias, num_bits=self.num_bits)
         return out[:, : self.out_features].reshape(*x.shape[:-1], self.out_features)
+
+    def _apply(self, fn: _TensorFunction, recurse: bool = True) -> MarlinLinear:
+        """Applies what ``to``, ``float``, ``cuda`` and the like do to each tensor, if the kernels take the result."""
+        _check_cast(self, fn)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return self
 
     def extra_repr(self) -> str:
         """Returns what tells one layer from another."""

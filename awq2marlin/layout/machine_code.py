@@ -1,10 +1,10 @@
-"""The compiled repack kernels: compiled by Numba once on a machine, afterwards loaded without it.
+"""The compiled CPU kernels: compiled by Numba once on a machine, afterwards loaded without it.
 
 Importing Numba costs half a second and eighty megabytes, more than converting a small model. So its compiler
 runs only where there is no machine code yet: `cpu_kernels` becomes LLVM code through `numba.cfunc`, an
-object file through llvmlite, and lies in the user's cache under a key that holds everything it depends on.
-Later processes hand it to llvmlite's linker, which takes milliseconds. A damaged file counts as missing; where
-no cache can be written, each process compiles for itself.
+object file through llvmlite, and lies in the user's `CodeCache` under a key that holds everything it depends on.
+Later processes hand it to llvmlite's linker, which takes milliseconds. Where no cache can be written, each process
+compiles for itself.
 """
 
 from __future__ import annotations
@@ -15,14 +15,13 @@ import hashlib
 import json
 import platform
 import sys
-import tempfile
 import threading
 from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from awq2marlin.io.code_cache import cache_folder, is_private
+from awq2marlin.io.code_cache import CodeCache, cache_folder
 
 #: A kernel: (source, target, table or scratch, two sizes). Pointers as addresses; the GIL is released.
 Kernel = Callable[[int, int, int, int, int], None]
@@ -69,7 +68,11 @@ def kernel(name: str) -> Kernel:
     return _linked.functions[name]
 
 
-def _cached_file() -> Path:
+def _cache() -> CodeCache:
+    return CodeCache(cache_folder(), ".o")
+
+
+def _key() -> str:
     from llvmlite import binding
 
     identity = [
@@ -82,45 +85,29 @@ def _cached_file() -> Path:
         binding.get_host_cpu_name(),
         binding.get_host_cpu_features().flatten(),
     ]
-    return cache_folder() / f"repack-{hashlib.sha256(repr(identity).encode()).hexdigest()[:32]}.o"
+    return f"cpu-{hashlib.sha256(repr(identity).encode()).hexdigest()[:32]}"
 
 
 def _load() -> _Linked | None:
-    """Returns the machine code from the cache, or None if it is missing, damaged or not private."""
+    """Returns the machine code from the cache, or None if there is none that can be linked."""
     try:
-        path = _cached_file()
-        if not (is_private(path) and is_private(path.parent)):
+        content = _cache().get(_key())
+        if content is None:
             return None
-        head, _, code = path.read_bytes().partition(b"\n")
-        document = json.loads(head)
-        if hashlib.sha256(code).hexdigest() != document["sha256"]:
-            return None
-        return _Linked(document["names"], code)
-    except (OSError, RuntimeError, ValueError, KeyError, TypeError):
+        names, _, code = content.partition(b"\n")
+        return _Linked(json.loads(names), code)
+    except (OSError, RuntimeError, ValueError, AttributeError, TypeError):
         return None
 
 
 def _compile() -> _Linked:
-    """Compiles with Numba and stores the result, if it can be stored."""
+    """Compiles with Numba and keeps the result, if it can be kept: the next process compiles again otherwise."""
     from awq2marlin.layout.cpu_kernels import compile_kernels
 
     names, code = compile_kernels()
-    document = {"names": names, "sha256": hashlib.sha256(code).hexdigest()}
-    with contextlib.suppress(OSError):  # no room, read-only: the next process compiles again
-        _store(_cached_file(), json.dumps(document).encode() + b"\n" + code)
+    with contextlib.suppress(OSError):  # the kernels' own file cannot be read: there is no key
+        _cache().put(_key(), json.dumps(names).encode() + b"\n" + code)
     return _Linked(names, code)
-
-
-def _store(path: Path, data: bytes) -> None:
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(dir=path.parent)
-    try:
-        with open(descriptor, "wb") as stream:  # noqa: PTH123 - a descriptor, not a path
-            stream.write(data)
-        Path(name).replace(path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
 
 
 def address(array: Any) -> int:

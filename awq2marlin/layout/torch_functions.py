@@ -7,7 +7,9 @@ The layout is explained in kernels/README.md.
 
 from __future__ import annotations
 
-from functools import cache
+from collections.abc import Callable
+from functools import cache, wraps
+from typing import Any
 
 import torch
 
@@ -71,17 +73,17 @@ def verify_marlin_supports_shape(
     """
     if output_size_per_partition <= 0 or output_size_per_partition % GPTQ_MARLIN_MIN_THREAD_N:
         raise ValueError(
-            f"output_size_per_partition = {output_size_per_partition} must be a positive multiple of "
-            f"{GPTQ_MARLIN_MIN_THREAD_N} (GPTQ_MARLIN_MIN_THREAD_N)"
+            f"output_size_per_partition must be a positive multiple of {GPTQ_MARLIN_MIN_THREAD_N} "
+            f"(GPTQ_MARLIN_MIN_THREAD_N), found {output_size_per_partition}"
         )
     if input_size_per_partition <= 0 or input_size_per_partition % GPTQ_MARLIN_MIN_THREAD_K:
         raise ValueError(
-            f"input_size_per_partition = {input_size_per_partition} must be a positive multiple of "
-            f"{GPTQ_MARLIN_MIN_THREAD_K} (GPTQ_MARLIN_MIN_THREAD_K)"
+            f"input_size_per_partition must be a positive multiple of {GPTQ_MARLIN_MIN_THREAD_K} "
+            f"(GPTQ_MARLIN_MIN_THREAD_K), found {input_size_per_partition}"
         )
     if group_size != -1 and group_size < input_size and (group_size <= 0 or input_size_per_partition % group_size):
         raise ValueError(
-            f"input_size_per_partition = {input_size_per_partition} must be a multiple of group_size = {group_size}"
+            f"group_size must be -1 or divide input_size_per_partition = {input_size_per_partition}, found {group_size}"
         )
 
 
@@ -161,23 +163,36 @@ def pack_cols(q_w: torch.Tensor, num_bits: int, size_k: int, size_n: int) -> tor
         int32 [K, N / f].
 
     Raises:
-        ValueError: if the shape is not [K, N] or empty, the values are no integers, or N is not a multiple of f.
+        ValueError: if the shape is not [K, N] or empty, the values are no integers or do not fit their bits, or N is
+            not a multiple of f.
     """
     factor = pack_factor(num_bits)
-    _check_integers("q_w", q_w, size_k, size_n)
+    _check_integers("q_w", q_w, size_k, size_n, num_bits)
     _check_multiple("size_n", size_n, factor)
-    fields = q_w.to(torch.int32).reshape(size_k, size_n // factor, factor)
-    packed = torch.zeros(fields.shape[:-1], dtype=torch.int32, device=q_w.device)
-    for field in range(factor):
-        packed |= fields[..., field] << (num_bits * field)
-    return packed
+    return _pack(q_w, num_bits)
 
 
-def unpack_cols(packed_q_w: torch.Tensor, num_bits: int, size_k: int, size_n: int) -> torch.Tensor:
+def _also_called(old_name: str, name: str) -> Callable[[Callable[..., torch.Tensor]], Callable[..., torch.Tensor]]:
+    """Lets an argument be given by another name too, as engines' own versions of a function call it."""
+
+    def decorate(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+        @wraps(function)
+        def call(*args: Any, **kwargs: Any) -> torch.Tensor:
+            if old_name in kwargs and name not in kwargs:
+                kwargs[name] = kwargs.pop(old_name)
+            return function(*args, **kwargs)
+
+        return call
+
+    return decorate
+
+
+@_also_called("packed_q_w", "packed")
+def unpack_cols(packed: torch.Tensor, num_bits: int, size_k: int, size_n: int) -> torch.Tensor:
     """Undoes `pack_cols`.
 
     Args:
-        packed_q_w: int32 [K, N / f].
+        packed: int32 [K, N / f]; by keyword also as ``packed_q_w``, vLLM's name.
         num_bits: 4 or 8.
         size_k: K.
         size_n: N, a multiple of 32 / num_bits.
@@ -188,13 +203,7 @@ def unpack_cols(packed_q_w: torch.Tensor, num_bits: int, size_k: int, size_n: in
     Raises:
         ValueError: if the shape is not [K, N / f] or empty, the type not int32, or N not a multiple of f.
     """
-    factor = pack_factor(num_bits)
-    _check_multiple("size_k", size_k, 1)
-    _check_multiple("size_n", size_n, factor)
-    _check_tensor("packed_q_w", packed_q_w, (size_k, size_n // factor), torch.int32)
-    shifts = torch.arange(0, 32, num_bits, dtype=torch.int32, device=packed_q_w.device)
-    fields: torch.Tensor = (packed_q_w.unsqueeze(-1) >> shifts) & (2**num_bits - 1)
-    return fields.reshape(size_k, size_n)
+    return _unpack("packed", packed, num_bits, size_k, size_n)
 
 
 def marlin_zero_points(zp: torch.Tensor, size_k: int, size_n: int, num_bits: int) -> torch.Tensor:
@@ -210,20 +219,19 @@ def marlin_zero_points(zp: torch.Tensor, size_k: int, size_n: int, num_bits: int
         int32 [G, N / f].
 
     Raises:
-        ValueError: if the shape is not [G, N] or empty, the values are no integers, N is not a multiple of 64, or
-            the bits are others.
+        ValueError: if the shape is not [G, N] or empty, the values are no integers or do not fit their bits, N is not
+            a multiple of 64, or the bits are others.
     """
     pack_factor(num_bits)  # refuses other bits
-    _check_integers("zp", zp, size_k, size_n)
+    _check_integers("zp", zp, size_k, size_n, num_bits)
     _check_multiple("size_n", size_n, MARLIN_TILE_N)
-    permuted = _gather_columns(zp, SCALE_PERM)  # always blocks of 64, even for a single group
-    return pack_cols(_gather_columns(permuted, MARLIN_INTERLEAVE[num_bits]), num_bits, size_k, size_n)
+    return _pack_zero_points(zp, num_bits)
 
 
 def marlin_unpack_zero_points(q_zp: torch.Tensor, size_k: int, size_n: int, num_bits: int) -> torch.Tensor:
     """Undoes `marlin_zero_points`: int32 [G, N / f] to int32 [G, N]; ``size_k`` is G here too."""
     _check_multiple("size_n", size_n, MARLIN_TILE_N)
-    fields = unpack_cols(q_zp, num_bits, size_k, size_n)
+    fields = _unpack("q_zp", q_zp, num_bits, size_k, size_n)
     permuted = _gather_columns(fields, inverse_order(MARLIN_INTERLEAVE[num_bits]))
     return _gather_columns(permuted, inverse_order(SCALE_PERM))
 
@@ -243,7 +251,9 @@ def awq_to_marlin_zero_points(q_zp_packed: torch.Tensor, size_k: int, size_n: in
     Raises:
         ValueError: if shape or type are others, or N is not a multiple of 64.
     """
-    return marlin_zero_points(_unpack_awq(q_zp_packed, size_k, size_n, num_bits), size_k, size_n, num_bits)
+    plain = _unpack_awq("q_zp_packed", q_zp_packed, num_bits, size_k, size_n)
+    _check_multiple("size_n", size_n, MARLIN_TILE_N)
+    return _pack_zero_points(plain, num_bits)
 
 
 def marlin_to_awq_zero_points(q_zp: torch.Tensor, size_k: int, size_n: int, num_bits: int) -> torch.Tensor:
@@ -268,11 +278,11 @@ def awq_marlin_repack(q_weight: torch.Tensor, size_k: int, size_n: int, num_bits
     """
     _check_multiple("size_k", size_k, GPTQ_MARLIN_TILE)
     _check_multiple("size_n", size_n, MARLIN_TILE_N)
-    values = _unpack_awq(q_weight, size_k, size_n, num_bits)
+    values = _unpack_awq("q_weight", q_weight, num_bits, size_k, size_n)
     tiles = values.reshape(-1, GPTQ_MARLIN_TILE, size_n // MARLIN_TILE_N, MARLIN_TILE_N)  # [K/16, 16, N/64, 64]
     tiles = tiles.transpose(1, 2).reshape(-1, GPTQ_MARLIN_TILE * MARLIN_TILE_N)  # [tiles, 1024]
     fields = _gather_columns(tiles, _tile_fields(num_bits))
-    return pack_cols(fields, num_bits, *fields.shape).reshape(qweight_shape(size_k, size_n, num_bits))
+    return _pack(fields, num_bits).reshape(qweight_shape(size_k, size_n, num_bits))
 
 
 def marlin_awq_repack(q_weight: torch.Tensor, size_k: int, size_n: int, num_bits: int) -> torch.Tensor:
@@ -290,10 +300,8 @@ def marlin_awq_repack(q_weight: torch.Tensor, size_k: int, size_n: int, num_bits
     _check_multiple("size_k", size_k, GPTQ_MARLIN_TILE)
     _check_multiple("size_n", size_n, MARLIN_TILE_N)
     _check_tensor("q_weight", q_weight, qweight_shape(size_k, size_n, num_bits), torch.int32)
-    count = size_k * size_n // (GPTQ_MARLIN_TILE * MARLIN_TILE_N)
-    fields = unpack_cols(
-        q_weight.reshape(count, -1), num_bits, count, GPTQ_MARLIN_TILE * MARLIN_TILE_N
-    )  # [tiles, 1024]
+    tile = GPTQ_MARLIN_TILE * MARLIN_TILE_N
+    fields = _unpack_words(q_weight, num_bits).reshape(-1, tile)  # [tiles, 1024]
     tiles = _gather_columns(fields, inverse_order(_tile_fields(num_bits)))
     values = tiles.reshape(-1, size_n // MARLIN_TILE_N, GPTQ_MARLIN_TILE, MARLIN_TILE_N).transpose(1, 2)
     return _pack_awq(values.reshape(size_k, size_n), num_bits)
@@ -326,13 +334,42 @@ def _tile_fields(num_bits: int) -> tuple[int, ...]:
     return tuple(fields)
 
 
-def _unpack_awq(packed: torch.Tensor, size_k: int, size_n: int, num_bits: int) -> torch.Tensor:
-    fields = unpack_cols(packed, num_bits, size_k, size_n)
-    return _gather_columns(fields, inverse_order(AWQ_PACK_ORDER[num_bits]))
+def _pack(values: torch.Tensor, num_bits: int) -> torch.Tensor:
+    """Packs values [R, N] that are known to fit their bits, in plain order: int32 [R, N / f]."""
+    fields = values.to(torch.int32).reshape(values.shape[0], -1, pack_factor(num_bits))
+    packed = torch.zeros(fields.shape[:-1], dtype=torch.int32, device=values.device)
+    for field in range(fields.shape[-1]):
+        packed |= fields[..., field] << (num_bits * field)
+    return packed
+
+
+def _pack_zero_points(values: torch.Tensor, num_bits: int) -> torch.Tensor:
+    permuted = _gather_columns(values, SCALE_PERM)  # always blocks of 64, even for a single group
+    return _pack(_gather_columns(permuted, MARLIN_INTERLEAVE[num_bits]), num_bits)
 
 
 def _pack_awq(values: torch.Tensor, num_bits: int) -> torch.Tensor:
-    return pack_cols(_gather_columns(values, AWQ_PACK_ORDER[num_bits]), num_bits, *values.shape)
+    return _pack(_gather_columns(values, AWQ_PACK_ORDER[num_bits]), num_bits)
+
+
+def _unpack(name: str, words: torch.Tensor, num_bits: int, size_k: int, size_n: int) -> torch.Tensor:
+    """Checks what the caller knows by ``name``, and returns its fields in plain order: int32 [K, N]."""
+    factor = pack_factor(num_bits)
+    _check_multiple("size_k", size_k, 1)
+    _check_multiple("size_n", size_n, factor)
+    _check_tensor(name, words, (size_k, size_n // factor), torch.int32)
+    return _unpack_words(words, num_bits)
+
+
+def _unpack_words(words: torch.Tensor, num_bits: int) -> torch.Tensor:
+    shifts = torch.arange(0, 32, num_bits, dtype=torch.int32, device=words.device)
+    fields: torch.Tensor = (words.unsqueeze(-1) >> shifts) & (2**num_bits - 1)
+    return fields.reshape(words.shape[0], -1)
+
+
+def _unpack_awq(name: str, words: torch.Tensor, num_bits: int, size_k: int, size_n: int) -> torch.Tensor:
+    fields = _unpack(name, words, num_bits, size_k, size_n)
+    return _gather_columns(fields, inverse_order(AWQ_PACK_ORDER[num_bits]))
 
 
 def _gather_columns(values: torch.Tensor, columns: tuple[int, ...]) -> torch.Tensor:
@@ -348,11 +385,19 @@ def _check_tensor(name: str, tensor: torch.Tensor, shape: tuple[int, int], dtype
         raise ValueError(f"{name} must be of type {dtype}, found {tensor.dtype}")
 
 
-def _check_integers(name: str, tensor: torch.Tensor, size_k: int, size_n: int) -> None:
+def _check_integers(name: str, tensor: torch.Tensor, size_k: int, size_n: int, num_bits: int) -> None:
+    """Checks values that are to be packed: a bit too many would end up in the field beside."""
     _check_multiple("size_k", size_k, 1)
     _check_tensor(name, tensor, (size_k, size_n))
     if tensor.is_floating_point():
         raise ValueError(f"{name} must hold integers, found {tensor.dtype}")
+    if tensor.device.type == "meta":
+        return  # it has no values
+    largest = 2**num_bits - 1
+    values = tensor if tensor.dtype.is_signed else tensor.to(torch.int64)  # torch compares no wide unsigned ones
+    wrong = (values < 0) | (values > largest)
+    if bool(wrong.any()):
+        raise ValueError(f"{name} must hold values from 0 to {largest}, found {int(values[wrong][0])}")
 
 
 def _check_multiple(name: str, value: int, multiple: int) -> None:

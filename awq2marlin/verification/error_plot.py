@@ -6,7 +6,7 @@ import re
 from collections import defaultdict
 from pathlib import Path
 
-from awq2marlin.errors import refuse
+from awq2marlin.errors import Problem, UnavailableError, refuse
 from awq2marlin.gemm.check import GemmCheck, GemmRun
 
 #: Distinct also for readers who do not see all colours alike (Okabe and Ito, Color Universal Design, 2008).
@@ -26,13 +26,15 @@ def check_picture(file: Path) -> None:
         file: where the picture shall go.
 
     Raises:
-        CheckpointError: if Matplotlib is not installed, or the file's ending names no format that it draws.
+        UnavailableError: if Matplotlib is not installed.
+        CheckpointError: if the file's ending names no format that it draws.
         OSError: if there is no folder for the file.
     """
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise refuse("no-matplotlib", "--plot needs Matplotlib: pip install 'awq2marlin[plot]'") from None
+        message = "--plot needs Matplotlib: pip install 'awq2marlin[plot]'"
+        raise UnavailableError(Problem("", "", "no-matplotlib", message)) from None
     endings = [f".{ending}" for ending in sorted(Figure().canvas.get_supported_filetypes())]
     if file.suffix.lower() not in endings:
         message = f"a picture's name must end in .png, or another of {', '.join(endings)}"
@@ -48,6 +50,7 @@ def plot_errors(run: GemmRun, file: Path) -> None:
         file: where the picture goes, complete or not at all; its ending chooses the format, ``.png`` for example.
 
     Raises:
+        UnavailableError: as `check_picture`.
         CheckpointError: as `check_picture`.
         OSError: if the file cannot be written.
     """

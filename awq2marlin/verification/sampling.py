@@ -28,7 +28,7 @@ def check_device(device: Device | None) -> None:
 
     Raises:
         ValueError: if it is none of `Device`.
-        CheckpointError: if it is ``"cuda"`` and there is no GPU that PyTorch can use.
+        UnavailableError: if it is ``"cuda"`` and there is no GPU that PyTorch can use.
     """
     kind_of(Device | None).check("device", device)
     if device is not None:

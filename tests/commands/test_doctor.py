@@ -1,5 +1,7 @@
-"""What `doctor` says of PyTorch, beside what the machine has."""
+"""What `doctor` says of PyTorch, beside what the machine has, and what it and the compile matrix say without them."""
 
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -8,7 +10,7 @@ import torch
 
 from awq2marlin import doctor
 from awq2marlin.commands import doctor as diagnosis
-from awq2marlin.gemm.jit import DeviceFacts, MachineFacts
+from awq2marlin.gemm.machine import DeviceFacts, MachineFacts
 
 GPU = DeviceFacts(0, "NVIDIA H200", (9, 0), 1 << 37, 132, is_supported=True)
 
@@ -48,3 +50,50 @@ def test_pytorch_that_cannot_use_the_gpu_is_a_lack_in_its_own_words(monkeypatch)
     assert not result.ready
     (lack,) = result.machine.lacks
     assert "cannot use the GPU (The NVIDIA driver on your system is too old)" in lack.what
+
+
+WITHOUT = """
+import sys
+
+for name in {blocked!r}:
+    sys.modules[name] = None
+{code}
+"""
+
+DOCTOR = "from awq2marlin.cli import main\nsys.exit(main(['doctor']))"
+COMPILE_MATRIX = "from awq2marlin.gemm.compile_matrix import main\nsys.exit(main(['--workers', '1']))"
+
+
+def run_without(blocked, code):
+    """Runs code in a process that cannot import some packages."""
+    script = WITHOUT.format(blocked=blocked, code=code)
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=False, timeout=120)
+    assert "Traceback" not in done.stderr, done.stderr
+    return done
+
+
+def test_without_pytorch_the_doctor_says_so_in_a_sentence():
+    done = run_without(["torch"], DOCTOR)
+    assert done.returncode == 1
+    assert "PyTorch cannot be imported" in done.stderr
+    assert "pip install torch" in done.stderr
+
+
+def test_without_the_compiler_the_doctor_names_what_brings_it():
+    done = run_without(["cuda.bindings", "cuda.bindings.nvrtc"], DOCTOR)
+    assert done.returncode == 0, "a machine that lacks something is what it is asked about"
+    assert "NVRTC      none" in done.stdout
+    assert "pip install 'awq2marlin[cuda]'" in done.stdout
+
+
+@pytest.mark.parametrize("blocked", [["cuda.bindings"], ["cuda.core"], ["cuda"]], ids=lambda blocked: blocked[0])
+def test_without_the_compiler_the_compile_matrix_says_so_in_a_sentence(blocked):
+    done = run_without(blocked, COMPILE_MATRIX)
+    assert done.returncode == 1
+    assert "pip install 'awq2marlin[cuda]'" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_the_compile_matrix_needs_no_pytorch():
+    listed = "from awq2marlin.gemm.compile_matrix import matrix\nprint(len(matrix()) > 0, sys.modules['torch'])"
+    assert run_without(["torch"], listed).stdout.split() == ["True", "None"]

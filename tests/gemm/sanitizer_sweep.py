@@ -10,7 +10,9 @@ from __future__ import annotations
 import torch
 
 from awq2marlin.gemm import ops
-from awq2marlin.gemm.kernel_configs import all_configs, with_splits
+from awq2marlin.gemm.checks import GemmTensors
+from awq2marlin.gemm.launch import launch_gemm, problem_of
+from awq2marlin.gemm.select import all_configs
 from tests.gemm.gemm_cases import random_layer, random_tokens
 
 
@@ -21,14 +23,14 @@ def main() -> None:
             layer = random_layer(
                 size_k, size_n, group_size, num_bits=num_bits, dtype=dtype, has_bias=True, device="cuda"
             )
-            tensors = (layer.qweight, layer.scales, layer.qzeros)
             for size_m in (1, 9, 33, 130):
                 a = random_tokens(size_m, layer)
-                problem = ops.problem_of(a, *tensors, num_bits=num_bits)
+                tensors = GemmTensors(a, layer.qweight, layer.scales, layer.qzeros, layer.bias, num_bits)
+                problem = problem_of(tensors)
                 reductions = [(1, "workspace"), (2, "workspace")] + [(2, "cluster")] * problem.has_clusters
                 for config in all_configs(problem):
                     for num_splits, reduction in reductions:
-                        ops.launch_gemm(with_splits(config, num_splits, reduction), problem, a, *tensors, layer.bias)
+                        launch_gemm(config.with_splits(num_splits, reduction), problem, tensors)
                         launches += 1
             ops.repack_awq(
                 torch.zeros(64, size_n * num_bits // 32, dtype=torch.int32, device="cuda"), num_bits=num_bits

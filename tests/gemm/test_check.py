@@ -11,7 +11,15 @@ from typing import Any
 import pytest
 import torch
 
-from awq2marlin import CheckpointError, DifferenceError, GemmRun, KernelUnavailableError, convert, marlin_gemm, verify
+from awq2marlin import (
+    DifferenceError,
+    GemmRun,
+    KernelUnavailableError,
+    UnavailableError,
+    convert,
+    marlin_gemm,
+    verify,
+)
 from awq2marlin.checkpoint.synthetic import Recipe, write_checkpoint
 from awq2marlin.cli.app import main
 from awq2marlin.gemm import check as gemm_verification
@@ -159,7 +167,7 @@ def test_auto_says_that_it_used_the_cpu_reference(
 def test_cuda_without_a_gpu_is_refused_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     source = checkpoint(tmp_path / "awq")
-    with pytest.raises(CheckpointError, match="awq2marlin doctor") as raised:
+    with pytest.raises(UnavailableError, match="awq2marlin doctor") as raised:
         convert(source, tmp_path / "marlin", device="cuda")
     assert raised.value.problems[0].code == "no-gpu"
     assert not (tmp_path / "marlin").exists()
@@ -180,7 +188,7 @@ def test_a_device_that_cannot_is_a_refusal_that_names_the_module(
         raise error
 
     monkeypatch.setattr(gemm_verification, "marlin_gemm", fail)
-    with pytest.raises(CheckpointError) as raised:
+    with pytest.raises(UnavailableError) as raised:
         verify(*pair, device="cpu")
     (problem,) = raised.value.problems
     assert (problem.code, problem.tensor) == (code, UP)

@@ -1,17 +1,26 @@
-"""One description of the problem, one table, one place that picks."""
+"""The families of kernels and the one place that picks: every problem is served, no candidate is there for nothing."""
 
 import itertools
-from dataclasses import replace
+import json
+import math
+from dataclasses import fields, replace
+from pathlib import Path
 
 import pytest
 
-from awq2marlin.gemm import kernel_configs as configs
-from awq2marlin.gemm import ops
-from awq2marlin.gemm.kernel_configs import GemmProblem, all_configs, all_sources, grid_of, pick_config, with_splits
+from awq2marlin.gemm.families import FAMILIES
+from awq2marlin.gemm.families import base as families
+from awq2marlin.gemm.families.base import GemmConfig, GemmProblem
+from awq2marlin.gemm.families.hopper import HopperConfig
+from awq2marlin.gemm.families.portable import PortableConfig
+from awq2marlin.gemm.families.small import SmallConfig
+from awq2marlin.gemm.select import all_configs, all_sources, family_of, first_tokens, pick_config, sources_up_to
+from awq2marlin.gemm.source import kernels_dir
 
 CAPABILITIES = [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)]
 SIZES_M = [1, 2, 8, 9, 16, 17, 32, 33, 64, 65, 128, 129, 1000, 70_000]
 SHAPES = [(128, 64), (64, 128), (192, 128), (4096, 4096), (28672, 8192), (8192, 57344), (1344, 1280)]
+ROOT = Path(__file__).parents[2]
 
 
 def problems(capability):
@@ -19,6 +28,91 @@ def problems(capability):
         if size_k % group_size == 0:
             group = size_k if group_size == -1 else group_size
             yield GemmProblem(size_m, size_n, size_k, group, bits, "fp16", capability)
+
+
+# --- the families -----------------------------------------------------------------------------------------
+
+
+def test_host_and_device_side_of_a_family_bear_one_name():
+    headers = {path.name for path in kernels_dir().glob("gemm_*.cuh")}
+    modules = {path.stem for path in Path(families.__file__).parent.glob("[!_]*.py")}
+    assert headers == {f"gemm_{name}.cuh" for name in modules}
+    for family in FAMILIES:
+        assert family.header == f"gemm_{family.__module__.rpartition('.')[2]}.cuh"
+        assert f"class {family.template} " in (kernels_dir() / family.header).read_text("utf-8")
+
+
+def test_every_module_of_the_package_gives_a_family_and_specialists_come_first():
+    assert (SmallConfig, HopperConfig, PortableConfig) == FAMILIES
+
+
+def test_a_candidate_without_its_cost_cannot_be_made():
+    class Forgetful(GemmConfig):
+        candidates = tile = threads = shared_bytes = template_arguments = resident_blocks = None
+
+    with pytest.raises(TypeError, match="cost"):
+        Forgetful(dtype="fp16", num_bits=4, reduction="cluster")
+    for family in FAMILIES:
+        problem = GemmProblem(1, 256, 256, 128, 4, "fp16")
+        candidate = next(iter(family.candidates(problem)))
+        given = {field.name: getattr(candidate, field.name) for field in fields(candidate)}
+        for cost in {"times", "resident_warps"} & given.keys():
+            with pytest.raises(TypeError, match=cost):
+                family(**{name: value for name, value in given.items() if name != cost})
+
+
+def without_splits(config):
+    return config.with_splits(1)
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_every_launch_of_every_candidate_has_a_cost(capability):
+    for problem in problems(capability):
+        for candidate in all_configs(problem):
+            launches = list(candidate.launches(problem))
+            assert launches
+            for launch in launches:
+                assert without_splits(launch) == candidate
+                assert 0 <= launch.cost(problem) < math.inf
+
+
+def row_of(config):
+    """The candidate, whatever the problem was."""
+    of_the_problem = {"num_splits": 1, "reduction": "cluster", "group_rows": 0}
+    return replace(config, **{name: value for name, value in of_the_problem.items() if hasattr(config, name)})
+
+
+def test_every_candidate_is_picked_by_some_problem():
+    candidates, picked = set(), set()
+    for capability in CAPABILITIES:
+        for problem in problems(capability):
+            candidates.update(map(row_of, family_of(problem).candidates(problem)))
+            for multiprocessors in (16, 46, 108, 132):
+                picked.add(row_of(pick_config(replace(problem, multiprocessors=multiprocessors))))
+    assert picked == candidates
+    assert {type(config) for config in picked} == {*FAMILIES}
+
+
+def test_every_problem_has_a_portable_kernel():
+    for problem in problems((9, 0)):
+        assert any(type(config) is PortableConfig for config in all_configs(problem))
+
+
+def test_warpgroup_instructions_are_for_hopper_alone():
+    problem = GemmProblem(256, 4096, 4096, 128, 4, "bf16", (10, 0))
+    assert not any(type(config) is HopperConfig for config in all_configs(problem))
+
+
+def test_with_splits_changes_nothing_else():
+    problem = GemmProblem(1, 4096, 4096, 128, 4, "fp16")
+    for config in all_configs(problem):
+        changed = config.with_splits(3, "workspace")
+        assert (changed.num_splits, changed.reduction) == (3, "workspace")
+        assert changed.source == config.source
+        assert changed.with_splits(1, config.reduction) == config
+
+
+# --- the one place that picks -----------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
@@ -33,42 +127,50 @@ def test_whatever_is_picked_covers_the_output_and_fits_the_gpu(capability):
     shared_limit = 227 * 1024 if capability in ((9, 0), (10, 0)) else 99 * 1024 if capability != (8, 0) else 163 * 1024
     for problem in problems(capability):
         config = pick_config(problem)
-        splits, tiles_n, tiles_m = grid_of(config, problem)
+        splits, tiles_n, tiles_m = config.grid(problem)
         columns, tokens = config.tile
         assert tiles_n * columns >= problem.size_n
         assert tiles_m * tokens >= problem.size_m
         assert max(tiles_n, tiles_m) < 65536, "the second and third dimension of a grid"
-        assert 1 <= splits <= configs.MAX_SPLITS
+        assert 1 <= splits <= families.MAX_SPLITS
         assert config.shared_bytes <= shared_limit
         assert config.reduction == ("cluster" if problem.has_clusters else "workspace")
+
+
+def test_the_picks_are_those_that_the_benchmark_timed():
+    rows = json.loads((ROOT / "benchmarks" / "results" / "gemm_h200.json").read_text("utf-8"))["rows"]
+    for row in rows:
+        config = pick_config(GemmProblem(row["M"], row["N"], row["K"], 128, 4, "fp16", (9, 0), 132))
+        assert (config.source.name, config.num_splits) == (row["kernel"], row["splits"]), row
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0)])
+@pytest.mark.parametrize("multiprocessors", [1, 2, 7, 9])
+def test_a_part_of_a_gpu_is_given_no_more_splits_than_it_runs_at_once(capability, multiprocessors):
+    for size_m in (1, 16, 64):
+        problem = GemmProblem(size_m, 4096, 4096, 128, 4, "fp16", capability, multiprocessors)
+        config = pick_config(problem)
+        assert config.num_splits <= multiprocessors * config.resident_blocks
+
+
+# --- the thresholds ---------------------------------------------------------------------------------------
+
+
+def test_candidates_change_at_the_first_tokens_only():
+    for problem in problems((9, 0)):
+        first = max(tokens for tokens in first_tokens() if tokens <= problem.size_m)
+        fewest = replace(problem, size_m=first)
+        assert family_of(problem) is family_of(fewest)
+        assert list(family_of(problem).candidates(problem)) == list(family_of(fewest).candidates(fewest))
 
 
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_a_warm_up_knows_whatever_may_be_picked(capability):
     for problem in problems(capability):
-        assert ops._sources_of(problem)[pick_config(problem).source] == pick_config(problem).shared_bytes
+        assert sources_up_to(problem)[pick_config(problem).source] == pick_config(problem).shared_bytes
 
 
 def test_a_warm_up_for_few_tokens_leaves_out_the_rest():
     problem = GemmProblem(70_000, 4096, 4096, 128, 4, "fp16")
-    few, all_of_them = (ops._sources_of(replace(problem, size_m=size_m)) for size_m in (8, 70_000))
+    few, all_of_them = (sources_up_to(replace(problem, size_m=size_m)) for size_m in (8, 70_000))
     assert few.keys() < all_of_them.keys()
-
-
-def test_every_problem_has_a_portable_kernel():
-    for problem in problems((9, 0)):
-        assert any(type(config) is configs.PortableConfig for config in all_configs(problem))
-
-
-def test_warpgroup_instructions_are_for_hopper_alone():
-    problem = GemmProblem(256, 4096, 4096, 128, 4, "bf16", (10, 0))
-    assert not any(type(config) is configs.HopperConfig for config in all_configs(problem))
-
-
-def test_with_splits_changes_nothing_else():
-    problem = GemmProblem(1, 4096, 4096, 128, 4, "fp16")
-    for config in all_configs(problem):
-        changed = with_splits(config, 3, "workspace")
-        assert (changed.num_splits, changed.reduction) == (3, "workspace")
-        assert changed.source == config.source
-        assert with_splits(changed, 1, config.reduction) == config

@@ -8,6 +8,7 @@ import torch
 
 from awq2marlin.gemm import cpu as cpu_gemm
 from awq2marlin.gemm import ops
+from awq2marlin.gemm.checks import GemmTensors, check_addresses, check_gemm
 from tests.gemm.gemm_cases import DTYPES, SMALL_SHAPES, random_layer, random_tokens
 
 GOLDEN = np.load(Path(__file__).parents[1] / "golden" / "marlin_layout.npz")
@@ -86,33 +87,41 @@ LAYER = random_layer(256, 128, 64, has_bias=True)
 TOKENS = random_tokens(2, LAYER)
 
 REFUSALS = [
-    ({"num_bits": 3}, ValueError, "num_bits is 3; needed: 4 or 8"),
-    ({"a": TOKENS.float()}, TypeError, "a is torch.float32; needed: torch.float16 or torch.bfloat16"),
-    ({"a": TOKENS[0]}, ValueError, r"a has shape \[256\]; needed: \[M, K\]"),
+    ({"num_bits": 3}, ValueError, r"num_bits must be one of \(4, 8\), found 3"),
+    ({"a": TOKENS.float()}, TypeError, "a must be torch.float16 or torch.bfloat16, found torch.float32"),
+    ({"a": TOKENS[0]}, ValueError, r"a must have the shape \[M, K\], found \[256\]"),
     (
         {"a": TOKENS[:, :128]},
         ValueError,
-        r"qweight has shape \[16, 256\]; needed: \[128/16, N\*16/8\], as a is \[2, 128\]",
+        r"qweight must have the shape \[128/16, N\*16/8\], as a has \[2, 128\], found \[16, 256\]",
     ),
-    ({"a": random_tokens(256, LAYER).t()}, ValueError, "a has strides .*; needed: a last stride of 1"),
-    ({"a": torch.zeros(2, 257, dtype=torch.float16)[:, :256]}, ValueError, "a has row stride 257"),
-    ({"a": torch.zeros(2, 264, dtype=torch.float16)[:, 4:260]}, ValueError, "a has row stride 264 and offset 4"),
-    ({"qweight": LAYER.qweight.long()}, TypeError, "qweight is torch.int64; needed: torch.int32"),
+    ({"a": random_tokens(256, LAYER).t()}, ValueError, "a must have a last stride of 1, found strides"),
+    (
+        {"a": torch.zeros(2, 257, dtype=torch.float16)[:, :256]},
+        ValueError,
+        "a must have a row stride and an offset that are multiples of 8, .* found 257 and 0",
+    ),
+    (
+        {"a": torch.zeros(2, 264, dtype=torch.float16)[:, 4:260]},
+        ValueError,
+        "a must have a row stride .* found 264 and 4",
+    ),
+    ({"qweight": LAYER.qweight.long()}, TypeError, "qweight must be torch.int32, found torch.int64"),
     (
         {"qweight": LAYER.qweight[:, :64]},
         ValueError,
-        r"scales has shape \[4, 128\]; needed: \[G, 32\]|K = 256, N = 32; needed",
+        r"qweight must have the shape .* with N a multiple of 64 and K of 128.*: K = 256, N = 32",
     ),
-    ({"qweight": LAYER.qweight.t().contiguous().t()}, ValueError, "qweight has strides"),
-    ({"scales": LAYER.scales.bfloat16()}, TypeError, "scales is torch.bfloat16; needed: torch.float16"),
-    ({"scales": LAYER.scales[:, :64]}, ValueError, r"scales has shape \[4, 64\]; needed: \[G, 128\]"),
-    ({"scales": LAYER.scales[:3]}, ValueError, r"scales has shape \[3, 128\]; needed: 1 row, or 8, 4, 2"),
-    ({"scales": LAYER.scales[:0]}, ValueError, r"scales has shape \[0, 128\]; needed: 1 row"),
-    ({"qzeros": LAYER.qzeros[:2]}, ValueError, r"qzeros has shape \[2, 16\]; needed: \[4, 16\]"),
-    ({"qzeros": LAYER.scales}, TypeError, "qzeros is torch.float16; needed: torch.int32"),
-    ({"bias": LAYER.bias[:64]}, ValueError, r"bias has shape \[64\]; needed: \[128\]"),
-    ({"bias": LAYER.bias.float()}, TypeError, "bias is torch.float32; needed: torch.float16"),
-    ({"qzeros": LAYER.qzeros.to("meta")}, ValueError, "qzeros is on meta and a on cpu; needed: one device"),
+    ({"qweight": LAYER.qweight.t().contiguous().t()}, ValueError, "qweight must have a last stride of 1"),
+    ({"scales": LAYER.scales.bfloat16()}, TypeError, "scales must be torch.float16, found torch.bfloat16"),
+    ({"scales": LAYER.scales[:, :64]}, ValueError, r"scales must have the shape \[G, 128\], .*, found \[4, 64\]"),
+    ({"scales": LAYER.scales[:3]}, ValueError, r"scales must have .* G = 1, or one of 8, 4, 2 .*, found \[3, 128\]"),
+    ({"scales": LAYER.scales[:0]}, ValueError, r"scales must have .* G = 1, .*, found \[0, 128\]"),
+    ({"qzeros": LAYER.qzeros[:2]}, ValueError, r"qzeros must have the shape \[4, 16\], found \[2, 16\]"),
+    ({"qzeros": LAYER.scales}, TypeError, "qzeros must be torch.int32, found torch.float16"),
+    ({"bias": LAYER.bias[:64]}, ValueError, r"bias must have the shape \[128\], found \[64\]"),
+    ({"bias": LAYER.bias.float()}, TypeError, "bias must be torch.float16, found torch.float32"),
+    ({"qzeros": LAYER.qzeros.to("meta")}, ValueError, "qzeros must be on the device of a, cpu, found meta"),
 ]
 
 
@@ -125,8 +134,12 @@ def test_a_refusal_names_the_argument_what_was_found_and_what_is_needed(change, 
         "qzeros": LAYER.qzeros,
         "bias": LAYER.bias,
     }
+
     # A mixture of devices does not get past torch's dispatcher on a CPU: the check itself is asked.
-    call = ops.check_gemm if "meta" in message else ops.marlin_gemm
+    def check(**arguments):
+        return check_gemm(GemmTensors(**arguments))
+
+    call = check if "meta" in message else ops.marlin_gemm
     with pytest.raises(error, match=message):
         call(**{"num_bits": 4, **arguments, **change})
 
@@ -189,17 +202,17 @@ def test_memory_that_begins_between_the_steps_of_a_load_is_refused():
     whole = torch.zeros(1 << 10, dtype=torch.float16)
     shifted = torch.from_dlpack(whole[1:129].view(1, 128))  # an offset of 0, at an address that is no multiple of 16
     assert shifted.storage_offset() == 0
-    with pytest.raises(ValueError, match=r"a begins at address 0x[0-9a-f]+; needed: a multiple of 16 bytes"):
-        ops._check_addresses(a=(shifted, 16))
-    ops._check_addresses(a=(whole, 16), bias=(None, 8))
+    with pytest.raises(ValueError, match=r"a must begin at a multiple of 16 bytes, .* found address 0x[0-9a-f]+"):
+        check_addresses(a=(shifted, 16))
+    check_addresses(a=(whole, 16), bias=(None, 8))
 
 
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"scales": torch.ones(2, 64)}, TypeError, "scales is torch.float32"),
-        ({"qweight": torch.tensor(1, dtype=torch.int32)}, ValueError, r"qweight has shape \[\]"),
-        ({}, ValueError, "qweight is on cpu; needed: a CUDA device"),
+        ({"scales": torch.ones(2, 64)}, TypeError, "scales must be .*, found torch.float32"),
+        ({"qweight": torch.tensor(1, dtype=torch.int32)}, ValueError, r"qweight must have the shape .*, found \[\]"),
+        ({}, ValueError, "qweight must be on a CUDA device, .*, found cpu"),
     ],
 )
 def test_a_warm_up_names_the_argument_it_refuses(change, error, message):

@@ -5,8 +5,12 @@ import threading
 import pytest
 import torch
 
+from awq2marlin.errors import KernelUnavailableError
 from awq2marlin.gemm import jit, ops
-from awq2marlin.gemm.kernel_configs import GemmProblem, all_configs, pick_config, with_splits
+from awq2marlin.gemm.checks import GemmTensors
+from awq2marlin.gemm.families.base import GemmProblem
+from awq2marlin.gemm.launch import launch_gemm
+from awq2marlin.gemm.select import all_configs, pick_config
 from tests.gemm.gemm_cases import DTYPES, SMALL_SHAPES, Layer, assert_product, random_layer, random_tokens
 from tests.gemm.test_cpu_gemm import CASES, golden
 from tests.gemm.test_linear import loaded_layer
@@ -34,19 +38,18 @@ def problem_of(size_m, layer):
 def run(config, a, layer):
     """Runs a config into poisoned memory: what no block writes stays NaN."""
     out = torch.full((a.shape[0], layer.size_n), float("nan"), dtype=a.dtype, device=a.device)
-    return ops.launch_gemm(
-        config, problem_of(a.shape[0], layer), a, layer.qweight, layer.scales, layer.qzeros, layer.bias, out
-    )
+    tensors = GemmTensors(a, layer.qweight, layer.scales, layer.qzeros, layer.bias, layer.num_bits)
+    return launch_gemm(config, problem_of(a.shape[0], layer), tensors, out)
 
 
 def variants(problem):
     """Every kernel that serves a problem, whole and split, with either way to sum the splits."""
     for config in all_configs(problem):
-        yield with_splits(config, 1)
-        yield with_splits(config, 3, "workspace")
+        yield config.with_splits(1)
+        yield config.with_splits(3, "workspace")
         if problem.has_clusters:
-            yield with_splits(config, 2, "cluster")
-            yield with_splits(config, 8, "cluster")
+            yield config.with_splits(2, "cluster")
+            yield config.with_splits(8, "cluster")
 
 
 def groups_that_divide(size_k):
@@ -123,7 +126,7 @@ def test_both_ways_to_sum_splits_give_the_same_bits():
         pytest.skip("This GPU has no clusters, so there is one way only.")
     a = random_tokens(16, layer)
     for config in all_configs(problem):
-        outs = [run(with_splits(config, 5, reduction), a, layer) for reduction in ("cluster", "workspace")]
+        outs = [run(config.with_splits(5, reduction), a, layer) for reduction in ("cluster", "workspace")]
         assert torch.equal(*outs), config
 
 
@@ -177,7 +180,7 @@ def test_works_in_a_captured_graph_on_another_stream():
 def test_split_sums_survive_a_captured_graph():
     layer = gpu_layer(1024, 512, 128)
     a = random_tokens(16, layer)
-    config = with_splits(all_configs(problem_of(16, layer))[0], 4, "workspace")
+    config = all_configs(problem_of(16, layer))[0].with_splits(4, "workspace")
     expected = run(config, a, layer)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -193,7 +196,7 @@ def test_first_use_in_a_capture_names_the_warm_up(monkeypatch):
     a = random_tokens(1, layer)
     monkeypatch.setattr(jit, "_loaded", {})
     graph = torch.cuda.CUDAGraph()
-    with pytest.raises(jit.KernelUnavailableError, match="warm_up"), torch.cuda.graph(graph):
+    with pytest.raises(KernelUnavailableError, match="warm_up"), torch.cuda.graph(graph):
         layer(a)
     assert_product(layer(a), a, layer)
 
@@ -296,9 +299,9 @@ def test_works_under_torch_compile():
 def test_refusals_leave_the_process_working():
     layer = gpu_layer(256, 128, 64)
     a = random_tokens(5, layer)
-    with pytest.raises(ValueError, match="qweight is on cpu and a on cuda:0"):
+    with pytest.raises(ValueError, match="qweight must be on the device of a, cuda:0, found cpu"):
         ops.marlin_gemm(a, layer.qweight.cpu(), layer.scales, layer.qzeros)
-    with pytest.raises(TypeError, match="scales is"):
+    with pytest.raises(TypeError, match="scales must be"):
         ops.marlin_gemm(a, layer.qweight, layer.scales.bfloat16(), layer.qzeros)
     wide = gpu_layer(64, 1 << 20, 64)
     many = random_tokens(1 << 20, wide)

@@ -1,99 +1,53 @@
 """Compilation at run time: the cache, the messages, and what the doctor sees. Needs neither GPU nor driver."""
 
+import copy
 import multiprocessing
 import os
+import pickle
 import shutil
 import sys
-import tempfile
-from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
 
-from awq2marlin.gemm import compile_matrix, jit
-from awq2marlin.gemm.kernel_configs import repack_source
+from awq2marlin.errors import KernelUnavailableError, UnavailableError
+from awq2marlin.gemm import compile_matrix, jit, machine, source
+from awq2marlin.gemm.source import KernelSource, repack_source
+from awq2marlin.io.code_cache import CACHE_VARIABLE
 
 needs_compiler = pytest.mark.skipif(
-    jit.machine_facts().nvrtc_version is None,
+    machine.machine_facts().nvrtc_version is None,
     reason="The run-time compiler is not installed: pip install 'awq2marlin[cuda]'.",
 )
 
 
 @pytest.fixture
 def cache(tmp_path, monkeypatch):
-    monkeypatch.setenv(jit.CACHE_VARIABLE, str(tmp_path / "cache"))
-    return jit.KernelCache(jit.cache_dir())
-
-
-def test_cache_returns_what_was_put(cache):
-    assert cache.get("key") is None
-    assert cache.put("key", b"machine code")
-    assert cache.get("key") == b"machine code"
-    assert [path.name for path in cache.folder.iterdir()] == ["key.cubin"], "no partial file stays"
-
-
-@pytest.mark.parametrize("damage", [b"", b"x", b"\0" * 32, b"\0" * 100])
-def test_a_damaged_entry_counts_as_absent(cache, damage):
-    cache.put("key", b"machine code")
-    (cache.folder / "key.cubin").write_bytes(damage)
-    assert cache.get("key") is None
-
-
-def test_a_truncated_entry_counts_as_absent(cache):
-    cache.put("key", b"machine code")
-    path = cache.folder / "key.cubin"
-    path.write_bytes(path.read_bytes()[:-1])
-    assert cache.get("key") is None
-
-
-@pytest.mark.skipif(not hasattr(os, "geteuid"), reason="Files have no owner and mode here.")
-def test_code_that_others_could_have_written_counts_as_absent(cache):
-    cache.put("key", b"machine code")
-    path = cache.folder / "key.cubin"
-    for place in (path, cache.folder):
-        mode = place.stat().st_mode
-        place.chmod(mode | 0o020)
-        assert cache.get("key") is None, place
-        place.chmod(mode)
-    assert cache.get("key") == b"machine code"
-
-
-def test_without_a_home_the_cache_is_a_temporary_folder_of_the_users_own(monkeypatch):
-    def no_home():
-        raise RuntimeError("Could not determine home directory.")
-
-    for variable in (jit.CACHE_VARIABLE, "XDG_CACHE_HOME"):
-        monkeypatch.delenv(variable, raising=False)
-    monkeypatch.setattr(Path, "home", no_home)
-    assert jit.cache_dir() == Path(tempfile.gettempdir()) / f"awq2marlin-{os.getuid()}" / "kernels"
-
-
-def test_a_folder_that_cannot_be_made_is_no_reason_to_fail(tmp_path):
-    (tmp_path / "file").write_text("")
-    assert not jit.KernelCache(tmp_path / "file" / "cache").put("key", b"machine code")
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
+    return jit.kernel_cache()
 
 
 @needs_compiler
 def test_key_depends_on_source_architecture_headers_and_compiler(monkeypatch):
-    source = repack_source(4)
-    keys = {jit.KernelCache.key(source, "sm_80"), jit.KernelCache.key(source, "sm_90a")}
-    keys.add(jit.KernelCache.key(repack_source(8), "sm_80"))
+    kernel = repack_source(4)
+    keys = {jit.key_of(kernel, "sm_80"), jit.key_of(kernel, "sm_90a")}
+    keys.add(jit.key_of(repack_source(8), "sm_80"))
     monkeypatch.setattr(jit, "headers_digest", lambda: b"other headers")
-    keys.add(jit.KernelCache.key(source, "sm_80"))
+    keys.add(jit.key_of(kernel, "sm_80"))
     monkeypatch.setattr(jit, "compiler_version", lambda: "99.0")
-    keys.add(jit.KernelCache.key(source, "sm_80"))
+    keys.add(jit.key_of(kernel, "sm_80"))
     assert len(keys) == 5
 
 
 def test_headers_digest_sees_every_header(tmp_path, monkeypatch):
-    for path in jit.kernels_dir().glob("*.cuh"):
+    for path in source.kernels_dir().glob("*.cuh"):
         shutil.copy(path, tmp_path)
-    monkeypatch.setattr(jit, "kernels_dir", lambda: tmp_path)
-    before = jit.headers_digest.__wrapped__()
-    assert before == jit.headers_digest()
+    monkeypatch.setattr(source, "kernels_dir", lambda: tmp_path)
+    before = source.headers_digest.__wrapped__()
+    assert before == source.headers_digest()
     with (tmp_path / "ptx.cuh").open("a") as file:
         file.write("\n")
-    assert jit.headers_digest.__wrapped__() != before
+    assert source.headers_digest.__wrapped__() != before
 
 
 @needs_compiler
@@ -109,7 +63,7 @@ def test_first_use_says_what_it_compiles_and_the_second_is_silent(cache, capsys)
 @pytest.mark.usefixtures("cache")
 def test_a_caller_may_ask_to_be_told_instead(capsys):
     said = []
-    with jit.telling(said.append):
+    with jit.on_compile(said.append):
         jit.build(repack_source(4), "sm_80")
     (text,) = said
     assert text.startswith("compiled Repack<4> for sm_80 in ")
@@ -119,12 +73,12 @@ def test_a_caller_may_ask_to_be_told_instead(capsys):
 @needs_compiler
 @pytest.mark.usefixtures("cache")
 def test_source_that_does_not_compile_is_refused_with_the_compilers_words():
-    with pytest.raises(jit.KernelUnavailableError, match=r"broken does not compile for sm_80(.|\n)*undefined"):
-        jit.build(jit.KernelSource("broken", "int x = undefined;"), "sm_80")
+    with pytest.raises(KernelUnavailableError, match=r"broken does not compile for sm_80(.|\n)*undefined"):
+        jit.build(KernelSource("broken", "int x = undefined;"), "sm_80")
 
 
-def _build(source):
-    return jit.build(source, "sm_80")
+def _build(kernel):
+    return jit.build(kernel, "sm_80")
 
 
 @needs_compiler
@@ -135,16 +89,26 @@ def test_processes_share_a_cache(cache):
     assert len(list(cache.folder.iterdir())) == 1
 
 
+def test_a_kernel_that_is_unavailable_is_a_kind_of_both():
+    error = KernelUnavailableError("one line\nand another")
+    assert isinstance(error, UnavailableError)
+    assert isinstance(error, RuntimeError)
+    assert [problem.code for problem in error.problems] == ["no-kernel"]
+    for each in (error, pickle.loads(pickle.dumps(error)), copy.copy(error)):
+        assert str(each) == "one line\nand another"
+        assert each.problems == error.problems
+
+
 def test_missing_compiler_names_the_command_that_mends_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "cuda.bindings", None)
-    with pytest.raises(jit.KernelUnavailableError, match=r"pip install 'awq2marlin\[cuda\]'"):
+    with pytest.raises(KernelUnavailableError, match=r"pip install 'awq2marlin\[cuda\]'"):
         jit.compiler_version.__wrapped__()
 
 
 def test_machine_facts_list_what_is_missing(cache, monkeypatch):
     monkeypatch.setitem(sys.modules, "cuda.bindings", None)
-    monkeypatch.setattr(jit, "compiler_version", jit.compiler_version.__wrapped__)
-    facts = jit.machine_facts()
+    monkeypatch.setattr(machine, "compiler_version", jit.compiler_version.__wrapped__)
+    facts = machine.machine_facts()
     assert facts.nvrtc_version is None
     assert facts.devices == ()
     assert facts.cache_dir == cache.folder
@@ -154,7 +118,7 @@ def test_machine_facts_list_what_is_missing(cache, monkeypatch):
 
 def test_machine_facts_count_the_cache(cache):
     cache.put("key", b"x" * 68)
-    facts = jit.machine_facts()
+    facts = machine.machine_facts()
     assert (facts.cached_kernels, facts.cached_bytes) == (1, 100)
 
 
@@ -169,28 +133,28 @@ def test_a_device_name_ends_at_its_first_zero_byte():
         cuDeviceGetAttribute = staticmethod(lambda which, _index: (0, which))  # noqa: N815
         cuDeviceTotalMem = staticmethod(lambda _index: (0, 1 << 37))  # noqa: N815
 
-    facts = jit._device_facts(Driver, 0)
-    assert facts == jit.DeviceFacts(0, "NVIDIA H200", (9, 0), 1 << 37, 132, is_supported=True)
+    facts = machine._device_facts(Driver, 0)
+    assert facts == machine.DeviceFacts(0, "NVIDIA H200", (9, 0), 1 << 37, 132, is_supported=True)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="Root may write everywhere.")
 def test_machine_facts_tell_of_a_cache_that_cannot_be_written(tmp_path, monkeypatch):
     tmp_path.chmod(0o500)
-    monkeypatch.setenv(jit.CACHE_VARIABLE, str(tmp_path / "cache"))
-    assert any(jit.CACHE_VARIABLE in lack.remedy for lack in jit.machine_facts().lacks)
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
+    assert any(CACHE_VARIABLE in lack.remedy for lack in machine.machine_facts().lacks)
 
 
 def test_machine_facts_tell_of_a_cache_that_is_no_folder(tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
-    monkeypatch.setenv(jit.CACHE_VARIABLE, str(tmp_path / "file"))
-    assert any(str(tmp_path / "file") in lack.what for lack in jit.machine_facts().lacks)
+    monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "file"))
+    assert any(str(tmp_path / "file") in lack.what for lack in machine.machine_facts().lacks)
 
 
 @pytest.mark.skipif(not hasattr(os, "geteuid"), reason="Files have no owner and mode here.")
 def test_machine_facts_tell_of_a_cache_that_others_may_write(cache):
     cache.put("key", b"machine code")
     cache.folder.chmod(0o777)
-    assert any("Others may write" in lack.what for lack in jit.machine_facts().lacks)
+    assert any("Others may write" in lack.what for lack in machine.machine_facts().lacks)
 
 
 def driver_that_says(code, version=12080):
@@ -217,7 +181,7 @@ def driver(monkeypatch):
 
 def test_hidden_gpus_are_not_a_missing_driver(driver):
     driver(driver_that_says(100))
-    version, devices, lack = jit._driver_facts()
+    version, devices, lack = machine._driver_facts()
     assert (version, devices) == (None, ())
     assert "no GPU" in lack.what
     assert "CUDA_VISIBLE_DEVICES" in lack.remedy
@@ -225,15 +189,15 @@ def test_hidden_gpus_are_not_a_missing_driver(driver):
 
 def test_a_driver_that_fails_is_told_with_its_code(driver):
     driver(driver_that_says(999))
-    assert "999" in jit._driver_facts()[2].what
+    assert "999" in machine._driver_facts()[2].what
 
 
 def test_a_compiler_newer_than_the_driver_is_a_lack(driver, monkeypatch):
     driver(driver_that_says(0))
-    monkeypatch.setattr(jit, "compiler_version", lambda: "13.1")
-    assert any("NVRTC 13.1" in lack.what and "12.8" in lack.what for lack in jit.machine_facts().lacks)
-    monkeypatch.setattr(jit, "compiler_version", lambda: "12.9")
-    assert not any("12.9" in lack.what for lack in jit.machine_facts().lacks)
+    monkeypatch.setattr(machine, "compiler_version", lambda: "13.1")
+    assert any("NVRTC 13.1" in lack.what and "12.8" in lack.what for lack in machine.machine_facts().lacks)
+    monkeypatch.setattr(machine, "compiler_version", lambda: "12.9")
+    assert not any("12.9" in lack.what for lack in machine.machine_facts().lacks)
 
 
 def test_resources_are_read_from_the_assemblers_report():
@@ -247,7 +211,7 @@ def test_resources_are_read_from_the_assemblers_report():
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90a"])
 def test_one_of_each_kernel_compiles_without_spills(arch):
     jobs = [job for job in compile_matrix.matrix() if job[1] == arch]
-    for source in compile_matrix._one_of_each(source for source, _ in jobs):
-        resources = jit.compile_kernel(source, arch).resources
+    for kernel in compile_matrix._one_of_each(kernel for kernel, _ in jobs):
+        resources = jit.compile_kernel(kernel, arch).resources
         assert compile_matrix.faults_of(resources) == []
         assert resources.registers > 0

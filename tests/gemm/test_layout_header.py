@@ -1,16 +1,21 @@
-"""The constants of kernels/marlin_layout.cuh are those of the Python package."""
+"""The headers in kernels/: constants are those of the Python package, lines are short, what is missing is named."""
 
 import re
+from dataclasses import replace
 
 import pytest
 
+from awq2marlin.errors import KernelUnavailableError
 from awq2marlin.gemm import jit
+from awq2marlin.gemm.families.base import GemmProblem
+from awq2marlin.gemm.families.hopper import HopperConfig
+from awq2marlin.gemm.source import ENTRY_POINT, KernelSource, kernels_dir
 from awq2marlin.layout import marlin
 from awq2marlin.layout.packing import AWQ_PACK_ORDER
 
 
 def header_constants():
-    text = (jit.kernels_dir() / "marlin_layout.cuh").read_text()
+    text = (kernels_dir() / "marlin_layout.cuh").read_text()
     arrays = re.findall(r"constexpr int (\w+)\[\d+\] = \{([\d, ]+)\};", text)
     numbers = re.findall(r"constexpr int (\w+) = (\d+);", text)
     return {name: tuple(map(int, values.split(","))) for name, values in arrays} | {n: int(v) for n, v in numbers}
@@ -38,5 +43,25 @@ def test_scale_positions_invert_the_permutations():
             single = 32 * (column // 32) + marlin.SCALE_PERM_SINGLE.index(column % 32)
             lines.append(f'static_assert(grouped_scale_position({lane}, {m}) == {grouped}, "");')
             lines.append(f'static_assert(single_scale_position({lane}, {m}) == {single}, "");')
-    lines.append(f'extern "C" __global__ void {jit.ENTRY_POINT}() {{}}')
-    assert jit.compile_kernel(jit.KernelSource("layout", "\n".join(lines)), "sm_80").cubin
+    lines.append(f'extern "C" __global__ void {ENTRY_POINT}() {{}}')
+    assert jit.compile_kernel(KernelSource("layout", "\n".join(lines)), "sm_80").cubin
+
+
+def test_lines_of_the_headers_are_no_longer_than_those_of_python():
+    long = [
+        f"{path.name}:{number}"
+        for path in sorted(kernels_dir().glob("*.cuh"))
+        for number, line in enumerate(path.read_text("utf-8").splitlines(), 1)
+        if len(line) > 120
+    ]
+    assert long == []
+
+
+def test_a_number_of_tokens_without_its_instruction_is_refused_in_a_sentence():
+    pytest.importorskip(
+        "cuda.bindings", reason="The run-time compiler is not installed: pip install 'awq2marlin[cuda]'"
+    )
+    problem = GemmProblem(64, 256, 256, 128, 4, "fp16")
+    config = replace(next(iter(HopperConfig.candidates(problem))), tokens=80)
+    with pytest.raises(KernelUnavailableError, match=r"wgmma\.cuh has no instruction of this width"):
+        jit.compile_kernel(config.source, "sm_90a")

@@ -52,7 +52,9 @@ def test_layer_refuses_shapes_and_types_without_kernels():
     method = AWQMarlinLinearMethod(AWQMarlinConfig(4, 128, True))
     with pytest.raises(ValueError, match="K = 128, N = 48"):
         method.create_weights(torch.nn.Module(), 128, [48], 128, 48, torch.float16)
-    with pytest.raises(ValueError, match=r"params_dtype is torch\.float32"):
+    with pytest.raises(
+        ValueError, match=r"params_dtype must be torch\.float16 or torch\.bfloat16, found torch\.float32"
+    ):
         method.create_weights(torch.nn.Module(), 128, [64], 128, 64, torch.float32)
 
 
@@ -69,3 +71,9 @@ def test_a_layer_that_the_source_left_alone_has_no_method(prefix, is_quantized):
     document = {"bits": 4, "group_size": 128, "modules_to_not_convert": ["visual", "mlp.gate"]}
     method = AWQMarlinConfig.from_config(document).get_quant_method(torch.nn.Linear(8, 8), prefix)
     assert isinstance(method, AWQMarlinLinearMethod) == is_quantized
+
+
+def test_a_layer_whose_name_is_not_told_is_quantized():
+    config = AWQMarlinConfig(4, 128, True, ["visual"])
+    assert isinstance(config.get_quant_method(torch.nn.Linear(8, 8)), AWQMarlinLinearMethod)
+    assert config.get_quant_method(torch.nn.LayerNorm(8)) is None

@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from awq2marlin.io.stream import copy_pieces, rewrite_file
+from awq2marlin.io.stream import NamedPath, copy_pieces, rewrite_file
 from awq2marlin.io.workers import check_workers, run_side_by_side, share_workers
 
 
@@ -32,7 +32,7 @@ def test_idle_threads_help_in_their_own_run_only(tmp_path):
             report(count)
 
         pieces = copy_pieces(0, 0, source.stat().st_size)
-        rewrite_file((source, "source"), tmp_path / task[0], pieces, progress=tell)
+        rewrite_file(NamedPath(source, "source"), tmp_path / task[0], pieces, progress=tell)
         return task[0]
 
     def run(name, pause, ended):

@@ -803,7 +803,7 @@ def test_scales_keep_type_and_bits(dtype):
     assert torch.equal(layout.marlin_unpermute_scales(permuted_scales, 128, 64, 32), scales)
 
 
-@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64])
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.uint16, torch.int8, torch.int16, torch.int32, torch.int64])
 def test_values_to_pack_may_be_any_integers(dtype):
     values = torch.arange(16).repeat(2, 4)
     expected = layout.pack_cols(values.to(torch.int32), 4, 2, 64)
@@ -825,7 +825,7 @@ SIGNATURES = {
     "get_scale_perms": [],
     "marlin_permute_scales": ["s", "size_k", "size_n", "group_size"],
     "pack_cols": ["q_w", "num_bits", "size_k", "size_n"],
-    "unpack_cols": ["packed_q_w", "num_bits", "size_k", "size_n"],
+    "unpack_cols": ["packed", "num_bits", "size_k", "size_n"],
     "marlin_zero_points": ["zp", "size_k", "size_n", "num_bits"],
     "awq_to_marlin_zero_points": ["q_zp_packed", "size_k", "size_n", "num_bits"],
     "awq_marlin_repack": ["q_weight", "size_k", "size_n", "num_bits"],
@@ -836,6 +836,18 @@ SIGNATURES = {
 @pytest.mark.parametrize("name", SIGNATURES)
 def test_signatures_are_those_that_the_field_uses(name):
     assert list(inspect.signature(getattr(layout, name)).parameters) == SIGNATURES[name]
+
+
+def test_words_to_unpack_may_be_given_by_vllm_s_name():
+    packed = torch.tensor([[0x76543210]], dtype=torch.int32)
+    expected = [list(range(8))]
+    assert layout.unpack_cols(packed, 4, 1, 8).tolist() == expected
+    assert layout.unpack_cols(packed=packed, num_bits=4, size_k=1, size_n=8).tolist() == expected
+    assert layout.unpack_cols(packed_q_w=packed, num_bits=4, size_k=1, size_n=8).tolist() == expected
+    for twice in ({"packed": packed}, {}):
+        arguments = () if twice else (packed, 4, 1, 8)
+        with pytest.raises(TypeError, match="packed"):
+            layout.unpack_cols(*arguments, packed_q_w=packed, **twice)
 
 
 # --- errors name what was found and what is needed --------------------------------------------------------
@@ -852,11 +864,11 @@ def words(rows, columns, dtype=torch.int32):
         (lambda: layout.pack_cols(words(2, 9), 4, 2, 9), ["size_n", "multiple of 8", "found 9"]),
         (lambda: layout.pack_cols(words(2, 6), 8, 2, 6), ["size_n", "multiple of 4", "found 6"]),
         (lambda: layout.pack_cols(words(2, 8), 3, 2, 8), ["num_bits", "4, 8", "found 3"]),
-        (lambda: layout.unpack_cols(words(2, 1), 4, 2, 16), ["packed_q_w", "[2, 2]", "[2, 1]"]),
-        (lambda: layout.unpack_cols(words(2, 1, torch.int64), 4, 2, 8), ["packed_q_w", "int32", "int64"]),
+        (lambda: layout.unpack_cols(words(2, 1), 4, 2, 16), ["packed ", "[2, 2]", "[2, 1]"]),
+        (lambda: layout.unpack_cols(words(2, 1, torch.int64), 4, 2, 8), ["packed ", "int32", "int64"]),
         (lambda: layout.unpack_cols(words(2, 1), 4, 2, 9), ["size_n", "multiple of 8", "found 9"]),
         (lambda: layout.unpack_cols(words(2, 1), 2, 2, 8), ["num_bits", "4, 8", "found 2"]),
-        (lambda: layout.unpack_cols(words(2, 1)[0], 4, 2, 8), ["packed_q_w", "[2, 1]", "[1]"]),
+        (lambda: layout.unpack_cols(words(2, 1)[0], 4, 2, 8), ["packed ", "[2, 1]", "[1]"]),
         (lambda: layout.marlin_permute_scales(words(2, 64), 128, 64, 32), ["s", "[4, 64]", "[2, 64]"]),
         (lambda: layout.marlin_permute_scales(words(4, 96), 128, 96, 32), ["size_n", "multiple of 64", "found 96"]),
         (lambda: layout.marlin_permute_scales(words(1, 48), 128, 48, -1), ["size_n", "multiple of 32", "found 48"]),
@@ -869,17 +881,20 @@ def words(rows, columns, dtype=torch.int32):
         (lambda: layout.marlin_zero_points(words(2, 32), 2, 32, 4), ["size_n", "multiple of 64", "found 32"]),
         (lambda: layout.marlin_zero_points(words(2, 64), 2, 64, 3), ["num_bits", "4, 8", "found 3"]),
         (lambda: layout.marlin_unpack_zero_points(words(2, 4), 2, 32, 4), ["size_n", "multiple of 64", "found 32"]),
-        (lambda: layout.marlin_unpack_zero_points(words(2, 4), 2, 64, 4), ["[2, 8]", "[2, 4]"]),
+        (lambda: layout.marlin_unpack_zero_points(words(2, 4), 2, 64, 4), ["q_zp ", "[2, 8]", "[2, 4]"]),
         (lambda: layout.marlin_unpack_zero_points(words(2, 8), 2, 64, 3), ["num_bits", "4, 8", "found 3"]),
-        (lambda: layout.awq_to_marlin_zero_points(words(2, 8), 3, 64, 4), ["[3, 8]", "[2, 8]"]),
+        (lambda: layout.awq_to_marlin_zero_points(words(2, 8), 3, 64, 4), ["q_zp_packed ", "[3, 8]", "[2, 8]"]),
         (lambda: layout.awq_to_marlin_zero_points(words(2, 4), 2, 32, 4), ["size_n", "multiple of 64", "found 32"]),
-        (lambda: layout.awq_to_marlin_zero_points(words(2, 8, torch.int16), 2, 64, 4), ["int32", "int16"]),
+        (
+            lambda: layout.awq_to_marlin_zero_points(words(2, 8, torch.int16), 2, 64, 4),
+            ["q_zp_packed ", "int32", "int16"],
+        ),
         (lambda: layout.awq_to_marlin_zero_points(words(2, 8), 2, 64, 5), ["num_bits", "4, 8", "found 5"]),
-        (lambda: layout.marlin_to_awq_zero_points(words(2, 8), 3, 64, 4), ["[3, 8]", "[2, 8]"]),
+        (lambda: layout.marlin_to_awq_zero_points(words(2, 8), 3, 64, 4), ["q_zp ", "[3, 8]", "[2, 8]"]),
         (lambda: layout.awq_marlin_repack(words(24, 8), 24, 64, 4), ["size_k", "multiple of 16", "found 24"]),
         (lambda: layout.awq_marlin_repack(words(16, 4), 16, 32, 4), ["size_n", "multiple of 64", "found 32"]),
-        (lambda: layout.awq_marlin_repack(words(16, 8), 16, 128, 4), ["[16, 16]", "[16, 8]"]),
-        (lambda: layout.awq_marlin_repack(words(16, 8, torch.float32), 16, 64, 4), ["int32", "float32"]),
+        (lambda: layout.awq_marlin_repack(words(16, 8), 16, 128, 4), ["q_weight ", "[16, 16]", "[16, 8]"]),
+        (lambda: layout.awq_marlin_repack(words(16, 8, torch.float32), 16, 64, 4), ["q_weight ", "int32", "float32"]),
         (lambda: layout.awq_marlin_repack(words(16, 8), 16, 64, 3), ["num_bits", "4, 8", "found 3"]),
         (lambda: layout.awq_marlin_repack(words(0, 8), 0, 64, 4), ["size_k", "positive", "found 0"]),
         (lambda: layout.marlin_permute_scales(words(0, 64), 0, 64, 64), ["size_k", "positive", "found 0"]),
@@ -890,6 +905,14 @@ def words(rows, columns, dtype=torch.int32):
         (lambda: layout.pack_cols(words(0, 8), 4, 0, 8), ["size_k", "positive", "found 0"]),
         (lambda: layout.pack_cols(words(2, 8, torch.float16), 4, 2, 8), ["q_w", "integers", "float16"]),
         (lambda: layout.marlin_zero_points(words(2, 64, torch.float16), 2, 64, 4), ["zp", "integers", "float16"]),
+        (lambda: layout.pack_cols(words(2, 8) + 16, 4, 2, 8), ["q_w ", "from 0 to 15", "found 16"]),
+        (lambda: layout.pack_cols(words(2, 8) - 1, 8, 2, 8), ["q_w ", "from 0 to 255", "found -1"]),
+        (
+            lambda: layout.pack_cols(words(2, 8, torch.int64) + 2**32, 4, 2, 8),
+            ["q_w ", "from 0 to 15", f"found {2**32}"],
+        ),
+        (lambda: layout.pack_cols((words(2, 8) + 16).to(torch.uint16), 4, 2, 8), ["q_w ", "from 0 to 15", "found 16"]),
+        (lambda: layout.marlin_zero_points(words(2, 64) + 256, 2, 64, 8), ["zp ", "from 0 to 255", "found 256"]),
         (lambda: layout.verify_marlin_supported("uint4", 64, True), ["SCALAR_TYPE_UINT4", "'uint4'"]),
         (lambda: layout.marlin_awq_repack(words(1, 128), 24, 64, 4), ["size_k", "multiple of 16", "found 24"]),
         (lambda: layout.marlin_awq_repack(words(1, 64), 16, 32, 4), ["size_n", "multiple of 64", "found 32"]),

@@ -447,15 +447,15 @@ def test_the_strict_rule_refuses_some_of_what_is_converted():
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ((48, 1024, 1024, 128), ["output_size_per_partition = 48", "multiple of 64"]),
-        ((96, 1024, 1024, 128), ["output_size_per_partition = 96", "multiple of 64"]),
-        ((0, 1024, 1024, 128), ["output_size_per_partition = 0", "positive multiple of 64"]),
-        ((2048, 10944, 10944, 64), ["input_size_per_partition = 10944", "multiple of 128"]),
-        ((576, 576, 576, 64), ["input_size_per_partition = 576", "multiple of 128"]),
-        ((64, 0, 128, 64), ["input_size_per_partition = 0", "positive multiple of 128"]),
-        ((64, -128, 128, 64), ["input_size_per_partition = -128", "positive multiple of 128"]),
-        ((64, 384, 1536, 256), ["input_size_per_partition = 384", "group_size = 256"]),
-        ((64, 128, 1024, 0), ["input_size_per_partition = 128", "group_size = 0"]),
+        ((48, 1024, 1024, 128), ["output_size_per_partition must be a positive multiple of 64", "found 48"]),
+        ((96, 1024, 1024, 128), ["output_size_per_partition must be a positive multiple of 64", "found 96"]),
+        ((0, 1024, 1024, 128), ["output_size_per_partition must be a positive multiple of 64", "found 0"]),
+        ((2048, 10944, 10944, 64), ["input_size_per_partition must be a positive multiple of 128", "found 10944"]),
+        ((576, 576, 576, 64), ["input_size_per_partition must be a positive multiple of 128", "found 576"]),
+        ((64, 0, 128, 64), ["input_size_per_partition must be a positive multiple of 128", "found 0"]),
+        ((64, -128, 128, 64), ["input_size_per_partition must be a positive multiple of 128", "found -128"]),
+        ((64, 384, 1536, 256), ["group_size must be -1 or divide input_size_per_partition = 384", "found 256"]),
+        ((64, 128, 1024, 0), ["group_size must be -1 or divide input_size_per_partition = 128", "found 0"]),
     ],
 )
 def test_a_shape_is_refused_naming_the_size_and_what_it_must_be(arguments, said):

@@ -1,11 +1,12 @@
 import errno
+import sys
 from pathlib import Path
 
 import pytest
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from awq2marlin import CheckpointError
+from awq2marlin import CheckpointError, UnavailableError
 from awq2marlin.gemm.check import GemmCheck, GemmRun
 from awq2marlin.verification.error_plot import check_picture, depth_of, plot_errors
 
@@ -56,6 +57,13 @@ def test_an_ending_that_names_no_picture_is_refused(tmp_path: Path, name: str) -
     with pytest.raises(CheckpointError):
         plot_errors(GemmRun("cuda", "a device", (gemm_check("m.0.up", 0.3),)), tmp_path / name)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_without_matplotlib_nothing_is_said_of_the_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(UnavailableError, match=r"pip install 'awq2marlin\[plot\]'") as raised:
+        check_picture(tmp_path / "errors.png")
+    assert raised.value.problems[0].code == "no-matplotlib"
 
 
 @pytest.mark.parametrize("name", ["errors.svg", "ERRORS.PNG", "errors.pdf"])

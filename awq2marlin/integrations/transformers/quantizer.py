@@ -13,11 +13,11 @@ from transformers.quantizers.auto import register_quantization_config, register_
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from awq2marlin.errors import refuse
+from awq2marlin.errors import KernelUnavailableError, Problem, UnavailableError, refuse
 from awq2marlin.formats.marlin_native import MARLIN_QUANT_METHOD
 from awq2marlin.formats.names import CONFIG_FILENAME
 from awq2marlin.formats.registry import MARLIN_NATIVE
-from awq2marlin.gemm.jit import KernelUnavailableError, machine_facts
+from awq2marlin.gemm.machine import machine_facts
 from awq2marlin.gemm.module_repack import awq_to_marlin, marlin_to_awq
 from awq2marlin.integrations.transformers.saving import save_format_with
 from awq2marlin.integrations.transformers.skeleton import Skeleton, read_headers
@@ -65,14 +65,14 @@ class MarlinNativeQuantizer(HfQuantizer):
         """Checks that the kernels run where the model is to go.
 
         Raises:
-            CheckpointError: for a device that is neither a CPU nor a CUDA GPU.
+            UnavailableError: for a device that is neither a CPU nor a CUDA GPU.
             KernelUnavailableError: for a GPU that the kernels cannot be compiled for or run on, naming what is missing.
         """
         kinds = {str(place).partition(":")[0] for place in _places(device_map)}
         others = sorted(kinds & {"hpu", "mlu", "mps", "musa", "neuron", "npu", "sdaa", "tpu", "xla", "xpu"})
         if others:
             message = f"device_map names {others[0]}; Marlin kernels run on CUDA GPUs and, slowly, on a CPU"
-            raise refuse("unsupported-device", message)
+            raise UnavailableError(Problem("", "", "unsupported-device", message))
         if any(kind == "cuda" or kind.isdigit() for kind in kinds):
             lacks = machine_facts().lacks
             if lacks:

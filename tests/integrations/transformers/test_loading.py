@@ -14,7 +14,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from transformers.core_model_loading import Chunk, WeightConverter
 
 from awq2marlin import convert
-from awq2marlin.errors import CheckpointError
+from awq2marlin.errors import CheckpointError, UnavailableError
 from awq2marlin.gemm.linear import MarlinLinear
 from awq2marlin.integrations.transformers import MarlinNativeConfig, names
 from awq2marlin.integrations.transformers.experts import MarlinExperts
@@ -296,8 +296,15 @@ def test_fp32_is_refused(make_case: MakeCase) -> None:
         make_case("llama").load(dtype=torch.float32)
 
 
+def test_a_loaded_model_is_not_cast_to_fp32(make_case: MakeCase) -> None:
+    model = make_case("llama").load()
+    for cast in (lambda: model.to(torch.float32), lambda: model.to(dtype=torch.float32), model.double):
+        with pytest.raises(TypeError, match=r"must be torch\.float16 or torch\.bfloat16"):
+            cast()
+
+
 def test_devices_without_kernels_are_refused(make_case: MakeCase) -> None:
-    with pytest.raises(CheckpointError, match="device_map names mps; Marlin kernels run on CUDA GPUs"):
+    with pytest.raises(UnavailableError, match="device_map names mps; Marlin kernels run on CUDA GPUs"):
         make_case("llama").load(device_map={"": "mps"})
 
 

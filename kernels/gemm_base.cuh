@@ -5,7 +5,8 @@
 
 namespace marlin {
 
-// out[size_m, size_n] = a[size_m, size_k] @ ((q - z) * s) + bias. Strides count elements of the tensor (words for packed ones).
+// out[size_m, size_n] = a[size_m, size_k] @ ((q - z) * s) + bias. Strides count elements of the tensor (words for
+// packed ones).
 struct GemmArguments {
   const u16* a;          // [size_m, size_k]
   const u32* qweight;    // [size_k / 16, size_n * 16 / f]
@@ -20,18 +21,19 @@ struct GemmArguments {
 };
 
 // The entry points take the arguments one by one: whoever launches needs to know no structure's padding.
-#define MARLIN_GEMM_PARAMETERS                                                                                          \
-  const u16 *a, const u32 *qweight, const u16 *scales, const u32 *qzeros, const u16 *bias, u16 *out, float *workspace,  \
-      int size_m, int size_n, int size_k, int group_size, int num_splits, i64 a_stride, i64 qweight_stride,             \
-      i64 scales_stride, i64 qzeros_stride
+#define MARLIN_GEMM_PARAMETERS                                                                                  \
+  const u16 *a, const u32 *qweight, const u16 *scales, const u32 *qzeros, const u16 *bias, u16 *out,            \
+      float *workspace, int size_m, int size_n, int size_k, int group_size, int num_splits, i64 a_stride,       \
+      i64 qweight_stride, i64 scales_stride, i64 qzeros_stride
 #define MARLIN_GEMM_ARGUMENTS                                                                                       \
   GemmArguments {                                                                                                   \
     a, qweight, scales, qzeros, bias, out, workspace, size_m, size_n, size_k, group_size, num_splits, a_stride,     \
         qweight_stride, scales_stride, qzeros_stride                                                                \
   }
 
-// The scales and zero points of one lane's eight columns (lane/4 + 8*m) in one group and one tile, as memory has them. They are
-// read long before they are needed, so reading must not look at them: GroupReader::scales and ::zeros do, at the time of use.
+// The scales and zero points of one lane's eight columns (lane/4 + 8*m) in one group and one tile, as memory has them.
+// They are read long before they are needed, so reading must not look at them: GroupReader::scales and ::zeros do, at
+// the time of use.
 template <int kBits>
 struct LaneGroup {
   u32 scales[kTileBlocks];  // per block j: column c low, column c + 8 high
@@ -40,7 +42,8 @@ struct LaneGroup {
 
 // Reads LaneGroups of one tile of columns.
 //
-// A single group's scales belong to whole columns: the main loop then multiplies by one and the finished sums are scaled, in fp32.
+// A single group's scales belong to whole columns: the main loop then multiplies by one and the finished sums are
+// scaled, in fp32.
 template <class T, int kBits>
 class GroupReader {
   using L = Layout<kBits>;
@@ -88,8 +91,8 @@ class GroupReader {
   i64 scales_stride, zeros_stride;
 };
 
-// A warp copies one tile of weights to shared memory just as it lies in global memory, from end to end. The two halves of a
-// 32-byte sector must go to neighbouring places: otherwise each half costs a sector (seen in an H200's counters).
+// A warp copies one tile of weights to shared memory just as it lies in global memory, from end to end. The two halves
+// of a 32-byte sector must go to neighbouring places: otherwise each half costs a sector (seen in an H200's counters).
 template <int kBits>
 __device__ __forceinline__ void copy_tile(u32 tile_sh, const u32* tile_gl_rd, int lane) {
 #pragma unroll
@@ -131,7 +134,9 @@ struct SumTile {
   static __host__ __device__ constexpr int bytes(int tokens) { return tokens * kStride * 4; }
 };
 
-__device__ __forceinline__ void accumulate(F32x4& sum, const F32x4& v) { sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w; }
+__device__ __forceinline__ void accumulate(F32x4& sum, const F32x4& v) {
+  sum.x += v.x, sum.y += v.y, sum.z += v.z, sum.w += v.w;
+}
 
 template <class T>
 __device__ __forceinline__ void store_quad(const GemmArguments& args, i64 row, int column, F32x4 v) {
@@ -139,7 +144,8 @@ __device__ __forceinline__ void store_quad(const GemmArguments& args, i64 row, i
     const uint2 b = *reinterpret_cast<const uint2*>(args.bias + column);
     accumulate(v, {low_float(T{}, b.x), high_float(T{}, b.x), low_float(T{}, b.y), high_float(T{}, b.y)});
   }
-  *reinterpret_cast<uint2*>(args.out + row * args.size_n + column) = make_uint2(pack2(T{}, v.x, v.y), pack2(T{}, v.z, v.w));
+  const uint2 packed = make_uint2(pack2(T{}, v.x, v.y), pack2(T{}, v.z, v.w));
+  *reinterpret_cast<uint2*>(args.out + row * args.size_n + column) = packed;
 }
 
 // A split's sums of four columns, for sum_splits to add up.
@@ -147,14 +153,16 @@ __device__ __forceinline__ void store_partial(const GemmArguments& args, int spl
   *reinterpret_cast<F32x4*>(args.workspace + (i64(split) * args.size_m + row) * args.size_n + column) = v;
 }
 
-__device__ __forceinline__ bool splits_are_cluster(const GemmArguments& args) { return args.num_splits > 1 && !args.workspace; }
+__device__ __forceinline__ bool splits_are_cluster(const GemmArguments& args) {
+  return args.num_splits > 1 && !args.workspace;
+}
 
-// Writes the block's tile out, or sums it with those of the blocks that share its columns. The order of summation is that of
-// K, whoever comes first: two runs give the same bits. `num_threads` threads call it, after a barrier among them; threads of
-// the block that do not must call skip_finish instead.
+// Writes the block's tile out, or sums it with those of the blocks that share its columns. The order of summation is
+// that of K, whoever comes first: two runs give the same bits. `num_threads` threads call it, after a barrier among
+// them; threads of the block that do not must call skip_finish instead.
 template <class T, int kColumns>
-__device__ __forceinline__ void finish_tile(const GemmArguments& args, SumTile<kColumns> tile, int split, int first_token,
-                                            int num_tokens, int first_column, int num_threads) {
+__device__ __forceinline__ void finish_tile(const GemmArguments& args, SumTile<kColumns> tile, int split,
+                                            int first_token, int num_tokens, int first_column, int num_threads) {
   constexpr int kQuads = kColumns / 4;
   const int tokens = min(num_tokens, args.size_m - first_token);
   const int columns = min(kColumns, args.size_n - first_column);

@@ -1,0 +1,253 @@
+"""What every family has: the problem it serves, and a class of configs with their candidates and their cost.
+
+A config is frozen and says everything about a launch; its fields are the kernel's template parameters, one to one.
+The generated source asserts that both sides count threads and shared memory alike.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import ClassVar, Literal, NamedTuple, get_args
+
+from awq2marlin.gemm.source import ENTRY_POINT, KernelSource
+
+Dtype = Literal["fp16", "bf16"]
+Reduction = Literal["cluster", "workspace"]
+Capability = tuple[int, int]
+
+DTYPES: tuple[Dtype, ...] = get_args(Dtype)
+
+#: The compute capability from which the kernels work, and the one whose warpgroup instructions they know.
+MIN_CAPABILITY: Capability = (8, 0)
+HOPPER: Capability = (9, 0)
+
+#: Where ranges of tokens and of compute capabilities have no end.
+ANY_NUMBER = sys.maxsize
+NEWEST: Capability = (sys.maxsize, 0)
+
+#: Splits of K that one cluster can hold on every GPU that has clusters.
+MAX_SPLITS = 8
+
+#: The most that partial sums may take where they go through global memory.
+MAX_WORKSPACE_BYTES = 64 << 20
+
+#: Shared memory of a multiprocessor of compute capability 9.0.
+SHARED_BYTES = 228 << 10
+
+_CPP_TYPES = {"fp16": "Half", "bf16": "Bfloat16"}
+
+
+@dataclass(frozen=True)
+class GemmProblem:
+    """``out[size_m, size_n] = a[size_m, size_k] @ w``, on a kind of GPU.
+
+    Attributes:
+        size_m: tokens; at least 1.
+        size_n: output features.
+        size_k: input features.
+        group_size: rows that share a scale; ``size_k`` if there is one group.
+        num_bits: 4 or 8.
+        dtype: of activations, scales, bias and output.
+        capability: the GPU's compute capability.
+        multiprocessors: how many the GPU has.
+    """
+
+    size_m: int
+    size_n: int
+    size_k: int
+    group_size: int
+    num_bits: int
+    dtype: Dtype
+    capability: Capability = HOPPER
+    multiprocessors: int = 132
+
+    @property
+    def has_clusters(self) -> bool:
+        """Whether blocks can sum their parts without a trip through global memory."""
+        return self.capability >= HOPPER
+
+    @property
+    def reduction(self) -> Reduction:
+        """The better way to sum the parts of a split tile."""
+        return "cluster" if self.has_clusters else "workspace"
+
+    def may_split(self, num_splits: int) -> bool:
+        """Returns whether the parts' sums are small enough to go through a workspace, where there is no other way."""
+        workspace_bytes = 4 * num_splits * self.size_m * self.size_n
+        return num_splits == 1 or self.has_clusters or workspace_bytes <= MAX_WORKSPACE_BYTES
+
+    def blocks_at_once(self, resident_blocks: int, num_splits: int) -> int:
+        """Returns how many blocks run at the same time, when those that share K must start together.
+
+        Args:
+            resident_blocks: that a multiprocessor holds.
+            num_splits: blocks that share K.
+        """
+        slots = self.multiprocessors * resident_blocks
+        if not self.has_clusters:
+            return slots
+        # A cluster lies within one GPC, so that larger ones leave multiprocessors over, and more so when they hold a
+        # block each (the shares were found by timing on an H200).
+        left_over = {1: 0.0, 2: 0.0, 3: 0.1}.get(num_splits, 0.17)
+        return int(slots * (1 - left_over * (1.0 if resident_blocks == 1 else 0.9)))
+
+
+@dataclass(frozen=True, kw_only=True)
+class GemmConfig(ABC):
+    """A family's kernel with its parameters.
+
+    A subclass is a family. Its fields beside these are template parameters, and what its cost depends on.
+
+    Attributes:
+        header: the family's, in ``kernels/``.
+        template: the class in it that is instantiated.
+        token_ranges: numbers of tokens that the family takes, cut where its candidates change.
+        capabilities: the first and the last compute capability that it runs on.
+        dtype: the type of everything that is not packed.
+        num_bits: 4 or 8.
+        num_splits: blocks that share K.
+        reduction: how their sums come together.
+    """
+
+    header: ClassVar[str]
+    template: ClassVar[str]
+    token_ranges: ClassVar[tuple[range, ...]]
+    capabilities: ClassVar[tuple[Capability, Capability]] = (MIN_CAPABILITY, NEWEST)
+
+    dtype: Dtype
+    num_bits: int
+    num_splits: int = 1
+    reduction: Reduction
+
+    # ---- the family ------------------------------------------------------------------------------------------
+
+    @classmethod
+    def serves(cls, problem: GemmProblem) -> bool:
+        """Returns whether the family takes so many tokens and runs on that GPU."""
+        first, last = cls.capabilities
+        return first <= problem.capability <= last and any(problem.size_m in tokens for tokens in cls.token_ranges)
+
+    @classmethod
+    @abstractmethod
+    def candidates(cls, problem: GemmProblem) -> Iterator[GemmConfig]:
+        """Yields the family's unsplit configs for a problem that it serves; at least one.
+
+        Of the tokens they depend only by `token_ranges`. Among equally good ones the first is picked.
+        """
+
+    def launches(self, problem: GemmProblem) -> Iterator[GemmConfig]:
+        """Yields this candidate with every number of splits that is worth a look.
+
+        Each split has a stage of K, and all splits of a tile run at once.
+        """
+        for num_splits in range(1, MAX_SPLITS + 1):
+            runs_at_once = num_splits <= problem.blocks_at_once(self.resident_blocks, num_splits)
+            if num_splits * 64 <= problem.size_k and runs_at_once and problem.may_split(num_splits):
+                yield self.with_splits(num_splits)
+
+    @abstractmethod
+    def cost(self, problem: GemmProblem) -> float:
+        """Returns how bad the launch is, among the launches of the family's candidates; the least is picked."""
+
+    # ---- the kernel ------------------------------------------------------------------------------------------
+
+    @property
+    @abstractmethod
+    def tile(self) -> tuple[int, int]:
+        """Columns and tokens of a block."""
+
+    @property
+    @abstractmethod
+    def threads(self) -> int:
+        """Threads of a block."""
+
+    @property
+    @abstractmethod
+    def shared_bytes(self) -> int:
+        """Dynamic shared memory of a block, in bytes."""
+
+    @property
+    @abstractmethod
+    def template_arguments(self) -> tuple[int, ...]:
+        """What follows the type among the kernel's template arguments."""
+
+    @property
+    @abstractmethod
+    def resident_blocks(self) -> int:
+        """Blocks that a multiprocessor holds at once: the compiler's limit on registers follows."""
+
+    @functools.cached_property
+    def source(self) -> KernelSource:
+        """The instantiation that it runs."""
+        arguments = ", ".join(map(str, (_CPP_TYPES[self.dtype], *self.template_arguments)))
+        implementation = f"{self.template}<{arguments}>"
+        bounds = f"{self.threads}, {self.resident_blocks}"
+        return KernelSource(
+            implementation,
+            f"""\
+#include "{self.header}"
+using namespace marlin;
+using Implementation = {implementation};
+static_assert(Implementation::kThreads == {self.threads}, "the launch counts threads otherwise");
+static_assert(Implementation::kSharedBytes == {self.shared_bytes}, "the launch counts shared memory otherwise");
+extern "C" __global__ void __launch_bounds__({bounds}) {ENTRY_POINT}(MARLIN_GEMM_PARAMETERS) {{
+  Implementation::run(MARLIN_GEMM_ARGUMENTS);
+}}
+""",
+        )
+
+    # ---- the launch ------------------------------------------------------------------------------------------
+
+    def with_splits(self, num_splits: int, reduction: Reduction | None = None) -> GemmConfig:
+        """Returns the config with K shared by ``num_splits`` blocks."""
+        return replace(self, num_splits=num_splits, reduction=reduction or self.reduction)
+
+    def grid(self, problem: GemmProblem) -> tuple[int, int, int]:
+        """Returns the blocks of a launch: splits of K, tiles of columns, tiles of tokens."""
+        columns, tokens = self.tile
+        return self.num_splits, -(-problem.size_n // columns), -(-problem.size_m // tokens)
+
+
+class StepTimes(NamedTuple):
+    """What a launch takes, in microseconds on an H200, fitted to sweeps over the shapes of ``benchmarks/gemm.py``.
+
+    Attributes:
+        step: for a step of 64 rows.
+        ends: for the ends of a block.
+        sharing: for summing with the blocks that share K.
+    """
+
+    step: float
+    ends: float
+    sharing: float
+
+    def microseconds(self, config: GemmConfig, problem: GemmProblem) -> float:
+        """Estimates a launch: waves of blocks, each with its steps and its ends."""
+        splits, tiles_n, tiles_m = config.grid(problem)
+        waves = -(-tiles_n * tiles_m // (problem.blocks_at_once(config.resident_blocks, splits) // splits))
+        steps = -(-problem.size_k // (64 * splits))
+        return waves * (steps * self.step + self.ends + (self.sharing if splits > 1 else 0))
+
+
+def sum_bytes(columns: int, tokens: int) -> int:
+    """Returns what ``SumTile`` takes: fp32, rows padded by four."""
+    return tokens * (columns + 4) * 4
+
+
+@functools.cache
+def sum_splits_source(dtype: Dtype) -> KernelSource:
+    """Returns the kernel that sums the workspace of a split GEMM, adds the bias and rounds."""
+    return KernelSource(
+        f"sum_splits<{_CPP_TYPES[dtype]}>",
+        f"""\
+#include "gemm_base.cuh"
+using namespace marlin;
+extern "C" __global__ void __launch_bounds__(256) {ENTRY_POINT}(MARLIN_GEMM_PARAMETERS) {{
+  sum_splits<{_CPP_TYPES[dtype]}>(MARLIN_GEMM_ARGUMENTS);
+}}
+""",
+    )

@@ -1,0 +1,260 @@
+"""The CUDA launch: from checked tensors to a kernel on the current stream of their device."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+
+from awq2marlin.errors import KernelUnavailableError
+from awq2marlin.gemm import jit
+from awq2marlin.gemm.checks import GemmTensors, LayerShape, check_gemm
+from awq2marlin.gemm.families.base import MIN_CAPABILITY, Dtype, GemmConfig, GemmProblem, sum_splits_source
+from awq2marlin.gemm.select import sources_up_to
+from awq2marlin.gemm.source import KernelSource, repack_source
+from awq2marlin.layout.marlin import GPTQ_MARLIN_TILE, MARLIN_TILE_N
+
+if TYPE_CHECKING:
+    from cuda.core import LaunchConfig, Stream
+
+_DTYPES: dict[torch.dtype, Dtype] = {torch.float16: "fp16", torch.bfloat16: "bf16"}
+
+_int = ctypes.c_int
+
+
+@dataclass(frozen=True)
+class Device:
+    """What kernels need to know of a GPU.
+
+    Attributes:
+        index: its ordinal.
+        capability: its compute capability.
+        multiprocessors: how many it has.
+    """
+
+    index: int
+    capability: tuple[int, int]
+    multiprocessors: int
+
+
+@functools.cache
+def device_of(index: int) -> Device:
+    """Returns what kernels need to know of a device.
+
+    Raises:
+        KernelUnavailableError: its compute capability is below 8.0.
+    """
+    properties = torch.cuda.get_device_properties(index)
+    capability = (properties.major, properties.minor)
+    if capability < MIN_CAPABILITY:
+        needed, found = (".".join(map(str, each)) for each in (MIN_CAPABILITY, capability))
+        raise KernelUnavailableError(
+            f"cuda:{index} ({properties.name}) must have compute capability {needed} or newer, found {found}"
+        )
+    return Device(index, capability, properties.multi_processor_count)
+
+
+def describe(shape: LayerShape, size_m: int, dtype: torch.dtype, num_bits: int, device: Device) -> GemmProblem:
+    """Returns the product of a layer with ``size_m`` tokens of type ``dtype``, on a device."""
+    return GemmProblem(
+        size_m,
+        shape.size_n,
+        shape.size_k,
+        shape.group_size,
+        num_bits,
+        _DTYPES[dtype],
+        device.capability,
+        device.multiprocessors,
+    )
+
+
+def problem_of(tensors: GemmTensors) -> GemmProblem:
+    """Checks CUDA tensors and describes their product, for `select.pick_config` and `launch_gemm`.
+
+    Raises:
+        TypeError: as `checks.check_gemm` does.
+        ValueError: as `checks.check_gemm` does.
+    """
+    a = tensors.a
+    return describe(check_gemm(tensors), a.shape[0], a.dtype, tensors.num_bits, device_of(a.device.index))
+
+
+def launch_gemm(
+    config: GemmConfig, problem: GemmProblem, tensors: GemmTensors, out: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Runs one config on checked CUDA tensors, on the current stream of their device.
+
+    Args:
+        config: any that serves the problem; `select.pick_config` gives the one for everyday use.
+        problem: what the tensors' shapes say.
+        tensors: the GEMM's arguments.
+        out: where the result goes, contiguous [M, N]; by default a new tensor.
+
+    Raises:
+        KernelUnavailableError: the kernel cannot be compiled or loaded now.
+    """
+    a, device = tensors.a, device_of(tensors.a.device.index)
+    if out is None:
+        out = a.new_empty((problem.size_m, problem.size_n))
+    workspace = None
+    if config.num_splits > 1 and config.reduction == "workspace":
+        workspace = a.new_empty((config.num_splits, problem.size_m, problem.size_n), dtype=torch.float32)
+    arguments = _gemm_arguments(config.num_splits, problem, tensors, out, workspace)
+    launch_kernel(
+        config.source,
+        device,
+        config.grid(problem),
+        config.threads,
+        arguments,
+        cluster=config.num_splits if workspace is None else 1,
+        shared_bytes=config.shared_bytes,
+        overlaps=problem.has_clusters,
+    )
+    if workspace is not None:
+        blocks = min(-(-problem.size_m * problem.size_n // 1024), 1 << 16)
+        launch_kernel(sum_splits_source(problem.dtype), device, (blocks, 1, 1), 256, arguments)
+    return out
+
+
+def _gemm_arguments(
+    num_splits: int, problem: GemmProblem, tensors: GemmTensors, out: torch.Tensor, workspace: torch.Tensor | None
+) -> tuple[Any, ...]:
+    """Returns ``MARLIN_GEMM_PARAMETERS`` of ``kernels/gemm_base.cuh``, in order."""
+    a, qweight, scales, qzeros, bias, _ = tensors
+    return (
+        a.data_ptr(),
+        qweight.data_ptr(),
+        scales.data_ptr(),
+        0 if qzeros is None else qzeros.data_ptr(),
+        0 if bias is None else bias.data_ptr(),
+        out.data_ptr(),
+        0 if workspace is None else workspace.data_ptr(),
+        _int(problem.size_m),
+        _int(problem.size_n),
+        _int(problem.size_k),
+        _int(problem.group_size),
+        _int(num_splits),
+        a.stride(0),
+        qweight.stride(0),
+        scales.stride(0),
+        0 if qzeros is None else qzeros.stride(0),
+    )
+
+
+def launch_repack(qweight: torch.Tensor, out: torch.Tensor, size_k: int, size_n: int, num_bits: int) -> None:
+    """Repacks a checked CUDA tensor from AWQ to Marlin.
+
+    Args:
+        qweight: int32 [K, N/f], AWQ.
+        out: int32 [K/16, N*16/f], contiguous.
+        size_k: K.
+        size_n: N.
+        num_bits: 4 or 8.
+
+    Raises:
+        KernelUnavailableError: the kernel cannot be compiled or loaded now.
+    """
+    threads = size_k // GPTQ_MARLIN_TILE * (size_n // MARLIN_TILE_N) * 4
+    arguments = (qweight.data_ptr(), out.data_ptr(), _int(size_k), _int(size_n), qweight.stride(0))
+    launch_kernel(repack_source(num_bits), device_of(qweight.device.index), (-(-threads // 256), 1, 1), 256, arguments)
+
+
+def load_up_to(largest: GemmProblem, device: Device) -> int:
+    """Compiles and loads every kernel that a layer may need, and returns how many they are.
+
+    Args:
+        largest: the layer's product for the largest number of tokens to come.
+        device: where.
+
+    Raises:
+        KernelUnavailableError: one cannot be compiled or loaded.
+    """
+    sources = sources_up_to(largest)
+    with torch.cuda.device(device.index):
+        _bind_thread(device.index)
+        for source, shared_bytes in sources.items():
+            jit.load(source, device.index, device.capability, shared_bytes)
+    return len(sources)
+
+
+def launch_kernel(
+    source: KernelSource,
+    device: Device,
+    grid: tuple[int, int, int],
+    threads: int,
+    arguments: tuple[Any, ...],
+    *,
+    cluster: int = 1,
+    shared_bytes: int = 0,
+    overlaps: bool = False,
+) -> None:
+    """Launches a kernel on the current stream of a device.
+
+    Args:
+        source: which kernel.
+        device: where.
+        grid: how many blocks.
+        threads: of a block.
+        arguments: the kernel's: integers are 64-bit values or addresses, 32-bit ones come as ``ctypes``.
+        cluster: blocks along the first dimension of the grid that form a cluster.
+        shared_bytes: dynamic shared memory of a block.
+        overlaps: whether it may be set up before the stream's last kernel is through.
+
+    Raises:
+        KernelUnavailableError: the kernel cannot be compiled or loaded now.
+    """
+    with torch.cuda.device(device.index):
+        if not jit.is_loaded(source, device.index) and torch.cuda.is_current_stream_capturing():
+            raise KernelUnavailableError(
+                f"{source.name} is not loaded yet, and a CUDA graph capture forbids loading. "
+                "Before the capture, call awq2marlin.warm_up(qweight, scales, qzeros) for the layer."
+            )
+        _bind_thread(device.index)
+        kernel = jit.load(source, device.index, device.capability, shared_bytes)
+        stream = torch.cuda.current_stream().cuda_stream
+        config = _launch_config(grid, cluster, threads, shared_bytes, overlaps)
+        _core_launch()(_stream(stream), config, kernel, *arguments)
+
+
+_thread = threading.local()
+
+
+def _bind_thread(device_index: int) -> None:
+    """Gives a thread that is new to CUDA a context: torch puts that off until its own first call needs one."""
+    if not getattr(_thread, "is_bound", False):
+        from cuda.core import Device as CoreDevice
+
+        CoreDevice(device_index).set_current()
+        _thread.is_bound = True
+
+
+@functools.cache
+def _core_launch() -> Callable[..., None]:
+    from cuda.core import launch
+
+    return cast(Callable[..., None], launch)
+
+
+@functools.lru_cache(maxsize=256)
+def _stream(handle: int) -> Stream:
+    from cuda.core import Stream
+
+    return Stream.from_handle(handle)
+
+
+@functools.lru_cache(maxsize=4096)
+def _launch_config(
+    grid: tuple[int, int, int], cluster: int, threads: int, shared_bytes: int, overlaps: bool
+) -> LaunchConfig:
+    from cuda.core import LaunchConfig
+
+    # cuda-core counts clusters, not blocks.
+    shape: dict[str, Any] = {"grid": grid}
+    if cluster > 1:
+        shape = {"grid": (grid[0] // cluster, *grid[1:]), "cluster": (cluster, 1, 1)}
+    return LaunchConfig(**shape, block=threads, shmem_size=shared_bytes, programmatic_stream_serialization=overlaps)

@@ -1,0 +1,82 @@
+"""The cache of compiled code: whole and private files only, and no reason to fail when nothing can be kept."""
+
+import os
+import tempfile
+from pathlib import Path
+
+import pytest
+
+from awq2marlin.io.code_cache import CACHE_VARIABLE, CodeCache, cache_folder
+
+
+@pytest.fixture
+def cache(tmp_path):
+    return CodeCache(tmp_path / "cache", ".code")
+
+
+def test_cache_returns_what_was_put(cache):
+    assert cache.get("key") is None
+    assert cache.put("key", b"machine code")
+    assert cache.get("key") == b"machine code"
+    assert [path.name for path in cache.folder.iterdir()] == ["key.code"], "no partial file stays"
+
+
+@pytest.mark.parametrize("damage", [b"", b"x", b"\0" * 32, b"\0" * 100])
+def test_a_damaged_entry_counts_as_absent(cache, damage):
+    cache.put("key", b"machine code")
+    (cache.folder / "key.code").write_bytes(damage)
+    assert cache.get("key") is None
+
+
+def test_a_truncated_entry_counts_as_absent(cache):
+    cache.put("key", b"machine code")
+    path = cache.folder / "key.code"
+    path.write_bytes(path.read_bytes()[:-1])
+    assert cache.get("key") is None
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid"), reason="Files have no owner and mode here.")
+def test_code_that_others_could_have_written_counts_as_absent(cache):
+    cache.put("key", b"machine code")
+    path = cache.folder / "key.code"
+    for place in (path, cache.folder):
+        mode = place.stat().st_mode
+        place.chmod(mode | 0o020)
+        assert cache.get("key") is None, place
+        place.chmod(mode)
+    assert cache.get("key") == b"machine code"
+
+
+def test_without_a_home_the_cache_is_a_temporary_folder_of_the_users_own(monkeypatch):
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    for variable in (CACHE_VARIABLE, "XDG_CACHE_HOME"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setattr(Path, "home", no_home)
+    assert cache_folder() == Path(tempfile.gettempdir()) / f"awq2marlin-{os.getuid()}"
+
+
+def test_a_folder_that_cannot_be_made_is_no_reason_to_fail(tmp_path):
+    (tmp_path / "file").write_text("")
+    assert not CodeCache(tmp_path / "file" / "cache", ".code").put("key", b"machine code")
+
+
+def test_a_write_that_fails_leaves_nothing_behind(cache, monkeypatch):
+    def full(_self, _target):
+        raise OSError(28, "No space left on device")
+
+    cache.put("key", b"machine code")
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", full)
+        assert not cache.put("key", b"other code")
+    assert [path.name for path in cache.folder.iterdir()] == ["key.code"]
+    assert cache.get("key") == b"machine code"
+
+
+def test_caches_of_other_endings_may_share_a_folder(cache):
+    other = CodeCache(cache.folder, ".other")
+    cache.put("key", b"machine code")
+    assert other.get("key") is None
+    assert other.files() == []
+    assert [path.name for path in cache.files()] == ["key.code"]
