@@ -144,6 +144,7 @@ def convert(
     Raises:
         CheckpointError: if the source is no convertible AWQ checkpoint; nothing has been written.
         HubError: if the Hub or the network refuses.
+        UnavailableError: if the machine lacks what ``device`` needs.
         OutputError: if the output folder is foreign, in use, full or unwritable.
         ExecutorError: if the executor broke, or its workers do not see the same files.
         ValueError: if an argument is none of its choices, or does not go with another; see `ConvertOptions`.

@@ -86,6 +86,7 @@ def verify(
         ValueError: if an argument is none of its choices.
         DifferenceError: naming the first difference: file, tensor, row, column, expected and found.
         CheckpointError: if either folder is no readable checkpoint of its kind.
+        UnavailableError: if the machine lacks what ``device`` needs.
         OSError: if reading fails.
     """
     count = chosen_count(modules, layers)
