@@ -13,7 +13,7 @@ from awq2marlin.checkpoint.config import quantization_documents
 from awq2marlin.checkpoint.counterparts import Counterparts
 from awq2marlin.checkpoint.manifest import Manifest, read_manifest
 from awq2marlin.checkpoint.opening import Checkpoint, open_checkpoint
-from awq2marlin.checkpoint.pairing import pair
+from awq2marlin.checkpoint.pairing import counterparts_of, expected_tensors, pair
 from awq2marlin.errors import CheckpointError, Problem, refuse
 from awq2marlin.formats.base import Format, Quantization, find_modules
 from awq2marlin.formats.names import CONFIG_FILENAME, LEGACY_CONFIG_FILENAMES, MANIFEST_FILENAME
@@ -58,9 +58,8 @@ class ConvertedCheckpoint:
     @classmethod
     def of(cls, checkpoint: Checkpoint, manifest: Manifest) -> ConvertedCheckpoint:
         """Pairs a converted checkpoint with the headers in its manifest; raises as `open`."""
-        source = TensorIndex({name: shard.source_header for name, shard in manifest.shards.items()})
-        quantization = Quantization(checkpoint.quantization.scheme, origin=MANIFEST_FILENAME)
-        counterparts = pair(source, _source_format(manifest), quantization, checkpoint)
+        source = _source_index(manifest)
+        counterparts = pair(source, _source_format(manifest, source), _source_quantization(checkpoint), checkpoint)
         return cls(checkpoint, manifest, source, counterparts)
 
 
@@ -79,8 +78,40 @@ def require_converted(checkpoint: Checkpoint, otherwise: str, file: str = CONFIG
         raise refuse("not-converted", otherwise, file=file)
 
 
-def _source_format(manifest: Manifest) -> Format:
-    """Returns the format of a source by the texts of its configs that the manifest keeps."""
+def _source_index(manifest: Manifest) -> TensorIndex:
+    return TensorIndex({name: shard.source_header for name, shard in manifest.shards.items()})
+
+
+def _source_quantization(checkpoint: Checkpoint) -> Quantization:
+    return Quantization(checkpoint.quantization.scheme, origin=MANIFEST_FILENAME)
+
+
+def refuse_lost(checkpoint: Checkpoint, manifest: Manifest) -> None:
+    """Refuses a converted checkpoint without a tensor that its manifest knows: an index cut short names none of them.
+
+    Args:
+        checkpoint: the converted one.
+        manifest: its manifest.
+
+    Raises:
+        CheckpointError: naming every tensor that is lost.
+    """
+    source = _source_index(manifest)
+    quantization = _source_quantization(checkpoint)
+    counterparts = counterparts_of(source, _source_format(manifest, source), quantization, checkpoint)
+    message = "the manifest knows it, but no file holds it; download the checkpoint again, completely"
+    lost = [
+        Problem(file, tensor.name, "missing-tensor", message)
+        for file, tensors in expected_tensors(source, counterparts).items()
+        for tensor in sorted(tensors, key=lambda tensor: tensor.name)
+        if tensor.name not in checkpoint.tensors
+    ]
+    if lost:
+        raise CheckpointError(lost)
+
+
+def _source_format(manifest: Manifest, index: TensorIndex) -> Format:
+    """Returns the format of a source by the texts of its configs that the manifest keeps, and its headers."""
     config, *legacy = (
         parse_json(manifest.texts[name].encode(), f"{MANIFEST_FILENAME} (text of {name})", constants=True)
         if name in manifest.texts
@@ -93,7 +124,7 @@ def _source_format(manifest: Manifest) -> Format:
         message = "the source's config that it keeps says nothing of a quantization; download the checkpoint again"
         raise refuse("bad-manifest", message, file=MANIFEST_FILENAME)
     place, document = next(iter(documents.items()))
-    return recognise(document, f"{MANIFEST_FILENAME} (text of {place})")
+    return recognise(document, f"{MANIFEST_FILENAME} (text of {place})").variant(index)
 
 
 def converted_modules(

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 from awq2marlin.formats.base import DerivedTensor, Format
 from awq2marlin.formats.registry import KEPT
 from awq2marlin.io.safetensors import Header, TensorInfo, encode_header
 from awq2marlin.layout.modules import ModulePlan, module_name
-from awq2marlin.layout.repack import Made, Proven, Repack, Rewrite
+from awq2marlin.layout.repack import Made, Proven, Repack, Rewrite, middle_zero_points
 from awq2marlin.layout.scheme import Scheme
 
 
@@ -115,12 +116,13 @@ class Counterparts:
             if derived is None:  # a bias
                 yield TensorInfo(tensor.name, tensor.dtype, tensor.shape, position, position + tensor.size), None
             else:
-                yield None, Proven(file, tensor.name, tensor.size, derived.data)
+                yield None, Proven(file, tensor.name, tensor.size, derived.data, derived.meaning)
             return
         layout, repack = self.layout_of(module), self.repack(module, part)
         shape = layout.shape(part, module.padded_k, module.padded_n, self.scheme)
         end = position + repack.target.size
-        yield TensorInfo(layout.tensor_name(name, part), tensor.dtype, shape, position, end), repack
+        dtype = tensor.dtype if part == "scales" else layout.dtypes[part][0]
+        yield TensorInfo(layout.tensor_name(name, part), dtype, shape, position, end), repack
         if part == "qweight":
             yield from self._made(name, module, layout, end)
 
@@ -128,7 +130,17 @@ class Counterparts:
         self, name: str, module: ModulePlan, layout: Format, position: int
     ) -> Iterator[tuple[TensorInfo, Rewrite]]:
         """Yields the tensors of a module that only the target has: they follow its weight."""
+        if self.scheme.zero_point and "qzeros" not in module.parts:
+            part = layout.layout("qzeros", module.padded_k, module.padded_n, self.scheme)
+            shape = layout.shape("qzeros", module.padded_k, module.padded_n, self.scheme)
+            groups = self.scheme.num_groups(module.size_k)
+            made = Made(part.size, partial(middle_zero_points, part, groups, module.size_n))
+            name_of_part, dtype = layout.tensor_name(name, "qzeros"), layout.dtypes["qzeros"][0]
+            yield TensorInfo(name_of_part, dtype, shape, position, position + part.size), made
+            position += part.size
         for suffix, derived in _derived(layout, module.padded_k, module.padded_n, self.scheme).items():
+            if derived.is_optional:
+                continue
             size = len(derived.data())
             yield (
                 TensorInfo(module_name(name, suffix), derived.dtype, derived.shape, position, position + size),

@@ -108,6 +108,7 @@ def open_checkpoint(source: str | os.PathLike[str] | Source) -> Checkpoint:
     weight_map = _read_index(folder)
     shard_names = _shard_names(folder, names, weight_map)
     shards = folder.read_headers(shard_names)
+    index = TensorIndex(shards)
     warnings = _check_inventory(shards, weight_map)
     cards = [name for name in names if name.casefold() == CARD_FILENAME.casefold()]
     side_files, left_behind = _sort_files(names, [*shard_names, *cards])
@@ -119,9 +120,9 @@ def open_checkpoint(source: str | os.PathLike[str] | Source) -> Checkpoint:
     return Checkpoint(
         folder,
         config,
-        format,
+        format.variant(index),
         quantization,
-        TensorIndex(shards),
+        index,
         weight_map is not None,
         tuple(side_files),
         cards[0] if cards else None,

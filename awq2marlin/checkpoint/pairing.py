@@ -35,21 +35,42 @@ def pair(
         CheckpointError: if files, tensors, their order, types or shapes are not those that the conversion of the
             source has, or the config's lists name what is not there.
     """
-    modules, problems = find_modules(format, index.tensors, quantization, index.shard_of)
-    require_modules(modules, problems, quantization)
+    counterparts = counterparts_of(index, format, quantization, converted)
     if converted.format.has_module_lists:
-        _known_modules(converted, modules)
-    fates = {name: _fate(module, quantization.scheme, converted) for name, module in modules.items()}
-    counterparts = Counterparts(format, converted.format, quantization.scheme, fates)
-    expected = {
-        shard: [row.target for row in counterparts.rows(shard, header) if row.target is not None]
-        for shard, header in index.headers.items()
-    }
+        _known_modules(converted, counterparts.modules)
+    expected = expected_tensors(index, counterparts)
     _same_names(expected, converted)
     if same_files:
         _same_files(expected, converted)
     _same_shapes(expected, converted)
     return counterparts
+
+
+def counterparts_of(
+    index: TensorIndex, format: Format, quantization: Quantization, converted: Checkpoint
+) -> Counterparts:
+    """Returns what became of every module, as the converted checkpoint's config says; arguments as for `pair`.
+
+    Raises:
+        CheckpointError: if the source's modules do not agree, or the config contradicts them.
+    """
+    modules, problems = find_modules(format, index.tensors, quantization, index.shard_of)
+    require_modules(modules, problems, quantization)
+    fates = {name: _fate(module, quantization.scheme, converted) for name, module in modules.items()}
+    return Counterparts(format, converted.format, quantization.scheme, fates)
+
+
+def expected_tensors(index: TensorIndex, counterparts: Counterparts) -> dict[str, list[TensorInfo]]:
+    """Returns the tensors that every file of a converted checkpoint has, in order, by the file's name.
+
+    Args:
+        index: headers of the source.
+        counterparts: what became of its modules.
+    """
+    return {
+        shard: [row.target for row in counterparts.rows(shard, header) if row.target is not None]
+        for shard, header in index.headers.items()
+    }
 
 
 def _same_names(expected: Mapping[str, list[TensorInfo]], converted: Checkpoint) -> None:
@@ -100,7 +121,7 @@ def _same_shapes(expected: Mapping[str, list[TensorInfo]], converted: Checkpoint
                 )
 
 
-def _known_modules(converted: Checkpoint, modules: Mapping[str, Linear]) -> None:
+def _known_modules(converted: Checkpoint, modules: Mapping[str, ModulePlan]) -> None:
     """Refuses lists of the config that name what is not there, or not what is."""
     quantization = converted.quantization
     for key, known, what in (

@@ -270,7 +270,7 @@ def _push(result: PushResult) -> None:
 @show.register
 def _inspection(result: InspectResult) -> None:
     """Prints what a checkpoint is."""
-    name = "Marlin-native" if result.format == "marlin_native" else "AWQ"
+    name = printable(result.title)
     zero_points = "with" if result.zero_point else "without"
     model = f", {printable(result.model_type)}" if result.model_type else ""
     _say(f"{name} checkpoint, {result.bits} bits, group size {result.group_size}, {zero_points} zero points{model}")

@@ -55,7 +55,8 @@ class InspectResult:
 
     Attributes:
         path: its folder, or ``org/name@commit``.
-        format: ``awq`` or ``marlin_native``.
+        format: ``awq``, ``compressed-tensors`` or ``marlin_native``.
+        title: the format's name for people.
         bits: 4 or 8.
         group_size: as the config says; -1 for all of K.
         zero_point: as the config says.
@@ -74,6 +75,7 @@ class InspectResult:
 
     path: Path | str
     format: str
+    title: str
     bits: int
     group_size: int
     zero_point: bool
@@ -109,6 +111,7 @@ def inspect(path: str | os.PathLike[str]) -> InspectResult:
     return InspectResult(
         path=checkpoint.folder.where,
         format=checkpoint.format.name,
+        title=checkpoint.format.title,
         bits=quantization.bits,
         group_size=quantization.group_size,
         zero_point=quantization.zero_point,

@@ -98,7 +98,8 @@ def verify(
     counterparts = _paired(old, new, whole=manifest.restores == "files")
     files = compare_side_files(old, new, manifest) if manifest.restores == "files" else []
     chosen = sample_modules(counterparts.rewritten, count)
-    others = _other_tensors(counterparts, old)
+    rows = [row for name, header in old.shards.items() for row in counterparts.rows(name, header)]
+    others = [row.source.name for row in rows if row.rewrite is None and row.source is not None]
     comparison = Comparison(
         counterparts, TensorFiles(old.folder, old.index), TensorFiles(new.folder, new.index), progress
     )
@@ -108,6 +109,7 @@ def verify(
     jobs: list[Job] = [
         *map(comparison.tensor_job, others),
         *map(comparison.module_job, chosen),
+        *(comparison.derived_job(row) for row in rows if row.source is None or row.target is None),
         *(_digest_job(*recorded, progress) for recorded in hashed),
     ]
     run_jobs(jobs, check_workers(workers))
@@ -151,16 +153,6 @@ def _paired(source: Checkpoint, output: Checkpoint, *, whole: bool) -> Counterpa
         compare_headers(source, output, counterparts)
     compare_configs(source, output, counterparts.modules.values(), whole=whole)
     return counterparts
-
-
-def _other_tensors(counterparts: Counterparts, source: Checkpoint) -> list[str]:
-    """Returns the tensors that must be the same in both; what follows from a module's shape is in its headers."""
-    return [
-        row.source.name
-        for name, header in source.shards.items()
-        for row in counterparts.rows(name, header)
-        if row.rewrite is None and row.source is not None
-    ]
 
 
 def _recorded_files(

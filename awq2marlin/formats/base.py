@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from awq2marlin.errors import CheckpointError, Problem, refuse
-from awq2marlin.io.safetensors import TensorInfo
+from awq2marlin.io.safetensors import TensorIndex, TensorInfo
 from awq2marlin.layout.modules import QUANTIZED_PARTS, SCALE_DTYPES, Linear, module_name
 from awq2marlin.layout.repack import PartLayout
 from awq2marlin.layout.scheme import Scheme
@@ -75,12 +75,16 @@ class DerivedTensor:
         dtype: as headers call it, e.g. ``I64``.
         shape: sizes.
         data: returns its bytes; picklable.
+        is_optional: whether a source may lack it; a target never writes it then.
+        meaning: what it means if it holds something else, for messages.
     """
 
     suffix: str
     dtype: str
     shape: tuple[int, ...]
     data: Callable[[], bytes]
+    is_optional: bool = False
+    meaning: str = ""
 
 
 class Format(ABC):
@@ -155,6 +159,14 @@ class Format(ABC):
         """
 
     # --- the tensors of a module
+
+    def variant(self, index: TensorIndex) -> Format:  # noqa: ARG002
+        """Returns the format that the tensors show, where a config does not tell several apart; mostly this one."""
+        return self
+
+    def parts(self, found: Mapping[str, TensorInfo], scheme: Scheme) -> tuple[str, ...]:  # noqa: ARG002
+        """Returns which of its tensors are parts of a module, in order: all that it has, in most formats."""
+        return tuple(part for part in QUANTIZED_PARTS if part in found)
 
     @abstractmethod
     def sizes(self, tensors: Mapping[str, TensorInfo], scheme: Scheme) -> tuple[int, int]:
@@ -245,14 +257,13 @@ class Format(ABC):
             uint8 [R * rows_per_row, N], or the bits of scales uint16 [R, N].
         """
 
+    def element_type(self, part: str) -> type[np.generic]:
+        """Returns the type in which `values` takes a part's tensor: 32-bit words, or the 16 bits of a scale."""
+        return np.uint16 if part == "scales" else np.uint32
+
     def tensor_name(self, module: str, part: str) -> str:
         """Returns the full name of the tensor that holds a part of a module."""
         return module_name(module, self.suffixes[part])
-
-
-def element_type(part: str) -> type[np.generic]:
-    """Returns the type in which a part's tensor is read: 32-bit words, or the 16 bits of a scale."""
-    return np.uint16 if part == "scales" else np.uint32
 
 
 def find_modules(
@@ -285,7 +296,7 @@ def find_modules(
             continue
         found = _tensors_of(format, name, parts, tensors)
         size_k, size_n = format.sizes(found, quantization.scheme)
-        modules[name] = Linear(name, size_k, size_n, tuple(part for part in QUANTIZED_PARTS if part in found))
+        modules[name] = Linear(name, size_k, size_n, format.parts(found, quantization.scheme))
     return modules, problems
 
 
@@ -352,7 +363,8 @@ def _derived_faults(
         name = module_name(module, each.suffix)
         tensor = tensors.get(name)
         if tensor is None:
-            yield name, "missing-tensor", "it is missing, but the module's other tensors are there"
+            if not each.is_optional:
+                yield name, "missing-tensor", "it is missing, but the module's other tensors are there"
         elif (tensor.dtype, tensor.shape) != (each.dtype, each.shape):
             found, needed = (f"{one.dtype} {list(one.shape)}" for one in (tensor, each))
             yield name, "contradiction", f"it is {found}, needed is {needed} as the module's other tensors say"

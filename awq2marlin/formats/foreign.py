@@ -31,7 +31,10 @@ _METHOD_NAMES = {
     "fp8": "an FP8 checkpoint",
     "gguf": "a GGUF checkpoint",
 }
-_WHAT_TO_DO = "Only AWQ checkpoints of version 'gemm' are converted; look for such a one of this model"
+_WHAT_TO_DO = (
+    "Only AWQ of version 'gemm' and compressed-tensors of format 'pack-quantized' are converted; look for one of these "
+    "of this model"
+)
 
 
 def foreign(document: Mapping[str, Any], place: str) -> CheckpointError:
@@ -41,7 +44,7 @@ def foreign(document: Mapping[str, Any], place: str) -> CheckpointError:
         document: its quantization config.
         place: where that stands.
     """
-    message = f"this is {_name(document, place)}, not an AWQ checkpoint in the 'gemm' layout. {_WHAT_TO_DO}"
+    message = f"this is {_name(document, place)}, which is not converted. {_WHAT_TO_DO}"
     return refuse("foreign-format", message, file=place)
 
 

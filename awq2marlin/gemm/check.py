@@ -16,7 +16,6 @@ import torch
 
 from awq2marlin.checkpoint.counterparts import Counterparts
 from awq2marlin.errors import KernelUnavailableError, Problem, UnavailableError, difference
-from awq2marlin.formats.base import element_type
 from awq2marlin.gemm.jit import on_compile
 from awq2marlin.gemm.ops import marlin_gemm
 from awq2marlin.io.tensors import TensorFiles
@@ -197,7 +196,7 @@ class _SourceWeight:
 
         def plain(part: str) -> torch.Tensor:
             name = counterparts.source.tensor_name(module.name, part)
-            rows = files.rows(name, 0, files.info(name).shape[0], element_type(part))
+            rows = files.rows(name, 0, files.info(name).shape[0], counterparts.source.element_type(part))
             values = counterparts.source.values(part, rows, module.size_k, scheme)
             return torch.from_numpy(values if values.flags.writeable else values.copy())
 

@@ -265,6 +265,24 @@ def _fitted(plain: Bytes, row_bytes: int, size: int, target_row_bytes: int) -> B
     return fitted.reshape(-1)
 
 
+def middle_zero_points(layout: PartLayout, rows: int, columns: int) -> bytes:
+    """Returns the bytes of a tensor of zero points that are all 2^(bits-1), with zeros in the padding.
+
+    Args:
+        layout: how the tensor holds them.
+        rows: groups G without padding.
+        columns: N without padding.
+    """
+    factor = pack_factor(layout.bits)
+    fields = np.array(AWQ_PACK_ORDER[layout.bits]) + factor * np.arange(layout.columns // factor)[:, None] < columns
+    words = (fields.astype(np.uint32) << np.uint32(layout.bits) * np.arange(factor, dtype=np.uint32)).sum(1, np.uint32)
+    plain = np.zeros((layout.rows, len(words)), np.uint32)
+    plain[:rows] = words << np.uint32(layout.bits - 1)
+    data = np.empty(layout.size, np.uint8)
+    layout.pack(plain.view(np.uint8).reshape(-1), data)
+    return data.tobytes()
+
+
 @dataclass(frozen=True)
 class Made:
     """A tensor that only the target has, because it follows from its module's shape.
@@ -296,12 +314,14 @@ class Proven:
         name: full name, for messages.
         size: its bytes.
         data: returns the bytes that follow; picklable.
+        meaning: what it means if they do not, for messages.
     """
 
     file: str
     name: str
     size: int
     data: Callable[[], bytes]
+    meaning: str = ""
 
     def pieces(self, read_at: int, write_at: int) -> Iterator[Piece]:
         """Yields one piece that writes nothing."""
@@ -320,7 +340,7 @@ class Proven:
             raise refuse(
                 "contradiction",
                 f"byte {at} is not what the module's shape implies, so the conversion could not be undone; "
-                "the checkpoint is damaged or of another format",
+                f"{self.meaning or 'the checkpoint is damaged or of another format'}",
                 file=self.file,
                 tensor=self.name,
             )

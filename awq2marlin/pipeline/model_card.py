@@ -60,12 +60,12 @@ def model_card(
     parts = [
         f"---\n{merged}---\n\n",
         _WARNING,
-        f"# {_title(repo_id)}\n\n",
+        f"# {_title(repo_id, plan.counterparts.source.title)}\n\n",
         _what(plan, repo_id, revision),
         _how_to_load(),
         _what_was_checked(plan, verified, gemm),
-        _how_to_check_and_revert(repo_id, revision),
-        _source_card(front_matter if problem else "", problem, body),
+        _how_to_check_and_revert(repo_id, revision, plan.counterparts.source.title),
+        _source_card(front_matter if problem else "", problem, body, plan.counterparts.source.title),
     ]
     return "".join(parts).encode("utf-8")
 
@@ -86,13 +86,19 @@ _WARNING = """> **Load this checkpoint only with an engine that knows the format
 """
 
 
-def _title(repo_id: str | None) -> str:
-    return f"{repo_id.partition('/')[2] or repo_id}, Marlin-native" if repo_id else "A Marlin-native AWQ checkpoint"
+def _title(repo_id: str | None, source: str) -> str:
+    return (
+        f"{repo_id.partition('/')[2] or repo_id}, Marlin-native" if repo_id else f"A Marlin-native {source} checkpoint"
+    )
+
+
+def _article(noun: str) -> str:
+    return f"{'an' if noun[0] in 'AEIOU' else 'a'} {noun}"
 
 
 def _what(plan: Plan, repo_id: str | None, revision: str | None) -> str:
     quantization = plan.quantization
-    source = f"[{repo_id}]({_HUB}/{repo_id})" if repo_id else "an AWQ checkpoint"
+    source = f"[{repo_id}]({_HUB}/{repo_id})" if repo_id else f"{_article(plan.counterparts.source.title)} checkpoint"
     if repo_id and revision:
         source += f" at revision [`{revision}`]({_HUB}/{repo_id}/tree/{revision})"
     groups = "one group a column" if quantization.group_size == -1 else f"group size {quantization.group_size}"
@@ -158,7 +164,7 @@ def _gemm_rows(gemm: GemmRun) -> Iterator[tuple[str, str]]:
         yield "largest error with random activations, against float64", f"{worst:.1%} of the bound"
 
 
-def _how_to_check_and_revert(repo_id: str | None, revision: str | None) -> str:
+def _how_to_check_and_revert(repo_id: str | None, revision: str | None, format: str) -> str:
     source = f"{repo_id}@{revision}" if repo_id and revision else repo_id or "SOURCE"
     return f"""Everything is compared with the source, by whoever wants to know, with:
 
@@ -166,7 +172,7 @@ def _how_to_check_and_revert(repo_id: str | None, revision: str | None) -> str:
 awq2marlin verify {source} {PLACEHOLDER}
 ```
 
-## How to get the AWQ checkpoint back
+## How to get the {format} checkpoint back
 
 Every file comes back byte for byte, this card's source included; the command prints each file's SHA-256:
 
@@ -177,11 +183,11 @@ awq2marlin revert {PLACEHOLDER} OUTPUT
 """
 
 
-def _source_card(front_matter: str, problem: str, body: str) -> str:
+def _source_card(front_matter: str, problem: str, body: str, format: str) -> str:
     """Returns the source's own card, with its front matter where that could not be merged."""
     if not front_matter and not body.strip():
         return "The source has no card of its own.\n"
-    parts = ["---\n\n*What follows is the card of the source. It speaks of the AWQ checkpoint.*\n\n"]
+    parts = [f"---\n\n*What follows is the card of the source. It speaks of the {format} checkpoint.*\n\n"]
     if front_matter:
         longest = max((len(run) for run in re.findall("`+", front_matter)), default=0)
         fence = "`" * max(3, longest + 1)
@@ -200,7 +206,7 @@ def _own_metadata(plan: Plan, repo_id: str | None) -> dict[str, str | list[str]]
     own: dict[str, str | list[str]] = {
         "base_model_relation": "quantized",
         "library_name": "awq2marlin",  # not transformers: the Hub would show commands that build garbage
-        "tags": ["awq", "marlin", "awq2marlin", f"{plan.quantization.bits}-bit"],
+        "tags": [plan.counterparts.source.layout_name, "marlin", "awq2marlin", f"{plan.quantization.bits}-bit"],
     }
     return {"base_model": repo_id, **own} if repo_id else own
 

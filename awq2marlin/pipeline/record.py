@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from awq2marlin.checkpoint.manifest import Manifest, ManifestShard, SourceCard
 from awq2marlin.errors import refuse
 from awq2marlin.formats.names import CONFIG_FILENAME, INDEX_FILENAME
+from awq2marlin.formats.registry import DEFAULT_TARGET, KEPT
 from awq2marlin.io.digest import FileDigest, Xxh3, digest_of
 from awq2marlin.io.safetensors import MAX_HEADER_BYTES
 from awq2marlin.io.source import MAX_JSON_BYTES, Source
@@ -41,7 +42,10 @@ def manifest_of(plan: Plan, finished: Mapping[str, FinishedFile], files: Mapping
     repo_id, revision = folder.origin or (None, None)
     card = SourceCard.of(checkpoint.card, folder.read(checkpoint.card)) if checkpoint.card else None
     carried = {name: FileDigest(files[name].size, files[name].xxh3) for name in plan.transfer.carried}
-    return Manifest(shards, texts, digests, carried, repo_id, revision, checkpoint.left_behind, card=card)
+    version = 1 if (plan.counterparts.source, plan.target) == (KEPT, DEFAULT_TARGET) else 2
+    return Manifest(
+        shards, texts, digests, carried, repo_id, revision, checkpoint.left_behind, card=card, version=version
+    )
 
 
 def _manifest_shard(shard: ShardPlan, done: FinishedFile, sha256: str | None) -> ManifestShard:

@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from awq2marlin.checkpoint.counterparts import Counterparts
+from awq2marlin.checkpoint.counterparts import Counterparts, Row
 from awq2marlin.errors import difference
-from awq2marlin.formats.base import Format, element_type
+from awq2marlin.formats.base import Format
 from awq2marlin.io.safetensors import TensorInfo
 from awq2marlin.io.tensors import TensorFiles
 from awq2marlin.layout.modules import ModulePlan
+from awq2marlin.layout.repack import Made, Proven
 from awq2marlin.progress import Progress
 from awq2marlin.verification.sampling import Device
 
@@ -90,6 +91,21 @@ class Comparison:
 
         return job
 
+    def derived_job(self, row: Row) -> Job:
+        """Returns the comparison of a tensor that only one of the two has with what follows from its module's shape."""
+        files, tensor = (self.output, row.target) if row.source is None else (self.source, row.source)
+        assert tensor is not None
+        assert isinstance(row.rewrite, (Made, Proven))
+        data = row.rewrite.data
+
+        def job() -> None:
+            found = files.read(tensor.name, 0, files.info(tensor.name).size)
+            if found.tobytes() != data():
+                message = "it does not hold what follows from its module's shape"
+                raise difference("different-value", message, file=files.shard_of[tensor.name], tensor=tensor.name)
+
+        return job
+
     def _bands(self, module: ModulePlan, part: str) -> Iterator[tuple[int, npt.NDArray[Any], npt.NDArray[Any]]]:
         """Yields (first row, expected, found): bands of plain values of one part, padding included."""
         scheme, source, target = self.counterparts.scheme, self.counterparts.source, self.counterparts.layout_of(module)
@@ -132,18 +148,19 @@ class _Rows:
     Attributes:
         files: where it lies.
         tensor: its description.
-        part: which part it is.
+        element: the type of its elements.
         step: plain rows in one row of the tensor; 0 if only all of the tensor holds whole ones.
     """
 
     files: TensorFiles
     tensor: TensorInfo
-    part: str
+    element: type[np.generic]
     step: int
 
     @classmethod
     def of(cls, format: Format, files: TensorFiles, module: str, part: str) -> _Rows:
-        return cls(files, files.info(format.tensor_name(module, part)), part, format.rows_per_row(part))
+        tensor = files.info(format.tensor_name(module, part))
+        return cls(files, tensor, format.element_type(part), format.rows_per_row(part))
 
     def bytes_of(self, count: int) -> int:
         """Returns the bytes that hold some plain rows."""
@@ -155,7 +172,7 @@ class _Rows:
         begin, end = 0, rows
         if self.step:
             begin, end = min(first // self.step, rows), min(-(-(first + count) // self.step), rows)
-        return self.files.rows(self.tensor.name, begin, end, element_type(self.part))
+        return self.files.rows(self.tensor.name, begin, end, self.element)
 
 
 def _fitted(values: npt.NDArray[Any], like: npt.NDArray[Any]) -> npt.NDArray[Any]:

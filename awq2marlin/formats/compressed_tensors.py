@@ -1,0 +1,336 @@
+"""compressed-tensors checkpoints of the format "pack-quantized", as llm-compressor writes them.
+
+A module lies the other way round than in AWQ: ``weight_packed`` int32 [N, ceil(K/f)] holds f codes of one column
+a word, along K; ``weight_scale`` [N, G]; ``weight_zero_point``, where the checkpoint is asymmetric, int32 [ceil(N/f), G],
+packed along N. Fields are q and z as they stand: the library adds 2^(b-1) to its signed values. ``weight_shape`` int64 [2] is
+(N, K). Before April 2025 zero points were int8 [N, G], signed. Source: compressed-tensors 0.20,
+``compressors/pack_quantized/base.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+
+from awq2marlin.errors import CheckpointError, printable, refuse
+from awq2marlin.formats.base import DerivedTensor, Fault, Format, Quantization
+from awq2marlin.formats.config import method_of, scheme_of, word
+from awq2marlin.io.safetensors import TensorIndex, TensorInfo
+from awq2marlin.layout.marlin import MAX_SIZE_N
+from awq2marlin.layout.repack import PartLayout
+from awq2marlin.layout.scheme import Scheme
+
+METHOD = "compressed-tensors"
+PACKED = "pack-quantized"
+
+#: What it means if a tensor that follows from a module's shape holds something else.
+_ODD_K = "K is not a multiple of the values in a word, or the shape is another; such a module is not converted"
+_ORDERED = "the rows of the weight are in another order (activation ordering), which is not converted"
+_ASYMMETRIC = "the config says symmetric, but the zero points are others"
+
+_WHAT_TO_DO = "Only weights of 4 or 8 bits in groups or channels are converted; look for such a version of this model"
+
+
+class CompressedTensors(Format):
+    """compressed-tensors, format "pack-quantized"."""
+
+    name = METHOD
+    title = METHOD
+    layout_name = METHOD
+    output_suffix = "-ct"
+    is_source = True
+    suffixes: ClassVar[Mapping[str, str]] = {
+        "qweight": "weight_packed",
+        "qzeros": "weight_zero_point",
+        "scales": "weight_scale",
+    }
+
+    def claims(self, document: Mapping[str, Any], place: str) -> bool:
+        """Returns whether the config names the method and, at the top or in a group, the packed format."""
+        if method_of(document, place) != METHOD:
+            return False
+        formats = {word(each, "format", place) for each in (document, *_groups(document, place).values())}
+        return PACKED in formats
+
+    def read_config(self, document: Mapping[str, Any], place: str) -> Quantization:
+        """Returns bits, group size and zero points of the one kind of group there may be.
+
+        Raises:
+            CheckpointError: naming what the checkpoint has that cannot be converted.
+        """
+        for key in ("transform_config", "sparsity_config"):
+            if document.get(key):
+                raise _unsupported(f"it has a {key}", place)
+        groups = _groups(document, place)
+        schemes = {name: _scheme(name, group, place) for name, group in groups.items()}
+        if not schemes:
+            raise refuse("bad-config", "config_groups names no group", file=place)
+        (first, scheme), *others = schemes.items()
+        for name, other in others:
+            if other != scheme:
+                names = f"{printable(first)} and {printable(name)}"
+                raise _unsupported(f"{names} are quantized differently: {_words(scheme)}; {_words(other)}", place)
+        return Quantization(scheme, document.get("ignore"), place)
+
+    def write_config(self, quantization: Quantization) -> dict[str, Any]:
+        """Returns the config as the library writes it."""
+        scheme = quantization.scheme
+        is_channel = scheme.group_size == -1
+        weights = {
+            "num_bits": scheme.bits,
+            "type": "int",
+            "symmetric": not scheme.zero_point,
+            "strategy": "channel" if is_channel else "group",
+            "group_size": None if is_channel else scheme.group_size,
+            "dynamic": False,
+            "actorder": None,
+        }
+        return {
+            "quant_method": METHOD,
+            "format": PACKED,
+            "quantization_status": "compressed",
+            "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
+            "ignore": sorted({*quantization.unquantized_modules, "lm_head"}),
+        }
+
+    def variant(self, index: TensorIndex) -> Format:
+        """Returns the format with old zero points, if these are int8; which it is, only the tensors tell."""
+        types = {tensor.dtype for name, tensor in index.tensors.items() if name.endswith(".weight_zero_point")}
+        return OLD_COMPRESSED_TENSORS if types == {"I8"} else self
+
+    def sizes(self, tensors: Mapping[str, TensorInfo], scheme: Scheme) -> tuple[int, int]:
+        """Returns K and N: the groups tell K exactly, packed words of a single one up to the padding of the last."""
+        size_n, words = tensors["qweight"].shape
+        if scheme.group_size == -1:
+            return words * scheme.pack_factor, size_n
+        return tensors["scales"].shape[1] * scheme.group_size, size_n
+
+    def shape(self, part: str, size_k: int, size_n: int, scheme: Scheme) -> tuple[int, ...]:
+        """Returns the shape of a part: N first, but for the words of zero points."""
+        if part == "qweight":
+            return size_n, -(-size_k // scheme.pack_factor)
+        groups = scheme.num_groups(size_k)
+        return (size_n, groups) if part == "scales" else (-(-size_n // scheme.pack_factor), groups)
+
+    def layout(self, part: str, size_k: int, size_n: int, scheme: Scheme) -> PartLayout:
+        """Returns the transposed layout of a part."""
+        rows = size_k if part == "qweight" else scheme.num_groups(size_k)
+        return _Slow(part, scheme.bits, rows, size_n)
+
+    def parts(self, found: Mapping[str, TensorInfo], scheme: Scheme) -> tuple[str, ...]:
+        """Returns the parts of a module: zero points of a symmetric checkpoint are none, they are all 2^(b-1)."""
+        return tuple(part for part in super().parts(found, scheme) if part != "qzeros" or scheme.zero_point)
+
+    def derived(self, size_k: int, size_n: int, scheme: Scheme) -> Sequence[DerivedTensor]:
+        """Returns what follows from a module's shape: the shape, and what some versions write besides."""
+        derived = [
+            DerivedTensor("weight_shape", "I64", (2,), partial(_shape_bytes, size_k, size_n), meaning=_ODD_K),
+            DerivedTensor(
+                "weight_g_idx", "I32", (size_k,), partial(_group_bytes, size_k, scheme.group_size), True, _ORDERED
+            ),
+        ]
+        if not scheme.zero_point:
+            shape = self.shape("qzeros", size_k, size_n, scheme)
+            words = partial(_middle_bytes, size_n, shape[1], scheme.bits)
+            derived.append(DerivedTensor("weight_zero_point", "I32", shape, words, True, _ASYMMETRIC))
+        return derived
+
+    def faults(
+        self, module: str, tensors: Mapping[str, TensorInfo], size_k: int, size_n: int, quantization: Quantization
+    ) -> Iterator[Fault]:
+        """Yields an embedding, which is no linear layer, and what contradicts ``weight_packed`` or the config."""
+        packed = tensors["qweight"]
+        if module.rpartition(".")[2] in ("embed_tokens", "wte", "word_embeddings"):
+            message = "this is a quantized embedding; only linear layers are converted"
+            yield packed.name, "foreign-format", message
+            return
+        if size_k == 0 or size_n == 0 or size_n > MAX_SIZE_N:
+            yield packed.name, "wrong-shape", f"K={size_k}, N={size_n} is empty or has more than {MAX_SIZE_N} columns"
+            return
+        yield from super().faults(module, tensors, size_k, size_n, quantization)
+
+    def rows_per_row(self, part: str) -> int:
+        """Returns 0: rows of the tensors are columns."""
+        del part
+        return 0
+
+    def values(self, part: str, rows: npt.NDArray[Any], size_k: int, scheme: Scheme) -> npt.NDArray[Any]:
+        """Returns the fields of the words, one after the other, the right way round."""
+        if part == "scales":
+            return rows.T
+        from awq2marlin.layout.reference import split_fields  # a conversion that compares nothing does not need it
+
+        words = rows.astype(np.uint32, copy=False)
+        if part == "qweight":
+            return split_fields(words, scheme.bits)[:, :size_k].T
+        return split_fields(np.ascontiguousarray(words.T), scheme.bits)
+
+
+class OldCompressedTensors(CompressedTensors):
+    """The same with zero points as compressed-tensors wrote them before April 2025: int8 [N, G], signed."""
+
+    title = f"{METHOD} with int8 zero points"
+    dtypes: ClassVar[Mapping[str, tuple[str, ...]]] = {**CompressedTensors.dtypes, "qzeros": ("I8",)}
+
+    def variant(self, index: TensorIndex) -> Format:
+        """Returns itself."""
+        del index
+        return self
+
+    def has_zero_points(self, scheme: Scheme) -> bool:
+        """Returns False: zero points that were all 2^(b-1) were not written."""
+        del scheme
+        return False
+
+    def shape(self, part: str, size_k: int, size_n: int, scheme: Scheme) -> tuple[int, ...]:
+        """Returns the shape of a part: N first."""
+        return super().shape("scales" if part == "qzeros" else part, size_k, size_n, scheme)
+
+    def layout(self, part: str, size_k: int, size_n: int, scheme: Scheme) -> PartLayout:
+        """Returns the transposed layout of a part."""
+        rows = size_k if part == "qweight" else scheme.num_groups(size_k)
+        return _Slow(part, scheme.bits, rows, size_n, part == "qzeros")
+
+    def element_type(self, part: str) -> type[np.generic]:
+        """Returns the type in which `values` takes a part's tensor."""
+        return np.int8 if part == "qzeros" else super().element_type(part)
+
+    def values(self, part: str, rows: npt.NDArray[Any], size_k: int, scheme: Scheme) -> npt.NDArray[Any]:
+        """Returns plain values; zero points are signed, 2^(b-1) less than ours."""
+        if part != "qzeros":
+            return super().values(part, rows, size_k, scheme)
+        return (rows.T.astype(np.int16) + scheme.middle).astype(np.uint8)
+
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class _Slow(PartLayout):
+    i8: bool = False
+    is_plain = False
+
+    @property
+    def band(self):
+        return self.rows
+
+    @property
+    def band_bytes(self):
+        f = 32 // self.bits
+        if self.part == "scales":
+            return self.columns * self.rows * 2
+        if self.i8:
+            return self.columns * self.rows
+        if self.part == "qzeros":
+            return -(-self.columns // f) * self.rows * 4
+        return self.columns * -(-self.rows // f) * 4
+
+    def _q(self, data):
+        from awq2marlin.layout.reference import split_fields
+
+        if self.i8:
+            return (
+                data.view(np.int8).reshape(self.columns, self.rows).T.astype(np.int16) + (1 << self.bits - 1)
+            ).astype(np.uint8)
+        if self.part == "qzeros":
+            return split_fields(np.ascontiguousarray(data.view(np.uint32).reshape(-1, self.rows).T), self.bits)[
+                :, : self.columns
+            ]
+        return split_fields(data.view(np.uint32).reshape(self.columns, -1), self.bits)[:, : self.rows].T
+
+    def unpack(self, data, plain):
+        if self.part == "scales":
+            plain.view(np.uint16).reshape(self.rows, -1)[:] = data.view(np.uint16).reshape(self.columns, -1).T
+            return
+        from awq2marlin.layout.reference import field_order
+
+        v = self._q(data)
+        o = field_order(self.bits)
+        w = v.reshape(self.rows, -1, len(o))[..., o].astype(np.uint32)
+        sh = np.arange(0, 32, self.bits, dtype=np.uint32)
+        plain.view(np.uint32).reshape(self.rows, -1)[:] = np.bitwise_or.reduce(w << sh, axis=-1)
+
+    def pack(self, plain, data):
+        if self.part == "scales":
+            data.view(np.uint16).reshape(self.columns, -1)[:] = plain.view(np.uint16).reshape(self.rows, -1).T
+            return
+        from awq2marlin.layout.reference import unpack_awq
+
+        v = unpack_awq(plain.view(np.uint32).reshape(self.rows, -1), self.bits)[:, : self.columns]
+        f = 32 // self.bits
+        if self.i8:
+            data.view(np.int8).reshape(self.columns, self.rows)[:] = (v.astype(np.int16) - (1 << self.bits - 1)).T
+            return
+        v = v if self.part == "qzeros" else v.T
+        v = np.pad(v, ((0, 0), (0, -v.shape[1] % f))).astype(np.uint32)
+        sh = np.arange(0, 32, self.bits, dtype=np.uint32)
+        w = np.bitwise_or.reduce(v.reshape(len(v), -1, f) << sh, axis=-1)
+        out = w.T if self.part == "qzeros" else w
+        data.view(np.uint32).reshape(out.shape)[:] = out
+
+
+OLD_COMPRESSED_TENSORS = OldCompressedTensors()
+
+
+def _groups(document: Mapping[str, Any], place: str) -> dict[str, dict[str, Any]]:
+    groups = document.get("config_groups")
+    if groups is None:
+        return {}
+    if not isinstance(groups, dict) or not all(isinstance(group, dict) for group in groups.values()):
+        raise refuse("bad-config", "config_groups must map names to objects", file=place)
+    return groups
+
+
+def _unsupported(what: str, place: str) -> CheckpointError:
+    return refuse("foreign-format", f"this is a compressed-tensors checkpoint, but {what}. {_WHAT_TO_DO}", file=place)
+
+
+def _scheme(name: str, group: Mapping[str, Any], place: str) -> Scheme:
+    """Returns bits, group size and zero points of one group; refuses by name what cannot be converted."""
+    weights = group.get("weights")
+    if not isinstance(weights, dict):
+        raise refuse("bad-config", f"{printable(name)} has no weights", file=place)
+    for key in ("input_activations", "output_activations"):
+        if group.get(key):
+            raise _unsupported(f"{printable(name)} has {key}: its activations are quantized too", place)
+    kind = word(weights, "type", place) or "int"
+    strategy = word(weights, "strategy", place) or ("channel" if weights.get("group_size") is None else "group")
+    for wrong, what in (
+        (kind != "int", f"its weights are of type {printable(kind)!r}"),
+        (strategy not in ("group", "channel"), f"its strategy is {printable(strategy)!r}"),
+        (bool(weights.get("block_structure")), "it has a block_structure"),
+        (bool(weights.get("dynamic")), "its weights are quantized dynamically"),
+    ):
+        if wrong:
+            raise _unsupported(what, place)
+    group_size = -1 if strategy == "channel" else weights.get("group_size")
+    symmetric = weights.get("symmetric", True)
+    return scheme_of(
+        weights.get("num_bits", 8), group_size, not symmetric if type(symmetric) is bool else symmetric, place
+    )
+
+
+def _words(scheme: Scheme) -> str:
+    groups = "channels" if scheme.group_size == -1 else f"groups of {scheme.group_size}"
+    return f"{scheme.bits} bits, {groups}, {'asymmetric' if scheme.zero_point else 'symmetric'}"
+
+
+def _shape_bytes(size_k: int, size_n: int) -> bytes:
+    return np.array([size_n, size_k], "<i8").tobytes()
+
+
+def _group_bytes(size_k: int, group_size: int) -> bytes:
+    """Returns the group of every row in plain order."""
+    return (np.arange(size_k, dtype="<i4") // (size_k if group_size == -1 else group_size)).astype("<i4").tobytes()
+
+
+def _middle_bytes(size_n: int, groups: int, bits: int) -> bytes:
+    """Returns packed zero points that are all 2^(bits-1); fields past N are 0."""
+    factor = 32 // bits
+    fields = np.arange(-(-size_n // factor) * factor).reshape(-1, factor) < size_n
+    words = (fields << (bits * np.arange(factor) + bits - 1)).sum(1).astype("<u4")
+    return np.repeat(words[:, None], groups, 1).tobytes()
