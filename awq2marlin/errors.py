@@ -49,6 +49,11 @@ def printable(text: str) -> str:
     return _escaped(text)
 
 
+def article(noun: str) -> str:
+    """Returns a noun behind its indefinite article."""
+    return f"{'an' if noun[0] in 'AEIOU' else 'a'} {noun}"
+
+
 def _escaped(text: str) -> str:
     if text.isprintable():
         return text

@@ -6,7 +6,7 @@ No engine checks that a quantized checkpoint is complete: a tensor that is missi
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from awq2marlin.checkpoint.config import quantization_documents
@@ -15,13 +15,13 @@ from awq2marlin.checkpoint.manifest import Manifest, read_manifest
 from awq2marlin.checkpoint.opening import Checkpoint, open_checkpoint
 from awq2marlin.checkpoint.pairing import counterparts_of, expected_tensors, pair
 from awq2marlin.errors import CheckpointError, Problem, refuse
-from awq2marlin.formats.base import Format, Quantization, find_modules
+from awq2marlin.formats.base import Format, Quantization
 from awq2marlin.formats.names import CONFIG_FILENAME, LEGACY_CONFIG_FILENAMES, MANIFEST_FILENAME
-from awq2marlin.formats.registry import KEPT, recognise
+from awq2marlin.formats.registry import recognise
 from awq2marlin.io.safetensors import TensorIndex, TensorInfo
 from awq2marlin.io.source import Source
 from awq2marlin.io.strict_json import parse_json
-from awq2marlin.layout.modules import ModulePlan, module_name
+from awq2marlin.layout.modules import ModulePlan
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class ConvertedCheckpoint:
     def of(cls, checkpoint: Checkpoint, manifest: Manifest) -> ConvertedCheckpoint:
         """Pairs a converted checkpoint with the headers in its manifest; raises as `open`."""
         source = _source_index(manifest)
-        counterparts = pair(source, _source_format(manifest, source), _source_quantization(checkpoint), checkpoint)
+        counterparts = pair(source, *_source_format(manifest, source), checkpoint)
         return cls(checkpoint, manifest, source, counterparts)
 
 
@@ -82,10 +82,6 @@ def _source_index(manifest: Manifest) -> TensorIndex:
     return TensorIndex({name: shard.source_header for name, shard in manifest.shards.items()})
 
 
-def _source_quantization(checkpoint: Checkpoint) -> Quantization:
-    return Quantization(checkpoint.quantization.scheme, origin=MANIFEST_FILENAME)
-
-
 def refuse_lost(checkpoint: Checkpoint, manifest: Manifest) -> None:
     """Refuses a converted checkpoint without a tensor that its manifest knows: an index cut short names none of them.
 
@@ -97,8 +93,7 @@ def refuse_lost(checkpoint: Checkpoint, manifest: Manifest) -> None:
         CheckpointError: naming every tensor that is lost.
     """
     source = _source_index(manifest)
-    quantization = _source_quantization(checkpoint)
-    counterparts = counterparts_of(source, _source_format(manifest, source), quantization, checkpoint)
+    counterparts = counterparts_of(source, *_source_format(manifest, source), checkpoint)
     message = "the manifest knows it, but no file holds it; download the checkpoint again, completely"
     lost = [
         Problem(file, tensor.name, "missing-tensor", message)
@@ -110,8 +105,8 @@ def refuse_lost(checkpoint: Checkpoint, manifest: Manifest) -> None:
         raise CheckpointError(lost)
 
 
-def _source_format(manifest: Manifest, index: TensorIndex) -> Format:
-    """Returns the format of a source by the texts of its configs that the manifest keeps, and its headers."""
+def _source_format(manifest: Manifest, index: TensorIndex) -> tuple[Format, Quantization]:
+    """Returns the format of a source and how it is quantized, by the texts that the manifest keeps, and its headers."""
     config, *legacy = (
         parse_json(manifest.texts[name].encode(), f"{MANIFEST_FILENAME} (text of {name})", constants=True)
         if name in manifest.texts
@@ -124,7 +119,9 @@ def _source_format(manifest: Manifest, index: TensorIndex) -> Format:
         message = "the source's config that it keeps says nothing of a quantization; download the checkpoint again"
         raise refuse("bad-manifest", message, file=MANIFEST_FILENAME)
     place, document = next(iter(documents.items()))
-    return recognise(document, f"{MANIFEST_FILENAME} (text of {place})").variant(index)
+    where = f"{MANIFEST_FILENAME} (text of {place})"
+    format = recognise(document, where)
+    return format.variant(index), format.read_config(document, where)
 
 
 def converted_modules(
@@ -144,31 +141,19 @@ def converted_modules(
         CheckpointError: naming every tensor that is missing or does not have the type and shape of its module's
             layout, and every name in the config's lists that is not there.
     """
-    listed = quantization.awq_modules
-    kept, kept_problems = find_modules(KEPT, tensors, quantization, shard_of, among=listed.__contains__)
-    own, own_problems = find_modules(format, tensors, quantization, shard_of, among=lambda module: module not in listed)
-    problems = list(dict.fromkeys([*kept_problems, *own_problems]))
-    troubled = {problem.tensor.rpartition(".")[0] for problem in problems}
-    problems += _missing_from_lists({*kept, *own, *troubled}, tensors, quantization)
+    found, problems = format.find(tensors, quantization, shard_of)
     if problems:
         raise CheckpointError(problems)
-    modules = {name: ModulePlan.of(module, "kept") for name, module in kept.items()}
-    for name, module in own.items():
-        size_k, size_n = quantization.padded_modules.get(name, (module.size_k, module.size_n))
-        modules[name] = ModulePlan(name, size_k, size_n, module.size_k, module.size_n, module.parts, converted=True)
-    return dict(sorted(modules.items()))
-
-
-def _missing_from_lists(
-    found: set[str], tensors: Mapping[str, TensorInfo], quantization: Quantization
-) -> Iterator[Problem]:
-    """Yields what the config's lists name and the files do not hold."""
-    for key in ("awq_modules", "padded_modules"):
-        for module in getattr(quantization, key):
-            if module not in found:
-                message = f"{key} names its module, but no file holds it; download the checkpoint again, completely"
-                yield Problem(CONFIG_FILENAME, module_name(module, "qweight"), "missing-tensor", message)
-    for module in quantization.unquantized_modules:
-        if module_name(module, "weight") not in tensors:
-            message = "unquantized_modules names it, but no file holds it; download the checkpoint again, completely"
-            yield Problem(CONFIG_FILENAME, module_name(module, "weight"), "missing-tensor", message)
+    return {
+        name: ModulePlan(
+            name,
+            module.size_k,
+            module.size_n,
+            module.stored_k,
+            module.stored_n,
+            module.parts,
+            converted=module.layout is format,
+            reason="" if module.layout is format else "kept",
+        )
+        for name, module in found.items()
+    }

@@ -37,7 +37,7 @@ Restores = Literal["files", "tensors"]
 
 
 #: The only files whose text a conversion keeps in the manifest: of all others the output has the bytes.
-_TEXT_NAMES = (CONFIG_FILENAME, *LEGACY_CONFIG_FILENAMES, INDEX_FILENAME)
+_TEXT_NAMES = (CONFIG_FILENAME, *LEGACY_CONFIG_FILENAMES, INDEX_FILENAME, MANIFEST_FILENAME)
 
 
 @dataclass(frozen=True)
@@ -230,7 +230,7 @@ def decode_manifest(data: bytes) -> Manifest:
     if CONFIG_FILENAME not in texts or not shards:
         document.bad("it names no shards, or has no text of config.json")
     card = _card(document)
-    clash = find_clash([MANIFEST_FILENAME, *shards, *files, *texts, card.name if card else CARD_FILENAME])
+    clash = find_clash([*shards, *files, *{MANIFEST_FILENAME, *texts}, card.name if card else CARD_FILENAME])
     if clash:
         document.bad(f"it names {printable(clash[0])!r} twice, or as a file and as a folder")
     left_behind = document.get("left_behind", dict)

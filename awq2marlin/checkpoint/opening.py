@@ -73,9 +73,14 @@ class Checkpoint:
         return self.index.shard_of
 
     @property
+    def has_manifest(self) -> bool:
+        """Whether a file of the manifest's name is there."""
+        return self.folder.exists(MANIFEST_FILENAME)
+
+    @property
     def is_converted(self) -> bool:
-        """Whether a conversion wrote it; a format that can be read as well tells it by the manifest."""
-        return self.format.is_target and (not self.format.is_source or self.folder.exists(MANIFEST_FILENAME))
+        """Whether a conversion wrote it: formats that others write too tell it by the manifest."""
+        return self.format.is_own or (self.format.is_target and self.has_manifest)
 
     @cached_property
     def unquantized_modules(self) -> list[str]:

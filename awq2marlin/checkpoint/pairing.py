@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from awq2marlin.checkpoint.counterparts import Counterparts
 from awq2marlin.checkpoint.opening import Checkpoint
 from awq2marlin.errors import printable, refuse
-from awq2marlin.formats.base import Format, Quantization, find_modules, require_modules
+from awq2marlin.formats.base import Format, Quantization, require_modules
 from awq2marlin.formats.names import CONFIG_FILENAME
 from awq2marlin.io.safetensors import TensorIndex, TensorInfo
 from awq2marlin.layout.marlin import paddings
@@ -54,10 +54,10 @@ def counterparts_of(
     Raises:
         CheckpointError: if the source's modules do not agree, or the config contradicts them.
     """
-    modules, problems = find_modules(format, index.tensors, quantization, index.shard_of)
+    modules, problems = format.find(index.tensors, quantization, index.shard_of)
     require_modules(modules, problems, quantization)
     fates = {name: _fate(module, quantization.scheme, converted) for name, module in modules.items()}
-    return Counterparts(format, converted.format, quantization.scheme, fates)
+    return Counterparts(format, converted.format, quantization.scheme, fates, modules)
 
 
 def expected_tensors(index: TensorIndex, counterparts: Counterparts) -> dict[str, list[TensorInfo]]:

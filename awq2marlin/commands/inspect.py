@@ -107,7 +107,7 @@ def inspect(path: str | os.PathLike[str]) -> InspectResult:
         modules = [_module_info(fate, checkpoint, fates.layout_of(fate)) for fate in fates.modules.values()]
     else:
         fates = plan_modules(SourceCheckpoint.of(checkpoint))
-        modules = [_module_info(fate, checkpoint, checkpoint.format) for fate in fates.modules.values()]
+        modules = [_module_info(fate, checkpoint, fates.source_layout_of(fate)) for fate in fates.modules.values()]
     return InspectResult(
         path=checkpoint.folder.where,
         format=checkpoint.format.name,

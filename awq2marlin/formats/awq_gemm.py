@@ -8,6 +8,7 @@ docs/marlin-native.md states them in full. Source: AutoAWQ 0.2.9, ``awq/modules/
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -35,7 +36,11 @@ class AwqGemm(Format):
     title = "AWQ"
     layout_name = "awq"
     output_suffix = "-awq"
-    is_source = True
+    is_source = is_target = True
+
+    def target_scheme(self, scheme: Scheme) -> Scheme:
+        """Returns the scheme with zero points: engines leave absent ones uninitialised."""
+        return replace(scheme, zero_point=True)
 
     def claims(self, document: Mapping[str, Any], place: str) -> bool:
         """Returns whether a config names AWQ, or no method, and no layout but "gemm"."""
@@ -137,6 +142,9 @@ class AwqGemm(Format):
         from awq2marlin.layout.reference import unpack_awq  # a conversion that compares nothing does not need it
 
         return unpack_awq(rows.astype(np.uint32, copy=False), scheme.bits)
+
+
+AWQ_GEMM = AwqGemm()
 
 
 def _bits_hint(words: int, columns: int, said: int) -> str:

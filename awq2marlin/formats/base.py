@@ -67,6 +67,21 @@ class Quantization:
 
 
 @dataclass(frozen=True)
+class StoredModule(Linear):
+    """A quantized module, with how the files hold it.
+
+    Attributes:
+        layout: the format whose layout its tensors have: mostly the checkpoint's own.
+        stored_k: K in the files, padding included.
+        stored_n: N in the files, padding included.
+    """
+
+    layout: Format
+    stored_k: int
+    stored_n: int
+
+
+@dataclass(frozen=True)
 class DerivedTensor:
     """A tensor of a module that holds nothing but what follows from the module's shape.
 
@@ -108,6 +123,9 @@ class Format(ABC):
     #: Whether it can be converted from, and to.
     is_source: ClassVar[bool] = False
     is_target: ClassVar[bool] = False
+
+    #: Whether only this package writes it.
+    is_own: ClassVar[bool] = False
 
     #: Whether its config lists the modules that are kept, padded, or not quantized.
     has_module_lists: ClassVar[bool] = False
@@ -168,6 +186,18 @@ class Format(ABC):
         """Returns which of its tensors are parts of a module, in order: all that it has, in most formats."""
         return tuple(part for part in QUANTIZED_PARTS if part in found)
 
+    def find(
+        self, tensors: Mapping[str, TensorInfo], quantization: Quantization, shard_of: Mapping[str, str]
+    ) -> tuple[dict[str, StoredModule], list[Problem]]:
+        """Returns the quantized modules of a checkpoint by name, sorted, and everything that is wrong with them.
+
+        Args:
+            tensors: every tensor of the checkpoint.
+            quantization: what its config says.
+            shard_of: the file of each tensor, for messages.
+        """
+        return find_modules(self, tensors, quantization, shard_of)
+
     @abstractmethod
     def sizes(self, tensors: Mapping[str, TensorInfo], scheme: Scheme) -> tuple[int, int]:
         """Returns K and N of a module, padding included, as its tensors show them.
@@ -191,6 +221,10 @@ class Format(ABC):
     @abstractmethod
     def layout(self, part: str, size_k: int, size_n: int, scheme: Scheme) -> PartLayout:
         """Returns how that tensor holds the part; arguments as for `shape`."""
+
+    def target_scheme(self, scheme: Scheme) -> Scheme:
+        """Returns the scheme that a target of this format has of a source's."""
+        return scheme
 
     def has_zero_points(self, scheme: Scheme) -> bool:
         """Returns whether a module must have a tensor of zero points."""
@@ -273,8 +307,8 @@ def find_modules(
     shard_of: Mapping[str, str],
     *,
     among: Callable[[str], bool] = lambda _module: True,
-) -> tuple[dict[str, Linear], list[Problem]]:
-    """Returns the quantized modules among tensors by name, sorted, and everything that is wrong with them.
+) -> tuple[dict[str, StoredModule], list[Problem]]:
+    """Returns the quantized modules of one layout by name, sorted, and everything that is wrong with them.
 
     Args:
         format: the format that they are of.
@@ -296,7 +330,8 @@ def find_modules(
             continue
         found = _tensors_of(format, name, parts, tensors)
         size_k, size_n = format.sizes(found, quantization.scheme)
-        modules[name] = Linear(name, size_k, size_n, format.parts(found, quantization.scheme))
+        present = format.parts(found, quantization.scheme)
+        modules[name] = StoredModule(name, size_k, size_n, present, format, size_k, size_n)
     return modules, problems
 
 

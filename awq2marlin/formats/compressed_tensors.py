@@ -42,7 +42,7 @@ class CompressedTensors(Format):
     title = METHOD
     layout_name = METHOD
     output_suffix = "-ct"
-    is_source = True
+    is_source = is_target = True
     suffixes: ClassVar[Mapping[str, str]] = {
         "qweight": "weight_packed",
         "qzeros": "weight_zero_point",

@@ -8,13 +8,12 @@ from typing import Any
 
 from awq2marlin.arguments import ArgumentError
 from awq2marlin.errors import printable
-from awq2marlin.formats.awq_gemm import AwqGemm
+from awq2marlin.formats.awq_gemm import AWQ_GEMM as AWQ_GEMM
 from awq2marlin.formats.base import Format
 from awq2marlin.formats.compressed_tensors import CompressedTensors
 from awq2marlin.formats.foreign import foreign
 from awq2marlin.formats.marlin_native import MarlinNative
 
-AWQ_GEMM = AwqGemm()
 COMPRESSED_TENSORS = CompressedTensors()
 MARLIN_NATIVE = MarlinNative()
 

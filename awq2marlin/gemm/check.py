@@ -140,13 +140,13 @@ def check_modules(
 
 
 def _qweight_bytes(module: ModulePlan, counterparts: Counterparts, source: TensorFiles) -> int:
-    return source.info(counterparts.source.tensor_name(module.name, "qweight")).size
+    return source.info(counterparts.source_layout_of(module).tensor_name(module.name, "qweight")).size
 
 
 def _check_module(
     module: ModulePlan, counterparts: Counterparts, source: TensorFiles, output: TensorFiles, device: str
 ) -> GemmCheck:
-    dtype = _TYPES[source.info(counterparts.source.tensor_name(module.name, "scales")).dtype]
+    dtype = _TYPES[source.info(counterparts.source_layout_of(module).tensor_name(module.name, "scales")).dtype]
     weight = _SourceWeight(module, counterparts, source, dtype, device)
     marlin = _MarlinModule(module, counterparts.scheme.bits, output, dtype, device)
     _check_exact(module, weight, marlin, output)
@@ -195,9 +195,10 @@ class _SourceWeight:
         self._group_size = module.padded_k if groups == 1 else scheme.group_size
 
         def plain(part: str) -> torch.Tensor:
-            name = counterparts.source.tensor_name(module.name, part)
-            rows = files.rows(name, 0, files.info(name).shape[0], counterparts.source.element_type(part))
-            values = counterparts.source.values(part, rows, module.size_k, scheme)
+            layout, (stored_k, _) = counterparts.source_layout_of(module), counterparts.stored_sizes(module)
+            name = layout.tensor_name(module.name, part)
+            rows = files.rows(name, 0, files.info(name).shape[0], layout.element_type(part))
+            values = layout.values(part, rows, stored_k, scheme)
             return torch.from_numpy(values if values.flags.writeable else values.copy())
 
         self._values = self._padded(plain("qweight"), self.size_k, device)

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from awq2marlin._version import __version__
-from awq2marlin.errors import printable
+from awq2marlin.errors import article, printable
 from awq2marlin.pipeline.plan import Plan
 
 if TYPE_CHECKING:
@@ -92,13 +92,9 @@ def _title(repo_id: str | None, source: str) -> str:
     )
 
 
-def _article(noun: str) -> str:
-    return f"{'an' if noun[0] in 'AEIOU' else 'a'} {noun}"
-
-
 def _what(plan: Plan, repo_id: str | None, revision: str | None) -> str:
     quantization = plan.quantization
-    source = f"[{repo_id}]({_HUB}/{repo_id})" if repo_id else f"{_article(plan.counterparts.source.title)} checkpoint"
+    source = f"[{repo_id}]({_HUB}/{repo_id})" if repo_id else f"{article(plan.counterparts.source.title)} checkpoint"
     if repo_id and revision:
         source += f" at revision [`{revision}`]({_HUB}/{repo_id}/tree/{revision})"
     groups = "one group a column" if quantization.group_size == -1 else f"group size {quantization.group_size}"

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 from awq2marlin.checkpoint.manifest import Manifest, ManifestShard, SourceCard
 from awq2marlin.errors import refuse
-from awq2marlin.formats.names import CONFIG_FILENAME, INDEX_FILENAME
+from awq2marlin.formats.names import CONFIG_FILENAME, INDEX_FILENAME, MANIFEST_FILENAME
 from awq2marlin.formats.registry import DEFAULT_TARGET, KEPT
 from awq2marlin.io.digest import FileDigest, Xxh3, digest_of
 from awq2marlin.io.safetensors import MAX_HEADER_BYTES
@@ -55,7 +55,8 @@ def _manifest_shard(shard: ShardPlan, done: FinishedFile, sha256: str | None) ->
 def _rewritten_names(plan: Plan) -> list[str]:
     """Returns the files whose text only the manifest holds."""
     index = [INDEX_FILENAME] if plan.rewritten_index is not None else []
-    return [CONFIG_FILENAME, *plan.checkpoint.legacy_configs, *index]
+    earlier = [MANIFEST_FILENAME] if plan.checkpoint.has_manifest else []
+    return [CONFIG_FILENAME, *plan.checkpoint.legacy_configs, *index, *earlier]
 
 
 def _exact_text(folder: Source, name: str) -> str:

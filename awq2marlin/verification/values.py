@@ -54,7 +54,7 @@ class Comparison:
 
     def tensor_name(self, module: ModulePlan, part: str) -> str:
         """Returns the source's name of the tensor that holds a part of a module."""
-        return self.counterparts.source.tensor_name(module.name, part)
+        return self.counterparts.source_layout_of(module).tensor_name(module.name, part)
 
     def module_bytes(self, modules: Sequence[ModulePlan]) -> int:
         """Returns the bytes of the source that modules have."""
@@ -108,7 +108,8 @@ class Comparison:
 
     def _bands(self, module: ModulePlan, part: str) -> Iterator[tuple[int, npt.NDArray[Any], npt.NDArray[Any]]]:
         """Yields (first row, expected, found): bands of plain values of one part, padding included."""
-        scheme, source, target = self.counterparts.scheme, self.counterparts.source, self.counterparts.layout_of(module)
+        pair, scheme = self.counterparts, self.counterparts.scheme
+        source, target = pair.source_layout_of(module), pair.layout_of(module)
         old, new = _Rows.of(source, self.source, module.name, part), _Rows.of(target, self.output, module.name, part)
         total = scheme.num_groups(module.padded_k) if part != "qweight" else module.padded_k
         band = total
@@ -117,7 +118,7 @@ class Comparison:
             band *= max(1, BAND_BYTES // max(1, new.bytes_of(band)))
         for first in range(0, total, band):
             found = target.values(part, new.read(first, band), module.padded_k, scheme)
-            expected = _fitted(source.values(part, old.read(first, band), module.size_k, scheme), found)
+            expected = _fitted(source.values(part, old.read(first, band), pair.stored_sizes(module)[0], scheme), found)
             yield first, expected, found
 
     def _compare_values(
