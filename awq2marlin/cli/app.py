@@ -63,7 +63,8 @@ def _root(
 def convert(
     source: opt.Source,
     output: Annotated[
-        Path | None, typer.Argument(metavar="OUTPUT", help="Folder to write; by default ./<name>-marlin.")
+        Path | None,
+        typer.Argument(metavar="OUTPUT", help="Folder to write; by default ./<name>-marlin, or -awq or -ct."),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the whole plan and write nothing.")] = False,
     to: opt.To = ConvertOptions.to,

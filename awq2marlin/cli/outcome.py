@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import typer
 
+from awq2marlin.arguments import ArgumentError
+from awq2marlin.cli.options import option_of
 from awq2marlin.errors import (
     EXIT_DONE,
     EXIT_FAILED,
@@ -96,6 +98,8 @@ def _meaning(error: BaseException, command: str) -> tuple[int, Sequence[Problem]
     """Returns what an error of the library means: exit code and problems."""
     if isinstance(error, Awq2MarlinError):
         return error.exit_code, error.problems
+    if isinstance(error, ArgumentError):  # an argument that only the files show to be wrong
+        return EXIT_USAGE, [Problem("", "", "usage", error.spelled(option_of))]
     if isinstance(error, OSError):
         return EXIT_FAILED, [problem_from_os_error(error)]
     if isinstance(error, MemoryError):

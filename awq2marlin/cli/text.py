@@ -110,14 +110,15 @@ def _show_plan(result: ConvertResult) -> None:
     )
     _say(f"would read    {size_text(result.source_bytes)} from {printable(str(result.source))}")
     _say(f"would write   {size_text(result.output_bytes)} to {printable(str(result.output))}")
-    _say(f"would convert {len(result.converted)} modules, keep {len(result.kept)} in AWQ layout")
+    kept = f", keep {len(result.kept)} in AWQ layout" if result.kept or result.to == "Marlin" else ""
+    _say(f"would convert {len(result.converted)} modules{kept}")
     _show_lists(result.left_behind, result.warnings)
 
 
 def _show_conversion(result: ConvertResult) -> None:
     """Prints what a conversion did."""
     rate = f", {size_text(result.source_bytes / result.seconds)}/s" if result.seconds else ""
-    _say(f"converted  {len(result.converted)} modules to the Marlin layout")
+    _say(f"converted  {len(result.converted)} modules to the {result.to} layout")
     if result.kept:
         reasons = Counter(re.split(r":| with ", module.reason)[0] for module in result.kept)
         why = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())

@@ -66,6 +66,7 @@ class ConvertResult:
         gemm: what the Marlin GEMM said of them; None if it was not asked.
         seconds: wall time.
         pushed: what came of ``push_to``; None without it.
+        to: the layout of the converted modules, for people.
     """
 
     source: Path | str
@@ -83,10 +84,11 @@ class ConvertResult:
     gemm: GemmRun | None
     seconds: float
     pushed: PushResult | None = None
+    to: str = "Marlin"
 
     @property
     def converted(self) -> list[ModulePlan]:
-        """The modules that became Marlin."""
+        """The modules that took the layout of the format."""
         return [module for module in self.modules if module.converted]
 
     @property
@@ -138,7 +140,8 @@ def convert(
         push_to: repository of the Hub that the result is sent to, ``org/name`` or a `PushTarget`; in one commit once
             all is done, unless ``low_disk``.
         commit_message: first line of the commits' messages.
-        to: the format to write; ``"marlin"`` is the one there is.
+        to: the format to write: ``"marlin"``, ``"awq"`` or ``"compressed-tensors"``. By default the output is then
+            ``./<name>-marlin``, ``./<name>-awq`` or ``./<name>-ct``.
         progress: told what is being done.
 
     Raises:
@@ -225,4 +228,5 @@ def _planned(plan: Plan, root: Path) -> ConvertResult:
         verified=(),
         gemm=None,
         seconds=0.0,
+        to=plan.target.layout_title,
     )

@@ -35,8 +35,20 @@ class AwqGemm(Format):
     name = "awq"
     title = "AWQ"
     layout_name = "awq"
+    layout_title = "AWQ"
     output_suffix = "-awq"
     is_source = is_target = True
+
+    purpose = "AWQ's layout, which engines read without a plugin."
+
+    def loading(self, scheme: Scheme, place: str) -> str:
+        """Returns the plain commands, and which engines take these bits."""
+        if scheme.bits != 4:
+            return (
+                "vLLM and SGLang take AWQ checkpoints of 4 bits only, so they refuse this one. For them, take the "
+                "compressed-tensors or the Marlin-native form of these weights."
+            )
+        return f"vLLM and SGLang know the format:\n\n```sh\nvllm serve {place}\n```"
 
     def target_scheme(self, scheme: Scheme) -> Scheme:
         """Returns the scheme with zero points: engines leave absent ones uninitialised."""

@@ -114,11 +114,20 @@ class Format(ABC):
     #: What results call the layout of its modules, e.g. ``marlin``.
     layout_name: ClassVar[str]
 
+    #: What people call that layout, if not by the format's title.
+    layout_title: ClassVar[str]
+
     #: The version of the format that is written.
     version: ClassVar[int] = 1
 
     #: What the default name of an output ends with, e.g. ``-marlin``.
     output_suffix: ClassVar[str] = ""
+
+    #: What a model card of an output says: a warning above all else, what the layout is for, and which library the Hub
+    #: shall name.
+    warning: ClassVar[str] = ""
+    purpose: ClassVar[str] = ""
+    library_name: ClassVar[str] = "transformers"
 
     #: Whether it can be converted from, and to.
     is_source: ClassVar[bool] = False
@@ -253,6 +262,15 @@ class Format(ABC):
             if tensor is not None and tensor.shape != shape:
                 message = f"its shape is {list(tensor.shape)}, needed is {list(shape)} as the module's others say"
                 yield tensor.name, "contradiction", message
+
+    def loading(self, scheme: Scheme, place: str) -> str:  # noqa: ARG002
+        """Returns how an output is loaded, in Markdown, for its model card.
+
+        Args:
+            scheme: of the output.
+            place: what stands for the folder or repository.
+        """
+        return ""
 
     # --- which modules it can hold
 

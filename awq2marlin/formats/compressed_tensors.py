@@ -41,13 +41,29 @@ class CompressedTensors(Format):
     name = METHOD
     title = METHOD
     layout_name = METHOD
+    layout_title = "compressed-tensors"
     output_suffix = "-ct"
     is_source = is_target = True
+    purpose = "the layout of compressed-tensors, which engines read without a plugin."
     suffixes: ClassVar[Mapping[str, str]] = {
         "qweight": "weight_packed",
         "qzeros": "weight_zero_point",
         "scales": "weight_scale",
     }
+
+    def loading(self, scheme: Scheme, place: str) -> str:
+        """Returns the plain commands, and which engines take these bits."""
+        commands = f"""Transformers, after `pip install transformers compressed-tensors`:
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{place}", device_map="auto")
+tokenizer = AutoTokenizer.from_pretrained("{place}")
+```"""
+        if scheme.bits == 8 and scheme.zero_point:
+            return f"{commands}\n\nvLLM has no kernel for 8 bits with zero points."
+        return f"vLLM and SGLang know the format:\n\n```sh\nvllm serve {place}\n```\n\n{commands}"
 
     def claims(self, document: Mapping[str, Any], place: str) -> bool:
         """Returns whether the config names the method and, at the top or in a group, the packed format."""

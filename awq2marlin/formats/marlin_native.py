@@ -35,11 +35,40 @@ class MarlinNative(Format):
     name = MARLIN_QUANT_METHOD
     title = "Marlin-native"
     layout_name = "marlin"
+    layout_title = "Marlin"
     output_suffix = "-marlin"
     is_source = is_target = True
     is_own = True
     has_module_lists = True
     version = FORMAT_VERSION
+
+    warning = (
+        "> **Load this checkpoint only with an engine that knows the format `marlin_native`.** Transformers without\n"
+        "> `awq2marlin` prints a warning, skips the quantized weights, and generates garbage. vLLM and SGLang without it "
+        "refuse."
+    )
+    purpose = "the layout of the Marlin kernels, so that an engine need not repack them at every start."
+    library_name = "awq2marlin"  # not transformers: the Hub would show commands that build garbage
+
+    def loading(self, scheme: Scheme, place: str) -> str:
+        """Returns the commands for vLLM and Transformers."""
+        del scheme
+        return f"""vLLM, version 0.25 or 0.33, finds the loader by itself, once it is installed beside it:
+
+```sh
+pip install vllm==0.33.0 awq2marlin
+vllm serve {place}
+```
+
+Transformers, after `pip install 'awq2marlin[transformers,cuda]'`:
+
+```python
+import awq2marlin.integrations.transformers  # without this line, the model is garbage
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{place}", device_map="auto")
+tokenizer = AutoTokenizer.from_pretrained("{place}")
+```"""
 
     def claims(self, document: Mapping[str, Any], place: str) -> bool:
         """Returns whether the config names the method."""

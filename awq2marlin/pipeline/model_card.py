@@ -59,10 +59,10 @@ def model_card(
     merged, problem = merge_front_matter(front_matter, _own_metadata(plan, repo_id))
     parts = [
         f"---\n{merged}---\n\n",
-        _WARNING,
-        f"# {_title(repo_id, plan.counterparts.source.title)}\n\n",
+        plan.target.warning and f"{plan.target.warning}\n\n",
+        f"# {_title(repo_id, plan)}\n\n",
         _what(plan, repo_id, revision),
-        _how_to_load(),
+        _how_to_load(plan),
         _what_was_checked(plan, verified, gemm),
         _how_to_check_and_revert(repo_id, revision, plan.counterparts.source.title),
         _source_card(front_matter if problem else "", problem, body, plan.counterparts.source.title),
@@ -80,54 +80,32 @@ def addressed(card: bytes, repo_id: str) -> bytes:
     return card.replace(_HINT.encode(), b"").replace(PLACEHOLDER.encode(), repo_id.encode())
 
 
-_WARNING = """> **Load this checkpoint only with an engine that knows the format `marlin_native`.** Transformers without
-> `awq2marlin` prints a warning, skips the quantized weights, and generates garbage. vLLM and SGLang without it refuse.
-
-"""
-
-
-def _title(repo_id: str | None, source: str) -> str:
-    return (
-        f"{repo_id.partition('/')[2] or repo_id}, Marlin-native" if repo_id else f"A Marlin-native {source} checkpoint"
-    )
+def _title(repo_id: str | None, plan: Plan) -> str:
+    name, source, target = repo_id and repo_id.partition("/")[2], plan.counterparts.source.title, plan.target
+    if name:
+        return f"{name}, {target.title}"
+    noun = f"{target.title} {source} checkpoint" if target.is_own else f"{target.title} checkpoint"
+    return f"{article(noun)[0].upper()}{article(noun)[1:]}"
 
 
 def _what(plan: Plan, repo_id: str | None, revision: str | None) -> str:
-    quantization = plan.quantization
+    quantization, target = plan.quantization, plan.target
     source = f"[{repo_id}]({_HUB}/{repo_id})" if repo_id else f"{article(plan.counterparts.source.title)} checkpoint"
     if repo_id and revision:
         source += f" at revision [`{revision}`]({_HUB}/{repo_id}/tree/{revision})"
     groups = "one group a column" if quantization.group_size == -1 else f"group size {quantization.group_size}"
     points = "with zero points" if quantization.zero_point else "without zero points"
+    version = f", format version {target.version}" if target.is_own else ""
     return (
-        f"The weights of {source} ({quantization.bits} bits, {groups}, {points}), with its quantized layers in the "
-        "layout of the Marlin kernels, so that an engine need not repack them at every start. No weight was changed: "
+        f"The weights of {source} ({quantization.bits} bits, {groups}, {points}), with its quantized layers in "
+        f"{target.purpose} No weight was changed: "
         "the same integers, scales and zero points stand in another order. Made by "
-        f"[awq2marlin](https://pypi.org/project/awq2marlin/) {__version__}, format version {plan.target.version}.\n\n"
+        f"[awq2marlin](https://pypi.org/project/awq2marlin/) {__version__}{version}.\n\n"
     )
 
 
-def _how_to_load() -> str:
-    return f"""## How to load it
-
-{_HINT}vLLM, version 0.25 or 0.33, finds the loader by itself, once it is installed beside it:
-
-```sh
-pip install vllm==0.33.0 awq2marlin
-vllm serve {PLACEHOLDER}
-```
-
-Transformers, after `pip install 'awq2marlin[transformers,cuda]'`:
-
-```python
-import awq2marlin.integrations.transformers  # without this line, the model is garbage
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("{PLACEHOLDER}", device_map="auto")
-tokenizer = AutoTokenizer.from_pretrained("{PLACEHOLDER}")
-```
-
-"""
+def _how_to_load(plan: Plan) -> str:
+    return f"## How to load it\n\n{_HINT}{plan.target.loading(plan.counterparts.target_scheme, PLACEHOLDER)}\n\n"
 
 
 def _what_was_checked(plan: Plan, verified: Sequence[str], gemm: GemmRun | None) -> str:
@@ -135,16 +113,18 @@ def _what_was_checked(plan: Plan, verified: Sequence[str], gemm: GemmRun | None)
     rows = [
         ("quantized layers", str(len(plan.modules))),
         (
-            "of these in the Marlin layout",
+            f"of these in the {plan.target.layout_title} layout",
             str(len(plan.converted)) + (f", {padded} padded with zeros" if padded else ""),
         ),
-        ("of these still in the AWQ layout", str(len(plan.kept))),
+        *([("of these still in the AWQ layout", str(len(plan.kept)))] if plan.target.is_own else []),
         (
             "compared with the source, value for value",
             f"{len(verified)} of {len(plan.converted)}: no difference" if verified else "not done",
         ),
     ]
-    if gemm is None:
+    if not plan.target.is_own:
+        pass  # no layer is in the GEMM's layout
+    elif gemm is None:
         rows.append(("run through the Marlin GEMM", "not done"))
     else:
         rows += _gemm_rows(gemm)
@@ -199,10 +179,11 @@ def split_card(text: str) -> tuple[str, str]:
 
 def _own_metadata(plan: Plan, repo_id: str | None) -> dict[str, str | list[str]]:
     """Returns what our front matter says; lists are added to the source's, all else replaces it."""
+    layouts = dict.fromkeys([plan.counterparts.source.layout_name, plan.target.layout_name])
     own: dict[str, str | list[str]] = {
         "base_model_relation": "quantized",
-        "library_name": "awq2marlin",  # not transformers: the Hub would show commands that build garbage
-        "tags": [plan.counterparts.source.layout_name, "marlin", "awq2marlin", f"{plan.quantization.bits}-bit"],
+        "library_name": plan.target.library_name,
+        "tags": [*layouts, "awq2marlin", f"{plan.quantization.bits}-bit"],
     }
     return {"base_model": repo_id, **own} if repo_id else own
 

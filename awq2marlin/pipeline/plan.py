@@ -14,6 +14,7 @@ from functools import cached_property
 from typing import Any
 
 from awq2marlin._version import __version__
+from awq2marlin.arguments import ArgumentError
 from awq2marlin.checkpoint.config import without_quantization
 from awq2marlin.checkpoint.counterparts import Counterparts
 from awq2marlin.checkpoint.index import converted_index
@@ -167,11 +168,13 @@ def plan_conversion(checkpoint: Checkpoint, unaligned: Unaligned = "keep", targe
     Raises:
         CheckpointError: if the checkpoint is already converted, its modules do not agree, or, with
             ``error``, any module is unaligned.
-        ValueError: if ``unaligned`` is none of the three.
+        ValueError: if ``unaligned`` is none of the three, or the source is of the target's format already.
     """
     if unaligned not in UNALIGNED_CHOICES:
         choices = ", ".join(map(repr, UNALIGNED_CHOICES))
         raise ValueError(f"unaligned must be one of {choices}, found {unaligned!r}")
+    if checkpoint.format is target and not target.is_own:
+        raise ArgumentError("{to} is {name}, and so is the source already", name=repr(target.layout_name))
     if checkpoint.format is target:
         raise refuse(
             "already-converted",

@@ -71,7 +71,7 @@ def shape_bytes(size_k, size_n):
 class Toy(Format):
     """Codes int32 [N, K/f], zero points int32 [N, G/f], steps [N, G], and the shape again."""
 
-    name = title = layout_name = "toy"
+    name = title = layout_name = layout_title = "toy"
     output_suffix = "-toy"
     is_source = is_target = True
     suffixes: ClassVar = {"qweight": "codes", "qzeros": "offsets", "scales": "steps"}
