@@ -147,14 +147,15 @@ class UnavailableError(Awq2MarlinError):
 class KernelUnavailableError(UnavailableError, RuntimeError):
     """A kernel cannot be compiled, loaded or used here; the message says why and what mends it."""
 
-    def __init__(self, message: str) -> None:
-        """Takes the message; its code is ``no-kernel``."""
-        super().__init__(Problem("", "", "no-kernel", message))
-        self.args = (message,)  # what a copy is made from
+    def __init__(self, problems: str | Problem | Iterable[Problem]) -> None:
+        """Takes a message, whose code is ``no-kernel``, or problems as its kin do."""
+        super().__init__(Problem("", "", "no-kernel", problems) if isinstance(problems, str) else problems)
+        if isinstance(problems, str):
+            self.args = (problems,)  # what a copy is made from
 
     def __str__(self) -> str:
-        """Returns the message as it is: a compiler's words have lines of their own."""
-        return self.problems[0].message
+        """Returns a message as it is: a compiler's words have lines of their own."""
+        return self.args[0] if isinstance(self.args[0], str) else super().__str__()
 
 
 class DifferenceError(Awq2MarlinError):
