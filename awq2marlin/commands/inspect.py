@@ -56,7 +56,6 @@ class InspectResult:
     Attributes:
         path: its folder, or ``org/name@commit``.
         format: ``awq``, ``compressed-tensors`` or ``marlin_native``.
-        title: the format's name for people.
         bits: 4 or 8.
         group_size: as the config says; -1 for all of K.
         zero_point: as the config says.
@@ -71,11 +70,11 @@ class InspectResult:
         files: side files that belong to it.
         left_behind: files that do not, with the reason.
         warnings: oddities that do no harm.
+        title: the format's name for people.
     """
 
     path: Path | str
     format: str
-    title: str
     bits: int
     group_size: int
     zero_point: bool
@@ -89,6 +88,7 @@ class InspectResult:
     files: tuple[str, ...]
     left_behind: Mapping[str, str]
     warnings: tuple[str, ...]
+    title: str = ""
 
 
 def inspect(path: str | os.PathLike[str]) -> InspectResult:
