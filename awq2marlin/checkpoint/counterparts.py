@@ -13,8 +13,9 @@ from functools import partial
 from awq2marlin.formats.base import DerivedTensor, Format, StoredModule
 from awq2marlin.formats.registry import KEPT
 from awq2marlin.io.safetensors import Header, TensorInfo, encode_header
+from awq2marlin.layout.derived import Made, Proven, middle_zero_points
 from awq2marlin.layout.modules import ModulePlan, module_name
-from awq2marlin.layout.repack import Made, Proven, Repack, Rewrite, middle_zero_points
+from awq2marlin.layout.repack import Repack, Rewrite
 from awq2marlin.layout.scheme import Scheme
 
 

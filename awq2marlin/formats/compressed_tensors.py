@@ -1,8 +1,8 @@
 """compressed-tensors checkpoints of the format "pack-quantized", as llm-compressor writes them.
 
-A module lies the other way round than in AWQ: ``weight_packed`` int32 [N, ceil(K/f)] holds f codes of one column
-a word, along K; ``weight_scale`` [N, G]; ``weight_zero_point``, where the checkpoint is asymmetric, int32 [ceil(N/f), G],
-packed along N. Fields are q and z as they stand: the library adds 2^(b-1) to its signed values. ``weight_shape`` int64 [2] is
+A module lies the other way round than in AWQ: ``weight_packed`` int32 [N, ceil(K/f)] holds f codes of one column a word,
+along K; ``weight_scale`` [N, G]; ``weight_zero_point``, where the checkpoint is asymmetric, int32 [ceil(N/f), G], packed
+along N. Fields are q and z as they stand: the library adds 2^(b-1) to its signed values. ``weight_shape`` int64 [2] is
 (N, K). Before April 2025 zero points were int8 [N, G], signed. Source: compressed-tensors 0.20,
 ``compressors/pack_quantized/base.py``.
 """

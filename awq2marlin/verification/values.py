@@ -19,8 +19,8 @@ from awq2marlin.errors import difference
 from awq2marlin.formats.base import Format
 from awq2marlin.io.safetensors import TensorInfo
 from awq2marlin.io.tensors import TensorFiles
+from awq2marlin.layout.derived import Made, Proven
 from awq2marlin.layout.modules import ModulePlan
-from awq2marlin.layout.repack import Made, Proven
 from awq2marlin.progress import Progress
 from awq2marlin.verification.sampling import Device
 

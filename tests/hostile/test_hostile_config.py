@@ -110,7 +110,7 @@ FOREIGN = {
     "GPTQ": ({"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False, "sym": True}, "GPTQ checkpoint"),
     "GPTQ, old": ({"bits": 4, "group_size": 128, "desc_act": False, "damp_percent": 0.1}, "a GPTQ checkpoint"),
     "GPTQ-Marlin": ({"quant_method": "marlin", "bits": 4, "group_size": 128}, "GPTQ-Marlin"),
-    "compressed-tensors": ({"quant_method": "compressed-tensors", "format": "pack-quantized"}, "compressed-tensors"),
+    "compressed-tensors": ({"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized"}, "'nvfp4-pack-quantized'"),
     "bitsandbytes": ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "bitsandbytes"),
     "FP8": ({"quant_method": "fp8"}, "FP8"),
     "packed by an engine": ({**AWQ, "quant_method": "awq_marlin"}, "packed by an engine"),
@@ -123,7 +123,7 @@ FOREIGN = {
 def test_a_foreign_format_is_refused_by_name_with_advice(awq, refused, name: str) -> None:
     document, part = FOREIGN[name]
     set_config(awq, document)
-    refused("foreign-format", part, "not an AWQ checkpoint in the 'gemm' layout", "look for such a one of this model")
+    refused("foreign-format", part, "which is not converted", "look for such a version of this model")
 
 
 def test_compressed_tensors_of_old_is_refused_by_name(awq, refused) -> None:
