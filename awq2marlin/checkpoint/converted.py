@@ -93,7 +93,11 @@ def _source_format(manifest: Manifest) -> Format:
         message = "the source's config that it keeps says nothing of a quantization; download the checkpoint again"
         raise refuse("bad-manifest", message, file=MANIFEST_FILENAME)
     place, document = next(iter(documents.items()))
-    return recognise(document, f"{MANIFEST_FILENAME} (text of {place})")
+    format = recognise(document, f"{MANIFEST_FILENAME} (text of {place})")
+    if not format.is_source:
+        message = f"the source's config that it keeps is {format.title}, which no conversion reads; download it again"
+        raise refuse("bad-manifest", message, file=MANIFEST_FILENAME)
+    return format
 
 
 def converted_modules(
