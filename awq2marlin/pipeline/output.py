@@ -40,7 +40,7 @@ FETCHED_DIRECTORY = "source"
 _LOCK_FILENAME = "lock"
 PARTIAL_SUFFIX = ".partial"
 _MAX_NAMES_SHOWN = 5
-_START_ANEW = "choose another folder, or use --overwrite with 'convert', to start anew"
+_START_ANEW = "choose another folder, or use --overwrite, to start anew"
 
 #: Answers which files of an earlier conversion a run may remove; None if the folder must be empty or its own.
 Owned = Callable[[], Iterable[str] | None]
