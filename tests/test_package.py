@@ -406,7 +406,9 @@ def test_every_public_definition_has_a_docstring(module):
     assert missing == []
 
 
-@pytest.mark.parametrize("name", [name for name in awq2marlin.__all__ if awq2marlin._HOMES.get(name) == "layout.torch_functions"])
+@pytest.mark.parametrize(
+    "name", [name for name in awq2marlin.__all__ if awq2marlin._HOMES.get(name) == "layout.torch_functions"]
+)
 def test_layout_docstrings_tell_arguments_and_errors(name):
     function = getattr(awq2marlin, name)
     text = inspect.getdoc(function)

@@ -121,6 +121,9 @@ def _source_format(manifest: Manifest, index: TensorIndex) -> tuple[Format, Quan
     place, document = next(iter(documents.items()))
     where = f"{MANIFEST_FILENAME} (text of {place})"
     format = recognise(document, where)
+    if not format.is_source:
+        message = f"the source's config that it keeps is {format.title}, which no conversion reads; download it again"
+        raise refuse("bad-manifest", message, file=MANIFEST_FILENAME)
     return format.variant(index), format.read_config(document, where)
 
 

@@ -216,7 +216,8 @@ def revert(
     overwrite: Annotated[
         bool,
         typer.Option(
-            "--overwrite", help="Restore into an earlier reversion again; a file that is not the one recorded stays."
+            "--overwrite",
+            help="Restore into an earlier reversion again; refused if a file there is not the one recorded.",
         ),
     ] = False,
     low_disk: Annotated[

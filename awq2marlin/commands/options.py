@@ -113,7 +113,7 @@ class RevertOptions(Checked):
 
     Attributes:
         workers: threads; None for one a processor, at most eight.
-        overwrite: whether an earlier reversion is removed first.
+        overwrite: whether files that are those that come back, byte for byte, are replaced; others are refused.
         dry_run: whether nothing is written.
         low_disk: whether shards of a repository are removed as soon as they are restored.
     """

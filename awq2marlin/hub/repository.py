@@ -2,7 +2,7 @@
 
 A repository is opened from its listing, its small files and the headers of its shards, a few kilobytes each, so
 the whole plan stands before the first shard comes. Its commit is fixed when it is opened. What the Hub says is
-hostile until checked, as files are: names by `folder` and `checkpoint`, sizes and digests here.
+hostile until checked, as files are: names by `io.folder` and `checkpoint.opening`, sizes and digests here.
 """
 
 from __future__ import annotations

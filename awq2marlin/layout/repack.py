@@ -13,6 +13,7 @@ small buffers.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -224,8 +225,7 @@ class Repack:
 
     def _rows_at_once(self) -> int:
         """Returns how many rows a piece has: whole bands of both sides, about `PIECE_BYTES`."""
-        low, high = sorted((self.source.band, self.target.band))
-        band = -(-high // low) * low
+        band = math.lcm(self.source.band, self.target.band)
         return band * max(1, PIECE_BYTES // (band * max(self.source.row_bytes, self.target.row_bytes)))
 
     def rewrite(self, found: Bytes, made: Bytes) -> None:

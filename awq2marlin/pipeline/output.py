@@ -17,13 +17,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from awq2marlin.errors import (
-    DifferenceError,
-    OutputError,
-    Problem,
-    printable,
-    problem_from_os_error,
-)
+from awq2marlin.errors import OutputError, Problem, printable, problem_from_os_error
 from awq2marlin.formats.names import CONFIG_FILENAME
 from awq2marlin.io.digest import digest_of_file
 from awq2marlin.io.durable import sync_folder
@@ -46,7 +40,7 @@ FETCHED_DIRECTORY = "source"
 _LOCK_FILENAME = "lock"
 PARTIAL_SUFFIX = ".partial"
 _MAX_NAMES_SHOWN = 5
-_START_ANEW = "choose another folder, or use --overwrite with 'convert', to start anew"
+_START_ANEW = "choose another folder, or use --overwrite, to start anew"
 
 #: Answers which files of an earlier conversion a run may remove; None if the folder must be empty or its own.
 Owned = Callable[[], Iterable[str] | None]
@@ -158,15 +152,6 @@ class OutputFolder:
         """Lets a later run make every shard again: one that held a wrong value speaks against all of them."""
         self._journal.finished.clear()
         write_journal(self.work, self._journal)
-
-    @contextmanager
-    def distrusted_after_a_difference(self) -> Iterator[None]:
-        """Forgets all shards if a comparison of one with its source fails in the context."""
-        try:
-            yield
-        except DifferenceError:
-            self.forget_all()
-            raise
 
     def forget(self, name: str) -> None:
         """Lets this run make a shard again."""

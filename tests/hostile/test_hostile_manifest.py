@@ -407,6 +407,30 @@ def test_a_file_that_the_manifest_names_must_be_there(marlin, refused) -> None:
     refused("missing-file", "the manifest names this file", "download it", file="gone.txt", commands="revert")
 
 
+@pytest.mark.parametrize(
+    ("text", "code", "said"),
+    [
+        ("{", "bad-json", "not valid JSON"),
+        ("[" * 5000 + "]" * 5000, "bad-json", "nested too deeply"),
+        ('{"a": 1, "a": 2}', "duplicate-key", "'a'"),
+        ("[]", "bad-manifest", "says nothing of a quantization"),
+        ("{}", "bad-manifest", "says nothing of a quantization"),
+        ('{"quantization_config": {"quant_method": "gptq"}}', "foreign-format", "GPTQ"),
+        ('{"quantization_config": {"quant_method": "marlin_native"}}', "bad-manifest", "no conversion reads"),
+    ],
+)
+def test_the_source_s_config_in_the_manifest_must_name_a_format_that_is_read(marlin, tmp_path, text, code, said):
+    document = document_of(marlin)
+    document["texts"]["config.json"] = text
+    set_manifest(marlin, document)
+    before = tree(tmp_path)
+    with pytest.raises(CheckpointError, match=said) as caught:
+        revert(marlin, tmp_path / "back")
+    assert caught.value.problems[0].code == code
+    assert caught.value.problems[0].file.startswith(MANIFEST)
+    assert tree(tmp_path) == before
+
+
 def test_a_text_with_half_a_character_is_refused(marlin, refused) -> None:
     document = document_of(marlin)
     document["texts"]["config.json"] += "\ud800"

@@ -694,6 +694,18 @@ def test_pieces_make_the_same_bytes_as_the_whole(bits, group_size, size_k, octet
         assert_identical(restored, source_bytes, f"{repack.source.part} in pieces {edges} and back")
 
 
+def test_pieces_hold_whole_bands_of_both_sides(monkeypatch):
+    class Band(PartLayout):
+        band = 24  # as no layout has it yet: neither a multiple of Marlin's 16 nor a divisor
+
+    monkeypatch.setattr("awq2marlin.layout.repack.PIECE_BYTES", 1)
+    pieces = [*Repack(MarlinWeight("qweight", 4, 192, 64), Band("qweight", 4, 192, 64)).pieces(0, 0)]
+    for ranges in ([piece.read for piece in pieces], [piece.write for piece in pieces]):
+        ends = [start + size for start, size in ranges]
+        assert [start for start, _ in ranges] == [0, *ends[:-1]]
+        assert ends[-1] == 192 * 32
+
+
 @pytest.mark.parametrize("shape", SMALL_SHAPES, ids=str)
 def test_unpadded_pieces_keep_offset_and_length(shape):
     """What lets a file be rewritten in one pass: target rows lie where their source rows lay."""

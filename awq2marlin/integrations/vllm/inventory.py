@@ -36,7 +36,7 @@ class Inventory:
 
     Attributes:
         zero_point_modules: the modules that have ``qzeros``.
-        largest_tensor_parallel_size: see `awq2marlin.slicing.largest_tensor_parallel_size`.
+        largest_tensor_parallel_size: see `checkpoint.tensor_parallel.largest_tensor_parallel_size`.
     """
 
     zero_point_modules: frozenset[str]
