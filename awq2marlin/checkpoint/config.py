@@ -51,7 +51,7 @@ def read_quantization(folder: Source, config: Mapping[str, Any]) -> tuple[Format
     if not documents:
         raise refuse(
             "not-quantized",
-            "there is no quantization config: this checkpoint is not quantized. Name an AWQ checkpoint",
+            "there is no quantization config: this checkpoint is not quantized. Name one that is",
             file=CONFIG_FILENAME,
         )
     first, *others = documents

@@ -54,6 +54,10 @@ def counterparts_of(
     Raises:
         CheckpointError: if the source's modules do not agree, or the config contradicts them.
     """
+    expected, found = converted.format.target_scheme(quantization.scheme), converted.quantization.scheme
+    if found != expected:
+        message = f"it says {found}, but what it was converted from has {expected}; download the checkpoint again"
+        raise refuse("contradiction", message, file=converted.quantization.origin)
     modules, problems = format.find(index.tensors, quantization, index.shard_of)
     require_modules(modules, problems, quantization)
     fates = {name: _fate(module, quantization.scheme, converted) for name, module in modules.items()}

@@ -81,7 +81,7 @@ class AwqGemm(Format):
             "bits": quantization.bits,
             "group_size": quantization.group_size,
             "zero_point": quantization.zero_point,
-            "modules_to_not_convert": quantization.modules_to_not_convert,
+            "modules_to_not_convert": quantization.modules_to_not_convert or sorted(quantization.unquantized_modules),
         }
 
     def sizes(self, tensors: Mapping[str, TensorInfo], scheme: Scheme) -> tuple[int, int]:

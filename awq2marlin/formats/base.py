@@ -41,6 +41,7 @@ class Quantization:
         awq_modules: of a converted checkpoint, the quantized modules kept in AWQ layout.
         unquantized_modules: of a converted one, the modules with a floating-point weight of two or more dimensions.
         padded_modules: of a converted one, true (K, N) of the modules that were padded.
+        quantized_modules: of one that is written, every quantized module.
     """
 
     scheme: Scheme
@@ -49,6 +50,7 @@ class Quantization:
     awq_modules: frozenset[str] = frozenset()
     unquantized_modules: frozenset[str] = frozenset()
     padded_modules: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    quantized_modules: frozenset[str] = frozenset()
 
     @property
     def bits(self) -> int:

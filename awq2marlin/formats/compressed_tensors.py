@@ -26,6 +26,8 @@ from awq2marlin.layout.scheme import Scheme
 
 METHOD = "compressed-tensors"
 PACKED = "pack-quantized"
+_HEAD = "lm_head"
+_EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings")
 
 #: What it means if a tensor that follows from a module's shape holds something else.
 _ODD_K = "K is not a multiple of the values in a word, or the shape is another; such a module is not converted"
@@ -78,7 +80,7 @@ tokenizer = AutoTokenizer.from_pretrained("{place}")
         Raises:
             CheckpointError: naming what the checkpoint has that cannot be converted.
         """
-        for key in ("transform_config", "sparsity_config"):
+        for key in ("transform_config", "sparsity_config", "kv_cache_scheme"):
             if document.get(key):
                 raise _unsupported(f"it has a {key}", place)
         groups = _groups(document, place)
@@ -89,13 +91,15 @@ tokenizer = AutoTokenizer.from_pretrained("{place}")
         for name, other in others:
             if other != scheme:
                 names = f"{printable(first)} and {printable(name)}"
-                raise _unsupported(f"{names} are quantized differently: {_words(scheme)}; {_words(other)}", place)
-        return Quantization(scheme, document.get("ignore"), place)
+                raise _unsupported(f"{names} are quantized differently: {scheme}; {other}", place)
+        return Quantization(scheme, origin=place)
 
     def write_config(self, quantization: Quantization) -> dict[str, Any]:
         """Returns the config as the library writes it."""
         scheme = quantization.scheme
         is_channel = scheme.group_size == -1
+        # An engine's class of output embeddings is no "Linear": a quantized one has to be named.
+        heads = sorted(name for name in quantization.quantized_modules if name.rpartition(".")[2] == _HEAD)
         weights = {
             "num_bits": scheme.bits,
             "type": "int",
@@ -109,8 +113,8 @@ tokenizer = AutoTokenizer.from_pretrained("{place}")
             "quant_method": METHOD,
             "format": PACKED,
             "quantization_status": "compressed",
-            "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
-            "ignore": sorted({*quantization.unquantized_modules, "lm_head"}),
+            "config_groups": {"group_0": {"targets": ["Linear", *heads], "weights": weights}},
+            "ignore": sorted({*quantization.unquantized_modules, *(() if heads else (_HEAD,))}),
         }
 
     def variant(self, index: TensorIndex) -> Format:
@@ -160,7 +164,7 @@ tokenizer = AutoTokenizer.from_pretrained("{place}")
     ) -> Iterator[Fault]:
         """Yields an embedding, which is no linear layer, and what contradicts ``weight_packed`` or the config."""
         packed = tensors["qweight"]
-        if module.rpartition(".")[2] in ("embed_tokens", "wte", "word_embeddings"):
+        if module.rpartition(".")[2] in _EMBEDDINGS:
             message = "this is a quantized embedding; only linear layers are converted"
             yield packed.name, "foreign-format", message
             return
@@ -328,11 +332,6 @@ def _scheme(name: str, group: Mapping[str, Any], place: str) -> Scheme:
     return scheme_of(
         weights.get("num_bits", 8), group_size, not symmetric if type(symmetric) is bool else symmetric, place
     )
-
-
-def _words(scheme: Scheme) -> str:
-    groups = "channels" if scheme.group_size == -1 else f"groups of {scheme.group_size}"
-    return f"{scheme.bits} bits, {groups}, {'asymmetric' if scheme.zero_point else 'symmetric'}"
 
 
 def _shape_bytes(size_k: int, size_n: int) -> bytes:

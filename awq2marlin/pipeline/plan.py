@@ -100,6 +100,7 @@ class Plan:
             awq_modules=frozenset(module.name for module in self.kept),
             unquantized_modules=frozenset(self.checkpoint.unquantized_modules),
             padded_modules={each.name: (each.size_k, each.size_n) for each in self.converted if each.is_padded},
+            quantized_modules=frozenset(self.modules),
         )
         return without_quantization(self.checkpoint.config, self.target.write_config(quantization))
 

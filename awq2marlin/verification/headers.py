@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from awq2marlin.checkpoint.config import without_quantization
@@ -60,7 +60,7 @@ def compare_headers(source: Checkpoint, output: Checkpoint, counterparts: Counte
             raise difference("header", "the header's names stand in another order than in the source", file=name)
 
 
-def compare_configs(source: Checkpoint, output: Checkpoint, modules: Iterable[ModulePlan], *, whole: bool) -> None:
+def compare_configs(source: Checkpoint, output: Checkpoint, modules: Collection[ModulePlan], *, whole: bool) -> None:
     """Compares the output's config with what its own lists of modules imply.
 
     Args:
@@ -74,11 +74,12 @@ def compare_configs(source: Checkpoint, output: Checkpoint, modules: Iterable[Mo
     """
     expected = output.format.write_config(
         Quantization(
-            source.quantization.scheme,
+            output.format.target_scheme(source.quantization.scheme),
             source.quantization.modules_to_not_convert,
             awq_modules=output.quantization.awq_modules,
             unquantized_modules=frozenset(source.unquantized_modules),
             padded_modules={each.name: (each.size_k, each.size_n) for each in modules if each.is_padded},
+            quantized_modules=frozenset(each.name for each in modules),
         )
     )
     found = output.config.get("quantization_config")

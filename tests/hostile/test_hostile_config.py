@@ -204,7 +204,7 @@ def test_all_three_configs_are_compared(awq, refused) -> None:
 
 def test_a_checkpoint_without_quantization_is_refused(awq, refused) -> None:
     (awq / "config.json").write_text('{"model_type": "llama"}')
-    refused("not-quantized", "not quantized", "Name an AWQ checkpoint")
+    refused("not-quantized", "not quantized", "Name one that is")
 
 
 def test_a_missing_config_is_refused(awq, refused) -> None:
