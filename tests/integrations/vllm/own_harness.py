@@ -25,6 +25,8 @@ from tests.integrations.vllm.harness import PACKED, as_rank, build
 from tests.integrations.vllm.harness import columns as cut_columns
 from tests.integrations.vllm.harness import rows as cut_rows
 
+get_quantization_config("awq")  # imports what cannot be imported where a GPU is only pretended
+
 A100, HOPPER = (8, 0), (9, 0)
 TYPES = {"F16": torch.half, "BF16": torch.bfloat16}
 WEIGHT_TYPES = {
