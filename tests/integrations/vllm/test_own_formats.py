@@ -204,11 +204,12 @@ def load_experts(layer, checkpoint, prefix):
 
 
 @pytest.mark.parametrize("group_size", [32, 64, 128, -1])
-def test_vllm_has_a_kernel_for_everything_but_8_bits_with_zero_points(own, group_size):
+def test_vllm_s_marlin_takes_everything_but_8_bits_with_zero_points(own, group_size):
     for bits, symmetric in ((4, True), (4, False), (8, True)):
         assert own.kernel(bits, symmetric, group_size) == "MarlinLinearKernel"
     refusal = own.kernel(8, False, group_size)
     assert "Marlin, supported types are" in refusal
+    assert own.kernel(8, False, group_size, with_humming=True) == "HummingLinearKernel"
     on_hopper = own.kernel(8, False, group_size, own.HOPPER)
     assert (on_hopper == "MacheteLinearKernel") == (group_size != 32)
 
