@@ -17,6 +17,9 @@ NAMES = sorted(folder.name for folder in DATA.glob("*/"))
 #: Those whose columns are not in the order of their groups.
 PERMUTED = {"old_g_idx"}
 
+#: Those whose config says that there are zero points where a module has none: all are in the middle.
+WITHOUT_ZEROS = {"old_w4_asym_g32"}
+
 #: Those that AWQ cannot hold, since a word of it has no part of a column.
 ODD_COLUMNS = {"odd_n_w4", "odd_n_w8"}
 

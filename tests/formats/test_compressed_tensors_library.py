@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from awq2marlin import convert, revert, verify
+from awq2marlin import CheckpointError, convert, revert, verify
 from awq2marlin.checkpoint.synthetic import Recipe, write_checkpoint
 from tests.equality import assert_identical
 from tests.faults.helpers import contents
@@ -41,6 +41,7 @@ SCHEMES = [
     pytest.param({"group_size": 128, "bits": 8}, id="8 bits"),
     pytest.param({"group_size": 32, "bits": 8, "has_qzeros": False, "scale_dtype": "BF16"}, id="8 bits without them"),
 ]
+CONVERTIBLE = [name for name in peers.NAMES if name not in peers.PERMUTED | peers.ODD_COLUMNS | peers.WITHOUT_ZEROS]
 OWN = [name for name in peers.NAMES if not name.startswith("old_")]  # newer releases do not read old zero points
 
 
@@ -181,13 +182,18 @@ def test_a_quantized_output_embedding_is_a_target_by_its_name(library, tmp_path)
 # --- what we read ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [name for name in peers.NAMES if name not in peers.PERMUTED | peers.ODD_COLUMNS])
+@pytest.mark.parametrize("name", CONVERTIBLE)
 @pytest.mark.parametrize("unaligned", ["keep", "pad"])
 def test_marlin_native_is_that_of_the_same_numbers_in_awq(name, unaligned, tmp_path):
     source = peers.checkpoint(name)
     require_source(source)
-    convert(peers.write_awq(tmp_path / "awq", source), tmp_path / "of_awq", unaligned=unaligned)
     convert(source, tmp_path / "of_ct", unaligned=unaligned, verify="all")
+    assert_marlin_of(source, tmp_path, unaligned)
+
+
+def assert_marlin_of(source, tmp_path, unaligned):
+    """Fails unless ``of_ct`` is what the same numbers in AWQ become, equals its source, and gives it back."""
+    convert(peers.write_awq(tmp_path / "awq", source), tmp_path / "of_awq", unaligned=unaligned)
     found, expected = (peers.read_tensors(tmp_path / each) for each in ("of_ct", "of_awq"))
     assert found.keys() == expected.keys()
     for tensor, (dtype, array) in found.items():
@@ -198,7 +204,7 @@ def test_marlin_native_is_that_of_the_same_numbers_in_awq(name, unaligned, tmp_p
     assert contents(tmp_path / "back") == contents(source)
 
 
-@pytest.mark.parametrize("name", [name for name in peers.NAMES if name not in peers.PERMUTED | peers.ODD_COLUMNS])
+@pytest.mark.parametrize("name", CONVERTIBLE)
 def test_awq_of_what_the_library_wrote_holds_its_numbers(name, tmp_path):
     source = peers.checkpoint(name)
     require_source(source)
@@ -214,4 +220,39 @@ def test_awq_of_what_the_library_wrote_holds_its_numbers(name, tmp_path):
         for part in ("codes", "zeros", "scales"):
             assert_identical(getattr(found, part), getattr(expected, part), f"{module} {part}")
     revert(tmp_path / "awq", tmp_path / "back")
+    assert contents(tmp_path / "back") == contents(source)
+
+
+@pytest.mark.parametrize("name", sorted(peers.WITHOUT_ZEROS))
+def test_zero_points_that_old_releases_left_out_are_the_middle_ones_or_missed_by_name(name, tmp_path):
+    source = peers.checkpoint(name)
+    require_source(source)
+    try:
+        convert(source, tmp_path / "of_ct", verify="all")
+    except CheckpointError as refused:
+        problems = [(each.tensor, each.code) for each in refused.problems]
+        assert problems == [("model.layers.0.mlp.down_proj.weight_zero_point", "missing-tensor")]
+    else:
+        assert_marlin_of(source, tmp_path, "keep")
+
+
+@pytest.mark.parametrize("name", sorted(peers.PERMUTED))
+def test_an_order_of_activations_is_refused_by_name_before_the_output_is_loadable(name, tmp_path):
+    source = peers.checkpoint(name)
+    require_source(source)
+    with pytest.raises(CheckpointError) as refused:
+        convert(source, tmp_path / "out")
+    assert {each.tensor for each in refused.value.problems} == {"model.layers.0.self_attn.o_proj.weight_g_idx"}
+    assert not (tmp_path / "out" / "config.json").exists()
+
+
+@pytest.mark.parametrize("name", sorted(peers.ODD_COLUMNS))
+def test_columns_that_awq_cannot_hold_are_refused_by_name_and_padded_if_that_is_asked_for(name, tmp_path):
+    source = peers.checkpoint(name)
+    require_source(source)
+    with pytest.raises(CheckpointError, match="o_proj"):
+        convert(source, tmp_path / "kept")
+    assert not (tmp_path / "kept" / "config.json").exists()
+    convert(source, tmp_path / "padded", unaligned="pad", verify="all")
+    revert(tmp_path / "padded", tmp_path / "back")
     assert contents(tmp_path / "back") == contents(source)

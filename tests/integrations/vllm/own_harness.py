@@ -10,6 +10,7 @@ from unittest import mock
 
 import numpy as np
 import torch
+import vllm.model_executor.kernels.linear.mixed_precision.humming as vllm_humming
 import vllm.model_executor.layers.quantization.compressed_tensors.schemes.compressed_tensors_wNa16 as vllm_scheme
 import vllm.model_executor.layers.vocab_parallel_embedding as vllm_embedding
 from safetensors.torch import load_file
@@ -24,6 +25,8 @@ from tests.formats import peers
 from tests.integrations.vllm.harness import PACKED, as_rank, build
 from tests.integrations.vllm.harness import columns as cut_columns
 from tests.integrations.vllm.harness import rows as cut_rows
+
+get_quantization_config("awq")  # imports what cannot be imported where a GPU is only pretended
 
 A100, HOPPER = (8, 0), (9, 0)
 TYPES = {"F16": torch.half, "BF16": torch.bfloat16}
@@ -55,11 +58,11 @@ def on(capability):
         yield
 
 
-def kernel(bits, symmetric, group_size, capability=A100, dtype=torch.half):
-    """Returns the name of the kernel that vLLM chooses for a layer, or its refusal."""
+def kernel(bits, symmetric, group_size, capability=A100, with_humming=False):
+    """Returns the name of the kernel that vLLM chooses for a layer, or its refusal; Humming is a package of its own."""
     sizes = (4096, 4096)
-    config = MPLinearLayerConfig(sizes, sizes, WEIGHT_TYPES[bits, symmetric], dtype, group_size, not symmetric)
-    with on(capability):
+    config = MPLinearLayerConfig(sizes, sizes, WEIGHT_TYPES[bits, symmetric], torch.half, group_size, not symmetric)
+    with on(capability), mock.patch.object(vllm_humming, "has_humming", return_value=with_humming):
         try:
             return choose_mp_linear_kernel(config).__name__
         except ValueError as error:

@@ -204,11 +204,12 @@ def load_experts(layer, checkpoint, prefix):
 
 
 @pytest.mark.parametrize("group_size", [32, 64, 128, -1])
-def test_vllm_has_a_kernel_for_everything_but_8_bits_with_zero_points(own, group_size):
+def test_vllm_s_marlin_takes_everything_but_8_bits_with_zero_points(own, group_size):
     for bits, symmetric in ((4, True), (4, False), (8, True)):
         assert own.kernel(bits, symmetric, group_size) == "MarlinLinearKernel"
     refusal = own.kernel(8, False, group_size)
     assert "Marlin, supported types are" in refusal
+    assert own.kernel(8, False, group_size, with_humming=True) == "HummingLinearKernel"
     on_hopper = own.kernel(8, False, group_size, own.HOPPER)
     assert (on_hopper == "MacheteLinearKernel") == (group_size != 32)
 
@@ -250,3 +251,20 @@ def altered(folder, name, alter):
     alter(document["quantization_config"])
     path.write_text(json.dumps(document), "utf-8")
     return folder / "altered"
+
+
+@pytest.mark.parametrize("said", [False, True])
+def test_vllm_s_awq_needs_to_be_told_of_an_output_embedding_that_is_quantized(own, made, tmp_path, said):
+    shutil.copytree(made("AWQ packed here", "w4_asym_g32"), tmp_path / "altered")
+    document = peers.read_config(tmp_path / "altered")
+    document["quantization_config"]["lm_head"] = said
+    (tmp_path / "altered" / "config.json").write_text(json.dumps(document), "utf-8")
+    head = own.output_embedding(own.Own(tmp_path / "altered"), 64, 128)
+    assert ("qweight" in dict(head.named_parameters())) == said
+
+
+def test_vllm_s_awq_takes_one_group_over_all_rows_only_where_rows_are_not_cut(own, made):
+    checkpoint = own.Own(made("AWQ packed here", "w4_asym_channel"))
+    whole = own.layer("RowParallelLinear", checkpoint, O_PROJ, 128, 64)
+    cut = own.layer("RowParallelLinear", checkpoint, O_PROJ, 128, 64, rank=0, ranks=2)
+    assert [layer.scales.shape[0] for layer in (whole, cut)] == [1, 0]
