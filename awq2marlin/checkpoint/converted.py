@@ -59,7 +59,7 @@ class ConvertedCheckpoint:
     def of(cls, checkpoint: Checkpoint, manifest: Manifest) -> ConvertedCheckpoint:
         """Pairs a converted checkpoint with the headers in its manifest; raises as `open`."""
         source = _source_index(manifest)
-        counterparts = pair(source, *_source_format(manifest, source), checkpoint)
+        counterparts = pair(source, *_source_format(manifest, source, checkpoint.format), checkpoint)
         return cls(checkpoint, manifest, source, counterparts)
 
 
@@ -93,7 +93,7 @@ def refuse_lost(checkpoint: Checkpoint, manifest: Manifest) -> None:
         CheckpointError: naming every tensor that is lost.
     """
     source = _source_index(manifest)
-    counterparts = counterparts_of(source, *_source_format(manifest, source), checkpoint)
+    counterparts = counterparts_of(source, *_source_format(manifest, source, checkpoint.format), checkpoint)
     message = "the manifest knows it, but no file holds it; download the checkpoint again, completely"
     lost = [
         Problem(file, tensor.name, "missing-tensor", message)
@@ -105,7 +105,7 @@ def refuse_lost(checkpoint: Checkpoint, manifest: Manifest) -> None:
         raise CheckpointError(lost)
 
 
-def _source_format(manifest: Manifest, index: TensorIndex) -> tuple[Format, Quantization]:
+def _source_format(manifest: Manifest, index: TensorIndex, target: Format) -> tuple[Format, Quantization]:
     """Returns the format of a source and how it is quantized, by the texts that the manifest keeps, and its headers."""
     config, *legacy = (
         parse_json(manifest.texts[name].encode(), f"{MANIFEST_FILENAME} (text of {name})", constants=True)
@@ -121,7 +121,7 @@ def _source_format(manifest: Manifest, index: TensorIndex) -> tuple[Format, Quan
     place, document = next(iter(documents.items()))
     where = f"{MANIFEST_FILENAME} (text of {place})"
     format = recognise(document, where)
-    if not format.is_source:
+    if not format.is_source or format.name == target.name:
         message = f"the source's config that it keeps is {format.title}, which no conversion reads; download it again"
         raise refuse("bad-manifest", message, file=MANIFEST_FILENAME)
     return format.variant(index), format.read_config(document, where)

@@ -74,14 +74,18 @@ class AwqGemm(Format):
         return Quantization(scheme, document.get("modules_to_not_convert"), place)
 
     def write_config(self, quantization: Quantization) -> dict[str, Any]:
-        """Returns the config as AutoAWQ writes it."""
+        """Returns the config as AutoAWQ writes it; vLLM asks for ``lm_head`` where the output embedding is quantized."""
+        has_head = any(name.rpartition(".")[2] == "lm_head" for name in quantization.quantized_modules)
         return {
             "quant_method": "awq",
             "version": "gemm",
             "bits": quantization.bits,
             "group_size": quantization.group_size,
             "zero_point": quantization.zero_point,
-            "modules_to_not_convert": quantization.modules_to_not_convert or sorted(quantization.unquantized_modules),
+            "modules_to_not_convert": quantization.modules_to_not_convert
+            or sorted(quantization.unquantized_modules)
+            or None,
+            **({"lm_head": True} if has_head else {}),
         }
 
     def sizes(self, tensors: Mapping[str, TensorInfo], scheme: Scheme) -> tuple[int, int]:

@@ -84,8 +84,8 @@ REFUSED: dict[str, tuple[Change, str, str, str]] = {
     "compression_config": (
         edit_json("config.json", lambda config: config.update(compression_config=config.pop("quantization_config"))),
         "foreign-format",
-        "config.json",
-        "a compressed-tensors checkpoint",
+        "config.json (compression_config)",
+        "a compressed-tensors checkpoint of no format",
     ),
     "gptq": (
         only({"quant_method": "gptq", "bits": 4, "group_size": 64, "desc_act": False}),

@@ -23,6 +23,12 @@ WITHOUT_ZEROS = {"old_w4_asym_g32"}
 #: Those that AWQ cannot hold, since a word of it has no part of a column.
 ODD_COLUMNS = {"odd_n_w4", "odd_n_w8"}
 
+#: Those whose K ends inside a word, which only ``weight_shape`` tells.
+ODD_ROWS = {"odd_k_w4", "odd_k_w8"}
+
+#: Those that are refused by name, if nothing is padded.
+REFUSED = PERMUTED | ODD_COLUMNS | ODD_ROWS
+
 _TYPES = {"F16": "<u2", "BF16": "<u2", "F32": "<f4", "I8": "i1", "I32": "<i4", "I64": "<i8"}
 _AWQ_ORDER = {4: (0, 2, 4, 6, 1, 3, 5, 7), 8: (0, 2, 1, 3)}
 

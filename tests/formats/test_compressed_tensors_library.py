@@ -18,7 +18,6 @@ from awq2marlin.checkpoint.synthetic import Recipe, write_checkpoint
 from tests.equality import assert_identical
 from tests.faults.helpers import contents
 from tests.formats import peers
-from tests.formats.pending import require_source, require_target
 
 MODULES = {
     "model.layers.0.self_attn.o_proj": (128, 64),
@@ -41,7 +40,7 @@ SCHEMES = [
     pytest.param({"group_size": 128, "bits": 8}, id="8 bits"),
     pytest.param({"group_size": 32, "bits": 8, "has_qzeros": False, "scale_dtype": "BF16"}, id="8 bits without them"),
 ]
-CONVERTIBLE = [name for name in peers.NAMES if name not in peers.PERMUTED | peers.ODD_COLUMNS | peers.WITHOUT_ZEROS]
+CONVERTIBLE = [name for name in peers.NAMES if name not in peers.REFUSED | peers.WITHOUT_ZEROS]
 OWN = [name for name in peers.NAMES if not name.startswith("old_")]  # newer releases do not read old zero points
 
 
@@ -106,7 +105,6 @@ def test_the_installed_library_does_not_read_zero_points_of_old_releases(library
 @pytest.fixture
 def written(tmp_path):
     """Makes (an AWQ checkpoint, the compressed-tensors checkpoint that is made of it)."""
-    require_target("compressed-tensors")
 
     def make(**options):
         awq, out = tmp_path / "awq", tmp_path / "ct"
@@ -168,7 +166,6 @@ def test_the_library_takes_our_config_and_writes_the_same(library, written, opti
 
 
 def test_a_quantized_output_embedding_is_a_target_by_its_name(library, tmp_path):
-    require_target("compressed-tensors")
     write_checkpoint(tmp_path / "awq", Recipe({**MODULES, "lm_head": (128, 64)}, {}, group_size=64))
     convert(tmp_path / "awq", tmp_path / "ct", to="compressed-tensors")
     (group,) = library.config.model_validate(
@@ -186,7 +183,6 @@ def test_a_quantized_output_embedding_is_a_target_by_its_name(library, tmp_path)
 @pytest.mark.parametrize("unaligned", ["keep", "pad"])
 def test_marlin_native_is_that_of_the_same_numbers_in_awq(name, unaligned, tmp_path):
     source = peers.checkpoint(name)
-    require_source(source)
     convert(source, tmp_path / "of_ct", unaligned=unaligned, verify="all")
     assert_marlin_of(source, tmp_path, unaligned)
 
@@ -207,8 +203,6 @@ def assert_marlin_of(source, tmp_path, unaligned):
 @pytest.mark.parametrize("name", CONVERTIBLE)
 def test_awq_of_what_the_library_wrote_holds_its_numbers(name, tmp_path):
     source = peers.checkpoint(name)
-    require_source(source)
-    require_target("awq")
     convert(source, tmp_path / "awq", to="awq", verify="all")
     tensors, bits = peers.read_tensors(tmp_path / "awq"), peers.weight_args(source)["num_bits"]
     config = peers.read_config(tmp_path / "awq")["quantization_config"]
@@ -226,7 +220,6 @@ def test_awq_of_what_the_library_wrote_holds_its_numbers(name, tmp_path):
 @pytest.mark.parametrize("name", sorted(peers.WITHOUT_ZEROS))
 def test_zero_points_that_old_releases_left_out_are_the_middle_ones_or_missed_by_name(name, tmp_path):
     source = peers.checkpoint(name)
-    require_source(source)
     try:
         convert(source, tmp_path / "of_ct", verify="all")
     except CheckpointError as refused:
@@ -236,20 +229,19 @@ def test_zero_points_that_old_releases_left_out_are_the_middle_ones_or_missed_by
         assert_marlin_of(source, tmp_path, "keep")
 
 
-@pytest.mark.parametrize("name", sorted(peers.PERMUTED))
-def test_an_order_of_activations_is_refused_by_name_before_the_output_is_loadable(name, tmp_path):
+@pytest.mark.parametrize("name", sorted(peers.PERMUTED | peers.ODD_ROWS))
+def test_what_revert_could_not_give_back_is_refused_by_name_before_the_output_is_loadable(name, tmp_path):
     source = peers.checkpoint(name)
-    require_source(source)
-    with pytest.raises(CheckpointError) as refused:
+    with pytest.raises(CheckpointError, match="not converted") as refused:
         convert(source, tmp_path / "out")
-    assert {each.tensor for each in refused.value.problems} == {"model.layers.0.self_attn.o_proj.weight_g_idx"}
+    tensor = "weight_g_idx" if name in peers.PERMUTED else "weight_shape"
+    assert {each.tensor for each in refused.value.problems} == {f"model.layers.0.self_attn.o_proj.{tensor}"}
     assert not (tmp_path / "out" / "config.json").exists()
 
 
 @pytest.mark.parametrize("name", sorted(peers.ODD_COLUMNS))
 def test_columns_that_awq_cannot_hold_are_refused_by_name_and_padded_if_that_is_asked_for(name, tmp_path):
     source = peers.checkpoint(name)
-    require_source(source)
     with pytest.raises(CheckpointError, match="o_proj"):
         convert(source, tmp_path / "kept")
     assert not (tmp_path / "kept" / "config.json").exists()

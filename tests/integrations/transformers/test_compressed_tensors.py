@@ -21,7 +21,6 @@ from transformers import AutoModelForCausalLM
 
 from awq2marlin import convert
 from tests.formats import peers
-from tests.formats.pending import require_source, require_target
 
 SYMMETRIC = ["tied", "llm_compressor_gptq", "llm_compressor_experts_sym"]
 ASYMMETRIC = ["llama", "llm_compressor_awq"]
@@ -121,7 +120,6 @@ def test_without_its_status_a_model_is_loaded_silently_wrong(tokens: torch.Tenso
 
 @pytest.mark.parametrize("name", SYMMETRIC + ASYMMETRIC)
 def test_our_files_give_the_logits_of_the_dense_model(name: str, tokens: torch.Tensor, tmp_path: Path) -> None:
-    require_target("compressed-tensors")
     awq = peers.write_awq(tmp_path / "awq", peers.checkpoint(name))
     convert(awq, tmp_path / "ct", to="compressed-tensors")
     expected = logits(peers.write_dense(tmp_path / "dense", peers.checkpoint(name)), tokens)
@@ -131,7 +129,6 @@ def test_our_files_give_the_logits_of_the_dense_model(name: str, tokens: torch.T
 
 
 def test_our_files_keep_embeddings_tied(tmp_path: Path) -> None:
-    require_target("compressed-tensors")
     awq = peers.write_awq(tmp_path / "awq", peers.checkpoint("tied"))
     convert(awq, tmp_path / "ct", to="compressed-tensors")
     assert "lm_head" in peers.read_config(tmp_path / "ct")["quantization_config"]["ignore"]
@@ -139,13 +136,11 @@ def test_our_files_keep_embeddings_tied(tmp_path: Path) -> None:
     assert model.lm_head.weight is model.model.embed_tokens.weight
 
 
-@pytest.mark.parametrize("name", SYMMETRIC + ASYMMETRIC)
+# AWQ always has zero points, and Transformers 5.23 loads no experts in compressed-tensors that have them.
+@pytest.mark.parametrize("name", [name for name in SYMMETRIC + ASYMMETRIC if "experts" not in name])
 def test_compressed_tensors_of_awq_of_compressed_tensors_gives_them_too(
     name: str, tokens: torch.Tensor, tmp_path: Path
 ) -> None:
-    require_source(peers.checkpoint(name))
-    require_target("awq")
-    require_target("compressed-tensors")
     convert(peers.checkpoint(name), tmp_path / "awq", to="awq")
     convert(tmp_path / "awq", tmp_path / "ct", to="compressed-tensors")
     expected = logits(peers.write_dense(tmp_path / "dense", peers.checkpoint(name)), tokens)
@@ -160,7 +155,6 @@ def test_compressed_tensors_of_awq_of_compressed_tensors_gives_them_too(
 def test_our_loader_gives_the_logits_of_the_same_numbers_in_awq(
     name: str, unaligned: str, tokens: torch.Tensor, tmp_path: Path
 ) -> None:
-    require_source(peers.checkpoint(name))
     convert(peers.write_awq(tmp_path / "awq", peers.checkpoint(name)), tmp_path / "of_awq", unaligned=unaligned)
     convert(peers.checkpoint(name), tmp_path / "of_ct", unaligned=unaligned)
     found = logits(tmp_path / "of_ct", tokens)

@@ -9,10 +9,9 @@ from safetensors.torch import load_file
 from awq2marlin import convert
 from awq2marlin.checkpoint.synthetic import Recipe
 from tests.formats import peers
-from tests.formats.pending import require_source
 
 LAYER = "model.layers.0"
-NOT_MARLIN = peers.PERMUTED | peers.ODD_COLUMNS | peers.WITHOUT_ZEROS
+NOT_MARLIN = peers.REFUSED | peers.WITHOUT_ZEROS
 
 #: 8 bits with zero points have no kernel in vLLM.
 LOADABLE = [
@@ -36,7 +35,6 @@ class Converted:
         from tests.integrations.vllm.harness import PACKED
 
         source = peers.checkpoint(name)
-        require_source(source)
         convert(source, folder / "marlin", unaligned=unaligned)
         args = peers.weight_args(source)
         self.recipe = Recipe({}, bits=args["num_bits"], group_size=args["group_size"] or -1)
