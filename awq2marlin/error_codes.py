@@ -62,17 +62,21 @@ ERROR_CODES: Mapping[str, Advice] = {
         "a shard changed between planning and reading", "let nothing write to the source; run the command again"
     ),
     "config": Advice(
-        "`verify`, `push`: the output's config is not the one that the source implies; exit code 3", "convert again"
+        "`verify`, `push`: the output's config is not the one that the source implies; or two checkpoints have other "
+        "bits or groups; exit code 3",
+        "convert again; two checkpoints of other bits or groups hold other numbers",
     ),
     "contradiction": Advice(
         "config, index, tensors or lists say two different things; exit code 1 or 3",
         "see the message; most often the config is of another checkpoint",
     ),
     "different-bytes": Advice(
-        "a tensor or file that should be unchanged differs; exit code 3", "convert again; if it comes back, report it"
+        "a tensor or file that should be the same differs; exit code 3",
+        "of a conversion: convert again; if it comes back, report it. Of two checkpoints: see what differs",
     ),
     "different-value": Advice(
-        "a weight, zero point or scale differs; exit code 3", "convert again; if it comes back, report it"
+        "a weight, zero point or scale differs; exit code 3",
+        "of a conversion: convert again; if it comes back, report it. Of two checkpoints: see what differs",
     ),
     "disk-full": Advice(
         "the disk or the quota is full, or will be", "free some space and run the same command again; it resumes"
