@@ -25,9 +25,9 @@ class Advice(NamedTuple):
 #: By code, in the order of the alphabet.
 ERROR_CODES: Mapping[str, Advice] = {
     "already-converted": Advice(
-        "`convert`: the source is Marlin-native, or holds a `marlin_manifest.json`. `verify`: the first folder is a "
-        "converted one",
-        "pass the AWQ checkpoint; `awq2marlin revert` gives it back",
+        "`convert`: the source is of the format to write. `convert`, `verify`: it holds a `marlin_manifest.json` that "
+        "is no manifest",
+        "pass another checkpoint, or choose another format; remove that file",
     ),
     "bad-batch": Advice(
         "the list of a batch, or an option in it, is wrong", "correct the lines that the messages name"
@@ -192,7 +192,7 @@ ERROR_CODES: Mapping[str, Advice] = {
     "not-a-file": Advice("something that must be a file is a folder, a pipe or a device", "put the file there"),
     "not-a-folder": Advice("something that must be a folder is a file", "pass a folder"),
     "not-converted": Advice(
-        "`revert`, `verify`, `push`: this checkpoint is AWQ, not Marlin-native", "pass the converted checkpoint"
+        "`revert`, `push`: no conversion wrote this checkpoint", "pass the converted checkpoint"
     ),
     "not-empty": Advice(
         "the output folder holds foreign files or a finished conversion",

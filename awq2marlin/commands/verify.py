@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -143,7 +144,7 @@ def verify(
     started = time.perf_counter()
     progress = progress or Silence()
     threads = check_workers(workers)
-    one, other = (open_checkpoint(open_source(each)) for each in (source, output))
+    one, other = _opened(open_source(source)), _opened(open_source(output))
     converted = _conversion(one, other)
     last = converted[1] if converted else other
     if device is not None and last.format is not MARLIN_NATIVE:
@@ -159,6 +160,26 @@ def verify(
         by_values()
         raise error from None
     return replace(result, seconds=time.perf_counter() - started)
+
+
+@contextmanager
+def _in(folder: Source) -> Iterator[None]:
+    """Says of what is refused in which of the two checkpoints it lies: files of both have the same names."""
+    try:
+        yield
+    except CheckpointError as error:
+        where = f" (in {printable(str(folder.where))})"
+        raise CheckpointError(replace(each, message=each.message + where) for each in error.problems) from None
+
+
+def _opened(folder: Source) -> Checkpoint:
+    with _in(folder):
+        return open_checkpoint(folder)
+
+
+def _side(label: str, checkpoint: Checkpoint) -> Side:
+    with _in(checkpoint.folder):
+        return Side.of(label, SourceCheckpoint.of(checkpoint))
 
 
 def _conversion(one: Checkpoint, other: Checkpoint) -> tuple[Checkpoint, Checkpoint, Manifest] | None:
@@ -184,7 +205,7 @@ def _verify_checkpoints(
     one: Checkpoint, other: Checkpoint, count: Modules, workers: int, device: Device | None, progress: Progress
 ) -> VerifyResult:
     """Compares two checkpoints to the end."""
-    sides = Side.of("A", SourceCheckpoint.of(one)), Side.of("B", SourceCheckpoint.of(other))
+    sides = _side("A", one), _side("B", other)
     compared = compare_checkpoints(sides, count, workers, progress)
     result = VerifyResult(
         one.folder.where,
