@@ -74,7 +74,7 @@ def compare_configs(source: Checkpoint, output: Checkpoint, modules: Iterable[Mo
     """
     expected = output.format.write_config(
         Quantization(
-            source.quantization.scheme,
+            output.format.target_scheme(source.quantization.scheme),
             source.quantization.modules_to_not_convert,
             awq_modules=output.quantization.awq_modules,
             unquantized_modules=frozenset(source.unquantized_modules),

@@ -533,6 +533,15 @@ def test_a_conversion_of_a_conversion_is_one_of_the_second_only(made: Path, tmp_
     assert verify(tmp_path / "ct", tmp_path / "marlin").kind == "checkpoints"
 
 
+def test_a_conversion_that_makes_zero_points_is_one(tmp_path: Path) -> None:
+    """AWQ outputs always have them, and say so in their config."""
+    write_checkpoint(tmp_path / "symmetric", recipe(has_qzeros=False))
+    convert(tmp_path / "symmetric", tmp_path / "ct", to="compressed-tensors")
+    convert(tmp_path / "ct", tmp_path / "awq", to="awq")
+    assert verify(tmp_path / "ct", tmp_path / "awq").kind == "conversion"
+    assert verify(tmp_path / "symmetric", tmp_path / "awq").kind == "checkpoints"
+
+
 def test_a_conversion_of_another_model_of_the_same_shapes_is_summed_up(made: Path, tmp_path: Path) -> None:
     """Its manifest could be of the first one, but for the digests: none of the files is the one that was converted."""
     convert(made / "random", tmp_path / "out")
