@@ -18,6 +18,7 @@ from awq2marlin.errors import CheckpointError, Problem, refuse
 from awq2marlin.formats.base import Format, Quantization
 from awq2marlin.formats.names import CONFIG_FILENAME, LEGACY_CONFIG_FILENAMES, MANIFEST_FILENAME
 from awq2marlin.formats.registry import recognise
+from awq2marlin.io.digest import digest_of
 from awq2marlin.io.safetensors import TensorIndex, TensorInfo
 from awq2marlin.io.source import Source
 from awq2marlin.io.strict_json import parse_json
@@ -80,6 +81,51 @@ def require_converted(checkpoint: Checkpoint, otherwise: str, file: str = CONFIG
 
 def _source_index(manifest: Manifest) -> TensorIndex:
     return TensorIndex({name: shard.source_header for name, shard in manifest.shards.items()})
+
+
+def is_source_of(checkpoint: Checkpoint, manifest: Manifest) -> bool:
+    """Returns whether a manifest speaks of a checkpoint, or of a damaged copy of it; contents are not looked at.
+
+    Asked are the tensors that hold quantized modules in the checkpoint's format. At least half of them, counted where
+    there are fewer, must be in both, and each of these must have the same type and shape and lie in the file of the
+    same name. The config must be that of the source, or say the same of the quantization. A manifest that does not
+    know the source's files is asked for tensors and shapes only.
+
+    Args:
+        checkpoint: what may be the source.
+        manifest: of a converted checkpoint.
+    """
+    recorded, suffixes = _source_index(manifest), {*checkpoint.format.suffixes.values()}
+    known, there = (
+        {name for name in tensors if name.rpartition(".")[2] in suffixes}
+        for tensors in (recorded.tensors, checkpoint.tensors)
+    )
+    shared = known & there
+    if 2 * len(shared) < max(1, min(len(known), len(there))):
+        return False
+    if any(recorded.tensors[name].shape != checkpoint.tensors[name].shape for name in shared):
+        return False
+    if manifest.restores == "tensors":
+        return True
+    same_files = all(
+        recorded.shard_of[name] == checkpoint.shard_of[name]
+        and recorded.tensors[name].dtype == checkpoint.tensors[name].dtype
+        for name in shared
+    )
+    return same_files and _is_config_of(checkpoint, manifest, recorded)
+
+
+def _is_config_of(checkpoint: Checkpoint, manifest: Manifest, recorded: TensorIndex) -> bool:
+    """Returns whether a manifest knows a checkpoint's very config, or one that says the same of the quantization."""
+    digest = manifest.text_digests.get(CONFIG_FILENAME)
+    if digest is not None and digest.is_of(digest_of(checkpoint.folder.read(CONFIG_FILENAME))):
+        return True
+    try:
+        _, quantization = _source_format(manifest, recorded)
+    except CheckpointError:
+        return False
+    said = checkpoint.quantization
+    return (quantization.scheme, quantization.modules_to_not_convert) == (said.scheme, said.modules_to_not_convert)
 
 
 def refuse_lost(checkpoint: Checkpoint, manifest: Manifest) -> None:

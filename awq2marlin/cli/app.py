@@ -172,7 +172,10 @@ def batch(
 def verify(
     source: opt.Source,
     output: Annotated[
-        str, typer.Argument(metavar="OUTPUT", help="Converted checkpoint: folder or Hub repository, as for SOURCE.")
+        str,
+        typer.Argument(
+            metavar="OUTPUT", help="Its conversion, or any other checkpoint: folder or Hub repository, as for SOURCE."
+        ),
     ],
     modules: opt.Modules = "all",
     workers: opt.Workers = None,
@@ -181,7 +184,10 @@ def verify(
     quiet: opt.Quiet = False,
     as_json: opt.Json = False,
 ) -> None:
-    """Compare a converted checkpoint with its source, value for value. Exit code 3 if they differ."""
+    """Compare a converted checkpoint with its source, or any two checkpoints, value for value.
+
+    Exit code 3 if they differ.
+    """
     if plot is not None and device is None:
         raise typer.BadParameter("--plot needs --device: there is nothing to plot otherwise")
 

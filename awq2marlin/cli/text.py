@@ -179,9 +179,18 @@ def outcome_text(result: ItemResult) -> str:
 
 @show.register
 def _verification(result: VerifyResult) -> None:
-    """Prints what a verification compared."""
-    _say(f"equal: {len(result.modules)} of {result.modules_total} converted modules, value for value")
+    """Prints what a verification compared, and what it took the two checkpoints for."""
+    kind = "converted modules" if result.kind == "conversion" else "modules"
+    _say(f"equal: {len(result.modules)} of {result.modules_total} {kind}, value for value")
     _say(f"       {result.tensors} other tensors and {result.files} files, byte for byte")
+    if result.kind == "conversion":
+        _say(f"{printable(str(result.output))} is the conversion of {printable(str(result.source))}")
+    else:
+        from awq2marlin.cli.differences import not_compared_text, sides_text
+
+        _say("two checkpoints of the same model, compared by values:")
+        for line in (*sides_text(result), not_compared_text(result), *(f"note: {note}" for note in result.notes)):
+            _say(line)
     _say(f"compared {size_text(result.bytes)} in {result.seconds:.1f} s")
     if result.gemm is not None:
         show(result.gemm)

@@ -44,8 +44,8 @@ class MarlinNative(Format):
 
     warning = (
         "> **Load this checkpoint only with an engine that knows the format `marlin_native`.** Transformers without\n"
-        "> `awq2marlin` prints a warning, skips the quantized weights, and generates garbage. vLLM and SGLang without it "
-        "refuse."
+        "> `awq2marlin` prints a warning, skips the quantized weights, and generates garbage. "
+        "vLLM and SGLang without it refuse."
     )
     purpose = "the layout of the Marlin kernels, so that an engine need not repack them at every start."
     library_name = "awq2marlin"  # not transformers: the Hub would show commands that build garbage

@@ -83,7 +83,7 @@ class Comparison:
                     at = int(np.argmax(expected != found))
                     raise difference(
                         "different-bytes",
-                        f"{_place(tensor, begin + at)}: expected byte {expected[at]:#04x}, found {found[at]:#04x}",
+                        f"{place_of(tensor, begin + at)}: expected byte {expected[at]:#04x}, found {found[at]:#04x}",
                         file=self.output.shard_of[name],
                         tensor=name,
                     )
@@ -110,7 +110,10 @@ class Comparison:
         """Yields (first row, expected, found): bands of plain values of one part, padding included."""
         pair, scheme = self.counterparts, self.counterparts.scheme
         source, target = pair.source_layout_of(module), pair.layout_of(module)
-        old, new = _Rows.of(source, self.source, module.name, part), _Rows.of(target, self.output, module.name, part)
+        old, new = (
+            PartRows.of(source, self.source, module.name, part),
+            PartRows.of(target, self.output, module.name, part),
+        )
         total = scheme.num_groups(module.padded_k) if part != "qweight" else module.padded_k
         band = total
         if old.step and new.step:
@@ -143,7 +146,7 @@ class Comparison:
 
 
 @dataclass(frozen=True)
-class _Rows:
+class PartRows:
     """A part's tensor, read by rows of its plain values.
 
     Attributes:
@@ -159,7 +162,8 @@ class _Rows:
     step: int
 
     @classmethod
-    def of(cls, format: Format, files: TensorFiles, module: str, part: str) -> _Rows:
+    def of(cls, format: Format, files: TensorFiles, module: str, part: str) -> PartRows:
+        """Returns the reader of a part of a module whose layout is of a format."""
         tensor = files.info(format.tensor_name(module, part))
         return cls(files, tensor, format.element_type(part), format.rows_per_row(part))
 
@@ -185,7 +189,7 @@ def _fitted(values: npt.NDArray[Any], like: npt.NDArray[Any]) -> npt.NDArray[Any
     return fitted
 
 
-def _place(tensor: TensorInfo, offset: int) -> str:
+def place_of(tensor: TensorInfo, offset: int) -> str:
     """Returns where a byte of a tensor lies, as row and column where that makes sense."""
     if len(tensor.shape) != 2 or not tensor.size:
         return f"byte {offset}"
