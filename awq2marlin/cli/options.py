@@ -64,7 +64,7 @@ Source = Annotated[
     str,
     typer.Argument(
         metavar="SOURCE",
-        help="Folder of the AWQ checkpoint, or a repository of the Hub: org/name[@revision], where there is no such "
+        help="Folder of the checkpoint, or a repository of the Hub: org/name[@revision], where there is no such "
         "folder, or hf://org/name[@revision].",
     ),
 ]

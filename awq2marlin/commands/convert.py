@@ -114,12 +114,12 @@ def convert(
     to: str = ConvertOptions.to,
     progress: Progress | None = None,
 ) -> ConvertResult:
-    """Converts an AWQ checkpoint to a Marlin-native one (docs/marlin-native.md).
+    """Converts a checkpoint to another format, by default to the Marlin-native one (docs/marlin-native.md).
 
     Interrupted at any moment, the same call resumes and ends with the same bytes.
 
     Args:
-        source: folder of the AWQ checkpoint, never written to; or a repository of the Hub, ``org/name[@revision]``
+        source: folder of the checkpoint, never written to; or a repository of the Hub, ``org/name[@revision]``
             or ``hf://org/name[@revision]``, whose next shard is fetched while one is converted.
         output: folder to write; by default ``./<name>-marlin``.
         unaligned: what to do with modules whose shapes Marlin cannot take: ``"keep"`` them in AWQ layout,
@@ -145,7 +145,8 @@ def convert(
         progress: told what is being done.
 
     Raises:
-        CheckpointError: if the source is no convertible AWQ checkpoint; nothing has been written.
+        CheckpointError: if the source is no checkpoint that can be converted, and then nothing has been written; or
+            if it holds what `revert` could not give back, and then the output cannot be loaded.
         HubError: if the Hub or the network refuses.
         UnavailableError: if the machine lacks what ``device`` needs.
         OutputError: if the output folder is foreign, in use, full or unwritable.

@@ -92,7 +92,7 @@ class InspectResult:
 
 
 def inspect(path: str | os.PathLike[str]) -> InspectResult:
-    """Returns what an AWQ or a converted checkpoint is; reads no tensor data.
+    """Returns what a checkpoint is; reads no tensor data.
 
     Args:
         path: its folder, or a repository of the Hub, ``org/name[@revision]``.
