@@ -151,7 +151,7 @@ def refuse_lost(checkpoint: Checkpoint, manifest: Manifest) -> None:
         raise CheckpointError(lost)
 
 
-def _source_format(manifest: Manifest, index: TensorIndex, target: Format) -> tuple[Format, Quantization]:
+def _source_format(manifest: Manifest, index: TensorIndex, target: Format | None = None) -> tuple[Format, Quantization]:
     """Returns the format of a source and how it is quantized, by the texts that the manifest keeps, and its headers."""
     config, *legacy = (
         parse_json(manifest.texts[name].encode(), f"{MANIFEST_FILENAME} (text of {name})", constants=True)
@@ -167,7 +167,7 @@ def _source_format(manifest: Manifest, index: TensorIndex, target: Format) -> tu
     place, document = next(iter(documents.items()))
     where = f"{MANIFEST_FILENAME} (text of {place})"
     format = recognise(document, where)
-    if not format.is_source or format.name == target.name:
+    if not format.is_source or (target and format.name == target.name):
         message = f"the source's config that it keeps is {format.title}, which no conversion reads; download it again"
         raise refuse("bad-manifest", message, file=MANIFEST_FILENAME)
     return format.variant(index), format.read_config(document, where)
