@@ -5,7 +5,8 @@ bits the eight values that a lane and block own are the nibbles of eight source 
 is one column of that 8x8 nibble matrix, so the repack is a transpose in three rounds of mask, shift and
 swap (Hacker's Delight, 2nd ed., section 7-3, "Transposing a bit matrix", on nibbles). For 8 bits it is a
 4x4 byte matrix and two rounds. Sixteen matrices (4 row pairs x 4 blocks) go side by side through the
-rounds, which the compiler turns into vector instructions.
+rounds, which the compiler turns into vector instructions. Tensors that have N first become AWQ words, and are made of
+them, by the same transpose.
 
 This module is Numba's side: it is imported only where `machine_code` finds nothing compiled yet. The kernels
 take plain pointers and allocate nothing, so that their machine code stands alone; the names of their
