@@ -121,8 +121,10 @@ def _is_config_of(checkpoint: Checkpoint, manifest: Manifest, recorded: TensorIn
     if digest is not None and digest.is_of(digest_of(checkpoint.folder.read(CONFIG_FILENAME))):
         return True
     try:
-        _, quantization = _source_format(manifest, recorded)
+        format, quantization = _source_format(manifest, recorded)
     except CheckpointError:
+        return False
+    if format.name != checkpoint.format.name or (MANIFEST_FILENAME in manifest.texts) != checkpoint.has_manifest:
         return False
     said = checkpoint.quantization
     return (quantization.scheme, quantization.modules_to_not_convert) == (said.scheme, said.modules_to_not_convert)

@@ -7,7 +7,7 @@ over the rows of this one table.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 from awq2marlin.formats.base import DerivedTensor, Format, StoredModule
@@ -139,7 +139,7 @@ class Counterparts:
             else:
                 yield None, Proven(file, tensor.name, tensor.size, derived.data, derived.meaning)
             return
-        layout, repack = self.layout_of(module), self.repack(module, part)
+        layout, repack = self.layout_of(module), replace(self.repack(module, part), file=file, name=tensor.name)
         shape = layout.shape(part, module.padded_k, module.padded_n, self.scheme)
         end = position + repack.target.size
         dtype = tensor.dtype if part == "scales" else layout.dtypes[part][0]
@@ -188,5 +188,6 @@ def inverse_row(row: Row, file: str) -> Row:
     elif isinstance(rewrite, Proven):
         rewrite = Made(rewrite.size, rewrite.data)
     elif isinstance(rewrite, Repack):
-        rewrite = rewrite.inverse
+        assert row.target is not None
+        rewrite = replace(rewrite.inverse, file=file, name=row.target.name)
     return Row(row.target, row.source, rewrite)

@@ -23,6 +23,7 @@ from awq2marlin.io.safetensors import TensorIndex, TensorInfo
 from awq2marlin.layout.marlin import MAX_SIZE_N
 from awq2marlin.layout.repack import PartLayout
 from awq2marlin.layout.scheme import Scheme
+from awq2marlin.layout.transposed import SignedZeroPoints, TransposedCodes, TransposedScales, TransposedZeroPoints
 
 METHOD = "compressed-tensors"
 PACKED = "pack-quantized"
@@ -51,6 +52,11 @@ class CompressedTensors(Format):
         "qweight": "weight_packed",
         "qzeros": "weight_zero_point",
         "scales": "weight_scale",
+    }
+    layouts: ClassVar[Mapping[str, type[PartLayout]]] = {
+        "qweight": TransposedCodes,
+        "qzeros": TransposedZeroPoints,
+        "scales": TransposedScales,
     }
 
     def loading(self, scheme: Scheme, place: str) -> str:
@@ -139,7 +145,7 @@ tokenizer = AutoTokenizer.from_pretrained("{place}")
     def layout(self, part: str, size_k: int, size_n: int, scheme: Scheme) -> PartLayout:
         """Returns the transposed layout of a part."""
         rows = size_k if part == "qweight" else scheme.num_groups(size_k)
-        return _Slow(part, scheme.bits, rows, size_n)
+        return self.layouts[part](part, scheme.bits, rows, size_n)
 
     def parts(self, found: Mapping[str, TensorInfo], scheme: Scheme) -> tuple[str, ...]:
         """Returns the parts of a module: zero points of a symmetric checkpoint are none, they are all 2^(b-1)."""
@@ -195,6 +201,7 @@ class OldCompressedTensors(CompressedTensors):
 
     title = f"{METHOD} with int8 zero points"
     dtypes: ClassVar[Mapping[str, tuple[str, ...]]] = {**CompressedTensors.dtypes, "qzeros": ("I8",)}
+    layouts: ClassVar[Mapping[str, type[PartLayout]]] = {**CompressedTensors.layouts, "qzeros": SignedZeroPoints}
 
     def variant(self, index: TensorIndex) -> Format:
         """Returns itself."""
@@ -210,11 +217,6 @@ class OldCompressedTensors(CompressedTensors):
         """Returns the shape of a part: N first."""
         return super().shape("scales" if part == "qzeros" else part, size_k, size_n, scheme)
 
-    def layout(self, part: str, size_k: int, size_n: int, scheme: Scheme) -> PartLayout:
-        """Returns the transposed layout of a part."""
-        rows = size_k if part == "qweight" else scheme.num_groups(size_k)
-        return _Slow(part, scheme.bits, rows, size_n, part == "qzeros")
-
     def element_type(self, part: str) -> type[np.generic]:
         """Returns the type in which `values` takes a part's tensor."""
         return np.int8 if part == "qzeros" else super().element_type(part)
@@ -224,73 +226,6 @@ class OldCompressedTensors(CompressedTensors):
         if part != "qzeros":
             return super().values(part, rows, size_k, scheme)
         return (rows.T.astype(np.int16) + scheme.middle).astype(np.uint8)
-
-
-from dataclasses import dataclass
-
-
-@dataclass(frozen=True)
-class _Slow(PartLayout):
-    i8: bool = False
-    is_plain = False
-
-    @property
-    def band(self):
-        return self.rows
-
-    @property
-    def band_bytes(self):
-        f = 32 // self.bits
-        if self.part == "scales":
-            return self.columns * self.rows * 2
-        if self.i8:
-            return self.columns * self.rows
-        if self.part == "qzeros":
-            return -(-self.columns // f) * self.rows * 4
-        return self.columns * -(-self.rows // f) * 4
-
-    def _q(self, data):
-        from awq2marlin.layout.reference import split_fields
-
-        if self.i8:
-            return (
-                data.view(np.int8).reshape(self.columns, self.rows).T.astype(np.int16) + (1 << self.bits - 1)
-            ).astype(np.uint8)
-        if self.part == "qzeros":
-            return split_fields(np.ascontiguousarray(data.view(np.uint32).reshape(-1, self.rows).T), self.bits)[
-                :, : self.columns
-            ]
-        return split_fields(data.view(np.uint32).reshape(self.columns, -1), self.bits)[:, : self.rows].T
-
-    def unpack(self, data, plain):
-        if self.part == "scales":
-            plain.view(np.uint16).reshape(self.rows, -1)[:] = data.view(np.uint16).reshape(self.columns, -1).T
-            return
-        from awq2marlin.layout.reference import field_order
-
-        v = self._q(data)
-        o = field_order(self.bits)
-        w = v.reshape(self.rows, -1, len(o))[..., o].astype(np.uint32)
-        sh = np.arange(0, 32, self.bits, dtype=np.uint32)
-        plain.view(np.uint32).reshape(self.rows, -1)[:] = np.bitwise_or.reduce(w << sh, axis=-1)
-
-    def pack(self, plain, data):
-        if self.part == "scales":
-            data.view(np.uint16).reshape(self.columns, -1)[:] = plain.view(np.uint16).reshape(self.rows, -1).T
-            return
-        from awq2marlin.layout.reference import unpack_awq
-
-        v = unpack_awq(plain.view(np.uint32).reshape(self.rows, -1), self.bits)[:, : self.columns]
-        f = 32 // self.bits
-        if self.i8:
-            data.view(np.int8).reshape(self.columns, self.rows)[:] = (v.astype(np.int16) - (1 << self.bits - 1)).T
-            return
-        v = v if self.part == "qzeros" else v.T
-        v = np.pad(v, ((0, 0), (0, -v.shape[1] % f))).astype(np.uint32)
-        sh = np.arange(0, 32, self.bits, dtype=np.uint32)
-        w = np.bitwise_or.reduce(v.reshape(len(v), -1, f) << sh, axis=-1)
-        out = w.T if self.part == "qzeros" else w
-        data.view(np.uint32).reshape(out.shape)[:] = out
 
 
 OLD_COMPRESSED_TENSORS = OldCompressedTensors()
