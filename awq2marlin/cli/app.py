@@ -216,7 +216,7 @@ def revert(
         bool,
         typer.Option(
             "--overwrite",
-            help="Restore into an earlier reversion again; refused if a file there is not the one recorded.",
+            help="Complete an earlier reversion: equal files stay as they are, others of the same name are refused.",
         ),
     ] = False,
     low_disk: Annotated[

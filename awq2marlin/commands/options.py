@@ -109,7 +109,7 @@ class RevertOptions(Checked):
 
     Attributes:
         workers: threads; None for one a processor, at most eight.
-        overwrite: whether files that are those that come back, byte for byte, are replaced; others are refused.
+        overwrite: whether the output may have files already: equal ones stay as they are, others are refused.
         dry_run: whether nothing is written.
         low_disk: whether shards of a repository are removed as soon as they are restored.
     """
