@@ -7,7 +7,7 @@ No engine checks that a quantized checkpoint is complete: a tensor that is missi
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from awq2marlin.checkpoint.config import quantization_documents
 from awq2marlin.checkpoint.counterparts import Counterparts
@@ -82,22 +82,30 @@ def require_converted(checkpoint: Checkpoint, otherwise: str, file: str = CONFIG
 def _source_format(manifest: Manifest) -> Format:
     """Returns the format of a source by the texts of its configs that the manifest keeps."""
     config, *legacy = (
-        parse_json(manifest.texts[name].encode(), f"{MANIFEST_FILENAME} (text of {name})", constants=True)
+        parse_json(manifest.texts[name].encode(), _in_manifest(name), constants=True)
         if name in manifest.texts
         else None
         for name in (CONFIG_FILENAME, *LEGACY_CONFIG_FILENAMES)
     )
     older = {name: document for name, document in zip(LEGACY_CONFIG_FILENAMES, legacy, strict=True) if document}
-    documents = quantization_documents(config if isinstance(config, dict) else {}, older)
+    try:
+        documents = quantization_documents(config if isinstance(config, dict) else {}, older)
+    except CheckpointError as error:
+        raise CheckpointError([replace(each, file=_in_manifest(each.file)) for each in error.problems]) from None
     if not documents:
         message = "the source's config that it keeps says nothing of a quantization; download the checkpoint again"
         raise refuse("bad-manifest", message, file=MANIFEST_FILENAME)
     place, document = next(iter(documents.items()))
-    format = recognise(document, f"{MANIFEST_FILENAME} (text of {place})")
+    format = recognise(document, _in_manifest(place))
     if not format.is_source:
         message = f"the source's config that it keeps is {format.title}, which no conversion reads; download it again"
         raise refuse("bad-manifest", message, file=MANIFEST_FILENAME)
     return format
+
+
+def _in_manifest(place: str) -> str:
+    """Returns where a config of the source stands that only the manifest keeps."""
+    return f"{MANIFEST_FILENAME} (text of {place})"
 
 
 def converted_modules(
