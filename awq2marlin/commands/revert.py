@@ -12,7 +12,7 @@ from pathlib import Path
 
 from awq2marlin.checkpoint.converted import ConvertedCheckpoint
 from awq2marlin.checkpoint.manifest import Restores
-from awq2marlin.commands.options import RevertOptions
+from awq2marlin.commands.options import RevertOptions, check_helpers
 from awq2marlin.errors import OutputError, Problem, printable
 from awq2marlin.formats.names import CONFIG_FILENAME
 from awq2marlin.hub.name import parse_source
@@ -113,6 +113,7 @@ def revert(
         ValueError: if an argument is none of its choices.
     """
     RevertOptions(workers, overwrite, dry_run, low_disk)  # which check themselves
+    check_helpers(executor, progress)
     started, progress = time.perf_counter(), progress or Silence()
     root = Path(output) if output is not None else default_output(parse_source(converted), OUTPUT_SUFFIX)
     folder, pinned = open_source_of_run(converted, root, overwrite=overwrite, low_disk=low_disk, progress=progress)

@@ -14,6 +14,7 @@ from awq2marlin.checkpoint.counterparts import Counterparts
 from awq2marlin.checkpoint.manifest import Manifest, read_manifest
 from awq2marlin.checkpoint.opening import Checkpoint, open_checkpoint
 from awq2marlin.checkpoint.pairing import pair
+from awq2marlin.commands.options import VerifyOptions, check_helpers
 from awq2marlin.errors import CheckpointError, DifferenceError, difference, printable, refuse
 from awq2marlin.hub.repository import open_source
 from awq2marlin.io.digest import FileDigest, digest_of_file
@@ -24,7 +25,7 @@ from awq2marlin.io.workers import check_workers
 from awq2marlin.layout.modules import ModulePlan
 from awq2marlin.progress import Progress, Silence
 from awq2marlin.verification.headers import compare_configs, compare_headers, compare_side_files
-from awq2marlin.verification.sampling import Device, Modules, check_device, chosen_count, sample_modules
+from awq2marlin.verification.sampling import Device, Modules, check_device, sample_modules
 from awq2marlin.verification.values import Comparison, Job, run_gemm, run_jobs
 
 if TYPE_CHECKING:
@@ -83,13 +84,14 @@ def verify(
         layers: the earlier name of ``modules``.
 
     Raises:
-        ValueError: if an argument is none of its choices.
+        ValueError: if an argument is none of its choices, or ``modules`` is given by both its names.
         DifferenceError: naming the first difference: file, tensor, row, column, expected and found.
         CheckpointError: if either folder is no readable checkpoint of its kind.
         UnavailableError: if the machine lacks what ``device`` needs.
         OSError: if reading fails.
     """
-    count = chosen_count(modules, layers)
+    count = VerifyOptions(modules, workers, device, layers).count
+    check_helpers(None, progress)
     check_device(device)
     started = time.perf_counter()
     progress = progress or Silence()
