@@ -88,7 +88,8 @@ def kind_of(hint: Any) -> Kind:
 
     Args:
         hint: ``bool``, ``str`` (which must not be empty), an ``int`` annotated with its range, a `Literal`, another
-            class, or a union of these; with None if the argument may be left out.
+            class or a protocol that is checked at run time, or a union of these; with None if the argument may be
+            left out.
     """
     if get_origin(hint) in (Union, UnionType):
         kinds = [kind_of(each) for each in get_args(hint)]
@@ -106,7 +107,8 @@ def kind_of(hint: Any) -> Kind:
         return Kind(("true or false",), lambda value: type(value) is bool)
     if hint is str:
         return Kind(("text",), lambda value: isinstance(value, str) and bool(value) and "\0" not in value)
-    return Kind((f"a {hint.__name__}",), lambda value: isinstance(value, hint))
+    article = "an" if hint.__name__[0] in "AEIOU" else "a"
+    return Kind((f"{article} {hint.__name__}",), lambda value: isinstance(value, hint))
 
 
 def kinds(options: type) -> Mapping[str, Kind]:

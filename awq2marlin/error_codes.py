@@ -191,9 +191,7 @@ ERROR_CODES: Mapping[str, Advice] = {
     "no-workers": Advice("`--dask`: the cluster has no workers", "start some"),
     "not-a-file": Advice("something that must be a file is a folder, a pipe or a device", "put the file there"),
     "not-a-folder": Advice("something that must be a folder is a file", "pass a folder"),
-    "not-converted": Advice(
-        "`revert`, `push`: no conversion wrote this checkpoint", "pass the converted checkpoint"
-    ),
+    "not-converted": Advice("`revert`, `push`: no conversion wrote this checkpoint", "pass the converted checkpoint"),
     "not-empty": Advice(
         "the output folder holds foreign files or a finished conversion",
         "choose another folder, or use `--overwrite` for an earlier conversion",
@@ -255,7 +253,7 @@ ERROR_CODES: Mapping[str, Advice] = {
         "use `--unaligned keep` or `--unaligned pad`; otherwise convert again",
     ),
     "unexpected-error": Advice(
-        "a fault of awq2marlin, as `internal-error`, in a record that an earlier `batch` wrote", "report it"
+        "`batch`: a fault of awq2marlin in one item", "report it, with what `awq2marlin convert` prints for its source"
     ),
     "unfinished": Advice(
         "`push`: the conversion into this folder is not finished", "run the same `awq2marlin convert` again first"
@@ -301,9 +299,6 @@ ERROR_CODES: Mapping[str, Advice] = {
     ),
     "wrong-shape": Advice("a tensor has not the shape it must have; exit code 1 or 3", "download or convert again"),
 }
-
-#: Codes that nothing says any more; records of batches that were written with them stay readable.
-FORMER_CODES = frozenset({"unexpected-error"})
 
 
 def table_rows() -> list[str]:

@@ -213,15 +213,16 @@ _ADVICE = {
 }
 
 
-def internal_error(error: BaseException, evidence: str) -> Problem:
+def internal_error(error: BaseException, evidence: str, code: str) -> Problem:
     """Returns what an error means that no input may cause.
 
     Args:
         error: whatever was raised.
         evidence: what to report it with.
+        code: which of the error codes for a fault of ours.
     """
     what = f"{type(error).__name__}: {error}"
-    return Problem("", "", "internal-error", f"a fault of awq2marlin: please report it with {evidence}: {what}")
+    return Problem("", "", code, f"a fault of awq2marlin: please report it with {evidence}: {what}")
 
 
 def problem_from_os_error(error: OSError) -> Problem:

@@ -142,7 +142,7 @@ def run_job(
     except Exception as error:  # a fault of ours: it must not cost the rest of a night's batch, nor be hidden
         place = traceback.extract_tb(error.__traceback__)[-1]
         evidence = f"what 'awq2marlin convert' prints for this source ({Path(place.filename).name}:{place.lineno})"
-        result = job.result(EXIT_FAILED, errors=(internal_error(error, evidence),))
+        result = job.result(EXIT_FAILED, errors=(internal_error(error, evidence, "unexpected-error"),))
     return replace(result, seconds=time.perf_counter() - started)
 
 

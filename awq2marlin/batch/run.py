@@ -9,8 +9,9 @@ from concurrent.futures import Executor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
+from awq2marlin.arguments import Checked, Workers
 from awq2marlin.batch.item import known, run_job
 from awq2marlin.batch.jobs import Job, Sources, list_file, plan_jobs
 from awq2marlin.batch.record import BatchRecord, ItemResult, open_record, read_record
@@ -25,6 +26,7 @@ RECORD_SUFFIX = ".record.jsonl"
 _OF_REPOSITORIES = ("hub-", "target-")
 
 
+@runtime_checkable
 class BatchProgress(Protocol):
     """Receives what a batch is doing."""
 
@@ -56,6 +58,18 @@ class _Silence:
 
     def finish(self) -> None:
         """Does nothing."""
+
+
+@dataclass(frozen=True)
+class BatchOptions(Checked):
+    """How `convert_many` works; its docstring says what each means."""
+
+    jobs: Workers = 1
+    workers: Workers | None = None
+    retry_failed: bool = False
+    dry_run: bool = False
+    executor: Executor | None = None
+    progress: BatchProgress | None = None
 
 
 @dataclass(frozen=True)
@@ -141,12 +155,11 @@ def convert_many(
         OutputError: if another process runs the same batch.
         ExecutorError: if the executor broke; what is left can be done by the same call.
         OSError: if the list cannot be read or the record not be written.
-        ValueError: if ``jobs``, ``workers`` or ``part`` is out of range.
+        ValueError: if an argument is none of its choices, or there is no such part.
     """
     started = time.perf_counter()
+    BatchOptions(jobs, workers, retry_failed, dry_run, executor, progress)  # which check themselves
     threads = check_workers(workers)
-    if jobs < 1:
-        raise ValueError(f"jobs must be at least 1, found {jobs}")
     mine = plan_jobs(sources, out_dir, part, options)
     path = Path(record) if record is not None else _default_record(sources, part)
     watcher = progress or _Silence()

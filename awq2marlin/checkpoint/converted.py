@@ -7,7 +7,7 @@ No engine checks that a quantized checkpoint is complete: a tensor that is missi
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from awq2marlin.checkpoint.config import quantization_documents
 from awq2marlin.checkpoint.counterparts import Counterparts
@@ -156,23 +156,31 @@ def refuse_lost(checkpoint: Checkpoint, manifest: Manifest) -> None:
 def _source_format(manifest: Manifest, index: TensorIndex, target: Format | None = None) -> tuple[Format, Quantization]:
     """Returns the format of a source and how it is quantized, by the texts that the manifest keeps, and its headers."""
     config, *legacy = (
-        parse_json(manifest.texts[name].encode(), f"{MANIFEST_FILENAME} (text of {name})", constants=True)
+        parse_json(manifest.texts[name].encode(), _in_manifest(name), constants=True)
         if name in manifest.texts
         else None
         for name in (CONFIG_FILENAME, *LEGACY_CONFIG_FILENAMES)
     )
     older = {name: document for name, document in zip(LEGACY_CONFIG_FILENAMES, legacy, strict=True) if document}
-    documents = quantization_documents(config if isinstance(config, dict) else {}, older)
+    try:
+        documents = quantization_documents(config if isinstance(config, dict) else {}, older)
+    except CheckpointError as error:
+        raise CheckpointError([replace(each, file=_in_manifest(each.file)) for each in error.problems]) from None
     if not documents:
         message = "the source's config that it keeps says nothing of a quantization; download the checkpoint again"
         raise refuse("bad-manifest", message, file=MANIFEST_FILENAME)
     place, document = next(iter(documents.items()))
-    where = f"{MANIFEST_FILENAME} (text of {place})"
+    where = _in_manifest(place)
     format = recognise(document, where)
     if not format.is_source or (target and format.name == target.name):
         message = f"the source's config that it keeps is {format.title}, which no conversion reads; download it again"
         raise refuse("bad-manifest", message, file=MANIFEST_FILENAME)
     return format.variant(index), format.read_config(document, where)
+
+
+def _in_manifest(place: str) -> str:
+    """Returns where a config of the source stands that only the manifest keeps."""
+    return f"{MANIFEST_FILENAME} (text of {place})"
 
 
 def converted_modules(

@@ -19,7 +19,7 @@ import typer
 from awq2marlin._version import __version__
 from awq2marlin.cli import options as opt
 from awq2marlin.cli.outcome import guarded, run, tell_usage_error
-from awq2marlin.commands.options import ABOUT_TARGET, ConvertOptions, RevertOptions
+from awq2marlin.commands.options import ABOUT_TARGET, ConvertOptions, RevertOptions, VerifyOptions
 from awq2marlin.errors import EXIT_DONE, EXIT_INTERRUPTED, EXIT_USAGE
 from awq2marlin.hub.target import PushTarget
 
@@ -177,7 +177,8 @@ def verify(
             metavar="OUTPUT", help="Its conversion, or any other checkpoint: folder or Hub repository, as for SOURCE."
         ),
     ],
-    modules: opt.Modules = "all",
+    modules: opt.Modules = None,
+    layers: opt.Layers = VerifyOptions.layers,
     workers: opt.Workers = None,
     device: opt.Device = None,
     plot: opt.Picture = None,
@@ -188,6 +189,7 @@ def verify(
 
     Exit code 3 if they differ.
     """
+    options = opt.made(VerifyOptions, locals())
     if plot is not None and device is None:
         raise typer.BadParameter("--plot needs --device: there is nothing to plot otherwise")
 
@@ -198,7 +200,7 @@ def verify(
             from awq2marlin.verification.error_plot import check_picture, plot_errors
 
             check_picture(plot)
-        result = verify(source, output, modules=modules, workers=workers, device=device, progress=progress)
+        result = verify(source, output, **vars(options), progress=progress)
         if plot is not None and result.gemm is not None:
             plot_errors(result.gemm, plot)
         return result
@@ -223,7 +225,7 @@ def revert(
         bool,
         typer.Option(
             "--overwrite",
-            help="Restore into an earlier reversion again; refused if a file there is not the one recorded.",
+            help="Complete an earlier reversion: equal files stay as they are, others of the same name are refused.",
         ),
     ] = False,
     low_disk: Annotated[
@@ -295,9 +297,7 @@ def push(
 def inspect(
     path: Annotated[
         str,
-        typer.Argument(
-            metavar="PATH", help="The checkpoint: folder, or Hub repository, org/name[@revision]."
-        ),
+        typer.Argument(metavar="PATH", help="The checkpoint: folder, or Hub repository, org/name[@revision]."),
     ],
     quiet: opt.Quiet = False,
     as_json: opt.Json = False,

@@ -89,13 +89,12 @@ Verify = Annotated[
 Modules = Annotated[
     Any,
     typer.Option(
-        "--modules",
-        "--layers",
         metavar="N|all",
         parser=_number_or("all"),
-        help="Converted modules to compare value for value; everything else is always compared.",
+        help="Converted modules to compare value for value, by default all; everything else is always compared.",
     ),
 ]
+Layers = Annotated[Any, typer.Option(metavar="N|all", parser=_number_or("all"), help="The earlier name of --modules.")]
 Device = Annotated[
     sampling.Device | None,
     typer.Option(help="Also run the compared modules through the Marlin GEMM: on a GPU, or the exact CPU reference."),

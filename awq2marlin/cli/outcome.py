@@ -121,7 +121,7 @@ def _meaning(error: BaseException, command: str) -> tuple[int, Sequence[Problem]
     if isinstance(error, KeyboardInterrupt):
         resumes = "; the same command resumes where it stopped" if command in _RESUMING else ""
         return EXIT_INTERRUPTED, [Problem("", "", "interrupted", f"interrupted{resumes}")]
-    return EXIT_FAILED, [internal_error(error, "the traceback")]
+    return EXIT_FAILED, [internal_error(error, "the traceback", "internal-error")]
 
 
 def _problems_text(error: BaseException, problems: Sequence[Problem]) -> str:

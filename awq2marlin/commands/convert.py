@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from awq2marlin.checkpoint.opening import open_checkpoint
-from awq2marlin.commands.options import ConvertOptions, Verify
+from awq2marlin.commands.options import ConvertOptions, Verify, check_helpers
 from awq2marlin.formats.names import CARD_FILENAME, MANIFEST_FILENAME
 from awq2marlin.formats.registry import target_named
 from awq2marlin.hub.name import parse_source
@@ -157,6 +157,7 @@ def convert(
     options = ConvertOptions(
         unaligned, workers, overwrite, verify, dry_run, device, low_disk, push_to, commit_message, to
     )
+    check_helpers(executor, progress)
     check_device(device)
     target, progress, format = options.target, progress or Silence(), target_named(to)
     started = time.perf_counter()

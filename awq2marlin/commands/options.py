@@ -7,13 +7,15 @@ option is a field here, a line in the command's signature, and what the command 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from concurrent.futures import Executor
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
-from awq2marlin.arguments import ArgumentError, Checked, Count, Workers
+from awq2marlin.arguments import ArgumentError, Checked, Count, Workers, kind_of
 from awq2marlin.hub.target import PushTarget
 from awq2marlin.layout.modules import Unaligned
-from awq2marlin.verification.sampling import Device
+from awq2marlin.progress import Progress
+from awq2marlin.verification.sampling import Device, Modules
 
 #: How many converted modules are compared with the source before the output becomes loadable.
 Verify = Count | Literal["all", "none"]
@@ -113,7 +115,7 @@ class RevertOptions(Checked):
 
     Attributes:
         workers: threads; None for one a processor, at most eight.
-        overwrite: whether files that are those that come back, byte for byte, are replaced; others are refused.
+        overwrite: whether the output may have files already: equal ones stay as they are, others are refused.
         dry_run: whether nothing is written.
         low_disk: whether shards of a repository are removed as soon as they are restored.
     """
@@ -122,6 +124,52 @@ class RevertOptions(Checked):
     overwrite: bool = False
     dry_run: bool = False
     low_disk: bool = False
+
+
+@dataclass(frozen=True)
+class VerifyOptions(Checked):
+    """How `verify` works: all its arguments but those that name folders, and progress.
+
+    Attributes:
+        modules: how many converted modules are compared value for value; None for what ``layers`` says.
+        workers: threads; None for one a processor, at most eight.
+        device: where these modules also run through the Marlin GEMM; None for nowhere.
+        layers: the earlier name of ``modules``.
+    """
+
+    modules: Modules | None = None
+    workers: Workers | None = None
+    device: Device | None = None
+    layers: Modules = "all"
+
+    def __post_init__(self) -> None:
+        """Checks every option, and that they go together.
+
+        Raises:
+            ValueError: naming the option, or the two that do not go together.
+        """
+        super().__post_init__()
+        if self.modules is not None and self.layers != "all":
+            raise ArgumentError("{modules} and {layers} are two names of one argument; give only {modules}")
+
+    @property
+    def count(self) -> Modules:
+        """How many modules are compared, by whichever name it was given."""
+        return self.layers if self.modules is None else self.modules
+
+
+def check_helpers(executor: Executor | None, progress: Progress | None) -> None:
+    """Refuses what cannot do the work, or be told of it, before any work.
+
+    Args:
+        executor: as the caller gave it.
+        progress: as the caller gave it.
+
+    Raises:
+        ArgumentError: naming the argument.
+    """
+    kind_of(Executor | None).check("executor", executor)
+    kind_of(Progress | None).check("progress", progress)
 
 
 def _needs_target(name: str) -> ArgumentError:

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import time
 from collections.abc import Mapping
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 
 from awq2marlin.checkpoint.converted import ConvertedCheckpoint
 from awq2marlin.checkpoint.manifest import Restores
-from awq2marlin.commands.options import RevertOptions
+from awq2marlin.commands.options import RevertOptions, check_helpers
 from awq2marlin.errors import OutputError, Problem, printable
 from awq2marlin.formats.names import CONFIG_FILENAME
 from awq2marlin.hub.name import parse_source
-from awq2marlin.io.digest import FileDigest, digest_of, digest_of_file
+from awq2marlin.io.digest import FileDigest, digest_of, digest_of_file, hexdigest
 from awq2marlin.io.stream import NamedPath
 from awq2marlin.pipeline.journal import read_journal
-from awq2marlin.pipeline.output import refuse_overlap
+from awq2marlin.pipeline.output import as_output_errors, refuse_overlap
 from awq2marlin.pipeline.preflight import default_output, open_source_of_run, refuse_full_disk
 from awq2marlin.pipeline.resume import trusted_shards
 from awq2marlin.pipeline.reversion import plan_reversion, recorded_files
@@ -97,15 +97,15 @@ def revert(
         output: folder to write; by default ``./<name>-reverted``.
         workers: threads; by default as many as there are processors, at most eight. With an executor, threads
             for one shard, by default one.
-        overwrite: replace files of an earlier reversion in ``output``: only those whose size and digest are the ones
-            that the manifest lists, and each only once its successor is complete.
+        overwrite: complete what ``output`` has already: a file that is the one that comes back stays as it is, one of
+            the same name that is not is refused, and what an unfinished run left is removed.
         dry_run: plan only; nothing is written.
         executor: does the shards instead of threads of this process; see `convert`.
         low_disk: of a repository, fetch its shards to a place of our own, and remove each as soon as it is restored.
         progress: told what is being done.
 
     Raises:
-        DifferenceError: if a restored file is not the one recorded; the output has no ``config.json`` then.
+        DifferenceError: if a restored file is not the one recorded; the run writes no ``config.json`` then.
         CheckpointError: if the folder is no sound converted checkpoint.
         HubError: if the Hub or the network refuses.
         OutputError: if the output folder is foreign, in use, full or unwritable.
@@ -113,6 +113,7 @@ def revert(
         ValueError: if an argument is none of its choices.
     """
     RevertOptions(workers, overwrite, dry_run, low_disk)  # which check themselves
+    check_helpers(executor, progress)
     started, progress = time.perf_counter(), progress or Silence()
     root = Path(output) if output is not None else default_output(parse_source(converted), OUTPUT_SUFFIX)
     folder, pinned = open_source_of_run(converted, root, overwrite=overwrite, low_disk=low_disk, progress=progress)
@@ -124,45 +125,71 @@ def revert(
         progress.note("an engine saved this checkpoint: the tensors of the original come back, not its files")
     result = _planned(source, transfer, root)
     if not dry_run:
-        owned = partial(_owned_files, root, recorded_files(source, transfer) if overwrite else None)
+        kept = _kept_files(root, transfer, recorded_files(source, transfer), overwrite, progress)
+        transfer = transfer.keeping(kept.keys())
         work = Work(progress, workers, executor, low_disk, with_sha256=True)
-        with open_sink(transfer, root, owned, pinned, in_place=True) as sink:
+        with open_sink(transfer, root, lambda: [] if overwrite else None, pinned) as sink:
             trusted = trusted_shards(transfer, sink, work)
             refuse_full_disk(transfer, sink, work)
-            files = {**trusted, **run(transfer, sink, work), CONFIG_FILENAME: digest_of(transfer.config, sha256=True)}
+            made = run(transfer, sink, work)
             sink.commit(transfer.config)
+        files = {CONFIG_FILENAME: digest_of(transfer.config, sha256=True), **kept, **trusted, **made}
         result = replace(result, dry_run=False, resumed=tuple(trusted), files=_restored(files))
     return replace(result, seconds=time.perf_counter() - started)
 
 
-def _owned_files(root: Path, recorded: Mapping[str, FileDigest] | None) -> list[str] | None:
-    """Returns the files that ``--overwrite`` may replace in ``root``, or None if it is not to be touched.
+def _kept_files(
+    root: Path, transfer: Transfer, recorded: Mapping[str, FileDigest], overwrite: bool, progress: Progress
+) -> dict[str, FileDigest]:
+    """Returns the files of ``root`` that are not ours and stay as they are: each is the one that comes back.
 
-    A reverted folder bears no mark of ours. So a file is only replaced by one that is its equal, and whatever has the
-    name of a file that comes back and is none is refused: it may be somebody's original.
+    A reverted folder bears no mark of ours, so it may be somebody's original. Only what a journal names is ours.
+
+    Args:
+        root: the output folder.
+        transfer: what comes back.
+        recorded: what the files that come back are known by, as far as that was recorded.
+        overwrite: whether to look at all; else only a run that goes on does.
+        progress: told what is being compared.
 
     Raises:
         OutputError: if a file has the name of one that comes back, and is another.
     """
-    if recorded is None:
-        return None
-    unfinished = read_journal(root)
-    done = {*unfinished.finished} if unfinished else set()
-    for name, file in recorded.items():
-        path = root / name
-        if name in done or not os.path.lexists(path):
-            continue
-        if not path.is_file() or path.stat().st_size != file.size or not _is_file(path, file):
-            message = (
-                f"it holds a file {printable(name)} that is not the one that comes back, so it is not replaced; choose "
-                "another folder"
-            )
-            raise OutputError(Problem(str(root), "", "not-empty", message))
-    return [*recorded]
+    with as_output_errors(root):
+        journal = read_journal(root)
+        if not overwrite and (journal is None or journal.plan != transfer.digest):
+            return {}
+        ours = {*journal.names} if journal else set()
+        present = [name for name in transfer.names if name not in ours and os.path.lexists(root / name)]
+        if not present:
+            return {}
+        for name in present:
+            path = root / name
+            if name not in recorded or not path.is_file() or path.stat().st_size != recorded[name].size:
+                raise _another(root, name)
+        progress.start("compare", sum(recorded[name].size for name in present))
+        kept = {name: _compared(root, name, recorded[name], progress) for name in present}
+        progress.finish()
+    return kept
 
 
-def _is_file(path: Path, file: FileDigest) -> bool:
-    return file.is_of(digest_of_file(NamedPath(path.resolve(), path.name)))
+def _compared(root: Path, name: str, recorded: FileDigest, progress: Progress) -> FileDigest:
+    """Returns what a file is known by, once that is what was recorded."""
+    sha256 = hashlib.sha256()
+    found = digest_of_file(NamedPath((root / name).resolve(), name), [sha256])
+    found = replace(found, sha256=hexdigest(sha256))
+    if not recorded.is_of(found):
+        raise _another(root, name)
+    progress.advance(found.size)
+    return found
+
+
+def _another(root: Path, name: str) -> OutputError:
+    message = (
+        f"it holds a file {printable(name)} that is not the one that comes back, so it is not replaced; choose "
+        "another folder"
+    )
+    return OutputError(Problem(str(root), "", "not-empty", message))
 
 
 def _planned(source: ConvertedCheckpoint, transfer: Transfer, root: Path) -> RevertResult:

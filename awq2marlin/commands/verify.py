@@ -18,6 +18,7 @@ from awq2marlin.checkpoint.manifest import Manifest, read_manifest
 from awq2marlin.checkpoint.opening import Checkpoint, open_checkpoint
 from awq2marlin.checkpoint.pairing import pair
 from awq2marlin.checkpoint.source import SourceCheckpoint
+from awq2marlin.commands.options import VerifyOptions, check_helpers
 from awq2marlin.errors import CheckpointError, DifferenceError, difference, printable
 from awq2marlin.formats.registry import MARLIN_NATIVE
 from awq2marlin.hub.repository import open_source
@@ -32,7 +33,7 @@ from awq2marlin.verification.checkpoints import compare_checkpoints
 from awq2marlin.verification.differences import Differences
 from awq2marlin.verification.headers import compare_configs, compare_headers, compare_side_files
 from awq2marlin.verification.numbers import Side
-from awq2marlin.verification.sampling import Device, Modules, check_device, chosen_count, sample_modules
+from awq2marlin.verification.sampling import Device, Modules, check_device, sample_modules
 from awq2marlin.verification.values import Comparison, Job, run_gemm, run_jobs
 
 if TYPE_CHECKING:
@@ -131,7 +132,8 @@ def verify(
         layers: the earlier name of ``modules``.
 
     Raises:
-        ValueError: if an argument is none of its choices, or ``device`` is given and there is nothing to run.
+        ValueError: if an argument is none of its choices, ``modules`` is given by both its names, or ``device`` is given
+            and there is nothing to run.
         DifferenceError: of a conversion, naming the first difference: file, tensor, row, column, expected and found.
             Of two checkpoints, naming the first place in every module, tensor and file that differs; its ``result``
             has the counts.
@@ -139,7 +141,8 @@ def verify(
         UnavailableError: if the machine lacks what ``device`` needs.
         OSError: if reading fails.
     """
-    count = chosen_count(modules, layers)
+    count = VerifyOptions(modules, workers, device, layers).count
+    check_helpers(None, progress)
     check_device(device)
     started = time.perf_counter()
     progress = progress or Silence()

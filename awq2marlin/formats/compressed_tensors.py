@@ -1,10 +1,10 @@
 """compressed-tensors checkpoints of the format "pack-quantized", as llm-compressor writes them.
 
-A module lies the other way round than in AWQ: ``weight_packed`` int32 [N, ceil(K/f)] holds f codes of one column a word,
-along K; ``weight_scale`` [N, G]; ``weight_zero_point``, where the checkpoint is asymmetric, int32 [ceil(N/f), G], packed
-along N. Fields are q and z as they stand: the library adds 2^(b-1) to its signed values. ``weight_shape`` int64 [2] is
-(N, K). Before April 2025 zero points were int8 [N, G], signed. Source: compressed-tensors 0.20,
-``compressors/pack_quantized/base.py``.
+A module lies the other way round than in AWQ; docs/marlin-native.md has the tensors in a table and a picture:
+``weight_packed`` int32 [N, ceil(K/f)] holds f codes of one column a word, along K; ``weight_scale`` [N, G];
+``weight_zero_point``, where the checkpoint is asymmetric, int32 [ceil(N/f), G], packed along N, before April 2025 int8
+[N, G], signed; ``weight_shape`` int64 [2] is (N, K). Fields are q and z as they stand: the library adds 2^(b-1) to its
+signed values. Source: compressed-tensors 0.20, ``compressors/pack_quantized/base.py``.
 """
 
 from __future__ import annotations

@@ -92,8 +92,8 @@ class Journal:
 
     Attributes:
         plan: digest of the plan it follows.
-        names: every file that the run may leave in the folder, and those of an earlier conversion that it
-            replaces: all that it may remove.
+        names: every file that the run writes, and those of an earlier conversion that it replaces: all that it may
+            remove. A file that was there before and is not ours is never among them.
         finished: the shards that are complete.
         pinned: the source, if it is one of the Hub.
         pull_request: the pull request that the run opened, if it did.

@@ -221,11 +221,18 @@ class OutputFolder:
         (partial or self.partial(name)).replace(final)
 
     def commit(self, config: bytes) -> None:
-        """Writes ``config.json``, the mark of a whole checkpoint, once all else is durable."""
+        """Makes all files durable, then writes ``config.json``, the mark of a whole checkpoint.
+
+        A folder that has its ``config.json`` already keeps it.
+
+        Args:
+            config: its bytes.
+        """
         for folder in {self.final(name).parent for name in self._names}:
             self._sync_up(folder)
-        self.write(CONFIG_FILENAME, config)
-        sync_folder(self.root)
+        if CONFIG_FILENAME in self._names:
+            self.write(CONFIG_FILENAME, config)
+            sync_folder(self.root)
 
 
 @contextmanager
@@ -236,7 +243,6 @@ def claim(
     *,
     owned: Owned = lambda: None,
     pinned: Pinned | None = None,
-    in_place: bool = False,
 ) -> Iterator[OutputFolder]:
     """Claims an output folder for one run, new or resumed.
 
@@ -246,12 +252,10 @@ def claim(
     Args:
         root: the folder; created if needed.
         plan: digest of the plan; a journal of another plan is refused.
-        names: every file that the run will leave in the folder.
+        names: every file that the run will write.
         owned: asked when nobody else can change the folder: with ``--overwrite``, what may be removed first: the
             files that the folder's own manifest names. None refuses a folder that is not empty or this run's own.
         pinned: what `Journal.pinned` remembers for a later run.
-        in_place: whether files that may be removed stay until others take their names: then the folder never lacks
-            what it had.
 
     Yields:
         The folder, locked until the context ends.
@@ -268,7 +272,7 @@ def claim(
     try:
         with _locked(root):
             removable = owned()
-            journal = _open_journal(root, plan, names, removable, pinned, in_place)
+            journal = _open_journal(root, plan, names, removable, pinned)
             with _journal_kept_while_needed(root, created):
                 yield OutputFolder(root, names, journal, may_replace=removable is not None)
     except BaseException:
@@ -370,12 +374,11 @@ def _open_journal(
     names: Sequence[str],
     owned: Iterable[str] | None,
     pinned: Pinned | None,
-    in_place: bool,
 ) -> Journal:
     """Returns the journal of this plan, found or begun, and removes what is not finished.
 
     The journal names all that is going to be removed before anything is, so that a run killed on the way has
-    lost track of nothing.
+    lost track of nothing. It never names a file that was there before and is not ours.
     """
     journal = read_journal(root)
     if journal is None:
@@ -388,14 +391,16 @@ def _open_journal(
             f"another version; finish that one, {_START_ANEW}",
         )
     _remove_leftovers(root / WORK_DIRECTORY)
+    ours = {*(owned or ()), *(journal.names if journal else ())}
+    _refuse_clashes(root, names, ours)
     if journal is None or journal.plan != plan:
-        ours = {*(owned or ()), *(journal.names if journal else ())}
-        _refuse_clashes(root, names, ours)
         journal = Journal(plan, sorted({*names, *ours}), pinned=pinned)
         write_journal(root / WORK_DIRECTORY, journal)
         sync_folder(root)
-    if not in_place:
-        _remove(root, {*journal.names} - {*journal.finished})
+    elif not ours.issuperset(names):
+        journal.names = sorted({*names, *ours})
+        write_journal(root / WORK_DIRECTORY, journal)
+    _remove(root, {*journal.names} - {*journal.finished})
     return journal
 
 

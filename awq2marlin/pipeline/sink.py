@@ -79,8 +79,6 @@ def open_sink(
     owned: Owned,
     pinned: Pinned | None,
     relay: Callable[[OutputFolder], Relay] | None = None,
-    *,
-    in_place: bool = False,
 ) -> Iterator[Sink]:
     """Claims the output folder for a transfer; see `output.claim`.
 
@@ -90,13 +88,12 @@ def open_sink(
         owned: which files of it may be removed.
         pinned: what a later run has to know of the source.
         relay: makes what passes finished files on to the Hub; None if they stay.
-        in_place: whether files that may be removed stay until others take their names.
 
     Yields:
         Where finished files go.
     """
     with as_output_errors(root):
-        with claim(root, transfer.digest, transfer.names, owned=owned, pinned=pinned, in_place=in_place) as out:
+        with claim(root, transfer.digest, transfer.names, owned=owned, pinned=pinned) as out:
             if relay is None:
                 yield Stay(out)
             else:

@@ -6,8 +6,8 @@ it (`pipeline.run`) knows neither formats nor directions.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Set
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from awq2marlin.checkpoint.counterparts import Row
@@ -77,6 +77,7 @@ class Transfer:
         config: bytes of ``config.json``, which comes last.
         digest: of everything that decides the output's bytes; a journal of another is refused.
         expected: what shards must be, by name; empty where nobody knows it yet.
+        kept: names of files that its output has already; see `keeping`.
     """
 
     verb: Literal["convert", "revert"]
@@ -88,12 +89,27 @@ class Transfer:
     config: bytes
     digest: str
     expected: Mapping[str, Expected] = field(default_factory=dict)
+    kept: Set[str] = frozenset()
 
     @property
     def names(self) -> list[str]:
-        """Every file that the run leaves in its output, sorted."""
+        """Every file that the run writes, sorted."""
         shards = [shard.name for shard in self.shards]
-        return sorted([*shards, *self.carried, *self.texts, *self.later, CONFIG_FILENAME])
+        return sorted({*shards, *self.carried, *self.texts, *self.later, CONFIG_FILENAME} - self.kept)
+
+    def keeping(self, names: Set[str]) -> Transfer:
+        """Returns what is left to do where the output has some of the files already: nobody writes or removes them.
+
+        Args:
+            names: of these files; ``config.json`` may be one of them.
+        """
+        return replace(
+            self,
+            shards=tuple(shard for shard in self.shards if shard.name not in names),
+            carried={name: file for name, file in self.carried.items() if name not in names},
+            texts={name: data for name, data in self.texts.items() if name not in names},
+            kept=names,
+        )
 
 
 def spans_of(rows: Iterable[Row]) -> tuple[Span, ...]:

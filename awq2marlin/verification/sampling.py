@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
-from awq2marlin.arguments import ArgumentError, Count, kind_of
+from awq2marlin.arguments import Count, kind_of
 
 if TYPE_CHECKING:
     from awq2marlin.layout.modules import ModulePlan
@@ -35,23 +35,6 @@ def check_device(device: Device | None) -> None:
         from awq2marlin.gemm.check import pick_device  # brings torch along
 
         pick_device(device)
-
-
-def chosen_count(modules: Modules | None, layers: Modules) -> Modules:
-    """Returns how many modules the caller wants to look at.
-
-    Args:
-        modules: as the caller gave it; None if it was not given.
-        layers: the same, by its earlier name; ``"all"`` if it was not given.
-
-    Raises:
-        ValueError: if it is neither a number from 0 nor ``"all"``, or given twice.
-    """
-    if modules is not None and layers != "all":
-        raise ArgumentError("{modules} and {layers} are two names of one argument; give only {modules}")
-    name, value = ("layers", layers) if modules is None else ("modules", modules)
-    kind_of(Modules).check(name, value)
-    return value
 
 
 def sample_modules(modules: Sequence[ModulePlan], layers: Layers) -> list[ModulePlan]:

@@ -391,7 +391,7 @@ def test_a_defect_in_one_item_stops_no_other_and_is_told(models, tmp_path, monke
     result = convert_many(models.sources[:3], jobs=2)
     assert [item.status for item in result.items] == ["done", "failed", "done"]
     (problem,) = result.items[1].errors
-    assert problem.code == "internal-error"
+    assert problem.code == "unexpected-error"  # as in records of version 0.1
     assert "ZeroDivisionError: a defect" in problem.message
 
 

@@ -91,7 +91,7 @@ def start(*arguments: object, **options: Any) -> subprocess.Popen[bytes]:
 
 OPTIONS = {
     "convert": "--dry-run --unaligned keep|pad|error --workers --overwrite --quiet --json --verify N|all|none SOURCE",
-    "verify": "--modules --layers N|all --workers --quiet --json SOURCE OUTPUT",
+    "verify": "--modules N|all --layers N|all --workers --quiet --json SOURCE OUTPUT",
     "revert": "--dry-run --overwrite --low-disk --dask --workers --quiet --json CONVERTED OUTPUT",
     "inspect": "--quiet --json PATH",
     "demo": "--quiet --json FOLDER",
@@ -399,6 +399,7 @@ USAGE = [
     ("push a b/c --create-pr --revision x", "push", "a pull request is opened on main; drop --revision"),
     ("verify a b --plot x.png", "verify", "--plot needs --device: there is nothing to plot otherwise"),
     ("verify a b --modules none", "verify", "'none' is neither a number nor 'all'"),
+    ("verify a b --modules 3 --layers 2", "verify", "--modules and --layers are two names of one argument"),
     ("verify a", "verify", "Missing argument 'OUTPUT'"),
     ("verify a b --layers none", "verify", "'none' is neither a number nor 'all'"),
     ("revert", "revert", "Missing argument 'CONVERTED'"),

@@ -13,9 +13,9 @@ from typing import Annotated, Any, Literal
 import pytest
 
 import awq2marlin
-from awq2marlin import PushTarget, convert, revert, verify
+from awq2marlin import PushTarget, convert, convert_many, revert, verify
 from awq2marlin.arguments import ArgumentError, Checked, kind_of
-from awq2marlin.commands.options import TARGET_OPTIONS, ConvertOptions, RevertOptions, Unaligned
+from awq2marlin.commands.options import TARGET_OPTIONS, ConvertOptions, RevertOptions, Unaligned, VerifyOptions
 from awq2marlin.pipeline import plan
 
 SOURCE = "; a revision of the source is written behind its name: org/name@REVISION"
@@ -95,8 +95,9 @@ def test_options_of_the_target_make_one() -> None:
     [
         (convert, ConvertOptions, {"source", "output", "executor", "progress"}),
         (revert, RevertOptions, {"converted", "output", "executor", "progress"}),
+        (verify, VerifyOptions, {"source", "output", "progress"}),
     ],
-    ids=["convert", "revert"],
+    ids=["convert", "revert", "verify"],
 )
 def test_a_function_takes_its_options_with_their_defaults(function: Any, options: type, others: set[str]) -> None:
     parameters = {
@@ -123,6 +124,36 @@ def test_verify_takes_the_number_of_modules_by_either_name(tmp_path: Path) -> No
     for name in ("modules", "layers"):
         with pytest.raises(ValueError, match=f"{name} must be a number from 0 or 'all', found 'none'"):
             verify(tmp_path, tmp_path, **{name: "none"})
+
+
+@pytest.mark.parametrize("name", ["modules", "workers", "device", "layers"])
+def test_options_of_verify_check_themselves_too(tmp_path: Path, name: str) -> None:
+    for value in ("a", 1.5, True):
+        for make in (VerifyOptions, lambda **given: verify(tmp_path, tmp_path, **given)):
+            with pytest.raises(ValueError, match=f"^{name} must be "):
+                make(**{name: value})
+
+
+@pytest.mark.parametrize("name", ["jobs", "workers", "retry_failed", "dry_run", "executor", "progress"])
+def test_options_of_a_batch_are_checked_too(tmp_path: Path, name: str) -> None:
+    for value in (0, "a", 1.5):
+        with pytest.raises(ValueError, match=f"^{name} must be "):
+            convert_many([tmp_path], **{name: value})
+
+
+@pytest.mark.parametrize(
+    ("function", "name", "needed"),
+    [
+        (convert, "executor", "an Executor"),
+        (convert, "progress", "a Progress"),
+        (revert, "executor", "an Executor"),
+        (revert, "progress", "a Progress"),
+        (verify, "progress", "a Progress"),
+    ],
+)
+def test_what_is_no_executor_or_progress_is_refused(function: Any, name: str, needed: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"^{name} must be {needed}, found 3$"):
+        function(tmp_path, tmp_path / "out", **{name: 3})
 
 
 def test_a_type_says_what_an_argument_may_be() -> None:

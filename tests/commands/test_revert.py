@@ -1,5 +1,6 @@
 """`revert` has what `convert` has: a dry run, a default output, an executor, and an overwrite that erases nothing."""
 
+import json
 import os
 import shutil
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
@@ -9,10 +10,25 @@ import pytest
 
 from awq2marlin import OutputError, convert, revert
 from awq2marlin.pipeline import run as pipeline
+from awq2marlin.pipeline.output import OutputFolder
 from awq2marlin.pipeline.shard import rewrite_shard
-from tests.faults.helpers import WORK, contents, digests, finished_shards, make_source
+from awq2marlin.progress import Silence
+from tests.faults.helpers import MANIFEST, WORK, contents, digests, finished_shards, make_source
 
-SHARD = "model-00001-of-00002.safetensors"
+SHARD, OTHER_SHARD = "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"
+
+
+class Recording(Silence):
+    """Keeps, for every stage, its length and how much was done."""
+
+    def __init__(self):
+        self.stages = {}
+
+    def start(self, what, total):
+        self.stages[what] = self._stage = [total, 0]
+
+    def advance(self, count):
+        self._stage[1] += count
 
 
 @pytest.fixture(scope="module")
@@ -108,26 +124,104 @@ def test_a_finished_conversion_is_never_replaced(made, tmp_path):
     assert digests(out) == before
 
 
-def test_an_original_is_whole_at_every_moment_of_an_overwrite_and_after_it_failed(made, original, monkeypatch):
-    """A reverted folder bears no mark of ours, so it may be the user's own: it never lacks what it had."""
-    expected, steps = contents(original), []
-    replace = os.replace
+def states(folder):
+    """Returns what `digests` does, and of every file mode, inode, links and where it leads."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        if not path.is_dir():
+            status = path.lstat()
+            found[path.relative_to(folder).as_posix()] = (
+                path.read_bytes(),
+                status.st_mode,
+                status.st_mtime_ns,
+                status.st_ino,
+                status.st_nlink,
+                path.is_symlink() and path.readlink(),
+            )
+    return found
 
-    def looking(source, target):
-        steps.append(str(target))
-        assert {name: (original / name).read_bytes() for name in expected} == expected
-        if len(steps) == 6:
-            raise OSError(5, "Input/output error")
-        return replace(source, target)
 
-    monkeypatch.setattr(os, "replace", looking)
-    monkeypatch.setattr(type(original), "replace", lambda self, target: looking(self, target))
-    with pytest.raises(OutputError):
-        revert(made / "model-marlin", original, overwrite=True, workers=1)
-    assert {name: data for name, data in contents(original).items() if not name.startswith(WORK)} == expected
-    monkeypatch.undo()
+def stopped(made, folder, monkeypatch, *, after=1):
+    """Reverts into a folder and stops as soon as some shards are finished; returns the names in the journal."""
+    with monkeypatch.context() as patch:
+        left, remember = [None] * after, OutputFolder.remember
+
+        def stopping(out, name, finished):
+            remember(out, name, finished)
+            left.pop()
+            if not left:
+                raise KeyboardInterrupt
+
+        patch.setattr(OutputFolder, "remember", stopping)
+        with pytest.raises(KeyboardInterrupt):
+            revert(made / "model-marlin", folder, overwrite=True, workers=1)
+    return json.loads((folder / WORK / "journal.json").read_text())["names"]
+
+
+def test_what_is_there_already_and_equal_stays_as_it_is(made, original, tmp_path):
+    (original / "config.json").chmod(0o600)
+    os.link(original / SHARD, tmp_path / "other name")
+    elsewhere = shutil.copy(original / OTHER_SHARD, tmp_path / "elsewhere")
+    (original / OTHER_SHARD).unlink()
+    (original / OTHER_SHARD).symlink_to(elsewhere)
+    before = states(original)
+    progress = Recording()
+    result = revert(made / "model-marlin", original, overwrite=True, progress=progress)
+    assert states(original) == before
+    assert result.files == revert(made / "model-marlin", tmp_path / "alone").files
+    assert progress.stages["compare"] == [result.bytes, result.bytes]
+
+
+def test_the_journal_names_only_what_is_new(made, original, monkeypatch):
+    expected = contents(original)
+    for name in (SHARD, "code/deep/modeling.py"):
+        (original / name).unlink()
+    before = states(original)
+    assert stopped(made, original, monkeypatch) == ["code/deep/modeling.py", SHARD]
+    found = states(original)
+    assert {name: found[name] for name in before} == before
+    (original / OTHER_SHARD).unlink()  # which the next run has to make too
     revert(made / "model-marlin", original)  # goes on, also where that is not said again
     assert contents(original) == expected
+
+
+def test_a_stopped_overwrite_gives_no_later_run_a_file_of_the_user(made, original, tmp_path, monkeypatch):
+    make_source(tmp_path / "other", seed=1)
+    convert(tmp_path / "other", tmp_path / "other-marlin")
+    (original / SHARD).unlink()
+    stopped(made, original, monkeypatch)
+    before = states(original)
+    with pytest.raises(OutputError, match="which is not ours"):
+        convert(tmp_path / "other", original, overwrite=True)
+    with pytest.raises(OutputError, match="not the one that comes back"):
+        revert(tmp_path / "other-marlin", original, overwrite=True)
+    assert states(original) == before
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_what_the_user_edits_after_a_stopped_overwrite_is_not_replaced(made, original, monkeypatch, overwrite):
+    (original / SHARD).unlink()
+    stopped(made, original, monkeypatch)
+    config = original / "config.json"
+    config.write_bytes(config.read_bytes() + b"\n")
+    before = states(original)
+    with pytest.raises(OutputError, match="not the one that comes back"):
+        revert(made / "model-marlin", original, overwrite=overwrite)
+    assert states(original) == before
+
+
+def test_nothing_is_left_of_an_unfinished_conversion(made, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(OutputFolder, "commit", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            convert(made / "model-awq", out)
+    assert {"README.md", MANIFEST} <= contents(out).keys()
+    with pytest.raises(OutputError, match="unfinished conversion of another source"):
+        revert(made / "model-marlin", out)
+    revert(made / "model-marlin", out, overwrite=True)
+    assert contents(out) == contents(made / "model-awq")
+    convert(out, tmp_path / "again")
 
 
 def test_a_stopped_run_goes_on_with_what_it_had_and_says_so(made, tmp_path, monkeypatch):

@@ -415,6 +415,7 @@ def test_a_file_that_the_manifest_names_must_be_there(marlin, refused) -> None:
         ('{"a": 1, "a": 2}', "duplicate-key", "'a'"),
         ("[]", "bad-manifest", "says nothing of a quantization"),
         ("{}", "bad-manifest", "says nothing of a quantization"),
+        ('{"quantization_config": 3}', "bad-config", "must hold a JSON object, found int"),
         ('{"quantization_config": {"quant_method": "gptq"}}', "foreign-format", "GPTQ"),
         ('{"quantization_config": {"quant_method": "marlin_native"}}', "bad-manifest", "no conversion reads"),
     ],
