@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="awq2marlin",
-    help="Convert quantized checkpoints to the Marlin layout, offline: streamed, verified, and reversible byte for byte.",
+    help="Convert quantized checkpoints to the Marlin layout: offline, streamed, verified, reversible byte for byte.",
     epilog="Exit codes: 0 done, 1 failed or refused, 2 usage, 3 a difference was found, 130 interrupted.",
     add_completion=False,
     rich_markup_mode=None,  # which would take [@revision] for markup, and hide it
@@ -83,7 +83,10 @@ def convert(
     quiet: opt.Quiet = False,
     as_json: opt.Json = False,
 ) -> None:
-    """Convert an AWQ or compressed-tensors checkpoint to a Marlin-native one, or between any two of these. If interrupted, run it again to continue."""
+    """Convert an AWQ or compressed-tensors checkpoint to a Marlin-native one, or between any two of these.
+
+    If interrupted, run it again to continue.
+    """
     options = opt.made(ConvertOptions, locals())
 
     def work(progress: Progress | None) -> Any:

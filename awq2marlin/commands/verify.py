@@ -132,8 +132,8 @@ def verify(
         layers: the earlier name of ``modules``.
 
     Raises:
-        ValueError: if an argument is none of its choices, ``modules`` is given by both its names, or ``device`` is given
-            and there is nothing to run.
+        ValueError: if an argument is none of its choices, ``modules`` is given by both its names, or ``device`` is
+            given and there is nothing to run.
         DifferenceError: of a conversion, naming the first difference: file, tensor, row, column, expected and found.
             Of two checkpoints, naming the first place in every module, tensor and file that differs; its ``result``
             has the counts.

@@ -74,7 +74,7 @@ class AwqGemm(Format):
         return Quantization(scheme, document.get("modules_to_not_convert"), place)
 
     def write_config(self, quantization: Quantization) -> dict[str, Any]:
-        """Returns the config as AutoAWQ writes it; vLLM asks for ``lm_head`` where the output embedding is quantized."""
+        """Returns the config as AutoAWQ writes it; ``lm_head`` tells vLLM of a quantized output embedding."""
         has_head = any(name.rpartition(".")[2] == "lm_head" for name in quantization.quantized_modules)
         return {
             "quant_method": "awq",
