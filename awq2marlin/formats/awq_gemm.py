@@ -45,10 +45,16 @@ class AwqGemm(Format):
         """Returns the plain commands, and which engines take these bits."""
         if scheme.bits != 4:
             return (
-                "vLLM and SGLang take AWQ checkpoints of 4 bits only, so they refuse this one. For them, take the "
-                "compressed-tensors or the Marlin-native form of these weights."
+                "vLLM and SGLang take AWQ checkpoints of 4 bits only, so they refuse this one. In compressed-tensors they "
+                "take 8 bits, if all zero points are 128."
             )
-        return f"vLLM and SGLang know the format:\n\n```sh\nvllm serve {place}\n```"
+        commands = f"vLLM and SGLang know the format:\n\n```sh\nvllm serve {place}\n```"
+        if scheme.group_size == -1:
+            commands += (
+                "\n\nOne group spans all of K: vLLM 0.33 cuts such layers over several GPUs by columns only, and loads no "
+                "mixture of experts that has them."
+            )
+        return commands
 
     def target_scheme(self, scheme: Scheme) -> Scheme:
         """Returns the scheme with zero points: engines leave absent ones uninitialised."""

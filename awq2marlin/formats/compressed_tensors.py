@@ -35,6 +35,26 @@ _ODD_K = "K is not a multiple of the values in a word, or the shape is another; 
 _ORDERED = "the rows of the weight are in another order (activation ordering), which is not converted"
 _ASYMMETRIC = "the config says symmetric, but the zero points are others"
 
+_LOADS = """Transformers, after `pip install transformers compressed-tensors`:
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{place}", device_map="auto")
+tokenizer = AutoTokenizer.from_pretrained("{place}")
+```"""
+# It gives packed zero points a wrong size, unless it unpacks the weights at once.
+_LOADS_ZERO_POINTS = """Transformers 5.23, after `pip install transformers compressed-tensors`, loads zero points only of
+dense models, and unpacked:
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer, CompressedTensorsConfig
+
+unpacked = CompressedTensorsConfig(dequantize=True)
+model = AutoModelForCausalLM.from_pretrained("{place}", quantization_config=unpacked, device_map="auto")
+tokenizer = AutoTokenizer.from_pretrained("{place}")
+```"""
+
 _WHAT_TO_DO = "Only weights of 4 or 8 bits in groups or channels are converted; look for such a version of this model"
 
 
@@ -61,16 +81,9 @@ class CompressedTensors(Format):
 
     def loading(self, scheme: Scheme, place: str) -> str:
         """Returns the plain commands, and which engines take these bits."""
-        commands = f"""Transformers, after `pip install transformers compressed-tensors`:
-
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("{place}", device_map="auto")
-tokenizer = AutoTokenizer.from_pretrained("{place}")
-```"""
+        commands = (_LOADS_ZERO_POINTS if scheme.zero_point else _LOADS).format(place=place)
         if scheme.bits == 8 and scheme.zero_point:
-            return f"{commands}\n\nvLLM has no kernel for 8 bits with zero points."
+            return f"{commands}\n\nvLLM has no Marlin kernel for 8 bits with zero points."
         return f"vLLM and SGLang know the format:\n\n```sh\nvllm serve {place}\n```\n\n{commands}"
 
     def claims(self, document: Mapping[str, Any], place: str) -> bool:

@@ -179,7 +179,9 @@ def split_card(text: str) -> tuple[str, str]:
 
 def _own_metadata(plan: Plan, repo_id: str | None) -> dict[str, str | list[str]]:
     """Returns what our front matter says; lists are added to the source's, all else replaces it."""
-    layouts = dict.fromkeys([plan.counterparts.source.layout_name, plan.target.layout_name])
+    layouts = [plan.target.layout_name]
+    if plan.target.is_own:  # engines take other formats for what their tags say
+        layouts.insert(0, plan.counterparts.source.layout_name)
     own: dict[str, str | list[str]] = {
         "base_model_relation": "quantized",
         "library_name": plan.target.library_name,
