@@ -45,14 +45,14 @@ class AwqGemm(Format):
         """Returns the plain commands, and which engines take these bits."""
         if scheme.bits != 4:
             return (
-                "vLLM and SGLang take AWQ checkpoints of 4 bits only, so they refuse this one. In compressed-tensors they "
-                "take 8 bits, if all zero points are 128."
+                "vLLM and SGLang take AWQ checkpoints of 4 bits only, so they refuse this one. "
+                "In compressed-tensors they take 8 bits, if all zero points are 128."
             )
         commands = f"vLLM and SGLang know the format:\n\n```sh\nvllm serve {place}\n```"
         if scheme.group_size == -1:
             commands += (
-                "\n\nOne group spans all of K: vLLM 0.33 cuts such layers over several GPUs by columns only, and loads no "
-                "mixture of experts that has them."
+                "\n\nOne group spans all of K: vLLM 0.33 cuts such layers over several GPUs by columns only, "
+                "and loads no mixture of experts that has them."
             )
         return commands
 

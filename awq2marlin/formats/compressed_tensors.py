@@ -44,8 +44,8 @@ model = AutoModelForCausalLM.from_pretrained("{place}", device_map="auto")
 tokenizer = AutoTokenizer.from_pretrained("{place}")
 ```"""
 # It gives packed zero points a wrong size, unless it unpacks the weights at once.
-_LOADS_ZERO_POINTS = """Transformers 5.23, after `pip install transformers compressed-tensors`, loads zero points only of
-dense models, and unpacked:
+_LOADS_ZERO_POINTS = """Transformers 5.23, after `pip install transformers compressed-tensors`, loads zero points
+only of dense models, and unpacked:
 
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer, CompressedTensorsConfig
