@@ -294,21 +294,30 @@ class Format(ABC):
     def rows_per_row(self, part: str) -> int:
         """Returns how many rows of the plain values one row of a part's tensor holds.
 
-        0 means that rows of the tensor hold no whole ones, as where it is transposed: it is read as a whole.
+        0 means that rows of the tensor hold no whole ones, as where it is transposed: it is read as a whole, and its
+        columns are looked at, see `rows_per_column`.
         """
+
+    def rows_per_column(self, part: str, scheme: Scheme) -> int:  # noqa: ARG002
+        """Returns how many rows of the plain values one column of a part's tensor holds, where its rows hold none.
+
+        0, the default, means that columns hold no whole ones either: `values` then gets all of the tensor.
+        """
+        return 0
 
     @abstractmethod
     def values(self, part: str, rows: npt.NDArray[Any], size_k: int, scheme: Scheme) -> npt.NDArray[Any]:
-        """Returns the plain values that some rows of a part's tensor hold.
+        """Returns the plain values that some rows of a part's tensor hold, or some columns of a transposed one.
 
         Args:
             part: ``qweight``, ``qzeros`` or ``scales``.
-            rows: uint32 [R, words] or, of scales, uint16 [R, N].
+            rows: uint32 [R, words] or, of scales, uint16 [R, N]; of a transposed tensor all rows of some columns.
             size_k: K of the module, padding included.
             scheme: of the checkpoint.
 
         Returns:
-            uint8 [R * rows_per_row, N], or the bits of scales uint16 [R, N].
+            uint8 [R * rows_per_row, N], or the bits of scales uint16 [R, N]. Rows past the last are left out by the
+            caller.
         """
 
     def element_type(self, part: str) -> type[np.generic]:

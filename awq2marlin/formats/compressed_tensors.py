@@ -197,13 +197,17 @@ class CompressedTensors(Format):
         del part
         return 0
 
+    def rows_per_column(self, part: str, scheme: Scheme) -> int:
+        """Returns f for words of codes; words of zero points lie along N."""
+        return scheme.pack_factor if part == "qweight" else 1
+
     def values(self, part: str, rows: npt.NDArray[Any], size_k: int, scheme: Scheme) -> npt.NDArray[Any]:
         """Returns the fields of the words, one after the other, the right way round."""
         if part == "scales":
             return rows.T
         from awq2marlin.layout.reference import split_fields  # a conversion that compares nothing does not need it
 
-        words = rows.astype(np.uint32, copy=False)
+        words = np.ascontiguousarray(rows, np.uint32)
         if part == "qweight":
             return split_fields(words, scheme.bits)[:, :size_k].T
         return split_fields(np.ascontiguousarray(words.T), scheme.bits)

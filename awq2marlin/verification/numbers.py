@@ -6,6 +6,7 @@ hold no whole rows of values is read as a whole. Zero points that a checkpoint d
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -79,7 +80,7 @@ class _Part:
     @classmethod
     def of(cls, side: Side, name: str, part: str) -> _Part:
         module = side.opened.modules[name]
-        rows = PartRows.of(module.layout, side.files, name, part) if part in module.parts else None
+        rows = PartRows.of(module.layout, side.files, name, part, side.scheme) if part in module.parts else None
         return cls(side, module, part, rows)
 
     def count(self, size_k: int) -> int:
@@ -204,7 +205,7 @@ def _bands(parts: tuple[_Part, _Part]) -> Iterator[tuple[int, tuple[Band, Band]]
     stored = [part.rows for part in parts if part.rows is not None]
     band = total
     if all(rows.step for rows in stored):
-        band = max(rows.step for rows in stored)
+        band = math.lcm(*(rows.step for rows in stored))
         band *= max(1, BAND_BYTES // max(1, *(rows.bytes_of(band) for rows in stored)))
     for first in range(0, total, band):
         yield first, (parts[0].read(first, band), parts[1].read(first, band))

@@ -108,6 +108,9 @@ class Toy(Format):
         del part
         return 0  # one row of the tensor holds no whole row: all of it is needed
 
+    def rows_per_column(self, part, scheme):
+        return 1 if part == "scales" else scheme.pack_factor
+
     def values(self, part, rows, size_k, scheme):
         if part == "scales":
             return rows.T
