@@ -62,8 +62,8 @@ ERROR_CODES: Mapping[str, Advice] = {
         "a shard changed between planning and reading", "let nothing write to the source; run the command again"
     ),
     "config": Advice(
-        "`verify`, `push`: the output's config is not the one that the source implies; or two checkpoints have other "
-        "bits or groups; exit code 3",
+        "the output's config is not the one that the source implies; or two checkpoints have other "
+        "bits or groups; exit code 1 or 3",
         "convert again; two checkpoints of other bits or groups hold other numbers",
     ),
     "contradiction": Advice(

@@ -56,8 +56,12 @@ def counterparts_of(
     """
     expected, found = converted.format.target_scheme(quantization.scheme), converted.quantization.scheme
     if found != expected:
-        message = f"it says {found}, but what it was converted from has {expected}; download the checkpoint again"
-        raise refuse("contradiction", message, file=converted.quantization.origin)
+        keys = [key for key in ("bits", "group_size", "zero_point") if getattr(found, key) != getattr(expected, key)]
+        message = (
+            f"quantization_config differs from what the source implies, in {', '.join(keys)}: it says {found}, the "
+            f"source has {expected}; download the checkpoint again"
+        )
+        raise refuse("config", message, file=converted.quantization.origin)
     modules, problems = format.find(index.tensors, quantization, index.shard_of)
     require_modules(modules, problems, quantization)
     fates = {name: _fate(module, quantization.scheme, converted) for name, module in modules.items()}

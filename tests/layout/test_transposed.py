@@ -183,14 +183,19 @@ def test_what_is_not_all_of_the_tensor_is_refused(kind):
 
 
 @pytest.mark.parametrize("bits", [4, 8])
-def test_columns_that_a_wider_layout_has_besides_are_not_written(bits):
-    """On the way back from a padded tensor, whatever stands in its padding."""
+def test_columns_that_a_wider_layout_has_besides_are_zero_and_not_written(bits):
+    """On the way back from a padded tensor."""
     values = np.full((16, 128), (1 << bits) - 1, np.uint8)
+    values[:, 109:] = 0
     for kind in (Codes, ZeroPoints, Signed):
         layout = kind.layout(kind.part, bits, 16, 109)
-        found = filled(layout.size)
-        Repack(PartLayout(kind.part, bits, 16, 128), layout).rewrite(plain(kind, values, bits), found)
+        found, repack = filled(layout.size), Repack(PartLayout(kind.part, bits, 16, 128), layout, "file", "name")
+        repack.rewrite(plain(kind, values, bits), found)
         assert_identical(found, as_bytes(kind.tensor(values[:, :109], bits)), f"{kind.part} of {bits} bits")
+        stray = values.copy()
+        stray[3, 120] = 1
+        with pytest.raises(CheckpointError, match="file: name: its padding is not zero"):
+            repack.rewrite(plain(kind, stray, bits), found)
 
 
 # --- in pieces --------------------------------------------------------------------------------------------
