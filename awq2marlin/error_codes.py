@@ -25,9 +25,9 @@ class Advice(NamedTuple):
 #: By code, in the order of the alphabet.
 ERROR_CODES: Mapping[str, Advice] = {
     "already-converted": Advice(
-        "`convert`: the source is Marlin-native, or holds a `marlin_manifest.json`. `verify`: the first folder is a "
-        "converted one",
-        "pass the AWQ checkpoint; `awq2marlin revert` gives it back",
+        "`convert`: the source is of the format to write. `convert`, `verify`: it holds a `marlin_manifest.json` that "
+        "is no manifest",
+        "pass another checkpoint, or choose another format; remove that file",
     ),
     "bad-batch": Advice(
         "the list of a batch, or an option in it, is wrong", "correct the lines that the messages name"
@@ -62,17 +62,21 @@ ERROR_CODES: Mapping[str, Advice] = {
         "a shard changed between planning and reading", "let nothing write to the source; run the command again"
     ),
     "config": Advice(
-        "`verify`, `push`: the output's config is not the one that the source implies; exit code 3", "convert again"
+        "the output's config is not the one that the source implies; or two checkpoints have other "
+        "bits or groups; exit code 1 or 3",
+        "convert again; two checkpoints of other bits or groups hold other numbers",
     ),
     "contradiction": Advice(
         "config, index, tensors or lists say two different things; exit code 1 or 3",
         "see the message; most often the config is of another checkpoint",
     ),
     "different-bytes": Advice(
-        "a tensor or file that should be unchanged differs; exit code 3", "convert again; if it comes back, report it"
+        "a tensor or file that should be the same differs; exit code 3",
+        "of a conversion: convert again; if it comes back, report it. Of two checkpoints: see what differs",
     ),
     "different-value": Advice(
-        "a weight, zero point or scale differs; exit code 3", "convert again; if it comes back, report it"
+        "a weight, zero point or scale differs; exit code 3",
+        "of a conversion: convert again; if it comes back, report it. Of two checkpoints: see what differs",
     ),
     "disk-full": Advice(
         "the disk or the quota is full, or will be", "free some space and run the same command again; it resumes"
@@ -187,9 +191,7 @@ ERROR_CODES: Mapping[str, Advice] = {
     "no-workers": Advice("`--dask`: the cluster has no workers", "start some"),
     "not-a-file": Advice("something that must be a file is a folder, a pipe or a device", "put the file there"),
     "not-a-folder": Advice("something that must be a folder is a file", "pass a folder"),
-    "not-converted": Advice(
-        "`revert`, `verify`, `push`: this checkpoint is AWQ, not Marlin-native", "pass the converted checkpoint"
-    ),
+    "not-converted": Advice("`revert`, `push`: no conversion wrote this checkpoint", "pass the converted checkpoint"),
     "not-empty": Advice(
         "the output folder holds foreign files or a finished conversion",
         "choose another folder, or use `--overwrite` for an earlier conversion",

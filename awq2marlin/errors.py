@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 from awq2marlin.error_codes import ERROR_CODES
 
@@ -47,6 +48,11 @@ def printable(text: str) -> str:
     if len(text) > MAX_NAME_LENGTH:
         text = f"{text[:MAX_NAME_LENGTH]}… ({len(text)} characters)"
     return _escaped(text)
+
+
+def article(noun: str) -> str:
+    """Returns a noun behind its indefinite article."""
+    return f"{'an' if noun[0] in 'AEIOU' else 'a'} {noun}"
 
 
 def _escaped(text: str) -> str:
@@ -154,9 +160,18 @@ class KernelUnavailableError(UnavailableError, RuntimeError):
 
 
 class DifferenceError(Awq2MarlinError):
-    """A comparison found a difference."""
+    """A comparison found a difference.
+
+    Attributes:
+        result: where the comparison went on to the end, what it looked at and found: a `VerifyResult`; else None.
+    """
 
     exit_code = EXIT_DIFFERENCE
+
+    def __init__(self, problems: Problem | Iterable[Problem], result: Any = None) -> None:
+        """Takes one problem or several, and the result of a comparison."""
+        super().__init__(problems)
+        self.result = result
 
 
 def refuse(code: str, message: str, *, file: str = "", tensor: str = "") -> CheckpointError:

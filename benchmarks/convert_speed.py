@@ -2,7 +2,8 @@
 
     python benchmarks/convert_speed.py --ram /dev/shm --disk /var/tmp --out benchmarks/results/convert_speed.json
 
-Makes a checkpoint of Llama-3-8B's shapes, and compares whole processes, start-up included:
+Makes a checkpoint of Llama-3-8B's shapes, of AWQ or (``--kind``) compressed-tensors, and compares whole processes,
+start-up included:
 
 * on a RAM disk: `convert --verify none` against `cp -r`; before each, as much memory is written and freed there,
   because a virtual machine's memory costs several times as much to write when its host has taken it back meanwhile;
@@ -31,10 +32,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from awq2marlin._version import __version__
-from awq2marlin.checkpoint.synthetic import llama_recipe, write_checkpoint
+from awq2marlin.checkpoint.synthetic import CompressedTensorsRecipe, Recipe, llama_recipe, write_checkpoint
 
 #: Hidden, intermediate, key/value and vocabulary sizes of Llama-3-8B.
 LLAMA3_8B = {"hidden": 4096, "intermediate": 14336, "kv_size": 1024, "vocab": 128256}
+
+#: Formats of the source.
+KINDS = {"awq": Recipe, "compressed-tensors": CompressedTensorsRecipe}
 
 _MEASURE = """
 import os, resource, subprocess, sys, time
@@ -142,9 +146,12 @@ def write_limit(place: Path, size: int, runs: int, files: int = 4) -> list[float
     return seconds
 
 
-def make(folder: Path, layers: int, **sizes: int) -> Path:
+def make(folder: Path, layers: int, options: argparse.Namespace, **sizes: int) -> Path:
     """Makes the checkpoint, in four shards."""
-    write_checkpoint(folder, llama_recipe(layers=layers, shards=4, **{**LLAMA3_8B, **sizes}))
+    kind, zeros = KINDS[options.kind], not options.symmetric
+    write_checkpoint(
+        folder, llama_recipe(layers=layers, shards=4, kind=kind, has_qzeros=zeros, **{**LLAMA3_8B, **sizes})
+    )
     return folder
 
 
@@ -174,6 +181,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ram", type=Path, help="a folder on a RAM disk with twice the checkpoint's room")
     parser.add_argument("--disk", type=Path, help="a folder on a disk with twice the checkpoint's room")
+    parser.add_argument("--kind", choices=KINDS, default="awq", help="format of the source")
+    parser.add_argument("--symmetric", action="store_true", help="a source without zero points")
     parser.add_argument("--layers", type=int, default=16, help="layers on the RAM disk")
     parser.add_argument("--disk-layers", type=int, default=16, help="layers on the disk")
     parser.add_argument("--runs", type=int, default=5, help="counted pairs")
@@ -183,11 +192,12 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, help="where to write the figures as JSON")
     options = parser.parse_args()
-    results: dict[str, object] = {"machine": machine()}
+    source_kind = f"{options.kind}, {'symmetric' if options.symmetric else 'with zero points'}"
+    results: dict[str, object] = {"machine": machine(), "source": source_kind}
     for name, place, layers in (("ram", options.ram, options.layers), ("disk", options.disk, options.disk_layers)):
         if place is None:
             continue
-        source = make(place / "awq2marlin-bench-source", layers)
+        source = make(place / "awq2marlin-bench-source", layers, options)
         try:
             size = sum(path.stat().st_size for path in source.iterdir())
             if name == "disk":
@@ -198,16 +208,17 @@ def main() -> None:
         finally:
             shutil.rmtree(source)
     if options.memory:
-        results["memory"] = [peak_memory(options.disk, layers) for layers in (4, 20)]
+        results["memory"] = [peak_memory(options, layers) for layers in (4, 20)]
     print(json.dumps(results, indent=1))
     if options.out:
         options.out.write_text(json.dumps(results, indent=1) + "\n", "utf-8")
 
 
-def peak_memory(place: Path, layers: int) -> dict[str, object]:
+def peak_memory(options: argparse.Namespace, layers: int) -> dict[str, object]:
     """Returns the peak resident memory of converting a checkpoint of so many layers."""
-    source = make(place / "awq2marlin-bench-source", layers, vocab=8192)  # with the embeddings small, layers are size
-    target = place / "awq2marlin-bench-target"
+    source = options.disk / "awq2marlin-bench-source"
+    make(source, layers, options, vocab=8192)  # with the embeddings small, layers are size
+    target = options.disk / "awq2marlin-bench-target"
     try:
         size = sum(path.stat().st_size for path in source.iterdir())
         _, peak = measure([sys.executable, "-m", "awq2marlin", "convert", str(source), str(target), "--quiet"])

@@ -14,6 +14,7 @@ from awq2marlin.batch.file import OPTIONS, BatchItem, check_entries, check_optio
 from awq2marlin.batch.record import ItemResult
 from awq2marlin.commands.options import ABOUT_TARGET, DEFAULT_TO, TARGET_OPTIONS, ConvertOptions
 from awq2marlin.errors import STATUS, BatchError, CheckpointError, Problem, printable
+from awq2marlin.formats.registry import DEFAULT_TARGET, target_named
 from awq2marlin.hub.name import HUB_PREFIX, HubName, parse_source
 from awq2marlin.hub.target import PushTarget
 from awq2marlin.pipeline.preflight import default_output
@@ -137,7 +138,7 @@ def _jobs(items: Iterable[BatchItem], out_dir: Path, of_all: Mapping[str, Any], 
     """Yields the jobs of items; what is wrong with one is added to ``wrong``, and the other items are looked at too."""
     for item in items:
         try:
-            source, output = _places(item, out_dir)
+            source, output = _places(item, out_dir, item.options.get("to", of_all.get("to", DEFAULT_TO)))
         except CheckpointError as error:  # its source cannot be a name
             wrong.append(f"{item.place}: {error}")
             continue
@@ -149,11 +150,11 @@ def _jobs(items: Iterable[BatchItem], out_dir: Path, of_all: Mapping[str, Any], 
         yield Job(item, source, output, options)
 
 
-def _places(item: BatchItem, out_dir: Path) -> tuple[str, Path]:
+def _places(item: BatchItem, out_dir: Path, to: Any) -> tuple[str, Path]:
     """Returns `Job.source` and `Job.output` of an item."""
     name = parse_source(item.source)
     source = HUB_PREFIX + str(name) if isinstance(name, HubName) else os.path.realpath(name)
-    output = item.options.get("output") or _default_output(name)
+    output = item.options.get("output") or _default_output(name, _suffix(to))
     return source, Path(os.path.realpath(out_dir / output))
 
 
@@ -177,12 +178,20 @@ def _options(item: BatchItem, name: str, of_all: Mapping[str, Any]) -> ConvertOp
     return ConvertOptions.of(given)
 
 
-def _default_output(source: Path | HubName) -> Path:
+def _suffix(to: Any) -> str:
+    """Returns what the default name of an output ends with; for a format that is none, of which the options tell."""
+    try:
+        return target_named(to).output_suffix
+    except ArgumentError:
+        return DEFAULT_TARGET.output_suffix
+
+
+def _default_output(source: Path | HubName, suffix: str) -> Path:
     """Returns what `convert` would write; also for a folder that is not there, whose item is going to fail."""
     try:
-        return default_output(source)
+        return default_output(source, suffix)
     except CheckpointError:
-        return Path(f"{Path(os.path.realpath(str(source))).name}-marlin")
+        return Path(Path(os.path.realpath(str(source))).name + suffix)
 
 
 def _clashes(jobs: Sequence[Job]) -> Iterator[str]:

@@ -14,6 +14,9 @@ from awq2marlin.io.source import Source
 #: Parts of a multimodal model's config that may hold the quantization config.
 NESTED_CONFIGS = ("text_config", "llm_config")
 
+#: Under this key compressed-tensors kept the quantization config in 2024.
+OLD_KEY = "compression_config"
+
 
 def read_config(folder: Source) -> dict[str, Any]:
     """Returns the document in ``config.json``.
@@ -48,13 +51,13 @@ def read_quantization(folder: Source, config: Mapping[str, Any]) -> tuple[Format
     if not documents:
         raise refuse(
             "not-quantized",
-            "there is no quantization config: this checkpoint is not quantized. Name an AWQ checkpoint",
+            "there is no quantization config: this checkpoint is not quantized. Name one that is",
             file=CONFIG_FILENAME,
         )
     first, *others = documents
     format = recognise(documents[first], first)
     quantization = format.read_config(documents[first], first)
-    if format.is_source:  # an output has one config, and what stands beside it was carried over
+    if not format.is_own:  # our own has one config, and what stands beside it was carried over
         for place in others:
             _refuse_contradiction(format, quantization, documents[first], documents[place], place)
     return format, quantization
@@ -78,8 +81,9 @@ def quantization_documents(config: Mapping[str, Any], legacy: Mapping[str, Any])
         if isinstance(inner, dict) and inner.get("quantization_config") is not None:
             places[f"{CONFIG_FILENAME} ({nested})"] = inner["quantization_config"]
     places |= legacy
-    if "compression_config" in config:  # under this name an old compressed-tensors kept it
-        places.setdefault(CONFIG_FILENAME, {"quant_method": "compressed-tensors"})
+    if config.get(OLD_KEY) is not None:
+        place = f"{CONFIG_FILENAME} ({OLD_KEY})"
+        places[place] = {**_object(config[OLD_KEY], place), "quant_method": "compressed-tensors"}
     return {place: _object(document, place) for place, document in places.items()}
 
 
@@ -115,6 +119,8 @@ def without_quantization(config: Mapping[str, Any], replacement: Mapping[str, An
         if key == "quantization_config":
             if replacement is not None:
                 result[key] = dict(replacement)
+        elif key == OLD_KEY:
+            continue
         elif key in NESTED_CONFIGS and isinstance(value, dict):
             result[key] = {inner: item for inner, item in value.items() if inner != "quantization_config"}
         else:

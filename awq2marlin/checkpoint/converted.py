@@ -6,22 +6,23 @@ No engine checks that a quantized checkpoint is complete: a tensor that is missi
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from awq2marlin.checkpoint.config import quantization_documents
 from awq2marlin.checkpoint.counterparts import Counterparts
 from awq2marlin.checkpoint.manifest import Manifest, read_manifest
 from awq2marlin.checkpoint.opening import Checkpoint, open_checkpoint
-from awq2marlin.checkpoint.pairing import pair
+from awq2marlin.checkpoint.pairing import counterparts_of, expected_tensors, pair
 from awq2marlin.errors import CheckpointError, Problem, refuse
-from awq2marlin.formats.base import Format, Quantization, find_modules
+from awq2marlin.formats.base import Format, Quantization
 from awq2marlin.formats.names import CONFIG_FILENAME, LEGACY_CONFIG_FILENAMES, MANIFEST_FILENAME
-from awq2marlin.formats.registry import KEPT, recognise
+from awq2marlin.formats.registry import recognise
+from awq2marlin.io.digest import digest_of
 from awq2marlin.io.safetensors import TensorIndex, TensorInfo
 from awq2marlin.io.source import Source
 from awq2marlin.io.strict_json import parse_json
-from awq2marlin.layout.modules import ModulePlan, module_name
+from awq2marlin.layout.modules import ModulePlan
 
 
 @dataclass(frozen=True)
@@ -58,9 +59,8 @@ class ConvertedCheckpoint:
     @classmethod
     def of(cls, checkpoint: Checkpoint, manifest: Manifest) -> ConvertedCheckpoint:
         """Pairs a converted checkpoint with the headers in its manifest; raises as `open`."""
-        source = TensorIndex({name: shard.source_header for name, shard in manifest.shards.items()})
-        quantization = Quantization(checkpoint.quantization.scheme, origin=MANIFEST_FILENAME)
-        counterparts = pair(source, _source_format(manifest), quantization, checkpoint)
+        source = _source_index(manifest)
+        counterparts = pair(source, *_source_format(manifest, source, checkpoint.format), checkpoint)
         return cls(checkpoint, manifest, source, counterparts)
 
 
@@ -79,8 +79,82 @@ def require_converted(checkpoint: Checkpoint, otherwise: str, file: str = CONFIG
         raise refuse("not-converted", otherwise, file=file)
 
 
-def _source_format(manifest: Manifest) -> Format:
-    """Returns the format of a source by the texts of its configs that the manifest keeps."""
+def _source_index(manifest: Manifest) -> TensorIndex:
+    return TensorIndex({name: shard.source_header for name, shard in manifest.shards.items()})
+
+
+def is_source_of(checkpoint: Checkpoint, manifest: Manifest) -> bool:
+    """Returns whether a manifest speaks of a checkpoint, or of a damaged copy of it; contents are not looked at.
+
+    Asked are the tensors that hold quantized modules in the checkpoint's format. At least half of them, counted where
+    there are fewer, must be in both, and each of these must have the same type and shape and lie in the file of the
+    same name. The config must be that of the source, or say the same of the quantization. A manifest that does not
+    know the source's files is asked for tensors and shapes only.
+
+    Args:
+        checkpoint: what may be the source.
+        manifest: of a converted checkpoint.
+    """
+    recorded, suffixes = _source_index(manifest), {*checkpoint.format.suffixes.values()}
+    known, there = (
+        {name for name in tensors if name.rpartition(".")[2] in suffixes}
+        for tensors in (recorded.tensors, checkpoint.tensors)
+    )
+    shared = known & there
+    if 2 * len(shared) < max(1, min(len(known), len(there))):
+        return False
+    if any(recorded.tensors[name].shape != checkpoint.tensors[name].shape for name in shared):
+        return False
+    if manifest.restores == "tensors":
+        return True
+    same_files = all(
+        recorded.shard_of[name] == checkpoint.shard_of[name]
+        and recorded.tensors[name].dtype == checkpoint.tensors[name].dtype
+        for name in shared
+    )
+    return same_files and _is_config_of(checkpoint, manifest, recorded)
+
+
+def _is_config_of(checkpoint: Checkpoint, manifest: Manifest, recorded: TensorIndex) -> bool:
+    """Returns whether a manifest knows a checkpoint's very config, or one that says the same of the quantization."""
+    digest = manifest.text_digests.get(CONFIG_FILENAME)
+    if digest is not None and digest.is_of(digest_of(checkpoint.folder.read(CONFIG_FILENAME))):
+        return True
+    try:
+        format, quantization = _source_format(manifest, recorded)
+    except CheckpointError:
+        return False
+    if format.name != checkpoint.format.name or (MANIFEST_FILENAME in manifest.texts) != checkpoint.has_manifest:
+        return False
+    said = checkpoint.quantization
+    return (quantization.scheme, quantization.modules_to_not_convert) == (said.scheme, said.modules_to_not_convert)
+
+
+def refuse_lost(checkpoint: Checkpoint, manifest: Manifest) -> None:
+    """Refuses a converted checkpoint without a tensor that its manifest knows: an index cut short names none of them.
+
+    Args:
+        checkpoint: the converted one.
+        manifest: its manifest.
+
+    Raises:
+        CheckpointError: naming every tensor that is lost.
+    """
+    source = _source_index(manifest)
+    counterparts = counterparts_of(source, *_source_format(manifest, source, checkpoint.format), checkpoint)
+    message = "the manifest knows it, but no file holds it; download the checkpoint again, completely"
+    lost = [
+        Problem(file, tensor.name, "missing-tensor", message)
+        for file, tensors in expected_tensors(source, counterparts).items()
+        for tensor in sorted(tensors, key=lambda tensor: tensor.name)
+        if tensor.name not in checkpoint.tensors
+    ]
+    if lost:
+        raise CheckpointError(lost)
+
+
+def _source_format(manifest: Manifest, index: TensorIndex, target: Format | None = None) -> tuple[Format, Quantization]:
+    """Returns the format of a source and how it is quantized, by the texts that the manifest keeps, and its headers."""
     config, *legacy = (
         parse_json(manifest.texts[name].encode(), _in_manifest(name), constants=True)
         if name in manifest.texts
@@ -96,11 +170,12 @@ def _source_format(manifest: Manifest) -> Format:
         message = "the source's config that it keeps says nothing of a quantization; download the checkpoint again"
         raise refuse("bad-manifest", message, file=MANIFEST_FILENAME)
     place, document = next(iter(documents.items()))
-    format = recognise(document, _in_manifest(place))
-    if not format.is_source:
+    where = _in_manifest(place)
+    format = recognise(document, where)
+    if not format.is_source or (target and format.name == target.name):
         message = f"the source's config that it keeps is {format.title}, which no conversion reads; download it again"
         raise refuse("bad-manifest", message, file=MANIFEST_FILENAME)
-    return format
+    return format.variant(index), format.read_config(document, where)
 
 
 def _in_manifest(place: str) -> str:
@@ -125,31 +200,19 @@ def converted_modules(
         CheckpointError: naming every tensor that is missing or does not have the type and shape of its module's
             layout, and every name in the config's lists that is not there.
     """
-    listed = quantization.awq_modules
-    kept, kept_problems = find_modules(KEPT, tensors, quantization, shard_of, among=listed.__contains__)
-    own, own_problems = find_modules(format, tensors, quantization, shard_of, among=lambda module: module not in listed)
-    problems = list(dict.fromkeys([*kept_problems, *own_problems]))
-    troubled = {problem.tensor.rpartition(".")[0] for problem in problems}
-    problems += _missing_from_lists({*kept, *own, *troubled}, tensors, quantization)
+    found, problems = format.find(tensors, quantization, shard_of)
     if problems:
         raise CheckpointError(problems)
-    modules = {name: ModulePlan.of(module, "kept") for name, module in kept.items()}
-    for name, module in own.items():
-        size_k, size_n = quantization.padded_modules.get(name, (module.size_k, module.size_n))
-        modules[name] = ModulePlan(name, size_k, size_n, module.size_k, module.size_n, module.parts, converted=True)
-    return dict(sorted(modules.items()))
-
-
-def _missing_from_lists(
-    found: set[str], tensors: Mapping[str, TensorInfo], quantization: Quantization
-) -> Iterator[Problem]:
-    """Yields what the config's lists name and the files do not hold."""
-    for key in ("awq_modules", "padded_modules"):
-        for module in getattr(quantization, key):
-            if module not in found:
-                message = f"{key} names its module, but no file holds it; download the checkpoint again, completely"
-                yield Problem(CONFIG_FILENAME, module_name(module, "qweight"), "missing-tensor", message)
-    for module in quantization.unquantized_modules:
-        if module_name(module, "weight") not in tensors:
-            message = "unquantized_modules names it, but no file holds it; download the checkpoint again, completely"
-            yield Problem(CONFIG_FILENAME, module_name(module, "weight"), "missing-tensor", message)
+    return {
+        name: ModulePlan(
+            name,
+            module.size_k,
+            module.size_n,
+            module.stored_k,
+            module.stored_n,
+            module.parts,
+            converted=module.layout is format,
+            reason="" if module.layout is format else "kept",
+        )
+        for name, module in found.items()
+    }

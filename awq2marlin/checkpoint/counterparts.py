@@ -7,13 +7,15 @@ over the rows of this one table.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import partial
 
-from awq2marlin.formats.base import DerivedTensor, Format
+from awq2marlin.formats.base import DerivedTensor, Format, StoredModule
 from awq2marlin.formats.registry import KEPT
 from awq2marlin.io.safetensors import Header, TensorInfo, encode_header
+from awq2marlin.layout.derived import Made, Proven, middle_zero_points
 from awq2marlin.layout.modules import ModulePlan, module_name
-from awq2marlin.layout.repack import Made, Proven, Repack, Rewrite
+from awq2marlin.layout.repack import Repack, Rewrite
 from awq2marlin.layout.scheme import Scheme
 
 
@@ -40,14 +42,30 @@ class Counterparts:
     Attributes:
         source: the source's format.
         target: the target's.
-        scheme: bits, groups and zero points of both.
+        scheme: bits, groups and zero points of the source.
         modules: every quantized module's fate, by name.
+        stored: how the source's files hold the modules, where that is not the source's own layout without padding.
     """
 
     source: Format
     target: Format
     scheme: Scheme
     modules: Mapping[str, ModulePlan]
+    stored: Mapping[str, StoredModule] = field(default_factory=dict)
+
+    @property
+    def target_scheme(self) -> Scheme:
+        """Bits, groups and zero points of the target."""
+        return self.target.target_scheme(self.scheme)
+
+    def source_layout_of(self, module: ModulePlan) -> Format:
+        """Returns the format whose layout a module has in the source."""
+        return self.stored[module.name].layout if module.name in self.stored else self.source
+
+    def stored_sizes(self, module: ModulePlan) -> tuple[int, int]:
+        """Returns K and N of a module in the source, padding included."""
+        stored = self.stored.get(module.name)
+        return (stored.stored_k, stored.stored_n) if stored else (module.size_k, module.size_n)
 
     def layout_of(self, module: ModulePlan) -> Format:
         """Returns the format whose layout a module has in the target: the target's own, or that of kept modules."""
@@ -55,7 +73,10 @@ class Counterparts:
 
     def is_rewritten(self, module: ModulePlan) -> bool:
         """Returns whether a module's tensors are other ones in the target."""
-        return module.converted or self.source is not KEPT
+        same_layout = self.layout_of(module) is self.source_layout_of(module)
+        same_sizes = self.stored_sizes(module) == (module.padded_k, module.padded_n)
+        lacks_zeros = self.target_scheme.zero_point and "qzeros" not in module.parts
+        return not same_layout or not same_sizes or lacks_zeros
 
     @property
     def rewritten(self) -> list[ModulePlan]:
@@ -65,7 +86,7 @@ class Counterparts:
     def repack(self, module: ModulePlan, part: str) -> Repack:
         """Returns how the tensor that holds a part of a rewritten module becomes its counterpart."""
         return Repack(
-            self.source.layout(part, module.size_k, module.size_n, self.scheme),
+            self.source_layout_of(module).layout(part, *self.stored_sizes(module), self.scheme),
             self.layout_of(module).layout(part, module.padded_k, module.padded_n, self.scheme),
         )
 
@@ -109,18 +130,20 @@ class Counterparts:
         if module is None or not self.is_rewritten(module):
             yield TensorInfo(tensor.name, tensor.dtype, tensor.shape, position, position + tensor.size), None
             return
-        part = next((part for part in module.parts if self.source.suffixes[part] == suffix), None)
+        layout = self.source_layout_of(module)
+        part = next((part for part in module.parts if layout.suffixes[part] == suffix), None)
         if part is None:
-            derived = _derived(self.source, module.size_k, module.size_n, self.scheme).get(suffix)
+            derived = _derived(layout, *self.stored_sizes(module), self.scheme).get(suffix)
             if derived is None:  # a bias
                 yield TensorInfo(tensor.name, tensor.dtype, tensor.shape, position, position + tensor.size), None
             else:
-                yield None, Proven(file, tensor.name, tensor.size, derived.data)
+                yield None, Proven(file, tensor.name, tensor.size, derived.data, derived.meaning)
             return
-        layout, repack = self.layout_of(module), self.repack(module, part)
+        layout, repack = self.layout_of(module), replace(self.repack(module, part), file=file, name=tensor.name)
         shape = layout.shape(part, module.padded_k, module.padded_n, self.scheme)
         end = position + repack.target.size
-        yield TensorInfo(layout.tensor_name(name, part), tensor.dtype, shape, position, end), repack
+        dtype = tensor.dtype if part == "scales" else layout.dtypes[part][0]
+        yield TensorInfo(layout.tensor_name(name, part), dtype, shape, position, end), repack
         if part == "qweight":
             yield from self._made(name, module, layout, end)
 
@@ -128,7 +151,17 @@ class Counterparts:
         self, name: str, module: ModulePlan, layout: Format, position: int
     ) -> Iterator[tuple[TensorInfo, Rewrite]]:
         """Yields the tensors of a module that only the target has: they follow its weight."""
-        for suffix, derived in _derived(layout, module.padded_k, module.padded_n, self.scheme).items():
+        if self.target_scheme.zero_point and "qzeros" not in module.parts:
+            part = layout.layout("qzeros", module.padded_k, module.padded_n, self.scheme)
+            shape = layout.shape("qzeros", module.padded_k, module.padded_n, self.scheme)
+            groups = self.scheme.num_groups(module.size_k)
+            made = Made(part.size, partial(middle_zero_points, part, groups, module.size_n))
+            name_of_part, dtype = layout.tensor_name(name, "qzeros"), layout.dtypes["qzeros"][0]
+            yield TensorInfo(name_of_part, dtype, shape, position, position + part.size), made
+            position += part.size
+        for suffix, derived in _derived(layout, module.padded_k, module.padded_n, self.target_scheme).items():
+            if derived.is_optional:
+                continue
             size = len(derived.data())
             yield (
                 TensorInfo(module_name(name, suffix), derived.dtype, derived.shape, position, position + size),
@@ -155,5 +188,6 @@ def inverse_row(row: Row, file: str) -> Row:
     elif isinstance(rewrite, Proven):
         rewrite = Made(rewrite.size, rewrite.data)
     elif isinstance(rewrite, Repack):
-        rewrite = rewrite.inverse
+        assert row.target is not None
+        rewrite = replace(rewrite.inverse, file=file, name=row.target.name)
     return Row(row.target, row.source, rewrite)

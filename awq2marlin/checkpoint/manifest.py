@@ -29,15 +29,15 @@ from awq2marlin.io.safetensors import LENGTH_BYTES, MAX_HEADER_BYTES, Header, pa
 from awq2marlin.io.source import MAX_JSON_BYTES, Source
 from awq2marlin.io.strict_json import parse_json
 
-#: Of this file.
-MANIFEST_VERSION = 1
+#: Versions of this file. Version 0.1 reads the first, which is that of an AWQ source and a Marlin-native output.
+MANIFEST_VERSIONS = (1, 2)
 
 #: What `revert` gives back: the source's files, byte for byte, or an AWQ checkpoint of the same tensors.
 Restores = Literal["files", "tensors"]
 
 
 #: The only files whose text a conversion keeps in the manifest: of all others the output has the bytes.
-_TEXT_NAMES = (CONFIG_FILENAME, *LEGACY_CONFIG_FILENAMES, INDEX_FILENAME)
+_TEXT_NAMES = (CONFIG_FILENAME, *LEGACY_CONFIG_FILENAMES, INDEX_FILENAME, MANIFEST_FILENAME)
 
 
 @dataclass(frozen=True)
@@ -89,6 +89,7 @@ class Manifest:
         left_behind: files of the source that were not carried over, with the reason.
         card: the source's model card, or None if it has none.
         restores: ``files``; or ``tensors``, if an engine saved the checkpoint and the source's files are not known.
+        version: of the manifest: 1 where version 0.1 of this package can revert it, else 2.
     """
 
     shards: Mapping[str, ManifestShard]
@@ -100,6 +101,7 @@ class Manifest:
     left_behind: Mapping[str, str]
     card: SourceCard | None = None
     restores: Restores = "files"
+    version: int = 1
 
     @property
     def output_files(self) -> dict[str, FileDigest]:
@@ -121,7 +123,7 @@ class Manifest:
         if headers > MAX_HEADER_BYTES:
             raise _unreadable(f"the headers of all shards together have {headers} bytes, more than {MAX_HEADER_BYTES}")
         document = {
-            "format_version": MANIFEST_VERSION,
+            "format_version": self.version,
             "tool": {"name": "awq2marlin", "version": __version__},
             **({} if self.restores == "files" else {"restores": self.restores}),
             "source": {"repo_id": self.repo_id, "revision": self.revision},
@@ -203,8 +205,10 @@ def decode_manifest(data: bytes) -> Manifest:
         CheckpointError: as `read_manifest`.
     """
     document = _Checked(parse_json(data, MANIFEST_FILENAME), "the manifest")
-    if document.get("format_version", int) != MANIFEST_VERSION:
-        document.bad(f"format_version is not {MANIFEST_VERSION}; install a newer awq2marlin")
+    version: int = document.get("format_version", int)
+    if version not in MANIFEST_VERSIONS:
+        known = " or ".join(map(str, MANIFEST_VERSIONS))
+        document.bad(f"format_version is not {known}; install a newer awq2marlin")
     restores = document.restores()
     source = document.sub("source")
     shards: dict[str, ManifestShard] = {}
@@ -226,14 +230,25 @@ def decode_manifest(data: bytes) -> Manifest:
     if CONFIG_FILENAME not in texts or not shards:
         document.bad("it names no shards, or has no text of config.json")
     card = _card(document)
-    clash = find_clash([MANIFEST_FILENAME, *shards, *files, *texts, card.name if card else CARD_FILENAME])
+    clash = find_clash([*shards, *files, *{MANIFEST_FILENAME, *texts}, card.name if card else CARD_FILENAME])
     if clash:
         document.bad(f"it names {printable(clash[0])!r} twice, or as a file and as a folder")
     left_behind = document.get("left_behind", dict)
     if not all(isinstance(reason, str) for reason in left_behind.values()):
         document.bad("left_behind must map names to reasons")
     repo_id, revision = source.optional("repo_id"), source.optional("revision")
-    return Manifest(shards, texts, text_digests, files, repo_id, revision, left_behind, card=card, restores=restores)
+    return Manifest(
+        shards,
+        texts,
+        text_digests,
+        files,
+        repo_id,
+        revision,
+        left_behind,
+        card=card,
+        restores=restores,
+        version=version,
+    )
 
 
 def _shard(name: str, entry: _Checked, room: int, restores: Restores) -> ManifestShard:

@@ -73,9 +73,14 @@ class Checkpoint:
         return self.index.shard_of
 
     @property
+    def has_manifest(self) -> bool:
+        """Whether a file of the manifest's name is there."""
+        return self.folder.exists(MANIFEST_FILENAME)
+
+    @property
     def is_converted(self) -> bool:
-        """Whether a conversion wrote it; a format that can be read as well tells it by the manifest."""
-        return self.format.is_target and (not self.format.is_source or self.folder.exists(MANIFEST_FILENAME))
+        """Whether a conversion wrote it: formats that others write too tell it by the manifest."""
+        return self.format.is_own or (self.format.is_target and self.has_manifest)
 
     @cached_property
     def unquantized_modules(self) -> list[str]:
@@ -108,6 +113,7 @@ def open_checkpoint(source: str | os.PathLike[str] | Source) -> Checkpoint:
     weight_map = _read_index(folder)
     shard_names = _shard_names(folder, names, weight_map)
     shards = folder.read_headers(shard_names)
+    index = TensorIndex(shards)
     warnings = _check_inventory(shards, weight_map)
     cards = [name for name in names if name.casefold() == CARD_FILENAME.casefold()]
     side_files, left_behind = _sort_files(names, [*shard_names, *cards])
@@ -119,9 +125,9 @@ def open_checkpoint(source: str | os.PathLike[str] | Source) -> Checkpoint:
     return Checkpoint(
         folder,
         config,
-        format,
+        format.variant(index),
         quantization,
-        TensorIndex(shards),
+        index,
         weight_map is not None,
         tuple(side_files),
         cards[0] if cards else None,

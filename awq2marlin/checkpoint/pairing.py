@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from awq2marlin.checkpoint.counterparts import Counterparts
 from awq2marlin.checkpoint.opening import Checkpoint
 from awq2marlin.errors import printable, refuse
-from awq2marlin.formats.base import Format, Quantization, find_modules, require_modules
+from awq2marlin.formats.base import Format, Quantization, require_modules
 from awq2marlin.formats.names import CONFIG_FILENAME
 from awq2marlin.io.safetensors import TensorIndex, TensorInfo
 from awq2marlin.layout.marlin import paddings
@@ -35,21 +35,50 @@ def pair(
         CheckpointError: if files, tensors, their order, types or shapes are not those that the conversion of the
             source has, or the config's lists name what is not there.
     """
-    modules, problems = find_modules(format, index.tensors, quantization, index.shard_of)
-    require_modules(modules, problems, quantization)
+    counterparts = counterparts_of(index, format, quantization, converted)
     if converted.format.has_module_lists:
-        _known_modules(converted, modules)
-    fates = {name: _fate(module, quantization.scheme, converted) for name, module in modules.items()}
-    counterparts = Counterparts(format, converted.format, quantization.scheme, fates)
-    expected = {
-        shard: [row.target for row in counterparts.rows(shard, header) if row.target is not None]
-        for shard, header in index.headers.items()
-    }
+        _known_modules(converted, counterparts.modules)
+    expected = expected_tensors(index, counterparts)
     _same_names(expected, converted)
     if same_files:
         _same_files(expected, converted)
     _same_shapes(expected, converted)
     return counterparts
+
+
+def counterparts_of(
+    index: TensorIndex, format: Format, quantization: Quantization, converted: Checkpoint
+) -> Counterparts:
+    """Returns what became of every module, as the converted checkpoint's config says; arguments as for `pair`.
+
+    Raises:
+        CheckpointError: if the source's modules do not agree, or the config contradicts them.
+    """
+    expected, found = converted.format.target_scheme(quantization.scheme), converted.quantization.scheme
+    if found != expected:
+        keys = [key for key in ("bits", "group_size", "zero_point") if getattr(found, key) != getattr(expected, key)]
+        message = (
+            f"quantization_config differs from what the source implies, in {', '.join(keys)}: it says {found}, the "
+            f"source has {expected}; download the checkpoint again"
+        )
+        raise refuse("config", message, file=converted.quantization.origin)
+    modules, problems = format.find(index.tensors, quantization, index.shard_of)
+    require_modules(modules, problems, quantization)
+    fates = {name: _fate(module, quantization.scheme, converted) for name, module in modules.items()}
+    return Counterparts(format, converted.format, quantization.scheme, fates, modules)
+
+
+def expected_tensors(index: TensorIndex, counterparts: Counterparts) -> dict[str, list[TensorInfo]]:
+    """Returns the tensors that every file of a converted checkpoint has, in order, by the file's name.
+
+    Args:
+        index: headers of the source.
+        counterparts: what became of its modules.
+    """
+    return {
+        shard: [row.target for row in counterparts.rows(shard, header) if row.target is not None]
+        for shard, header in index.headers.items()
+    }
 
 
 def _same_names(expected: Mapping[str, list[TensorInfo]], converted: Checkpoint) -> None:
@@ -100,7 +129,7 @@ def _same_shapes(expected: Mapping[str, list[TensorInfo]], converted: Checkpoint
                 )
 
 
-def _known_modules(converted: Checkpoint, modules: Mapping[str, Linear]) -> None:
+def _known_modules(converted: Checkpoint, modules: Mapping[str, ModulePlan]) -> None:
     """Refuses lists of the config that name what is not there, or not what is."""
     quantization = converted.quantization
     for key, known, what in (

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from awq2marlin.checkpoint.manifest import read_manifest
 from awq2marlin.checkpoint.opening import Checkpoint
-from awq2marlin.errors import refuse
-from awq2marlin.formats.base import find_modules, require_modules
-from awq2marlin.formats.names import CONFIG_FILENAME, MANIFEST_FILENAME
-from awq2marlin.layout.modules import Linear
+from awq2marlin.errors import CheckpointError, article, refuse
+from awq2marlin.formats.base import StoredModule, require_modules
+from awq2marlin.formats.names import MANIFEST_FILENAME
 
 
 @dataclass(frozen=True)
@@ -22,29 +22,32 @@ class SourceCheckpoint:
     """
 
     checkpoint: Checkpoint
-    modules: Mapping[str, Linear]
+    modules: Mapping[str, StoredModule]
 
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> SourceCheckpoint:
         """Finds the quantized modules of a checkpoint.
 
         Raises:
-            CheckpointError: if it is converted already; naming every module with a missing tensor, a wrong type, or
-                shapes that contradict each other or the config; or if there is no quantized module at all.
+            CheckpointError: naming every module with a missing tensor, a wrong type, or shapes that contradict each
+                other or the config; if there is no quantized module at all; or if its manifest is none.
         """
-        if checkpoint.is_converted:
-            raise refuse(
-                "already-converted",
-                f"this checkpoint is already {checkpoint.format.title}; 'awq2marlin revert' gives the original back",
-                file=CONFIG_FILENAME,
-            )
-        if checkpoint.folder.exists(MANIFEST_FILENAME):
-            raise refuse(
-                "already-converted",
-                f"a checkpoint that is {checkpoint.format.title} must not hold a file of this name; remove it",
-                file=MANIFEST_FILENAME,
-            )
+        if checkpoint.has_manifest:
+            _check_manifest(checkpoint)
         quantization = checkpoint.quantization
-        found = find_modules(checkpoint.format, checkpoint.tensors, quantization, checkpoint.shard_of)
-        require_modules(*found, quantization)
-        return cls(checkpoint, found[0])
+        modules, problems = checkpoint.format.find(checkpoint.tensors, quantization, checkpoint.shard_of)
+        require_modules(modules, problems, quantization)
+        return cls(checkpoint, modules)
+
+
+def _check_manifest(checkpoint: Checkpoint) -> None:
+    """Refuses a file of the manifest's name that is none: a checkpoint that nobody converted has no such file."""
+    try:
+        read_manifest(checkpoint.folder)
+    except CheckpointError:
+        raise refuse(
+            "already-converted",
+            f"{article(checkpoint.format.title)} checkpoint must not hold a file of this name that is no manifest; "
+            "remove it",
+            file=MANIFEST_FILENAME,
+        ) from None

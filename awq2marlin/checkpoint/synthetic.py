@@ -1,4 +1,4 @@
-"""Making AWQ checkpoints of random weights, for the demo, the tests and the benchmarks.
+"""Making checkpoints of random weights, for the demo, the tests and the benchmarks.
 
 The files are real in every respect but what the model would say: headers, packing order, config, index.
 Written tensor by tensor, so that a large one needs no memory.
@@ -11,14 +11,14 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, ClassVar
 
 import numpy as np
 
 from awq2marlin.formats.names import CONFIG_FILENAME, INDEX_FILENAME
 from awq2marlin.io.safetensors import DTYPE_BITS, LENGTH_BYTES
 from awq2marlin.layout.marlin import num_groups
-from awq2marlin.layout.modules import QUANTIZED_PARTS, module_name
+from awq2marlin.layout.modules import module_name
 from awq2marlin.layout.packing import pack_factor
 
 _WRITE_BYTES = 1 << 24
@@ -26,7 +26,7 @@ _WRITE_BYTES = 1 << 24
 
 @dataclass(frozen=True)
 class Recipe:
-    """What a synthetic checkpoint consists of.
+    """What a synthetic checkpoint consists of; this one is of AWQ.
 
     Attributes:
         modules: (K, N) of each quantized module, by name.
@@ -54,27 +54,101 @@ class Recipe:
     seed: int = 0
     config: Mapping[str, Any] = field(default_factory=dict)
 
+    #: What its README.md calls the format.
+    title: ClassVar[str] = "AWQ"
+
     def tensors(self) -> dict[str, tuple[str, tuple[int, ...]]]:
         """Returns data type and shape of every tensor, by name, sorted."""
-        factor = pack_factor(self.bits)
-        tensors: dict[str, tuple[str, tuple[int, ...]]] = {}
+        tensors = {name: (self.weight_dtype, shape) for name, shape in self.weights.items()}
         for module, (size_k, size_n) in self.modules.items():
-            groups = num_groups(size_k, self.group_size)
-            shapes = {
-                "qweight": (size_k, size_n // factor),
-                "qzeros": (groups, size_n // factor),
-                "scales": (groups, size_n),
-            }
-            for part in QUANTIZED_PARTS:
-                if part != "qzeros" or self.has_qzeros:
-                    dtype = self.scale_dtype if part == "scales" else "I32"
-                    tensors[module_name(module, part)] = (dtype, shapes[part])
-        for name, shape in self.weights.items():
-            tensors[name] = (self.weight_dtype, shape)
+            for suffix, tensor in self.module_tensors(size_k, size_n).items():
+                tensors[module_name(module, suffix)] = tensor
         return dict(sorted(tensors.items()))
 
+    def module_tensors(self, size_k: int, size_n: int) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Returns data type and shape of a module's tensors, by the last component of their names."""
+        factor, groups = pack_factor(self.bits), num_groups(size_k, self.group_size)
+        tensors = {
+            "qweight": ("I32", (size_k, size_n // factor)),
+            "qzeros": ("I32", (groups, size_n // factor)),
+            "scales": (self.scale_dtype, (groups, size_n)),
+        }
+        return {name: tensor for name, tensor in tensors.items() if name != "qzeros" or self.has_qzeros}
 
-def llama_recipe(hidden: int, intermediate: int, layers: int, kv_size: int, vocab: int, **options: Any) -> Recipe:
+    def fixed(self, name: str) -> bytes | None:  # noqa: ARG002
+        """Returns the contents of a tensor that is not random; None for all others."""
+        return None
+
+    def quantization(self) -> dict[str, Any]:
+        """Returns the quantization config."""
+        return {
+            "quant_method": "awq",
+            "version": "gemm",
+            "bits": self.bits,
+            "group_size": self.group_size,
+            "zero_point": self.has_qzeros if self.zero_point is None else self.zero_point,
+            "modules_to_not_convert": None,
+        }
+
+
+@dataclass(frozen=True)
+class CompressedTensorsRecipe(Recipe):
+    """A checkpoint of compressed-tensors, "pack-quantized": N first; without ``has_qzeros`` it is symmetric.
+
+    K and N are multiples of the values in a word, so that no word has a field to spare.
+    """
+
+    title: ClassVar[str] = "compressed-tensors"
+
+    def module_tensors(self, size_k: int, size_n: int) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Returns data type and shape of a module's tensors, by the last component of their names."""
+        factor, groups = pack_factor(self.bits), num_groups(size_k, self.group_size)
+        tensors: dict[str, tuple[str, tuple[int, ...]]] = {
+            "weight_packed": ("I32", (size_n, size_k // factor)),
+            "weight_scale": (self.scale_dtype, (size_n, groups)),
+            "weight_shape": ("I64", (2,)),
+        }
+        if self.has_qzeros:
+            tensors["weight_zero_point"] = ("I32", (size_n // factor, groups))
+        return tensors
+
+    def fixed(self, name: str) -> bytes | None:
+        """Returns what ``weight_shape`` holds: N and K."""
+        module, _, suffix = name.rpartition(".")
+        if suffix != "weight_shape":
+            return None
+        size_k, size_n = self.modules[module]
+        return np.array([size_n, size_k], "<i8").tobytes()
+
+    def quantization(self) -> dict[str, Any]:
+        """Returns the quantization config, as compressed-tensors 0.20 writes it."""
+        weights = {
+            "num_bits": self.bits,
+            "type": "int",
+            "symmetric": not self.has_qzeros,
+            "strategy": "channel" if self.group_size == -1 else "group",
+            "group_size": None if self.group_size == -1 else self.group_size,
+            "dynamic": False,
+            "actorder": None,
+        }
+        return {
+            "quant_method": "compressed-tensors",
+            "format": "pack-quantized",
+            "quantization_status": "compressed",
+            "config_groups": {"group_0": {"targets": ["Linear"], "weights": weights}},
+            "ignore": ["lm_head"],
+        }
+
+
+def llama_recipe(
+    hidden: int,
+    intermediate: int,
+    layers: int,
+    kv_size: int,
+    vocab: int,
+    kind: type[Recipe] = Recipe,
+    **options: Any,
+) -> Recipe:
     """Returns the recipe of a Llama.
 
     Args:
@@ -83,6 +157,7 @@ def llama_recipe(hidden: int, intermediate: int, layers: int, kv_size: int, voca
         layers: how many.
         kv_size: out features of the key and value projections.
         vocab: rows of the embeddings.
+        kind: of which format.
         **options: further attributes of `Recipe`.
     """
     modules, weights = {}, {"model.embed_tokens.weight": (vocab, hidden), "lm_head.weight": (vocab, hidden)}
@@ -108,7 +183,7 @@ def llama_recipe(hidden: int, intermediate: int, layers: int, kv_size: int, voca
         "num_hidden_layers": layers,
         "vocab_size": vocab,
     }
-    return Recipe(
+    return kind(
         modules=modules,
         weights={**weights, **weights_1d},
         config={**config, **options.pop("config", {})},
@@ -117,7 +192,7 @@ def llama_recipe(hidden: int, intermediate: int, layers: int, kv_size: int, voca
 
 
 def write_checkpoint(folder: Path, recipe: Recipe) -> None:
-    """Writes an AWQ checkpoint.
+    """Writes a checkpoint.
 
     Args:
         folder: created if needed; files in it are replaced.
@@ -127,30 +202,19 @@ def write_checkpoint(folder: Path, recipe: Recipe) -> None:
     rng = np.random.Generator(np.random.SFC64(recipe.seed))
     tensors = recipe.tensors()
     if recipe.shards == 1:
-        _write_shard(folder / "model.safetensors", tensors, rng)
+        _write_shard(folder / "model.safetensors", tensors, recipe, rng)
     else:
         weight_map = _spread(tensors, recipe.shards)
         for shard in sorted(set(weight_map.values())):
-            _write_shard(folder / shard, {name: tensors[name] for name in tensors if weight_map[name] == shard}, rng)
+            mine = {name: tensors[name] for name in tensors if weight_map[name] == shard}
+            _write_shard(folder / shard, mine, recipe, rng)
         total = sum(_size(*tensor) for tensor in tensors.values())
         _write_json(folder / INDEX_FILENAME, {"metadata": {"total_size": total}, "weight_map": weight_map})
-    _write_json(folder / CONFIG_FILENAME, _config(recipe))
+    _write_json(folder / CONFIG_FILENAME, {**recipe.config, "quantization_config": recipe.quantization()})
     _write_json(folder / "generation_config.json", {"do_sample": False})
     (folder / "README.md").write_text(
-        "# A synthetic AWQ checkpoint\n\nRandom weights; it says nothing sensible.\n", "utf-8"
+        f"# A synthetic {recipe.title} checkpoint\n\nRandom weights; it says nothing sensible.\n", "utf-8"
     )
-
-
-def _config(recipe: Recipe) -> dict[str, Any]:
-    quantization = {
-        "quant_method": "awq",
-        "version": "gemm",
-        "bits": recipe.bits,
-        "group_size": recipe.group_size,
-        "zero_point": recipe.has_qzeros if recipe.zero_point is None else recipe.zero_point,
-        "modules_to_not_convert": None,
-    }
-    return {**recipe.config, "quantization_config": quantization}
 
 
 def _size(dtype: str, shape: tuple[int, ...]) -> int:
@@ -168,7 +232,9 @@ def _spread(tensors: Mapping[str, tuple[str, tuple[int, ...]]], shards: int) -> 
     return weight_map
 
 
-def _write_shard(path: Path, tensors: Mapping[str, tuple[str, tuple[int, ...]]], rng: np.random.Generator) -> None:
+def _write_shard(
+    path: Path, tensors: Mapping[str, tuple[str, tuple[int, ...]]], recipe: Recipe, rng: np.random.Generator
+) -> None:
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     position = 0
     for name, (dtype, shape) in tensors.items():
@@ -179,8 +245,12 @@ def _write_shard(path: Path, tensors: Mapping[str, tuple[str, tuple[int, ...]]],
     text += b" " * (-len(text) % LENGTH_BYTES)
     with path.open("wb") as stream:
         stream.write(len(text).to_bytes(LENGTH_BYTES, "little") + text)
-        for dtype, shape in tensors.values():
-            _write_tensor(stream, dtype, math.prod(shape), rng)
+        for name, (dtype, shape) in tensors.items():
+            fixed = recipe.fixed(name)
+            if fixed is not None:
+                stream.write(fixed)
+            else:
+                _write_tensor(stream, dtype, math.prod(shape), rng)
 
 
 def _write_tensor(stream: BinaryIO, dtype: str, elements: int, rng: np.random.Generator) -> None:

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="awq2marlin",
-    help="Convert AWQ checkpoints to the Marlin layout, offline: streamed, verified, and reversible byte for byte.",
+    help="Convert quantized checkpoints to the Marlin layout: offline, streamed, verified, reversible byte for byte.",
     epilog="Exit codes: 0 done, 1 failed or refused, 2 usage, 3 a difference was found, 130 interrupted.",
     add_completion=False,
     rich_markup_mode=None,  # which would take [@revision] for markup, and hide it
@@ -63,7 +63,8 @@ def _root(
 def convert(
     source: opt.Source,
     output: Annotated[
-        Path | None, typer.Argument(metavar="OUTPUT", help="Folder to write; by default ./<name>-marlin.")
+        Path | None,
+        typer.Argument(metavar="OUTPUT", help="Folder to write; by default ./<name>-marlin, or -awq or -ct."),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the whole plan and write nothing.")] = False,
     to: opt.To = ConvertOptions.to,
@@ -82,7 +83,10 @@ def convert(
     quiet: opt.Quiet = False,
     as_json: opt.Json = False,
 ) -> None:
-    """Convert an AWQ checkpoint to a Marlin-native one. If interrupted, run it again to continue."""
+    """Convert an AWQ or compressed-tensors checkpoint to a Marlin-native one, or between any two of these.
+
+    If interrupted, run it again to continue.
+    """
     options = opt.made(ConvertOptions, locals())
 
     def work(progress: Progress | None) -> Any:
@@ -171,7 +175,10 @@ def batch(
 def verify(
     source: opt.Source,
     output: Annotated[
-        str, typer.Argument(metavar="OUTPUT", help="Converted checkpoint: folder or Hub repository, as for SOURCE.")
+        str,
+        typer.Argument(
+            metavar="OUTPUT", help="Its conversion, or any other checkpoint: folder or Hub repository, as for SOURCE."
+        ),
     ],
     modules: opt.Modules = None,
     layers: opt.Layers = VerifyOptions.layers,
@@ -181,7 +188,10 @@ def verify(
     quiet: opt.Quiet = False,
     as_json: opt.Json = False,
 ) -> None:
-    """Compare a converted checkpoint with its source, value for value. Exit code 3 if they differ."""
+    """Compare a converted checkpoint with its source, or any two checkpoints, value for value.
+
+    Exit code 3 if they differ.
+    """
     options = opt.made(VerifyOptions, locals())
     if plot is not None and device is None:
         raise typer.BadParameter("--plot needs --device: there is nothing to plot otherwise")
@@ -233,7 +243,7 @@ def revert(
     quiet: opt.Quiet = False,
     as_json: opt.Json = False,
 ) -> None:
-    """Restore the original AWQ checkpoint byte for byte.
+    """Restore the checkpoint that a converted one was made from, byte for byte.
 
     Prints each file's SHA-256. If interrupted, run it again to continue.
     """
@@ -290,9 +300,7 @@ def push(
 def inspect(
     path: Annotated[
         str,
-        typer.Argument(
-            metavar="PATH", help="AWQ or converted checkpoint: folder, or Hub repository, org/name[@revision]."
-        ),
+        typer.Argument(metavar="PATH", help="The checkpoint: folder, or Hub repository, org/name[@revision]."),
     ],
     quiet: opt.Quiet = False,
     as_json: opt.Json = False,

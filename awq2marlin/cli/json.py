@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from awq2marlin.gemm.check import GemmRun
     from awq2marlin.hub.identity import PushResult
     from awq2marlin.layout.modules import ModulePlan
+    from awq2marlin.verification.differences import Differences
 
 SCHEMA_VERSION = 1
 
@@ -89,12 +90,12 @@ def _files(sizes: Iterable[tuple[str, int]]) -> list[dict[str, Any]]:
     return [{"name": name, "bytes": size, "sha256": None} for name, size in sizes]
 
 
-def _module(module: ModulePlan, verified: frozenset[str]) -> dict[str, Any]:
+def _module(module: ModulePlan, verified: frozenset[str], layout: str = "marlin") -> dict[str, Any]:
     return {
         "name": module.name,
         "K": module.size_k,
         "N": module.size_n,
-        "layout": "marlin" if module.converted else "awq",
+        "layout": layout if module.converted else "awq",
         "padded": [module.padded_k, module.padded_n] if module.is_padded else None,
         "verified": module.name in verified,
         "reason": module.reason,
@@ -157,23 +158,53 @@ def _batch(result: BatchResult) -> Report:
 
 @report_of.register
 def _verification(result: VerifyResult) -> Report:
-    """Returns the report of a verification that found no difference."""
-    verified = frozenset(module.name for module in result.modules)
+    """Returns the report of a verification that went on to the end."""
+    differing = {each.name for each in result.differences.modules} if result.differences else set()
+    verified = frozenset(module.name for module in result.modules) - differing
+    layout = result.formats[1].layout if result.formats else "marlin"
+    sides = ("source", "output")
     return Report(
         "verify",
         str(result.source),
         str(result.output),
-        modules=[_module(module, verified) for module in result.modules],
+        modules=[_module(module, verified, layout) for module in result.modules],
         bytes=result.bytes,
         seconds=result.seconds,
+        warnings=list(result.notes),
         details={
             "modules_verified": len(result.modules),
             "modules_converted": result.modules_total,
             "other_tensors": result.tensors,
             "side_files": result.files,
             **_gemm(result.gemm),
+            "kind": result.kind,
+            "formats": {side: each.name for side, each in zip(sides, result.formats, strict=False)},
+            "of_the_format": {side: list(each.not_compared) for side, each in zip(sides, result.formats, strict=False)},
+            "differences": _differences(result.differences),
         },
     )
+
+
+def _differences(differences: Differences | None) -> dict[str, Any] | None:
+    """Returns the key ``differences`` of a comparison; null for a conversion, which ends at the first."""
+    if differences is None:
+        return None
+    return {
+        "values": asdict(differences.values),
+        "zero_points": asdict(differences.zero_points),
+        "scales": asdict(differences.scales),
+        "modules": [
+            {
+                "name": each.name,
+                "values": asdict(each.values),
+                "zero_points": asdict(each.zero_points),
+                "scales": asdict(each.scales),
+                "padding": each.padding,
+            }
+            for each in differences.modules
+        ],
+        "others": len(differences.others),
+    }
 
 
 @report_of.register

@@ -20,6 +20,11 @@ from awq2marlin.verification import sampling
 _Options = TypeVar("_Options", bound=Checked)
 
 
+def option_of(name: str) -> str:
+    """Returns how the command line spells an argument."""
+    return "--" + name.replace("_", "-")
+
+
 def made(kind: type[_Options], given: Mapping[str, Any]) -> _Options:
     """Returns the options of a command.
 
@@ -33,7 +38,7 @@ def made(kind: type[_Options], given: Mapping[str, Any]) -> _Options:
     try:
         return kind.of(given)
     except ArgumentError as error:
-        raise typer.BadParameter(error.spelled(lambda name: "--" + name.replace("_", "-"))) from None
+        raise typer.BadParameter(error.spelled(option_of)) from None
 
 
 def _number_or(*words: str) -> Callable[[object], int | str]:
@@ -59,14 +64,14 @@ Source = Annotated[
     str,
     typer.Argument(
         metavar="SOURCE",
-        help="Folder of the AWQ checkpoint, or a repository of the Hub: org/name[@revision], where there is no such "
+        help="Folder of the checkpoint, or a repository of the Hub: org/name[@revision], where there is no such "
         "folder, or hf://org/name[@revision].",
     ),
 ]
 Workers = Annotated[
     int | None, typer.Option(min=1, max=MAX_WORKERS, help="Number of threads (default: one per CPU, at most 8).")
 ]
-To = Annotated[str, typer.Option(metavar="FORMAT", help="Format to write: marlin.")]
+To = Annotated[str, typer.Option(metavar="FORMAT", help="Format to write: marlin, awq or compressed-tensors.")]
 Unaligned = Annotated[
     modules.Unaligned,
     typer.Option(

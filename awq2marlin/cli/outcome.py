@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import typer
 
+from awq2marlin.arguments import ArgumentError
+from awq2marlin.cli.options import option_of
 from awq2marlin.errors import (
     EXIT_DONE,
     EXIT_FAILED,
@@ -51,7 +53,6 @@ def run(
     Raises:
         typer.Exit: with the exit code, if it is not 0.
     """
-    from awq2marlin.cli.json import Report
     from awq2marlin.cli.progress import ConsoleProgress
 
     started = time.perf_counter()
@@ -60,6 +61,11 @@ def run(
         result = work(progress)
     except BrokenPipeError:
         raise
+    except ArgumentError as error:  # what only the checkpoints show
+        if progress is not None:
+            progress.finish()
+        message = error.spelled(lambda name: "--" + name.replace("_", "-"))
+        raise typer.Exit(tell_usage_error(message, command, as_json)) from None
     except (Exception, KeyboardInterrupt) as error:
         code, problems = _meaning(error, command)
         is_ours = problems[0].code == "internal-error"
@@ -68,12 +74,22 @@ def run(
                 progress.finish()
             print(_problems_text(error, problems), file=sys.stderr, flush=True)
         if as_json:
-            source, output = [*map(str, where), "", ""][:2]
-            _print_json(Report(command, source, output, seconds=time.perf_counter() - started), code, problems)
+            _print_json(_report_of_error(error, command, where, started), code, problems)
         if is_ours:
             raise  # with its traceback
         raise typer.Exit(code) from None
     _tell_result(result, started, quiet, as_json)
+
+
+def _report_of_error(error: BaseException, command: str, where: Sequence[object], started: float) -> Report:
+    """Returns what is known of a command that failed: of a comparison that went on to the end, all."""
+    from awq2marlin.cli.json import Report, report_of
+
+    result = getattr(error, "result", None)
+    source, output = [*map(str, where), "", ""][:2]
+    report = Report(command, source, output) if result is None else report_of(result)
+    report.seconds = time.perf_counter() - started
+    return report
 
 
 def _tell_result(result: Any, started: float, quiet: bool, as_json: bool) -> None:
@@ -96,6 +112,8 @@ def _meaning(error: BaseException, command: str) -> tuple[int, Sequence[Problem]
     """Returns what an error of the library means: exit code and problems."""
     if isinstance(error, Awq2MarlinError):
         return error.exit_code, error.problems
+    if isinstance(error, ArgumentError):  # an argument that only the files show to be wrong
+        return EXIT_USAGE, [Problem("", "", "usage", error.spelled(option_of))]
     if isinstance(error, OSError):
         return EXIT_FAILED, [problem_from_os_error(error)]
     if isinstance(error, MemoryError):
@@ -108,6 +126,11 @@ def _meaning(error: BaseException, command: str) -> tuple[int, Sequence[Problem]
 
 def _problems_text(error: BaseException, problems: Sequence[Problem]) -> str:
     """Returns what went wrong, one line each, capped; their number heads the list if there are several."""
+    result = getattr(error, "result", None)
+    if result is not None:
+        from awq2marlin.cli.differences import differences_text
+
+        return differences_text(result, result.differences)
     head = "error: " if len(problems) == 1 else f"error: {len(problems)} problems:\n"
     return head + (str(error) if isinstance(error, Awq2MarlinError) else str(problems[0]))
 

@@ -110,14 +110,15 @@ def _show_plan(result: ConvertResult) -> None:
     )
     _say(f"would read    {size_text(result.source_bytes)} from {printable(str(result.source))}")
     _say(f"would write   {size_text(result.output_bytes)} to {printable(str(result.output))}")
-    _say(f"would convert {len(result.converted)} modules, keep {len(result.kept)} in AWQ layout")
+    kept = f", keep {len(result.kept)} in AWQ layout" if result.kept or result.to == "Marlin" else ""
+    _say(f"would convert {len(result.converted)} modules{kept}")
     _show_lists(result.left_behind, result.warnings)
 
 
 def _show_conversion(result: ConvertResult) -> None:
     """Prints what a conversion did."""
     rate = f", {size_text(result.source_bytes / result.seconds)}/s" if result.seconds else ""
-    _say(f"converted  {len(result.converted)} modules to the Marlin layout")
+    _say(f"converted  {len(result.converted)} modules to the {result.to} layout")
     if result.kept:
         reasons = Counter(re.split(r":| with ", module.reason)[0] for module in result.kept)
         why = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
@@ -178,9 +179,18 @@ def outcome_text(result: ItemResult) -> str:
 
 @show.register
 def _verification(result: VerifyResult) -> None:
-    """Prints what a verification compared."""
-    _say(f"equal: {len(result.modules)} of {result.modules_total} converted modules, value for value")
+    """Prints what a verification compared, and what it took the two checkpoints for."""
+    kind = "converted modules" if result.kind == "conversion" else "modules"
+    _say(f"equal: {len(result.modules)} of {result.modules_total} {kind}, value for value")
     _say(f"       {result.tensors} other tensors and {result.files} files, byte for byte")
+    if result.kind == "conversion":
+        _say(f"{printable(str(result.output))} is the conversion of {printable(str(result.source))}")
+    else:
+        from awq2marlin.cli.differences import not_compared_text, sides_text
+
+        _say("two checkpoints of the same model, compared by values:")
+        for line in (*sides_text(result), not_compared_text(result), *(f"note: {note}" for note in result.notes)):
+            _say(line)
     _say(f"compared {size_text(result.bytes)} in {result.seconds:.1f} s")
     if result.gemm is not None:
         show(result.gemm)
@@ -270,7 +280,7 @@ def _push(result: PushResult) -> None:
 @show.register
 def _inspection(result: InspectResult) -> None:
     """Prints what a checkpoint is."""
-    name = "Marlin-native" if result.format == "marlin_native" else "AWQ"
+    name = printable(result.title)
     zero_points = "with" if result.zero_point else "without"
     model = f", {printable(result.model_type)}" if result.model_type else ""
     _say(f"{name} checkpoint, {result.bits} bits, group size {result.group_size}, {zero_points} zero points{model}")

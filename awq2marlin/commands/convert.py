@@ -66,6 +66,7 @@ class ConvertResult:
         gemm: what the Marlin GEMM said of them; None if it was not asked.
         seconds: wall time.
         pushed: what came of ``push_to``; None without it.
+        to: the layout of the converted modules, for people.
     """
 
     source: Path | str
@@ -83,10 +84,11 @@ class ConvertResult:
     gemm: GemmRun | None
     seconds: float
     pushed: PushResult | None = None
+    to: str = "Marlin"
 
     @property
     def converted(self) -> list[ModulePlan]:
-        """The modules that became Marlin."""
+        """The modules that took the layout of the format."""
         return [module for module in self.modules if module.converted]
 
     @property
@@ -112,12 +114,12 @@ def convert(
     to: str = ConvertOptions.to,
     progress: Progress | None = None,
 ) -> ConvertResult:
-    """Converts an AWQ checkpoint to a Marlin-native one (docs/marlin-native.md).
+    """Converts a checkpoint to another format, by default to the Marlin-native one (docs/marlin-native.md).
 
     Interrupted at any moment, the same call resumes and ends with the same bytes.
 
     Args:
-        source: folder of the AWQ checkpoint, never written to; or a repository of the Hub, ``org/name[@revision]``
+        source: folder of the checkpoint, never written to; or a repository of the Hub, ``org/name[@revision]``
             or ``hf://org/name[@revision]``, whose next shard is fetched while one is converted.
         output: folder to write; by default ``./<name>-marlin``.
         unaligned: what to do with modules whose shapes Marlin cannot take: ``"keep"`` them in AWQ layout,
@@ -138,11 +140,13 @@ def convert(
         push_to: repository of the Hub that the result is sent to, ``org/name`` or a `PushTarget`; in one commit once
             all is done, unless ``low_disk``.
         commit_message: first line of the commits' messages.
-        to: the format to write; ``"marlin"`` is the one there is.
+        to: the format to write: ``"marlin"``, ``"awq"`` or ``"compressed-tensors"``. By default the output is then
+            ``./<name>-marlin``, ``./<name>-awq`` or ``./<name>-ct``.
         progress: told what is being done.
 
     Raises:
-        CheckpointError: if the source is no convertible AWQ checkpoint; nothing has been written.
+        CheckpointError: if the source is no checkpoint that can be converted, and then nothing has been written; or
+            if it holds what `revert` could not give back, and then the output cannot be loaded.
         HubError: if the Hub or the network refuses.
         UnavailableError: if the machine lacks what ``device`` needs.
         OutputError: if the output folder is foreign, in use, full or unwritable.
@@ -226,4 +230,5 @@ def _planned(plan: Plan, root: Path) -> ConvertResult:
         verified=(),
         gemm=None,
         seconds=0.0,
+        to=plan.target.layout_title,
     )

@@ -55,7 +55,7 @@ class InspectResult:
 
     Attributes:
         path: its folder, or ``org/name@commit``.
-        format: ``awq`` or ``marlin_native``.
+        format: ``awq``, ``compressed-tensors`` or ``marlin_native``.
         bits: 4 or 8.
         group_size: as the config says; -1 for all of K.
         zero_point: as the config says.
@@ -70,6 +70,7 @@ class InspectResult:
         files: side files that belong to it.
         left_behind: files that do not, with the reason.
         warnings: oddities that do no harm.
+        title: the format's name for people.
     """
 
     path: Path | str
@@ -87,10 +88,11 @@ class InspectResult:
     files: tuple[str, ...]
     left_behind: Mapping[str, str]
     warnings: tuple[str, ...]
+    title: str = ""
 
 
 def inspect(path: str | os.PathLike[str]) -> InspectResult:
-    """Returns what an AWQ or a converted checkpoint is; reads no tensor data.
+    """Returns what a checkpoint is; reads no tensor data.
 
     Args:
         path: its folder, or a repository of the Hub, ``org/name[@revision]``.
@@ -105,10 +107,11 @@ def inspect(path: str | os.PathLike[str]) -> InspectResult:
         modules = [_module_info(fate, checkpoint, fates.layout_of(fate)) for fate in fates.modules.values()]
     else:
         fates = plan_modules(SourceCheckpoint.of(checkpoint))
-        modules = [_module_info(fate, checkpoint, checkpoint.format) for fate in fates.modules.values()]
+        modules = [_module_info(fate, checkpoint, fates.source_layout_of(fate)) for fate in fates.modules.values()]
     return InspectResult(
         path=checkpoint.folder.where,
         format=checkpoint.format.name,
+        title=checkpoint.format.title,
         bits=quantization.bits,
         group_size=quantization.group_size,
         zero_point=quantization.zero_point,

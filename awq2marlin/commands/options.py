@@ -69,6 +69,10 @@ class ConvertOptions(Checked):
             from awq2marlin.formats.registry import target_named  # brings NumPy along
 
             target_named(self.to)
+            if self.device is not None:
+                raise ArgumentError("{device} runs Marlin weights; it does not go with {to}")
+            if self.unaligned != "keep":
+                raise ArgumentError("{unaligned} is about Marlin's shapes; it does not go with {to}")
         target = self.target  # refuses what is no name of a repository
         if self.device is not None and self.verify in ("none", 0):
             raise ArgumentError("{device} needs {verify}: it runs the modules that are compared")

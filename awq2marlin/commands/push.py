@@ -134,7 +134,7 @@ def push_folder(
 
 def _finished_checkpoint(root: Path) -> ConvertedCheckpoint:
     """Opens a folder that `convert` has finished, and checks everything that headers and configs say."""
-    otherwise = "this checkpoint is AWQ; convert it first, with 'awq2marlin convert'"
+    otherwise = "no conversion wrote this checkpoint; convert it first, with 'awq2marlin convert'"
     converted = ConvertedCheckpoint.open(Folder.at(root), otherwise)
     _check_config(converted.checkpoint, converted.manifest)
     return converted

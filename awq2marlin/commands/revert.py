@@ -34,7 +34,7 @@ OUTPUT_SUFFIX = "-reverted"
 
 @dataclass(frozen=True)
 class RestoredFile:
-    """A file of the AWQ checkpoint that was given back.
+    """A file of the source that was given back.
 
     Attributes:
         name: relative path.
@@ -53,7 +53,7 @@ class RevertResult:
 
     Attributes:
         source: the converted checkpoint's folder, or ``org/name@commit``.
-        output: the AWQ checkpoint's folder.
+        output: the restored checkpoint's folder.
         files: every restored file, sorted by name.
         left_behind: files of the original that the conversion had not carried over, with the reason.
         bytes: bytes of these files.
@@ -86,7 +86,7 @@ def revert(
     low_disk: bool = False,
     progress: Progress | None = None,
 ) -> RevertResult:
-    """Gives back the AWQ checkpoint that a converted one was made from, every file byte for byte.
+    """Gives back the checkpoint that a converted one was made from, every file byte for byte.
 
     Of a checkpoint that an engine saved, such as ``save_pretrained`` of Transformers, the tensors are given back: they
     lie in the files in which the engine put them. Interrupted at any moment, the same call resumes.
@@ -117,7 +117,7 @@ def revert(
     started, progress = time.perf_counter(), progress or Silence()
     root = Path(output) if output is not None else default_output(parse_source(converted), OUTPUT_SUFFIX)
     folder, pinned = open_source_of_run(converted, root, overwrite=overwrite, low_disk=low_disk, progress=progress)
-    source = ConvertedCheckpoint.open(folder, "this checkpoint is AWQ already; there is nothing to revert")
+    source = ConvertedCheckpoint.open(folder, "no conversion wrote this checkpoint; there is nothing to revert")
     transfer = plan_reversion(source)
     refuse_overlap(folder.root, root)
     restores = source.manifest.restores

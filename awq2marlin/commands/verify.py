@@ -1,21 +1,26 @@
-"""`verify`: is a converted checkpoint its source, value for value?"""
+"""`verify`: are two checkpoints the same model, value for value?"""
 
 from __future__ import annotations
 
 import os
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
-from awq2marlin.checkpoint.converted import require_converted
+from awq2marlin.arguments import ArgumentError
+from awq2marlin.checkpoint.converted import is_source_of
 from awq2marlin.checkpoint.counterparts import Counterparts
 from awq2marlin.checkpoint.manifest import Manifest, read_manifest
 from awq2marlin.checkpoint.opening import Checkpoint, open_checkpoint
 from awq2marlin.checkpoint.pairing import pair
+from awq2marlin.checkpoint.source import SourceCheckpoint
 from awq2marlin.commands.options import VerifyOptions, check_helpers
-from awq2marlin.errors import CheckpointError, DifferenceError, difference, printable, refuse
+from awq2marlin.errors import CheckpointError, DifferenceError, difference, printable
+from awq2marlin.formats.registry import MARLIN_NATIVE
 from awq2marlin.hub.repository import open_source
 from awq2marlin.io.digest import FileDigest, digest_of_file
 from awq2marlin.io.source import Source
@@ -24,28 +29,62 @@ from awq2marlin.io.tensors import TensorFiles
 from awq2marlin.io.workers import check_workers
 from awq2marlin.layout.modules import ModulePlan
 from awq2marlin.progress import Progress, Silence
+from awq2marlin.verification.checkpoints import compare_checkpoints
+from awq2marlin.verification.differences import Differences
 from awq2marlin.verification.headers import compare_configs, compare_headers, compare_side_files
+from awq2marlin.verification.numbers import Side
 from awq2marlin.verification.sampling import Device, Modules, check_device, sample_modules
 from awq2marlin.verification.values import Comparison, Job, run_gemm, run_jobs
 
 if TYPE_CHECKING:
     from awq2marlin.gemm.check import GemmRun
 
+#: What was compared: a source with its conversion, or two checkpoints of the same model.
+Kind = Literal["conversion", "checkpoints"]
+
+
+@dataclass(frozen=True)
+class ComparedFormat:
+    """What one of two checkpoints is.
+
+    Attributes:
+        name: of its format, as `inspect` says it.
+        title: of its format, for people.
+        layout: what results call the layout of its modules.
+        bits: bits per value, 4 or 8.
+        group_size: rows of K that share scales, -1 for all.
+        zero_point: whether modules have zero points of their own.
+        not_compared: files and tensors that belong to its format, and are not compared with the other's.
+    """
+
+    name: str
+    title: str
+    layout: str
+    bits: int
+    group_size: int
+    zero_point: bool
+    not_compared: tuple[str, ...] = ()
+
 
 @dataclass(frozen=True)
 class VerifyResult:
-    """What a verification looked at; it raises where it finds a difference.
+    """What a verification looked at; where it finds a difference, it raises.
 
     Attributes:
-        source: the AWQ checkpoint's folder, or ``org/name@commit``.
-        output: the converted checkpoint's folder.
-        modules: converted modules whose values were compared.
-        modules_total: converted modules there are.
+        source: the first checkpoint's folder, or ``org/name@commit``; of a conversion, its source's.
+        output: the second checkpoint's folder or repository; of a conversion, that of the converted one.
+        modules: converted modules whose values were compared; of two checkpoints, all that both have.
+        modules_total: such modules there are.
         tensors: other tensors, compared byte for byte.
         files: side files, compared byte for byte.
         bytes: bytes of the source's tensors and files that were compared.
         seconds: wall time.
         gemm: what the Marlin GEMM said of the same modules; None if it was not asked.
+        kind: ``conversion``, if one is the conversion of the other and everything that a conversion has to keep was
+            compared; ``checkpoints``, if two checkpoints of a model were compared by their values.
+        formats: what each of the two is.
+        notes: what two checkpoints have otherwise, and is no difference of the model.
+        differences: of two checkpoints, how much was compared and what differs; None for a conversion.
     """
 
     source: Path | str
@@ -57,6 +96,10 @@ class VerifyResult:
     bytes: int
     seconds: float
     gemm: GemmRun | None = None
+    kind: Kind = "conversion"
+    formats: tuple[ComparedFormat, ...] = ()
+    notes: tuple[str, ...] = ()
+    differences: Differences | None = None
 
 
 def verify(
@@ -69,23 +112,31 @@ def verify(
     progress: Progress | None = None,
     layers: Modules = "all",
 ) -> VerifyResult:
-    """Compares a converted checkpoint with its source.
+    """Compares two checkpoints of the same model, of any formats that are read or written.
+
+    If one is the conversion of the other, whichever is named first, everything that a conversion has to keep is
+    compared: headers, config, manifest and digests too. It is if its manifest speaks of the other; see
+    `checkpoint.converted.is_source_of`. Otherwise, or if something differs and none of the source's weight files is one
+    that was converted, all numbers, tensors and files are compared to the end, and the error says how much differs.
 
     Args:
-        source: folder of the AWQ checkpoint, or a repository of the Hub, ``org/name[@revision]``.
-        output: folder of the converted one, or a repository.
-        modules: how many converted modules to compare value for value, spread over the model; by default ``"all"``,
-            which also hashes every file and compares the digests with the manifest's. Everything else is
-            always compared in full.
+        source: folder of a checkpoint, or a repository of the Hub, ``org/name[@revision]``.
+        output: folder of another one, or a repository.
+        modules: how many modules to compare value for value, spread over the model; by default ``"all"``,
+            which of a conversion also hashes every file and compares the digests with the manifest's. Everything else
+            is always compared in full.
         workers: threads; by default as many as there are processors, at most eight.
         device: also run the chosen modules through the Marlin GEMM, on ``"cuda"``, ``"cpu"`` (an exact reference)
-            or ``"auto"``, the GPU if there is one.
+            or ``"auto"``, the GPU if there is one; only if the converted, or the second, checkpoint is Marlin-native.
         progress: told what is being done.
         layers: the earlier name of ``modules``.
 
     Raises:
-        ValueError: if an argument is none of its choices, or ``modules`` is given by both its names.
-        DifferenceError: naming the first difference: file, tensor, row, column, expected and found.
+        ValueError: if an argument is none of its choices, ``modules`` is given by both its names, or ``device`` is
+            given and there is nothing to run.
+        DifferenceError: of a conversion, naming the first difference: file, tensor, row, column, expected and found.
+            Of two checkpoints, naming the first place in every module, tensor and file that differs; its ``result``
+            has the counts.
         CheckpointError: if either folder is no readable checkpoint of its kind.
         UnavailableError: if the machine lacks what ``device`` needs.
         OSError: if reading fails.
@@ -95,24 +146,132 @@ def verify(
     check_device(device)
     started = time.perf_counter()
     progress = progress or Silence()
-    old, new = _open_pair(source, output)
-    manifest = read_manifest(new.folder)
+    threads = check_workers(workers)
+    one, other = _opened(open_source(source)), _opened(open_source(output))
+    converted = _conversion(one, other)
+    last = converted[1] if converted else other
+    if device is not None and last.format is not MARLIN_NATIVE:
+        message = "{device} runs modules that are Marlin-native; {folder} is {title}"
+        raise ArgumentError(message, folder=printable(str(last.folder.where)), title=last.format.title)
+    by_values = partial(_verify_checkpoints, one, other, count, threads, device, progress)
+    try:
+        result = _verify_conversion(*converted, count, threads, device, progress) if converted else by_values()
+    except DifferenceError as error:
+        if converted is None or _is_source_intact(converted[0], converted[2]):
+            raise
+        progress.finish()
+        by_values()
+        raise error from None
+    return replace(result, seconds=time.perf_counter() - started)
+
+
+@contextmanager
+def _in(folder: Source) -> Iterator[None]:
+    """Says of what is refused in which of the two checkpoints it lies: files of both have the same names."""
+    try:
+        yield
+    except CheckpointError as error:
+        where = f" (in {printable(str(folder.where))})"
+        raise CheckpointError(replace(each, message=each.message + where) for each in error.problems) from None
+
+
+def _opened(folder: Source) -> Checkpoint:
+    with _in(folder):
+        return open_checkpoint(folder)
+
+
+def _side(label: str, checkpoint: Checkpoint) -> Side:
+    with _in(checkpoint.folder):
+        return Side.of(label, SourceCheckpoint.of(checkpoint))
+
+
+def _conversion(one: Checkpoint, other: Checkpoint) -> tuple[Checkpoint, Checkpoint, Manifest] | None:
+    """Returns source, converted checkpoint and its manifest, if either of two is the conversion of the other."""
+    for source, output in ((one, other), (other, one)):
+        if output.is_converted:
+            manifest = read_manifest(output.folder)
+            if is_source_of(source, manifest):
+                return source, output, manifest
+    return None
+
+
+def _is_source_intact(source: Checkpoint, manifest: Manifest) -> bool:
+    """Returns whether a file of the source is the one that was converted; if none is, this may be another model."""
+    recorded = {name: shard.source for name, shard in manifest.shards.items() if name in source.shards}
+    return not all(recorded.values()) or any(
+        digest is not None and digest.is_of(digest_of_file(NamedPath(source.folder.path(name), name)))
+        for name, digest in recorded.items()
+    )
+
+
+def _verify_checkpoints(
+    one: Checkpoint, other: Checkpoint, count: Modules, workers: int, device: Device | None, progress: Progress
+) -> VerifyResult:
+    """Compares two checkpoints to the end."""
+    sides = _side("A", one), _side("B", other)
+    compared = compare_checkpoints(sides, count, workers, progress)
+    result = VerifyResult(
+        one.folder.where,
+        other.folder.where,
+        compared.modules,
+        compared.modules_total,
+        compared.tensors,
+        compared.files,
+        compared.bytes,
+        0.0,
+        kind="checkpoints",
+        formats=(_format(one, compared.of_the_format[0]), _format(other, compared.of_the_format[1])),
+        notes=compared.notes,
+        differences=compared.differences,
+    )
+    if compared.differences:
+        raise DifferenceError(compared.differences.problems, result)
+    if device is None:
+        return result
+    converted = [module for module in compared.modules if module.converted]
+    return replace(result, gemm=run_gemm(converted, _with_itself(sides[1], converted, progress), device))
+
+
+def _with_itself(side: Side, modules: list[ModulePlan], progress: Progress) -> Comparison:
+    """Returns a Marlin-native checkpoint as its own source: its values are the other's, whose layout may differ."""
+    format, stored = side.opened.checkpoint.format, side.opened.modules
+    counterparts = Counterparts(format, format, side.scheme, {module.name: module for module in modules}, stored)
+    return Comparison(counterparts, side.files, side.files, progress)
+
+
+def _format(checkpoint: Checkpoint, not_compared: tuple[str, ...] = ()) -> ComparedFormat:
+    format, scheme = checkpoint.format, checkpoint.quantization.scheme
+    numbers = (scheme.bits, scheme.group_size, scheme.zero_point)
+    return ComparedFormat(format.name, format.title, format.layout_name, *numbers, not_compared)
+
+
+def _verify_conversion(
+    old: Checkpoint,
+    new: Checkpoint,
+    manifest: Manifest,
+    count: Modules,
+    workers: int,
+    device: Device | None,
+    progress: Progress,
+) -> VerifyResult:
+    """Compares a source with its conversion, up to the first difference."""
     counterparts = _paired(old, new, whole=manifest.restores == "files")
     files = compare_side_files(old, new, manifest) if manifest.restores == "files" else []
     chosen = sample_modules(counterparts.rewritten, count)
-    others = _other_tensors(counterparts, old)
-    comparison = Comparison(
-        counterparts, TensorFiles(old.folder, old.index), TensorFiles(new.folder, new.index), progress
-    )
+    rows = [row for name, header in old.shards.items() for row in counterparts.rows(name, header)]
+    others = [row.source.name for row in rows if row.rewrite is None and row.source is not None]
+    tensors = TensorFiles(old.folder, old.index), TensorFiles(new.folder, new.index)
+    comparison = Comparison(counterparts, *tensors, progress)
     hashed = list(_recorded_files(manifest, old, new)) if count == "all" else []
     total = comparison.module_bytes(chosen) + sum(old.tensors[name].size for name in others)
     progress.start("verify", total + sum(file.size for _, _, file in hashed))
     jobs: list[Job] = [
         *map(comparison.tensor_job, others),
         *map(comparison.module_job, chosen),
+        *(comparison.derived_job(row) for row in rows if row.source is None or row.target is None),
         *(_digest_job(*recorded, progress) for recorded in hashed),
     ]
-    run_jobs(jobs, check_workers(workers))
+    run_jobs(jobs, workers)
     progress.finish()
     return VerifyResult(
         old.folder.where,
@@ -122,22 +281,10 @@ def verify(
         len(others),
         len(files),
         total,
-        time.perf_counter() - started,
-        run_gemm(chosen, comparison, device),
+        0.0,
+        run_gemm([module for module in chosen if module.converted], comparison, device),
+        formats=(_format(old), _format(new)),
     )
-
-
-def _open_pair(source: str | os.PathLike[str], output: str | os.PathLike[str]) -> tuple[Checkpoint, Checkpoint]:
-    old, new = open_checkpoint(open_source(source)), open_checkpoint(open_source(output))
-    if old.is_converted:
-        raise refuse(
-            "already-converted",
-            "the first folder must be the AWQ source; this one is converted",
-            file=str(source),
-        )
-    message = f"the second folder must be a converted checkpoint; this one is {new.format.title}"
-    require_converted(new, message, file=str(output))
-    return old, new
 
 
 def _paired(source: Checkpoint, output: Checkpoint, *, whole: bool) -> Counterparts:
@@ -153,16 +300,6 @@ def _paired(source: Checkpoint, output: Checkpoint, *, whole: bool) -> Counterpa
         compare_headers(source, output, counterparts)
     compare_configs(source, output, counterparts.modules.values(), whole=whole)
     return counterparts
-
-
-def _other_tensors(counterparts: Counterparts, source: Checkpoint) -> list[str]:
-    """Returns the tensors that must be the same in both; what follows from a module's shape is in its headers."""
-    return [
-        row.source.name
-        for name, header in source.shards.items()
-        for row in counterparts.rows(name, header)
-        if row.rewrite is None and row.source is not None
-    ]
 
 
 def _recorded_files(

@@ -8,6 +8,7 @@ docs/marlin-native.md states them in full. Source: AutoAWQ 0.2.9, ``awq/modules/
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -34,8 +35,30 @@ class AwqGemm(Format):
     name = "awq"
     title = "AWQ"
     layout_name = "awq"
+    layout_title = "AWQ"
     output_suffix = "-awq"
-    is_source = True
+    is_source = is_target = True
+
+    purpose = "AWQ's layout, which engines read without a plugin."
+
+    def loading(self, scheme: Scheme, place: str) -> str:
+        """Returns the plain commands, and which engines take these bits."""
+        if scheme.bits != 4:
+            return (
+                "vLLM and SGLang take AWQ checkpoints of 4 bits only, so they refuse this one. "
+                "In compressed-tensors they take 8 bits, if all zero points are 128."
+            )
+        commands = f"vLLM and SGLang know the format:\n\n```sh\nvllm serve {place}\n```"
+        if scheme.group_size == -1:
+            commands += (
+                "\n\nOne group spans all of K: vLLM 0.33 cuts such layers over several GPUs by columns only, "
+                "and loads no mixture of experts that has them."
+            )
+        return commands
+
+    def target_scheme(self, scheme: Scheme) -> Scheme:
+        """Returns the scheme with zero points: engines leave absent ones uninitialised."""
+        return replace(scheme, zero_point=True)
 
     def claims(self, document: Mapping[str, Any], place: str) -> bool:
         """Returns whether a config names AWQ, or no method, and no layout but "gemm"."""
@@ -57,14 +80,18 @@ class AwqGemm(Format):
         return Quantization(scheme, document.get("modules_to_not_convert"), place)
 
     def write_config(self, quantization: Quantization) -> dict[str, Any]:
-        """Returns the config as AutoAWQ writes it."""
+        """Returns the config as AutoAWQ writes it; ``lm_head`` tells vLLM of a quantized output embedding."""
+        has_head = any(name.rpartition(".")[2] == "lm_head" for name in quantization.quantized_modules)
         return {
             "quant_method": "awq",
             "version": "gemm",
             "bits": quantization.bits,
             "group_size": quantization.group_size,
             "zero_point": quantization.zero_point,
-            "modules_to_not_convert": quantization.modules_to_not_convert,
+            "modules_to_not_convert": quantization.modules_to_not_convert
+            or sorted(quantization.unquantized_modules)
+            or None,
+            **({"lm_head": True} if has_head else {}),
         }
 
     def sizes(self, tensors: Mapping[str, TensorInfo], scheme: Scheme) -> tuple[int, int]:
@@ -137,6 +164,9 @@ class AwqGemm(Format):
         from awq2marlin.layout.reference import unpack_awq  # a conversion that compares nothing does not need it
 
         return unpack_awq(rows.astype(np.uint32, copy=False), scheme.bits)
+
+
+AWQ_GEMM = AwqGemm()
 
 
 def _bits_hint(words: int, columns: int, said: int) -> str:

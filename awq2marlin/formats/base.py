@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from awq2marlin.errors import CheckpointError, Problem, refuse
-from awq2marlin.io.safetensors import TensorInfo
+from awq2marlin.io.safetensors import TensorIndex, TensorInfo
 from awq2marlin.layout.modules import QUANTIZED_PARTS, SCALE_DTYPES, Linear, module_name
 from awq2marlin.layout.repack import PartLayout
 from awq2marlin.layout.scheme import Scheme
@@ -41,6 +41,7 @@ class Quantization:
         awq_modules: of a converted checkpoint, the quantized modules kept in AWQ layout.
         unquantized_modules: of a converted one, the modules with a floating-point weight of two or more dimensions.
         padded_modules: of a converted one, true (K, N) of the modules that were padded.
+        quantized_modules: of one that is written, every quantized module.
     """
 
     scheme: Scheme
@@ -49,6 +50,7 @@ class Quantization:
     awq_modules: frozenset[str] = frozenset()
     unquantized_modules: frozenset[str] = frozenset()
     padded_modules: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    quantized_modules: frozenset[str] = frozenset()
 
     @property
     def bits(self) -> int:
@@ -67,6 +69,21 @@ class Quantization:
 
 
 @dataclass(frozen=True)
+class StoredModule(Linear):
+    """A quantized module, with how the files hold it.
+
+    Attributes:
+        layout: the format whose layout its tensors have: mostly the checkpoint's own.
+        stored_k: K in the files, padding included.
+        stored_n: N in the files, padding included.
+    """
+
+    layout: Format
+    stored_k: int
+    stored_n: int
+
+
+@dataclass(frozen=True)
 class DerivedTensor:
     """A tensor of a module that holds nothing but what follows from the module's shape.
 
@@ -75,12 +92,16 @@ class DerivedTensor:
         dtype: as headers call it, e.g. ``I64``.
         shape: sizes.
         data: returns its bytes; picklable.
+        is_optional: whether a source may lack it; a target never writes it then.
+        meaning: what it means if it holds something else, for messages.
     """
 
     suffix: str
     dtype: str
     shape: tuple[int, ...]
     data: Callable[[], bytes]
+    is_optional: bool = False
+    meaning: str = ""
 
 
 class Format(ABC):
@@ -95,15 +116,27 @@ class Format(ABC):
     #: What results call the layout of its modules, e.g. ``marlin``.
     layout_name: ClassVar[str]
 
+    #: What people call that layout, if not by the format's title.
+    layout_title: ClassVar[str]
+
     #: The version of the format that is written.
     version: ClassVar[int] = 1
 
     #: What the default name of an output ends with, e.g. ``-marlin``.
     output_suffix: ClassVar[str] = ""
 
+    #: What a model card of an output says: a warning above all else, what the layout is for, and which library the Hub
+    #: shall name.
+    warning: ClassVar[str] = ""
+    purpose: ClassVar[str] = ""
+    library_name: ClassVar[str] = "transformers"
+
     #: Whether it can be converted from, and to.
     is_source: ClassVar[bool] = False
     is_target: ClassVar[bool] = False
+
+    #: Whether only this package writes it.
+    is_own: ClassVar[bool] = False
 
     #: Whether its config lists the modules that are kept, padded, or not quantized.
     has_module_lists: ClassVar[bool] = False
@@ -156,6 +189,26 @@ class Format(ABC):
 
     # --- the tensors of a module
 
+    def variant(self, index: TensorIndex) -> Format:  # noqa: ARG002
+        """Returns the format that the tensors show, where a config does not tell several apart; mostly this one."""
+        return self
+
+    def parts(self, found: Mapping[str, TensorInfo], scheme: Scheme) -> tuple[str, ...]:  # noqa: ARG002
+        """Returns which of its tensors are parts of a module, in order: all that it has, in most formats."""
+        return tuple(part for part in QUANTIZED_PARTS if part in found)
+
+    def find(
+        self, tensors: Mapping[str, TensorInfo], quantization: Quantization, shard_of: Mapping[str, str]
+    ) -> tuple[dict[str, StoredModule], list[Problem]]:
+        """Returns the quantized modules of a checkpoint by name, sorted, and everything that is wrong with them.
+
+        Args:
+            tensors: every tensor of the checkpoint.
+            quantization: what its config says.
+            shard_of: the file of each tensor, for messages.
+        """
+        return find_modules(self, tensors, quantization, shard_of)
+
     @abstractmethod
     def sizes(self, tensors: Mapping[str, TensorInfo], scheme: Scheme) -> tuple[int, int]:
         """Returns K and N of a module, padding included, as its tensors show them.
@@ -179,6 +232,10 @@ class Format(ABC):
     @abstractmethod
     def layout(self, part: str, size_k: int, size_n: int, scheme: Scheme) -> PartLayout:
         """Returns how that tensor holds the part; arguments as for `shape`."""
+
+    def target_scheme(self, scheme: Scheme) -> Scheme:
+        """Returns the scheme that a target of this format has of a source's."""
+        return scheme
 
     def has_zero_points(self, scheme: Scheme) -> bool:
         """Returns whether a module must have a tensor of zero points."""
@@ -208,6 +265,15 @@ class Format(ABC):
                 message = f"its shape is {list(tensor.shape)}, needed is {list(shape)} as the module's others say"
                 yield tensor.name, "contradiction", message
 
+    def loading(self, scheme: Scheme, place: str) -> str:  # noqa: ARG002
+        """Returns how an output is loaded, in Markdown, for its model card.
+
+        Args:
+            scheme: of the output.
+            place: what stands for the folder or repository.
+        """
+        return ""
+
     # --- which modules it can hold
 
     def refusal(self, module: str, size_k: int, size_n: int, scheme: Scheme) -> str:  # noqa: ARG002
@@ -228,31 +294,39 @@ class Format(ABC):
     def rows_per_row(self, part: str) -> int:
         """Returns how many rows of the plain values one row of a part's tensor holds.
 
-        0 means that rows of the tensor hold no whole ones, as where it is transposed: it is read as a whole.
+        0 means that rows of the tensor hold no whole ones, as where it is transposed: it is read as a whole, and its
+        columns are looked at, see `rows_per_column`.
         """
+
+    def rows_per_column(self, part: str, scheme: Scheme) -> int:  # noqa: ARG002
+        """Returns how many rows of the plain values one column of a part's tensor holds, where its rows hold none.
+
+        0, the default, means that columns hold no whole ones either: `values` then gets all of the tensor.
+        """
+        return 0
 
     @abstractmethod
     def values(self, part: str, rows: npt.NDArray[Any], size_k: int, scheme: Scheme) -> npt.NDArray[Any]:
-        """Returns the plain values that some rows of a part's tensor hold.
+        """Returns the plain values that some rows of a part's tensor hold, or some columns of a transposed one.
 
         Args:
             part: ``qweight``, ``qzeros`` or ``scales``.
-            rows: uint32 [R, words] or, of scales, uint16 [R, N].
+            rows: uint32 [R, words] or, of scales, uint16 [R, N]; of a transposed tensor all rows of some columns.
             size_k: K of the module, padding included.
             scheme: of the checkpoint.
 
         Returns:
-            uint8 [R * rows_per_row, N], or the bits of scales uint16 [R, N].
+            uint8 [R * rows_per_row, N], or the bits of scales uint16 [R, N]. Rows past the last are left out by the
+            caller.
         """
+
+    def element_type(self, part: str) -> type[np.generic]:
+        """Returns the type in which `values` takes a part's tensor: 32-bit words, or the 16 bits of a scale."""
+        return np.uint16 if part == "scales" else np.uint32
 
     def tensor_name(self, module: str, part: str) -> str:
         """Returns the full name of the tensor that holds a part of a module."""
         return module_name(module, self.suffixes[part])
-
-
-def element_type(part: str) -> type[np.generic]:
-    """Returns the type in which a part's tensor is read: 32-bit words, or the 16 bits of a scale."""
-    return np.uint16 if part == "scales" else np.uint32
 
 
 def find_modules(
@@ -262,8 +336,8 @@ def find_modules(
     shard_of: Mapping[str, str],
     *,
     among: Callable[[str], bool] = lambda _module: True,
-) -> tuple[dict[str, Linear], list[Problem]]:
-    """Returns the quantized modules among tensors by name, sorted, and everything that is wrong with them.
+) -> tuple[dict[str, StoredModule], list[Problem]]:
+    """Returns the quantized modules of one layout by name, sorted, and everything that is wrong with them.
 
     Args:
         format: the format that they are of.
@@ -285,7 +359,8 @@ def find_modules(
             continue
         found = _tensors_of(format, name, parts, tensors)
         size_k, size_n = format.sizes(found, quantization.scheme)
-        modules[name] = Linear(name, size_k, size_n, tuple(part for part in QUANTIZED_PARTS if part in found))
+        present = format.parts(found, quantization.scheme)
+        modules[name] = StoredModule(name, size_k, size_n, present, format, size_k, size_n)
     return modules, problems
 
 
@@ -352,7 +427,8 @@ def _derived_faults(
         name = module_name(module, each.suffix)
         tensor = tensors.get(name)
         if tensor is None:
-            yield name, "missing-tensor", "it is missing, but the module's other tensors are there"
+            if not each.is_optional:
+                yield name, "missing-tensor", "it is missing, but the module's other tensors are there"
         elif (tensor.dtype, tensor.shape) != (each.dtype, each.shape):
             found, needed = (f"{one.dtype} {list(one.shape)}" for one in (tensor, each))
             yield name, "contradiction", f"it is {found}, needed is {needed} as the module's other tensors say"

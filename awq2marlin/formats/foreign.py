@@ -25,13 +25,15 @@ _METHOD_NAMES = {
     "gptq": "a GPTQ checkpoint",
     "gptq_marlin": "a GPTQ checkpoint",
     "marlin": "an old GPTQ-Marlin checkpoint",
-    "compressed-tensors": "a compressed-tensors checkpoint",
     "awq_marlin": "a checkpoint marked as packed by an engine",
     "bitsandbytes": "a bitsandbytes checkpoint",
     "fp8": "an FP8 checkpoint",
     "gguf": "a GGUF checkpoint",
 }
-_WHAT_TO_DO = "Only AWQ checkpoints of version 'gemm' are converted; look for such a one of this model"
+_WHAT_TO_DO = (
+    "Only AWQ of version 'gemm' and compressed-tensors of format 'pack-quantized' are converted; look for such a "
+    "version of this model"
+)
 
 
 def foreign(document: Mapping[str, Any], place: str) -> CheckpointError:
@@ -41,12 +43,15 @@ def foreign(document: Mapping[str, Any], place: str) -> CheckpointError:
         document: its quantization config.
         place: where that stands.
     """
-    message = f"this is {_name(document, place)}, not an AWQ checkpoint in the 'gemm' layout. {_WHAT_TO_DO}"
+    message = f"this is {_name(document, place)}, which is not converted. {_WHAT_TO_DO}"
     return refuse("foreign-format", message, file=place)
 
 
 def _name(document: Mapping[str, Any], place: str) -> str:
     method = method_of(document, place)
+    if method == "compressed-tensors":
+        layout = word(document, "format", place)
+        return f"a compressed-tensors checkpoint {f'of format {printable(layout)!r}' if layout else 'of no format'}"
     if method in _METHOD_NAMES:
         return _METHOD_NAMES[method]
     if method not in ("awq", ""):

@@ -8,18 +8,20 @@ listed in the config, so that loaders know two layouts and no more.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from awq2marlin.errors import printable, refuse
-from awq2marlin.formats.base import Fault, Format, Quantization
+from awq2marlin.errors import Problem, printable, refuse
+from awq2marlin.formats.awq_gemm import AWQ_GEMM
+from awq2marlin.formats.base import Fault, Format, Quantization, StoredModule, find_modules
 from awq2marlin.formats.config import first_of, method_of, scheme_of
-from awq2marlin.formats.names import MANIFEST_FILENAME
+from awq2marlin.formats.names import CONFIG_FILENAME, MANIFEST_FILENAME
 from awq2marlin.io.safetensors import TensorInfo
 from awq2marlin.layout.marlin import GPTQ_MARLIN_TILE, padded_shapes, paddings, unaligned_reason
-from awq2marlin.layout.modules import is_output_embedding, part_shape
+from awq2marlin.layout.modules import is_output_embedding, module_name, part_shape
 from awq2marlin.layout.repack import MarlinScales, MarlinWeight, MarlinZeroPoints, PartLayout
 from awq2marlin.layout.scheme import Scheme
 
@@ -33,10 +35,40 @@ class MarlinNative(Format):
     name = MARLIN_QUANT_METHOD
     title = "Marlin-native"
     layout_name = "marlin"
+    layout_title = "Marlin"
     output_suffix = "-marlin"
-    is_target = True
+    is_source = is_target = True
+    is_own = True
     has_module_lists = True
     version = FORMAT_VERSION
+
+    warning = (
+        "> **Load this checkpoint only with an engine that knows the format `marlin_native`.** Transformers without\n"
+        "> `awq2marlin` prints a warning, skips the quantized weights, and generates garbage. "
+        "vLLM and SGLang without it refuse."
+    )
+    purpose = "the layout of the Marlin kernels, so that an engine need not repack them at every start."
+    library_name = "awq2marlin"  # not transformers: the Hub would show commands that build garbage
+
+    def loading(self, scheme: Scheme, place: str) -> str:
+        """Returns the commands for vLLM and Transformers."""
+        del scheme
+        return f"""vLLM, version 0.25 or 0.33, finds the loader by itself, once it is installed beside it:
+
+```sh
+pip install vllm==0.33.0 awq2marlin
+vllm serve {place}
+```
+
+Transformers, after `pip install 'awq2marlin[transformers,cuda]'`:
+
+```python
+import awq2marlin.integrations.transformers  # without this line, the model is garbage
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{place}", device_map="auto")
+tokenizer = AutoTokenizer.from_pretrained("{place}")
+```"""
 
     def claims(self, document: Mapping[str, Any], place: str) -> bool:
         """Returns whether the config names the method."""
@@ -93,6 +125,21 @@ class MarlinNative(Format):
         if padded:
             document["padded_modules"] = {name: list(padded[name]) for name in sorted(padded)}
         return document
+
+    def find(
+        self, tensors: Mapping[str, TensorInfo], quantization: Quantization, shard_of: Mapping[str, str]
+    ) -> tuple[dict[str, StoredModule], list[Problem]]:
+        """Returns the modules in Marlin layout, and those that the config lists as kept in AWQ layout."""
+        listed, padded = quantization.awq_modules, quantization.padded_modules
+        kept, faults = find_modules(AWQ_GEMM, tensors, quantization, shard_of, among=listed.__contains__)
+        own, more = find_modules(self, tensors, quantization, shard_of, among=lambda name: name not in listed)
+        for name in padded.keys() & own.keys():
+            size_k, size_n = padded[name]
+            own[name] = replace(own[name], size_k=size_k, size_n=size_n)
+        problems = list(dict.fromkeys([*faults, *more]))
+        troubled = {problem.tensor.rpartition(".")[0] for problem in problems}
+        problems += _missing_from_lists({*kept, *own, *troubled}, tensors, quantization)
+        return dict(sorted({**kept, **own}.items())), problems
 
     def sizes(self, tensors: Mapping[str, TensorInfo], scheme: Scheme) -> tuple[int, int]:
         """Returns K and N, padding included, as the shape of ``qweight`` says."""
@@ -161,6 +208,21 @@ class MarlinNative(Format):
             return reference.unpermute_columns(rows, scheme.group_size == -1 or scheme.group_size >= size_k)
         unpack = reference.unpack_marlin_qweight if part == "qweight" else reference.unpack_marlin_qzeros
         return unpack(rows.astype(np.uint32, copy=False), scheme.bits)
+
+
+def _missing_from_lists(
+    found: set[str], tensors: Mapping[str, TensorInfo], quantization: Quantization
+) -> Iterator[Problem]:
+    """Yields what the config's lists name and the files do not hold."""
+    for key in ("awq_modules", "padded_modules"):
+        for module in getattr(quantization, key):
+            if module not in found:
+                message = f"{key} names its module, but no file holds it; download the checkpoint again, completely"
+                yield Problem(CONFIG_FILENAME, module_name(module, "qweight"), "missing-tensor", message)
+    for module in quantization.unquantized_modules:
+        if module_name(module, "weight") not in tensors:
+            message = "unquantized_modules names it, but no file holds it; download the checkpoint again, completely"
+            yield Problem(CONFIG_FILENAME, module_name(module, "weight"), "missing-tensor", message)
 
 
 def _is_shape(value: Any) -> bool:

@@ -8,16 +8,17 @@ from typing import Any
 
 from awq2marlin.arguments import ArgumentError
 from awq2marlin.errors import printable
-from awq2marlin.formats.awq_gemm import AwqGemm
+from awq2marlin.formats.awq_gemm import AWQ_GEMM as AWQ_GEMM
 from awq2marlin.formats.base import Format
+from awq2marlin.formats.compressed_tensors import CompressedTensors
 from awq2marlin.formats.foreign import foreign
 from awq2marlin.formats.marlin_native import MarlinNative
 
-AWQ_GEMM = AwqGemm()
+COMPRESSED_TENSORS = CompressedTensors()
 MARLIN_NATIVE = MarlinNative()
 
 #: In the order in which they are asked whether a config is theirs.
-FORMATS: list[Format] = [MARLIN_NATIVE, AWQ_GEMM]
+FORMATS: list[Format] = [MARLIN_NATIVE, AWQ_GEMM, COMPRESSED_TENSORS]
 
 #: The layout in which a module stays that the target's format cannot take, whatever the source was.
 KEPT = AWQ_GEMM

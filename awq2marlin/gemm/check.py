@@ -16,7 +16,6 @@ import torch
 
 from awq2marlin.checkpoint.counterparts import Counterparts
 from awq2marlin.errors import KernelUnavailableError, Problem, UnavailableError, difference
-from awq2marlin.formats.base import element_type
 from awq2marlin.gemm.jit import on_compile
 from awq2marlin.gemm.ops import marlin_gemm
 from awq2marlin.io.tensors import TensorFiles
@@ -141,13 +140,13 @@ def check_modules(
 
 
 def _qweight_bytes(module: ModulePlan, counterparts: Counterparts, source: TensorFiles) -> int:
-    return source.info(counterparts.source.tensor_name(module.name, "qweight")).size
+    return source.info(counterparts.source_layout_of(module).tensor_name(module.name, "qweight")).size
 
 
 def _check_module(
     module: ModulePlan, counterparts: Counterparts, source: TensorFiles, output: TensorFiles, device: str
 ) -> GemmCheck:
-    dtype = _TYPES[source.info(counterparts.source.tensor_name(module.name, "scales")).dtype]
+    dtype = _TYPES[source.info(counterparts.source_layout_of(module).tensor_name(module.name, "scales")).dtype]
     weight = _SourceWeight(module, counterparts, source, dtype, device)
     marlin = _MarlinModule(module, counterparts.scheme.bits, output, dtype, device)
     _check_exact(module, weight, marlin, output)
@@ -196,9 +195,10 @@ class _SourceWeight:
         self._group_size = module.padded_k if groups == 1 else scheme.group_size
 
         def plain(part: str) -> torch.Tensor:
-            name = counterparts.source.tensor_name(module.name, part)
-            rows = files.rows(name, 0, files.info(name).shape[0], element_type(part))
-            values = counterparts.source.values(part, rows, module.size_k, scheme)
+            layout, (stored_k, _) = counterparts.source_layout_of(module), counterparts.stored_sizes(module)
+            name = layout.tensor_name(module.name, part)
+            rows = files.rows(name, 0, files.info(name).shape[0], layout.element_type(part))
+            values = layout.values(part, rows, stored_k, scheme)
             return torch.from_numpy(values if values.flags.writeable else values.copy())
 
         self._values = self._padded(plain("qweight"), self.size_k, device)

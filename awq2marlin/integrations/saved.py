@@ -73,9 +73,8 @@ def _manifest(checkpoint: Checkpoint, modules: Mapping[str, ModulePlan]) -> Mani
         source = _awq_header(header, modules, checkpoint.quantization.scheme)
         found = digest_of_file(NamedPath(checkpoint.folder.path(name), name))
         shards[name] = ManifestShard(source, None, found)
-    documents = {
-        CONFIG_FILENAME: without_quantization(checkpoint.config, AWQ_GEMM.write_config(checkpoint.quantization))
-    }
+    said = replace(checkpoint.quantization, unquantized_modules=frozenset())  # most AWQ configs list none
+    documents = {CONFIG_FILENAME: without_quantization(checkpoint.config, AWQ_GEMM.write_config(said))}
     if checkpoint.has_index:
         documents[INDEX_FILENAME] = _awq_index(checkpoint, shards)
     texts = {name: encode_json(document).decode() for name, document in documents.items()}

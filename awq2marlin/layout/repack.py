@@ -2,32 +2,38 @@
 
 Between two formats stands one plain form of each part of a module, rows of K (or G) one after the other:
 
-    codes and zero points   uint32 [rows, N / f], packed in AWQ's order
+    codes and zero points   uint32 [rows, N / f], packed in AWQ's order; what N leaves free of the last word is zero
     scales                  16 bits each [rows, N]
 
 A `PartLayout` says how a tensor of a format holds such rows, and turns its bytes into them and back. AWQ's tensors hold
 them as they are. A `Repack` goes from one layout to another, by bands of rows that repack independently: sixteen rows
 of codes make one row of Marlin tiles. Unpadded, a piece keeps its length, so a file is rewritten in one pass with two
 small buffers.
+
+A tensor that lies the other way round (`transposed`) holds columns one after the other, so no part of it holds whole
+rows. But some of its columns are such a tensor themselves, and so are the same columns of any other layout. So it is
+repacked by stripes of columns, and between the stripes of one side and the rows of the other stands a buffer of the
+tensor's size (`stripes`).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from functools import cache
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cache, partial
 from typing import ClassVar, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from awq2marlin.errors import refuse
-from awq2marlin.io.stream import PIECE_BYTES, Piece
+from awq2marlin.io.stream import PIECE_BYTES, Piece, Step
 from awq2marlin.layout.machine_code import address, kernel
 from awq2marlin.layout.marlin import GPTQ_MARLIN_TILE, MARLIN_INTERLEAVE, SCALE_PERM, SCALE_PERM_SINGLE
 from awq2marlin.layout.modules import SCALE_BYTES
 from awq2marlin.layout.packing import AWQ_PACK_ORDER, inverse_order, pack_factor
+from awq2marlin.layout.stripes import Stripes
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -35,11 +41,15 @@ Bytes = npt.NDArray[np.uint8]
 _SCRATCH_BYTES = 512
 
 
+class StrayBitsError(ValueError):
+    """A tensor says what the plain rows have no place for, so that it could not be made again from them."""
+
+
 class Rewrite(Protocol):
     """What becomes of one tensor while a file is rewritten. Small and picklable."""
 
     def pieces(self, read_at: int, write_at: int) -> Iterator[Piece]:
-        """Yields the pieces of the tensor, which are rewritten one by one, in any order.
+        """Yields the pieces of the tensor, which are rewritten one by one, in any order but for their steps.
 
         Args:
             read_at: where the tensor begins in the file that is read, in bytes.
@@ -63,16 +73,23 @@ class PartLayout:
     rows: int
     columns: int
 
-    #: Rows that lie together: a piece of the tensor holds whole bands of them.
-    band: ClassVar[int] = 1
-
     #: Whether the tensor's bytes are the plain rows.
     is_plain: ClassVar[bool] = True
+
+    #: Whether the tensor holds columns one after the other, so that its one band is all of it.
+    is_transposed: ClassVar[bool] = False
+
+    @property
+    def band(self) -> int:
+        """Rows that lie together: a piece of the tensor holds whole bands of them."""
+        return 1
 
     @property
     def row_bytes(self) -> int:
         """Bytes of one plain row."""
-        return self.columns * SCALE_BYTES if self.part == "scales" else self.columns * self.bits // 8
+        if self.part == "scales":
+            return self.columns * SCALE_BYTES
+        return -(-self.columns // pack_factor(self.bits)) * 4
 
     @property
     def band_bytes(self) -> int:
@@ -88,12 +105,24 @@ class PartLayout:
         """Returns the bands, first and past the last, that hold rows ``first`` to ``last``, as far as there are any."""
         return min(first, self.rows) // self.band, -(-min(last, self.rows) // self.band)
 
+    @property
+    def stripe_columns(self) -> int:
+        """How many columns of a transposed tensor are best taken at once, a multiple of 64."""
+        raise NotImplementedError
+
+    def stripe(self, first: int, last: int) -> PartLayout:
+        """Returns how a tensor of columns ``first`` to ``last`` alone would hold them; ``first`` a multiple of 64."""
+        return replace(self, columns=last - first)
+
     def unpack(self, data: Bytes, plain: Bytes) -> None:
         """Turns whole bands of the tensor into plain rows.
 
         Args:
             data: uint8, contiguous, aligned to 4 bytes: the bands.
             plain: uint8, likewise, as long as their rows; written in full.
+
+        Raises:
+            StrayBitsError: if `pack` would not give back the very bytes.
         """
         plain[:] = data
 
@@ -114,8 +143,12 @@ class PartLayout:
 class MarlinWeight(PartLayout):
     """Codes in Marlin's tiles of 16 rows by 64 columns; pictured in kernels/README.md."""
 
-    band: ClassVar[int] = GPTQ_MARLIN_TILE
     is_plain: ClassVar[bool] = False
+
+    @property
+    def band(self) -> int:
+        """A row of tiles is sixteen rows."""
+        return GPTQ_MARLIN_TILE
 
     def unpack(self, data: Bytes, plain: Bytes) -> None:
         """Turns rows of tiles into plain rows."""
@@ -205,18 +238,26 @@ class Repack:
     Attributes:
         source: how the tensor that is read holds the part.
         target: how the tensor that is written does.
+        file: where it is read, for messages.
+        name: full name of what is read, for messages.
     """
 
     source: PartLayout
     target: PartLayout
+    file: str = ""
+    name: str = ""
 
     @property
     def inverse(self) -> Repack:
-        """The way back; padding goes."""
+        """The way back; padding goes, and the names, which were those of what is read."""
         return Repack(self.target, self.source)
 
     def pieces(self, read_at: int, write_at: int) -> Iterator[Piece]:
         """Yields the pieces of the tensor; see `Rewrite.pieces`."""
+        if self._is_striped:
+            turn = self._columns_to_rows if self.source.is_transposed else self._rows_to_columns
+            yield from turn(read_at, write_at)
+            return
         step = self._rows_at_once()
         for first in range(0, max(self.source.rows, self.target.rows), step):
             (begin, end), (into, past) = (each.bands(first, first + step) for each in (self.source, self.target))
@@ -226,6 +267,8 @@ class Repack:
 
     def _rows_at_once(self) -> int:
         """Returns how many rows a piece has: whole bands of both sides, about `PIECE_BYTES`."""
+        if self.source.is_transposed or self.target.is_transposed:
+            return max(self.source.rows, self.target.rows)
         band = math.lcm(self.source.band, self.target.band)
         return band * max(1, PIECE_BYTES // (band * max(self.source.row_bytes, self.target.row_bytes)))
 
@@ -235,7 +278,17 @@ class Repack:
         Args:
             found: uint8, contiguous, aligned to 4 bytes: whole bands of the source.
             made: uint8, likewise: whole bands of the target; written in full.
+
+        Raises:
+            CheckpointError: if the way back would not give back the very bytes.
         """
+        try:
+            self._rewrite(found, made)
+        except StrayBitsError as error:
+            message = f"{error}, so the conversion could not be undone; the checkpoint is damaged or of another format"
+            raise refuse("contradiction", message, file=self.file, tensor=self.name) from None
+
+    def _rewrite(self, found: Bytes, made: Bytes) -> None:
         source, target = self.source, self.target
         plain_in, plain_out = (_plain_size(each, data) for each, data in ((source, found), (target, made)))
         is_same = plain_in == plain_out and source.columns == target.columns
@@ -250,6 +303,60 @@ class Repack:
             plain = _fitted(plain, source.row_bytes, plain_out, target.row_bytes)
         target.pack(plain, made)
 
+    # --- between a tensor of columns and a tensor of rows
+
+    @property
+    def _is_striped(self) -> bool:
+        """Whether the tensor goes by stripes of columns: one side holds columns, and it is too large for one piece."""
+        differ = self.source.is_transposed != self.target.is_transposed
+        return differ and max(self.source.size, self.target.size) > PIECE_BYTES
+
+    def _by_stripe(self) -> list[Repack]:
+        """Returns how each stripe is repacked, as if it were a tensor; the last has what is padding."""
+        columns = min(self.source.columns, self.target.columns)
+        width = min(each.stripe_columns for each in (self.source, self.target) if each.is_transposed)
+        firsts = range(0, columns, width)
+        ends = ([*firsts[1:], each.columns] for each in (self.source, self.target))
+        return [
+            replace(self, source=self.source.stripe(first, end), target=self.target.stripe(first, past))
+            for first, end, past in zip(firsts, *ends, strict=True)
+        ]
+
+    def _columns_to_rows(self, read_at: int, write_at: int) -> Iterator[Piece]:
+        """Yields a piece for every stripe of the source, then a piece for every run of the target's bands."""
+        cuts = self._by_stripe()
+        stripes = Stripes(self.target.size // self.target.band_bytes, tuple(cut.target.band_bytes for cut in cuts))
+        for place, cut in enumerate(cuts):
+            read = read_at, cut.source.size
+            yield Piece(read, (write_at, 0), partial(_fill_stripe, cut, stripes, place), Step(place, stripes.size))
+            read_at += cut.source.size
+        for place, (first, last) in enumerate(stripes.runs()):
+            write = write_at + first * stripes.row_bytes, (last - first) * stripes.row_bytes
+            yield Piece((read_at, 0), write, partial(stripes.join, first), Step(place, stripes.size))
+
+    def _rows_to_columns(self, read_at: int, write_at: int) -> Iterator[Piece]:
+        """Yields a piece for every run of the source's bands, then a piece for every stripe of the target."""
+        cuts = self._by_stripe()
+        stripes = Stripes(self.source.size // self.source.band_bytes, tuple(cut.source.band_bytes for cut in cuts))
+        for place, (first, last) in enumerate(stripes.runs()):
+            read = read_at + first * stripes.row_bytes, (last - first) * stripes.row_bytes
+            yield Piece(read, (write_at, 0), partial(stripes.split, first), Step(place, stripes.size))
+        read_at += stripes.size
+        for place, cut in enumerate(cuts):
+            write = write_at, cut.target.size
+            yield Piece((read_at, 0), write, partial(_empty_stripe, cut, stripes, place), Step(place, stripes.size))
+            write_at += cut.target.size
+
+
+def _fill_stripe(cut: Repack, stripes: Stripes, index: int, found: Bytes, buffer: Bytes) -> None:
+    """Repacks columns that were read into their stripe."""
+    cut.rewrite(found, stripes.stripe(index, buffer))
+
+
+def _empty_stripe(cut: Repack, stripes: Stripes, index: int, buffer: Bytes, made: Bytes) -> None:
+    """Repacks a stripe into the columns that are written."""
+    cut.rewrite(stripes.stripe(index, buffer), made)
+
 
 def _plain_size(layout: PartLayout, data: Bytes) -> int:
     """Returns how many bytes of plain rows the bands in ``data`` hold."""
@@ -257,70 +364,11 @@ def _plain_size(layout: PartLayout, data: Bytes) -> int:
 
 
 def _fitted(plain: Bytes, row_bytes: int, size: int, target_row_bytes: int) -> Bytes:
-    """Returns plain rows in another size: cut, or filled up with zeros."""
+    """Returns plain rows in another size: cut, where there is nothing but zeros, or filled up with zeros."""
     rows, columns = plain.reshape(-1, row_bytes), min(row_bytes, target_row_bytes)
     fitted = np.zeros((size // target_row_bytes, target_row_bytes), np.uint8)
     count = min(len(rows), len(fitted))
+    if rows[count:].any() or rows[:count, columns:].any():
+        raise StrayBitsError("its padding is not zero")
     fitted[:count, :columns] = rows[:count, :columns]
     return fitted.reshape(-1)
-
-
-@dataclass(frozen=True)
-class Made:
-    """A tensor that only the target has, because it follows from its module's shape.
-
-    Attributes:
-        size: its bytes.
-        data: returns them; picklable.
-    """
-
-    size: int
-    data: Callable[[], bytes]
-
-    def pieces(self, read_at: int, write_at: int) -> Iterator[Piece]:
-        """Yields one piece that reads nothing."""
-        yield Piece((read_at, 0), (write_at, self.size), self.rewrite)
-
-    def rewrite(self, found: Bytes, made: Bytes) -> None:
-        """Writes the tensor's bytes."""
-        del found  # nothing
-        made[:] = np.frombuffer(self.data(), np.uint8)
-
-
-@dataclass(frozen=True)
-class Proven:
-    """A tensor that only the source has: proven to follow from its module's shape, so that `revert` can make it again.
-
-    Attributes:
-        file: where it lies, for messages.
-        name: full name, for messages.
-        size: its bytes.
-        data: returns the bytes that follow; picklable.
-    """
-
-    file: str
-    name: str
-    size: int
-    data: Callable[[], bytes]
-
-    def pieces(self, read_at: int, write_at: int) -> Iterator[Piece]:
-        """Yields one piece that writes nothing."""
-        yield Piece((read_at, self.size), (write_at, 0), self.rewrite)
-
-    def rewrite(self, found: Bytes, made: Bytes) -> None:
-        """Compares what was read with what follows.
-
-        Raises:
-            CheckpointError: if they differ.
-        """
-        del made  # nothing
-        expected = np.frombuffer(self.data(), np.uint8)
-        if not np.array_equal(found, expected):
-            at = int(np.argmax(found != expected)) if found.size == expected.size else min(found.size, expected.size)
-            raise refuse(
-                "contradiction",
-                f"byte {at} is not what the module's shape implies, so the conversion could not be undone; "
-                "the checkpoint is damaged or of another format",
-                file=self.file,
-                tensor=self.name,
-            )

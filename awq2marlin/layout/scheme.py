@@ -22,6 +22,11 @@ class Scheme:
     group_size: int
     zero_point: bool
 
+    def __str__(self) -> str:
+        """Returns words, e.g. "4 bits in groups of 128 with zero points"."""
+        groups = "channels" if self.group_size == -1 else f"groups of {self.group_size}"
+        return f"{self.bits} bits in {groups} with{'' if self.zero_point else 'out'} zero points"
+
     @property
     def pack_factor(self) -> int:
         """Values per 32-bit word."""

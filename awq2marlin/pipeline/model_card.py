@@ -12,7 +12,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from awq2marlin._version import __version__
-from awq2marlin.errors import printable
+from awq2marlin.errors import article, printable
 from awq2marlin.pipeline.plan import Plan
 
 if TYPE_CHECKING:
@@ -59,13 +59,13 @@ def model_card(
     merged, problem = merge_front_matter(front_matter, _own_metadata(plan, repo_id))
     parts = [
         f"---\n{merged}---\n\n",
-        _WARNING,
-        f"# {_title(repo_id)}\n\n",
+        plan.target.warning and f"{plan.target.warning}\n\n",
+        f"# {_title(repo_id, plan)}\n\n",
         _what(plan, repo_id, revision),
-        _how_to_load(),
+        _how_to_load(plan),
         _what_was_checked(plan, verified, gemm),
-        _how_to_check_and_revert(repo_id, revision),
-        _source_card(front_matter if problem else "", problem, body),
+        _how_to_check_and_revert(repo_id, revision, plan.counterparts.source.title),
+        _source_card(front_matter if problem else "", problem, body, plan.counterparts.source.title),
     ]
     return "".join(parts).encode("utf-8")
 
@@ -80,52 +80,32 @@ def addressed(card: bytes, repo_id: str) -> bytes:
     return card.replace(_HINT.encode(), b"").replace(PLACEHOLDER.encode(), repo_id.encode())
 
 
-_WARNING = """> **Load this checkpoint only with an engine that knows the format `marlin_native`.** Transformers without
-> `awq2marlin` prints a warning, skips the quantized weights, and generates garbage. vLLM and SGLang without it refuse.
-
-"""
-
-
-def _title(repo_id: str | None) -> str:
-    return f"{repo_id.partition('/')[2] or repo_id}, Marlin-native" if repo_id else "A Marlin-native AWQ checkpoint"
+def _title(repo_id: str | None, plan: Plan) -> str:
+    name, source, target = repo_id and repo_id.partition("/")[2], plan.counterparts.source.title, plan.target
+    if name:
+        return f"{name}, {target.title}"
+    noun = f"{target.title} {source} checkpoint" if target.is_own else f"{target.title} checkpoint"
+    return f"{article(noun)[0].upper()}{article(noun)[1:]}"
 
 
 def _what(plan: Plan, repo_id: str | None, revision: str | None) -> str:
-    quantization = plan.quantization
-    source = f"[{repo_id}]({_HUB}/{repo_id})" if repo_id else "an AWQ checkpoint"
+    quantization, target = plan.quantization, plan.target
+    source = f"[{repo_id}]({_HUB}/{repo_id})" if repo_id else f"{article(plan.counterparts.source.title)} checkpoint"
     if repo_id and revision:
         source += f" at revision [`{revision}`]({_HUB}/{repo_id}/tree/{revision})"
     groups = "one group a column" if quantization.group_size == -1 else f"group size {quantization.group_size}"
     points = "with zero points" if quantization.zero_point else "without zero points"
+    version = f", format version {target.version}" if target.is_own else ""
     return (
-        f"The weights of {source} ({quantization.bits} bits, {groups}, {points}), with its quantized layers in the "
-        "layout of the Marlin kernels, so that an engine need not repack them at every start. No weight was changed: "
+        f"The weights of {source} ({quantization.bits} bits, {groups}, {points}), with its quantized layers in "
+        f"{target.purpose} No weight was changed: "
         "the same integers, scales and zero points stand in another order. Made by "
-        f"[awq2marlin](https://pypi.org/project/awq2marlin/) {__version__}, format version {plan.target.version}.\n\n"
+        f"[awq2marlin](https://pypi.org/project/awq2marlin/) {__version__}{version}.\n\n"
     )
 
 
-def _how_to_load() -> str:
-    return f"""## How to load it
-
-{_HINT}vLLM, version 0.25 or 0.33, finds the loader by itself, once it is installed beside it:
-
-```sh
-pip install vllm==0.33.0 awq2marlin
-vllm serve {PLACEHOLDER}
-```
-
-Transformers, after `pip install 'awq2marlin[transformers,cuda]'`:
-
-```python
-import awq2marlin.integrations.transformers  # without this line, the model is garbage
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("{PLACEHOLDER}", device_map="auto")
-tokenizer = AutoTokenizer.from_pretrained("{PLACEHOLDER}")
-```
-
-"""
+def _how_to_load(plan: Plan) -> str:
+    return f"## How to load it\n\n{_HINT}{plan.target.loading(plan.counterparts.target_scheme, PLACEHOLDER)}\n\n"
 
 
 def _what_was_checked(plan: Plan, verified: Sequence[str], gemm: GemmRun | None) -> str:
@@ -133,16 +113,18 @@ def _what_was_checked(plan: Plan, verified: Sequence[str], gemm: GemmRun | None)
     rows = [
         ("quantized layers", str(len(plan.modules))),
         (
-            "of these in the Marlin layout",
+            f"of these in the {plan.target.layout_title} layout",
             str(len(plan.converted)) + (f", {padded} padded with zeros" if padded else ""),
         ),
-        ("of these still in the AWQ layout", str(len(plan.kept))),
+        *([("of these still in the AWQ layout", str(len(plan.kept)))] if plan.target.is_own else []),
         (
             "compared with the source, value for value",
             f"{len(verified)} of {len(plan.converted)}: no difference" if verified else "not done",
         ),
     ]
-    if gemm is None:
+    if not plan.target.is_own:
+        pass  # no layer is in the GEMM's layout
+    elif gemm is None:
         rows.append(("run through the Marlin GEMM", "not done"))
     else:
         rows += _gemm_rows(gemm)
@@ -158,7 +140,7 @@ def _gemm_rows(gemm: GemmRun) -> Iterator[tuple[str, str]]:
         yield "largest error with random activations, against float64", f"{worst:.1%} of the bound"
 
 
-def _how_to_check_and_revert(repo_id: str | None, revision: str | None) -> str:
+def _how_to_check_and_revert(repo_id: str | None, revision: str | None, format: str) -> str:
     source = f"{repo_id}@{revision}" if repo_id and revision else repo_id or "SOURCE"
     return f"""Everything is compared with the source, by whoever wants to know, with:
 
@@ -166,7 +148,7 @@ def _how_to_check_and_revert(repo_id: str | None, revision: str | None) -> str:
 awq2marlin verify {source} {PLACEHOLDER}
 ```
 
-## How to get the AWQ checkpoint back
+## How to get the {format} checkpoint back
 
 Every file comes back byte for byte, this card's source included; the command prints each file's SHA-256:
 
@@ -177,11 +159,11 @@ awq2marlin revert {PLACEHOLDER} OUTPUT
 """
 
 
-def _source_card(front_matter: str, problem: str, body: str) -> str:
+def _source_card(front_matter: str, problem: str, body: str, format: str) -> str:
     """Returns the source's own card, with its front matter where that could not be merged."""
     if not front_matter and not body.strip():
         return "The source has no card of its own.\n"
-    parts = ["---\n\n*What follows is the card of the source. It speaks of the AWQ checkpoint.*\n\n"]
+    parts = [f"---\n\n*What follows is the card of the source. It speaks of the {format} checkpoint.*\n\n"]
     if front_matter:
         longest = max((len(run) for run in re.findall("`+", front_matter)), default=0)
         fence = "`" * max(3, longest + 1)
@@ -197,10 +179,13 @@ def split_card(text: str) -> tuple[str, str]:
 
 def _own_metadata(plan: Plan, repo_id: str | None) -> dict[str, str | list[str]]:
     """Returns what our front matter says; lists are added to the source's, all else replaces it."""
+    layouts = [plan.target.layout_name]
+    if plan.target.is_own:  # engines take other formats for what their tags say
+        layouts.insert(0, plan.counterparts.source.layout_name)
     own: dict[str, str | list[str]] = {
         "base_model_relation": "quantized",
-        "library_name": "awq2marlin",  # not transformers: the Hub would show commands that build garbage
-        "tags": ["awq", "marlin", "awq2marlin", f"{plan.quantization.bits}-bit"],
+        "library_name": plan.target.library_name,
+        "tags": [*layouts, "awq2marlin", f"{plan.quantization.bits}-bit"],
     }
     return {"base_model": repo_id, **own} if repo_id else own
 

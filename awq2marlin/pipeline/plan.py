@@ -8,18 +8,19 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 from awq2marlin._version import __version__
+from awq2marlin.arguments import ArgumentError
 from awq2marlin.checkpoint.config import without_quantization
 from awq2marlin.checkpoint.counterparts import Counterparts
 from awq2marlin.checkpoint.index import converted_index
 from awq2marlin.checkpoint.opening import Checkpoint
 from awq2marlin.checkpoint.source import SourceCheckpoint
-from awq2marlin.errors import CheckpointError, Problem
+from awq2marlin.errors import CheckpointError, Problem, refuse
 from awq2marlin.formats.base import Format, Quantization
 from awq2marlin.formats.names import CARD_FILENAME, CONFIG_FILENAME, INDEX_FILENAME, MANIFEST_FILENAME
 from awq2marlin.formats.registry import DEFAULT_TARGET, KEPT
@@ -94,11 +95,12 @@ class Plan:
     def config(self) -> dict[str, Any]:
         """Returns the output's ``config.json``."""
         quantization = Quantization(
-            self.counterparts.scheme,
+            self.counterparts.target_scheme,
             self.quantization.modules_to_not_convert,
             awq_modules=frozenset(module.name for module in self.kept),
             unquantized_modules=frozenset(self.checkpoint.unquantized_modules),
             padded_modules={each.name: (each.size_k, each.size_n) for each in self.converted if each.is_padded},
+            quantized_modules=frozenset(self.modules),
         )
         return without_quantization(self.checkpoint.config, self.target.write_config(quantization))
 
@@ -133,7 +135,8 @@ class Plan:
         folder = self.checkpoint.folder
         index = [INDEX_FILENAME] if self.checkpoint.has_index else []
         card = [self.checkpoint.card] if self.checkpoint.card else []
-        texts = [CONFIG_FILENAME, *self.checkpoint.legacy_configs, *index, *card]
+        earlier = [MANIFEST_FILENAME] if self.checkpoint.has_manifest else []
+        texts = [CONFIG_FILENAME, *self.checkpoint.legacy_configs, *index, *card, *earlier]
         identity = {
             "version": __version__,
             "origin": folder.origin,
@@ -166,11 +169,19 @@ def plan_conversion(checkpoint: Checkpoint, unaligned: Unaligned = "keep", targe
     Raises:
         CheckpointError: if the checkpoint is already converted, its modules do not agree, or, with
             ``error``, any module is unaligned.
-        ValueError: if ``unaligned`` is none of the three.
+        ValueError: if ``unaligned`` is none of the three, or the source is of the target's format already.
     """
     if unaligned not in UNALIGNED_CHOICES:
         choices = ", ".join(map(repr, UNALIGNED_CHOICES))
         raise ValueError(f"unaligned must be one of {choices}, found {unaligned!r}")
+    if checkpoint.format is target and not target.is_own:
+        raise ArgumentError("{to} is {name}, and so is the source already", name=repr(target.layout_name))
+    if checkpoint.format is target:
+        raise refuse(
+            "already-converted",
+            f"this checkpoint is already {target.title}; 'awq2marlin revert' gives the original back",
+            file=CONFIG_FILENAME,
+        )
     source = SourceCheckpoint.of(checkpoint)
     counterparts = plan_modules(source, unaligned, target)
     if unaligned == "error":
@@ -194,7 +205,7 @@ def plan_modules(
     for module in source.modules.values():
         groups[fusion_group(module.name)].append(module)
     in_full_precision = {fusion_group(name): name for name in reversed(checkpoint.unquantized_modules)}
-    counterparts = Counterparts(checkpoint.format, target, checkpoint.quantization.scheme, {})
+    counterparts = Counterparts(checkpoint.format, target, checkpoint.quantization.scheme, {}, source.modules)
     fates = {
         fate.name: fate
         for key, members in groups.items()
@@ -204,7 +215,7 @@ def plan_modules(
 
 
 def _plan_group(
-    members: list[Linear], in_full_precision: str | None, counterparts: Counterparts, unaligned: Unaligned
+    members: Sequence[Linear], in_full_precision: str | None, counterparts: Counterparts, unaligned: Unaligned
 ) -> Iterable[ModulePlan]:
     """Decides over modules that runtimes fuse: together or not at all."""
     target, scheme = counterparts.target, counterparts.scheme
@@ -232,7 +243,7 @@ def _refuse_unaligned(counterparts: Counterparts, checkpoint: Checkpoint) -> Non
         size = module.size_k, module.size_n
         reason = target.unaligned_reason(*size, scheme)
         if reason and not target.refusal(module.name, *size, scheme):
-            shard = checkpoint.shard_of[counterparts.source.tensor_name(module.name, "qweight")]
+            shard = checkpoint.shard_of[counterparts.source_layout_of(module).tensor_name(module.name, "qweight")]
             message = f"unaligned: {reason}; use --unaligned keep or pad"
             problems.append(Problem(shard, module.name, "unaligned", message))
     if problems:
@@ -245,7 +256,7 @@ def _refuse_unkeepable(counterparts: Counterparts, checkpoint: Checkpoint) -> No
     for module in counterparts.modules.values():
         reason = KEPT.refusal(module.name, module.size_k, module.size_n, counterparts.scheme)
         if reason and not module.converted:
-            shard = checkpoint.shard_of[counterparts.source.tensor_name(module.name, "qweight")]
+            shard = checkpoint.shard_of[counterparts.source_layout_of(module).tensor_name(module.name, "qweight")]
             message = f"{module.reason}; and it cannot be kept: {reason}. Use --unaligned pad"
             problems.append(Problem(shard, module.name, "unaligned", message))
     if problems:

@@ -6,7 +6,8 @@ from collections.abc import Mapping
 
 from awq2marlin.checkpoint.manifest import Manifest, ManifestShard, SourceCard
 from awq2marlin.errors import refuse
-from awq2marlin.formats.names import CONFIG_FILENAME, INDEX_FILENAME
+from awq2marlin.formats.names import CONFIG_FILENAME, INDEX_FILENAME, MANIFEST_FILENAME
+from awq2marlin.formats.registry import DEFAULT_TARGET, KEPT
 from awq2marlin.io.digest import FileDigest, Xxh3, digest_of
 from awq2marlin.io.safetensors import MAX_HEADER_BYTES
 from awq2marlin.io.source import MAX_JSON_BYTES, Source
@@ -41,7 +42,10 @@ def manifest_of(plan: Plan, finished: Mapping[str, FinishedFile], files: Mapping
     repo_id, revision = folder.origin or (None, None)
     card = SourceCard.of(checkpoint.card, folder.read(checkpoint.card)) if checkpoint.card else None
     carried = {name: FileDigest(files[name].size, files[name].xxh3) for name in plan.transfer.carried}
-    return Manifest(shards, texts, digests, carried, repo_id, revision, checkpoint.left_behind, card=card)
+    version = 1 if (plan.counterparts.source, plan.target) == (KEPT, DEFAULT_TARGET) else 2
+    return Manifest(
+        shards, texts, digests, carried, repo_id, revision, checkpoint.left_behind, card=card, version=version
+    )
 
 
 def _manifest_shard(shard: ShardPlan, done: FinishedFile, sha256: str | None) -> ManifestShard:
@@ -51,7 +55,8 @@ def _manifest_shard(shard: ShardPlan, done: FinishedFile, sha256: str | None) ->
 def _rewritten_names(plan: Plan) -> list[str]:
     """Returns the files whose text only the manifest holds."""
     index = [INDEX_FILENAME] if plan.rewritten_index is not None else []
-    return [CONFIG_FILENAME, *plan.checkpoint.legacy_configs, *index]
+    earlier = [MANIFEST_FILENAME] if plan.checkpoint.has_manifest else []
+    return [CONFIG_FILENAME, *plan.checkpoint.legacy_configs, *index, *earlier]
 
 
 def _exact_text(folder: Source, name: str) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 from awq2marlin.checkpoint.config import without_quantization
@@ -13,7 +13,7 @@ from awq2marlin.checkpoint.manifest import Manifest
 from awq2marlin.checkpoint.opening import Checkpoint
 from awq2marlin.errors import difference
 from awq2marlin.formats.base import Quantization
-from awq2marlin.formats.names import CARD_FILENAME, CONFIG_FILENAME, INDEX_FILENAME
+from awq2marlin.formats.names import CARD_FILENAME, CONFIG_FILENAME, INDEX_FILENAME, MANIFEST_FILENAME
 from awq2marlin.io.source import Source
 from awq2marlin.layout.modules import ModulePlan
 from awq2marlin.verification.values import BAND_BYTES
@@ -40,7 +40,7 @@ def _same_index(source: Checkpoint, output: Checkpoint) -> list[str]:
     expected = converted_index(document, source.shards, output.shards)
     if expected is None:
         return [INDEX_FILENAME]
-    if not _same_json(expected, output.folder.read_json(INDEX_FILENAME)):
+    if not same_json(expected, output.folder.read_json(INDEX_FILENAME)):
         raise difference("different-bytes", "it differs from the source's in more than total_size", file=INDEX_FILENAME)
     return []
 
@@ -60,7 +60,7 @@ def compare_headers(source: Checkpoint, output: Checkpoint, counterparts: Counte
             raise difference("header", "the header's names stand in another order than in the source", file=name)
 
 
-def compare_configs(source: Checkpoint, output: Checkpoint, modules: Iterable[ModulePlan], *, whole: bool) -> None:
+def compare_configs(source: Checkpoint, output: Checkpoint, modules: Collection[ModulePlan], *, whole: bool) -> None:
     """Compares the output's config with what its own lists of modules imply.
 
     Args:
@@ -74,30 +74,31 @@ def compare_configs(source: Checkpoint, output: Checkpoint, modules: Iterable[Mo
     """
     expected = output.format.write_config(
         Quantization(
-            source.quantization.scheme,
+            output.format.target_scheme(source.quantization.scheme),
             source.quantization.modules_to_not_convert,
             awq_modules=output.quantization.awq_modules,
             unquantized_modules=frozenset(source.unquantized_modules),
             padded_modules={each.name: (each.size_k, each.size_n) for each in modules if each.is_padded},
+            quantized_modules=frozenset(each.name for each in modules),
         )
     )
     found = output.config.get("quantization_config")
-    if not _same_json(found, expected):
+    if not same_json(found, expected):
         known = found if isinstance(found, dict) else {}
-        keys = [key for key in expected if not _same_json(known.get(key), expected[key])]
+        keys = [key for key in expected if not same_json(known.get(key), expected[key])]
         keys += [key for key in ("padded_modules",) if key in known and key not in expected]
         raise difference(
             "config",
             f"quantization_config differs from what the source implies, in {', '.join(keys) or 'an additional key'}",
             file=CONFIG_FILENAME,
         )
-    if whole and not _same_json(without_quantization(source.config), without_quantization(output.config)):
+    if whole and not same_json(without_quantization(source.config), without_quantization(output.config)):
         raise difference(
             "config", "a key other than quantization_config differs from the source's", file=CONFIG_FILENAME
         )
 
 
-def _same_json(left: Any, right: Any) -> bool:
+def same_json(left: Any, right: Any) -> bool:
     """Returns whether two documents hold the same; to Python, false equals 0 and NaN does not equal NaN."""
     return json.dumps(left, sort_keys=True) == json.dumps(right, sort_keys=True)
 
@@ -113,6 +114,8 @@ def _compare_manifest(source: Checkpoint, manifest: Manifest, files: Sequence[st
     texts = [CONFIG_FILENAME, *source.legacy_configs]
     if source.has_index and INDEX_FILENAME not in files:
         texts.append(INDEX_FILENAME)
+    if source.has_manifest:
+        texts.append(MANIFEST_FILENAME)
     for recorded, there in ((manifest.shards, source.shards), (manifest.files, files), (manifest.texts, texts)):
         for name in sorted(set(recorded) ^ set(there)):
             which = "the manifest" if name in recorded else "the source"
@@ -139,18 +142,21 @@ def _compare_card(source: Checkpoint, manifest: Manifest) -> None:
 def _compare_files(old: Source, new: Source, name: str) -> None:
     if not new.exists(name):
         raise difference("missing-file", "the source has this file, the output does not", file=name)
+    at = first_difference(old, new, name)
+    if at is not None:
+        raise difference("different-bytes", f"the file differs from the source's at byte {at}", file=name)
+
+
+def first_difference(old: Source, new: Source, name: str) -> int | None:
+    """Returns the first byte in which two files of one name differ, or None if they are equal."""
     with old.open(name) as expected, new.open(name) as found:
         offset = 0
         while True:
             left, right = expected.read(BAND_BYTES), found.read(BAND_BYTES)
             if left != right:
-                at = next(
-                    (i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b),
-                    min(len(left), len(right)),
-                )
-                raise difference(
-                    "different-bytes", f"the file differs from the source's at byte {offset + at}", file=name
-                )
+                shorter = min(len(left), len(right))
+                unequal = (i for i, (a, b) in enumerate(zip(left, right, strict=False)) if a != b)
+                return offset + next(unequal, shorter)
             if not left:
-                return
+                return None
             offset += len(left)

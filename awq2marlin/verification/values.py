@@ -6,6 +6,7 @@ with the repack. The first difference is named with its place.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -14,12 +15,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import numpy.typing as npt
 
-from awq2marlin.checkpoint.counterparts import Counterparts
+from awq2marlin.checkpoint.counterparts import Counterparts, Row
 from awq2marlin.errors import difference
-from awq2marlin.formats.base import Format, element_type
+from awq2marlin.formats.base import Format
 from awq2marlin.io.safetensors import TensorInfo
 from awq2marlin.io.tensors import TensorFiles
+from awq2marlin.layout.derived import Made, Proven
 from awq2marlin.layout.modules import ModulePlan
+from awq2marlin.layout.scheme import Scheme
 from awq2marlin.progress import Progress
 from awq2marlin.verification.sampling import Device
 
@@ -53,7 +56,7 @@ class Comparison:
 
     def tensor_name(self, module: ModulePlan, part: str) -> str:
         """Returns the source's name of the tensor that holds a part of a module."""
-        return self.counterparts.source.tensor_name(module.name, part)
+        return self.counterparts.source_layout_of(module).tensor_name(module.name, part)
 
     def module_bytes(self, modules: Sequence[ModulePlan]) -> int:
         """Returns the bytes of the source that modules have."""
@@ -82,7 +85,7 @@ class Comparison:
                     at = int(np.argmax(expected != found))
                     raise difference(
                         "different-bytes",
-                        f"{_place(tensor, begin + at)}: expected byte {expected[at]:#04x}, found {found[at]:#04x}",
+                        f"{place_of(tensor, begin + at)}: expected byte {expected[at]:#04x}, found {found[at]:#04x}",
                         file=self.output.shard_of[name],
                         tensor=name,
                     )
@@ -90,18 +93,37 @@ class Comparison:
 
         return job
 
+    def derived_job(self, row: Row) -> Job:
+        """Returns the comparison of a tensor that only one of the two has with what follows from its module's shape."""
+        files, tensor = (self.output, row.target) if row.source is None else (self.source, row.source)
+        assert tensor is not None
+        assert isinstance(row.rewrite, (Made, Proven))
+        data = row.rewrite.data
+
+        def job() -> None:
+            found = files.read(tensor.name, 0, files.info(tensor.name).size)
+            if found.tobytes() != data():
+                message = "it does not hold what follows from its module's shape"
+                raise difference("different-value", message, file=files.shard_of[tensor.name], tensor=tensor.name)
+
+        return job
+
     def _bands(self, module: ModulePlan, part: str) -> Iterator[tuple[int, npt.NDArray[Any], npt.NDArray[Any]]]:
         """Yields (first row, expected, found): bands of plain values of one part, padding included."""
-        scheme, source, target = self.counterparts.scheme, self.counterparts.source, self.counterparts.layout_of(module)
-        old, new = _Rows.of(source, self.source, module.name, part), _Rows.of(target, self.output, module.name, part)
+        pair, scheme = self.counterparts, self.counterparts.scheme
+        source, target = pair.source_layout_of(module), pair.layout_of(module)
+        old, new = (
+            PartRows.of(layout, files, module.name, part, scheme)
+            for layout, files in ((source, self.source), (target, self.output))
+        )
         total = scheme.num_groups(module.padded_k) if part != "qweight" else module.padded_k
         band = total
         if old.step and new.step:
-            band = max(old.step, new.step)
+            band = math.lcm(old.step, new.step)
             band *= max(1, BAND_BYTES // max(1, new.bytes_of(band)))
         for first in range(0, total, band):
             found = target.values(part, new.read(first, band), module.padded_k, scheme)
-            expected = _fitted(source.values(part, old.read(first, band), module.size_k, scheme), found)
+            expected = _fitted(source.values(part, old.read(first, band), pair.stored_sizes(module)[0], scheme), found)
             yield first, expected, found
 
     def _compare_values(
@@ -126,36 +148,47 @@ class Comparison:
 
 
 @dataclass(frozen=True)
-class _Rows:
+class PartRows:
     """A part's tensor, read by rows of its plain values.
 
     Attributes:
         files: where it lies.
         tensor: its description.
-        part: which part it is.
-        step: plain rows in one row of the tensor; 0 if only all of the tensor holds whole ones.
+        element: the type of its elements.
+        step: plain rows in one row, or one column, of the tensor; 0 if only all of the tensor holds whole ones.
+        whole: all of a tensor whose columns hold rows, packed as it is; None for others, which are read as needed.
     """
 
     files: TensorFiles
     tensor: TensorInfo
-    part: str
+    element: type[np.generic]
     step: int
+    whole: npt.NDArray[Any] | None
 
     @classmethod
-    def of(cls, format: Format, files: TensorFiles, module: str, part: str) -> _Rows:
-        return cls(files, files.info(format.tensor_name(module, part)), part, format.rows_per_row(part))
+    def of(cls, format: Format, files: TensorFiles, module: str, part: str, scheme: Scheme) -> PartRows:
+        """Returns the reader of a part of a module whose layout is of a format."""
+        tensor, step = files.info(format.tensor_name(module, part)), format.rows_per_row(part)
+        element = format.element_type(part)
+        if step:
+            return cls(files, tensor, element, step, None)
+        whole = files.rows(tensor.name, 0, tensor.shape[0], element)
+        return cls(files, tensor, element, format.rows_per_column(part, scheme), whole)
 
     def bytes_of(self, count: int) -> int:
         """Returns the bytes that hold some plain rows."""
-        return self.tensor.size // max(1, self.tensor.shape[0]) * count // self.step
+        length = self.tensor.shape[0] if self.whole is None else self.whole.shape[1]
+        return self.tensor.size // max(1, length) * count // self.step
 
     def read(self, first: int, count: int) -> npt.NDArray[Any]:
-        """Returns the rows of the tensor that hold some plain rows, as far as there are any."""
-        rows = self.tensor.shape[0]
-        begin, end = 0, rows
+        """Returns the rows of the tensor that hold some plain rows, as far as there are any; or the columns."""
+        length = self.tensor.shape[0] if self.whole is None else self.whole.shape[1]
+        begin, end = 0, length
         if self.step:
-            begin, end = min(first // self.step, rows), min(-(-(first + count) // self.step), rows)
-        return self.files.rows(self.tensor.name, begin, end, element_type(self.part))
+            begin, end = min(first // self.step, length), min(-(-(first + count) // self.step), length)
+        if self.whole is None:
+            return self.files.rows(self.tensor.name, begin, end, self.element)
+        return self.whole[:, begin:end]
 
 
 def _fitted(values: npt.NDArray[Any], like: npt.NDArray[Any]) -> npt.NDArray[Any]:
@@ -167,7 +200,7 @@ def _fitted(values: npt.NDArray[Any], like: npt.NDArray[Any]) -> npt.NDArray[Any
     return fitted
 
 
-def _place(tensor: TensorInfo, offset: int) -> str:
+def place_of(tensor: TensorInfo, offset: int) -> str:
     """Returns where a byte of a tensor lies, as row and column where that makes sense."""
     if len(tensor.shape) != 2 or not tensor.size:
         return f"byte {offset}"

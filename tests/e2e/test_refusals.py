@@ -76,16 +76,16 @@ REFUSED: dict[str, tuple[Change, str, str, str]] = {
     "version_exllama": (say(version="exllama"), "foreign-format", "config.json", "ExLlama"),
     "version_unknown": (say(version="x\x1b[31m"), "foreign-format", "config.json", "AWQ with version 'x"),
     "compressed_tensors": (
-        only({"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {}}),
+        only({"quant_method": "compressed-tensors", "format": "nvfp4-pack-quantized", "config_groups": {}}),
         "foreign-format",
         "config.json",
-        "a compressed-tensors checkpoint",
+        "a compressed-tensors checkpoint of format 'nvfp4-pack-quantized'",
     ),
     "compression_config": (
         edit_json("config.json", lambda config: config.update(compression_config=config.pop("quantization_config"))),
         "foreign-format",
-        "config.json",
-        "a compressed-tensors checkpoint",
+        "config.json (compression_config)",
+        "a compressed-tensors checkpoint of no format",
     ),
     "gptq": (
         only({"quant_method": "gptq", "bits": 4, "group_size": 64, "desc_act": False}),

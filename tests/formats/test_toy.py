@@ -127,6 +127,22 @@ def test_a_changed_value_is_found_and_named(made, tmp_path, part, place):
     assert problem.message.startswith(f"{place} at row 0, column 0: expected")
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_it_is_compared_by_a_few_of_its_columns_at_once(made, tmp_path, monkeypatch, bits):
+    """They hold rows, and rows are what its counterpart holds."""
+    monkeypatch.setattr("awq2marlin.verification.values.BAND_BYTES", 1 << 10)
+    awq, toy = made(bits=bits, group_size=32)
+    convert(awq, tmp_path / "again", to="toy", verify="all")
+    convert(toy, tmp_path / "marlin", unaligned="pad", verify="all")
+    checkpoint, name = open_checkpoint(toy), "model.layers.1.mlp.down_proj.codes"
+    shard = toy / checkpoint.shard_of[name]
+    data = bytearray(shard.read_bytes())
+    data[checkpoint.shards[shard.name].data_start + checkpoint.tensors[name].end - 1] ^= 0x80  # the last of all
+    shard.write_bytes(data)
+    with pytest.raises(DifferenceError, match="value at row 255, column 127: expected"):
+        verify(toy, tmp_path / "marlin", layers=100)
+
+
 def test_a_derived_tensor_that_does_not_follow_is_refused_before_the_output_is_loadable(made, tmp_path):
     _, toy = made()
     checkpoint, name = open_checkpoint(toy), "model.layers.0.self_attn.q_proj.dims"

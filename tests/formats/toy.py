@@ -71,7 +71,7 @@ def shape_bytes(size_k, size_n):
 class Toy(Format):
     """Codes int32 [N, K/f], zero points int32 [N, G/f], steps [N, G], and the shape again."""
 
-    name = title = layout_name = "toy"
+    name = title = layout_name = layout_title = "toy"
     output_suffix = "-toy"
     is_source = is_target = True
     suffixes: ClassVar = {"qweight": "codes", "qzeros": "offsets", "scales": "steps"}
@@ -107,6 +107,9 @@ class Toy(Format):
     def rows_per_row(self, part):
         del part
         return 0  # one row of the tensor holds no whole row: all of it is needed
+
+    def rows_per_column(self, part, scheme):
+        return 1 if part == "scales" else scheme.pack_factor
 
     def values(self, part, rows, size_k, scheme):
         if part == "scales":

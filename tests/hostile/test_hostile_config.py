@@ -110,7 +110,7 @@ FOREIGN = {
     "GPTQ": ({"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False, "sym": True}, "GPTQ checkpoint"),
     "GPTQ, old": ({"bits": 4, "group_size": 128, "desc_act": False, "damp_percent": 0.1}, "a GPTQ checkpoint"),
     "GPTQ-Marlin": ({"quant_method": "marlin", "bits": 4, "group_size": 128}, "GPTQ-Marlin"),
-    "compressed-tensors": ({"quant_method": "compressed-tensors", "format": "pack-quantized"}, "compressed-tensors"),
+    "compressed-tensors": ({"quant_method": "compressed-tensors", "format": "marlin-24"}, "of format 'marlin-24'"),
     "bitsandbytes": ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "bitsandbytes"),
     "FP8": ({"quant_method": "fp8"}, "FP8"),
     "packed by an engine": ({**AWQ, "quant_method": "awq_marlin"}, "packed by an engine"),
@@ -123,12 +123,17 @@ FOREIGN = {
 def test_a_foreign_format_is_refused_by_name_with_advice(awq, refused, name: str) -> None:
     document, part = FOREIGN[name]
     set_config(awq, document)
-    refused("foreign-format", part, "not an AWQ checkpoint in the 'gemm' layout", "look for such a one of this model")
+    refused("foreign-format", part, "which is not converted", "look for such a version of this model")
 
 
-def test_compressed_tensors_of_old_is_refused_by_name(awq, refused) -> None:
-    (awq / "config.json").write_text(json.dumps({"compression_config": {"format": "pack-quantized"}}))
-    refused("foreign-format", "compressed-tensors")
+def test_a_config_under_the_old_key_of_compressed_tensors_is_read(awq, refused) -> None:
+    for document, code, said in (
+        ({"format": "pack-quantized"}, "bad-config", "config_groups names no group"),
+        ({"format": "marlin-24"}, "foreign-format", "a compressed-tensors checkpoint of format 'marlin-24'"),
+        ([], "bad-config", "it must hold a JSON object, found list"),
+    ):
+        (awq / "config.json").write_text(json.dumps({"compression_config": document}))
+        refused(code, said, file="config.json (compression_config)")
 
 
 def test_a_foreign_format_is_refused_wherever_it_stands(awq, refused) -> None:
@@ -204,7 +209,7 @@ def test_all_three_configs_are_compared(awq, refused) -> None:
 
 def test_a_checkpoint_without_quantization_is_refused(awq, refused) -> None:
     (awq / "config.json").write_text('{"model_type": "llama"}')
-    refused("not-quantized", "not quantized", "Name an AWQ checkpoint")
+    refused("not-quantized", "not quantized", "Name one that is")
 
 
 def test_a_missing_config_is_refused(awq, refused) -> None:

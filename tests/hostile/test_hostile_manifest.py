@@ -88,10 +88,10 @@ def test_a_missing_or_huge_manifest_is_refused(marlin, refused) -> None:
     refused("too-large", "it has 100000001 bytes, more than 32000000")
 
 
-@pytest.mark.parametrize("version", [0, 2, -1, 10**30])
+@pytest.mark.parametrize("version", [0, 3, -1, 10**30])
 def test_an_unknown_version_is_refused_with_advice(marlin, refused, version: int) -> None:
     set_manifest(marlin, {**document_of(marlin), "format_version": version})
-    refused("bad-manifest", "format_version is not 1; install a newer awq2marlin")
+    refused("bad-manifest", "format_version is not 1 or 2; install a newer awq2marlin")
 
 
 UNSAFE = [

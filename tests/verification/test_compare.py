@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -497,12 +498,19 @@ def test_the_first_difference_is_named_whatever_the_number_of_workers(pair: tupl
     assert [problem.tensor for problem in problems] == ["model.layers.0.mlp.down_proj.qweight"]
 
 
-def test_folders_in_the_wrong_order_are_told(pair: tuple[Path, Path]) -> None:
+def test_the_order_of_a_source_and_its_conversion_does_not_matter(pair: tuple[Path, Path]) -> None:
+    """The manifest says which one is the source, so there is nothing that a user could have mistaken."""
     awq, marlin = pair
-    with pytest.raises(CheckpointError, match="the first folder must be the AWQ source; this one is converted"):
-        verify(marlin, awq)
-    with pytest.raises(CheckpointError, match="the second folder must be a converted checkpoint; this one is AWQ"):
-        verify(awq, awq)
+    swapped, result = verify(marlin, awq), verify(awq, marlin)
+    assert (result.kind, result.source, result.output) == ("conversion", awq, marlin)
+    assert replace(swapped, seconds=0) == replace(result, seconds=0)
+
+
+def test_a_checkpoint_is_compared_with_itself_by_its_values(pair: tuple[Path, Path]) -> None:
+    """Any two checkpoints are compared; none of them need be converted."""
+    for folder in pair:
+        result = verify(folder, folder)
+        assert (result.kind, len(result.modules), result.modules_total) == ("checkpoints", 7, 7)
 
 
 # --- samples -------------------------------------------------------------------------------------------------------

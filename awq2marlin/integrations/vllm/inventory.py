@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from awq2marlin.checkpoint.converted import converted_modules
+from awq2marlin.checkpoint.converted import converted_modules, refuse_lost
 from awq2marlin.checkpoint.manifest import read_manifest
-from awq2marlin.checkpoint.opening import Checkpoint, open_checkpoint
+from awq2marlin.checkpoint.opening import open_checkpoint
 from awq2marlin.checkpoint.tensor_parallel import largest_tensor_parallel_size
 from awq2marlin.errors import CheckpointError, Problem, refuse
 from awq2marlin.formats.base import Quantization
@@ -57,7 +57,7 @@ def read_inventory(path: Path, quantization: Quantization) -> Inventory:
     if checkpoint.format is not MARLIN_NATIVE:
         raise refuse("contradiction", f"it does not say quant_method {MARLIN_QUANT_METHOD!r}", file=CONFIG_FILENAME)
     if checkpoint.folder.exists(MANIFEST_FILENAME):
-        _refuse_lost(checkpoint)
+        refuse_lost(checkpoint, read_manifest(checkpoint.folder))
     return inventory_of(checkpoint.tensors, quantization, checkpoint.config, checkpoint.shard_of)
 
 
@@ -105,15 +105,3 @@ def tensors_of(metadata: Mapping[str, Any]) -> dict[str, TensorInfo]:
             raise refuse("bad-header", "its shape must be a list of whole numbers, none negative", tensor=name)
         tensors[name] = TensorInfo(name, str(entry.get("dtype")), tuple(shape), 0, 0)
     return tensors
-
-
-def _refuse_lost(checkpoint: Checkpoint) -> None:
-    """Refuses a checkpoint without a tensor that its manifest knows: an index cut short names none of them."""
-    message = "the manifest knows it, but no file holds it; download the checkpoint again, completely"
-    problems = [
-        Problem(file, tensor, "missing-tensor", message)
-        for file, shard in read_manifest(checkpoint.folder).shards.items()
-        for tensor in sorted(shard.source_header.tensors.keys() - checkpoint.tensors.keys())
-    ]
-    if problems:
-        raise CheckpointError(problems)

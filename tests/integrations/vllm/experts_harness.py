@@ -17,10 +17,12 @@ from tests.integrations.vllm.harness import words
 SHARDS = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
 
 
-def experts_layer(model, prefix, experts, hidden, inner, rank=0, ranks=1, local=None, moe=(), **options):
+def experts_layer(
+    model, prefix, experts, hidden, inner, rank=0, ranks=1, local=None, dtype=torch.half, moe=(), **options
+):
     """Returns an empty `RoutedExperts` of one rank, which holds the experts ``local``, by default all.
 
-    ``moe`` are further attributes of vLLM's `FusedMoEConfig`.
+    ``dtype`` is the model's; ``moe`` are further attributes of vLLM's `FusedMoEConfig`.
     """
     local = range(experts) if local is None else local
     parallel = FusedMoEParallelConfig(
@@ -30,7 +32,7 @@ def experts_layer(model, prefix, experts, hidden, inner, rank=0, ranks=1, local=
     config = FusedMoEConfig(
         num_experts=experts, experts_per_token=2, hidden_dim=hidden, intermediate_size=inner,
         num_local_experts=len(local), num_logical_experts=experts, activation=MoEActivation.SILU, device="cpu",
-        routing_method=RoutingMethodType.Default, moe_parallel_config=parallel, in_dtype=torch.half, **dict(moe),
+        routing_method=RoutingMethodType.Default, moe_parallel_config=parallel, in_dtype=dtype, **dict(moe),
     )  # fmt: skip
     manager = mock.Mock(spec=ExpertMapManager)
     manager.local_num_experts, manager.placement_strategy = len(local), "linear"
@@ -38,7 +40,7 @@ def experts_layer(model, prefix, experts, hidden, inner, rank=0, ranks=1, local=
     manager.map_global_to_local = lambda expert: local.index(expert) if expert in local else -1
     with mock.patch.object(MarlinExpertsBase, "_supports_current_device", return_value=True):
         return RoutedExperts(
-            layer_name=prefix, params_dtype=torch.half, moe_config=config, quant_config=model.config,
+            layer_name=prefix, params_dtype=dtype, moe_config=config, quant_config=model.config,
             expert_map_manager=manager, **options,
         )  # fmt: skip
 

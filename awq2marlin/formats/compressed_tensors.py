@@ -1,0 +1,303 @@
+"""compressed-tensors checkpoints of the format "pack-quantized", as llm-compressor writes them.
+
+A module lies the other way round than in AWQ; docs/marlin-native.md has the tensors in a table and a picture:
+``weight_packed`` int32 [N, ceil(K/f)] holds f codes of one column a word, along K; ``weight_scale`` [N, G];
+``weight_zero_point``, where the checkpoint is asymmetric, int32 [ceil(N/f), G], packed along N, before April 2025 int8
+[N, G], signed; ``weight_shape`` int64 [2] is (N, K). Fields are q and z as they stand: the library adds 2^(b-1) to its
+signed values. Source: compressed-tensors 0.20, ``compressors/pack_quantized/base.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any, ClassVar
+
+import numpy as np
+import numpy.typing as npt
+
+from awq2marlin.errors import CheckpointError, printable, refuse
+from awq2marlin.formats.base import DerivedTensor, Fault, Format, Quantization
+from awq2marlin.formats.config import method_of, scheme_of, word
+from awq2marlin.io.safetensors import TensorIndex, TensorInfo
+from awq2marlin.layout.marlin import MAX_SIZE_N
+from awq2marlin.layout.repack import PartLayout
+from awq2marlin.layout.scheme import Scheme
+from awq2marlin.layout.transposed import SignedZeroPoints, TransposedCodes, TransposedScales, TransposedZeroPoints
+
+METHOD = "compressed-tensors"
+PACKED = "pack-quantized"
+_HEAD = "lm_head"
+_EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings")
+
+#: What it means if a tensor that follows from a module's shape holds something else.
+_ODD_K = "K is not a multiple of the values in a word, or the shape is another; such a module is not converted"
+_ORDERED = "the rows of the weight are in another order (activation ordering), which is not converted"
+_ASYMMETRIC = "the config says symmetric, but the zero points are others"
+
+_LOADS = """Transformers, after `pip install transformers compressed-tensors`:
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("{place}", device_map="auto")
+tokenizer = AutoTokenizer.from_pretrained("{place}")
+```"""
+# It gives packed zero points a wrong size, unless it unpacks the weights at once.
+_LOADS_ZERO_POINTS = """Transformers 5.23, after `pip install transformers compressed-tensors`, loads zero points
+only of dense models, and unpacked:
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer, CompressedTensorsConfig
+
+unpacked = CompressedTensorsConfig(dequantize=True)
+model = AutoModelForCausalLM.from_pretrained("{place}", quantization_config=unpacked, device_map="auto")
+tokenizer = AutoTokenizer.from_pretrained("{place}")
+```"""
+
+_WHAT_TO_DO = "Only weights of 4 or 8 bits in groups or channels are converted; look for such a version of this model"
+
+
+class CompressedTensors(Format):
+    """compressed-tensors, format "pack-quantized"."""
+
+    name = METHOD
+    title = METHOD
+    layout_name = METHOD
+    layout_title = "compressed-tensors"
+    output_suffix = "-ct"
+    is_source = is_target = True
+    purpose = "the layout of compressed-tensors, which engines read without a plugin."
+    suffixes: ClassVar[Mapping[str, str]] = {
+        "qweight": "weight_packed",
+        "qzeros": "weight_zero_point",
+        "scales": "weight_scale",
+    }
+    layouts: ClassVar[Mapping[str, type[PartLayout]]] = {
+        "qweight": TransposedCodes,
+        "qzeros": TransposedZeroPoints,
+        "scales": TransposedScales,
+    }
+
+    def loading(self, scheme: Scheme, place: str) -> str:
+        """Returns the plain commands, and which engines take these bits."""
+        commands = (_LOADS_ZERO_POINTS if scheme.zero_point else _LOADS).format(place=place)
+        if scheme.bits == 8 and scheme.zero_point:
+            return f"{commands}\n\nvLLM has no Marlin kernel for 8 bits with zero points."
+        return f"vLLM and SGLang know the format:\n\n```sh\nvllm serve {place}\n```\n\n{commands}"
+
+    def claims(self, document: Mapping[str, Any], place: str) -> bool:
+        """Returns whether the config names the method and, at the top or in a group, the packed format."""
+        if method_of(document, place) != METHOD:
+            return False
+        formats = {word(each, "format", place) for each in (document, *_groups(document, place).values())}
+        return PACKED in formats
+
+    def read_config(self, document: Mapping[str, Any], place: str) -> Quantization:
+        """Returns bits, group size and zero points of the one kind of group there may be.
+
+        Raises:
+            CheckpointError: naming what the checkpoint has that cannot be converted.
+        """
+        for key in ("transform_config", "sparsity_config", "kv_cache_scheme"):
+            if document.get(key):
+                raise _unsupported(f"it has a {key}", place)
+        groups = _groups(document, place)
+        schemes = {name: _scheme(name, group, place) for name, group in groups.items()}
+        if not schemes:
+            raise refuse("bad-config", "config_groups names no group", file=place)
+        (first, scheme), *others = schemes.items()
+        for name, other in others:
+            if other != scheme:
+                names = f"{printable(first)} and {printable(name)}"
+                raise _unsupported(f"{names} are quantized differently: {scheme}; {other}", place)
+        return Quantization(scheme, origin=place)
+
+    def write_config(self, quantization: Quantization) -> dict[str, Any]:
+        """Returns the config as the library writes it."""
+        scheme = quantization.scheme
+        is_channel = scheme.group_size == -1
+        # An engine's class of output embeddings is no "Linear": a quantized one has to be named.
+        heads = sorted(name for name in quantization.quantized_modules if name.rpartition(".")[2] == _HEAD)
+        weights = {
+            "num_bits": scheme.bits,
+            "type": "int",
+            "symmetric": not scheme.zero_point,
+            "strategy": "channel" if is_channel else "group",
+            "group_size": None if is_channel else scheme.group_size,
+            "dynamic": False,
+            "actorder": None,
+        }
+        return {
+            "quant_method": METHOD,
+            "format": PACKED,
+            "quantization_status": "compressed",
+            "config_groups": {"group_0": {"targets": ["Linear", *heads], "weights": weights}},
+            "ignore": sorted({*quantization.unquantized_modules, *(() if heads else (_HEAD,))}),
+        }
+
+    def variant(self, index: TensorIndex) -> Format:
+        """Returns the format with old zero points, if these are int8; which it is, only the tensors tell."""
+        types = {tensor.dtype for name, tensor in index.tensors.items() if name.endswith(".weight_zero_point")}
+        return OLD_COMPRESSED_TENSORS if types == {"I8"} else self
+
+    def sizes(self, tensors: Mapping[str, TensorInfo], scheme: Scheme) -> tuple[int, int]:
+        """Returns K and N: the groups tell K exactly, packed words of a single one up to the padding of the last."""
+        size_n, words = tensors["qweight"].shape
+        if scheme.group_size == -1:
+            return words * scheme.pack_factor, size_n
+        return tensors["scales"].shape[1] * scheme.group_size, size_n
+
+    def shape(self, part: str, size_k: int, size_n: int, scheme: Scheme) -> tuple[int, ...]:
+        """Returns the shape of a part: N first, but for the words of zero points."""
+        if part == "qweight":
+            return size_n, -(-size_k // scheme.pack_factor)
+        groups = scheme.num_groups(size_k)
+        return (size_n, groups) if part == "scales" else (-(-size_n // scheme.pack_factor), groups)
+
+    def layout(self, part: str, size_k: int, size_n: int, scheme: Scheme) -> PartLayout:
+        """Returns the transposed layout of a part."""
+        rows = size_k if part == "qweight" else scheme.num_groups(size_k)
+        return self.layouts[part](part, scheme.bits, rows, size_n)
+
+    def parts(self, found: Mapping[str, TensorInfo], scheme: Scheme) -> tuple[str, ...]:
+        """Returns the parts of a module: zero points of a symmetric checkpoint are none, they are all 2^(b-1)."""
+        return tuple(part for part in super().parts(found, scheme) if part != "qzeros" or scheme.zero_point)
+
+    def derived(self, size_k: int, size_n: int, scheme: Scheme) -> Sequence[DerivedTensor]:
+        """Returns what follows from a module's shape: the shape, and what some versions write besides."""
+        derived = [
+            DerivedTensor("weight_shape", "I64", (2,), partial(_shape_bytes, size_k, size_n), meaning=_ODD_K),
+            DerivedTensor(
+                "weight_g_idx", "I32", (size_k,), partial(_group_bytes, size_k, scheme.group_size), True, _ORDERED
+            ),
+        ]
+        if not scheme.zero_point:
+            shape = self.shape("qzeros", size_k, size_n, scheme)
+            words = partial(_middle_bytes, size_n, shape[1], scheme.bits)
+            derived.append(DerivedTensor("weight_zero_point", "I32", shape, words, True, _ASYMMETRIC))
+        return derived
+
+    def faults(
+        self, module: str, tensors: Mapping[str, TensorInfo], size_k: int, size_n: int, quantization: Quantization
+    ) -> Iterator[Fault]:
+        """Yields an embedding, which is no linear layer, and what contradicts ``weight_packed`` or the config."""
+        packed = tensors["qweight"]
+        if module.rpartition(".")[2] in _EMBEDDINGS:
+            message = "this is a quantized embedding; only linear layers are converted"
+            yield packed.name, "foreign-format", message
+            return
+        if size_k == 0 or size_n == 0 or size_n > MAX_SIZE_N:
+            yield packed.name, "wrong-shape", f"K={size_k}, N={size_n} is empty or has more than {MAX_SIZE_N} columns"
+            return
+        yield from super().faults(module, tensors, size_k, size_n, quantization)
+
+    def rows_per_row(self, part: str) -> int:
+        """Returns 0: rows of the tensors are columns."""
+        del part
+        return 0
+
+    def rows_per_column(self, part: str, scheme: Scheme) -> int:
+        """Returns f for words of codes; words of zero points lie along N."""
+        return scheme.pack_factor if part == "qweight" else 1
+
+    def values(self, part: str, rows: npt.NDArray[Any], size_k: int, scheme: Scheme) -> npt.NDArray[Any]:
+        """Returns the fields of the words, one after the other, the right way round."""
+        if part == "scales":
+            return rows.T
+        from awq2marlin.layout.reference import split_fields  # a conversion that compares nothing does not need it
+
+        words = np.ascontiguousarray(rows, np.uint32)
+        if part == "qweight":
+            return split_fields(words, scheme.bits)[:, :size_k].T
+        return split_fields(np.ascontiguousarray(words.T), scheme.bits)
+
+
+class OldCompressedTensors(CompressedTensors):
+    """The same with zero points as compressed-tensors wrote them before April 2025: int8 [N, G], signed."""
+
+    title = f"{METHOD} with int8 zero points"
+    dtypes: ClassVar[Mapping[str, tuple[str, ...]]] = {**CompressedTensors.dtypes, "qzeros": ("I8",)}
+    layouts: ClassVar[Mapping[str, type[PartLayout]]] = {**CompressedTensors.layouts, "qzeros": SignedZeroPoints}
+
+    def variant(self, index: TensorIndex) -> Format:
+        """Returns itself."""
+        del index
+        return self
+
+    def has_zero_points(self, scheme: Scheme) -> bool:
+        """Returns False: zero points that were all 2^(b-1) were not written."""
+        del scheme
+        return False
+
+    def shape(self, part: str, size_k: int, size_n: int, scheme: Scheme) -> tuple[int, ...]:
+        """Returns the shape of a part: N first."""
+        return super().shape("scales" if part == "qzeros" else part, size_k, size_n, scheme)
+
+    def element_type(self, part: str) -> type[np.generic]:
+        """Returns the type in which `values` takes a part's tensor."""
+        return np.int8 if part == "qzeros" else super().element_type(part)
+
+    def values(self, part: str, rows: npt.NDArray[Any], size_k: int, scheme: Scheme) -> npt.NDArray[Any]:
+        """Returns plain values; zero points are signed, 2^(b-1) less than ours."""
+        if part != "qzeros":
+            return super().values(part, rows, size_k, scheme)
+        return (rows.T.astype(np.int16) + scheme.middle).astype(np.uint8)
+
+
+OLD_COMPRESSED_TENSORS = OldCompressedTensors()
+
+
+def _groups(document: Mapping[str, Any], place: str) -> dict[str, dict[str, Any]]:
+    groups = document.get("config_groups")
+    if groups is None:
+        return {}
+    if not isinstance(groups, dict) or not all(isinstance(group, dict) for group in groups.values()):
+        raise refuse("bad-config", "config_groups must map names to objects", file=place)
+    return groups
+
+
+def _unsupported(what: str, place: str) -> CheckpointError:
+    return refuse("foreign-format", f"this is a compressed-tensors checkpoint, but {what}. {_WHAT_TO_DO}", file=place)
+
+
+def _scheme(name: str, group: Mapping[str, Any], place: str) -> Scheme:
+    """Returns bits, group size and zero points of one group; refuses by name what cannot be converted."""
+    weights = group.get("weights")
+    if not isinstance(weights, dict):
+        raise refuse("bad-config", f"{printable(name)} has no weights", file=place)
+    for key in ("input_activations", "output_activations"):
+        if group.get(key):
+            raise _unsupported(f"{printable(name)} has {key}: its activations are quantized too", place)
+    kind = word(weights, "type", place) or "int"
+    strategy = word(weights, "strategy", place) or ("channel" if weights.get("group_size") is None else "group")
+    for wrong, what in (
+        (kind != "int", f"its weights are of type {printable(kind)!r}"),
+        (strategy not in ("group", "channel"), f"its strategy is {printable(strategy)!r}"),
+        (bool(weights.get("block_structure")), "it has a block_structure"),
+        (bool(weights.get("dynamic")), "its weights are quantized dynamically"),
+    ):
+        if wrong:
+            raise _unsupported(what, place)
+    group_size = -1 if strategy == "channel" else weights.get("group_size")
+    symmetric = weights.get("symmetric", True)
+    return scheme_of(
+        weights.get("num_bits", 8), group_size, not symmetric if type(symmetric) is bool else symmetric, place
+    )
+
+
+def _shape_bytes(size_k: int, size_n: int) -> bytes:
+    return np.array([size_n, size_k], "<i8").tobytes()
+
+
+def _group_bytes(size_k: int, group_size: int) -> bytes:
+    """Returns the group of every row in plain order."""
+    return (np.arange(size_k, dtype="<i4") // (size_k if group_size == -1 else group_size)).astype("<i4").tobytes()
+
+
+def _middle_bytes(size_n: int, groups: int, bits: int) -> bytes:
+    """Returns packed zero points that are all 2^(bits-1); fields past N are 0."""
+    factor = 32 // bits
+    fields = np.arange(-(-size_n // factor) * factor).reshape(-1, factor) < size_n
+    words = (fields << (bits * np.arange(factor) + bits - 1)).sum(1).astype("<u4")
+    return np.repeat(words[:, None], groups, 1).tobytes()

@@ -1,0 +1,30 @@
+"""Checkpoints of random weights: those of compressed-tensors have its tensors, shapes and config."""
+
+import json
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+from awq2marlin.checkpoint.synthetic import CompressedTensorsRecipe, llama_recipe, write_checkpoint
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_a_compressed_tensors_checkpoint_has_n_first(tmp_path, symmetric):
+    recipe = llama_recipe(128, 256, 1, 64, 32, CompressedTensorsRecipe, group_size=32, has_qzeros=not symmetric)
+    write_checkpoint(tmp_path, recipe)
+    tensors = load_file(tmp_path / "model.safetensors")
+    name = "model.layers.0.mlp.down_proj"  # K = 256, N = 128
+    found = {key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")}
+    expected = {"weight_packed": (128, 32), "weight_scale": (128, 8), "weight_shape": (2,)}
+    if not symmetric:
+        expected["weight_zero_point"] = (16, 8)
+    assert {key: value.shape for key, value in found.items()} == expected
+    assert found["weight_shape"].tolist() == [128, 256]
+    assert {found[key].dtype for key in expected if key in ("weight_packed", "weight_zero_point")} == {
+        np.dtype("int32")
+    }
+    config = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    assert (config["quant_method"], config["format"]) == ("compressed-tensors", "pack-quantized")
+    weights = config["config_groups"]["group_0"]["weights"]
+    assert (weights["num_bits"], weights["group_size"], weights["symmetric"]) == (4, 32, symmetric)

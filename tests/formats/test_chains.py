@@ -1,0 +1,116 @@
+"""Every way between formats: each step is compared by value, gives its source back, and loses nothing on the way."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from awq2marlin import convert, inspect, revert, verify
+from awq2marlin.checkpoint.synthetic import Recipe, write_checkpoint
+from awq2marlin.formats import registry
+from tests.faults.helpers import Stepped, contents, run_here
+from tests.faults.test_kill import kill_at_every_step
+from tests.formats import peers
+
+TARGETS = [format.layout_name for format in registry.FORMATS if format.is_target]
+
+#: (K, N): two that Marlin takes as they are, and some that it takes padded only, the last with one word of columns.
+SIZES = st.sampled_from([(128, 64), (64, 128), (128, 72), (192, 64), (64, 8)])
+
+
+@st.composite
+def recipes(draw: st.DrawFn) -> Recipe:
+    """Returns a small model in AWQ."""
+    names = draw(
+        st.lists(st.sampled_from(["mlp.up_proj", "mlp.down_proj", "self_attn.o_proj"]), min_size=1, unique=True)
+    )
+    modules = {f"model.layers.0.{name}": draw(SIZES) for name in names}
+    return Recipe(
+        modules,
+        {"model.embed_tokens.weight": (4, 16), "model.norm.weight": (16,)},
+        bits=draw(st.sampled_from([4, 8])),
+        group_size=draw(st.sampled_from([32, 64, -1])),
+        scale_dtype=draw(st.sampled_from(["F16", "BF16"])),
+        has_qzeros=draw(st.booleans()),
+        shards=draw(st.integers(1, 3)),
+        seed=draw(st.integers(0, 2**32 - 1)),
+    )
+
+
+@st.composite
+def ways(draw: st.DrawFn) -> list[tuple[str, str]]:
+    """Returns formats to be written one after the other, beginning after AWQ, never one twice in a row."""
+    steps, last = [], "awq"
+    for _ in range(draw(st.integers(1, 4))):
+        last = draw(st.sampled_from([name for name in TARGETS if name != last]))
+        steps.append((last, draw(st.sampled_from(["keep", "pad"])) if last == "marlin" else "keep"))
+    return steps
+
+
+@settings(deadline=None, max_examples=25)
+@given(recipes(), ways())
+def test_any_way_between_formats_keeps_every_number_and_every_step_gives_its_source_back(
+    recipe: Recipe, way: list[tuple[str, str]]
+) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        root = Path(name)
+        write_checkpoint(root / "0", recipe)
+        for step, (to, unaligned) in enumerate(way):
+            before, after = root / str(step), root / str(step + 1)
+            convert(before, after, to=to, unaligned=unaligned, verify="all", workers=1)
+            assert verify(before, after, workers=1).kind == "conversion"
+            revert(after, root / "back", workers=1)
+            assert contents(root / "back") == contents(before)
+            shutil.rmtree(root / "back")
+        last = root / str(len(way))
+        if len(way) > 1:
+            assert verify(root / "0", last, workers=1).kind == "checkpoints"
+        assert inspect(last).bits == recipe.bits
+
+
+@settings(deadline=None, max_examples=10)
+@given(recipes())
+def test_awq_of_compressed_tensors_of_awq_is_the_same_tensors(recipe: Recipe) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        root = Path(name)
+        write_checkpoint(root / "awq", recipe)
+        convert(root / "awq", root / "ct", to="compressed-tensors", workers=1)
+        convert(root / "ct", root / "again", to="awq", workers=1)
+        expected, found = peers.read_tensors(root / "awq"), peers.read_tensors(root / "again")
+        made = {f"{module}.qzeros" for module in recipe.modules} if not recipe.has_qzeros else set()
+        assert found.keys() == expected.keys() | made
+        for tensor, (dtype, array) in expected.items():
+            assert found[tensor][0] == dtype
+            assert found[tensor][1].tobytes() == array.tobytes(), tensor
+
+
+@pytest.fixture(scope="module")
+def stepped(tmp_path_factory):
+    runner = Stepped(tmp_path_factory.mktemp("stepped"))
+    yield runner
+    runner.close()
+
+
+@pytest.mark.parametrize(("name", "to"), [("old_w8_asym_channel", "marlin"), ("w4_sym_g32", "awq")])
+def test_killed_before_any_of_its_steps_it_is_completed_by_the_same_command(
+    stepped, tmp_path, capsys, monkeypatch, name: str, to: str
+) -> None:
+    monkeypatch.setattr(os, "fsync", lambda _descriptor: None)  # many runs in a row need no disk
+    source = peers.checkpoint(name)
+    convert(source, tmp_path / "whole", to=to)
+
+    def run(*arguments):
+        return run_here(capsys, *arguments, "--json")
+
+    for command, expected in (
+        (("convert", source, tmp_path / "out", "--to", to), tmp_path / "whole"),
+        (("revert", tmp_path / "whole", tmp_path / "back"), source),
+    ):
+        steps = kill_at_every_step(stepped, run, (*command, "--workers", 1), command[2], contents(expected))
+        assert len(steps) > 20
