@@ -237,11 +237,15 @@ def verify_modules(modules: Sequence[ModulePlan], comparison: Comparison, worker
 
 
 def run_gemm(modules: Sequence[ModulePlan], comparison: Comparison, device: Device | None) -> GemmRun | None:
-    """Runs modules through the Marlin GEMM, if a device is named; see `gemm.check.check_modules`."""
+    """Runs modules through the Marlin GEMM, if a device is named; see `gemm.check.check_modules`.
+
+    Those that were rewritten to AWQ layout, as Marlin cannot take them, are passed over.
+    """
     if device is None:
         return None
     from awq2marlin.gemm.check import check_modules  # brings torch along
 
+    converted = [module for module in modules if module.converted]
     return check_modules(
-        modules, comparison.counterparts, comparison.source, comparison.output, device, comparison.progress
+        converted, comparison.counterparts, comparison.source, comparison.output, device, comparison.progress
     )

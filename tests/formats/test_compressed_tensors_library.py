@@ -248,3 +248,13 @@ def test_columns_that_awq_cannot_hold_are_refused_by_name_and_padded_if_that_is_
     convert(source, tmp_path / "padded", unaligned="pad", verify="all")
     revert(tmp_path / "padded", tmp_path / "back")
     assert contents(tmp_path / "back") == contents(source)
+
+
+@pytest.mark.parametrize("name", ["w4_sym_g32", "w8_asym_g64", "tied"])
+def test_the_gemm_runs_what_is_converted_and_passes_over_what_is_kept(name, tmp_path):
+    source = peers.checkpoint(name)
+    result = convert(source, tmp_path / "out", verify="all", device="cpu")
+    assert result.kept
+    converted = [module.name for module in result.converted]
+    assert [check.name for check in result.gemm.checks] == converted
+    assert [check.name for check in verify(source, tmp_path / "out", device="cpu").gemm.checks] == converted
