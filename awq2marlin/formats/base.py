@@ -400,7 +400,12 @@ def _module_faults(
         yield module_name(module, "g_idx"), "foreign-format", f"this is a GPTQ module; {format.title} has no row order"
         return
     if "weight" in parts:
-        yield module_name(module, "weight"), "contradiction", "the module has both a qweight and a weight"
+        if format.suffixes["qweight"] not in parts:
+            message = f"beside {', '.join(sorted(parts - {'weight'}))}, it is not of {format.title}'s layout"
+            yield module_name(module, "weight"), "foreign-format", message
+            return
+        message = f"the module has both a {format.suffixes['qweight']} and a weight"
+        yield module_name(module, "weight"), "contradiction", message
     with_zeros = format.has_zero_points(quantization.scheme)
     required = ["qweight", "scales", *(["qzeros"] if with_zeros else [])]
     missing = [part for part in required if format.suffixes[part] not in parts]

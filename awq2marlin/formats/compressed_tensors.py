@@ -16,8 +16,8 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from awq2marlin.errors import CheckpointError, printable, refuse
-from awq2marlin.formats.base import DerivedTensor, Fault, Format, Quantization
+from awq2marlin.errors import CheckpointError, Problem, printable, refuse
+from awq2marlin.formats.base import DerivedTensor, Fault, Format, Quantization, StoredModule
 from awq2marlin.formats.config import method_of, scheme_of, word
 from awq2marlin.io.safetensors import TensorIndex, TensorInfo
 from awq2marlin.layout.marlin import MAX_SIZE_N
@@ -28,12 +28,19 @@ from awq2marlin.layout.transposed import SignedZeroPoints, TransposedCodes, Tran
 METHOD = "compressed-tensors"
 PACKED = "pack-quantized"
 _HEAD = "lm_head"
-_EMBEDDINGS = ("embed_tokens", "wte", "word_embeddings")
+_EMBEDDINGS = ("embed_tokens", "tok_embeddings", "word_embeddings", "embed_in", "wte")
 
 #: What it means if a tensor that follows from a module's shape holds something else.
 _ODD_K = "K is not a multiple of the values in a word, or the shape is another; such a module is not converted"
 _ORDERED = "the rows of the weight are in another order (activation ordering), which is not converted"
 _ASYMMETRIC = "the config says symmetric, but the zero points are others"
+
+_MAIN = ("weight_packed", "weight_scale", "weight_zero_point")
+
+_STACKED = (
+    "all experts of a layer are in this one tensor of three dimensions, which no loader has a place for; only experts "
+    "one by one are converted"
+)
 
 _LOADS = """Transformers, after `pip install transformers compressed-tensors`:
 
@@ -73,6 +80,8 @@ class CompressedTensors(Format):
         "qzeros": "weight_zero_point",
         "scales": "weight_scale",
     }
+    #: Nothing else has scales of this name, so that a module whose codes are lost is missed.
+    marks: ClassVar[tuple[str, ...]] = ("qweight", "qzeros", "scales")
     layouts: ClassVar[Mapping[str, type[PartLayout]]] = {
         "qweight": TransposedCodes,
         "qzeros": TransposedZeroPoints,
@@ -160,6 +169,23 @@ class CompressedTensors(Format):
         rows = size_k if part == "qweight" else scheme.num_groups(size_k)
         return self.layouts[part](part, scheme.bits, rows, size_n)
 
+    def find(
+        self, tensors: Mapping[str, TensorInfo], quantization: Quantization, shard_of: Mapping[str, str]
+    ) -> tuple[dict[str, StoredModule], list[Problem]]:
+        """Returns the modules; experts of a layer in one tensor of three dimensions are none of them, and refused."""
+        stacked = sorted(
+            name for name, tensor in tensors.items() if name.endswith("_packed") and len(tensor.shape) == 3
+        )
+        if stacked:
+            return {}, [Problem(shard_of[name], name, "foreign-format", _STACKED) for name in stacked]
+        modules, problems = super().find(tensors, quantization, shard_of)
+        for name in sorted(tensors):
+            module, _, suffix = name.rpartition(".")
+            if suffix == "weight_shape" and not tensors.keys() & {f"{module}.{each}" for each in _MAIN}:
+                message = f"it is missing, but the module's {suffix} is there; download the file again"
+                problems.append(Problem(shard_of[name], f"{module}.weight_packed", "missing-tensor", message))
+        return modules, problems
+
     def parts(self, found: Mapping[str, TensorInfo], scheme: Scheme) -> tuple[str, ...]:
         """Returns the parts of a module: zero points of a symmetric checkpoint are none, they are all 2^(b-1)."""
         return tuple(part for part in super().parts(found, scheme) if part != "qzeros" or scheme.zero_point)
@@ -173,9 +199,9 @@ class CompressedTensors(Format):
             ),
         ]
         if not scheme.zero_point:
-            shape = self.shape("qzeros", size_k, size_n, scheme)
-            words = partial(_middle_bytes, size_n, shape[1], scheme.bits)
-            derived.append(DerivedTensor("weight_zero_point", "I32", shape, words, True, _ASYMMETRIC))
+            shape, (dtype,) = self.shape("qzeros", size_k, size_n, scheme), self.dtypes["qzeros"]
+            middle = partial(self.middle_bytes, size_n, shape[1], scheme.bits)
+            derived.append(DerivedTensor("weight_zero_point", dtype, shape, middle, True, _ASYMMETRIC))
         return derived
 
     def faults(
@@ -212,6 +238,14 @@ class CompressedTensors(Format):
             return split_fields(words, scheme.bits)[:, :size_k].T
         return split_fields(np.ascontiguousarray(words.T), scheme.bits)
 
+    @staticmethod
+    def middle_bytes(size_n: int, groups: int, bits: int) -> bytes:
+        """Returns zero points that are all 2^(bits-1); fields past N are 0."""
+        factor = 32 // bits
+        fields = np.arange(-(-size_n // factor) * factor).reshape(-1, factor) < size_n
+        words = (fields << (bits * np.arange(factor) + bits - 1)).sum(1).astype("<u4")
+        return np.repeat(words[:, None], groups, 1).tobytes()
+
 
 class OldCompressedTensors(CompressedTensors):
     """The same with zero points as compressed-tensors wrote them before April 2025: int8 [N, G], signed."""
@@ -244,6 +278,12 @@ class OldCompressedTensors(CompressedTensors):
             return super().values(part, rows, size_k, scheme)
         return (rows.T.astype(np.int16) + scheme.middle).astype(np.uint8)
 
+    @staticmethod
+    def middle_bytes(size_n: int, groups: int, bits: int) -> bytes:
+        """Returns zero points that are all 2^(bits-1), which is 0 here."""
+        del bits
+        return bytes(size_n * groups)
+
 
 OLD_COMPRESSED_TENSORS = OldCompressedTensors()
 
@@ -271,7 +311,9 @@ def _scheme(name: str, group: Mapping[str, Any], place: str) -> Scheme:
             raise _unsupported(f"{printable(name)} has {key}: its activations are quantized too", place)
     kind = word(weights, "type", place) or "int"
     strategy = word(weights, "strategy", place) or ("channel" if weights.get("group_size") is None else "group")
+    layout = word(group, "format", place) or PACKED
     for wrong, what in (
+        (layout != PACKED, f"{printable(name)} is of format {printable(layout)!r}"),
         (kind != "int", f"its weights are of type {printable(kind)!r}"),
         (strategy not in ("group", "channel"), f"its strategy is {printable(strategy)!r}"),
         (bool(weights.get("block_structure")), "it has a block_structure"),
@@ -293,11 +335,3 @@ def _shape_bytes(size_k: int, size_n: int) -> bytes:
 def _group_bytes(size_k: int, group_size: int) -> bytes:
     """Returns the group of every row in plain order."""
     return (np.arange(size_k, dtype="<i4") // (size_k if group_size == -1 else group_size)).astype("<i4").tobytes()
-
-
-def _middle_bytes(size_n: int, groups: int, bits: int) -> bytes:
-    """Returns packed zero points that are all 2^(bits-1); fields past N are 0."""
-    factor = 32 // bits
-    fields = np.arange(-(-size_n // factor) * factor).reshape(-1, factor) < size_n
-    words = (fields << (bits * np.arange(factor) + bits - 1)).sum(1).astype("<u4")
-    return np.repeat(words[:, None], groups, 1).tobytes()

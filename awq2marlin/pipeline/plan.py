@@ -27,7 +27,7 @@ from awq2marlin.formats.registry import DEFAULT_TARGET, KEPT
 from awq2marlin.io.safetensors import Header
 from awq2marlin.io.strict_json import encode_json
 from awq2marlin.layout.marlin import fusion_group
-from awq2marlin.layout.modules import UNALIGNED_CHOICES, Linear, ModulePlan, Unaligned
+from awq2marlin.layout.modules import UNALIGNED_CHOICES, Linear, ModulePlan, Unaligned, module_name
 from awq2marlin.pipeline.transfer import ShardPlan, Transfer, spans_of
 
 
@@ -186,7 +186,8 @@ def plan_conversion(checkpoint: Checkpoint, unaligned: Unaligned = "keep", targe
     counterparts = plan_modules(source, unaligned, target)
     if unaligned == "error":
         _refuse_unaligned(counterparts, checkpoint)
-    _refuse_unkeepable(counterparts, checkpoint)
+    _refuse_unkeepable(counterparts, source)
+    _refuse_strays(counterparts, checkpoint)
     shards = tuple(_plan_shard(name, header, counterparts) for name, header in checkpoint.shards.items())
     return Plan(checkpoint, counterparts, unaligned, shards)
 
@@ -224,7 +225,7 @@ def _plan_group(
         misfit = target.unaligned_reason(module.size_k, module.size_n, scheme)
         if refusal := target.refusal(module.name, module.size_k, module.size_n, scheme):
             reasons[module.name] = refusal
-        elif in_full_precision:
+        elif in_full_precision and target.has_module_lists:  # others cannot say that a module is kept, and need not
             reasons[module.name] = f"fused with {in_full_precision}, which is not quantized"
         elif misfit and unaligned != "pad":
             reasons[module.name] = f"unaligned: {misfit}"
@@ -244,21 +245,50 @@ def _refuse_unaligned(counterparts: Counterparts, checkpoint: Checkpoint) -> Non
         reason = target.unaligned_reason(*size, scheme)
         if reason and not target.refusal(module.name, *size, scheme):
             shard = checkpoint.shard_of[counterparts.source_layout_of(module).tensor_name(module.name, "qweight")]
-            message = f"unaligned: {reason}; use --unaligned keep or pad"
+            choices = "pad" if KEPT.refusal(module.name, *size, scheme) else "keep or pad"
+            message = f"unaligned: {reason}; use --unaligned {choices}"
             problems.append(Problem(shard, module.name, "unaligned", message))
     if problems:
         raise CheckpointError(problems)
 
 
-def _refuse_unkeepable(counterparts: Counterparts, checkpoint: Checkpoint) -> None:
-    """Refuses modules that the target cannot take and that cannot be kept either."""
-    problems = []
+def _refuse_unkeepable(counterparts: Counterparts, source: SourceCheckpoint) -> None:
+    """Refuses modules that the target cannot take and that cannot be kept either, with the option that helps."""
+    problems, checkpoint = [], source.checkpoint
     for module in counterparts.modules.values():
         reason = KEPT.refusal(module.name, module.size_k, module.size_n, counterparts.scheme)
         if reason and not module.converted:
             shard = checkpoint.shard_of[counterparts.source_layout_of(module).tensor_name(module.name, "qweight")]
-            message = f"{module.reason}; and it cannot be kept: {reason}. Use --unaligned pad"
-            problems.append(Problem(shard, module.name, "unaligned", message))
+            if counterparts.target is not KEPT:
+                reason = f"{module.reason}; and it cannot be kept: {reason}"
+            problems.append(Problem(shard, module.name, "unaligned", reason))
+    if problems:
+        advice = _advice(counterparts, source, [problem.tensor for problem in problems])
+        raise CheckpointError(replace(each, message=f"{each.message}. {advice}") for each in problems)
+
+
+def _advice(counterparts: Counterparts, source: SourceCheckpoint, names: Iterable[str]) -> str:
+    """Returns what helps with modules that AWQ's layout cannot hold."""
+    padded = plan_modules(source, "pad").modules
+    if not all(padded[name].converted for name in names):
+        return "No other format that is written can hold all such modules of this checkpoint"
+    return "Use --unaligned pad" if counterparts.target is DEFAULT_TARGET else "Use --to marlin with --unaligned pad"
+
+
+def _refuse_strays(counterparts: Counterparts, checkpoint: Checkpoint) -> None:
+    """Refuses tensors that are no part of their module in the source, but would be taken for one in the target."""
+    problems = []
+    for module in counterparts.rewritten:
+        known, layout = counterparts.source_layout_of(module), counterparts.layout_of(module)
+        own = {known.suffixes[part] for part in module.parts}
+        own |= {each.suffix for each in known.derived(*counterparts.stored_sizes(module), counterparts.scheme)}
+        theirs = {*layout.suffixes.values(), *layout.foreign_suffixes}
+        theirs |= {each.suffix for each in layout.derived(module.padded_k, module.padded_n, counterparts.target_scheme)}
+        for suffix in sorted(theirs - own):
+            name = module_name(module.name, suffix)
+            if name in checkpoint.tensors:
+                message = f"{known.title} has no such tensor, but in {layout.title} it would be a part of its module"
+                problems.append(Problem(checkpoint.shard_of[name], name, "contradiction", message))
     if problems:
         raise CheckpointError(problems)
 

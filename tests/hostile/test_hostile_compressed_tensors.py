@@ -70,6 +70,11 @@ UNCONVERTIBLE: dict[str, tuple[Callable[..., Any], str, str]] = {
     "groups of 16": (lambda _q, _g, w: w.update(group_size=16), "unsupported-group-size", "16"),
     "groups of escapes": (lambda _q, _g, w: w.update(group_size=NASTY), "unsupported-group-size", r"x1b[31m"),
     "symmetric 1": (lambda _q, _g, w: w.update(symmetric=1), "bad-config", "1"),
+    "a group of another format": (
+        lambda _q, g, _w: g.update(format="int-quantized"),
+        "foreign-format",
+        "int-quantized",
+    ),
     "no weights": (lambda _q, g, _w: g.update(weights=None), "bad-config", "group_0 has no weights"),
     "groups a list": (lambda q, _g, _w: q.update(config_groups=[]), "bad-config", "config_groups must map"),
     "a group a list": (lambda q, _g, _w: q.update(config_groups={NASTY: []}), "bad-config", "config_groups must map"),
@@ -242,3 +247,89 @@ def test_a_symmetric_source_has_no_zero_points_of_its_own(tmp_path: Path, to: st
     assert len(zeros) == (len(peers.decode_all(source)) if to == "awq" else 0)
     assert inspect(tmp_path / "out").zero_point is (to == "awq")
     assert verify(source, tmp_path / "out").modules_total == len(peers.decode_all(source))
+
+
+LOST: dict[str, tuple[Callable[[Tensors], Any], str, str]] = {
+    "codes": (_drop(f"{DOWN}.weight_packed"), "missing-tensor", f"{DOWN}.weight_packed"),
+    "all but the shape": (
+        lambda tensors: [tensors.pop(f"{DOWN}.{part}") for part in ("weight_packed", "weight_scale")],
+        "missing-tensor",
+        f"{DOWN}.weight_packed",
+    ),
+    "codes that are not packed": (
+        lambda tensors: tensors.update({f"{DOWN}.weight": ("I8", tensors.pop(f"{DOWN}.weight_packed")[1])}),
+        "foreign-format",
+        f"{DOWN}.weight",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LOST)
+def test_a_symmetric_module_without_its_codes_is_not_carried_over_in_silence(tmp_path: Path, run, name: str) -> None:
+    shutil.copytree(peers.checkpoint("w4_sym_g32"), tmp_path / "source")
+    change, code, tensor = LOST[name]
+    set_tensors(tmp_path / "source", change)
+    run("convert", tmp_path / "source", tmp_path / "out").refused(code, file=SHARD, tensor=tensor)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["mlp.experts.gate_up_proj_packed", "mlp.experts.down_proj.weight_packed"])
+def test_experts_in_one_tensor_are_refused_by_name(source: Path, tmp_path: Path, run, name: str) -> None:
+    set_tensors(source, _put(f"model.layers.0.{name}", "I32", np.zeros((2, 16, 16), np.int32)))
+    outcome = run("convert", source, tmp_path / "out")
+    outcome.refused("foreign-format", "three dimensions", file=SHARD, tensor=f"model.layers.0.{name}")
+
+
+@pytest.mark.parametrize("to", ["marlin", "awq"])
+@pytest.mark.parametrize("part", ["qweight", "qzeros", "scales", "g_idx"])
+def test_a_tensor_that_the_target_would_take_for_a_part_is_refused(tmp_path: Path, run, part: str, to: str) -> None:
+    shutil.copytree(peers.checkpoint("w4_sym_g32"), tmp_path / "source")
+    set_tensors(tmp_path / "source", _put(f"{DOWN}.{part}", "I32", np.zeros((4, 2))))
+    outcome = run("convert", tmp_path / "source", tmp_path / "out", "--to", to)
+    assert outcome.report["errors"][0]["tensor"] == f"{DOWN}.{part}", outcome.err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("middle", [0, 1])
+def test_old_zero_points_of_a_symmetric_checkpoint_must_be_the_middle(tmp_path: Path, run, middle: int) -> None:
+    shutil.copytree(peers.checkpoint("w4_sym_g32"), tmp_path / "source")
+    for name, columns in ((DOWN, 16), (O_PROJ, 64)):
+        set_tensors(tmp_path / "source", _put(f"{name}.weight_zero_point", "I8", np.full((columns, 4), middle)))
+    outcome = run("convert", tmp_path / "source", tmp_path / "out")
+    if middle:
+        outcome.refused("contradiction", "the config says symmetric", file=SHARD)
+        return
+    revert(tmp_path / "out", tmp_path / "back")
+    assert contents(tmp_path / "back") == contents(tmp_path / "source")
+
+
+@pytest.mark.parametrize(
+    ("options", "advice"),
+    [
+        (("--to", "awq"), "Use --to marlin with --unaligned pad"),
+        (("--unaligned", "error"), "use --unaligned pad"),
+        ((), "Use --unaligned pad"),
+    ],
+)
+def test_the_advice_for_an_odd_number_of_columns_helps(tmp_path: Path, run, options, advice: str) -> None:
+    source = peers.checkpoint("odd_n_w4")
+    outcome = run("convert", source, tmp_path / "out", *options)
+    outcome.refused("unaligned", advice, file=SHARD, tensor=O_PROJ)
+    assert "and it cannot be kept" not in outcome.err or not options
+    assert run("convert", source, tmp_path / "out", "--unaligned", "pad").code == 0
+
+
+def test_an_output_embedding_with_an_odd_number_of_columns_cannot_be_padded(tmp_path: Path, run) -> None:
+    shutil.copytree(peers.checkpoint("odd_n_w4"), tmp_path / "source")
+
+    def to_head(tensors: Tensors) -> None:
+        tensors.pop("lm_head.weight", None)
+        for part in ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape"):
+            tensors[f"lm_head.{part}"] = tensors[f"{O_PROJ}.{part}"]
+
+    set_tensors(tmp_path / "source", to_head)
+    for options in (("--unaligned", "pad"), ("--to", "awq")):
+        outcome = run("convert", tmp_path / "source", tmp_path / "out", *options)
+        assert outcome.code == 1
+        assert "No other format" in outcome.err
+        assert "--unaligned pad" not in outcome.err
