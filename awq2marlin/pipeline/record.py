@@ -42,7 +42,8 @@ def manifest_of(plan: Plan, finished: Mapping[str, FinishedFile], files: Mapping
     repo_id, revision = folder.origin or (None, None)
     card = SourceCard.of(checkpoint.card, folder.read(checkpoint.card)) if checkpoint.card else None
     carried = {name: FileDigest(files[name].size, files[name].xxh3) for name in plan.transfer.carried}
-    version = 1 if (plan.counterparts.source, plan.target) == (KEPT, DEFAULT_TARGET) else 2
+    is_first_pair = (plan.counterparts.source, plan.target) == (KEPT, DEFAULT_TARGET)
+    version = 1 if is_first_pair and MANIFEST_FILENAME not in texts else 2  # version 0.1 refuses such a text
     return Manifest(
         shards, texts, digests, carried, repo_id, revision, checkpoint.left_behind, card=card, version=version
     )
