@@ -93,7 +93,7 @@ ERROR_CODES: Mapping[str, Advice] = {
         "raise the limit (`ulimit -f`) or write elsewhere",
     ),
     "foreign-format": Advice(
-        'the checkpoint is quantized, but not AWQ of version "gemm"', "look for an AWQ checkpoint of that version"
+        "the checkpoint is quantized, but in no format that is read", "see the message; look for another of this model"
     ),
     "gemm-difference": Advice(
         "`--device`: under identity activations the GEMM does not give the source's weight back; exit code 3",
@@ -197,7 +197,7 @@ ERROR_CODES: Mapping[str, Advice] = {
         "choose another folder, or use `--overwrite` for an earlier conversion",
     ),
     "not-found": Advice("there is no such file or folder", "check the name"),
-    "not-quantized": Advice("the checkpoint has no quantization config", "pass an AWQ checkpoint"),
+    "not-quantized": Advice("the checkpoint has no quantization config", "pass one that is quantized"),
     "not-shared": Advice(
         "`--dask`, or Python: a worker of the executor wrote its shard where this process does not see it",
         "put the output on storage that all workers share",
@@ -288,7 +288,10 @@ ERROR_CODES: Mapping[str, Advice] = {
         "a loader: the model's code joins or splits a quantized module", "revert the checkpoint"
     ),
     "unsupported-parallelism": Advice("a loader: tensor parallelism in Transformers", "use `device_map`"),
-    "usage": Advice("the command line is wrong; exit code 2", "see `awq2marlin COMMAND --help`"),
+    "usage": Advice(
+        "the command line is wrong; exit code 2. `batch`: an option does not fit the source of one item",
+        "see `awq2marlin COMMAND --help`",
+    ),
     "wrong-digest": Advice(
         "`revert`, `push`: a file is not the one that the manifest recorded; exit code 3",
         "download the converted checkpoint again, or convert again",

@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from awq2marlin.arguments import ArgumentError
 from awq2marlin.batch.jobs import PUSHING, Job
 from awq2marlin.batch.record import BatchRecord, ItemResult
 from awq2marlin.checkpoint.manifest import read_manifest
@@ -137,6 +138,8 @@ def run_job(
     except MemoryError:
         problem = Problem("", "", "out-of-memory", "there is not enough memory; use fewer --workers or --jobs")
         result = job.result(EXIT_FAILED, errors=(problem,))
+    except ArgumentError as error:  # an option that does not fit the item's source
+        result = job.result(EXIT_FAILED, errors=(Problem("", "", "usage", str(error)),))
     except StoppedError:
         raise
     except Exception as error:  # a fault of ours: it must not cost the rest of a night's batch, nor be hidden

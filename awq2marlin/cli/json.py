@@ -90,7 +90,7 @@ def _files(sizes: Iterable[tuple[str, int]]) -> list[dict[str, Any]]:
     return [{"name": name, "bytes": size, "sha256": None} for name, size in sizes]
 
 
-def _module(module: ModulePlan, verified: frozenset[str], layout: str = "marlin") -> dict[str, Any]:
+def _module(module: ModulePlan, verified: frozenset[str], layout: str) -> dict[str, Any]:
     return {
         "name": module.name,
         "K": module.size_k,
@@ -118,7 +118,7 @@ def _conversion(result: ConvertResult) -> Report:
         str(result.source),
         str(result.output),
         files=_files([*result.shards.items(), *result.files.items()]),
-        modules=[_module(module, verified) for module in result.modules],
+        modules=[_module(module, verified, result.layout) for module in result.modules],
         bytes=result.output_bytes,
         seconds=result.seconds,
         warnings=list(result.warnings),

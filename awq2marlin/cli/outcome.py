@@ -64,8 +64,7 @@ def run(
     except ArgumentError as error:  # what only the checkpoints show
         if progress is not None:
             progress.finish()
-        message = error.spelled(lambda name: "--" + name.replace("_", "-"))
-        raise typer.Exit(tell_usage_error(message, command, as_json)) from None
+        raise typer.Exit(tell_usage_error(error.spelled(option_of), command, as_json)) from None
     except (Exception, KeyboardInterrupt) as error:
         code, problems = _meaning(error, command)
         is_ours = problems[0].code == "internal-error"
@@ -112,8 +111,6 @@ def _meaning(error: BaseException, command: str) -> tuple[int, Sequence[Problem]
     """Returns what an error of the library means: exit code and problems."""
     if isinstance(error, Awq2MarlinError):
         return error.exit_code, error.problems
-    if isinstance(error, ArgumentError):  # an argument that only the files show to be wrong
-        return EXIT_USAGE, [Problem("", "", "usage", error.spelled(option_of))]
     if isinstance(error, OSError):
         return EXIT_FAILED, [problem_from_os_error(error)]
     if isinstance(error, MemoryError):

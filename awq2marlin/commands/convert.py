@@ -67,6 +67,7 @@ class ConvertResult:
         seconds: wall time.
         pushed: what came of ``push_to``; None without it.
         to: the layout of the converted modules, for people.
+        layout: that layout, as reports name it.
     """
 
     source: Path | str
@@ -85,6 +86,7 @@ class ConvertResult:
     seconds: float
     pushed: PushResult | None = None
     to: str = "Marlin"
+    layout: str = "marlin"
 
     @property
     def converted(self) -> list[ModulePlan]:
@@ -231,4 +233,5 @@ def _planned(plan: Plan, root: Path) -> ConvertResult:
         gemm=None,
         seconds=0.0,
         to=plan.target.layout_title,
+        layout=plan.target.layout_name,
     )

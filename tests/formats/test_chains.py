@@ -11,9 +11,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from awq2marlin import convert, inspect, revert, verify
-from awq2marlin.checkpoint.synthetic import Recipe, write_checkpoint
+from awq2marlin import convert, convert_many, inspect, revert, verify
+from awq2marlin.checkpoint.manifest import read_manifest
+from awq2marlin.checkpoint.synthetic import CompressedTensorsRecipe, Recipe, write_checkpoint
 from awq2marlin.formats import registry
+from awq2marlin.io.folder import Folder
 from tests.faults.helpers import Stepped, contents, run_here
 from tests.faults.test_kill import kill_at_every_step
 from tests.formats import peers
@@ -88,6 +90,58 @@ def test_awq_of_compressed_tensors_of_awq_is_the_same_tensors(recipe: Recipe) ->
         for tensor, (dtype, array) in expected.items():
             assert found[tensor][0] == dtype
             assert found[tensor][1].tobytes() == array.tobytes(), tensor
+
+
+PART = "model.layers.0.self_attn"
+
+
+@pytest.mark.parametrize(
+    ("kind", "to"), [(Recipe, "compressed-tensors"), (CompressedTensorsRecipe, "awq"), (Recipe, "marlin")]
+)
+def test_a_family_with_a_member_in_full_precision(tmp_path: Path, kind: type[Recipe], to: str) -> None:
+    modules = dict.fromkeys([f"{PART}.q_proj", f"{PART}.k_proj", f"{PART}.o_proj"], (128, 64))
+    write_checkpoint(tmp_path / "source", kind(modules, {f"{PART}.v_proj.weight": (64, 128)}, group_size=32))
+    result = convert(tmp_path / "source", tmp_path / "out", to=to, verify="all")
+    # Only Marlin-native has a list of modules in another layout; in the others all have the one of the format.
+    assert len(result.kept) == (2 if to == "marlin" else 0)
+    assert verify(tmp_path / "source", tmp_path / "out").kind == "conversion"
+    revert(tmp_path / "out", tmp_path / "back")
+    assert contents(tmp_path / "back") == contents(tmp_path / "source")
+
+
+def test_only_what_version_0_1_can_revert_has_the_first_version_of_the_manifest(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "0", Recipe({f"{PART}.o_proj": (128, 64)}, {}, group_size=32))
+    versions = []
+    for step, to in enumerate(["marlin", "awq", "marlin"]):
+        convert(tmp_path / str(step), tmp_path / str(step + 1), to=to)
+        versions.append(read_manifest(Folder.at(tmp_path / str(step + 1))).version)
+    assert versions == [1, 2, 2]  # the last one's source has a manifest of its own
+
+
+def test_json_names_the_layout_that_was_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    modules = {f"{PART}.o_proj": (128, 64), "model.layers.0.mlp.down_proj": (128, 72)}
+    write_checkpoint(tmp_path / "awq", Recipe(modules, {}, group_size=32))
+    write_checkpoint(tmp_path / "ct", CompressedTensorsRecipe(modules, {}, group_size=32))
+    for source, to, layouts in (
+        ("awq", "marlin", {"awq", "marlin"}),
+        ("awq", "compressed-tensors", {"compressed-tensors"}),
+        ("ct", "awq", {"awq"}),
+    ):
+        outcome = run_here(capsys, "convert", tmp_path / source, tmp_path / f"to-{to}", "--to", to, "--json")
+        assert outcome.code == 0
+        assert {module["layout"] for module in outcome.report["modules"]} == layouts
+
+
+def test_an_item_of_a_batch_that_is_of_the_format_to_write_is_told_so(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "awq", Recipe({f"{PART}.o_proj": (128, 64)}, {}, group_size=32))
+    write_checkpoint(tmp_path / "ct", CompressedTensorsRecipe({f"{PART}.o_proj": (128, 64)}, {}, group_size=32))
+    for dry_run in (True, False):
+        sources = [str(tmp_path / "awq"), str(tmp_path / "ct")]
+        refused, done = convert_many(sources, out_dir=tmp_path / "out", to="awq", dry_run=dry_run).items
+        assert [(each.code, each.message) for each in refused.errors] == [
+            ("usage", "to is 'awq', and so is the source already")
+        ]
+        assert done.exit_code == 0
 
 
 @pytest.fixture(scope="module")
