@@ -188,6 +188,7 @@ def plan_conversion(checkpoint: Checkpoint, unaligned: Unaligned = "keep", targe
         _refuse_unaligned(counterparts, checkpoint)
     _refuse_unkeepable(counterparts, source)
     _refuse_strays(counterparts, checkpoint)
+    _refuse_denied_zero_points(counterparts, checkpoint)
     shards = tuple(_plan_shard(name, header, counterparts) for name, header in checkpoint.shards.items())
     return Plan(checkpoint, counterparts, unaligned, shards)
 
@@ -289,6 +290,26 @@ def _refuse_strays(counterparts: Counterparts, checkpoint: Checkpoint) -> None:
             if name in checkpoint.tensors:
                 message = f"{known.title} has no such tensor, but in {layout.title} it would be a part of its module"
                 problems.append(Problem(checkpoint.shard_of[name], name, "contradiction", message))
+    if problems:
+        raise CheckpointError(problems)
+
+
+def _refuse_denied_zero_points(counterparts: Counterparts, checkpoint: Checkpoint) -> None:
+    """Refuses zero points that the source's config denies, where readers of the target go by its config.
+
+    Marlin-native's go by the tensors, and AWQ's config never denies them.
+    """
+    target, problems = counterparts.target, []
+    if target.is_own or counterparts.target_scheme.zero_point:
+        return
+    for module in counterparts.modules.values():
+        if "qzeros" in module.parts:
+            name = counterparts.source_layout_of(module).tensor_name(module.name, "qzeros")
+            message = (
+                f"the config says that there are no zero points, and in {target.title} these would not be read; "
+                "set zero_point to true in a copy of the config, if they count"
+            )
+            problems.append(Problem(checkpoint.shard_of[name], name, "contradiction", message))
     if problems:
         raise CheckpointError(problems)
 

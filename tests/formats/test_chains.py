@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from awq2marlin import convert, convert_many, inspect, revert, verify
+from awq2marlin import CheckpointError, convert, convert_many, inspect, revert, verify
 from awq2marlin.checkpoint.manifest import read_manifest
 from awq2marlin.checkpoint.synthetic import CompressedTensorsRecipe, Recipe, write_checkpoint
 from awq2marlin.formats import registry
@@ -130,6 +130,18 @@ def test_json_names_the_layout_that_was_written(tmp_path: Path, capsys: pytest.C
         outcome = run_here(capsys, "convert", tmp_path / source, tmp_path / f"to-{to}", "--to", to, "--json")
         assert outcome.code == 0
         assert {module["layout"] for module in outcome.report["modules"]} == layouts
+
+
+def test_zero_points_that_the_config_denies_are_not_written_where_the_config_is_believed(tmp_path: Path) -> None:
+    recipe = Recipe({f"{PART}.o_proj": (128, 64)}, {}, group_size=32, has_qzeros=True, zero_point=False)
+    write_checkpoint(tmp_path / "awq", recipe)
+    convert(tmp_path / "awq", tmp_path / "marlin")
+    for source in ("awq", "marlin"):
+        with pytest.raises(CheckpointError, match="the config says that there are no zero points"):
+            convert(tmp_path / source, tmp_path / "ct", to="compressed-tensors")
+    assert not (tmp_path / "ct").exists()
+    convert(tmp_path / "marlin", tmp_path / "again", to="awq")
+    assert verify(tmp_path / "awq", tmp_path / "again").kind == "checkpoints"
 
 
 def test_an_item_of_a_batch_that_is_of_the_format_to_write_is_told_so(tmp_path: Path) -> None:
