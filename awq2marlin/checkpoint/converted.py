@@ -172,7 +172,13 @@ def _source_format(manifest: Manifest, index: TensorIndex, target: Format | None
     place, document = next(iter(documents.items()))
     where = _in_manifest(place)
     format = recognise(document, where)
-    if not format.is_source or (target and format.name == target.name):
+    if target and format.name == target.name:
+        message = (
+            f"it is of a conversion from {format.title}, which this checkpoint is too, so it belongs to another: "
+            "remove it, or download the checkpoint again"
+        )
+        raise refuse("bad-manifest", message, file=MANIFEST_FILENAME)
+    if not format.is_source:
         message = f"the source's config that it keeps is {format.title}, which no conversion reads; download it again"
         raise refuse("bad-manifest", message, file=MANIFEST_FILENAME)
     return format.variant(index), format.read_config(document, where)

@@ -44,10 +44,10 @@ def _check_manifest(checkpoint: Checkpoint) -> None:
     """Refuses a file of the manifest's name that is none: a checkpoint that nobody converted has no such file."""
     try:
         read_manifest(checkpoint.folder)
-    except CheckpointError:
+    except CheckpointError as error:
         raise refuse(
             "already-converted",
             f"{article(checkpoint.format.title)} checkpoint must not hold a file of this name that is no manifest; "
-            "remove it",
+            f"remove it, if it is none ({error.problems[0].message})",
             file=MANIFEST_FILENAME,
         ) from None

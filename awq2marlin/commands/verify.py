@@ -189,7 +189,8 @@ def _conversion(one: Checkpoint, other: Checkpoint) -> tuple[Checkpoint, Checkpo
     """Returns source, converted checkpoint and its manifest, if either of two is the conversion of the other."""
     for source, output in ((one, other), (other, one)):
         if output.is_converted:
-            manifest = read_manifest(output.folder)
+            with _in(output.folder):
+                manifest = read_manifest(output.folder)
             if is_source_of(source, manifest):
                 return source, output, manifest
     return None

@@ -417,7 +417,7 @@ def test_a_file_that_the_manifest_names_must_be_there(marlin, refused) -> None:
         ("{}", "bad-manifest", "says nothing of a quantization"),
         ('{"quantization_config": 3}', "bad-config", "must hold a JSON object, found int"),
         ('{"quantization_config": {"quant_method": "gptq"}}', "foreign-format", "GPTQ"),
-        ('{"quantization_config": {"quant_method": "marlin_native"}}', "bad-manifest", "no conversion reads"),
+        ('{"quantization_config": {"quant_method": "marlin_native"}}', "bad-manifest", "it belongs to another"),
     ],
 )
 def test_the_source_s_config_in_the_manifest_must_name_a_format_that_is_read(marlin, tmp_path, text, code, said):

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from awq2marlin import CheckpointError, DifferenceError, Problem, VerifyResult, convert, verify
+from awq2marlin import CheckpointError, DifferenceError, Problem, VerifyResult, convert, revert, verify
 from awq2marlin.arguments import ArgumentError
 from awq2marlin.checkpoint.opening import open_checkpoint
 from awq2marlin.checkpoint.synthetic import write_checkpoint
@@ -614,6 +614,18 @@ def test_a_false_manifest_beside_a_checkpoint_is_refused(made: Path, tmp_path: P
     with pytest.raises(CheckpointError) as caught:
         verify(made / "compressed-tensors", bad)
     assert caught.value.problems[0].file == "marlin_manifest.json"
+    assert caught.value.problems[0].message.endswith(f" (in {bad})")
+    (bad / "marlin_manifest.json").write_text('{"format_version": 99}')
+    with pytest.raises(CheckpointError, match="install a newer awq2marlin"):
+        convert(bad, tmp_path / "out")
+
+
+def test_a_manifest_of_another_conversion_is_no_way_back(made: Path, tmp_path: Path) -> None:
+    convert(made / "source", tmp_path / "marlin")
+    stray = copy(made / "source", tmp_path / "stray")
+    shutil.copy(tmp_path / "marlin" / "marlin_manifest.json", stray)
+    with pytest.raises(CheckpointError, match="which this checkpoint is too, so it belongs to another"):
+        revert(stray, tmp_path / "back")
 
 
 def test_memory_does_not_grow_with_a_tensor_that_is_read_by_rows(tmp_path: Path) -> None:
