@@ -190,6 +190,10 @@ def plan_conversion(checkpoint: Checkpoint, unaligned: Unaligned = "keep", targe
     _refuse_strays(counterparts, checkpoint)
     _refuse_denied_zero_points(counterparts, checkpoint)
     shards = tuple(_plan_shard(name, header, counterparts) for name, header in checkpoint.shards.items())
+    emptied = [shard.name for shard in shards if shard.source.tensors and not shard.target.tensors]
+    if emptied:  # the output's index could not name it, so that it would be lost on the way back
+        message = f"nothing of this file is left in {target.title}, so that the conversion could not be undone"
+        raise CheckpointError(Problem(name, "", "contradiction", message) for name in emptied)
     return Plan(checkpoint, counterparts, unaligned, shards)
 
 

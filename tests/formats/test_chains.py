@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import tempfile
@@ -142,6 +143,21 @@ def test_zero_points_that_the_config_denies_are_not_written_where_the_config_is_
     assert not (tmp_path / "ct").exists()
     convert(tmp_path / "marlin", tmp_path / "again", to="awq")
     assert verify(tmp_path / "awq", tmp_path / "again").kind == "checkpoints"
+
+
+def test_a_file_of_which_nothing_would_be_left_is_refused(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "ct", CompressedTensorsRecipe({f"{PART}.o_proj": (128, 64)}, {}, group_size=32))
+    tensors, files = peers.read_tensors(tmp_path / "ct"), ("a.safetensors", "b.safetensors")
+    (tmp_path / "ct" / "model.safetensors").unlink()
+    weight_map = {name: files[name.endswith("weight_shape")] for name in tensors}
+    for file in files:
+        mine = {name: tensor for name, tensor in tensors.items() if weight_map[name] == file}
+        peers.write_tensors(tmp_path / "ct" / file, mine)
+    index = tmp_path / "ct" / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}), "utf-8")
+    with pytest.raises(CheckpointError, match=r"b\.safetensors: nothing of this file is left in AWQ"):
+        convert(tmp_path / "ct", tmp_path / "out", to="awq")
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_item_of_a_batch_that_is_of_the_format_to_write_is_told_so(tmp_path: Path) -> None:
