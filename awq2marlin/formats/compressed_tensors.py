@@ -31,7 +31,7 @@ _HEAD = "lm_head"
 _EMBEDDINGS = ("embed_tokens", "tok_embeddings", "word_embeddings", "embed_in", "wte")
 
 #: What it means if a tensor that follows from a module's shape holds something else.
-_ODD_K = "K is not a multiple of the values in a word, or the shape is another; such a module is not converted"
+_ODD_K = "K ends inside a word, or the shape is another than that of weight_packed; such a module is not converted"
 _ORDERED = "the rows of the weight are in another order (activation ordering), which is not converted"
 _ASYMMETRIC = "the config says symmetric, but the zero points are others"
 
