@@ -8,14 +8,11 @@ from typing import Any
 from awq2marlin.errors import refuse
 from awq2marlin.formats.base import Format, Quantization
 from awq2marlin.formats.names import CONFIG_FILENAME, LEGACY_CONFIG_FILENAMES
-from awq2marlin.formats.registry import recognise
+from awq2marlin.formats.registry import FORMER_CONFIG_KEYS, recognise
 from awq2marlin.io.source import Source
 
 #: Parts of a multimodal model's config that may hold the quantization config.
 NESTED_CONFIGS = ("text_config", "llm_config")
-
-#: Under this key compressed-tensors kept the quantization config in 2024.
-OLD_KEY = "compression_config"
 
 
 def read_config(folder: Source) -> dict[str, Any]:
@@ -81,9 +78,10 @@ def quantization_documents(config: Mapping[str, Any], legacy: Mapping[str, Any])
         if isinstance(inner, dict) and inner.get("quantization_config") is not None:
             places[f"{CONFIG_FILENAME} ({nested})"] = inner["quantization_config"]
     places |= legacy
-    if config.get(OLD_KEY) is not None:
-        place = f"{CONFIG_FILENAME} ({OLD_KEY})"
-        places[place] = {**_object(config[OLD_KEY], place), "quant_method": "compressed-tensors"}
+    for key, method in FORMER_CONFIG_KEYS.items():
+        if config.get(key) is not None:
+            place = f"{CONFIG_FILENAME} ({key})"
+            places[place] = {**_object(config[key], place), "quant_method": method}
     return {place: _object(document, place) for place, document in places.items()}
 
 
@@ -119,7 +117,7 @@ def without_quantization(config: Mapping[str, Any], replacement: Mapping[str, An
         if key == "quantization_config":
             if replacement is not None:
                 result[key] = dict(replacement)
-        elif key == OLD_KEY:
+        elif key in FORMER_CONFIG_KEYS:
             continue
         elif key in NESTED_CONFIGS and isinstance(value, dict):
             result[key] = {inner: item for inner, item in value.items() if inner != "quantization_config"}

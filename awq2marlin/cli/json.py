@@ -91,11 +91,13 @@ def _files(sizes: Iterable[tuple[str, int]]) -> list[dict[str, Any]]:
 
 
 def _module(module: ModulePlan, verified: frozenset[str], layout: str) -> dict[str, Any]:
+    from awq2marlin.formats.registry import KEPT  # loaded long ago, where there is a module
+
     return {
         "name": module.name,
         "K": module.size_k,
         "N": module.size_n,
-        "layout": layout if module.converted else "awq",
+        "layout": layout if module.converted else KEPT.layout_name,
         "padded": [module.padded_k, module.padded_n] if module.is_padded else None,
         "verified": module.name in verified,
         "reason": module.reason,
@@ -159,9 +161,11 @@ def _batch(result: BatchResult) -> Report:
 @report_of.register
 def _verification(result: VerifyResult) -> Report:
     """Returns the report of a verification that went on to the end."""
+    from awq2marlin.formats.registry import DEFAULT_TARGET  # loaded long ago, where there is a result
+
     differing = {each.name for each in result.differences.modules} if result.differences else set()
     verified = frozenset(module.name for module in result.modules) - differing
-    layout = result.formats[1].layout if result.formats else "marlin"
+    layout = result.formats[1].layout if result.formats else DEFAULT_TARGET.layout_name
     sides = ("source", "output")
     return Report(
         "verify",

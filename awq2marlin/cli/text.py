@@ -312,12 +312,14 @@ def _inspection(result: InspectResult) -> None:
 
 def _ranks_text(result: InspectResult) -> str:
     """Returns over how many GPUs vLLM can cut a checkpoint, in a sentence."""
+    from awq2marlin.formats.registry import DEFAULT_TARGET  # loaded long ago, where there is a result
+
     size = result.largest_tensor_parallel_size
     if not size and result.bits == 8 and any("qzeros" in module.parts for module in result.modules):
         return "vLLM cannot load it: it has no kernel for 8 bits with zero points"
     if not size:
         return "vLLM cannot load it: modules that it fuses are padded; convert with --unaligned keep"
-    once = "" if result.format == "marlin_native" else "once converted, "
+    once = "" if result.format == DEFAULT_TARGET.name else "once converted, "
     return f"{once}the largest tensor-parallel size in vLLM is {size}"
 
 

@@ -20,7 +20,7 @@ from awq2marlin.checkpoint.pairing import pair
 from awq2marlin.checkpoint.source import SourceCheckpoint
 from awq2marlin.commands.options import VerifyOptions, check_helpers
 from awq2marlin.errors import CheckpointError, DifferenceError, difference, printable
-from awq2marlin.formats.registry import MARLIN_NATIVE
+from awq2marlin.formats.registry import DEFAULT_TARGET
 from awq2marlin.hub.repository import open_source
 from awq2marlin.io.digest import FileDigest, digest_of_file
 from awq2marlin.io.source import Source
@@ -150,8 +150,8 @@ def verify(
     one, other = _opened(open_source(source)), _opened(open_source(output))
     converted = _conversion(one, other)
     last = converted[1] if converted else other
-    if device is not None and last.format is not MARLIN_NATIVE:
-        message = "{device} runs modules that are Marlin-native; {folder} is {title}"
+    if device is not None and not last.format.is_own:
+        message = f"{{device}} runs modules that are {DEFAULT_TARGET.title}; {{folder}} is {{title}}"
         raise ArgumentError(message, folder=printable(str(last.folder.where)), title=last.format.title)
     by_values = partial(_verify_checkpoints, one, other, count, threads, device, progress)
     try:

@@ -10,7 +10,7 @@ from awq2marlin.arguments import ArgumentError
 from awq2marlin.errors import printable
 from awq2marlin.formats.awq_gemm import AWQ_GEMM as AWQ_GEMM
 from awq2marlin.formats.base import Format
-from awq2marlin.formats.compressed_tensors import CompressedTensors
+from awq2marlin.formats.compressed_tensors import METHOD, CompressedTensors
 from awq2marlin.formats.foreign import foreign
 from awq2marlin.formats.marlin_native import MarlinNative
 
@@ -22,6 +22,9 @@ FORMATS: list[Format] = [MARLIN_NATIVE, AWQ_GEMM, COMPRESSED_TENSORS]
 
 #: The layout in which a module stays that the target's format cannot take, whatever the source was.
 KEPT = AWQ_GEMM
+
+#: Keys of ``config.json`` under which a format kept its quantization config once, with the method that they stand for.
+FORMER_CONFIG_KEYS = {"compression_config": METHOD}
 
 #: What a conversion writes if nothing else is asked for.
 DEFAULT_TARGET: Format = MARLIN_NATIVE

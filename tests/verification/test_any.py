@@ -363,7 +363,7 @@ def test_a_derived_tensor_that_does_not_follow(made: Path, tmp_path: Path) -> No
     edit_tensor(changed, f"{UP}.weight_shape", flip(0, 1))
     (problem,), _ = differences(made / "awq", changed)
     assert (problem.tensor, problem.code) == (f"{UP}.weight_shape", "different-value")
-    assert problem.message.startswith("in B it does not hold what follows from its module's shape: K is not")
+    assert problem.message.startswith("in B it does not hold what follows from its module's shape: K ends inside")
 
 
 # --- many ----------------------------------------------------------------------------------------------------------
