@@ -93,15 +93,16 @@ def _report_of_error(error: BaseException, command: str, where: Sequence[object]
 
 def _tell_result(result: Any, started: float, quiet: bool, as_json: bool) -> None:
     """Prints a result; one that knows of failures has an ``exit_code`` and ``problems``."""
-    from awq2marlin.cli.json import report_of
-    from awq2marlin.cli.text import show
-
     code = getattr(result, "exit_code", EXIT_DONE)
     if as_json:
+        from awq2marlin.cli.json import report_of
+
         report = report_of(result)
         report.seconds = report.seconds or time.perf_counter() - started
         _print_json(report, code, getattr(result, "problems", ()))
     elif not quiet:
+        from awq2marlin.cli.text import show
+
         show(result)
     if code != EXIT_DONE:
         raise typer.Exit(code)
