@@ -20,6 +20,7 @@ from awq2marlin.errors import CheckpointError, Problem, printable, refuse
 from awq2marlin.formats.base import DerivedTensor, Fault, Format, Quantization, StoredModule
 from awq2marlin.formats.config import method_of, scheme_of, word
 from awq2marlin.io.safetensors import TensorIndex, TensorInfo
+from awq2marlin.layout.derived import middle_zero_points
 from awq2marlin.layout.marlin import MAX_SIZE_N
 from awq2marlin.layout.repack import PartLayout
 from awq2marlin.layout.scheme import Scheme
@@ -200,7 +201,8 @@ class CompressedTensors(Format):
         ]
         if not scheme.zero_point:
             shape, (dtype,) = self.shape("qzeros", size_k, size_n, scheme), self.dtypes["qzeros"]
-            middle = partial(self.middle_bytes, size_n, shape[1], scheme.bits)
+            layout = self.layout("qzeros", size_k, size_n, scheme)
+            middle = partial(middle_zero_points, layout, layout.rows, size_n)
             derived.append(DerivedTensor("weight_zero_point", dtype, shape, middle, True, _ASYMMETRIC))
         return derived
 
@@ -238,14 +240,6 @@ class CompressedTensors(Format):
             return split_fields(words, scheme.bits)[:, :size_k].T
         return split_fields(np.ascontiguousarray(words.T), scheme.bits)
 
-    @staticmethod
-    def middle_bytes(size_n: int, groups: int, bits: int) -> bytes:
-        """Returns zero points that are all 2^(bits-1); fields past N are 0."""
-        factor = 32 // bits
-        fields = np.arange(-(-size_n // factor) * factor).reshape(-1, factor) < size_n
-        words = (fields << (bits * np.arange(factor) + bits - 1)).sum(1).astype("<u4")
-        return np.repeat(words[:, None], groups, 1).tobytes()
-
 
 class OldCompressedTensors(CompressedTensors):
     """The same with zero points as compressed-tensors wrote them before April 2025: int8 [N, G], signed."""
@@ -277,12 +271,6 @@ class OldCompressedTensors(CompressedTensors):
         if part != "qzeros":
             return super().values(part, rows, size_k, scheme)
         return (rows.T.astype(np.int16) + scheme.middle).astype(np.uint8)
-
-    @staticmethod
-    def middle_bytes(size_n: int, groups: int, bits: int) -> bytes:
-        """Returns zero points that are all 2^(bits-1), which is 0 here."""
-        del bits
-        return bytes(size_n * groups)
 
 
 OLD_COMPRESSED_TENSORS = OldCompressedTensors()

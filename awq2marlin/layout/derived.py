@@ -88,7 +88,8 @@ def middle_zero_points(layout: PartLayout, rows: int, columns: int) -> bytes:
         columns: N without padding.
     """
     factor = pack_factor(layout.bits)
-    fields = np.array(AWQ_PACK_ORDER[layout.bits]) + factor * np.arange(layout.columns // factor)[:, None] < columns
+    first = factor * np.arange(-(-layout.columns // factor))[:, None]
+    fields = first + np.array(AWQ_PACK_ORDER[layout.bits]) < columns
     words = (fields.astype(np.uint32) << np.uint32(layout.bits) * np.arange(factor, dtype=np.uint32)).sum(1, np.uint32)
     plain = np.zeros((layout.rows, len(words)), np.uint32)
     plain[:rows] = words << np.uint32(layout.bits - 1)
