@@ -83,7 +83,9 @@ def convert(
     quiet: opt.Quiet = False,
     as_json: opt.Json = False,
 ) -> None:
-    """Convert an AWQ or compressed-tensors checkpoint to a Marlin-native one, or between any two of these.
+    """Convert a checkpoint to Marlin's layout, or to another format.
+
+    It reads and writes AWQ, compressed-tensors and Marlin-native checkpoints.
 
     If interrupted, run it again to continue.
     """
@@ -188,9 +190,9 @@ def verify(
     quiet: opt.Quiet = False,
     as_json: opt.Json = False,
 ) -> None:
-    """Compare a converted checkpoint with its source, or any two checkpoints, value for value.
+    """Compare a conversion with its source, or any two checkpoints.
 
-    Exit code 3 if they differ.
+    Values are compared one by one. Exit code 3 if they differ.
     """
     options = opt.made(VerifyOptions, locals())
     if plot is not None and device is None:
@@ -243,7 +245,7 @@ def revert(
     quiet: opt.Quiet = False,
     as_json: opt.Json = False,
 ) -> None:
-    """Restore the checkpoint that a converted one was made from, byte for byte.
+    """Restore what a checkpoint was converted from, byte for byte.
 
     Prints each file's SHA-256. If interrupted, run it again to continue.
     """
