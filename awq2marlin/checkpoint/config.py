@@ -2,17 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
-from awq2marlin.errors import refuse
+from awq2marlin.errors import CheckpointError, printable, refuse
 from awq2marlin.formats.base import Format, Quantization
 from awq2marlin.formats.names import CONFIG_FILENAME, LEGACY_CONFIG_FILENAMES
 from awq2marlin.formats.registry import FORMER_CONFIG_KEYS, recognise
 from awq2marlin.io.source import Source
+from awq2marlin.io.strict_json import parse_json
 
-#: Parts of a multimodal model's config that may hold the quantization config.
-NESTED_CONFIGS = ("text_config", "llm_config")
+_KEY = "quantization_config"
+
+
+class Document(NamedTuple):
+    """A quantization config, and where it stands.
+
+    Attributes:
+        place: the file, with the part of ``config.json`` in parentheses if it stands deeper: ``config.json
+            (thinker_config.text_config)``.
+        content: the config, as the file says it.
+    """
+
+    place: str
+    content: dict[str, Any]
 
 
 def read_config(folder: Source) -> dict[str, Any]:
@@ -30,11 +43,12 @@ def read_config(folder: Source) -> dict[str, Any]:
     return _object(folder.read_json(CONFIG_FILENAME, constants=True), CONFIG_FILENAME)
 
 
-def read_quantization(folder: Source, config: Mapping[str, Any]) -> tuple[Format, Quantization]:
-    """Returns the format of the checkpoint in ``folder``, and how it is quantized.
+def read_quantization(folder: Source, config: Mapping[str, Any]) -> tuple[Format, Quantization, list[str]]:
+    """Returns the format of the checkpoint in ``folder``, how it is quantized, and oddities that do no harm.
 
-    Looks in ``config.json``, its ``text_config`` and ``llm_config``, and the files of older tools; where
-    several say something they must agree.
+    Looks in ``config.json``, in its parts however deep, and in the files of older tools; where several say something of
+    one format they must agree. Beside a ``config.json`` that says it, a file of an older tool that says nothing, or
+    speaks of another format, is only told of: no engine asks it then.
 
     Args:
         folder: the checkpoint.
@@ -43,8 +57,10 @@ def read_quantization(folder: Source, config: Mapping[str, Any]) -> tuple[Format
     Raises:
         CheckpointError: if it is not quantized, of a format that is none of ours, or says two different things.
     """
-    legacy = {name: folder.read_json(name, constants=True) for name in LEGACY_CONFIG_FILENAMES if folder.exists(name)}
-    documents = quantization_documents(config, legacy)
+    documents = quantization_documents(config)
+    older, warnings = _older_documents(folder, is_needed=not documents)
+    if not documents:
+        documents, older = older[:1], older[1:]
     if not documents:
         raise refuse(
             "not-quantized",
@@ -52,50 +68,113 @@ def read_quantization(folder: Source, config: Mapping[str, Any]) -> tuple[Format
             file=CONFIG_FILENAME,
         )
     first, *others = documents
-    format = recognise(documents[first], first)
-    quantization = format.read_config(documents[first], first)
+    format = recognise(first.content, first.place)
+    quantization = format.read_config(first.content, first.place)
     if not format.is_own:  # our own has one config, and what stands beside it was carried over
-        for place in others:
-            _refuse_contradiction(format, quantization, documents[first], documents[place], place)
-    return format, quantization
+        for other in others:
+            _refuse_contradiction(format, quantization, first.content, other)
+        for other in older:
+            warnings += _compare_older(format, quantization, first, other)
+    return format, quantization, warnings
 
 
-def quantization_documents(config: Mapping[str, Any], legacy: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Returns every quantization config of a checkpoint by where it stands; `read_quantization` says where they are.
+def quantization_documents(config: Mapping[str, Any]) -> list[Document]:
+    """Returns every quantization config in ``config.json``, the one at the top first; an empty one only if all are.
 
     Args:
         config: ``config.json``.
-        legacy: the documents in the files of older tools, by name.
 
     Raises:
         CheckpointError: if one is no object.
     """
-    places: dict[str, Any] = {}
-    if config.get("quantization_config") is not None:
-        places[CONFIG_FILENAME] = config["quantization_config"]
-    for nested in NESTED_CONFIGS:
-        inner = config.get(nested)
-        if isinstance(inner, dict) and inner.get("quantization_config") is not None:
-            places[f"{CONFIG_FILENAME} ({nested})"] = inner["quantization_config"]
-    places |= legacy
+    found = [Document(place, _object(value, place)) for place, value in _places(config, ())]
+    return [each for each in found if each.content] or found
+
+
+def _places(part: Any, path: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
+    """Yields what stands in a part of a config under the keys of quantization configs, and in the parts below it."""
+    if isinstance(part, list):
+        for at, each in enumerate(part):
+            yield from _places(each, (*path, str(at)))
+    if not isinstance(part, dict):
+        return
+    if part.get(_KEY) is not None:
+        yield _place(path), part[_KEY]
     for key, method in FORMER_CONFIG_KEYS.items():
-        if config.get(key) is not None:
-            place = f"{CONFIG_FILENAME} ({key})"
-            places[place] = {**_object(config[key], place), "quant_method": method}
-    return {place: _object(document, place) for place, document in places.items()}
+        if part.get(key) is not None:
+            place = _place((*path, key))
+            yield place, {**_object(part[key], place), "quant_method": method}
+    for key, each in part.items():
+        if not _is_key(key):
+            yield from _places(each, (*path, key))
 
 
-def _refuse_contradiction(
-    format: Format, said: Quantization, first: Mapping[str, Any], other: Mapping[str, Any], place: str
-) -> None:
+def _place(path: tuple[str, ...]) -> str:
+    return f"{CONFIG_FILENAME} ({printable('.'.join(path))})" if path else CONFIG_FILENAME
+
+
+def _is_key(key: str) -> bool:
+    return key == _KEY or key in FORMER_CONFIG_KEYS
+
+
+def _older_documents(folder: Source, *, is_needed: bool) -> tuple[list[Document], list[str]]:
+    """Returns the quantization configs in files of older tools; and a sentence on each file that holds none.
+
+    Args:
+        folder: the checkpoint.
+        is_needed: whether ``config.json`` says nothing, so that such a file is refused.
+    """
+    documents, warnings = [], []
+    for name in filter(folder.exists, LEGACY_CONFIG_FILENAMES):
+        data = folder.read(name)
+        try:
+            documents.append(Document(name, _object(parse_json(data, name, constants=True), name)))
+        except CheckpointError as error:
+            if is_needed or not _is_text(data):  # the manifest keeps texts only
+                raise
+            warnings.append(_unused(name, error.problems[0].message if data.strip() else "it is empty"))
+    return documents, warnings
+
+
+def _is_text(data: bytes) -> bool:
+    try:
+        data.decode("utf-8")
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _unused(name: str, reason: str) -> str:
+    return f"{name} is not used, {CONFIG_FILENAME} says how the checkpoint is quantized ({printable(reason)})"
+
+
+def _compare_older(format: Format, said: Quantization, first: Document, other: Document) -> Iterator[str]:
+    """Refuses an older tool's file that contradicts the first config; yields why one of another format is not used."""
+    if first.place in LEGACY_CONFIG_FILENAMES:  # there is nothing else that would count
+        _refuse_contradiction(format, said, first.content, other)
+        return
+    try:
+        found = recognise(other.content, other.place)
+        found.read_config(other.content, other.place)
+    except CheckpointError as error:
+        yield _unused(other.place, error.problems[0].message if other.content else "it says nothing")
+        return
+    if found is format:
+        _refuse_contradiction(format, said, first.content, other)
+    else:
+        yield _unused(other.place, f"it speaks of {found.title}")
+
+
+def _refuse_contradiction(format: Format, said: Quantization, first: Mapping[str, Any], other: Document) -> None:
     """Refuses a second quantization config that is of another format than the first, or says something else."""
-    other_format = recognise(other, place)
+    place, content = other
+    other_format = recognise(content, place)
     if other_format is not format:
         message = f"it is {other_format.title} here but {format.title} in {said.origin}; remove the file that is wrong"
         raise refuse("contradiction", message, file=place)
-    found = format.read_config(other, place)
+    found = format.read_config(content, place)
     for what in ("bits", "group_size", "zero_point"):
-        both_say_it = all(document.get(what) is not None for document in (first, other))
+        both_say_it = all(document.get(what) is not None for document in (first, content))
         if getattr(said, what) != getattr(found, what) and (both_say_it or what != "zero_point"):
             raise refuse(
                 "contradiction",
@@ -114,18 +193,20 @@ def without_quantization(config: Mapping[str, Any], replacement: Mapping[str, An
     """
     result: dict[str, Any] = {}
     for key, value in config.items():
-        if key == "quantization_config":
-            if replacement is not None:
-                result[key] = dict(replacement)
-        elif key in FORMER_CONFIG_KEYS:
-            continue
-        elif key in NESTED_CONFIGS and isinstance(value, dict):
-            result[key] = {inner: item for inner, item in value.items() if inner != "quantization_config"}
-        else:
-            result[key] = value
+        if not _is_key(key):
+            result[key] = _stripped(value)
+        elif key == _KEY and replacement is not None:
+            result[key] = dict(replacement)
     if replacement is not None:
-        result.setdefault("quantization_config", dict(replacement))
+        result.setdefault(_KEY, dict(replacement))
     return result
+
+
+def _stripped(part: Any) -> Any:
+    """Returns a part of a config without the quantization configs in it."""
+    if isinstance(part, dict):
+        return {key: _stripped(value) for key, value in part.items() if not _is_key(key)}
+    return [_stripped(each) for each in part] if isinstance(part, list) else part
 
 
 def _object(value: Any, file: str) -> dict[str, Any]:

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
-from awq2marlin.checkpoint.config import quantization_documents
+from awq2marlin.checkpoint.config import Document, quantization_documents
 from awq2marlin.checkpoint.counterparts import Counterparts
 from awq2marlin.checkpoint.manifest import Manifest, read_manifest
 from awq2marlin.checkpoint.opening import Checkpoint, open_checkpoint
@@ -155,23 +156,9 @@ def refuse_lost(checkpoint: Checkpoint, manifest: Manifest) -> None:
 
 def _source_format(manifest: Manifest, index: TensorIndex, target: Format | None = None) -> tuple[Format, Quantization]:
     """Returns the format of a source and how it is quantized, by the texts that the manifest keeps, and its headers."""
-    config, *legacy = (
-        parse_json(manifest.texts[name].encode(), _in_manifest(name), constants=True)
-        if name in manifest.texts
-        else None
-        for name in (CONFIG_FILENAME, *LEGACY_CONFIG_FILENAMES)
-    )
-    older = {name: document for name, document in zip(LEGACY_CONFIG_FILENAMES, legacy, strict=True) if document}
-    try:
-        documents = quantization_documents(config if isinstance(config, dict) else {}, older)
-    except CheckpointError as error:
-        raise CheckpointError([replace(each, file=_in_manifest(each.file)) for each in error.problems]) from None
-    if not documents:
-        message = "the source's config that it keeps says nothing of a quantization; download the checkpoint again"
-        raise refuse("bad-manifest", message, file=MANIFEST_FILENAME)
-    place, document = next(iter(documents.items()))
-    where = _in_manifest(place)
-    format = recognise(document, where)
+    document = _source_document(manifest)
+    where, content = _in_manifest(document.place), document.content
+    format = recognise(content, where)
     if target and format.name == target.name:
         message = (
             f"it is of a conversion from {format.title}, which this checkpoint is too, so it belongs to another: "
@@ -181,7 +168,31 @@ def _source_format(manifest: Manifest, index: TensorIndex, target: Format | None
     if not format.is_source:
         message = f"the source's config that it keeps is {format.title}, which no conversion reads; download it again"
         raise refuse("bad-manifest", message, file=MANIFEST_FILENAME)
-    return format.variant(index), format.read_config(document, where)
+    return format.variant(index), format.read_config(content, where)
+
+
+def _source_document(manifest: Manifest) -> Document:
+    """Returns the quantization config of a source by the texts that the manifest keeps: the one that counted there."""
+    config = _parsed(manifest, CONFIG_FILENAME)
+    try:
+        documents = quantization_documents(config if isinstance(config, dict) else {})
+    except CheckpointError as error:
+        raise CheckpointError([replace(each, file=_in_manifest(each.file)) for each in error.problems]) from None
+    if documents:
+        return documents[0]
+    for name in LEGACY_CONFIG_FILENAMES:
+        if name in manifest.texts and (content := _parsed(manifest, name)):
+            if not isinstance(content, dict):
+                raise refuse("bad-config", "it must hold a JSON object", file=_in_manifest(name))
+            return Document(name, content)
+    message = "the source's config that it keeps says nothing of a quantization; download the checkpoint again"
+    raise refuse("bad-manifest", message, file=MANIFEST_FILENAME)
+
+
+def _parsed(manifest: Manifest, name: str) -> Any:
+    """Returns the document in a text that the manifest keeps; None if it does not."""
+    text = manifest.texts.get(name)
+    return None if text is None else parse_json(text.encode(), _in_manifest(name), constants=True)
 
 
 def _in_manifest(place: str) -> str:

@@ -108,13 +108,13 @@ def open_checkpoint(source: str | os.PathLike[str] | Source) -> Checkpoint:
     """
     folder: Source = Folder.at(source) if isinstance(source, (str, os.PathLike)) else source
     config = read_config(folder)
-    format, quantization = read_quantization(folder, config)
+    format, quantization, warnings = read_quantization(folder, config)
     names = list(folder.names())
     weight_map = _read_index(folder)
     shard_names = _shard_names(folder, names, weight_map)
     shards = folder.read_headers(shard_names)
     index = TensorIndex(shards)
-    warnings = _check_inventory(shards, weight_map)
+    warnings += _check_inventory(shards, weight_map)
     cards = [name for name in names if name.casefold() == CARD_FILENAME.casefold()]
     side_files, left_behind = _sort_files(names, [*shard_names, *cards])
     _refuse_clash([*_OWN_FILENAMES, *shard_names, *side_files, *(cards or [CARD_FILENAME])])

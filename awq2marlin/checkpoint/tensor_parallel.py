@@ -7,11 +7,10 @@ cut: the projections that close a block by rows, everything else by columns.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from awq2marlin.checkpoint.config import NESTED_CONFIGS
 from awq2marlin.layout.marlin import GPTQ_MARLIN_TILE, MARLIN_TILE_N, fusion_group
 from awq2marlin.layout.modules import ModulePlan
 from awq2marlin.layout.packing import pack_factor
@@ -27,6 +26,9 @@ KEY_VALUE_NAMES = frozenset({"k_proj", "v_proj", "k", "v", "key", "value"})
 #: Query, key and value, or gate and up, in one tensor of the file; each part is cut by itself.
 FUSED_QKV_NAMES = frozenset({"qkv_proj", "qkv", "query_key_value", "Wqkv", "wqkv", "W_pack", "c_attn"})
 FUSED_GATE_UP_NAMES = frozenset({"gate_up_proj", "gate_up"})
+
+#: Parts of a multimodal model's config that speak of its language model, perhaps by a part of their own.
+_TEXT_CONFIGS = ("text_config", "llm_config", "language_config", "thinker_config")
 
 #: Ranks that are tried where the config does not say how many attention heads there are.
 _COMMON_SIZES = (1, 2, 4, 8, 16, 32, 64)
@@ -47,13 +49,21 @@ class Heads:
 
     @classmethod
     def of(cls, config: Mapping[str, Any]) -> Heads:
-        """Returns what a model's ``config.json`` says, or that of its text part."""
-        for document in (config, *(config.get(name) for name in NESTED_CONFIGS)):
-            if isinstance(document, Mapping):
-                query = _count(document.get("num_attention_heads"))
-                if query:
-                    return cls(query, _count(document.get("num_key_value_heads")) or query)
+        """Returns what a model's ``config.json`` says, or that of its language model."""
+        for document in _language_configs(config):
+            query = _count(document.get("num_attention_heads"))
+            if query:
+                return cls(query, _count(document.get("num_key_value_heads")) or query)
         return cls(0, 0)
+
+
+def _language_configs(config: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    """Yields a config and those parts of it that speak of the language model, however deep."""
+    yield config
+    for name in _TEXT_CONFIGS:
+        part = config.get(name)
+        if isinstance(part, Mapping):
+            yield from _language_configs(part)
 
 
 def _count(value: Any) -> int:

@@ -154,6 +154,8 @@ def test_modules_fused_in_the_file_are_cut_part_by_part():
 def test_replicated_modules_are_not_cut_and_heads_of_the_text_part_count():
     assert largest(module("mlp.gate", 4096, 64)) == 32
     assert largest(LLAMA_8B[0], heads=None, text_config={"num_attention_heads": 4}) == 4
+    deep = {"vision_config": {"num_attention_heads": 2}, "thinker_config": {"text_config": {"num_attention_heads": 8}}}
+    assert largest(LLAMA_8B[0], heads=None, **deep) == 8
     assert largest(LLAMA_8B[0], heads=None, num_attention_heads=True) == 64  # no number: common sizes are tried
 
 

@@ -136,12 +136,14 @@ def say(remove: tuple[str, ...] = (), **keys: Any) -> Callable[[Path], None]:
     return edit_json("config.json", edit)
 
 
-def nest(under: str) -> Callable[[Path], None]:
-    """Moves the quantization config into the language model's part of the config."""
+def nest(*under: str) -> Callable[[Path], None]:
+    """Moves the quantization config into a part of the config, the way to which is ``under``."""
 
     def edit(config: dict[str, Any]) -> None:
-        config[under] = {"hidden_size": 128, "quantization_config": config.pop("quantization_config"), "layers": 1}
-        config["vision_config"] = {"depth": 1}
+        inner = {"hidden_size": 128, "quantization_config": config.pop("quantization_config"), "layers": 1}
+        for name in reversed(under):
+            inner = {name: inner, "kept": [{"depth": 1}]}
+        config.update(inner)
 
     return edit_json("config.json", edit)
 
@@ -475,6 +477,39 @@ CASES = [
     ),
     Case("config_under_text_config", plain(), (7, 0), change=nest("text_config")),
     Case("config_under_llm_config", plain(), (7, 0), change=nest("llm_config")),
+    Case("config_under_thinker_config", plain(), (7, 0), change=nest("thinker_config")),
+    Case("config_under_talker_config", plain(), (7, 0), change=nest("talker_config")),
+    Case("config_under_language_config", plain(), (7, 0), change=nest("language_config")),
+    Case("config_under_vision_config", plain(), (7, 0), change=nest("vision_config")),
+    Case("config_deeper", plain(), (7, 0), change=nest("thinker_config", "audio", "text_config")),
+    Case(
+        "the_same_config_in_several_parts_and_in_a_list",
+        plain(),
+        (7, 0),
+        change=edit_json(
+            "config.json",
+            lambda c: c.update(
+                vision_config={"quantization_config": c["quantization_config"], "depth": 2},
+                towers=[{"depth": 3}, {"inner": {"quantization_config": c["quantization_config"]}}],
+                audio_config={"quantization_config": None},
+            ),
+        ),
+    ),
+    Case(
+        "an_empty_quant_config_beside",
+        plain(),
+        (7, 0),
+        change=write_files({"quant_config.json": b"", "quantize_config.json": b"{}"}),
+        rewritten=("quant_config.json", "quantize_config.json"),
+    ),
+    Case(
+        "a_foreign_quantize_config_beside",
+        plain(SMOLLM),
+        (3, 4),
+        (7, 0),
+        change=write_files({"quantize_config.json": b'{"bits": 4, "group_size": 128, "desc_act": true}'}),
+        rewritten=("quantize_config.json",),
+    ),
     Case(
         "config_at_the_top_and_under_text_config",
         plain(),

@@ -198,9 +198,20 @@ def test_hostile_tensors_are_refused_by_name(tmp_path, name):
 
 def test_two_configs_of_different_formats_contradict_each_other(made, tmp_path):
     _, toy = made()
-    (toy / "quant_config.json").write_text('{"quant_method": "awq", "bits": 4, "group_size": 64}')
+    config = json.loads((toy / "config.json").read_text())
+    config["text_config"] = {"quantization_config": {"quant_method": "awq", "bits": 4, "group_size": 64}}
+    (toy / "config.json").write_text(json.dumps(config))
     with pytest.raises(CheckpointError, match=r"it is AWQ here but toy in config\.json"):
         convert(toy, tmp_path / "out")
+
+
+def test_a_file_of_an_older_tool_that_speaks_of_another_format_is_told_of(made, tmp_path):
+    _, toy = made()
+    (toy / "quant_config.json").write_text('{"quant_method": "awq", "bits": 4, "group_size": 64}')
+    result = convert(toy, tmp_path / "out")
+    said = "quant_config.json is not used, config.json says how the checkpoint is quantized (it speaks of AWQ)"
+    assert result.warnings == (said,)
+    assert not (tmp_path / "out/quant_config.json").exists()
 
 
 @pytest.fixture(scope="module")

@@ -85,10 +85,30 @@ def test_a_malformed_config_is_refused(awq, refused, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", MALFORMED)
-def test_a_malformed_config_of_an_older_tool_is_refused(awq, refused, name: str) -> None:
+def test_a_malformed_config_of_an_older_tool_is_refused_where_it_counts(awq, refused, name: str) -> None:
     content, code, part = MALFORMED[name]
     (awq / "quant_config.json").write_bytes(content)
+    (awq / "config.json").write_text('{"model_type": "llama"}')
     refused(code, part, file="quant_config.json")
+
+
+@pytest.mark.parametrize("name", MALFORMED)
+def test_beside_a_complete_config_it_is_told_of_and_comes_back(awq, tmp_path, run, name: str) -> None:
+    content, code, part = MALFORMED[name]
+    (awq / "quant_config.json").write_bytes(content)
+    outcome = run("convert", awq, tmp_path / "out")
+    if part == "not UTF-8":  # the manifest keeps texts only
+        outcome.refused(code, part, file="quant_config.json")
+        assert not (tmp_path / "out").exists()
+        return
+    (warning,) = outcome.report["warnings"]
+    said = part if content else "it is empty"
+    assert warning.startswith("quant_config.json is not used, config.json says how the checkpoint is quantized (")
+    assert said in warning
+    assert not (tmp_path / "out/quant_config.json").exists()
+    assert run("verify", awq, tmp_path / "out").code == 0
+    assert run("revert", tmp_path / "out", tmp_path / "back").code == 0
+    assert (tmp_path / "back/quant_config.json").read_bytes() == content
 
 
 @pytest.mark.parametrize("value", ["awq", 4, True, [], [AWQ], 1.5, "", 0, False], ids=repr)
@@ -137,11 +157,24 @@ def test_a_config_under_the_old_key_of_compressed_tensors_is_read(awq, refused) 
 
 
 def test_a_foreign_format_is_refused_wherever_it_stands(awq, refused) -> None:
-    (awq / "quantize_config.json").write_text(json.dumps({"bits": 4, "group_size": 64, "desc_act": True}))
-    refused("foreign-format", "GPTQ", file="quantize_config.json")
-    (awq / "quantize_config.json").unlink()
-    (awq / "config.json").write_text(json.dumps({"text_config": {"quantization_config": {"quant_method": "gptq"}}}))
+    gptq = {"bits": 4, "group_size": 64, "desc_act": True}
+    deep = {"audio_config": None, "thinker_config": {"parts": [{"quantization_config": gptq}]}}
+    (awq / "config.json").write_text(json.dumps(deep))
+    refused("foreign-format", "GPTQ", file="config.json (thinker_config.parts.0)")
+    (awq / "config.json").write_text(json.dumps({"text_config": {"quantization_config": gptq}}))
     refused("foreign-format", "GPTQ", file="config.json (text_config)")
+    (awq / "config.json").write_text("{}")
+    (awq / "quantize_config.json").write_text(json.dumps(gptq))
+    refused("foreign-format", "GPTQ", file="quantize_config.json")
+
+
+def test_a_foreign_config_of_an_older_tool_is_told_of_beside_a_complete_one(awq, run) -> None:
+    (awq / "quantize_config.json").write_text(json.dumps({"bits": 4, "group_size": 64, "desc_act": True}))
+    (warning,) = run("convert", awq, "--dry-run").report["warnings"]
+    assert "quantize_config.json is not used" in warning
+    assert "this is a GPTQ checkpoint" in warning
+    (awq / "quantize_config.json").write_text(json.dumps({NASTY: NASTY}))
+    assert len(run("inspect", awq).report["warnings"]) == 1
 
 
 UNSUPPORTED = {
@@ -189,6 +222,7 @@ def test_an_unsupported_or_malformed_value_is_refused(awq, refused, name: str) -
         ("zero_point", False, "quantize_config.json"),
         ("bits", 8, "text_config"),
         ("group_size", 32, "llm_config"),
+        ("group_size", 32, "talker_config"),
     ],
 )
 def test_two_configs_must_agree(awq, refused, key: str, value: object, place: str) -> None:
