@@ -7,9 +7,9 @@ cut: the projections that close a block by rows, everything else by columns.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from awq2marlin.layout.marlin import GPTQ_MARLIN_TILE, MARLIN_TILE_N, fusion_group
 from awq2marlin.layout.modules import ModulePlan
@@ -105,10 +105,50 @@ def inexact_awq_reason(size_k: int, widths: Iterable[int], bits: int, group_size
     return None
 
 
-def largest_tensor_parallel_size(
+@dataclass(frozen=True)
+class Limit:
+    """Why vLLM cannot cut a checkpoint over a number of ranks.
+
+    Attributes:
+        size: how many ranks.
+        module: the first module that cannot be cut; empty if it is not for one of them.
+        reason: why not, in words.
+    """
+
+    size: int
+    module: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class ParallelSizes:
+    """Over how many ranks vLLM can cut a checkpoint.
+
+    Attributes:
+        sizes: the numbers of ranks that work, ascending; empty if vLLM cannot load it at all.
+        limit: why not the next one, the power of two above the largest; if none works, why not one.
+        with_expert_parallel: those that work if vLLM gives every rank whole experts; empty without experts.
+    """
+
+    sizes: tuple[int, ...] = ()
+    limit: Limit = Limit(1, "", "not looked at")
+    with_expert_parallel: tuple[int, ...] = ()
+
+    @property
+    def largest(self) -> int:
+        """The largest number of ranks that works; 0 if none does."""
+        return max(self.sizes, default=0)
+
+    @property
+    def unserved(self) -> str:
+        """Why vLLM cannot load it at all, in words; empty if it can."""
+        return "" if self.sizes else self.limit.reason
+
+
+def parallel_sizes(
     modules: Iterable[ModulePlan], bits: int, group_size: int, config: Mapping[str, Any]
-) -> int:
-    """Returns the largest number of ranks over which vLLM can cut a checkpoint; 0 if it cannot load it at all.
+) -> ParallelSizes:
+    """Returns over how many ranks vLLM can cut a checkpoint, and what stands in the way of more.
 
     Ranks divide the attention heads, and every module must be cut exactly. With 8 bits vLLM has no kernel for zero
     points.
@@ -119,55 +159,109 @@ def largest_tensor_parallel_size(
         group_size: rows of K that share scales, -1 for all.
         config: the model's ``config.json``.
     """
-    modules = list(modules)
-    if bits == 8 and any("qzeros" in module.parts for module in modules):
-        return 0
     heads = Heads.of(config)
-    sizes: Iterable[int] = _COMMON_SIZES
-    if heads.query:
-        sizes = (size for size in range(1, min(heads.query, _MOST_RANKS) + 1) if heads.query % size == 0)
-    return max((size for size in sizes if _can_cut_all(modules, size, bits, group_size, heads)), default=0)
+    alike: dict[_Kind, ModulePlan] = {}
+    for module in modules:
+        alike.setdefault(_Kind.of(module), module)
+
+    def limit(ranks: int, *, cuts_experts: bool = True) -> Limit | None:
+        if heads.query % ranks:
+            return Limit(ranks, "", f"{heads.query} attention heads cannot be shared out evenly")
+        for kind, module in alike.items():
+            reason = kind.obstacle(ranks if cuts_experts or not kind.is_expert else 1, bits, group_size, heads)
+            if reason:
+                return Limit(ranks, module.name, reason)
+        return None
+
+    tried = _tried_sizes(heads)
+    sizes = tuple(size for size in tried if limit(size) is None)
+    has_experts = any(kind.is_expert for kind in alike)
+    whole = (size for size in tried if has_experts and limit(size, cuts_experts=False) is None)
+    following = 1 << max(sizes, default=0).bit_length()
+    return ParallelSizes(sizes, limit(following) or Limit(following, "", "more ranks were not tried"), tuple(whole))
 
 
-def _can_cut_all(modules: list[ModulePlan], ranks: int, bits: int, group_size: int, heads: Heads) -> bool:
-    return all(_can_cut(module, ranks, bits, group_size, heads) for module in modules)
+def _tried_sizes(heads: Heads) -> Sequence[int]:
+    if not heads.query:
+        return _COMMON_SIZES
+    return [size for size in range(1, min(heads.query, _MOST_RANKS) + 1) if heads.query % size == 0]
 
 
-def _can_cut(module: ModulePlan, ranks: int, bits: int, group_size: int, heads: Heads) -> bool:
-    if module.is_padded:
-        return ranks == 1 and not _is_fused(module.name)
-    slices = _slices(module, ranks, heads)
-    if slices is None:
-        return False
-    size_k, widths = slices
-    if module.converted:
-        return inexact_reason(size_k, widths, group_size) is None
-    return inexact_awq_reason(size_k, widths, bits, group_size) is None
+def largest_tensor_parallel_size(
+    modules: Iterable[ModulePlan], bits: int, group_size: int, config: Mapping[str, Any]
+) -> int:
+    """Returns the largest number of ranks over which vLLM can cut a checkpoint; 0 if it cannot load it at all.
+
+    Args:
+        modules: every quantized module, as it lies in the file.
+        bits: 4 or 8.
+        group_size: rows of K that share scales, -1 for all.
+        config: the model's ``config.json``.
+    """
+    return parallel_sizes(modules, bits, group_size, config).largest
 
 
-def _is_fused(module: str) -> bool:
-    """Returns whether engines put this module into one matrix with others."""
-    name = module.rpartition(".")[2]
-    return fusion_group(module) != module or name in FUSED_QKV_NAMES | FUSED_GATE_UP_NAMES
+class _Kind(NamedTuple):
+    """What decides how a module is cut; all modules of one kind are cut alike, and there are few kinds."""
 
+    name: str
+    size_k: int
+    size_n: int
+    converted: bool
+    is_padded: bool
+    is_fused: bool
+    is_expert: bool
+    has_zero_points: bool
 
-def _slices(module: ModulePlan, ranks: int, heads: Heads) -> tuple[int, list[int]] | None:
-    """Returns rows and widths of one rank's part, or None if the ranks do not divide the module."""
-    size_k, size_n = module.size_k, module.size_n
-    name = module.name.rpartition(".")[2]
-    if name in REPLICATED_NAMES:
-        return size_k, [size_n]
-    if name in ROW_PARALLEL_NAMES:
-        return None if size_k % ranks else (size_k // ranks, [size_n])
-    if name in FUSED_QKV_NAMES and heads.query:
-        head_size, rest = divmod(size_n, heads.query + 2 * heads.key_value)
-        query, key = _share(heads.query * head_size, ranks), _key_value_share(heads.key_value * head_size, ranks, heads)
-        return None if rest or query is None or key is None else (size_k, [query, key])
-    if name in FUSED_GATE_UP_NAMES:
-        half = _share(size_n // 2, ranks)
-        return None if size_n % 2 or half is None else (size_k, [half])
-    share = _key_value_share(size_n, ranks, heads) if name in KEY_VALUE_NAMES else _share(size_n, ranks)
-    return None if share is None else (size_k, [share])
+    @classmethod
+    def of(cls, module: ModulePlan) -> _Kind:
+        """Returns the kind of a module."""
+        name, group = module.name.rpartition(".")[2], fusion_group(module.name)
+        return cls(
+            name,
+            module.size_k,
+            module.size_n,
+            module.converted,
+            module.is_padded,
+            group != module.name or name in FUSED_QKV_NAMES | FUSED_GATE_UP_NAMES,
+            group.endswith(".*"),
+            "qzeros" in module.parts,
+        )
+
+    def obstacle(self, ranks: int, bits: int, group_size: int, heads: Heads) -> str | None:
+        """Returns why a module of this kind cannot be cut in so many parts, in words, or None if it can."""
+        if bits == 8 and self.has_zero_points:
+            return "8 bits with zero points, for which vLLM has no kernel"
+        if self.is_padded and self.is_fused:
+            return "a padded module that vLLM fuses with others"
+        if self.is_padded:
+            return "a padded module, which cannot be cut" if ranks > 1 else None
+        slices = self._slices(ranks, heads)
+        if isinstance(slices, str):
+            return slices
+        size_k, widths = slices
+        if self.converted:
+            return inexact_reason(size_k, widths, group_size)
+        return inexact_awq_reason(size_k, widths, bits, group_size)
+
+    def _slices(self, ranks: int, heads: Heads) -> tuple[int, list[int]] | str:
+        """Returns rows and widths of one rank's part, or why the ranks do not divide the module."""
+        size_k, size_n, name = self.size_k, self.size_n, self.name
+        if name in REPLICATED_NAMES:
+            return size_k, [size_n]
+        if name in ROW_PARALLEL_NAMES:
+            return f"{size_k} rows are not a multiple of {ranks}" if size_k % ranks else (size_k // ranks, [size_n])
+        uneven = f"{size_n} columns cannot be shared out evenly"
+        if name in FUSED_QKV_NAMES and heads.query:
+            head_size, rest = divmod(size_n, heads.query + 2 * heads.key_value)
+            query = _share(heads.query * head_size, ranks)
+            key = _key_value_share(heads.key_value * head_size, ranks, heads)
+            return uneven if rest or query is None or key is None else (size_k, [query, key])
+        if name in FUSED_GATE_UP_NAMES:
+            half = _share(size_n // 2, ranks)
+            return uneven if size_n % 2 or half is None else (size_k, [half])
+        share = _key_value_share(size_n, ranks, heads) if name in KEY_VALUE_NAMES else _share(size_n, ranks)
+        return uneven if share is None else (size_k, [share])
 
 
 def _share(size: int, ranks: int) -> int | None:

@@ -135,6 +135,7 @@ def _conversion(result: ConvertResult) -> Report:
             "side_files": list(result.files),
             **_gemm(result.gemm),
             "pushed": report_of(result.pushed).details if result.pushed is not None else None,
+            "unserved": result.unserved or None,
         },
     )
 
@@ -259,6 +260,9 @@ def _inspection(result: InspectResult) -> Report:
             "group_size": result.group_size,
             "zero_point": result.zero_point,
             "largest_tensor_parallel_size": result.largest_tensor_parallel_size,
+            "tensor_parallel_sizes": list(result.parallel_sizes.sizes),
+            "tensor_parallel_limit": asdict(result.parallel_sizes.limit),
+            "expert_parallel_sizes": list(result.parallel_sizes.with_expert_parallel),
             "tensors": result.tensors,
             "unquantized_modules": list(result.unquantized_modules),
             "side_files": list(result.files),

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from awq2marlin.cli.by_type import ByType
@@ -113,6 +113,8 @@ def _show_plan(result: ConvertResult) -> None:
     kept = f", keep {len(result.kept)} in AWQ layout" if result.kept or result.to == "Marlin" else ""
     _say(f"would convert {len(result.converted)} modules{kept}")
     _show_lists(result.left_behind, result.warnings)
+    for note in _conversion_notes(result):
+        _say(f"note       {note}")
 
 
 def _show_conversion(result: ConvertResult) -> None:
@@ -136,8 +138,20 @@ def _show_conversion(result: ConvertResult) -> None:
     if result.output.exists():
         _say(f"output     {printable(str(result.output))}")
     _show_lists(result.left_behind, result.warnings)
+    for note in _conversion_notes(result):
+        _say(f"note       {note}")
+
+
+def _conversion_notes(result: ConvertResult) -> Iterator[str]:
+    """Yields what a user should know of an output before he serves it."""
     if not result.converted:
-        _say("note       no module could be converted, so this checkpoint gains nothing; see --unaligned pad")
+        helps = any(module.reason.startswith("unaligned:") for module in result.kept)
+        advice = (
+            "; --unaligned pad converts what does not fit (vLLM refuses padded modules that it fuses)" if helps else ""
+        )
+        yield f"no module could be converted, so this checkpoint gains nothing{advice}"
+    if result.unserved:
+        yield f"vLLM cannot serve this output: {result.unserved}; Transformers can"
 
 
 @show.register
@@ -306,21 +320,36 @@ def _inspection(result: InspectResult) -> None:
         ((*key[:5], str(count), size_text(sizes[key]), key[5]) for key, count in groups.items()),
     )
     _say(f"{len(result.modules)} quantized modules, {len(result.unquantized_modules)} in full precision")
-    _say(_ranks_text(result))
+    for line in _ranks_lines(result):
+        _say(line)
     _show_lists(result.left_behind, result.warnings)
 
 
-def _ranks_text(result: InspectResult) -> str:
-    """Returns over how many GPUs vLLM can cut a checkpoint, in a sentence."""
+def _ranks_lines(result: InspectResult) -> Iterator[str]:
+    """Yields over how many GPUs vLLM can cut a checkpoint, and why not over more."""
     from awq2marlin.formats.registry import DEFAULT_TARGET  # loaded long ago, where there is a result
 
-    size = result.largest_tensor_parallel_size
-    if not size and result.bits == 8 and any("qzeros" in module.parts for module in result.modules):
-        return "vLLM cannot load it: it has no kernel for 8 bits with zero points"
-    if not size:
-        return "vLLM cannot load it: modules that it fuses are padded; convert with --unaligned keep"
+    found = result.parallel_sizes
+    where = f" ({printable(_pattern(found.limit.module))})" if found.limit.module else ""
     once = "" if result.format == DEFAULT_TARGET.name else "once converted, "
-    return f"{once}the largest tensor-parallel size in vLLM is {size}"
+    if not found.sizes:
+        advice = "; convert with --unaligned keep" if _can_be_kept(result) else ""
+        yield f"{once}vLLM cannot load it: {found.limit.reason}{where}{advice}"
+        return
+    yield f"{once}tensor-parallel sizes in vLLM: {', '.join(map(str, found.sizes))}"
+    yield f"not {found.limit.size}: {found.limit.reason}{where}"
+    if found.with_expert_parallel and found.with_expert_parallel != found.sizes:
+        yield f"with --enable-expert-parallel: {', '.join(map(str, found.with_expert_parallel))}"
+
+
+def _can_be_kept(result: InspectResult) -> bool:
+    """Returns whether there are padded modules, and all of them can be kept in AWQ layout instead."""
+    from awq2marlin.formats.registry import KEPT
+    from awq2marlin.layout.scheme import Scheme
+
+    scheme = Scheme(result.bits, result.group_size, result.zero_point)
+    padded = [module for module in result.modules if module.padded]
+    return bool(padded) and not any(KEPT.refusal(each.name, each.size_k, each.size_n, scheme) for each in padded)
 
 
 @show.register

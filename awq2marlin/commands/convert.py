@@ -68,6 +68,7 @@ class ConvertResult:
         pushed: what came of ``push_to``; None without it.
         to: the layout of the converted modules, for people.
         layout: that layout, as reports name it.
+        unserved: why vLLM cannot serve the output, in words; empty if it can.
     """
 
     source: Path | str
@@ -87,6 +88,7 @@ class ConvertResult:
     pushed: PushResult | None = None
     to: str = "Marlin"
     layout: str = "marlin"
+    unserved: str = ""
 
     @property
     def converted(self) -> list[ModulePlan]:
@@ -234,4 +236,5 @@ def _planned(plan: Plan, root: Path) -> ConvertResult:
         seconds=0.0,
         to=plan.target.layout_title,
         layout=plan.target.layout_name,
+        unserved=plan.parallel_sizes.unserved if plan.parallel_sizes else "",
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from awq2marlin.checkpoint.converted import ConvertedCheckpoint
 from awq2marlin.checkpoint.manifest import read_manifest
 from awq2marlin.checkpoint.opening import Checkpoint, open_checkpoint
 from awq2marlin.checkpoint.source import SourceCheckpoint
-from awq2marlin.checkpoint.tensor_parallel import largest_tensor_parallel_size
+from awq2marlin.checkpoint.tensor_parallel import ParallelSizes, parallel_sizes
 from awq2marlin.formats.base import Format
 from awq2marlin.formats.registry import DEFAULT_TARGET
 from awq2marlin.hub.repository import open_source
@@ -71,6 +71,7 @@ class InspectResult:
         left_behind: files that do not, with the reason.
         warnings: oddities that do no harm.
         title: the format's name for people.
+        parallel_sizes: all numbers of GPUs over which vLLM can cut it, and what stands in the way of more.
     """
 
     path: Path | str
@@ -89,6 +90,7 @@ class InspectResult:
     left_behind: Mapping[str, str]
     warnings: tuple[str, ...]
     title: str = ""
+    parallel_sizes: ParallelSizes = field(default_factory=ParallelSizes)
 
 
 def inspect(path: str | os.PathLike[str]) -> InspectResult:
@@ -108,6 +110,7 @@ def inspect(path: str | os.PathLike[str]) -> InspectResult:
     else:
         fates = plan_modules(SourceCheckpoint.of(checkpoint))
         modules = [_module_info(fate, checkpoint, fates.source_layout_of(fate)) for fate in fates.modules.values()]
+    sizes = parallel_sizes(fates.modules.values(), quantization.bits, quantization.group_size, checkpoint.config)
     return InspectResult(
         path=checkpoint.folder.where,
         format=checkpoint.format.name,
@@ -117,9 +120,8 @@ def inspect(path: str | os.PathLike[str]) -> InspectResult:
         zero_point=quantization.zero_point,
         model_type=_model_type(checkpoint.config),
         modules=tuple(modules),
-        largest_tensor_parallel_size=largest_tensor_parallel_size(
-            fates.modules.values(), quantization.bits, quantization.group_size, checkpoint.config
-        ),
+        largest_tensor_parallel_size=sizes.largest,
+        parallel_sizes=sizes,
         unquantized_modules=tuple(checkpoint.unquantized_modules),
         shards={name: header.file_size for name, header in checkpoint.shards.items()},
         tensors=len(checkpoint.tensors),

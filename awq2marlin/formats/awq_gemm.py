@@ -7,7 +7,7 @@ docs/marlin-native.md states them in full. Source: AutoAWQ 0.2.9, ``awq/modules/
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -41,8 +41,9 @@ class AwqGemm(Format):
 
     purpose = "AWQ's layout, which engines read without a plugin."
 
-    def loading(self, scheme: Scheme, place: str) -> str:
+    def loading(self, scheme: Scheme, place: str, ranks: Sequence[int] = (1,), unserved: str = "") -> str:
         """Returns the plain commands, and which engines take these bits."""
+        del ranks, unserved
         if scheme.bits != 4:
             return (
                 "vLLM and SGLang take AWQ checkpoints of 4 bits only, so they refuse this one. "

@@ -265,12 +265,14 @@ class Format(ABC):
                 message = f"its shape is {list(tensor.shape)}, needed is {list(shape)} as the module's others say"
                 yield tensor.name, "contradiction", message
 
-    def loading(self, scheme: Scheme, place: str) -> str:  # noqa: ARG002
+    def loading(self, scheme: Scheme, place: str, ranks: Sequence[int] = (1,), unserved: str = "") -> str:  # noqa: ARG002
         """Returns how an output is loaded, in Markdown, for its model card.
 
         Args:
             scheme: of the output.
             place: what stands for the folder or repository.
+            ranks: of an own format, the tensor-parallel sizes in which vLLM serves it.
+            unserved: of an own format, why vLLM does not serve it, in words; empty if it does.
         """
         return ""
 

@@ -89,8 +89,9 @@ class CompressedTensors(Format):
         "scales": TransposedScales,
     }
 
-    def loading(self, scheme: Scheme, place: str) -> str:
+    def loading(self, scheme: Scheme, place: str, ranks: Sequence[int] = (1,), unserved: str = "") -> str:
         """Returns the plain commands, and which engines take these bits."""
+        del ranks, unserved
         commands = (_LOADS_ZERO_POINTS if scheme.zero_point else _LOADS).format(place=place)
         if scheme.bits == 8 and scheme.zero_point:
             return f"{commands}\n\nvLLM has no Marlin kernel for 8 bits with zero points."

@@ -29,6 +29,16 @@ MARLIN_QUANT_METHOD = "marlin_native"
 FORMAT_VERSION = 1
 
 
+_LOADS_IN_VLLM = """vLLM, version 0.25 or 0.33, finds the loader by itself, once it is installed beside it:
+
+```sh
+pip install vllm==0.33.0 awq2marlin
+vllm serve {place}
+```
+
+{ranks}"""
+
+
 class MarlinNative(Format):
     """The Marlin-native format, version 1."""
 
@@ -50,15 +60,12 @@ class MarlinNative(Format):
     purpose = "the layout of the Marlin kernels, so that an engine need not repack them at every start."
     library_name = "awq2marlin"  # not transformers: the Hub would show commands that build garbage
 
-    def loading(self, scheme: Scheme, place: str) -> str:
-        """Returns the commands for vLLM and Transformers."""
+    def loading(self, scheme: Scheme, place: str, ranks: Sequence[int] = (1,), unserved: str = "") -> str:
+        """Returns the commands for Transformers and, if it serves the checkpoint, for vLLM."""
         del scheme
-        return f"""vLLM, version 0.25 or 0.33, finds the loader by itself, once it is installed beside it:
-
-```sh
-pip install vllm==0.33.0 awq2marlin
-vllm serve {place}
-```
+        served = _LOADS_IN_VLLM.format(place=place, ranks=_ranks(ranks))
+        first = f"vLLM cannot serve this checkpoint: {unserved}." if unserved else served
+        return f"""{first}
 
 Transformers, after `pip install 'awq2marlin[transformers,cuda]'`:
 
@@ -223,6 +230,15 @@ def _missing_from_lists(
         if module_name(module, "weight") not in tensors:
             message = "unquantized_modules names it, but no file holds it; download the checkpoint again, completely"
             yield Problem(CONFIG_FILENAME, module_name(module, "weight"), "missing-tensor", message)
+
+
+def _ranks(sizes: Sequence[int]) -> str:
+    """Returns over how many GPUs vLLM can cut a checkpoint, in a sentence."""
+    several = [f"`{size}`" for size in sizes if size > 1]
+    if not several:
+        return "On one GPU: it cannot be cut for several."
+    choices = " or ".join(filter(None, (", ".join(several[:-1]), several[-1])))
+    return f"On several GPUs: `--tensor-parallel-size` {choices}."
 
 
 def _is_shape(value: Any) -> bool:

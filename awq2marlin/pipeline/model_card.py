@@ -105,7 +105,10 @@ def _what(plan: Plan, repo_id: str | None, revision: str | None) -> str:
 
 
 def _how_to_load(plan: Plan) -> str:
-    return f"## How to load it\n\n{_HINT}{plan.target.loading(plan.counterparts.target_scheme, PLACEHOLDER)}\n\n"
+    sizes = plan.parallel_sizes
+    served = (sizes.sizes, sizes.unserved) if sizes else ()
+    commands = plan.target.loading(plan.counterparts.target_scheme, PLACEHOLDER, *served)
+    return f"## How to load it\n\n{_HINT}{commands}\n\n"
 
 
 def _what_was_checked(plan: Plan, verified: Sequence[str], gemm: GemmRun | None) -> str:

@@ -20,6 +20,7 @@ from awq2marlin.checkpoint.counterparts import Counterparts
 from awq2marlin.checkpoint.index import converted_index
 from awq2marlin.checkpoint.opening import Checkpoint
 from awq2marlin.checkpoint.source import SourceCheckpoint
+from awq2marlin.checkpoint.tensor_parallel import ParallelSizes, parallel_sizes
 from awq2marlin.errors import CheckpointError, Problem, refuse
 from awq2marlin.formats.base import Format, Quantization
 from awq2marlin.formats.names import CARD_FILENAME, CONFIG_FILENAME, INDEX_FILENAME, MANIFEST_FILENAME
@@ -91,6 +92,14 @@ class Plan:
     def target_data_bytes(self) -> int:
         """Bytes of all tensors in the output; more than the source's only where modules are padded."""
         return sum(shard.target.data_size for shard in self.shards)
+
+    @cached_property
+    def parallel_sizes(self) -> ParallelSizes | None:
+        """Over how many GPUs vLLM's loader of ours can cut the output; None if the output needs no loader of ours."""
+        if not self.target.is_own:
+            return None
+        scheme = self.counterparts.target_scheme
+        return parallel_sizes(self.modules.values(), scheme.bits, scheme.group_size, self.checkpoint.config)
 
     def config(self) -> dict[str, Any]:
         """Returns the output's ``config.json``."""

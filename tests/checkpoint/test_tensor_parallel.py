@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 
 import numpy as np
 import pytest
@@ -11,7 +12,13 @@ from hypothesis import strategies as st
 
 from awq2marlin import convert, inspect
 from awq2marlin.checkpoint.synthetic import Recipe, llama_recipe, write_checkpoint
-from awq2marlin.checkpoint.tensor_parallel import inexact_awq_reason, inexact_reason, largest_tensor_parallel_size
+from awq2marlin.checkpoint.tensor_parallel import (
+    Limit,
+    inexact_awq_reason,
+    inexact_reason,
+    largest_tensor_parallel_size,
+    parallel_sizes,
+)
 from awq2marlin.cli.app import main
 from awq2marlin.layout import reference
 from awq2marlin.layout.modules import ModulePlan
@@ -105,6 +112,11 @@ def largest(*modules, bits=4, group_size=128, heads=(32, 8), **config):
     return largest_tensor_parallel_size(modules, bits, group_size, config)
 
 
+def sizes_of(*modules, bits=4, group_size=128, heads=(32, 8)):
+    config = {"num_attention_heads": heads[0], "num_key_value_heads": heads[1]}
+    return parallel_sizes(modules, bits, group_size, config)
+
+
 LLAMA_8B = [
     module("self_attn.q_proj", 4096, 4096),
     module("self_attn.k_proj", 4096, 1024),
@@ -177,6 +189,87 @@ def test_8_bits_with_zero_points_are_not_served():
     assert largest(*(module(each.name, each.size_k, each.size_n, zeros=False) for each in LLAMA_8B), bits=8) == 16
 
 
+# --- why not over more ------------------------------------------------------------------------------------
+
+DOWN, GATE = "model.layers.0.mlp.down_proj", "model.layers.0.mlp.gate_proj"
+EXPERT = "mlp.experts.7"
+
+
+@pytest.mark.parametrize(
+    ("modules", "heads", "sizes", "limit"),
+    [
+        (
+            LLAMA_8B,
+            (32, 8),
+            (1, 2, 4, 8, 16),
+            (32, DOWN, "448 rows on one rank are not a multiple of the group size 128"),
+        ),
+        (
+            [module("mlp.down_proj", 29568, 8192)],  # Qwen2-72B: 231 groups
+            (64, 8),
+            (1,),
+            (2, DOWN, "14784 rows on one rank are not a multiple of the group size 128"),
+        ),
+        (
+            [module("mlp.down_proj", 1000, 64)],
+            (16, 16),
+            (),
+            (1, DOWN, "1000 rows on one rank are not a multiple of 16"),
+        ),
+        (
+            [module("mlp.gate_proj", 4096, 192)],
+            (4, 4),
+            (1,),
+            (2, GATE, "96 columns on one rank are not a multiple of 64"),
+        ),
+        ([module("mlp.gate_proj", 4096, 64)], (9, 3), (1,), (2, "", "9 attention heads cannot be shared out evenly")),
+        (
+            [module("mlp.gate_proj", 64, 96, padded=(128, 128))],
+            (4, 4),
+            (),
+            (1, GATE, "a padded module that vLLM fuses with others"),
+        ),
+        (
+            [module("mlp.down_proj", 64, 96, padded=(64, 128))],
+            (4, 4),
+            (1,),
+            (2, DOWN, "a padded module, which cannot be cut"),
+        ),
+    ],
+)
+def test_the_next_size_is_told_with_the_module_that_stops_it(modules, heads, sizes, limit):
+    found = sizes_of(*modules, heads=heads)
+    assert (found.sizes, found.limit) == (sizes, Limit(*limit))
+    assert found.unserved == ("" if sizes else limit[2])
+    assert found.with_expert_parallel == ()
+
+
+@pytest.mark.parametrize(
+    ("inter", "cut", "limit"),
+    [
+        (768, (1, 2), "192 rows on one rank are not a multiple of the group size 128"),
+        (1408, (1,), "704 rows on one rank are not a multiple of the group size 128"),
+    ],
+)
+def test_experts_that_cannot_be_cut_can_be_given_out_whole(inter, cut, limit):
+    attention = [module("self_attn.q_proj", 2048, 4096), module("self_attn.k_proj", 2048, 512)]
+    expert = [module(f"{EXPERT}.down_proj", inter, 2048), module(f"{EXPERT}.up_proj", 2048, inter)]
+    found = sizes_of(*attention, *expert, heads=(32, 4))
+    assert found.sizes == cut
+    assert found.limit == Limit(2 * cut[-1], f"model.layers.0.{EXPERT}.down_proj", limit)
+    assert found.with_expert_parallel == (1, 2, 4, 8, 16, 32)
+    shared = module("mlp.shared_expert.down_proj", 3 * 128, 2048)  # is cut in any case
+    assert sizes_of(*expert, shared, heads=(32, 4)).with_expert_parallel == (1,)
+
+
+def test_thousands_of_experts_are_looked_at_once():
+    """Without it, 128 layers of 512 experts took seconds."""
+    experts = [module(f"mlp.experts.{number}.down_proj", 768, 2048) for number in range(20_000)]
+    begun = time.process_time()
+    assert sizes_of(*experts).sizes == (1, 2)
+    assert time.process_time() - begun < 2
+
+
 @given(
     st.sampled_from(GROUP_SIZES),
     st.integers(1, 40),
@@ -217,21 +310,74 @@ def made(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("folder", "size", "line"),
     [
-        ("awq", 4, "once converted, the largest tensor-parallel size in vLLM is 4"),
-        ("marlin", 4, "the largest tensor-parallel size in vLLM is 4"),
-        ("padded", 0, "vLLM cannot load it: modules that it fuses are padded; convert with --unaligned keep"),
+        ("awq", 4, "once converted, tensor-parallel sizes in vLLM: 1, 2, 4"),
+        ("marlin", 4, "tensor-parallel sizes in vLLM: 1, 2, 4"),
+        ("marlin", 4, "not 8: 12 columns on one rank are not a multiple of 8 (model.layers.*.mlp.gate_proj)"),
+        (
+            "padded",
+            0,
+            "vLLM cannot load it: a padded module that vLLM fuses with others (model.layers.*.mlp.gate_proj); "
+            "convert with --unaligned keep",
+        ),
     ],
 )
-def test_inspect_tells_the_largest_size(folder, size, line, made, capsys):
+def test_inspect_tells_the_sizes_and_what_stops_the_next(folder, size, line, made, capsys):
     """96 columns in AWQ layout are cut at words of 8: in 4 parts, not in 8 only because 12 is no such multiple."""
     assert inspect(made / folder).largest_tensor_parallel_size == size
     assert main(["inspect", folder]) == 0
     assert line in capsys.readouterr().out.splitlines()
     assert main(["inspect", folder, "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["details"]["largest_tensor_parallel_size"] == size
+    details = json.loads(capsys.readouterr().out)["details"]
+    assert details["largest_tensor_parallel_size"] == size == max(details["tensor_parallel_sizes"], default=0)
+    assert details["tensor_parallel_limit"]["module"].endswith("mlp.gate_proj")
+    assert details["tensor_parallel_limit"]["size"] == (2 * size or 1)
+    assert details["expert_parallel_sizes"] == []
+
+
+def test_what_vllm_refuses_is_told_by_the_plan_the_conversion_and_the_card(made, capsys):
+    why = "a padded module that vLLM fuses with others"
+    note = f"note       vLLM cannot serve this output: {why}; Transformers can"
+    for arguments in (["awq", "--dry-run"], ["awq", "again"]):
+        assert main(["convert", *arguments, "--unaligned", "pad"]) == 0
+        assert capsys.readouterr().out.splitlines()[-1] == note
+    assert main(["convert", "awq", "--dry-run", "--unaligned", "pad", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["details"]["unserved"] == why
+    card = (made / "padded/README.md").read_text()
+    assert f"vLLM cannot serve this checkpoint: {why}.\n\nTransformers, after" in card
+    assert "vllm serve" not in card
+    assert main(["convert", "awq", "--dry-run"]) == 0
+    assert "vLLM" not in capsys.readouterr().out
+    card = (made / "marlin/README.md").read_text()
+    assert "vllm serve THIS_MODEL\n```\n\nOn several GPUs: `--tensor-parallel-size` `2` or `4`.\n" in card
+
+
+def test_a_card_offers_one_gpu_where_nothing_can_be_cut(tmp_path):
+    write_checkpoint(tmp_path / "awq", Recipe({"a.down_proj": (128, 128)}, config={"num_attention_heads": 2}))
+    convert(tmp_path / "awq", tmp_path / "out")
+    assert "On one GPU: it cannot be cut for several.\n" in (tmp_path / "out/README.md").read_text()
 
 
 def test_inspect_says_that_vllm_has_no_kernel_for_8_bits_with_zero_points(tmp_path, capsys):
     write_checkpoint(tmp_path, Recipe({"a.q_proj": (128, 128)}, bits=8, config={"num_attention_heads": 2}))
     assert main(["inspect", str(tmp_path)]) == 0
-    assert "vLLM cannot load it: it has no kernel for 8 bits with zero points" in capsys.readouterr().out.splitlines()
+    why = "8 bits with zero points, for which vLLM has no kernel"
+    assert f"once converted, vLLM cannot load it: {why} (a.q_proj)" in capsys.readouterr().out.splitlines()
+    assert main(["convert", str(tmp_path), "out", "--dry-run"]) == 0
+    assert capsys.readouterr().out.endswith(f"note       vLLM cannot serve this output: {why}; Transformers can\n")
+
+
+def test_padding_is_advised_only_where_it_helps(tmp_path, capsys):
+    head = {"lm_head": (128, 128)}
+    for number, (modules, advice) in enumerate(
+        [
+            (head, ""),  # an output embedding is never converted
+            (
+                {"a.q_proj": (128, 96)},
+                "; --unaligned pad converts what does not fit (vLLM refuses padded modules that it fuses)",
+            ),
+        ]
+    ):
+        write_checkpoint(tmp_path / f"{number}", Recipe(modules))
+        assert main(["convert", str(tmp_path / f"{number}"), str(tmp_path / "out"), "--dry-run"]) == 0
+        note = "note       no module could be converted, so this checkpoint gains nothing"
+        assert note + advice in capsys.readouterr().out.splitlines()

@@ -502,7 +502,10 @@ def test_a_conversion_that_gains_nothing_says_so(capsys: pytest.CaptureFixture[s
     write_checkpoint(Path("awq"), plain({"model.q_proj": (64, 64)}, {}))
     code, out, _ = run(capsys, "convert", "awq")
     assert code == 0
-    assert "no module could be converted, so this checkpoint gains nothing; see --unaligned pad" in out
+    assert (
+        "no module could be converted, so this checkpoint gains nothing; --unaligned pad converts what does not fit"
+        in out
+    )
 
 
 @pytest.mark.parametrize(("given", "verified"), [("all", 3), ("none", 0), ("0", 0), ("1", 1), ("2", 2), ("99", 3)])

@@ -278,9 +278,9 @@ def test_hostile_front_matter_is_shown_and_not_merged(
     monkeypatch.chdir(tmp_path)
     front_matter, reason = HOSTILE[name]
     (awq / "README.md").write_text(f"---\n{front_matter}---\n\n# Text\n")
-    begun = time.monotonic()
+    begun = time.process_time()
     card = card_of(awq)
-    assert time.monotonic() - begun < 5
+    assert time.process_time() - begun < 5
     assert not Path("owned").exists()
     assert metadata(card, tmp_path) == {
         "base_model_relation": "quantized",
