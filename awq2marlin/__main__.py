@@ -2,7 +2,7 @@
 
 import sys
 
-from awq2marlin.cli.app import main
+from awq2marlin.cli import main
 
 if __name__ == "__main__":
     sys.exit(main())
