@@ -180,7 +180,9 @@ ERROR_CODES: Mapping[str, Advice] = {
         "the message says what is missing; see `awq2marlin doctor`",
     ),
     "no-manifest": Advice("a converted checkpoint lacks `marlin_manifest.json`", "download the manifest"),
-    "no-matplotlib": Advice("`--plot` without Matplotlib", "`pip install 'awq2marlin[plot]'`"),
+    "no-matplotlib": Advice(
+        "`--plot`, or `--report` with `--device`, without Matplotlib", "`pip install 'awq2marlin[plot]'`"
+    ),
     "no-permission": Advice("the system denies access", "check owner and mode of the file or folder"),
     "no-quantized-modules": Advice(
         "the config says AWQ, but no tensor is a `qweight`",
@@ -264,6 +266,7 @@ ERROR_CODES: Mapping[str, Advice] = {
         "convert again",
     ),
     "unknown-picture": Advice("`--plot`: the file's ending names no format of pictures", "end the name in `.png`"),
+    "unknown-report": Advice("`--report`: the file's ending is not that of a page", "end the name in `.html`"),
     "unsafe-link": Advice(
         "a link leads out of the folder, or in circles", "copy the file there if it belongs to the checkpoint"
     ),

@@ -187,6 +187,7 @@ def verify(
     workers: opt.Workers = None,
     device: opt.Device = None,
     plot: opt.Picture = None,
+    report: opt.ReportFile = None,
     quiet: opt.Quiet = False,
     as_json: opt.Json = False,
 ) -> None:
@@ -205,7 +206,12 @@ def verify(
             from awq2marlin.verification.error_plot import check_picture, plot_errors
 
             check_picture(plot)
-        result = verify(source, output, **vars(options), progress=progress)
+        call = partial(verify, source, output, **vars(options), progress=progress)
+        if report is not None:
+            from awq2marlin.cli.report import Asked, reported
+
+            call = partial(reported, report, Asked(source, output, options.count, options.device), call)
+        result = call()
         if plot is not None and result.gemm is not None:
             plot_errors(result.gemm, plot)
         return result

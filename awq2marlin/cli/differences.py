@@ -18,7 +18,7 @@ _HEADERS = ("module", "values q", "zero points z", "scales s", "padding", "large
 def sides_text(result: VerifyResult) -> Iterator[str]:
     """Yields a line on each of two checkpoints."""
     for label, where, format in zip("AB", (result.source, result.output), result.formats, strict=True):
-        yield f"{label}  {printable(str(where))}: {_format_text(format)}"
+        yield f"{label}  {printable(str(where))}: {format_text(format)}"
 
 
 def not_compared_text(result: VerifyResult) -> str:
@@ -94,7 +94,8 @@ def _place_lines(title: str, problems: Sequence[Problem]) -> Iterator[str]:
             yield f"  ... and {len(problems) - MAX_PROBLEMS_SHOWN} more"
 
 
-def _format_text(format: ComparedFormat) -> str:
+def format_text(format: ComparedFormat) -> str:
+    """Returns what a checkpoint is: format, bits, groups and zero points."""
     groups = "channels" if format.group_size == -1 else f"groups of {format.group_size}"
     return f"{format.title}, {format.bits} bits, {groups}, {'with' if format.zero_point else 'without'} zero points"
 

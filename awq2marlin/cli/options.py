@@ -150,6 +150,10 @@ Part = Annotated[
     typer.Option(metavar="I/N", parser=_part, help="Take only the I-th of N parts, one for each job of an array."),
 ]
 Picture = Annotated[Path | None, typer.Option(metavar="FILE.png", help="With --device: plot the GEMM error per layer.")]
+ReportFile = Annotated[
+    Path | None,
+    typer.Option("--report", metavar="FILE.html", help="Write what was compared and found as one page."),
+]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
 Json = Annotated[
     bool, typer.Option("--json", help="Print one JSON object on standard output, all else on standard error.")

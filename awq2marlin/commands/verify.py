@@ -67,6 +67,23 @@ class ComparedFormat:
 
 
 @dataclass(frozen=True)
+class RecordedFile:
+    """A file of a source or its conversion, as the manifest knows it.
+
+    Attributes:
+        side: ``source`` or ``output``.
+        name: of the file.
+        digest: its size and digests, as the conversion saw them.
+        is_checked: whether the file was read and has them.
+    """
+
+    side: Literal["source", "output"]
+    name: str
+    digest: FileDigest
+    is_checked: bool
+
+
+@dataclass(frozen=True)
 class VerifyResult:
     """What a verification looked at; where it finds a difference, it raises.
 
@@ -85,6 +102,7 @@ class VerifyResult:
         formats: what each of the two is.
         notes: what two checkpoints have otherwise, and is no difference of the model.
         differences: of two checkpoints, how much was compared and what differs; None for a conversion.
+        recorded: of a conversion, the files of both sides as its manifest knows them.
     """
 
     source: Path | str
@@ -100,6 +118,7 @@ class VerifyResult:
     formats: tuple[ComparedFormat, ...] = ()
     notes: tuple[str, ...] = ()
     differences: Differences | None = None
+    recorded: tuple[RecordedFile, ...] = ()
 
 
 def verify(
@@ -263,14 +282,15 @@ def _verify_conversion(
     others = [row.source.name for row in rows if row.rewrite is None and row.source is not None]
     tensors = TensorFiles(old.folder, old.index), TensorFiles(new.folder, new.index)
     comparison = Comparison(counterparts, *tensors, progress)
-    hashed = list(_recorded_files(manifest, old, new)) if count == "all" else []
+    recorded = tuple(_recorded_files(manifest, is_checked=count == "all"))
+    hashed = [each for each in recorded if each.is_checked]
     total = comparison.module_bytes(chosen) + sum(old.tensors[name].size for name in others)
-    progress.start("verify", total + sum(file.size for _, _, file in hashed))
+    progress.start("verify", total + sum(each.digest.size for each in hashed))
     jobs: list[Job] = [
         *map(comparison.tensor_job, others),
         *map(comparison.module_job, chosen),
         *(comparison.derived_job(row) for row in rows if row.source is None or row.target is None),
-        *(_digest_job(*recorded, progress) for recorded in hashed),
+        *(_digest_job(old.folder if each.side == "source" else new.folder, each, progress) for each in hashed),
     ]
     run_jobs(jobs, workers)
     progress.finish()
@@ -285,6 +305,7 @@ def _verify_conversion(
         0.0,
         run_gemm([module for module in chosen if module.converted], comparison, device),
         formats=(_format(old), _format(new)),
+        recorded=recorded,
     )
 
 
@@ -303,27 +324,25 @@ def _paired(source: Checkpoint, output: Checkpoint, *, whole: bool) -> Counterpa
     return counterparts
 
 
-def _recorded_files(
-    manifest: Manifest, source: Checkpoint, output: Checkpoint
-) -> Iterator[tuple[Source, str, FileDigest]]:
-    """Yields folder and name of every file whose digest the manifest records, and that digest."""
+def _recorded_files(manifest: Manifest, *, is_checked: bool) -> Iterator[RecordedFile]:
+    """Yields every file whose digest the manifest records."""
     for name, shard in manifest.shards.items():
         if shard.source is not None:
-            yield source.folder, name, shard.source
-        yield output.folder, name, shard.target
+            yield RecordedFile("source", name, shard.source, is_checked)
+        yield RecordedFile("output", name, shard.target, is_checked)
     for name, file in manifest.files.items():
-        yield output.folder, name, file
+        yield RecordedFile("output", name, file, is_checked)
 
 
-def _digest_job(folder: Source, name: str, recorded: FileDigest, progress: Progress) -> Job:
+def _digest_job(folder: Source, recorded: RecordedFile, progress: Progress) -> Job:
     def job() -> None:
-        found = digest_of_file(NamedPath(folder.path(name), name))
-        if not recorded.is_of(found):
+        found = digest_of_file(NamedPath(folder.path(recorded.name), recorded.name))
+        if not recorded.digest.is_of(found):
             raise difference(
                 "manifest",
-                f"the manifest records {recorded}; the file in {printable(str(folder.where))} has {found}",
-                file=name,
+                f"the manifest records {recorded.digest}; the file in {printable(str(folder.where))} has {found}",
+                file=recorded.name,
             )
-        progress.advance(recorded.size)
+        progress.advance(recorded.digest.size)
 
     return job

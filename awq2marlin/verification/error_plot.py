@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
+from io import BytesIO
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from awq2marlin.errors import Problem, UnavailableError, refuse
 from awq2marlin.gemm.check import GemmCheck, GemmRun
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 #: Distinct also for readers who do not see all colours alike (Okabe and Ito, Color Universal Design, 2008).
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#999933")
@@ -17,6 +22,22 @@ def depth_of(module: str) -> int:
     """Returns the first number in a module's name, its layer; -1 if there is none."""
     found = re.search(r"(?:^|\.)(\d+)(?:\.|$)", module)
     return int(found[1]) if found else -1
+
+
+def check_matplotlib(option: str) -> None:
+    """Refuses an option that draws where nothing can, before the work that it would show.
+
+    Args:
+        option: as the user wrote it.
+
+    Raises:
+        UnavailableError: if Matplotlib is not installed.
+    """
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError:
+        message = f"{option} needs Matplotlib: pip install 'awq2marlin[plot]'"
+        raise UnavailableError(Problem("", "", "no-matplotlib", message)) from None
 
 
 def check_picture(file: Path) -> None:
@@ -30,11 +51,9 @@ def check_picture(file: Path) -> None:
         CheckpointError: if the file's ending names no format that it draws.
         OSError: if there is no folder for the file.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        message = "--plot needs Matplotlib: pip install 'awq2marlin[plot]'"
-        raise UnavailableError(Problem("", "", "no-matplotlib", message)) from None
+    check_matplotlib("--plot")
+    from matplotlib.figure import Figure
+
     endings = [f".{ending}" for ending in sorted(Figure().canvas.get_supported_filetypes())]
     if file.suffix.lower() not in endings:
         message = f"a picture's name must end in .png, or another of {', '.join(endings)}"
@@ -55,6 +74,33 @@ def plot_errors(run: GemmRun, file: Path) -> None:
         OSError: if the file cannot be written.
     """
     check_picture(file)
+    partial = file.with_name(f".{file.name}.partial{file.suffix}")
+    try:
+        _figure(run).savefig(partial, dpi=160)
+        partial.replace(file)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def errors_as_svg(run: GemmRun) -> bytes:
+    """Returns the same picture as an SVG file; equal runs give equal bytes.
+
+    Args:
+        run: what the GEMM said.
+
+    Raises:
+        UnavailableError: if Matplotlib is not installed.
+    """
+    check_matplotlib("--report with --device")
+    from matplotlib import rc_context
+
+    file = BytesIO()
+    with rc_context({"svg.hashsalt": "awq2marlin"}):  # otherwise its names are random
+        _figure(run).savefig(file, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
+    return file.getvalue()
+
+
+def _figure(run: GemmRun) -> Figure:
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
@@ -78,9 +124,4 @@ def plot_errors(run: GemmRun, file: Path) -> None:
         figure.legend(frameon=False, loc="outside right center")
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", alpha=0.25)
-    partial = file.with_name(f".{file.name}.partial{file.suffix}")
-    try:
-        figure.savefig(partial, dpi=160)
-        partial.replace(file)
-    finally:
-        partial.unlink(missing_ok=True)
+    return figure
