@@ -48,6 +48,7 @@ from awq2marlin.io.source import RepoCommit
 from awq2marlin.io.stream import NamedPath
 from awq2marlin.io.workers import StoppedError
 from awq2marlin.pipeline.journal import read_journal
+from awq2marlin.pipeline.output import tidy
 from awq2marlin.pipeline.plan import plan_conversion
 from awq2marlin.progress import Progress
 
@@ -189,6 +190,7 @@ def _compare_finished(job: Job, progress: Progress) -> ItemResult | None:
     """
     if not _holds_finished(job.output):
         return None
+    tidy(job.output)
     folder, options = open_source(job.item.source), job.options
     plan = plan_conversion(open_checkpoint(folder), options.unaligned, target_named(options.to))
     progress.note(f"{job.output} is there already; it is compared with its source")

@@ -14,12 +14,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from awq2marlin._version import __version__
 from awq2marlin.error_codes import ERROR_CODES
 from awq2marlin.errors import BatchError, CheckpointError, OutputError, Problem
 from awq2marlin.io.digest import is_digest
+from awq2marlin.io.durable import sync_file
+from awq2marlin.io.lock import HeldError, Lock
 from awq2marlin.io.strict_json import parse_json
 
 RECORD_VERSION = 1
@@ -97,7 +97,7 @@ class BatchRecord:
             try:
                 stream.write(data)
                 stream.flush()
-                os.fsync(stream.fileno())
+                sync_file(stream.fileno())
             except OSError:  # a full disk: the next line must not stand behind half of this one
                 os.truncate(self._path, begin)
                 raise
@@ -115,26 +115,17 @@ def open_record(path: Path) -> Iterator[BatchRecord]:
         BatchError: if the file is no record.
         OSError: if it cannot be read or written.
     """
-    lock_path = path.with_name(path.name + _LOCK_SUFFIX)
-    lock = FileLock(lock_path)
+    lock = Lock(path.with_name(path.name + _LOCK_SUFFIX))
     try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise _in_use(path) from None
-    if not lock_path.exists():  # who held it has removed it between our opening and our locking it
-        lock.release()
-        raise _in_use(path)
+        lock.acquire()
+    except HeldError as error:
+        message = "another process is running this batch; wait for it, or name another --record"
+        message += f" ({error})" if str(error) else ""
+        raise OutputError(Problem(str(path), "", "in-use", message)) from None
     try:
         yield BatchRecord(path, read_record(path, mend=True))
     finally:
-        lock_path.unlink(missing_ok=True)
-        lock.release()
-
-
-def _in_use(path: Path) -> OutputError:
-    return OutputError(
-        Problem(str(path), "", "in-use", "another process is running this batch; wait for it, or name another --record")
-    )
+        lock.release(remove=True)
 
 
 def read_record(path: Path, *, mend: bool = False) -> dict[str, ItemResult]:

@@ -69,6 +69,7 @@ class ConvertResult:
         to: the layout of the converted modules, for people.
         layout: that layout, as reports name it.
         unserved: why vLLM cannot serve the output, in words; empty if it can.
+        lacks: what the output's file system cannot do, and what that means.
     """
 
     source: Path | str
@@ -89,6 +90,7 @@ class ConvertResult:
     to: str = "Marlin"
     layout: str = "marlin"
     unserved: str = ""
+    lacks: tuple[str, ...] = ()
 
     @property
     def converted(self) -> list[ModulePlan]:
@@ -178,7 +180,7 @@ def convert(
         if low_disk or folder.origin is not None:  # each shard while the next is fetched, not all at the end
             work = replace(work, compare=checks.compare_shard, check=checks.name)
         relay = partial(_relay, publication, commit_message, plan, progress) if publication and low_disk else None
-        with open_sink(plan.transfer, root, partial(owned_files, root, overwrite), pinned, relay) as sink:
+        with open_sink(plan.transfer, root, partial(owned_files, root, overwrite), pinned, progress, relay) as sink:
             resumed = trusted_shards(plan.transfer, sink, work)
             refuse_full_disk(plan.transfer, sink, work)
             files = run(plan.transfer, sink, work)
@@ -188,7 +190,13 @@ def convert(
             sink.commit(plan.transfer.config)
             pushed = _pushed(sink, publication, commit_message, progress)
         result = replace(
-            result, dry_run=False, resumed=tuple(resumed), verified=checks.chosen_names, gemm=gemm, pushed=pushed
+            result,
+            dry_run=False,
+            resumed=tuple(resumed),
+            verified=checks.chosen_names,
+            gemm=gemm,
+            pushed=pushed,
+            lacks=sink.out.lacks,
         )
     return replace(result, seconds=time.perf_counter() - started)
 

@@ -62,6 +62,7 @@ class RevertResult:
             converted checkpoint, so that the tensors are those of the original but the files are not.
         dry_run: whether nothing was written.
         resumed: shards that an earlier run had restored.
+        lacks: what the output's file system cannot do, and what that means.
     """
 
     source: Path | str
@@ -73,6 +74,7 @@ class RevertResult:
     restores: Restores
     dry_run: bool = False
     resumed: tuple[str, ...] = ()
+    lacks: tuple[str, ...] = ()
 
 
 def revert(
@@ -128,13 +130,13 @@ def revert(
         kept = _kept_files(root, transfer, recorded_files(source, transfer), overwrite, progress)
         transfer = transfer.keeping(kept.keys())
         work = Work(progress, workers, executor, low_disk, with_sha256=True)
-        with open_sink(transfer, root, lambda: [] if overwrite else None, pinned) as sink:
+        with open_sink(transfer, root, lambda: [] if overwrite else None, pinned, progress) as sink:
             trusted = trusted_shards(transfer, sink, work)
             refuse_full_disk(transfer, sink, work)
             made = run(transfer, sink, work)
             sink.commit(transfer.config)
         files = {CONFIG_FILENAME: digest_of(transfer.config, sha256=True), **kept, **trusted, **made}
-        result = replace(result, dry_run=False, resumed=tuple(trusted), files=_restored(files))
+        result = replace(result, dry_run=False, resumed=tuple(trusted), files=_restored(files), lacks=sink.out.lacks)
     return replace(result, seconds=time.perf_counter() - started)
 
 

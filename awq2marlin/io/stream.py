@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from awq2marlin.errors import refuse
+from awq2marlin.io.durable import sync_file
 from awq2marlin.io.folder import open_regular
 
 Bytes = npt.NDArray[np.uint8]
@@ -297,7 +298,8 @@ def _start_writing_back(stream: BinaryIO, offset: int, length: int) -> None:
     before, after = offset // WRITE_BACK_BYTES, (offset + length) // WRITE_BACK_BYTES
     if after > before and hasattr(os, "posix_fadvise"):
         begin = max(0, before - 1) * WRITE_BACK_BYTES  # once more what other threads may have written late
-        os.posix_fadvise(stream.fileno(), begin, after * WRITE_BACK_BYTES - begin, os.POSIX_FADV_DONTNEED)
+        with contextlib.suppress(OSError):  # it is but advice
+            os.posix_fadvise(stream.fileno(), begin, after * WRITE_BACK_BYTES - begin, os.POSIX_FADV_DONTNEED)
 
 
 def rewrite_file(
@@ -342,7 +344,7 @@ def rewrite_file(
             shared.close()
             shared.finish()
             raise
-        os.fsync(stream.fileno())
+        sync_file(stream.fileno())
 
 
 def _start_threads(shared: _Rewriter, count: int) -> None:

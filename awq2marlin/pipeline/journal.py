@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from awq2marlin.errors import CheckpointError, OutputError, Problem, refuse
 from awq2marlin.io.digest import FileDigest, is_digest
-from awq2marlin.io.durable import sync_folder
+from awq2marlin.io.durable import sync_file, sync_folder
 from awq2marlin.io.folder import check_name
 from awq2marlin.io.strict_json import parse_json
 
@@ -171,6 +170,6 @@ def write_journal(work: Path, journal: Journal) -> None:
     with new.open("x", encoding="utf-8") as stream:  # never through a link
         json.dump(document, stream, indent=1)
         stream.flush()
-        os.fsync(stream.fileno())
+        sync_file(stream.fileno())
     new.replace(work / JOURNAL_FILENAME)
     sync_folder(work)

@@ -15,13 +15,12 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
 from awq2marlin.errors import OutputError, Problem, printable, problem_from_os_error
 from awq2marlin.formats.names import CONFIG_FILENAME
 from awq2marlin.io.digest import digest_of_file
-from awq2marlin.io.durable import sync_folder
+from awq2marlin.io.durable import sync_file, sync_folder
 from awq2marlin.io.folder import hub_repository, is_safe_name
+from awq2marlin.io.lock import HeldError, Lock
 from awq2marlin.io.stream import Hash, NamedPath
 from awq2marlin.pipeline.journal import (
     JOURNAL_FILENAME,
@@ -40,6 +39,14 @@ FETCHED_DIRECTORY = "source"
 _LOCK_FILENAME = "lock"
 PARTIAL_SUFFIX = ".partial"
 _MAX_NAMES_SHOWN = 5
+_NO_SYNC = (
+    "the output's file system cannot make the names of files durable; should the machine lose power soon after the "
+    "end, check the output with 'awq2marlin verify'"
+)
+_NO_LOCK = (
+    "the output's file system has no locks, so a file stands for one; after a run that was killed on another machine, "
+    "the next one asks you to remove that file"
+)
 _START_ANEW = "choose another folder, or use --overwrite, to start anew"
 
 #: Answers which files of an earlier conversion a run may remove; None if the folder must be empty or its own.
@@ -97,10 +104,14 @@ class OutputFolder:
     Attributes:
         root: where the finished files go.
         work: where partial files grow.
+        lacks: what its file system cannot do, and what that means, for people.
     """
 
-    def __init__(self, root: Path, names: Sequence[str], journal: Journal, *, may_replace: bool) -> None:
+    def __init__(
+        self, root: Path, names: Sequence[str], journal: Journal, *, may_replace: bool, lacks: Sequence[str] = ()
+    ) -> None:
         """Takes a folder that `claim` has locked."""
+        self.lacks = tuple(lacks)
         self.root = root
         self.work = root.absolute() / WORK_DIRECTORY  # workers of an executor may be elsewhere
         self._names = names
@@ -206,7 +217,7 @@ class OutputFolder:
         with partial.open("wb") as stream:
             stream.write(data)
             stream.flush()
-            os.fsync(stream.fileno())
+            sync_file(stream.fileno())
         self.publish(name)
 
     def publish(self, name: str, partial: Path | None = None) -> None:
@@ -270,11 +281,13 @@ def claim(
     created = _make_folder(root)
     names = sorted(names)
     try:
-        with _locked(root):
+        with _locked(root) as lock:
             removable = owned()
+            lacks = [] if sync_folder(root) else [_NO_SYNC]
+            lacks += [_NO_LOCK] if lock.is_a_file else []
             journal = _open_journal(root, plan, names, removable, pinned)
             with _journal_kept_while_needed(root, created):
-                yield OutputFolder(root, names, journal, may_replace=removable is not None)
+                yield OutputFolder(root, names, journal, may_replace=removable is not None, lacks=lacks)
     except BaseException:
         if created:
             with suppress(OSError):  # not empty: it keeps what was done, or another process has begun there
@@ -283,37 +296,50 @@ def claim(
 
 
 @contextmanager
-def _locked(root: Path) -> Iterator[None]:
+def _locked(root: Path) -> Iterator[Lock]:
     """Holds the lock of a folder, and on leaving removes ``.awq2marlin/`` unless there is a journal in it.
 
     The lock file goes while the lock is held, and then the folder only if it is empty: so nobody who comes in
     between can lose a lock or a journal of his own.
     """
     work = root / WORK_DIRECTORY
-    lock = FileLock(work / _LOCK_FILENAME)
+    lock = Lock(work / _LOCK_FILENAME)
     try:
         work.mkdir(exist_ok=True)
-        lock.acquire(timeout=0)
-    except (Timeout, FileNotFoundError):  # the latter: who held it removes the folder just now
+        lock.acquire()
+    except FileNotFoundError:  # who held it removes the folder just now
         raise _in_use(root) from None
+    except HeldError as error:
+        raise _in_use(root, str(error)) from None
+    finished = False
     try:
-        if not (work / _LOCK_FILENAME).exists():  # what we locked was removed before we had it
-            raise _in_use(root)
-        yield
+        yield lock
     finally:
         finished = not (work / JOURNAL_FILENAME).exists()
         if finished:
             _remove_leftovers(work)
             shutil.rmtree(work / FETCHED_DIRECTORY, ignore_errors=True)
-            (work / _LOCK_FILENAME).unlink(missing_ok=True)
-        lock.release()
+        lock.release(remove=finished)
         if finished:
             with suppress(OSError):
                 work.rmdir()
 
 
-def _in_use(root: Path) -> OutputError:
-    return _refused("in-use", root, "another process is writing this folder; wait for it or choose another")
+def _in_use(root: Path, who: str = "") -> OutputError:
+    message = "another process is writing this folder; wait for it or choose another"
+    return _refused("in-use", root, f"{message} ({who})" if who else message)
+
+
+def tidy(root: Path) -> None:
+    """Removes what a run left that was killed when its output was whole, before it had tidied up.
+
+    Args:
+        root: an output folder without a journal. What cannot be removed stays: it does no harm.
+    """
+    work = root / WORK_DIRECTORY
+    if work.is_dir() and not work.is_symlink():
+        with suppress(OutputError, OSError), _locked(root):  # whoever is at it now tidies up himself
+            pass
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Protocol
 from awq2marlin.pipeline.journal import FinishedFile, Pinned
 from awq2marlin.pipeline.output import OutputFolder, Owned, as_output_errors, claim
 from awq2marlin.pipeline.transfer import ShardPlan, Transfer
+from awq2marlin.progress import Progress
 
 if TYPE_CHECKING:
     from awq2marlin.pipeline.departures import Relay
@@ -78,6 +79,7 @@ def open_sink(
     root: Path,
     owned: Owned,
     pinned: Pinned | None,
+    progress: Progress,
     relay: Callable[[OutputFolder], Relay] | None = None,
 ) -> Iterator[Sink]:
     """Claims the output folder for a transfer; see `output.claim`.
@@ -87,6 +89,7 @@ def open_sink(
         root: the folder.
         owned: which files of it may be removed.
         pinned: what a later run has to know of the source.
+        progress: told what the folder's file system cannot do.
         relay: makes what passes finished files on to the Hub; None if they stay.
 
     Yields:
@@ -94,6 +97,8 @@ def open_sink(
     """
     with as_output_errors(root):
         with claim(root, transfer.digest, transfer.names, owned=owned, pinned=pinned) as out:
+            for lack in out.lacks:
+                progress.note(lack)
             if relay is None:
                 yield Stay(out)
             else:

@@ -247,6 +247,19 @@ def test_killed_again_and_again_it_ends_with_the_same_bytes(models, listed, tmp_
     assert len(last) == MODELS
 
 
+@pytest.mark.parametrize("left", [["lock"], []])
+def test_what_an_item_left_that_was_killed_while_it_tidied_up_is_removed(models, tmp_path, monkeypatch, left):
+    """Its output was whole, and the record did not tell of it yet."""
+    monkeypatch.chdir(tmp_path)
+    convert_many(models.sources[:1])
+    Path("model-00-marlin", WORK).mkdir()
+    for name in left:
+        Path("model-00-marlin", WORK, name).touch()
+    assert [item.status for item in convert_many(models.sources[:1], record="record.jsonl").items] == ["done"]
+    assert contents(Path("model-00-marlin")) == models.expected["model-00"]
+    assert not Path("model-00-marlin", WORK).exists()
+
+
 def test_a_killed_item_resumes(models, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     modules = {f"model.layers.{layer}.mlp.down_proj": (2048, 4096) for layer in range(3)}

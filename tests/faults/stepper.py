@@ -2,8 +2,9 @@
 
 Started as a script. Every line on standard input is a JSON object: ``arguments`` of the command line, ``root``
 (changes below it are steps), ``trace``, ``stdout`` and ``stderr`` (files to write), and optionally ``at`` (which
-step, from 0) with ``do``: ``kill``, ``interrupt``, or an errno by name. The answer is a line with the exit code,
-negative for a signal. A step is a system call that changes the folder; the disturbance comes just before it.
+step, from 0) with ``do``: ``kill``, ``interrupt``, or an errno by name. With AWQ2MARLIN_TEST_POOR in the
+environment the file system is a poor one, see `poor_disk`. The answer is a line with the exit code, negative for a
+signal. A step is a system call that changes the folder; the disturbance comes just before it.
 """
 
 import errno
@@ -13,6 +14,10 @@ import signal
 import sys
 import threading
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import poor_disk
 
 from awq2marlin.cli.app import main
 from awq2marlin.io import stream
@@ -50,7 +55,7 @@ class Stepper:
 
     def audit(self, event, arguments):
         if event == "open" and not isinstance(arguments[0], int):
-            if arguments[2] & O_TMPFILE == O_TMPFILE:
+            if arguments[2] & O_TMPFILE == O_TMPFILE or ".filelock-probe" in os.fsdecode(arguments[0]):
                 return  # how the library of the lock asks what a folder can do; it leaves nothing, and may fail
             if arguments[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
                 self.step(event, arguments[0])
@@ -85,6 +90,8 @@ def child(request):
         os.dup2(file, descriptor)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     Stepper(request).install()
+    if poor := os.environ.get("AWQ2MARLIN_TEST_POOR"):
+        poor_disk.make(*poor.split())
     code = main(request["arguments"])
     sys.stdout.flush()
     os._exit(code)  # without tidying up the parent's libraries, which takes longer than the run

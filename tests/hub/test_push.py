@@ -510,6 +510,7 @@ def test_an_interrupted_command_says_that_it_resumes(hub, marlin):
         stderr=subprocess.PIPE,
         text=True,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored, where tests run in the background
     )
     while not hub.requests("PUT"):
         assert process.poll() is None, process.communicate()
