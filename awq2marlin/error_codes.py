@@ -258,7 +258,7 @@ ERROR_CODES: Mapping[str, Advice] = {
         "`batch`: a fault of awq2marlin in one item", "report it, with what `awq2marlin convert` prints for its source"
     ),
     "unfinished": Advice(
-        "`push`: the conversion into this folder is not finished", "run the same `awq2marlin convert` again first"
+        "the conversion into this folder, or the way back, is not finished", "run the same command again first"
     ),
     "unknown-dtype": Advice("a header names a data type that the format does not have", "download the shard again"),
     "unknown-module": Advice(

@@ -172,7 +172,9 @@ def _convert(job: Job, executor: Executor | None, progress: Progress) -> ItemRes
 
 
 def _plan_only(job: Job) -> ItemResult:
-    plan = plan_conversion(open_checkpoint(job.item.source), job.options.unaligned, target_named(job.options.to))
+    plan = plan_conversion(
+        open_checkpoint(open_source(job.item.source)), job.options.unaligned, target_named(job.options.to)
+    )
     return job.result(
         EXIT_DONE, status="planned", bytes=plan.target_bytes, converted=len(plan.converted), kept=len(plan.kept)
     )

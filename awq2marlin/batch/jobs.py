@@ -154,7 +154,7 @@ def _places(item: BatchItem, out_dir: Path, to: Any) -> tuple[str, Path]:
     """Returns `Job.source` and `Job.output` of an item."""
     name = parse_source(item.source)
     source = HUB_PREFIX + str(name) if isinstance(name, HubName) else os.path.realpath(name)
-    output = item.options.get("output") or _default_output(name, _suffix(to))
+    output = item.options.get("output") or default_output(name, _suffix(to))
     return source, Path(os.path.realpath(out_dir / output))
 
 
@@ -184,14 +184,6 @@ def _suffix(to: Any) -> str:
         return target_named(to).output_suffix
     except ArgumentError:
         return DEFAULT_TARGET.output_suffix
-
-
-def _default_output(source: Path | HubName, suffix: str) -> Path:
-    """Returns what `convert` would write; also for a folder that is not there, whose item is going to fail."""
-    try:
-        return default_output(source, suffix)
-    except CheckpointError:
-        return Path(Path(os.path.realpath(str(source))).name + suffix)
 
 
 def _clashes(jobs: Sequence[Job]) -> Iterator[str]:

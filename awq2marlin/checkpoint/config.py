@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
+from awq2marlin.checkpoint.nearby import checkpoints_below
 from awq2marlin.errors import CheckpointError, printable, refuse
 from awq2marlin.formats.base import Format, Quantization
 from awq2marlin.formats.names import CONFIG_FILENAME, LEGACY_CONFIG_FILENAMES
@@ -37,7 +38,7 @@ def read_config(folder: Source) -> dict[str, Any]:
     if not folder.exists(CONFIG_FILENAME):
         raise refuse(
             "no-config",
-            "there is no config.json; name a complete checkpoint",
+            f"there is no config.json; {checkpoints_below(folder) or 'name a complete checkpoint'}",
             file=CONFIG_FILENAME,
         )
     return _object(folder.read_json(CONFIG_FILENAME, constants=True), CONFIG_FILENAME)

@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import Any
 
 from awq2marlin.checkpoint.config import read_config, read_quantization
+from awq2marlin.checkpoint.nearby import weights_below
 from awq2marlin.errors import CheckpointError, Problem, printable, refuse
 from awq2marlin.formats.base import Format, Quantization
 from awq2marlin.formats.names import (
@@ -185,7 +186,8 @@ def _shard_names(folder: Source, names: list[str], weight_map: dict[str, str] | 
             "look for a safetensors version of this model",
             file=pickled[0],
         )
-    raise refuse("no-weights", "there is no .safetensors file; download the checkpoint completely", file=SINGLE_SHARD)
+    advice = weights_below(folder) or "download the checkpoint completely"
+    raise refuse("no-weights", f"there is no .safetensors file; {advice}", file=SINGLE_SHARD)
 
 
 def _check_inventory(shards: Mapping[str, Header], weight_map: dict[str, str] | None) -> list[str]:

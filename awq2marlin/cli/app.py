@@ -64,7 +64,9 @@ def convert(
     source: opt.Source,
     output: Annotated[
         Path | None,
-        typer.Argument(metavar="OUTPUT", help="Folder to write; by default ./<name>-marlin, or -awq or -ct."),
+        typer.Argument(
+            metavar="OUTPUT", parser=opt.path, help="Folder to write; by default ./<name>-marlin, or -awq or -ct."
+        ),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the whole plan and write nothing.")] = False,
     to: opt.To = ConvertOptions.to,
@@ -228,7 +230,8 @@ def revert(
         ),
     ],
     output: Annotated[
-        Path | None, typer.Argument(metavar="OUTPUT", help="Folder to write; by default ./<name>-reverted.")
+        Path | None,
+        typer.Argument(metavar="OUTPUT", parser=opt.path, help="Folder to write; by default ./<name>-reverted."),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be restored and write nothing.")] = False,
     workers: opt.Workers = None,
@@ -269,7 +272,9 @@ def revert(
 
 @app.command()
 def push(
-    folder: Annotated[Path, typer.Argument(metavar="FOLDER", help="Folder of the converted checkpoint.")],
+    folder: Annotated[
+        Path, typer.Argument(metavar="FOLDER", parser=opt.path, help="Folder of the converted checkpoint.")
+    ],
     repository: Annotated[str, typer.Argument(metavar="ORG/NAME", help="Repository on the Hub; made if needed.")],
     private: Annotated[
         bool, typer.Option("--private", help="Create the repository as private; refuse one that exists and is public.")

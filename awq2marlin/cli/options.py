@@ -60,12 +60,19 @@ def _part(value: str) -> tuple[int, int]:
     raise typer.BadParameter(f"{printable(value)!r} is not of the form 3/20, with a number from 1 to the count")
 
 
+def path(value: str) -> Path:
+    """Returns the path that an argument names; an empty one, which would be the working directory, is refused."""
+    if not value:
+        raise typer.BadParameter("the name is empty")
+    return Path(value)
+
+
 Source = Annotated[
     str,
     typer.Argument(
         metavar="SOURCE",
         help="Folder of the checkpoint, or a repository of the Hub: org/name[@revision], where there is no such "
-        "folder, or hf://org/name[@revision].",
+        "folder, hf://org/name[@revision], or its address, https://huggingface.co/org/name.",
     ),
 ]
 Workers = Annotated[

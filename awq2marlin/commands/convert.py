@@ -19,16 +19,15 @@ from awq2marlin.checkpoint.opening import open_checkpoint
 from awq2marlin.commands.options import ConvertOptions, Verify, check_helpers
 from awq2marlin.formats.names import CARD_FILENAME, MANIFEST_FILENAME
 from awq2marlin.formats.registry import target_named
-from awq2marlin.hub.name import parse_source
 from awq2marlin.layout.modules import ModulePlan, Unaligned
 from awq2marlin.pipeline.checks import Checks
 from awq2marlin.pipeline.model_card import model_card
 from awq2marlin.pipeline.output import OutputFolder, refuse_overlap
 from awq2marlin.pipeline.plan import Plan, plan_conversion
 from awq2marlin.pipeline.preflight import (
-    default_output,
     open_source_of_run,
     open_target,
+    output_folder,
     owned_files,
     refuse_full_disk,
 )
@@ -167,7 +166,7 @@ def convert(
     check_device(device)
     target, progress, format = options.target, progress or Silence(), target_named(to)
     started = time.perf_counter()
-    root = Path(output) if output is not None else default_output(parse_source(source), format.output_suffix)
+    root = output_folder(output, source, format.output_suffix)
     folder, pinned = open_source_of_run(source, root, overwrite=overwrite, low_disk=low_disk, progress=progress)
     plan = plan_conversion(open_checkpoint(folder), unaligned, format)
     refuse_unreadable(plan)

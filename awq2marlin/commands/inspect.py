@@ -17,6 +17,7 @@ from awq2marlin.formats.base import Format
 from awq2marlin.formats.registry import DEFAULT_TARGET
 from awq2marlin.hub.repository import open_source
 from awq2marlin.layout.modules import ModulePlan
+from awq2marlin.pipeline.journal import refuse_unfinished
 from awq2marlin.pipeline.plan import plan_modules
 
 
@@ -102,7 +103,9 @@ def inspect(path: str | os.PathLike[str]) -> InspectResult:
     Raises:
         CheckpointError: if it is neither, or malformed.
     """
-    checkpoint = open_checkpoint(open_source(path))
+    folder = open_source(path)
+    refuse_unfinished(folder)
+    checkpoint = open_checkpoint(folder)
     quantization = checkpoint.quantization
     if checkpoint.is_converted:
         fates = ConvertedCheckpoint.of(checkpoint, read_manifest(checkpoint.folder)).counterparts

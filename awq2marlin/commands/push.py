@@ -32,7 +32,7 @@ from awq2marlin.io.folder import Folder
 from awq2marlin.io.stream import NamedPath
 from awq2marlin.io.strict_json import parse_json
 from awq2marlin.io.workers import check_workers
-from awq2marlin.pipeline.journal import read_journal
+from awq2marlin.pipeline.journal import read_journal, refuse_unfinished
 from awq2marlin.pipeline.model_card import addressed
 from awq2marlin.progress import Progress, Silence
 
@@ -72,12 +72,19 @@ def push(
         ValueError: if an argument is none of its choices.
     """
     target = PushTarget(repo_id, private, revision, create_pr, overwrite)
+    if os.fspath(folder) == "":
+        raise OutputError(
+            Problem("", "", "not-found", "the name of the folder is empty; name the converted checkpoint's")
+        )
     _refuse_unfinished(Path(folder))
     return push_folder(Path(folder), target, commit_message, dry_run, progress or Silence())
 
 
 def _refuse_unfinished(root: Path) -> None:
-    if root.is_dir() and read_journal(root) is not None:
+    if not root.is_dir():
+        return
+    refuse_unfinished(Folder.at(root))
+    if read_journal(root) is not None:
         message = "the conversion into this folder is not finished; run the same 'awq2marlin convert' again first"
         raise OutputError(Problem(str(root), "", "unfinished", message))
 

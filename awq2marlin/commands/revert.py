@@ -15,12 +15,11 @@ from awq2marlin.checkpoint.manifest import Restores
 from awq2marlin.commands.options import RevertOptions, check_helpers
 from awq2marlin.errors import OutputError, Problem, printable
 from awq2marlin.formats.names import CONFIG_FILENAME
-from awq2marlin.hub.name import parse_source
 from awq2marlin.io.digest import FileDigest, digest_of, digest_of_file, hexdigest
 from awq2marlin.io.stream import NamedPath
 from awq2marlin.pipeline.journal import read_journal
 from awq2marlin.pipeline.output import as_output_errors, refuse_overlap
-from awq2marlin.pipeline.preflight import default_output, open_source_of_run, refuse_full_disk
+from awq2marlin.pipeline.preflight import open_source_of_run, output_folder, refuse_full_disk
 from awq2marlin.pipeline.resume import trusted_shards
 from awq2marlin.pipeline.reversion import plan_reversion, recorded_files
 from awq2marlin.pipeline.run import Work, run
@@ -117,7 +116,7 @@ def revert(
     RevertOptions(workers, overwrite, dry_run, low_disk)  # which check themselves
     check_helpers(executor, progress)
     started, progress = time.perf_counter(), progress or Silence()
-    root = Path(output) if output is not None else default_output(parse_source(converted), OUTPUT_SUFFIX)
+    root = output_folder(output, converted, OUTPUT_SUFFIX)
     folder, pinned = open_source_of_run(converted, root, overwrite=overwrite, low_disk=low_disk, progress=progress)
     source = ConvertedCheckpoint.open(folder, "no conversion wrote this checkpoint; there is nothing to revert")
     transfer = plan_reversion(source)

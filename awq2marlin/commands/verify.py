@@ -28,6 +28,7 @@ from awq2marlin.io.stream import NamedPath
 from awq2marlin.io.tensors import TensorFiles
 from awq2marlin.io.workers import check_workers
 from awq2marlin.layout.modules import ModulePlan
+from awq2marlin.pipeline.journal import refuse_unfinished
 from awq2marlin.progress import Progress, Silence
 from awq2marlin.verification.checkpoints import compare_checkpoints
 from awq2marlin.verification.differences import Differences
@@ -195,6 +196,7 @@ def _in(folder: Source) -> Iterator[None]:
 
 
 def _opened(folder: Source) -> Checkpoint:
+    refuse_unfinished(folder)
     with _in(folder):
         return open_checkpoint(folder)
 

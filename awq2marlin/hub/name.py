@@ -4,15 +4,35 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from urllib.parse import SplitResult, unquote, urlsplit
 
-from awq2marlin.errors import refuse
+from awq2marlin.errors import CheckpointError, printable, refuse
+from awq2marlin.io.folder import Folder
 
 #: How a repository is named where a folder might be meant too.
 HUB_PREFIX = "hf://"
 
 _REPO_ID = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,95}/[A-Za-z0-9_][A-Za-z0-9._-]{0,95}")
+_LINK = re.compile(r"https?://", re.IGNORECASE)
+
+#: The Hub's own names; what ``HF_ENDPOINT`` names counts too.
+_SITES = ("huggingface.co", "www.huggingface.co", "hf.co")
+
+#: What addresses of the Hub begin with that are not those of a model, and what they are of.
+_OTHERS = {
+    "datasets": "a data set",
+    "spaces": "a space",
+    "collections": "a collection",
+    "papers": "a paper",
+    "docs": "a document",
+    "blog": "a blog post",
+    "api": "the Hub's interface for programs",
+}
+#: What follows the repository's name in the address of a page, with a revision behind it.
+_PAGES = ("tree", "blob", "resolve", "raw", "blame", "commits", "commit")
+_HOW = f"name it org/name or {HUB_PREFIX}org/name, or by its address, https://huggingface.co/org/name"
 
 
 @dataclass(frozen=True)
@@ -22,10 +42,12 @@ class HubName:
     Attributes:
         repo_id: ``org/name``.
         revision: branch, tag, commit or ``refs/pr/N``; None for the default branch.
+        is_bare: whether it was named ``org/name`` alone, so that a folder may have been meant.
     """
 
     repo_id: str
     revision: str | None = None
+    is_bare: bool = field(default=False, compare=False, repr=False)
 
     def __str__(self) -> str:
         """Returns ``org/name`` or ``org/name@revision``."""
@@ -36,28 +58,124 @@ def parse_source(source: str | os.PathLike[str]) -> Path | HubName:
     """Returns what a user means by a source: a folder here, or a repository on the Hub.
 
     Args:
-        source: a path; ``hf://org/name[@revision]``; or ``org/name[@revision]``, where there is no file or folder of
-            that name. A path object is always a path.
+        source: a path; ``hf://org/name[@revision]``; the address of a repository, or of one of its pages, at
+            huggingface.co, hf.co or ``HF_ENDPOINT``; or ``org/name[@revision]``, where there is neither such a path
+            nor a folder ``org``. A path object is always a path.
 
     Raises:
-        CheckpointError: if it begins with ``hf://`` and does not go on like that.
+        CheckpointError: if it is empty, or an address that is not one of a model.
     """
     if not isinstance(source, str):
         return Path(source)
+    if not source:
+        raise refuse("not-found", "the name of the checkpoint is empty; name a folder, or a repository of the Hub")
     if source.startswith(HUB_PREFIX):
-        name = _hub_name(source.removeprefix(HUB_PREFIX))
-        if name is None:
-            raise refuse(
-                "hub-bad-name", f"a repository of the Hub is named {HUB_PREFIX}org/name[@revision]", file=source
-            )
-        return name
-    name = None if os.path.lexists(source) else _hub_name(source)
-    return name or Path(source)
+        return _prefixed(source)
+    if _LINK.match(source):
+        return name_in_link(source)
+    if os.path.lexists(source):
+        return Path(source)
+    if source.partition("/")[0].lower() in _SITES:
+        return name_in_link(f"https://{source}")
+    name = _hub_name(source)
+    if name is None or os.path.isdir(name.repo_id.partition("/")[0]):  # noqa: PTH112 - then it is a path with a typo
+        return Path(source)
+    return replace(name, is_bare=True)
 
 
 def is_ambiguous(source: str | os.PathLike[str]) -> bool:
     """Returns whether a folder here and a repository of the Hub could both be meant; the folder is taken."""
     return isinstance(source, str) and os.path.lexists(source) and _hub_name(source) is not None
+
+
+def folder_at(source: str | os.PathLike[str]) -> Folder:
+    """Opens a folder; where there is none, says how a repository of that name would be named.
+
+    Args:
+        source: as the user named it; `parse_source` took it for a path.
+
+    Raises:
+        CheckpointError: if there is no such folder.
+    """
+    try:
+        return Folder.at(source)
+    except CheckpointError as error:
+        (problem,) = error.problems
+        if problem.code == "not-found" and isinstance(source, str) and _hub_name(source):
+            parent = printable(source.partition("/")[0])
+            hint = (
+                f"; it is taken for a path, as {parent} is a folder here: {HUB_PREFIX}{printable(source)} is the Hub's"
+            )
+            raise CheckpointError(replace(problem, message=problem.message + hint)) from None
+        raise
+
+
+def _prefixed(source: str) -> HubName:
+    """Returns what stands behind the prefix, which always means the Hub."""
+    told = source.removeprefix(HUB_PREFIX).removesuffix("/")
+    if told.partition("/")[0] in _OTHERS:
+        raise _no_model(source, told.partition("/")[0])
+    name = _hub_name(told)
+    if name is None:
+        raise refuse("hub-bad-name", f"a repository of the Hub is named {HUB_PREFIX}org/name[@revision]", file=source)
+    return name
+
+
+def name_in_link(link: str) -> HubName:
+    """Returns the repository whose address, or the address of one of whose pages, a link is.
+
+    Args:
+        link: begins with ``http://`` or ``https://``; what it holds of names and passwords is not repeated.
+
+    Raises:
+        CheckpointError: if it is of another site, or not of a model.
+    """
+    try:
+        parts = urlsplit(link)
+        host, path = _host(parts), parts.path
+    except ValueError:
+        raise refuse("hub-bad-name", f"this is no address; {_HOW}", file=link.rpartition("@")[2]) from None
+    shown = f"{parts.scheme}://{host}{path}"
+    if host not in _SITES:
+        from huggingface_hub import constants
+
+        endpoint = urlsplit(constants.ENDPOINT)
+        above = endpoint.path.rstrip("/") + "/"
+        if host != _host(endpoint) or not path.startswith(above):
+            message = "this is the address of another site than the Hub; download the checkpoint and name its folder"
+            raise refuse("hub-bad-name", message, file=shown)
+        path = path.removeprefix(above)
+    words = [unquote(word) for word in path.split("/") if word]
+    if words and words[0] in _OTHERS:
+        raise _no_model(shown, words[0])
+    revision, inside = _revision_of(words[2:])
+    name = _hub_name("/".join(words[:2]) + (f"@{revision}" if revision else "")) if len(words) > 1 else None
+    if name is None:
+        raise refuse("hub-bad-name", f"this is not the address of a model; {_HOW}", file=shown)
+    if inside:
+        message = (
+            f"this is the address of the folder {printable(inside)} in {name}; only whole repositories are read, so "
+            "download that folder and name it"
+        )
+        raise refuse("hub-bad-name", message, file=shown)
+    return name
+
+
+def _host(parts: SplitResult) -> str:
+    return (parts.hostname or "").lower() + (f":{parts.port}" if parts.port else "")
+
+
+def _revision_of(words: list[str]) -> tuple[str, str]:
+    """Returns the revision in what follows a repository's name in an address, and the folder that it shows."""
+    if len(words) < 2 or words[0] not in _PAGES:
+        return "", ""
+    length = 3 if words[1] == "refs" else 1  # refs/pr/N
+    revision, rest = "/".join(words[1 : 1 + length]), words[1 + length :]
+    return revision, "/".join(rest) if words[0] == "tree" else ""
+
+
+def _no_model(source: str, kind: str) -> CheckpointError:
+    return refuse("hub-bad-name", f"this is the address of {_OTHERS[kind]}, not of a model; {_HOW}", file=source)
 
 
 def _hub_name(text: str) -> HubName | None:

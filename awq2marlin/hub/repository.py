@@ -14,16 +14,16 @@ import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from awq2marlin._version import __version__
 from awq2marlin.errors import CheckpointError, HubError, Problem, printable, refuse
-from awq2marlin.formats.names import CONFIG_FILENAME
+from awq2marlin.formats.names import CONFIG_FILENAME, INDEX_FILENAME
 from awq2marlin.hub.errors import as_hub_errors
-from awq2marlin.hub.name import HubName, parse_source
+from awq2marlin.hub.name import HubName, folder_at, parse_source
 from awq2marlin.io.folder import Folder, open_regular, read_header_of, read_small
 from awq2marlin.io.safetensors import LENGTH_BYTES, MAX_HEADER_BYTES, Header, read_header
 from awq2marlin.io.source import MAX_JSON_BYTES, RepoCommit, Source
@@ -37,6 +37,9 @@ _MAX_FILES = 100_000
 
 _MAX_FILE_BYTES = 1 << 50
 _HEADERS_AT_ONCE = 8
+
+#: Codes that mean that the Hub was not heard.
+_WITHOUT_ANSWER = ("hub-unreachable", "hub-unavailable")
 _TRIES = 3
 _COMMIT = re.compile(r"[0-9a-f]{40}([0-9a-f]{24})?")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
@@ -325,7 +328,7 @@ def open_source(source: str | os.PathLike[str]) -> Source:
         CheckpointError: if there is no such folder, or what the Hub says cannot be.
     """
     name = parse_source(source)
-    return open_hub(name) if isinstance(name, HubName) else Folder.at(name)
+    return open_hub(name) if isinstance(name, HubName) else folder_at(source)
 
 
 def open_hub(name: HubName, *, commit: str | None = None, place: Path | None = None) -> Repository:
@@ -340,6 +343,23 @@ def open_hub(name: HubName, *, commit: str | None = None, place: Path | None = N
         HubError: if the Hub or the network refuses, in words.
         CheckpointError: if what the Hub says cannot be.
     """
+    try:
+        return _opened(name, commit, place)
+    except HubError as error:
+        hints = "".join(_hints(name, commit, error))
+        raise HubError([replace(each, message=each.message + hints) for each in error.problems]) from None
+
+
+def _hints(name: HubName, commit: str | None, error: HubError) -> Iterator[str]:
+    """Yields what else helps where the Hub refused: it may not have been meant, and it may not be needed."""
+    if name.is_bare:
+        yield f" (there is no folder {name} here either)"
+    if error.problems[0].code in _WITHOUT_ANSWER and _is_cached(name, commit):
+        yield "; the cache has this repository: set HF_HUB_OFFLINE=1 to use it as it is there"
+
+
+def _opened(name: HubName, commit: str | None, place: Path | None) -> Repository:
+    """Returns what `open_hub` does."""
     from huggingface_hub import HfApi
 
     if _is_offline():
@@ -414,6 +434,18 @@ def _open_cached(name: HubName, commit: str | None) -> Repository:
         path: RemoteFile(each.stat().st_size, _sha256_of_cached(each)) for path, each in there.items() if each.is_file()
     }
     return Repository(root, name, root.name, files)
+
+
+def _is_cached(name: HubName, commit: str | None) -> bool:
+    """Returns whether the client's cache has all weights of a repository."""
+    try:
+        there = _open_cached(name, commit)
+        index = Folder.at(there.root).read_json(INDEX_FILENAME) if there.exists(INDEX_FILENAME) else None
+    except (HubError, CheckpointError, OSError):
+        return False
+    weight_map = index.get("weight_map") if isinstance(index, dict) else None
+    needed = set(map(str, weight_map.values())) if isinstance(weight_map, dict) else set()
+    return needed <= there.files.keys() and any(each.endswith(".safetensors") for each in there.files)
 
 
 def _sha256_of_cached(path: Path) -> str | None:

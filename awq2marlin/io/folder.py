@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import stat
 from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from difflib import get_close_matches
 from io import FileIO
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, BinaryIO
@@ -16,6 +18,12 @@ from awq2marlin.errors import CheckpointError, printable, problem_from_os_error,
 from awq2marlin.io.safetensors import Header, read_header
 from awq2marlin.io.source import MAX_JSON_BYTES, RepoCommit
 from awq2marlin.io.strict_json import parse_json
+
+_MAX_NAMES_SHOWN = 5
+
+#: What a branch stands for in the Hub's cache.
+_COMMIT = re.compile(r"[0-9a-f]{40}([0-9a-f]{24})?")
+_MAX_COMMIT_BYTES = 200
 
 #: Files that the Hub's client shares among repositories lie in its cache as ``blobs/ab/ab12...``, by their digest.
 _SHARED_BLOB = re.compile(r"([0-9a-f]{2})/\1[0-9a-f]{62}")
@@ -113,25 +121,28 @@ class Folder:
 
     @classmethod
     def at(cls, path: str | os.PathLike[str]) -> Folder:
-        """Opens a folder.
+        """Opens a folder; one that the Hub's cache keeps of a repository by the snapshot of its default branch.
 
         Raises:
-            CheckpointError: if there is no such folder.
+            CheckpointError: if there is no such folder, it may not be read, or the cache has no such snapshot.
         """
         given = Path(path)
         try:
             root = given.resolve(strict=True)
         except (OSError, RuntimeError, ValueError) as error:
-            reason = "a loop of links" if isinstance(error, RuntimeError) else "its name holds a NUL character"
-            if isinstance(error, OSError):
-                reason = problem_from_os_error(error).message
-            raise refuse("not-found", f"cannot open it as a checkpoint: {reason}", file=str(given)) from None
+            raise _unopened(given, error) from None
         if not root.is_dir():
             raise refuse(
                 "not-a-folder",
                 "a checkpoint is a folder with config.json and .safetensors files; name the folder",
                 file=str(given),
             )
+        root = _default_snapshot(root)
+        try:
+            list(root.iterdir())
+            os.stat(os.path.join(root, "."))  # noqa: PTH116, PTH118 - a path object would drop the dot
+        except OSError as error:
+            raise _unopened(given, error) from None
         return cls(root)
 
     def path(self, name: str) -> Path:
@@ -247,6 +258,46 @@ class Folder:
             relative = Path(parent).relative_to(self.root)
             for name in sorted(files + linked):
                 yield (relative / name).as_posix()
+
+
+def _unopened(given: Path, error: Exception) -> CheckpointError:
+    """Returns why a folder cannot be opened; where it is not there, with names that are like it."""
+    if isinstance(error, OSError) and error.errno == errno.EACCES:
+        return refuse("no-permission", problem_from_os_error(error).message, file=str(given))
+    reason = "a loop of links" if isinstance(error, RuntimeError) else "its name holds a NUL character"
+    if isinstance(error, OSError):
+        reason = problem_from_os_error(error).message + _likely(given)
+    return refuse("not-found", f"cannot open it as a checkpoint: {reason}", file=str(given))
+
+
+def _likely(given: Path) -> str:
+    """Returns which folders beside one that is not there have names like it, as a part of a sentence."""
+    try:
+        there = [path.name for path in given.parent.iterdir() if path.is_dir()]
+    except OSError:
+        return ""
+    alike = [printable(str(given.parent / name)) for name in get_close_matches(given.name, there)]
+    return f"; did you mean {' or '.join(alike)}?" if alike else ""
+
+
+def _default_snapshot(root: Path) -> Path:
+    """Returns the snapshot of the default branch, if the Hub's cache keeps a repository in ``root``; else ``root``."""
+    repository = root.parent if root.name == "snapshots" else root
+    snapshots, branch = repository / "snapshots", repository / "refs" / "main"
+    if not repository.name.startswith("models--") or not snapshots.is_dir():
+        return root
+    try:
+        commit = read_small(branch, "refs/main", _MAX_COMMIT_BYTES).decode("ascii").strip()
+    except (CheckpointError, UnicodeDecodeError):
+        commit = ""
+    if _COMMIT.fullmatch(commit) and (snapshots / commit).is_dir() and not (snapshots / commit).is_symlink():
+        return snapshots / commit
+    names = sorted(entry.name for entry in snapshots.iterdir() if entry.is_dir())
+    found = (
+        f"name one of its snapshots: {', '.join(map(printable, names[:_MAX_NAMES_SHOWN]))}" if names else "it is empty"
+    )
+    message = f"this folder of the Hub's cache has no snapshot of the default branch (refs/main); {found}"
+    raise refuse("not-found", message, file=str(root))
 
 
 def read_small(path: Path, name: str, limit: int) -> bytes:

@@ -8,9 +8,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from awq2marlin.errors import CheckpointError, OutputError, Problem, refuse
+from awq2marlin.formats.names import CONFIG_FILENAME, MANIFEST_FILENAME
 from awq2marlin.io.digest import FileDigest, is_digest
 from awq2marlin.io.durable import sync_file, sync_folder
 from awq2marlin.io.folder import check_name
+from awq2marlin.io.source import Source
 from awq2marlin.io.strict_json import parse_json
 
 #: The folder inside of an unfinished output where all that is not finished lies.
@@ -119,6 +121,25 @@ def read_journal(root: Path) -> Journal | None:
     except (CheckpointError, KeyError, TypeError, AttributeError, ValueError):
         message = "the journal of the unfinished conversion is damaged; remove this output folder and convert again"
         raise OutputError(Problem(str(path), "", "bad-journal", message)) from None
+
+
+def refuse_unfinished(folder: Source) -> None:
+    """Refuses a folder that a run has begun to write and not finished, as a checkpoint.
+
+    Args:
+        folder: what is going to be read.
+
+    Raises:
+        OutputError: if it has a journal, and no ``config.json`` yet.
+    """
+    if folder.origin is not None or folder.exists(CONFIG_FILENAME):
+        return
+    journal = read_journal(folder.root)
+    if journal is not None:
+        shards = sum(name.endswith(".safetensors") for name in journal.names)
+        verb = "convert" if MANIFEST_FILENAME in journal.names else "revert"
+        message = f"unfinished: {len(journal.finished)} of {shards} shards; run the same {verb} again"
+        raise OutputError(Problem(str(folder.root), "", "unfinished", message))
 
 
 def _parse_journal(document: Any) -> Journal:

@@ -13,10 +13,10 @@ from awq2marlin.checkpoint.manifest import decode_manifest, read_manifest
 from awq2marlin.errors import CheckpointError, HubError, OutputError, Problem
 from awq2marlin.formats.names import CONFIG_FILENAME, MANIFEST_FILENAME
 from awq2marlin.formats.registry import DEFAULT_TARGET
-from awq2marlin.hub.name import HUB_PREFIX, HubName, is_ambiguous, parse_source
-from awq2marlin.io.folder import Folder, hub_repository
+from awq2marlin.hub.name import HUB_PREFIX, HubName, folder_at, is_ambiguous, parse_source
+from awq2marlin.io.folder import Folder
 from awq2marlin.io.source import Source
-from awq2marlin.pipeline.journal import WORK_DIRECTORY, Pinned, read_journal
+from awq2marlin.pipeline.journal import WORK_DIRECTORY, Pinned, read_journal, refuse_unfinished
 from awq2marlin.pipeline.output import FETCHED_DIRECTORY
 from awq2marlin.pipeline.plan import Plan
 from awq2marlin.pipeline.run import Work, two_largest
@@ -28,14 +28,36 @@ if TYPE_CHECKING:
     from awq2marlin.hub.publication import Publication, PushTarget
 
 
+def output_folder(
+    output: str | os.PathLike[str] | None, source: str | os.PathLike[str], suffix: str = DEFAULT_TARGET.output_suffix
+) -> Path:
+    """Returns the folder that a run writes.
+
+    Args:
+        output: as the user named it; None for `default_output`.
+        source: as the user named it.
+        suffix: what the default name ends with.
+
+    Raises:
+        OutputError: if the name is empty.
+        CheckpointError: if the source's is.
+    """
+    if output == "":
+        raise OutputError(Problem("", "", "not-found", "the name of the output folder is empty; name a folder"))
+    return Path(output) if output is not None else default_output(parse_source(source), suffix)
+
+
 def default_output(source: Path | HubName, suffix: str = DEFAULT_TARGET.output_suffix) -> Path:
-    """Returns ``./<name><suffix>`` for a source, a snapshot of the Hub cache by its repository's name."""
+    """Returns ``./<name><suffix>`` for a source, by the name that the user gave it: of a link, the link's own.
+
+    A folder of the Hub's cache goes by its repository's name. The source need not be there.
+    """
     if isinstance(source, HubName):
         return Path(source.repo_id.partition("/")[2] + suffix)
-    source = Folder.at(source).root
-    repository = hub_repository(source)
-    name = repository.name.split("--")[-1] if repository else source.name
-    return Path(name + suffix)
+    given = Path(os.path.abspath(source))  # noqa: PTH100 - which resolves no links
+    cached = [each for each in (given, given.parent, given.parent.parent) if each.name.startswith("models--")]
+    is_cached = cached and given in (cached[0], cached[0] / "snapshots", cached[0] / "snapshots" / given.name)
+    return Path((cached[0].name.split("--")[-1] if is_cached else given.name) + suffix)
 
 
 def open_source_of_run(
@@ -57,7 +79,9 @@ def open_source_of_run(
     if not isinstance(name, HubName):
         if is_ambiguous(source):
             progress.note(f"{source} is a folder here and is taken; {HUB_PREFIX}{source} is the one on the Hub")
-        return Folder.at(name), None
+        found = folder_at(source)
+        refuse_unfinished(found)
+        return found, None
     from awq2marlin.hub.repository import open_hub
 
     place = root.absolute() / WORK_DIRECTORY / FETCHED_DIRECTORY if low_disk else None
