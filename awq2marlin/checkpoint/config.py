@@ -174,15 +174,24 @@ def _refuse_contradiction(format: Format, said: Quantization, first: Mapping[str
         message = f"it is {other_format.title} here but {format.title} in {said.origin}; remove the file that is wrong"
         raise refuse("contradiction", message, file=place)
     found = format.read_config(content, place)
-    for what in ("bits", "group_size", "zero_point"):
-        both_say_it = all(document.get(what) is not None for document in (first, content))
-        if getattr(said, what) != getattr(found, what) and (both_say_it or what != "zero_point"):
-            raise refuse(
-                "contradiction",
-                f"{what} is {getattr(found, what)} here but {getattr(said, what)} in "
-                f"{said.origin}; remove the file that is wrong",
-                file=place,
-            )
+    if said.layout and found.layout and said.layout.layout_name != found.layout.layout_name:
+        message = (
+            f"the layout is that of {found.layout.title} here, of {said.layout.title} in {said.origin}; "
+            "remove the file that is wrong"
+        )
+        raise refuse("contradiction", message, file=place)
+    key = format.zero_point_key
+    theirs, ours = content.get(key), first.get(key)
+    if theirs is not None and ours is not None and theirs != ours:
+        raise _contradiction(key, theirs, ours, said, place)
+    for what in ("bits", "group_size"):
+        if getattr(said, what) != getattr(found, what):
+            raise _contradiction(what, getattr(found, what), getattr(said, what), said, place)
+
+
+def _contradiction(what: str, theirs: Any, ours: Any, said: Quantization, place: str) -> CheckpointError:
+    message = f"{what} is {theirs} here but {ours} in {said.origin}; remove the file that is wrong"
+    return refuse("contradiction", message, file=place)
 
 
 def without_quantization(config: Mapping[str, Any], replacement: Mapping[str, Any] | None = None) -> dict[str, Any]:

@@ -128,7 +128,8 @@ def _is_config_of(checkpoint: Checkpoint, manifest: Manifest, recorded: TensorIn
     if format.name != checkpoint.format.name or (MANIFEST_FILENAME in manifest.texts) != checkpoint.has_manifest:
         return False
     said = checkpoint.quantization
-    return (quantization.scheme, quantization.modules_to_not_convert) == (said.scheme, said.modules_to_not_convert)
+    known, there = ((each.scheme, each.modules_to_not_convert, each.layout) for each in (quantization, said))
+    return known == there
 
 
 def refuse_lost(checkpoint: Checkpoint, manifest: Manifest) -> None:

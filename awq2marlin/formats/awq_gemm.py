@@ -100,6 +100,12 @@ class AwqGemm(Format):
         size_k, words = tensors["qweight"].shape
         return size_k, words * scheme.pack_factor
 
+    def shown(self, tensors: Mapping[str, TensorInfo], scheme: Scheme) -> tuple[float, float, int] | None:
+        """Returns bits, K and groups: words of ``qweight`` beside columns of ``scales`` tell the bits."""
+        del scheme
+        (size_k, words), (groups, size_n) = tensors["qweight"].shape, tensors["scales"].shape
+        return 32 * words / max(size_n, 1), size_k, groups
+
     def shape(self, part: str, size_k: int, size_n: int, scheme: Scheme) -> tuple[int, ...]:
         """Returns the shape of a part: rows along K."""
         return part_shape(part, size_k, size_n, scheme)
@@ -125,7 +131,7 @@ class AwqGemm(Format):
                 scales.name,
                 "contradiction",
                 f"qweight {list(qweight.shape)} and {scheme.bits} bits mean N={size_n}, "
-                f"but scales are {list(scales.shape)}; {_bits_hint(qweight.shape[1], scales.shape[1], scheme.bits)}",
+                f"but scales are {list(scales.shape)}; {_other_hint(qweight.shape[1], scales.shape[1], quantization)}",
             )
             return
         groups = scheme.num_groups(size_k)
@@ -152,9 +158,9 @@ class AwqGemm(Format):
             return f"N={size_n} is not a multiple of {scheme.pack_factor}, the values in a word of AWQ's layout"
         return ""
 
-    def rows_per_row(self, part: str) -> int:
+    def rows_per_row(self, part: str, scheme: Scheme) -> int:
         """Returns 1: rows are plain."""
-        del part
+        del part, scheme
         return 1
 
     def values(self, part: str, rows: npt.NDArray[Any], size_k: int, scheme: Scheme) -> npt.NDArray[Any]:
@@ -170,12 +176,14 @@ class AwqGemm(Format):
 AWQ_GEMM = AwqGemm()
 
 
-def _bits_hint(words: int, columns: int, said: int) -> str:
-    """Returns which bits would fit a row of words and a row of scales."""
+def _other_hint(words: int, columns: int, said: Quantization) -> str:
+    """Returns which layout or bits would fit a row of words and a row of scales."""
+    if words == columns:
+        return f"that is the layout of GPTQ, but {said.origin} says AWQ; correct a copy of the config"
     for bits in DTYPE_BITS.values():
         if bits < 32 and words * 32 == columns * bits:
-            return f"that fits {bits} bits, the config says {said}"
-    return "perhaps it is packed in another layout (GPTQ, GEMV); only AWQ's 'gemm' is converted"
+            return f"that fits {bits} bits, the config says {said.bits}"
+    return "perhaps it is packed in another layout than AWQ's 'gemm'"
 
 
 def _group_hint(size_k: int, groups: int) -> str:

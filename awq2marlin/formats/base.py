@@ -20,9 +20,11 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from awq2marlin.errors import CheckpointError, Problem, refuse
+from awq2marlin.errors import CheckpointError, Problem, printable, refuse
 from awq2marlin.io.safetensors import TensorIndex, TensorInfo
+from awq2marlin.layout.marlin import MARLIN_SUPPORTED_GROUP_SIZES, num_groups
 from awq2marlin.layout.modules import QUANTIZED_PARTS, SCALE_DTYPES, Linear, module_name
+from awq2marlin.layout.packing import AWQ_SUPPORTED_BITS
 from awq2marlin.layout.repack import PartLayout
 from awq2marlin.layout.scheme import Scheme
 
@@ -42,6 +44,7 @@ class Quantization:
         unquantized_modules: of a converted one, the modules with a floating-point weight of two or more dimensions.
         padded_modules: of a converted one, true (K, N) of the modules that were padded.
         quantized_modules: of one that is written, every quantized module.
+        layout: the format whose layout the modules have, where a config says which of several; None for its own.
     """
 
     scheme: Scheme
@@ -51,6 +54,7 @@ class Quantization:
     unquantized_modules: frozenset[str] = frozenset()
     padded_modules: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     quantized_modules: frozenset[str] = frozenset()
+    layout: Format | None = None
 
     @property
     def bits(self) -> int:
@@ -141,6 +145,9 @@ class Format(ABC):
     #: Whether its config lists the modules that are kept, padded, or not quantized.
     has_module_lists: ClassVar[bool] = False
 
+    #: The key of a config that says whether there are zero points.
+    zero_point_key: ClassVar[str] = "zero_point"
+
     #: The last name component of the tensor that holds each part of a module.
     suffixes: ClassVar[Mapping[str, str]] = {part: part for part in QUANTIZED_PARTS}
 
@@ -149,6 +156,9 @@ class Format(ABC):
 
     #: Parts any of which makes a module a quantized one; `scales` alone may belong to a scaled activation.
     marks: ClassVar[tuple[str, ...]] = ("qweight", "qzeros")
+
+    #: Further tensors that only quantized modules have: one that is alone tells that its module's weight is missing.
+    companions: ClassVar[tuple[str, ...]] = ()
 
     #: What a quantized module must not have besides: last name components.
     foreign_suffixes: ClassVar[tuple[str, ...]] = ("g_idx", "weight")
@@ -179,13 +189,13 @@ class Format(ABC):
             CheckpointError: if a value is missing, wrong or not supported.
         """
 
-    @abstractmethod
     def write_config(self, quantization: Quantization) -> dict[str, Any]:
-        """Returns the quantization config of a checkpoint of this format.
+        """Returns the quantization config of a checkpoint of this format; one that is only read has none.
 
         Args:
             quantization: what it has to say.
         """
+        raise NotImplementedError
 
     # --- the tensors of a module
 
@@ -207,7 +217,7 @@ class Format(ABC):
             quantization: what its config says.
             shard_of: the file of each tensor, for messages.
         """
-        return find_modules(self, tensors, quantization, shard_of)
+        return find_modules(quantization.layout or self, tensors, quantization, shard_of)
 
     @abstractmethod
     def sizes(self, tensors: Mapping[str, TensorInfo], scheme: Scheme) -> tuple[int, int]:
@@ -232,6 +242,15 @@ class Format(ABC):
     @abstractmethod
     def layout(self, part: str, size_k: int, size_n: int, scheme: Scheme) -> PartLayout:
         """Returns how that tensor holds the part; arguments as for `shape`."""
+
+    def shown(self, tensors: Mapping[str, TensorInfo], scheme: Scheme) -> tuple[float, float, int] | None:  # noqa: ARG002
+        """Returns bits, K and groups of a module as its shapes show them by themselves; None if they do not.
+
+        Args:
+            tensors: its tensors by part, of the right types and of two dimensions.
+            scheme: of the checkpoint.
+        """
+        return None
 
     def target_scheme(self, scheme: Scheme) -> Scheme:
         """Returns the scheme that a target of this format has of a source's."""
@@ -293,7 +312,7 @@ class Format(ABC):
     # --- reading it slowly, for comparison: shares nothing with `layout`
 
     @abstractmethod
-    def rows_per_row(self, part: str) -> int:
+    def rows_per_row(self, part: str, scheme: Scheme) -> int:
         """Returns how many rows of the plain values one row of a part's tensor holds.
 
         0 means that rows of the tensor hold no whole ones, as where it is transposed: it is read as a whole, and its
@@ -350,9 +369,12 @@ def find_modules(
     """
     problems: list[Problem] = []
     modules = {}
-    for name, parts in sorted(_parts_of_modules(format, tensors, shard_of, problems).items()):
-        if not among(name) or not any(format.suffixes[part] in parts for part in format.marks):
-            continue
+    parts_of = {
+        name: parts
+        for name, parts in sorted(_parts_of_modules(format, tensors, shard_of, problems).items())
+        if among(name) and any(format.suffixes[part] in parts for part in format.marks)
+    }
+    for name, parts in parts_of.items():
         faults = list(_module_faults(format, name, parts, tensors, quantization))
         if faults:
             first = module_name(name, min(parts))
@@ -363,6 +385,9 @@ def find_modules(
         size_k, size_n = format.sizes(found, quantization.scheme)
         present = format.parts(found, quantization.scheme)
         modules[name] = StoredModule(name, size_k, size_n, present, format, size_k, size_n)
+    problems += _lonely(format, parts_of, tensors, shard_of)
+    if any(problem.code == "contradiction" for problem in problems):
+        problems = _with_mixed(problems, format, parts_of, tensors, quantization.scheme, shard_of)
     return modules, problems
 
 
@@ -441,6 +466,82 @@ def _derived_faults(
             yield name, "contradiction", f"it is {found}, needed is {needed} as the module's other tensors say"
 
 
+def _lonely(
+    format: Format, modules: Mapping[str, set[str]], tensors: Mapping[str, TensorInfo], shard_of: Mapping[str, str]
+) -> Iterator[Problem]:
+    """Yields the weights that are missing of modules of which only a companion is there."""
+    for name in sorted(tensors):
+        module, _, suffix = name.rpartition(".")
+        if suffix in format.companions and module not in modules:
+            message = f"it is missing, but the module's {suffix} is there; download the file again"
+            yield Problem(shard_of[name], format.tensor_name(module, "qweight"), "missing-tensor", message)
+
+
+def _with_mixed(
+    problems: list[Problem],
+    format: Format,
+    modules: Mapping[str, set[str]],
+    tensors: Mapping[str, TensorInfo],
+    scheme: Scheme,
+    shard_of: Mapping[str, str],
+) -> list[Problem]:
+    """Returns, in the place of all contradictions, the first two modules of different bits or groups, if there are."""
+    kinds: dict[str, _Kind] = {}
+    for name, parts in modules.items():
+        found = _tensors_of(format, name, parts, tensors)
+        if {"qweight", "scales"} <= found.keys() and not any(_type_faults(format, found)):
+            kind = _Kind.of(format.shown(found, scheme))
+            kinds |= {} if kind is None else {name: kind}
+    if len({kind.bits for kind in kinds.values()}) == 1 and frozenset.intersection(
+        *(kind.group_sizes for kind in kinds.values())
+    ):
+        return problems  # one kind fits them all: it is the config that is wrong
+    said = _Kind(scheme.bits, frozenset({scheme.group_size}))
+    usual = next((name for name, kind in kinds.items() if kind.agrees_with(said)), next(iter(kinds), ""))
+    kinds |= {usual: said} if usual and kinds[usual].agrees_with(said) else {}
+    odd = next((name for name, kind in kinds.items() if not kind.agrees_with(kinds[usual])), None)
+    if odd is None:
+        return problems
+    tensor = format.tensor_name(odd, "qweight")
+    message = (
+        f"this module has {kinds[odd]}, but {printable(usual)} has {kinds[usual]}; only checkpoints with "
+        "one kind of quantization for all modules are converted, so look for such a version of this model"
+    )
+    others = [problem for problem in problems if problem.code != "contradiction"]
+    return [Problem(shard_of[tensor], tensor, "contradiction", message), *others]
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """Bits and groups, as the shapes of a module show them.
+
+    Attributes:
+        bits: 4 or 8.
+        group_sizes: those that are supported and fit its groups; several fit where there is one group.
+    """
+
+    bits: int
+    group_sizes: frozenset[int]
+
+    @classmethod
+    def of(cls, shown: tuple[float, float, int] | None) -> _Kind | None:
+        """Returns what bits, K and groups mean; None if they mean nothing."""
+        bits, size_k, groups = shown or (0, 0, 0)
+        if bits not in AWQ_SUPPORTED_BITS or size_k % 1:
+            return None
+        fit = frozenset(size for size in MARLIN_SUPPORTED_GROUP_SIZES if num_groups(int(size_k), size) == groups)
+        return cls(int(bits), fit) if fit else None
+
+    def agrees_with(self, other: _Kind) -> bool:
+        """Returns whether a checkpoint of one kind may have modules of both."""
+        return self.bits == other.bits and not self.group_sizes.isdisjoint(other.group_sizes)
+
+    def __str__(self) -> str:
+        """Returns it in words."""
+        groups = "one group" if -1 in self.group_sizes else f"groups of {min(self.group_sizes)}"
+        return f"{self.bits} bits in {groups}"
+
+
 def _type_faults(format: Format, found: Mapping[str, TensorInfo]) -> Iterator[Fault]:
     for part, dtypes in sorted(format.dtypes.items()):
         tensor = found.get(part)
@@ -450,6 +551,16 @@ def _type_faults(format: Format, found: Mapping[str, TensorInfo]) -> Iterator[Fa
             yield tensor.name, "wrong-dtype", f"its type is {tensor.dtype}, needed is {' or '.join(dtypes)}"
         elif len(tensor.shape) != 2:
             yield tensor.name, "wrong-shape", f"its shape is {list(tensor.shape)}, needed are two dimensions"
+
+
+def group_bytes(size_k: int, group_size: int) -> bytes:
+    """Returns the group of every row in plain order, as int32.
+
+    Args:
+        size_k: how many rows.
+        group_size: rows of a group; -1 for all.
+    """
+    return (np.arange(size_k, dtype="<i4") // (size_k if group_size == -1 else group_size)).astype("<i4").tobytes()
 
 
 def require_modules(modules: Mapping[str, Linear], problems: Sequence[Problem], quantization: Quantization) -> None:

@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from awq2marlin.errors import CheckpointError, Problem, printable, refuse
-from awq2marlin.formats.base import DerivedTensor, Fault, Format, Quantization, StoredModule
+from awq2marlin.formats.base import DerivedTensor, Fault, Format, Quantization, StoredModule, group_bytes
 from awq2marlin.formats.config import method_of, scheme_of, word
 from awq2marlin.io.safetensors import TensorIndex, TensorInfo
 from awq2marlin.layout.derived import middle_zero_points
@@ -35,8 +35,6 @@ _EMBEDDINGS = ("embed_tokens", "tok_embeddings", "word_embeddings", "embed_in", 
 _ODD_K = "K ends inside a word, or the shape is another than that of weight_packed; such a module is not converted"
 _ORDERED = "the rows of the weight are in another order (activation ordering), which is not converted"
 _ASYMMETRIC = "the config says symmetric, but the zero points are others"
-
-_MAIN = ("weight_packed", "weight_scale", "weight_zero_point")
 
 _STACKED = (
     "all experts of a layer are in this one tensor of three dimensions, which no loader has a place for; only experts "
@@ -83,6 +81,7 @@ class CompressedTensors(Format):
     }
     #: Nothing else has scales of this name, so that a module whose codes are lost is missed.
     marks: ClassVar[tuple[str, ...]] = ("qweight", "qzeros", "scales")
+    companions: ClassVar[tuple[str, ...]] = ("weight_shape",)
     layouts: ClassVar[Mapping[str, type[PartLayout]]] = {
         "qweight": TransposedCodes,
         "qzeros": TransposedZeroPoints,
@@ -180,13 +179,7 @@ class CompressedTensors(Format):
         )
         if stacked:
             return {}, [Problem(shard_of[name], name, "foreign-format", _STACKED) for name in stacked]
-        modules, problems = super().find(tensors, quantization, shard_of)
-        for name in sorted(tensors):
-            module, _, suffix = name.rpartition(".")
-            if suffix == "weight_shape" and not tensors.keys() & {f"{module}.{each}" for each in _MAIN}:
-                message = f"it is missing, but the module's {suffix} is there; download the file again"
-                problems.append(Problem(shard_of[name], f"{module}.weight_packed", "missing-tensor", message))
-        return modules, problems
+        return super().find(tensors, quantization, shard_of)
 
     def parts(self, found: Mapping[str, TensorInfo], scheme: Scheme) -> tuple[str, ...]:
         """Returns the parts of a module: zero points of a symmetric checkpoint are none, they are all 2^(b-1)."""
@@ -197,7 +190,7 @@ class CompressedTensors(Format):
         derived = [
             DerivedTensor("weight_shape", "I64", (2,), partial(_shape_bytes, size_k, size_n), meaning=_ODD_K),
             DerivedTensor(
-                "weight_g_idx", "I32", (size_k,), partial(_group_bytes, size_k, scheme.group_size), True, _ORDERED
+                "weight_g_idx", "I32", (size_k,), partial(group_bytes, size_k, scheme.group_size), True, _ORDERED
             ),
         ]
         if not scheme.zero_point:
@@ -221,9 +214,9 @@ class CompressedTensors(Format):
             return
         yield from super().faults(module, tensors, size_k, size_n, quantization)
 
-    def rows_per_row(self, part: str) -> int:
+    def rows_per_row(self, part: str, scheme: Scheme) -> int:
         """Returns 0: rows of the tensors are columns."""
-        del part
+        del part, scheme
         return 0
 
     def rows_per_column(self, part: str, scheme: Scheme) -> int:
@@ -319,8 +312,3 @@ def _scheme(name: str, group: Mapping[str, Any], place: str) -> Scheme:
 
 def _shape_bytes(size_k: int, size_n: int) -> bytes:
     return np.array([size_n, size_k], "<i8").tobytes()
-
-
-def _group_bytes(size_k: int, group_size: int) -> bytes:
-    """Returns the group of every row in plain order."""
-    return (np.arange(size_k, dtype="<i4") // (size_k if group_size == -1 else group_size)).astype("<i4").tobytes()

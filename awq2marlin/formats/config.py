@@ -25,6 +25,18 @@ def word(document: Mapping[str, Any], key: str, place: str) -> str:
     return value.lower()
 
 
+def flag(document: Mapping[str, Any], key: str, place: str) -> bool:
+    """Returns a value that is true or false; false if it is absent.
+
+    Raises:
+        CheckpointError: if it is neither.
+    """
+    value = document.get(key)
+    if value is not None and not isinstance(value, bool):
+        raise refuse("bad-config", f"{key} must be true or false, found {printable(repr(value))}", file=place)
+    return bool(value)
+
+
 def method_of(document: Mapping[str, Any], place: str) -> str:
     """Returns what the config calls its method; empty if it does not."""
     return word(document, "quant_method", place) or word(document, "method", place)

@@ -22,7 +22,6 @@ _LAYOUT_NAMES = {
     "bitblas": "the BitBLAS layout",
 }
 _METHOD_NAMES = {
-    "gptq": "a GPTQ checkpoint",
     "gptq_marlin": "a GPTQ checkpoint",
     "marlin": "an old GPTQ-Marlin checkpoint",
     "awq_marlin": "a checkpoint marked as packed by an engine",
@@ -31,8 +30,8 @@ _METHOD_NAMES = {
     "gguf": "a GGUF checkpoint",
 }
 _WHAT_TO_DO = (
-    "Only AWQ of version 'gemm' and compressed-tensors of format 'pack-quantized' are converted; look for such a "
-    "version of this model"
+    "Only AWQ of version 'gemm', GPTQ of format 'gptq' or 'gptq_v2', and compressed-tensors of format 'pack-quantized' "
+    "are converted; look for such a version of this model"
 )
 
 
@@ -52,12 +51,14 @@ def _name(document: Mapping[str, Any], place: str) -> str:
     if method == "compressed-tensors":
         layout = word(document, "format", place)
         return f"a compressed-tensors checkpoint {f'of format {printable(layout)!r}' if layout else 'of no format'}"
+    if method == "gptq" or (not method and any(key in document for key in GPTQ_KEYS)):
+        said = [word(document, key, place) for key in ("checkpoint_format", "format")]
+        layout = next((each for each in said if each not in ("", "gptq", "gptq_v2")), "marlin")
+        return f"a GPTQ checkpoint of format {printable(layout)!r}"
     if method in _METHOD_NAMES:
         return _METHOD_NAMES[method]
     if method not in ("awq", ""):
         return f"a checkpoint of quant_method {printable(method)!r}"
-    if not method and any(key in document for key in GPTQ_KEYS):
-        return _METHOD_NAMES["gptq"]
     if word(document, "backend", place) in ("llm-awq", "llm_awq"):
         return _LAYOUT_NAMES["llm-awq"]
     layouts = {key: word(document, key, place) for key in LAYOUT_KEYS}

@@ -203,8 +203,9 @@ tokenizer = AutoTokenizer.from_pretrained("{place}")
         """Returns aligned shapes, K in common; see `layout.marlin.padded_shapes`."""
         return padded_shapes(sizes, scheme.group_size)
 
-    def rows_per_row(self, part: str) -> int:
+    def rows_per_row(self, part: str, scheme: Scheme) -> int:
         """Returns 16 for tiles, 1 for the others."""
+        del scheme
         return 16 if part == "qweight" else 1
 
     def values(self, part: str, rows: npt.NDArray[Any], size_k: int, scheme: Scheme) -> npt.NDArray[Any]:

@@ -12,13 +12,14 @@ from awq2marlin.formats.awq_gemm import AWQ_GEMM as AWQ_GEMM
 from awq2marlin.formats.base import Format
 from awq2marlin.formats.compressed_tensors import METHOD, CompressedTensors
 from awq2marlin.formats.foreign import foreign
+from awq2marlin.formats.gptq import GPTQ
 from awq2marlin.formats.marlin_native import MarlinNative
 
 COMPRESSED_TENSORS = CompressedTensors()
 MARLIN_NATIVE = MarlinNative()
 
 #: In the order in which they are asked whether a config is theirs.
-FORMATS: list[Format] = [MARLIN_NATIVE, AWQ_GEMM, COMPRESSED_TENSORS]
+FORMATS: list[Format] = [MARLIN_NATIVE, AWQ_GEMM, COMPRESSED_TENSORS, GPTQ]
 
 #: The layout in which a module stays that the target's format cannot take, whatever the source was.
 KEPT = AWQ_GEMM

@@ -396,8 +396,144 @@ def pack_columns_8bit(source: Any, target: Any, staged: Any, groups: Any, words:
             _turn_8bit(source, target, staged, row, column, down, across, _SEQUENCE_8BIT, _AWQ_ORDER)
 
 
-# Zero points of such a tensor are packed along n in sequence, a row for each word of columns. So a word stays a word;
-# its fields and its place change. AWQ's order is the even fields, then the odd ones: two rounds of swaps.
+# GPTQ's rows are those of K, and a word holds a column's next codes. Eight neighbouring words of a row are an 8x8
+# nibble matrix (8 bits: four words, 4x4 bytes): taken in AWQ's order, its transpose is a word of each of eight plain
+# rows. Sixteen matrices go side by side.
+
+
+@njit(forceinline=True)
+def _unpack_sequences_4bit(source: Any, target: Any, staged: Any, at: Any, to: Any, words: Any, width: Any) -> None:
+    """Turns ``width`` neighbouring matrices, at most 16.
+
+    Args:
+        source: uint32, words along K.
+        target: uint32, rows of ``words`` words; written.
+        staged: uint32 [128], scratch.
+        at: the source's first word.
+        to: the target's.
+        words: words in a plain row.
+        width: how many.
+    """
+    for x in range(width):
+        for i in range(uint64(8)):
+            staged[uint64(16) * i + x] = source[at + uint64(8) * x + i]
+    for x in range(width):
+        (
+            target[to + x], target[to + words + x],
+            target[to + uint64(2) * words + x], target[to + uint64(3) * words + x],
+            target[to + uint64(4) * words + x], target[to + uint64(5) * words + x],
+            target[to + uint64(6) * words + x], target[to + uint64(7) * words + x],
+        ) = _transpose_nibbles_narrow(
+            staged[x], staged[32 + x], staged[64 + x], staged[96 + x],
+            staged[16 + x], staged[48 + x], staged[80 + x], staged[112 + x],
+        )  # fmt: skip
+
+
+@njit(forceinline=True)
+def _pack_sequences_4bit(source: Any, target: Any, staged: Any, at: Any, to: Any, words: Any, width: Any) -> None:
+    """Undoes `_unpack_sequences_4bit`: plain rows in ``source``."""
+    for x in range(width):
+        (
+            staged[x], staged[32 + x], staged[64 + x], staged[96 + x],
+            staged[16 + x], staged[48 + x], staged[80 + x], staged[112 + x],
+        ) = _transpose_nibbles_narrow(
+            source[at + x], source[at + words + x],
+            source[at + uint64(2) * words + x], source[at + uint64(3) * words + x],
+            source[at + uint64(4) * words + x], source[at + uint64(5) * words + x],
+            source[at + uint64(6) * words + x], source[at + uint64(7) * words + x],
+        )  # fmt: skip
+    for x in range(width):
+        for i in range(uint64(8)):
+            target[to + uint64(8) * x + i] = staged[uint64(16) * i + x]
+
+
+@njit(forceinline=True)
+def _unpack_sequences_8bit(source: Any, target: Any, staged: Any, at: Any, to: Any, words: Any, width: Any) -> None:
+    """As `_unpack_sequences_4bit`, with four words to a matrix and uint32 [64] of scratch."""
+    for x in range(width):
+        for i in range(uint64(4)):
+            staged[uint64(16) * i + x] = source[at + uint64(4) * x + i]
+    for x in range(width):
+        (
+            target[to + x], target[to + words + x],
+            target[to + uint64(2) * words + x], target[to + uint64(3) * words + x],
+        ) = _transpose_bytes_narrow(staged[x], staged[32 + x], staged[16 + x], staged[48 + x])  # fmt: skip
+
+
+@njit(forceinline=True)
+def _pack_sequences_8bit(source: Any, target: Any, staged: Any, at: Any, to: Any, words: Any, width: Any) -> None:
+    """Undoes `_unpack_sequences_8bit`."""
+    for x in range(width):
+        staged[x], staged[32 + x], staged[16 + x], staged[48 + x] = _transpose_bytes_narrow(
+            source[at + x],
+            source[at + words + x],
+            source[at + uint64(2) * words + x],
+            source[at + uint64(3) * words + x],
+        )
+    for x in range(width):
+        for i in range(uint64(4)):
+            target[to + uint64(4) * x + i] = staged[uint64(16) * i + x]
+
+
+def unpack_sequences_4bit(source: Any, target: Any, staged: Any, rows: Any, words: Any) -> None:
+    """Turns words along K into plain rows, 4 bits.
+
+    Args:
+        source: uint32 [rows, 8 * words]; field i of word n of row r is row 8 r + i of column n.
+        target: uint32 [8 * rows, words], rows of AWQ words; written.
+        staged: uint32 [128], scratch.
+        rows: plain rows / 8.
+        words: columns / 8.
+    """
+    width = uint64(words)
+    for row in range(uint64(rows)):
+        at = uint64(8) * row * width  # of source and target alike
+        for x in range(uint64(0), width, uint64(16)):
+            if width - x >= uint64(16):  # then the compiler knows the size
+                _unpack_sequences_4bit(source, target, staged, at + uint64(8) * x, at + x, width, uint64(16))
+            else:
+                _unpack_sequences_4bit(source, target, staged, at + uint64(8) * x, at + x, width, width - x)
+
+
+def pack_sequences_4bit(source: Any, target: Any, staged: Any, rows: Any, words: Any) -> None:
+    """Undoes `unpack_sequences_4bit`: plain rows in ``source``, same sizes."""
+    width = uint64(words)
+    for row in range(uint64(rows)):
+        at = uint64(8) * row * width
+        for x in range(uint64(0), width, uint64(16)):
+            if width - x >= uint64(16):
+                _pack_sequences_4bit(source, target, staged, at + x, at + uint64(8) * x, width, uint64(16))
+            else:
+                _pack_sequences_4bit(source, target, staged, at + x, at + uint64(8) * x, width, width - x)
+
+
+def unpack_sequences_8bit(source: Any, target: Any, staged: Any, rows: Any, words: Any) -> None:
+    """Turns words along K into plain rows, 8 bits: four to a word; as `unpack_sequences_4bit`."""
+    width = uint64(words)
+    for row in range(uint64(rows)):
+        at = uint64(4) * row * width
+        for x in range(uint64(0), width, uint64(16)):
+            if width - x >= uint64(16):
+                _unpack_sequences_8bit(source, target, staged, at + uint64(4) * x, at + x, width, uint64(16))
+            else:
+                _unpack_sequences_8bit(source, target, staged, at + uint64(4) * x, at + x, width, width - x)
+
+
+def pack_sequences_8bit(source: Any, target: Any, staged: Any, rows: Any, words: Any) -> None:
+    """Undoes `unpack_sequences_8bit`."""
+    width = uint64(words)
+    for row in range(uint64(rows)):
+        at = uint64(4) * row * width
+        for x in range(uint64(0), width, uint64(16)):
+            if width - x >= uint64(16):
+                _pack_sequences_8bit(source, target, staged, at + x, at + uint64(4) * x, width, uint64(16))
+            else:
+                _pack_sequences_8bit(source, target, staged, at + x, at + uint64(4) * x, width, width - x)
+
+
+# Zero points of a tensor that lies the other way round are packed along n in sequence, a row for each word of columns.
+# So a word stays a word; its fields and its place change. AWQ's order is the even fields, then the odd ones: two rounds
+# of swaps.
 
 
 @njit(forceinline=True)
@@ -535,6 +671,10 @@ _KERNELS: dict[Any, tuple[Any, Any, Any]] = {
     pack_columns_4bit: (types.uint32, types.uint32, types.uint32),
     unpack_columns_8bit: (types.uint32, types.uint32, types.uint32),
     pack_columns_8bit: (types.uint32, types.uint32, types.uint32),
+    unpack_sequences_4bit: (types.uint32, types.uint32, types.uint32),
+    pack_sequences_4bit: (types.uint32, types.uint32, types.uint32),
+    unpack_sequences_8bit: (types.uint32, types.uint32, types.uint32),
+    pack_sequences_8bit: (types.uint32, types.uint32, types.uint32),
     unpack_column_zeros_4bit: (types.uint32, types.uint32, types.uint32),
     pack_column_zeros_4bit: (types.uint32, types.uint32, types.uint32),
     unpack_column_zeros_8bit: (types.uint32, types.uint32, types.uint32),

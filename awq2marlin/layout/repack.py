@@ -45,6 +45,10 @@ class StrayBitsError(ValueError):
     """A tensor says what the plain rows have no place for, so that it could not be made again from them."""
 
 
+class UnclearBitsError(ValueError):
+    """A tensor holds a value whose meaning is not known; its message says all that there is to say."""
+
+
 class Rewrite(Protocol):
     """What becomes of one tensor while a file is rewritten. Small and picklable."""
 
@@ -85,6 +89,11 @@ class PartLayout:
         return 1
 
     @property
+    def column_unit(self) -> int:
+        """Columns are a multiple of this: the kernels trust it."""
+        return 64
+
+    @property
     def row_bytes(self) -> int:
         """Bytes of one plain row."""
         if self.part == "scales":
@@ -123,6 +132,7 @@ class PartLayout:
 
         Raises:
             StrayBitsError: if `pack` would not give back the very bytes.
+            UnclearBitsError: if it is not known what the tensor says.
         """
         plain[:] = data
 
@@ -132,7 +142,7 @@ class PartLayout:
 
     def _check(self, plain: Bytes, data: Bytes) -> None:
         """Refuses what is not whole bands: the kernels trust their sizes."""
-        fits = plain.size == data.size and data.size % self.band_bytes == 0 and self.columns % 64 == 0
+        fits = plain.size == data.size and data.size % self.band_bytes == 0 and self.columns % self.column_unit == 0
         if not (fits and plain.flags.c_contiguous and data.flags.c_contiguous):
             raise ValueError(
                 f"pieces of {plain.size} and {data.size} bytes are not whole rows of {self.band_bytes} bytes"
@@ -280,10 +290,12 @@ class Repack:
             made: uint8, likewise: whole bands of the target; written in full.
 
         Raises:
-            CheckpointError: if the way back would not give back the very bytes.
+            CheckpointError: if the way back would not give back the very bytes, or they have no one meaning.
         """
         try:
             self._rewrite(found, made)
+        except UnclearBitsError as error:
+            raise refuse("contradiction", str(error), file=self.file, tensor=self.name) from None
         except StrayBitsError as error:
             message = f"{error}, so the conversion could not be undone; the checkpoint is damaged or of another format"
             raise refuse("contradiction", message, file=self.file, tensor=self.name) from None

@@ -168,7 +168,7 @@ class PartRows:
     @classmethod
     def of(cls, format: Format, files: TensorFiles, module: str, part: str, scheme: Scheme) -> PartRows:
         """Returns the reader of a part of a module whose layout is of a format."""
-        tensor, step = files.info(format.tensor_name(module, part)), format.rows_per_row(part)
+        tensor, step = files.info(format.tensor_name(module, part)), format.rows_per_row(part, scheme)
         element = format.element_type(part)
         if step:
             return cls(files, tensor, element, step, None)

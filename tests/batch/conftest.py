@@ -53,7 +53,7 @@ def models(tmp_path_factory):
     shard.write_bytes(shard.read_bytes()[:-100])
     config = made.folder / "model-08" / "config.json"
     document = json.loads(config.read_text())
-    document["quantization_config"]["quant_method"] = "gptq"
+    document["quantization_config"]["quant_method"] = "fp8"
     config.write_text(json.dumps(document))
     shutil.rmtree(made.folder / "model-15")
     return made

@@ -89,9 +89,9 @@ REFUSED: dict[str, tuple[Change, str, str, str]] = {
     ),
     "gptq": (
         only({"quant_method": "gptq", "bits": 4, "group_size": 64, "desc_act": False}),
-        "foreign-format",
-        "config.json",
-        "a GPTQ checkpoint",
+        "contradiction",
+        SINGLE,
+        "is the layout of AWQ",
     ),
     "gptq_without_a_method": (
         only({"bits": 4, "group_size": 64, "desc_act": True, "damp_percent": 0.1}),
@@ -171,7 +171,7 @@ REFUSED: dict[str, tuple[Change, str, str, str]] = {
         reshape(f"{Q_PROJ}.qweight", [16, 128]),
         "contradiction",
         SINGLE,
-        "perhaps it is packed in another",
+        "that is the layout of GPTQ, but config.json says AWQ",
     ),
     "pickled": (pickled, "pickled-weights", "pytorch_model.bin", "look for a safetensors version"),
     "pickled_by_index": (pickled_by_index, "pickled-weights", INDEX, "only .safetensors files are read"),

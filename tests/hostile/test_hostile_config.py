@@ -24,6 +24,7 @@ from tests.hostile.hostile_files import (
 
 AWQ: dict[str, Any] = {"quant_method": "awq", "version": "gemm", "bits": 4, "group_size": 64, "zero_point": True}
 QWEIGHT, QZEROS, SCALES = (f"{MODULE}.{part}" for part in ("qweight", "qzeros", "scales"))
+OTHER = "model.layers.0.self_attn.o_proj"
 
 
 def set_config(folder, document: object) -> None:
@@ -117,6 +118,8 @@ def test_a_quantization_config_is_an_object(awq, refused, value: object) -> None
     refused("bad-config", "must hold a JSON object")
 
 
+GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 64, "desc_act": False, "sym": True}
+
 FOREIGN = {
     "GEMV": ({**AWQ, "version": "GEMV"}, "AWQ's GEMV layout"),
     "GEMV fast": ({**AWQ, "version": "gemv_fast"}, "AWQ's GEMV-fast layout"),
@@ -127,8 +130,9 @@ FOREIGN = {
     "ExLlama": ({**AWQ, "version": "exllama"}, "ExLlama layout"),
     "a version to come": ({**AWQ, "version": "gemm2"}, "version 'gemm2'"),
     "a version of escapes": ({**AWQ, "version": NASTY}, r"x1b[31m"),
-    "GPTQ": ({"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False, "sym": True}, "GPTQ checkpoint"),
-    "GPTQ, old": ({"bits": 4, "group_size": 128, "desc_act": False, "damp_percent": 0.1}, "a GPTQ checkpoint"),
+    "GPTQ of a version to come": ({**GPTQ, "checkpoint_format": "gptq_v3"}, "a GPTQ checkpoint of format 'gptq_v3'"),
+    "GPTQ for Marlin": ({**GPTQ, "checkpoint_format": "marlin"}, "a GPTQ checkpoint of format 'marlin'"),
+    "GPTQ for Marlin, older": ({**GPTQ, "is_marlin_format": True}, "a GPTQ checkpoint of format 'marlin'"),
     "GPTQ-Marlin": ({"quant_method": "marlin", "bits": 4, "group_size": 128}, "GPTQ-Marlin"),
     "compressed-tensors": ({"quant_method": "compressed-tensors", "format": "marlin-24"}, "of format 'marlin-24'"),
     "bitsandbytes": ({"quant_method": "bitsandbytes", "load_in_4bit": True}, "bitsandbytes"),
@@ -334,14 +338,14 @@ def test_a_faulty_module_is_refused_by_its_tensor(awq, refused, name: str) -> No
 
 
 def test_bits_and_group_sizes_that_differ_between_modules_are_refused(awq, tmp_path, run) -> None:
+    """The first two modules that differ are named, the one that the config does not speak of first."""
+    usual = f"but {OTHER} has 4 bits in groups of 64; only checkpoints with one kind"
     set_tensors(awq, qweight=zeros("I32", 128, 16), qzeros=zeros("I32", 2, 16))
     outcome = run("convert", awq, tmp_path / "out")
-    outcome.refused("contradiction", "that fits 8 bits, the config says 4", file=SHARD, tensor=SCALES)
+    outcome.refused("contradiction", f"this module has 8 bits in groups of 64, {usual}", file=SHARD, tensor=QWEIGHT)
     set_tensors(awq, qweight=zeros("I32", 128, 8), qzeros=zeros("I32", 4, 8), scales=zeros("F16", 4, 64))
     outcome = run("convert", awq, tmp_path / "out")
-    outcome.refused(
-        "contradiction", "that fits group size 32", "One group size for all modules", file=SHARD, tensor=SCALES
-    )
+    outcome.refused("contradiction", f"this module has 4 bits in groups of 32, {usual}", file=SHARD, tensor=QWEIGHT)
 
 
 def test_all_problems_are_told_at_once_sorted(awq, run) -> None:

@@ -361,7 +361,7 @@ def _reshape(name: str, dtype: str, *shape: int) -> Any:
         (_reshape("model.norm.weight", "F16", 4, 4), "wrong-shape", "model.norm.weight"),
         (_reshape("model.norm.weight", "BF16", 16), "wrong-shape", "model.norm.weight"),
         (_reshape("model.norm.weight", "I32", 8), "wrong-shape", "model.norm.weight"),
-        (_reshape(QWEIGHT, "I32", 64, 16), "contradiction", f"{MODULE}.scales"),
+        (_reshape(QWEIGHT, "I32", 64, 16), "contradiction", f"{MODULE}.qweight"),
         (_reshape(QWEIGHT, "U32", 128, 8), "wrong-dtype", QWEIGHT),
         (_reshape(f"{KEPT}.qweight", "F32", 64, 6), "wrong-dtype", f"{KEPT}.qweight"),
     ],
@@ -416,7 +416,7 @@ def test_a_file_that_the_manifest_names_must_be_there(marlin, refused) -> None:
         ("[]", "bad-manifest", "says nothing of a quantization"),
         ("{}", "bad-manifest", "says nothing of a quantization"),
         ('{"quantization_config": 3}', "bad-config", "must hold a JSON object, found int"),
-        ('{"quantization_config": {"quant_method": "gptq"}}', "foreign-format", "GPTQ"),
+        ('{"quantization_config": {"quant_method": "fp8"}}', "foreign-format", "FP8"),
         ('{"quantization_config": {"quant_method": "marlin_native"}}', "bad-manifest", "it belongs to another"),
     ],
 )
