@@ -170,20 +170,25 @@ def on_compile(say: Callable[[str], None]) -> Iterator[None]:
 def build(source: KernelSource, arch: str) -> bytes:
     """Returns the machine code of a kernel, from the cache or else from the compiler.
 
-    Says on stderr, or as `on_compile` decides, what it compiles: the first use of a kernel takes a second, and
-    nobody should wonder why.
+    Of several processes that need it at once, one compiles it and the others wait. Says on stderr, or as `on_compile`
+    decides, what it compiles: the first use of a kernel takes a second, and nobody should wonder why.
 
     Raises:
         KernelUnavailableError: if it has to be compiled and cannot be.
     """
     cache, key = kernel_cache(), key_of(source, arch)
     cubin = cache.get(key)
-    if cubin is None:
-        start = time.perf_counter()
-        cubin = compile_kernel(source, arch).cubin
-        kept = f"kept in {cache.folder}" if cache.put(key, cubin) else f"not kept: {cache.folder} cannot be written"
-        seconds = time.perf_counter() - start
-        _say.get()(f"compiled {source.name} for {arch} in {seconds:.1f} s, {kept}")
+    if cubin is not None:
+        return cubin
+    with cache.one_at_a_time():
+        return cache.get(key) or _compile_and_keep(source, arch, cache, key)
+
+
+def _compile_and_keep(source: KernelSource, arch: str, cache: CodeCache, key: str) -> bytes:
+    start = time.perf_counter()
+    cubin = compile_kernel(source, arch).cubin
+    kept = f"kept in {cache.folder}" if cache.put(key, cubin) else f"not kept: {cache.folder} cannot be written"
+    _say.get()(f"compiled {source.name} for {arch} in {time.perf_counter() - start:.1f} s, {kept}")
     return cubin
 
 

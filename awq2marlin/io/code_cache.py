@@ -6,7 +6,13 @@ import contextlib
 import hashlib
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # not on Windows, where each process compiles for itself
+    fcntl = None  # type: ignore[assignment]
 
 #: The environment variable that names the folder.
 CACHE_VARIABLE = "AWQ2MARLIN_CACHE"
@@ -99,6 +105,21 @@ class CodeCache:
             with contextlib.suppress(OSError):
                 partial.unlink(missing_ok=True)  # it is still there only if it did not get its name
         return True
+
+    @contextlib.contextmanager
+    def one_at_a_time(self) -> Iterator[None]:
+        """Has the user's processes come in one after the other, so that what takes long is done by the first.
+
+        Whoever was waiting should look again with `get`. A process that ends leaves, whatever became of it. Where the
+        folder cannot be locked, nobody waits.
+        """
+        with contextlib.ExitStack() as stack:
+            with contextlib.suppress(OSError):
+                self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+                lock = stack.enter_context((self.folder / ".lock").open("ab"))
+                if fcntl is not None:
+                    fcntl.flock(lock, fcntl.LOCK_EX)
+            yield
 
     def files(self) -> list[Path]:
         """Returns the files that are kept, whole or not."""

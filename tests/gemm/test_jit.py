@@ -86,7 +86,21 @@ def test_processes_share_a_cache(cache):
     with multiprocessing.get_context("spawn").Pool(2) as pool:
         results = pool.map(_build, [repack_source(4)] * 4)
     assert len(set(results)) == 1
-    assert len(list(cache.folder.iterdir())) == 1
+    assert len(cache.files()) == 1
+
+
+def _build_and_tell(kernel):
+    said = []
+    with jit.on_compile(said.append):
+        jit.build(kernel, "sm_80")
+    return len(said)
+
+
+@needs_compiler
+@pytest.mark.usefixtures("cache")
+def test_of_several_processes_one_compiles_and_the_others_wait():
+    with multiprocessing.get_context("spawn").Pool(3) as pool:
+        assert sum(pool.map(_build_and_tell, [repack_source(4)] * 3, chunksize=1)) == 1
 
 
 def test_a_kernel_that_is_unavailable_is_a_kind_of_both():

@@ -1,7 +1,9 @@
 """The cache of compiled code: whole and private files only, and no reason to fail when nothing can be kept."""
 
+import multiprocessing
 import os
 import tempfile
+import threading
 from pathlib import Path
 
 import pytest
@@ -80,3 +82,40 @@ def test_caches_of_other_endings_may_share_a_folder(cache):
     assert other.get("key") is None
     assert other.files() == []
     assert [path.name for path in cache.files()] == ["key.code"]
+
+
+def _hold(folder, entered, leave):
+    with CodeCache(folder, ".code").one_at_a_time():
+        entered.set()
+        leave.wait(60)
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Nothing is locked on Windows.")
+@pytest.mark.parametrize("is_killed", [False, True])
+def test_processes_come_in_one_after_the_other_and_a_dead_one_is_gone(cache, is_killed):
+    context = multiprocessing.get_context("spawn")
+    entered, leave = context.Event(), context.Event()
+    first = context.Process(target=_hold, args=(cache.folder, entered, leave))
+    first.start()
+    assert entered.wait(60)
+    inside = []
+
+    def come_in():
+        with cache.one_at_a_time():
+            inside.append(True)
+
+    second = threading.Thread(target=come_in)
+    second.start()
+    second.join(0.2)
+    assert not inside
+    first.kill() if is_killed else leave.set()
+    second.join(60)
+    first.join(60)
+    assert inside
+    assert cache.files() == [], "the lock is no entry"
+
+
+def test_where_nothing_can_be_locked_nobody_waits(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with CodeCache(tmp_path / "file" / "cache", ".code").one_at_a_time():
+        pass
