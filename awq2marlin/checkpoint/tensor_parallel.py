@@ -1,8 +1,9 @@
 """Cutting Marlin modules for tensor parallelism: which cuts are exact, and how many ranks a checkpoint allows.
 
 A slice of a Marlin tensor is the tensor of the slice where columns are cut at multiples of 64, and rows at
-multiples of 16 that end a group (docs/marlin-native.md, "Slicing"). The rules of vLLM decide which way a module is
-cut: the projections that close a block by rows, everything else by columns.
+multiples of 16 that end a group (docs/marlin-native.md, "Slicing"). Where a cut is not exact, a loader brings the
+module back to AWQ's plain order first, so it must be possible there: at whole words, and between groups. The rules of
+vLLM decide which way a module is cut: the projections that close a block by rows, everything else by columns.
 """
 
 from __future__ import annotations
@@ -150,8 +151,8 @@ def parallel_sizes(
 ) -> ParallelSizes:
     """Returns over how many ranks vLLM can cut a checkpoint, and what stands in the way of more.
 
-    Ranks divide the attention heads, and every module must be cut exactly. With 8 bits vLLM has no kernel for zero
-    points.
+    Ranks divide the attention heads, and no module is cut within a group, nor within a word of the source. With 8 bits
+    vLLM has no kernel for experts with zero points.
 
     Args:
         modules: every quantized module, as it lies in the file.
@@ -207,7 +208,6 @@ class _Kind(NamedTuple):
     name: str
     size_k: int
     size_n: int
-    converted: bool
     is_padded: bool
     is_fused: bool
     is_expert: bool
@@ -221,7 +221,6 @@ class _Kind(NamedTuple):
             name,
             module.size_k,
             module.size_n,
-            module.converted,
             module.is_padded,
             group != module.name or name in FUSED_QKV_NAMES | FUSED_GATE_UP_NAMES,
             group.endswith(".*"),
@@ -230,18 +229,14 @@ class _Kind(NamedTuple):
 
     def obstacle(self, ranks: int, bits: int, group_size: int, heads: Heads) -> str | None:
         """Returns why a module of this kind cannot be cut in so many parts, in words, or None if it can."""
-        if bits == 8 and self.has_zero_points:
-            return "8 bits with zero points, for which vLLM has no kernel"
-        if self.is_padded and self.is_fused:
-            return "a padded module that vLLM fuses with others"
-        if self.is_padded:
-            return "a padded module, which cannot be cut" if ranks > 1 else None
+        if bits == 8 and self.has_zero_points and self.is_expert:
+            return "8 bits with zero points, for which vLLM has no kernel of experts"
+        if self.is_padded and not self.is_fused and ranks == 1:
+            return None  # as it lies in the file
         slices = self._slices(ranks, heads)
         if isinstance(slices, str):
             return slices
         size_k, widths = slices
-        if self.converted:
-            return inexact_reason(size_k, widths, group_size)
         return inexact_awq_reason(size_k, widths, bits, group_size)
 
     def _slices(self, ranks: int, heads: Heads) -> tuple[int, list[int]] | str:

@@ -146,9 +146,7 @@ def _conversion_notes(result: ConvertResult) -> Iterator[str]:
     """Yields what a user should know of an output before he serves it."""
     if not result.converted:
         helps = any(module.reason.startswith("unaligned:") for module in result.kept)
-        advice = (
-            "; --unaligned pad converts what does not fit (vLLM refuses padded modules that it fuses)" if helps else ""
-        )
+        advice = "; --unaligned pad converts what does not fit" if helps else ""
         yield f"no module could be converted, so this checkpoint gains nothing{advice}"
     if result.unserved:
         yield f"vLLM cannot serve this output: {result.unserved}; Transformers can"
@@ -333,23 +331,12 @@ def _ranks_lines(result: InspectResult) -> Iterator[str]:
     where = f" ({printable(_pattern(found.limit.module))})" if found.limit.module else ""
     once = "" if result.format == DEFAULT_TARGET.name else "once converted, "
     if not found.sizes:
-        advice = "; convert with --unaligned keep" if _can_be_kept(result) else ""
-        yield f"{once}vLLM cannot load it: {found.limit.reason}{where}{advice}"
+        yield f"{once}vLLM cannot load it: {found.limit.reason}{where}"
         return
     yield f"{once}tensor-parallel sizes in vLLM: {', '.join(map(str, found.sizes))}"
     yield f"not {found.limit.size}: {found.limit.reason}{where}"
     if found.with_expert_parallel and found.with_expert_parallel != found.sizes:
         yield f"with --enable-expert-parallel: {', '.join(map(str, found.with_expert_parallel))}"
-
-
-def _can_be_kept(result: InspectResult) -> bool:
-    """Returns whether there are padded modules, and all of them can be kept in AWQ layout instead."""
-    from awq2marlin.formats.registry import KEPT
-    from awq2marlin.layout.scheme import Scheme
-
-    scheme = Scheme(result.bits, result.group_size, result.zero_point)
-    padded = [module for module in result.modules if module.padded]
-    return bool(padded) and not any(KEPT.refusal(each.name, each.size_k, each.size_n, scheme) for each in padded)
 
 
 @show.register

@@ -170,6 +170,15 @@ _FAMILY = {name: family[0] for family in FUSED_SIBLINGS for name in family}
 _EXPERT = re.compile(r"^((?:.*\.)?[^.]*experts)\.[0-9]+(?:\.|$)")
 
 
+def is_expert(module: str) -> bool:
+    """Returns whether a module belongs to an expert of a mixture-of-experts layer.
+
+    Args:
+        module: the module's full name.
+    """
+    return _EXPERT.match(module) is not None
+
+
 def fusion_group(module: str) -> str:
     """Returns a key that is equal for exactly the modules that runtimes fuse with this one.
 

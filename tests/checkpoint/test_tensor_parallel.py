@@ -142,8 +142,8 @@ def test_llama_7b_can_be_cut_over_8_gpus_only_where_groups_are_not_in_the_way():
     down, gate = module("mlp.down_proj", 11008, 4096), module("mlp.gate_proj", 4096, 11008)
     assert largest(down, heads=(32, 32)) == 2
     assert largest(down, heads=(32, 32), group_size=32) == 8
-    assert largest(down, gate, heads=(32, 32), group_size=32) == 4  # 1376 columns are not a multiple of 64
-    assert largest(down, heads=(32, 32), group_size=-1) == 16
+    assert largest(down, gate, heads=(32, 32), group_size=32) == 8  # 1376 columns end within a tile, which may be cut
+    assert largest(down, heads=(32, 32), group_size=-1) == 32
 
 
 def test_key_and_value_heads_are_shared_only_where_ranks_and_heads_divide_each_other():
@@ -153,14 +153,14 @@ def test_key_and_value_heads_are_shared_only_where_ranks_and_heads_divide_each_o
     assert largest(module("self_attn.k_proj", 2048, 768), heads=(12, 6)) == 12
     # Four ranks would each get 192 columns, but that is one and a half of six heads.
     assert largest(module("self_attn.k_proj", 2048, 768), heads=(4, 6)) == 2
-    assert largest(module("self_attn.k_proj", 2048, 128), heads=(16, 4)) == 2  # 32 columns a head are half a tile
+    assert largest(module("self_attn.k_proj", 2048, 128), heads=(16, 4)) == 16  # 32 columns a head are half a tile
 
 
 def test_modules_fused_in_the_file_are_cut_part_by_part():
     # 32 query and 8 key and value heads of 128: 16 ranks get 2 query heads and one shared key and value head.
     assert largest(module("self_attn.qkv_proj", 4096, 6144)) == 32
     assert largest(module("self_attn.qkv_proj", 4096, 6144 + 64)) == 0  # no whole number of columns a head
-    assert largest(module("mlp.gate_up_proj", 4096, 2 * 1280)) == 4  # 1280 / 8 = 160, though 2560 / 8 = 320 = 5 x 64
+    assert largest(module("mlp.gate_up_proj", 4096, 2 * 1280)) == 32  # 40 columns each
 
 
 def test_replicated_modules_are_not_cut_and_heads_of_the_text_part_count():
@@ -177,16 +177,17 @@ def test_modules_in_awq_layout_are_cut_at_words_and_groups():
     assert largest(module("self_attn.o_proj", 576, 576, converted=False), heads=(6, 3), group_size=64) == 3
 
 
-def test_padded_modules_are_served_whole_and_alone():
-    alone = module("mlp.down_proj", 1000, 4096, padded=(1024, 4096))
-    assert largest(alone) == 1
-    assert largest(module("mlp.gate_proj", 4096, 1000, padded=(4096, 1024))) == 0
-    assert largest(module("mlp.experts.3.down_proj", 1000, 4096, padded=(1024, 4096))) == 0
+def test_padded_modules_are_cut_by_their_true_size():
+    assert largest(module("mlp.down_proj", 1000, 4096, padded=(1024, 4096)), group_size=-1) == 8  # 125 rows
+    assert largest(module("mlp.down_proj", 1000, 4096, padded=(1024, 4096))) == 1  # whole, with a group cut short
+    assert largest(module("mlp.gate_proj", 4096, 1000, padded=(4096, 1024))) == 1  # 500 columns are no whole words
+    assert largest(module("mlp.experts.3.up_proj", 4096, 992, padded=(4096, 1024))) == 4
 
 
-def test_8_bits_with_zero_points_are_not_served():
-    assert largest(*LLAMA_8B, bits=8) == 0
-    assert largest(*(module(each.name, each.size_k, each.size_n, zeros=False) for each in LLAMA_8B), bits=8) == 16
+def test_experts_of_8_bits_with_zero_points_are_not_served():
+    assert largest(*LLAMA_8B, bits=8) == 16
+    assert largest(*LLAMA_8B, module("mlp.experts.0.up_proj", 4096, 4096), bits=8) == 0
+    assert largest(*LLAMA_8B, module("mlp.experts.0.up_proj", 4096, 4096, zeros=False), bits=8) == 16
 
 
 # --- why not over more ------------------------------------------------------------------------------------
@@ -214,26 +215,26 @@ EXPERT = "mlp.experts.7"
             [module("mlp.down_proj", 1000, 64)],
             (16, 16),
             (),
-            (1, DOWN, "1000 rows on one rank are not a multiple of 16"),
+            (1, DOWN, "1000 rows on one rank are not a multiple of the group size 128"),
         ),
         (
-            [module("mlp.gate_proj", 4096, 192)],
+            [module("mlp.gate_proj", 4096, 176, padded=(4096, 192))],
             (4, 4),
-            (1,),
-            (2, GATE, "96 columns on one rank are not a multiple of 64"),
+            (1, 2),
+            (4, GATE, "44 columns on one rank are not a multiple of 8"),
         ),
         ([module("mlp.gate_proj", 4096, 64)], (9, 3), (1,), (2, "", "9 attention heads cannot be shared out evenly")),
         (
             [module("mlp.gate_proj", 64, 96, padded=(128, 128))],
             (4, 4),
             (),
-            (1, GATE, "a padded module that vLLM fuses with others"),
+            (1, GATE, "64 rows on one rank are not a multiple of the group size 128"),
         ),
         (
-            [module("mlp.down_proj", 64, 96, padded=(64, 128))],
+            [module("mlp.down_proj", 64, 96, padded=(128, 128))],
             (4, 4),
             (1,),
-            (2, DOWN, "a padded module, which cannot be cut"),
+            (2, DOWN, "32 rows on one rank are not a multiple of the group size 128"),
         ),
     ],
 )
@@ -277,7 +278,7 @@ def test_thousands_of_experts_are_looked_at_once():
     st.integers(1, 16),
     st.sampled_from(["mlp.up_proj", "mlp.down_proj"]),
 )
-def test_the_size_found_cuts_every_module_exactly_and_no_larger_one_does(group_size, k_tiles, n_tiles, heads, name):
+def test_the_size_found_cuts_no_group_and_no_word_and_every_larger_one_does(group_size, k_tiles, n_tiles, heads, name):
     size_k, size_n = 128 * k_tiles, 64 * n_tiles
     found = largest(module(name, size_k, size_n), heads=(heads, heads), group_size=group_size)
 
@@ -286,7 +287,7 @@ def test_the_size_found_cuts_every_module_exactly_and_no_larger_one_does(group_s
         if (size_k if is_row else size_n) % ranks:
             return False
         rows, columns = (size_k // ranks, size_n) if is_row else (size_k, size_n // ranks)
-        return inexact_reason(rows, [columns], group_size) is None
+        return inexact_awq_reason(rows, [columns], 4, group_size) is None
 
     assert found == max(ranks for ranks in range(1, heads + 1) if heads % ranks == 0 and is_exact(ranks))
 
@@ -313,12 +314,7 @@ def made(tmp_path, monkeypatch):
         ("awq", 4, "once converted, tensor-parallel sizes in vLLM: 1, 2, 4"),
         ("marlin", 4, "tensor-parallel sizes in vLLM: 1, 2, 4"),
         ("marlin", 4, "not 8: 12 columns on one rank are not a multiple of 8 (model.layers.*.mlp.gate_proj)"),
-        (
-            "padded",
-            0,
-            "vLLM cannot load it: a padded module that vLLM fuses with others (model.layers.*.mlp.gate_proj); "
-            "convert with --unaligned keep",
-        ),
+        ("padded", 4, "tensor-parallel sizes in vLLM: 1, 2, 4"),
     ],
 )
 def test_inspect_tells_the_sizes_and_what_stops_the_next(folder, size, line, made, capsys):
@@ -335,35 +331,32 @@ def test_inspect_tells_the_sizes_and_what_stops_the_next(folder, size, line, mad
 
 
 def test_what_vllm_refuses_is_told_by_the_plan_the_conversion_and_the_card(made, capsys):
-    why = "a padded module that vLLM fuses with others"
+    expert = Recipe({"a.experts.0.up_proj": (128, 128)}, bits=8, config={"num_attention_heads": 2})
+    write_checkpoint(made / "experts", expert)
+    why = "8 bits with zero points, for which vLLM has no kernel of experts"
     note = f"note       vLLM cannot serve this output: {why}; Transformers can"
-    for arguments in (["awq", "--dry-run"], ["awq", "again"]):
-        assert main(["convert", *arguments, "--unaligned", "pad"]) == 0
+    for arguments in (["experts", "--dry-run"], ["experts", "again"]):
+        assert main(["convert", *arguments]) == 0
         assert capsys.readouterr().out.splitlines()[-1] == note
-    assert main(["convert", "awq", "--dry-run", "--unaligned", "pad", "--json"]) == 0
+    assert main(["convert", "experts", "--dry-run", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["details"]["unserved"] == why
-    card = (made / "padded/README.md").read_text()
+    card = (made / "again/README.md").read_text()
     assert f"vLLM cannot serve this checkpoint: {why}.\n\nTransformers, after" in card
     assert "vllm serve" not in card
+    assert main(["inspect", "experts"]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert f"once converted, vLLM cannot load it: {why} (a.experts.*.up_proj)" in said
     assert main(["convert", "awq", "--dry-run"]) == 0
     assert "vLLM" not in capsys.readouterr().out
-    card = (made / "marlin/README.md").read_text()
-    assert "vllm serve THIS_MODEL\n```\n\nOn several GPUs: `--tensor-parallel-size` `2` or `4`.\n" in card
+    for folder in ("marlin", "padded"):
+        card = (made / folder / "README.md").read_text()
+        assert "vllm serve THIS_MODEL\n```\n\nOn several GPUs: `--tensor-parallel-size` `2` or `4`.\n" in card
 
 
 def test_a_card_offers_one_gpu_where_nothing_can_be_cut(tmp_path):
     write_checkpoint(tmp_path / "awq", Recipe({"a.down_proj": (128, 128)}, config={"num_attention_heads": 2}))
     convert(tmp_path / "awq", tmp_path / "out")
     assert "On one GPU: it cannot be cut for several.\n" in (tmp_path / "out/README.md").read_text()
-
-
-def test_inspect_says_that_vllm_has_no_kernel_for_8_bits_with_zero_points(tmp_path, capsys):
-    write_checkpoint(tmp_path, Recipe({"a.q_proj": (128, 128)}, bits=8, config={"num_attention_heads": 2}))
-    assert main(["inspect", str(tmp_path)]) == 0
-    why = "8 bits with zero points, for which vLLM has no kernel"
-    assert f"once converted, vLLM cannot load it: {why} (a.q_proj)" in capsys.readouterr().out.splitlines()
-    assert main(["convert", str(tmp_path), "out", "--dry-run"]) == 0
-    assert capsys.readouterr().out.endswith(f"note       vLLM cannot serve this output: {why}; Transformers can\n")
 
 
 def test_padding_is_advised_only_where_it_helps(tmp_path, capsys):
@@ -373,7 +366,7 @@ def test_padding_is_advised_only_where_it_helps(tmp_path, capsys):
             (head, ""),  # an output embedding is never converted
             (
                 {"a.q_proj": (128, 96)},
-                "; --unaligned pad converts what does not fit (vLLM refuses padded modules that it fuses)",
+                "; --unaligned pad converts what does not fit",
             ),
         ]
     ):

@@ -21,8 +21,9 @@ from awq2marlin.formats.base import Quantization
 from awq2marlin.formats.marlin_native import MARLIN_QUANT_METHOD
 from awq2marlin.formats.names import CONFIG_FILENAME
 from awq2marlin.formats.registry import MARLIN_NATIVE
+from awq2marlin.integrations.kernel_choice import reason_without_own, setting
 from awq2marlin.integrations.vllm.contents import Contents
-from awq2marlin.integrations.vllm.inventory import WITHOUT_KERNEL, inventory_of, read_inventory, tensors_of
+from awq2marlin.integrations.vllm.inventory import Inventory, inventory_of, read_inventory, tensors_of
 
 logger = init_logger("vllm.awq2marlin")
 
@@ -74,12 +75,9 @@ class MarlinNativeConfig(QuantizationConfig):  # type: ignore[misc]
         """Returns the config that a ``quantization_config`` describes.
 
         Raises:
-            CheckpointError: if it is malformed, of a newer format, or of a kind that vLLM has no kernel for.
+            CheckpointError: if it is malformed, or of a newer format.
         """
-        quantization = MARLIN_NATIVE.read_config(config, CONFIG_FILENAME)
-        if quantization.bits == 8 and quantization.zero_point:
-            raise refuse("unsupported-engine", WITHOUT_KERNEL, file=CONFIG_FILENAME)
-        return cls(quantization)
+        return cls(MARLIN_NATIVE.read_config(config, CONFIG_FILENAME))
 
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
         """Checks, before the model is built, that vLLM can serve the checkpoint and that it is complete.
@@ -93,10 +91,17 @@ class MarlinNativeConfig(QuantizationConfig):  # type: ignore[misc]
             CheckpointError: naming what is missing or cannot be served, and what to do.
         """
         _check_engine()
+        inventory = self._read_inventory(model_name, hf_config, revision)
+        self.contents = replace(self.contents, inventory=inventory)
+        if inventory is not None and self.contents.bits == 8 and inventory.zero_point_modules:
+            reason = reason_without_own(_capability())
+            if reason:
+                message = f"8 bits with zero points: {reason}"
+                raise refuse("unsupported-engine", message, tensor=min(inventory.zero_point_modules))
+
+    def _read_inventory(self, model_name: str, hf_config: Any, revision: str | None) -> Inventory | None:
         if Path(model_name).is_dir():
-            inventory = read_inventory(Path(model_name), self.contents.quantization)
-            self.contents = replace(self.contents, inventory=inventory)
-            return
+            return read_inventory(Path(model_name), self.contents.quantization)
         from vllm.transformers_utils.config import get_safetensors_params_metadata
 
         metadata = get_safetensors_params_metadata(model_name, revision=revision)
@@ -105,10 +110,9 @@ class MarlinNativeConfig(QuantizationConfig):  # type: ignore[misc]
                 "awq2marlin could not read the headers of %s beforehand: what is missing is found while loading",
                 printable(model_name),
             )
-            return
+            return None
         config = hf_config.to_dict() if hf_config is not None else {}
-        inventory = inventory_of(tensors_of(metadata), self.contents.quantization, config)
-        self.contents = replace(self.contents, inventory=inventory)
+        return inventory_of(tensors_of(metadata), self.contents.quantization, config)
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: Any) -> None:
         """Gives the modules the names that a model of vLLM has for them.
@@ -126,7 +130,7 @@ class MarlinNativeConfig(QuantizationConfig):  # type: ignore[misc]
             prefix: its full name.
 
         Raises:
-            CheckpointError: if a layer fuses modules that the checkpoint holds in different layouts.
+            CheckpointError: if a layer joins modules of which some are quantized and some are not.
         """
         from vllm.model_executor.layers.fused_moe import RoutedExperts
         from vllm.model_executor.layers.linear import LinearBase
@@ -165,25 +169,24 @@ class MarlinNativeConfig(QuantizationConfig):  # type: ignore[misc]
         return MarlinNativeLinearMethod(self.contents, prefix, parts)
 
     def _awq_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase:
-        from awq2marlin.integrations.vllm.linear import MarlinRepackedLinearMethod
+        from awq2marlin.integrations.vllm.linear import MarlinNativeLinearMethod
 
         parts = self.parts(prefix)
         if self._is_vllm_s_awq(parts):
             return self._vllm_awq_config().get_quant_method(layer, prefix)
-        return MarlinRepackedLinearMethod(self.contents, prefix, parts)
+        return MarlinNativeLinearMethod(self.contents, prefix, parts)
 
     def _experts_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase:
         from vllm.model_executor.layers.fused_moe import UnquantizedFusedMoEMethod
 
-        from awq2marlin.integrations.vllm.experts import MarlinNativeMoEMethod, MarlinRepackedMoEMethod
+        from awq2marlin.integrations.vllm.experts import MarlinNativeMoEMethod
 
         layout = self.contents.layout_of_experts(prefix)
         if layout == "none":
             return UnquantizedFusedMoEMethod(layer.moe_config)
         if layout == "awq" and self._is_vllm_s_awq([prefix]):
             return self._vllm_awq_config().get_quant_method(layer, prefix)
-        method = MarlinRepackedMoEMethod if layout == "awq" else MarlinNativeMoEMethod
-        return method(self.contents, layer, prefix)
+        return MarlinNativeMoEMethod(self.contents, layer, prefix)
 
     def _is_vllm_s_awq(self, modules: list[str]) -> bool:
         """Returns whether vLLM's own AWQ code can load modules: it knows 4 bits, zero points and real groups only."""
@@ -213,6 +216,7 @@ def _check_engine() -> None:
 
     if not current_platform.is_cuda():
         raise refuse("unsupported-engine", "vLLM's Marlin kernels need an NVIDIA GPU; this vLLM runs without one")
+    setting()
     if envs.VLLM_MARLIN_INPUT_DTYPE is not None:
         raise refuse(
             "unsupported-engine",
@@ -222,6 +226,14 @@ def _check_engine() -> None:
     if envs.VLLM_BATCH_INVARIANT:
         raise refuse(
             "unsupported-engine",
-            "VLLM_BATCH_INVARIANT is set, but vLLM's Marlin kernels are not batch invariant. Unset it, or serve the "
+            "VLLM_BATCH_INVARIANT is set, but Marlin kernels are not batch invariant. Unset it, or serve the "
             "AWQ checkpoint: 'awq2marlin revert' gives it back",
         )
+
+
+def _capability() -> tuple[int, int] | None:
+    """Returns the compute capability of the GPUs, without a context on any of them; None if it is not known."""
+    from vllm.platforms import current_platform
+
+    found = current_platform.get_device_capability()
+    return None if found is None else (found.major, found.minor)

@@ -81,15 +81,17 @@ class Contents:
         return any(module in names for names in (lists.awq_modules, lists.unquantized_modules, lists.padded_modules))
 
     def layout(self, modules: Collection[str]) -> Layout:
-        """Returns the layout that modules, which become one layer, share.
+        """Returns the layout of modules which become one layer; ``marlin`` if only some of them are in that.
 
         Args:
             modules: their names, at least one.
 
         Raises:
-            CheckpointError: if they lie in different layouts.
+            CheckpointError: if some are quantized and some are not.
         """
         found = {self._layout(module): module for module in modules}
+        if found.keys() == {"marlin", "awq"}:
+            return "marlin"
         if len(found) > 1:
             said = ", ".join(
                 f"{printable(module)} is {_LAYOUT_NAMES[layout]}" for layout, module in sorted(found.items())
@@ -129,7 +131,7 @@ class Contents:
             return "Serve it on fewer GPUs; 'awq2marlin inspect' tells the largest tensor-parallel size that works"
         size = self.inventory.largest_tensor_parallel_size
         if not size:
-            return "No tensor-parallel size works: modules that vLLM fuses are padded. Convert with --unaligned keep"
+            return "No tensor-parallel size works"
         return f"The largest tensor-parallel size that works is {size}: serve it with --tensor-parallel-size {size}"
 
     def _layout(self, module: str) -> Layout:

@@ -6,7 +6,6 @@ from functools import wraps
 from typing import Any, NoReturn
 
 import torch
-import vllm
 from vllm.model_executor.layers.fused_moe import FusedMoeWeightScaleSupported
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
 from vllm.model_executor.layers.fused_moe.oracle.int_wna16 import WNA16MoEBackend, backend_to_kernel_cls
@@ -16,19 +15,22 @@ from vllm.model_executor.utils import set_weight_attrs
 
 from awq2marlin.checkpoint.tensor_parallel import inexact_awq_reason, inexact_reason
 from awq2marlin.errors import refuse
+from awq2marlin.integrations.recut import plain_part
 from awq2marlin.integrations.vllm.contents import Contents, is_any_below
-from awq2marlin.integrations.vllm.finishing import (
-    pad_to,
-    permute_bias,
-    reorder_scales,
-)
+from awq2marlin.integrations.vllm.finishing import pad_to, permute_bias, reorder_scales
+from awq2marlin.integrations.vllm.kernels import RECUT_NOTE, TAKES_ACTIVATION_ORDER, weight_type
 from awq2marlin.integrations.vllm.record import LoadRecord
 from awq2marlin.integrations.vllm.state import are_weights_processed
-from awq2marlin.integrations.vllm.versions import takes_activation_order
 from awq2marlin.layout.marlin import GPTQ_MARLIN_TILE, is_aligned, is_single_group, num_groups
 from awq2marlin.layout.modules import QUANTIZED_PARTS, part_shape
 from awq2marlin.layout.torch_functions import replace_parameter
 from awq2marlin.layout.torch_parts import marlin_part
+
+#: Why vLLM cannot serve a kind of experts that Transformers can.
+WITHOUT_KERNEL = (
+    "8 bits with zero points: vLLM's Marlin experts know 8 bits only without them. Serve the checkpoint with "
+    "Transformers, or look for a 4-bit one of this model"
+)
 
 #: Multiple to which the inner size of experts is padded where tiles do not divide it.
 _PADDED_MULTIPLE = 128
@@ -43,14 +45,11 @@ class MarlinNativeMoEMethod(AutoAWQMoEMethod):  # type: ignore[misc]
 
     supports_pre_processed_weights = True
 
-    #: Rows of K that one row of ``qweight`` holds in the file.
-    tile = GPTQ_MARLIN_TILE
-
     def __init__(self, contents: Contents, layer: Any, prefix: str) -> None:
         """Serves the experts of the layer of that full name.
 
         Raises:
-            CheckpointError: if vLLM's Marlin experts do not run in this configuration, or experts are padded.
+            CheckpointError: if vLLM's Marlin experts do not run in this configuration.
         """
         # The AWQ method's own constructor would choose between backends; these weights fit Marlin only.
         FusedMoEMethodBase.__init__(self, layer.moe_config)
@@ -68,16 +67,13 @@ class MarlinNativeMoEMethod(AutoAWQMoEMethod):  # type: ignore[misc]
         self._refuse_unserved(layer)
 
     def _refuse_unserved(self, layer: Any) -> None:
-        if is_any_below(self.contents.quantization.padded_modules, self.prefix):
-            self._refuse(
-                "its experts are padded, and in vLLM they are fused, for which their padding stands in the wrong "
-                "places. Convert with --unaligned keep: then vLLM loads them with its own AWQ code"
-            )
         if self.moe.moe_backend not in ("auto", "marlin"):
             self._refuse(
                 f"the backend of experts is set to {self.moe.moe_backend!r}, but their weights are laid out for Marlin "
                 "kernels. Leave the option out"
             )
+        if weight_type(self.contents.bits, "qzeros" in self.parts) is None:
+            self._refuse(WITHOUT_KERNEL)
         experts, key = self.experts_cls, kInt4Static if self.contents.bits == 4 else kInt8Static
         is_served, reason = experts.is_supported_config(experts, self.moe, key, None, experts.activation_format())
         if not is_served:
@@ -109,19 +105,19 @@ class MarlinNativeMoEMethod(AutoAWQMoEMethod):  # type: ignore[misc]
             extra_weight_attrs: holds vLLM's ``weight_loader``.
 
         Raises:
-            CheckpointError: if this rank's part is not exactly a slice of the file's tensors.
+            CheckpointError: if this rank's part cuts a group in two, or words of the source.
         """
         group_size = self.contents.group_size
         hidden, inner = hidden_size, intermediate_size_per_partition
         shards = 2 if self.moe.is_act_and_mul else 1
-        reason = self._inexact_reason(hidden, inner) or self._inexact_reason(inner, hidden)
-        if reason:
-            self._refuse(f"{reason}. {self.contents.tensor_parallel_advice()}")
+        whole_inner = inner * int(self.moe.moe_parallel_config.tp_size)
+        #: K of an expert's modules in the file, without padding.
+        self.whole_k = {"w1": hidden, "w3": hidden, "w2": whole_inner}
+        self._choose_layout(hidden, inner)
         self.sizes = (hidden, inner, shards)
         if self.padded_inner() is None:
             self._refuse(f"hidden size {hidden} is not a multiple of 64, which vLLM's Marlin experts need")
 
-        whole_inner = inner * int(self.moe.moe_parallel_config.tp_size)
         #: Whether scales stand in the file in the order of a single group, for w13 and w2.
         self.was_single = {
             "w13": is_single_group(hidden, group_size),
@@ -160,7 +156,7 @@ class MarlinNativeMoEMethod(AutoAWQMoEMethod):  # type: ignore[misc]
             self._finish(layer)
         # vLLM's experts look for these names.
         layer.w13_weight, layer.w2_weight = layer.w13_qweight, layer.w2_qweight
-        if takes_activation_order(vllm.__version__):
+        if TAKES_ACTIVATION_ORDER:
             empty = torch.empty((self.num_local_experts, 0), dtype=torch.int32, device=layer.w13_qweight.device)
             layer.w13_g_idx_sort_indices = layer.w2_g_idx_sort_indices = empty
         self._setup_kernel(layer)
@@ -183,8 +179,25 @@ class MarlinNativeMoEMethod(AutoAWQMoEMethod):  # type: ignore[misc]
         """Returns the shape of one expert's tensor."""
         return part_shape(part, *self._matrix(group, inner), self.contents.scheme, tile=self.tile)
 
-    def _inexact_reason(self, size_k: int, size_n: int) -> str | None:
-        return inexact_reason(size_k, [size_n], self.contents.group_size)
+    def _choose_layout(self, hidden: int, inner: int) -> None:
+        """Decides in which layout experts are loaded: as they lie in the file, or in AWQ's, to be repacked.
+
+        Sets `tile`, the rows of K that a row of ``qweight`` then has.
+        """
+        contents, sizes = self.contents, ((hidden, inner), (inner, hidden))
+        self.is_awq = contents.layout_of_experts(self.prefix) == "awq"
+        reason = next(filter(None, (inexact_reason(k, [n], contents.group_size) for k, n in sizes)), None)
+        if is_any_below(contents.quantization.padded_modules, self.prefix):
+            reason = "they are padded"
+        self.tile = 1 if self.is_awq or reason else GPTQ_MARLIN_TILE
+        if self.tile != 1:
+            return
+        if not self.is_awq:
+            RECUT_NOTE.say(self.prefix, str(reason))
+        for k, n in sizes:
+            reason = inexact_awq_reason(k, [n], contents.bits, contents.group_size)
+            if reason:
+                self._refuse(f"{reason}. {contents.tensor_parallel_advice()}")
 
     def _finish(self, layer: Any) -> None:
         """Pads what vLLM's kernels cannot take as it is, and brings it to their order."""
@@ -202,14 +215,20 @@ class MarlinNativeMoEMethod(AutoAWQMoEMethod):  # type: ignore[misc]
                 replace_parameter(layer, f"{group}_bias", permute_bias(padded))
 
     def _for_kernel(self, group: str, part: str, tensor: torch.Tensor, inner: int) -> torch.Tensor:
-        """Returns loaded and padded tensors of all experts in the order that the kernel takes; repacks nothing."""
+        """Returns loaded and padded tensors of all experts as the kernel takes them."""
+        matrix = self._matrix(group, inner)
+        if self.tile == 1:
+            return marlin_part(part, tensor, *matrix, self.contents.scheme)
         if part != "scales":
             return tensor
-        is_single = is_single_group(self._matrix(group, inner)[0], self.contents.group_size)
+        is_single = is_single_group(matrix[0], self.contents.group_size)
         return reorder_scales(tensor, was_single=self.was_single[group], is_single=is_single)
 
     def _watch(self, layer: Any, loader: Any) -> Any:
-        """Returns a weight loader that also keeps account, and copies what no rank may cut."""
+        """Returns a weight loader that keeps account, and copies what no rank may cut.
+
+        Where experts are to be repacked, it brings what lies in tiles to plain order.
+        """
 
         @wraps(loader)
         def recording_loader(
@@ -224,6 +243,10 @@ class MarlinNativeMoEMethod(AutoAWQMoEMethod):  # type: ignore[misc]
             name = weight_name.rpartition(".")[2]
             if local != -1:
                 self.record.note(name, (local, shard_id))
+                if self.tile == 1 and not self.is_awq:
+                    module = self._module(layer, expert_id, shard_id)
+                    said, part = self.contents.quantization, name.partition("_")[2]
+                    loaded_weight = plain_part(part, loaded_weight, module, self.whole_k[shard_id], said)
                 if self.is_w2_group_whole and name in ("w2_scales", "w2_qzeros"):
                     param.data[local].copy_(loaded_weight)
                     return True if return_success else None
@@ -234,16 +257,11 @@ class MarlinNativeMoEMethod(AutoAWQMoEMethod):  # type: ignore[misc]
 
     def _require_complete(self, layer: Any) -> None:
         """Refuses the layer if a tensor of a local expert was never loaded."""
-        names = {
-            "w1": layer.ckpt_gate_proj_name,
-            "w3": layer.ckpt_up_proj_name,
-            "w2": layer.ckpt_down_proj_name,
-        }
         local_number = layer._map_global_expert_id_to_local_expert_id
         experts = [(expert, local_number(expert)) for expert in range(layer.global_num_experts)]
         self.record.require_parts(
             {
-                f"{self.prefix}.{expert}.{names[shard]}.{part}": (f"{group}_{part}", (local, shard))
+                f"{self._module(layer, expert, shard)}.{part}": (f"{group}_{part}", (local, shard))
                 for group, shards in (("w13", ("w1", "w3")[: self.sizes[2]]), ("w2", ("w2",)))
                 for part in self.parts
                 for expert, local in experts
@@ -252,21 +270,13 @@ class MarlinNativeMoEMethod(AutoAWQMoEMethod):  # type: ignore[misc]
             }
         )
 
+    def _module(self, layer: Any, expert: int, shard: str) -> str:
+        """Returns the name of an expert's module in the file."""
+        names = {"w1": layer.ckpt_gate_proj_name, "w3": layer.ckpt_up_proj_name, "w2": layer.ckpt_down_proj_name}
+        return f"{self.prefix}.{expert}.{names[shard]}"
+
     def _refuse(self, message: str) -> NoReturn:
         raise refuse("unsupported-engine", message, tensor=self.prefix)
-
-
-class MarlinRepackedMoEMethod(MarlinNativeMoEMethod):
-    """The same for experts kept in AWQ layout that vLLM's own AWQ code cannot load: repacked after loading."""
-
-    tile = 1
-
-    def _inexact_reason(self, size_k: int, size_n: int) -> str | None:
-        return inexact_awq_reason(size_k, [size_n], self.contents.bits, self.contents.group_size)
-
-    def _for_kernel(self, group: str, part: str, tensor: torch.Tensor, inner: int) -> torch.Tensor:
-        matrix = self._matrix(group, inner)
-        return marlin_part(part, tensor, *matrix, self.contents.scheme)
 
 
 class _Facts:

@@ -15,19 +15,12 @@ from awq2marlin.checkpoint.converted import converted_modules, refuse_lost
 from awq2marlin.checkpoint.manifest import read_manifest
 from awq2marlin.checkpoint.opening import open_checkpoint
 from awq2marlin.checkpoint.tensor_parallel import largest_tensor_parallel_size
-from awq2marlin.errors import CheckpointError, Problem, refuse
+from awq2marlin.errors import refuse
 from awq2marlin.formats.base import Quantization
 from awq2marlin.formats.marlin_native import MARLIN_QUANT_METHOD
 from awq2marlin.formats.names import CONFIG_FILENAME, MANIFEST_FILENAME
 from awq2marlin.formats.registry import MARLIN_NATIVE
 from awq2marlin.io.safetensors import TensorInfo
-from awq2marlin.layout.modules import module_name
-
-#: Why vLLM cannot serve a kind of checkpoint that Transformers can.
-WITHOUT_KERNEL = (
-    "8 bits with zero points: vLLM's Marlin kernels know 8 bits only without them. Serve the checkpoint with "
-    "Transformers, or look for a 4-bit one of this model"
-)
 
 
 @dataclass(frozen=True)
@@ -76,13 +69,10 @@ def inventory_of(
         shard_of: the file of each tensor, for messages, where it is known.
 
     Raises:
-        CheckpointError: naming every tensor that is missing or of the wrong kind, or that vLLM has no kernel for.
+        CheckpointError: naming every tensor that is missing or of the wrong kind.
     """
     modules = converted_modules(MARLIN_NATIVE, tensors, quantization, shard_of or dict.fromkeys(tensors, "")).values()
     with_zeros = frozenset(module.name for module in modules if "qzeros" in module.parts)
-    if quantization.bits == 8 and with_zeros:
-        names = (module_name(module, "qzeros") for module in with_zeros)
-        raise CheckpointError(Problem("", name, "unsupported-engine", WITHOUT_KERNEL) for name in names)
     size = largest_tensor_parallel_size(modules, quantization.bits, quantization.group_size, config)
     return Inventory(with_zeros, size)
 

@@ -1,51 +1,62 @@
-"""The GEMM that serves a layer. Today it is vLLM's own; the one place where another could be chosen."""
+"""The GEMMs that serve a linear layer in vLLM, ours and vLLM's own Marlin, and the choice between them."""
 
 from __future__ import annotations
 
+import inspect
 from typing import Any, Protocol
 
 import torch
-import vllm
+from torch.nn.functional import pad
+from vllm import envs
+from vllm.logger import init_logger
 from vllm.model_executor.layers.quantization.utils.marlin_utils import apply_gptq_marlin_linear
 from vllm.scalar_type import ScalarType, scalar_types
 
-from awq2marlin.integrations.vllm.versions import takes_activation_order
+from awq2marlin.gemm.ops import marlin_gemm, warm_up
+from awq2marlin.integrations.kernel_choice import KERNEL_VARIABLE, KernelChoice
+from awq2marlin.integrations.recut import Note
+from awq2marlin.integrations.vllm.finishing import permute_bias
+from awq2marlin.layout.marlin import GPTQ_MARLIN_TILE
 
-_WITH_ZERO_POINTS = {4: scalar_types.uint4}
-_WITHOUT_ZERO_POINTS = {4: scalar_types.uint4b8, 8: scalar_types.uint8b128}
+logger = init_logger("vllm.awq2marlin")
+
+#: What this process chose, and what it says once.
+CHOICE = KernelChoice("vLLM's Marlin", logger)
+RECUT_NOTE = Note(logger)
+
+#: Whether vLLM's Marlin calls take an index of rows and a workspace, as before 0.33.
+TAKES_ACTIVATION_ORDER = "g_idx" in inspect.signature(apply_gptq_marlin_linear).parameters
+
+#: vLLM's names of weights, by bits and whether there are zero points.
+_WEIGHT_TYPES = {
+    (4, True): scalar_types.uint4,
+    (4, False): scalar_types.uint4b8,
+    (8, False): scalar_types.uint8b128,
+}
 
 
-def weight_type(num_bits: int, zero_points: bool) -> ScalarType:
-    """Returns vLLM's name for the type of the weights.
+def weight_type(num_bits: int, zero_points: bool) -> ScalarType | None:
+    """Returns vLLM's name for the type of the weights; None if its Marlin kernel does not know it.
 
     Args:
         num_bits: 4 or 8.
-        zero_points: whether the layer has ``qzeros``; with 8 bits it must not.
+        zero_points: whether the layer has ``qzeros``.
     """
-    return (_WITH_ZERO_POINTS if zero_points else _WITHOUT_ZERO_POINTS)[num_bits]
+    return _WEIGHT_TYPES.get((num_bits, zero_points))
 
 
 class LinearKernel(Protocol):
-    """Multiplies activations with a layer's Marlin weight."""
+    """Multiplies activations with a layer's Marlin weight: ``qweight``, ``scales`` and perhaps ``qzeros``."""
 
-    def prepare(self, device: torch.device) -> None:
-        """Allocates what every call needs, on the device of the weights."""
+    def ordered_bias(self, bias: torch.Tensor) -> torch.Tensor:
+        """Returns a bias [padded N] in the order in which the kernel adds it."""
 
-    def __call__(
-        self,
-        x: torch.Tensor,
-        qweight: torch.Tensor,
-        scales: torch.Tensor,
-        qzeros: torch.Tensor | None,
-        bias: torch.Tensor | None,
-    ) -> torch.Tensor:
+    def __call__(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """Returns ``x @ w + bias``.
 
         Args:
+            layer: holds the weight.
             x: [..., K].
-            qweight: int32 [padded K / 16, padded N * 16 / f].
-            scales: [G, padded N].
-            qzeros: int32 [G, padded N / f], or None.
             bias: [padded N] in the kernel's order, or None.
 
         Returns:
@@ -53,8 +64,36 @@ class LinearKernel(Protocol):
         """
 
 
-class VllmMarlinKernel:
-    """vLLM's ``marlin_gemm``, behind the call that pads activations and strips padding from the result."""
+def kernel_of(layer: Any, num_bits: int, size_k: int, size_n: int) -> LinearKernel:
+    """Returns the kernel that serves a finished layer. If it is ours, it is ready for a capture in CUDA graphs.
+
+    Args:
+        layer: holds the weight.
+        num_bits: 4 or 8.
+        size_k: K on this rank, without padding.
+        size_n: N on this rank, without padding.
+
+    Raises:
+        KernelUnavailableError: if ours must serve it and cannot.
+    """
+    qzeros, device = getattr(layer, "qzeros", None), layer.qweight.device
+
+    def get_ready() -> None:
+        if device.type == "cuda":  # on a CPU there is nothing to compile
+            warm_up(layer.qweight, layer.scales, qzeros, num_bits=num_bits)
+
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+    wtype = weight_type(num_bits, qzeros is not None)
+    # A graph that vLLM has compiled holds calls of the kernel, so its cache must know which.
+    envs.environment_variables.setdefault(KERNEL_VARIABLE, lambda: CHOICE.kernel)
+    if CHOICE.kernel_for(capability, get_ready, only_own=wtype is None) == "own":
+        return OwnKernel(num_bits, qzeros is not None, size_k, size_n)
+    assert wtype is not None, "without a name of vLLM's only ours serves it"
+    return VllmMarlinKernel(wtype, qzeros is not None, size_k, size_n, device)
+
+
+class OwnKernel:
+    """``awq2marlin::marlin_gemm``: one operator to torch.compile."""
 
     def __init__(self, num_bits: int, zero_points: bool, size_k: int, size_n: int) -> None:
         """Serves a layer.
@@ -65,18 +104,47 @@ class VllmMarlinKernel:
             size_k: K on this rank, without padding.
             size_n: N on this rank, without padding.
         """
-        self._has_activation_order = takes_activation_order(vllm.__version__)
+        self._num_bits, self._zero_points = num_bits, zero_points
+        self._size_k, self._size_n = size_k, size_n
+
+    def ordered_bias(self, bias: torch.Tensor) -> torch.Tensor:
+        """Returns the bias: plain order."""
+        return bias
+
+    def __call__(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """Returns ``x @ w + bias``; see `LinearKernel`."""
+        rows = x.reshape(-1, x.shape[-1])
+        missing = layer.qweight.shape[0] * GPTQ_MARLIN_TILE - self._size_k
+        rows = pad(rows, (0, missing)) if missing else rows.contiguous()
+        qzeros = layer.qzeros if self._zero_points else None
+        out = marlin_gemm(rows, layer.qweight, layer.scales, qzeros, bias, num_bits=self._num_bits)
+        if out.shape[-1] != self._size_n:
+            out = out[:, : self._size_n].contiguous()  # what follows may want a view of it
+        return out.view(*x.shape[:-1], self._size_n)
+
+
+class VllmMarlinKernel:
+    """vLLM's ``marlin_gemm``, behind the call that pads activations and strips padding from the result."""
+
+    def __init__(self, wtype: ScalarType, zero_points: bool, size_k: int, size_n: int, device: torch.device) -> None:
+        """Serves a layer.
+
+        Args:
+            wtype: vLLM's name for the type of the weights.
+            zero_points: whether the layer has ``qzeros``.
+            size_k: K on this rank, without padding.
+            size_n: N on this rank, without padding.
+            device: of the weights.
+        """
+        self._zero_points = zero_points
+        self._empty = torch.empty(0, dtype=torch.int32, device=device)
         self._facts: dict[str, Any] = {
-            "wtype": weight_type(num_bits, zero_points),
+            "wtype": wtype,
             "input_size_per_partition": size_k,
             "output_size_per_partition": size_n,
+            "workspace": None,
         }
-
-    def prepare(self, device: torch.device) -> None:
-        """Allocates the empty index and the locks that the call takes in older versions."""
-        self._empty = torch.empty(0, dtype=torch.int32, device=device)
-        self._facts["workspace"] = None
-        if self._has_activation_order:
+        if TAKES_ACTIVATION_ORDER:
             from vllm.model_executor.layers.quantization.utils.marlin_utils import marlin_make_workspace_new
 
             self._facts |= {
@@ -86,20 +154,17 @@ class VllmMarlinKernel:
                 "is_k_full": True,
             }
 
-    def __call__(
-        self,
-        x: torch.Tensor,
-        qweight: torch.Tensor,
-        scales: torch.Tensor,
-        qzeros: torch.Tensor | None,
-        bias: torch.Tensor | None,
-    ) -> torch.Tensor:
+    def ordered_bias(self, bias: torch.Tensor) -> torch.Tensor:
+        """Returns the bias with its columns in the 32-wide order."""
+        return permute_bias(bias)
+
+    def __call__(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """Returns ``x @ w + bias``; see `LinearKernel`."""
         out: torch.Tensor = apply_gptq_marlin_linear(
             input=x,
-            weight=qweight,
-            weight_scale=scales,
-            weight_zp=self._empty if qzeros is None else qzeros,
+            weight=layer.qweight,
+            weight_scale=layer.scales,
+            weight_zp=layer.qzeros if self._zero_points else self._empty,
             bias=bias,
             **self._facts,
         )

@@ -1,8 +1,13 @@
-"""How vLLM's linear layers hold quantized modules: loaded in plain slices as they lie in the file, then finished."""
+"""How vLLM's linear layers hold quantized modules: loaded in slices as they lie in the file, then finished.
+
+What cannot be sliced so, and what lies in AWQ layout that vLLM's own code cannot load, is loaded in AWQ layout and
+repacked.
+"""
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+from functools import wraps
+from typing import Any
 
 import torch
 from torch.nn.functional import pad
@@ -17,14 +22,11 @@ from vllm.model_executor.parameter import (
 
 from awq2marlin.checkpoint.tensor_parallel import inexact_awq_reason, inexact_reason
 from awq2marlin.errors import refuse
+from awq2marlin.integrations.recut import plain_part
 from awq2marlin.integrations.vllm.contents import Contents
-from awq2marlin.integrations.vllm.finishing import (
-    pad_to,
-    permute_bias,
-    reorder_scales,
-)
-from awq2marlin.integrations.vllm.kernels import LinearKernel, VllmMarlinKernel
-from awq2marlin.integrations.vllm.record import LoadRecord
+from awq2marlin.integrations.vllm.finishing import pad_to, reorder_scales
+from awq2marlin.integrations.vllm.kernels import RECUT_NOTE, LinearKernel, kernel_of
+from awq2marlin.integrations.vllm.record import LoadRecord, part_number, shard_of
 from awq2marlin.integrations.vllm.state import are_weights_processed
 from awq2marlin.layout.marlin import GPTQ_MARLIN_TILE, is_single_group, padded_shapes
 from awq2marlin.layout.modules import QUANTIZED_PARTS, part_shape
@@ -38,9 +40,6 @@ class MarlinNativeLinearMethod(LinearMethodBase):  # type: ignore[misc]
 
     #: vLLM 0.33: the tensors of a processed layer can be handed to another process as they are.
     supports_pre_processed_weights = True
-
-    #: Rows of K that one row of ``qweight`` holds in the file.
-    tile = GPTQ_MARLIN_TILE
 
     def __init__(self, contents: Contents, prefix: str, modules: list[str]) -> None:
         """Serves a layer.
@@ -56,6 +55,8 @@ class MarlinNativeLinearMethod(LinearMethodBase):  # type: ignore[misc]
         has_zero_points = contents.has_zero_points(modules)
         self.parts = [part for part in QUANTIZED_PARTS if part != "qzeros" or has_zero_points]
         self.record = LoadRecord()
+        #: What multiplies; chosen when the weights are there.
+        self.kernel: LinearKernel | None = None
 
     def create_weights(
         self,
@@ -82,50 +83,52 @@ class MarlinNativeLinearMethod(LinearMethodBase):  # type: ignore[misc]
             extra_weight_attrs: holds vLLM's ``weight_loader``.
 
         Raises:
-            CheckpointError: if this rank's part is not exactly a slice of the file's tensors, or the module is
-                padded and would have to be fused or cut.
+            CheckpointError: if this rank's part cuts a group in two, or words of the source.
         """
         size_k, widths = input_size_per_partition, output_partition_sizes
         size_n = sum(widths)
+        #: K and N on this rank, without padding.
+        self.sizes = (size_k, size_n)
+        #: K of the whole layer.
+        self.whole_k = input_size
+        self.width_count = len(widths)
         is_cut = (size_k, size_n) != (input_size, output_size)
-        self.file_k, self.file_n = self._file_sizes(size_k, size_n, len(widths), is_cut)
-        self._refuse_inexact(self.file_k, widths if self.file_n == size_n else [self.file_n], is_cut)
+        self._choose_layout(size_k, widths, is_cut)
 
         contents = self.contents
         #: Whether the scales stand in the file in the order of a single group.
-        self.was_single = is_single_group(max(input_size, self.file_k), contents.group_size)
-        self.width_count = len(widths)
-        self.kernel: LinearKernel = VllmMarlinKernel(contents.bits, "qzeros" in self.parts, size_k, size_n)
+        self.was_single = is_single_group(max(input_size, self.loaded[0]), contents.group_size)
         #: One group over all of K cannot be cut by rows: every rank has all of it.
         is_group_whole = contents.group_size == -1 and size_k != input_size
         for part in self.parts:
-            shape = self._shape(part, self.file_k, self.file_n)
-            loader = self.record.watch(part, extra_weight_attrs["weight_loader"])
+            shape = self._shape(part, *self.loaded)
+            loader = self.record.watch(part, self._reading(part, extra_weight_attrs["weight_loader"]))
             parameter = self._parameter(part, shape, params_dtype, loader, is_group_whole)
             layer.register_parameter(part, parameter)
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        """Makes the loaded tensors what the kernel takes, once.
+        """Makes the loaded tensors what the kernels take, once, and chooses one.
 
-        A slice that the kernel's tiles do not divide is padded with zeros; a bias takes the kernel's order.
+        A slice that the kernels' tiles do not divide is padded with zeros. The bias stays as it was loaded; a copy in
+        the kernel's order lies beside it, and is not saved with the layer.
 
         Args:
             layer: one whose weights were loaded.
 
         Raises:
             CheckpointError: naming every tensor that was never loaded.
+            KernelUnavailableError: if only ours can serve the layer, and it cannot be compiled or run here.
         """
-        self.kernel.prepare(layer.qweight.device)
-        if are_weights_processed() or not isinstance(layer.qweight, BasevLLMParameter):
-            return
-        self.record.require(module_names(self.prefix, self.modules, self.width_count), self.parts)
-
-        padded_k, padded_n = padded_shapes([(self.file_k, self.file_n)], self.contents.group_size)[0]
-        for part in self.parts:
-            padded = pad_to(getattr(layer, part).data, *self._shape(part, padded_k, padded_n))
-            # By a plain parameter, which tells that this is done.
-            replace_parameter(layer, part, self._for_kernel(part, padded, padded_k, padded_n))
-        finish_bias(layer, padded_n)
+        padded_k, padded_n = padded_shapes([self.loaded], self.contents.group_size)[0]
+        if not are_weights_processed() and isinstance(layer.qweight, BasevLLMParameter):
+            self.record.require(module_names(self.prefix, self.modules, self.width_count), self.parts)
+            for part in self.parts:
+                padded = pad_to(getattr(layer, part).data, *self._shape(part, padded_k, padded_n))
+                # By a plain parameter, which tells that this is done.
+                replace_parameter(layer, part, self._for_kernel(part, padded, padded_k, padded_n))
+        if self.kernel is None:
+            self.kernel = kernel_of(layer, self.contents.bits, *self.sizes)
+        keep_ordered_bias(layer, padded_n, self.kernel)
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """Returns ``x @ w + bias``.
@@ -133,36 +136,73 @@ class MarlinNativeLinearMethod(LinearMethodBase):  # type: ignore[misc]
         Args:
             layer: one whose weights are processed.
             x: activations [..., K].
-            bias: [padded N], the layer's own, or None.
+            bias: the layer's own, or None.
 
         Returns:
             [..., N].
         """
-        qzeros = layer.qzeros if "qzeros" in self.parts else None
-        return self.kernel(x, layer.qweight, layer.scales, qzeros, bias)
+        assert self.kernel is not None, "process_weights_after_loading has chosen it"
+        return self.kernel(layer, x, None if bias is None else layer.ordered_bias)
 
-    def _file_sizes(self, size_k: int, size_n: int, widths: int, is_cut: bool) -> tuple[int, int]:
-        """Returns K and N of the tensors to be loaded: larger than the layer's if the module is padded."""
-        padded = [module for module in self.modules if module in self.contents.quantization.padded_modules]
-        if not padded:
-            return size_k, size_n
-        if is_cut or widths > 1 or len(self.modules) > 1:
-            why = "is cut for tensor parallelism" if is_cut else "is fused with others"
-            self._refuse(
-                f"it is padded, and in vLLM it {why}, for which its padding stands in the wrong places. Convert with "
-                "--unaligned keep: then vLLM loads it with its own AWQ code"
-            )
-        return padded_shapes([(size_k, size_n)], self.contents.group_size)[0]
+    def _choose_layout(self, size_k: int, widths: list[int], is_cut: bool) -> None:
+        """Decides in which layout the layer is loaded, and in which sizes.
 
-    def _refuse_inexact(self, size_k: int, widths: list[int], is_cut: bool) -> None:
-        reason = self._inexact_reason(size_k, widths)
-        if reason and is_cut:
-            self._refuse(f"{reason}. {self.contents.tensor_parallel_advice()}")
+        Sets `tile`, the rows of K that a row of ``qweight`` then has, and `loaded`, K and N. As it lies in the file, if
+        that is Marlin's layout and the slice is one of whole tiles; else in AWQ's, to be repacked.
+        """
+        reason = self._reason_to_recut(size_k, widths, is_cut)
+        self.tile, self.loaded = GPTQ_MARLIN_TILE, (size_k, sum(widths))
+        if not reason:
+            if self._padded:
+                self.loaded = padded_shapes([self.loaded], self.contents.group_size)[0]
+            return
+        self.tile = 1
+        if self._layouts != {"awq"}:
+            RECUT_NOTE.say(self.prefix, reason)
+        reason = inexact_awq_reason(size_k, widths, self.contents.bits, self.contents.group_size)
         if reason:
-            self._refuse(f"{reason}, as its layout needs. The checkpoint is damaged; convert again")
+            advice = self.contents.tensor_parallel_advice() if is_cut else "vLLM does not serve its source either"
+            raise refuse("unsupported-engine", f"{reason}. {advice}", tensor=self.prefix)
 
-    def _inexact_reason(self, size_k: int, widths: list[int]) -> str | None:
-        return inexact_reason(size_k, widths, self.contents.group_size)
+    def _reason_to_recut(self, size_k: int, widths: list[int], is_cut: bool) -> str | None:
+        """Returns why the layer cannot be loaded as it lies in the file, in words; None if it can."""
+        if self._layouts != {"marlin"}:
+            return "not all of it is in Marlin layout"
+        if not self._padded:
+            return inexact_reason(size_k, widths, self.contents.group_size)
+        if is_cut:
+            return "it is padded, and cut"
+        return "it is padded, and joined with others" if len(widths) > 1 or len(self.modules) > 1 else None
+
+    @property
+    def _layouts(self) -> set[str]:
+        return {self.contents.layout([module]) for module in self.modules}
+
+    @property
+    def _padded(self) -> list[str]:
+        return [module for module in self.modules if module in self.contents.quantization.padded_modules]
+
+    def _reading(self, part: str, loader: Any) -> Any:
+        """Returns a weight loader that brings what lies in tiles to plain order, where the layer is to be repacked."""
+        if self.tile != 1 or self._layouts == {"awq"}:
+            return loader
+
+        @wraps(loader)
+        def plain_loader(param: Any, loaded_weight: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+            module = self._module_of(shard_of(args, kwargs))
+            if self.contents.layout([module]) == "marlin":
+                said = self.contents.quantization
+                loaded_weight = plain_part(part, loaded_weight, module, self.whole_k, said)
+            return loader(param, loaded_weight, *args, **kwargs)
+
+        return plain_loader
+
+    def _module_of(self, shard: Any) -> str:
+        """Returns the checkpoint's module that vLLM loads as a part of this layer."""
+        number = part_number(shard)
+        if isinstance(number, int) and len(self.modules) == self.width_count:
+            return self.modules[number]
+        return self.modules[0]
 
     def _shape(self, part: str, size_k: int, size_n: int) -> tuple[int, int]:
         return part_shape(part, size_k, size_n, self.contents.scheme, tile=self.tile)
@@ -187,28 +227,14 @@ class MarlinNativeLinearMethod(LinearMethodBase):  # type: ignore[misc]
             return PackedColumnParameter(**packed)
         return PackedvLLMParameter(input_dim=0, marlin_tile_size=self.tile if part == "qweight" else None, **packed)
 
-    def _for_kernel(self, part: str, tensor: torch.Tensor, size_k: int, size_n: int) -> torch.Tensor:  # noqa: ARG002
-        """Returns a loaded and padded tensor in the order that the kernel takes; repacks nothing."""
+    def _for_kernel(self, part: str, tensor: torch.Tensor, size_k: int, size_n: int) -> torch.Tensor:
+        """Returns a loaded and padded tensor as the kernels take it."""
+        if self.tile == 1:
+            return marlin_part(part, tensor, size_k, size_n, self.contents.scheme)
         if part != "scales":
             return tensor
         is_single = is_single_group(size_k, self.contents.group_size)
         return reorder_scales(tensor, was_single=self.was_single, is_single=is_single)
-
-    def _refuse(self, message: str) -> NoReturn:
-        raise refuse("unsupported-engine", message, tensor=self.prefix)
-
-
-@register_weight_loader_v2_supported_method
-class MarlinRepackedLinearMethod(MarlinNativeLinearMethod):
-    """The same for a module kept in AWQ layout that vLLM's own AWQ code cannot load: repacked after loading."""
-
-    tile = 1
-
-    def _inexact_reason(self, size_k: int, widths: list[int]) -> str | None:
-        return inexact_awq_reason(size_k, widths, self.contents.bits, self.contents.group_size)
-
-    def _for_kernel(self, part: str, tensor: torch.Tensor, size_k: int, size_n: int) -> torch.Tensor:
-        return marlin_part(part, tensor, size_k, size_n, self.contents.scheme)
 
 
 def module_names(prefix: str, modules: list[str], width_count: int) -> list[str]:
@@ -222,18 +248,20 @@ def module_names(prefix: str, modules: list[str], width_count: int) -> list[str]
     return modules if len(modules) == width_count else [f"{prefix} (part {part})" for part in range(width_count)]
 
 
-def finish_bias(layer: Any, padded_n: int) -> None:
-    """Gives a layer's bias the order of vLLM's kernel, unless the model adds it by itself.
+def keep_ordered_bias(layer: Any, padded_n: int, kernel: LinearKernel) -> None:
+    """Keeps a copy of a layer's bias as a kernel adds it, in a buffer, unless the model adds the bias by itself.
 
     Args:
         layer: of vLLM, with or without ``bias`` [N].
         padded_n: N with padding.
+        kernel: whose order the copy takes.
     """
     bias = getattr(layer, "bias", None)
     if bias is None or getattr(layer, "skip_bias_add", False):
         return
-    permuted = permute_bias(pad(bias.data, (0, padded_n - len(bias))))
-    if permuted.shape == bias.shape:
-        bias.data.copy_(permuted)  # in place: captured graphs know where it lies
+    ordered = kernel.ordered_bias(pad(bias.data, (0, padded_n - len(bias))))
+    kept = getattr(layer, "ordered_bias", None)
+    if kept is None or are_weights_processed():  # then what is there may be another process's
+        layer.register_buffer("ordered_bias", ordered.clone(), persistent=False)
     else:
-        bias.data = permuted
+        kept.copy_(ordered)  # in place: captured graphs know where it lies

@@ -20,6 +20,21 @@ _PART_NUMBERS = {"q": 0, "k": 1, "v": 2, "index_q": 3, "index_k": 4}
 _WHOLE = "whole"
 
 
+def shard_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+    """Returns which part of a fused layer a weight loader is called for: None is all of it, a tuple several.
+
+    Args:
+        args: of the call, after the parameter and the tensor.
+        kwargs: of the call.
+    """
+    return kwargs.get("loaded_shard_id", args[0] if args else None)
+
+
+def part_number(part: Hashable) -> Hashable:
+    """Returns the number of a part by vLLM's name of it, or the name itself if it has none."""
+    return _PART_NUMBERS.get(str(part), part)
+
+
 class LoadRecord:
     """Which parts of which parameters a layer's weight loader has been called for."""
 
@@ -41,15 +56,15 @@ class LoadRecord:
         @wraps(loader)
         def recording_loader(param: Any, loaded_weight: Any, *args: Any, **kwargs: Any) -> Any:
             result = loader(param, loaded_weight, *args, **kwargs)
-            part = kwargs.get("loaded_shard_id", args[0] if args else None)
-            self.note(name, *(part if isinstance(part, (tuple, list)) else (part,)))
+            shard = shard_of(args, kwargs)
+            self.note(name, *(shard if isinstance(shard, (tuple, list)) else (shard,)))
             return result
 
         return recording_loader
 
     def note(self, name: str, *parts: Hashable) -> None:
         """Remembers that parts of a parameter were loaded; None is all of it."""
-        self._loaded[name].update(_WHOLE if part is None else _PART_NUMBERS.get(str(part), part) for part in parts)
+        self._loaded[name].update(_WHOLE if part is None else part_number(part) for part in parts)
 
     def require(self, modules: list[str], parameters: list[str]) -> None:
         """Refuses a linear layer if a part of a parameter was never loaded.

@@ -125,11 +125,20 @@ def test_the_config_says_what_it_is(model):
     assert [str(dtype) for dtype in config.get_supported_act_dtypes()] == ["torch.float16", "torch.bfloat16"]
 
 
-def test_8_bits_with_zero_points_are_refused_before_anything_is_loaded(model):
-    document = json.loads((model.folder / "config.json").read_text())["quantization_config"]
-    problem = problem_of(type(model.config).from_config, {**document, "bits": 8})
-    assert (problem.code, problem.file) == ("unsupported-engine", "config.json")
-    assert "8 bits with zero points" in problem.message
+@pytest.mark.usefixtures("on_a_gpu")
+def test_8_bits_with_zero_points_are_refused_beforehand_where_ours_may_not_serve_them(harness, tmp_path, monkeypatch):
+    eight = harness.Model(tmp_path, {"model.layers.0.mlp.down_proj": (256, 192)}, bits=8, with_inventory=False)
+    eight.config.maybe_update_config(str(eight.folder))
+    monkeypatch.setenv("AWQ2MARLIN_KERNEL", "engine")
+    problem = problem_of(eight.config.maybe_update_config, str(eight.folder))
+    assert (problem.code, problem.tensor) == ("unsupported-engine", "model.layers.0.mlp.down_proj")
+    assert "8 bits with zero points: AWQ2MARLIN_KERNEL=engine leaves it to the engine's kernels" in problem.message
+
+
+@pytest.mark.usefixtures("on_a_gpu")
+def test_a_setting_of_the_kernel_that_is_none_is_refused(model, monkeypatch):
+    monkeypatch.setenv("AWQ2MARLIN_KERNEL", "fast")
+    assert "must be one of auto, own, engine" in problem_of(model.config.maybe_update_config, str(model.folder)).message
 
 
 def test_a_newer_format_is_refused(model):
@@ -218,12 +227,11 @@ def test_names_of_a_multimodal_model_are_mapped_in_all_lists(harness, tmp_path):
     assert said.unquantized_modules == {f"{layer}.mlp.gate"}
 
     def method(prefix, size_k, size_n):
-        built = harness.build("ColumnParallelLinear", model, f"{layer}.{prefix}", size_k, size_n)
-        return type(built.quant_method).__name__
+        return harness.build("ColumnParallelLinear", model, f"{layer}.{prefix}", size_k, size_n).quant_method
 
-    assert method("self_attn.o_proj", 192, 192) == "MarlinRepackedLinearMethod"
-    assert method("mlp.gate", 256, 64) == "UnquantizedLinearMethod"
-    assert method("mlp.down_proj", 256, 192) == "MarlinNativeLinearMethod"
+    assert method("self_attn.o_proj", 192, 192).tile == 1
+    assert method("mlp.down_proj", 256, 192).tile == 16
+    assert type(method("mlp.gate", 256, 64)).__name__ == "UnquantizedLinearMethod"
 
 
 def test_the_output_embedding_goes_to_vllm_s_awq_code_if_it_is_quantized(harness, tmp_path):

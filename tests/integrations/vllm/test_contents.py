@@ -121,20 +121,19 @@ def test_missing_tensors_are_named_where_files_are_not_known(said, lost):
     assert [(tensor, code) for _, tensor, code in found] == [(name, "missing-tensor") for name in lost]
 
 
-def test_8_bits_with_zero_points_are_refused_by_name_even_if_the_config_is_silent():
+def test_8_bits_with_zero_points_are_known_even_if_the_config_is_silent():
     said = quantization(bits=8, zero_point=False)
     without = {"a.qweight": (8, 256), "a.scales": (2, 64)}
-    with_zeros = tensors({**without, "a.qzeros": (2, 16)})
-    assert problems(inventory_of, with_zeros, said, {}) == [("", "a.qzeros", "unsupported-engine")]
-    assert inventory_of(tensors(without), said, {}).largest_tensor_parallel_size > 0
+    assert inventory_of(tensors({**without, "a.qzeros": (2, 16)}), said, {}).zero_point_modules == {"a"}
+    assert inventory_of(tensors(without), said, {}).zero_point_modules == frozenset()
 
 
-def test_a_padded_module_keeps_its_true_size_in_the_inventory():
+def test_a_padded_module_is_cut_by_its_true_size():
     shapes = {"a.down_proj.qweight": (8, 128), "a.down_proj.qzeros": (2, 8), "a.down_proj.scales": (2, 64)}
-    parts = tensors(shapes)
-    said = quantization(padded_modules={"a.down_proj": (128, 56)})
-    assert inventory_of(parts, said, {}).largest_tensor_parallel_size == 1
-    assert inventory_of(parts, quantization(), {}).largest_tensor_parallel_size == 2
+    heads = {"num_attention_heads": 4}
+    said = quantization(padded_modules={"a.down_proj": (96, 56)})
+    assert inventory_of(tensors(shapes), said, heads).largest_tensor_parallel_size == 1  # 48 rows are no group of 64
+    assert inventory_of(tensors(shapes), quantization(), heads).largest_tensor_parallel_size == 2
 
 
 def test_metadata_of_a_repository_may_hold_what_is_no_tensor():
@@ -156,7 +155,11 @@ def test_the_layout_of_modules_that_become_one_layer():
     assert contents.layout(["q", "k"]) == "awq"
 
 
-def test_mixed_layouts_in_one_layer_are_refused_with_every_name():
+def test_a_layer_of_both_layouts_is_brought_into_marlin_s():
+    assert Contents(quantization(awq_modules={"q"})).layout(["q", "k", "v"]) == "marlin"
+
+
+def test_a_layer_of_which_a_part_is_not_quantized_is_refused_with_every_name():
     contents = Contents(quantization(awq_modules={"q"}, unquantized_modules={"k"}))
     with pytest.raises(CheckpointError) as refused:
         contents.layout(["q", "k", "v"])
@@ -216,7 +219,7 @@ def test_advice_names_the_largest_size_if_it_is_known():
     assert "'awq2marlin inspect' tells" in Contents(said).tensor_parallel_advice()
     advice = Contents(said, Inventory(frozenset(), 4)).tensor_parallel_advice()
     assert advice.endswith("size that works is 4: serve it with --tensor-parallel-size 4")
-    assert "Convert with --unaligned keep" in Contents(said, Inventory(frozenset(), 0)).tensor_parallel_advice()
+    assert Contents(said, Inventory(frozenset(), 0)).tensor_parallel_advice() == "No tensor-parallel size works"
 
 
 # --- versions ---------------------------------------------------------------------------------------------

@@ -172,7 +172,7 @@ def test_awq_experts_that_vllm_cannot_load_are_repacked(
 ):
     model = make_model(harness, tmp_path, bits, group_size, has_qzeros, UNALIGNED, heads=(3, 3), extra={"a": (128, 64)})
     layer = layer_of(harness, experts, model, rank, ranks, sizes=UNALIGNED)
-    assert type(layer.quant_method).__name__ == "MarlinRepackedMoEMethod"
+    assert layer.quant_method.tile == 1
     experts.load_experts(layer, model, PREFIX)
     assert experts.finish_experts(layer) == 1
     for expert in range(COUNT):
@@ -198,6 +198,33 @@ def test_experts_in_full_precision_go_to_vllm(harness, experts, tmp_path):
     assert method is vllm_s.return_value
 
 
+# --- cuts that are not whole tiles -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("bits", "group_size", "has_qzeros"), [(4, 32, True), (8, 32, False), (4, -1, True)])
+@pytest.mark.parametrize("rank", [0, 5, 15])
+def test_experts_cut_within_tiles_hold_their_share(harness, experts, tmp_path, bits, group_size, has_qzeros, rank):
+    """512 inner columns at 16 ranks are 32 each, half a tile, and padded to 64 or 128."""
+    model = make_model(harness, tmp_path, bits, group_size, has_qzeros, heads=(16, 16))
+    layer = layer_of(harness, experts, model, rank, 16)
+    experts.load_experts(layer, model, PREFIX)
+    assert experts.finish_experts(layer) == 1
+    for expert in range(COUNT):
+        assert_expert_holds(harness, experts, layer, model, expert, rank, 16)
+
+
+@pytest.mark.parametrize(("bits", "group_size", "has_qzeros"), [(4, 32, True), (8, 32, False), (4, -1, True)])
+@pytest.mark.parametrize(("rank", "ranks"), [(0, 1), (2, 3)])
+def test_padded_experts_lose_their_padding(harness, experts, tmp_path, bits, group_size, has_qzeros, rank, ranks):
+    model = make_model(harness, tmp_path, bits, group_size, has_qzeros, UNALIGNED, unaligned="pad", heads=(3, 3))
+    assert len(model.config.contents.quantization.padded_modules) == 3 * COUNT
+    layer = layer_of(harness, experts, model, rank, ranks, sizes=UNALIGNED)
+    experts.load_experts(layer, model, PREFIX)
+    experts.finish_experts(layer)
+    for expert in range(COUNT):
+        assert_expert_holds(harness, experts, layer, model, expert, rank, ranks)
+
+
 # --- what is missing or refused ---------------------------------------------------------------------------
 
 
@@ -220,28 +247,21 @@ def test_tensors_of_other_ranks_experts_are_not_missed(harness, experts, tmp_pat
     assert experts.finish_experts(layer) == 1
 
 
-@pytest.mark.parametrize(
-    ("group_size", "ranks", "why"),
-    [
-        (128, 8, "64 rows on one rank are not a multiple of the group size 128"),
-        (32, 16, "32 columns on one rank are not a multiple of 64"),
-    ],
-)
-def test_a_cut_that_is_not_exact_names_the_largest_size_that_works(harness, experts, tmp_path, group_size, ranks, why):
-    model = make_model(harness, tmp_path, group_size=group_size, heads=(16, 16))
-    (problem,) = refusal(layer_of, harness, experts, model, 0, ranks)
+def test_a_cut_through_a_group_names_the_largest_size_that_works(harness, experts, tmp_path):
+    model = make_model(harness, tmp_path, heads=(16, 16))
+    (problem,) = refusal(layer_of, harness, experts, model, 0, 8)
     assert problem.tensor == PREFIX
-    size = {128: 4, 32: 8}[group_size]
     assert problem.message == (
-        f"{why}. The largest tensor-parallel size that works is {size}: serve it with --tensor-parallel-size {size}"
+        "64 rows on one rank are not a multiple of the group size 128. The largest tensor-parallel size that works is "
+        "4: serve it with --tensor-parallel-size 4"
     )
 
 
-def test_padded_experts_are_refused(harness, experts, tmp_path):
-    model = make_model(harness, tmp_path, group_size=32, sizes=UNALIGNED, unaligned="pad")
-    (problem,) = refusal(layer_of, harness, experts, model, sizes=UNALIGNED)
+def test_8_bits_with_zero_points_are_refused(harness, experts, tmp_path):
+    model = make_model(harness, tmp_path, bits=8)
+    (problem,) = refusal(layer_of, harness, experts, model)
     assert problem.tensor == PREFIX
-    assert "Convert with --unaligned keep" in problem.message
+    assert "vLLM's Marlin experts know 8 bits only without them" in problem.message
 
 
 def test_a_hidden_size_that_vllm_s_experts_cannot_take_is_refused(harness, experts, tmp_path):
@@ -273,13 +293,13 @@ def test_experts_that_vllm_s_kernels_do_not_run_are_refused_with_its_reason(harn
     assert "activation" in problem.message
 
 
-def test_the_older_version_gets_the_order_of_rows_that_it_asks_for(harness, experts, tmp_path):
+def test_the_older_version_gets_the_order_of_rows_that_it_asks_for(harness, experts, tmp_path, monkeypatch):
     model = make_model(harness, tmp_path)
-    for version, takes in (("0.25.0", True), ("0.33.0", False)):
+    for takes in (True, False):
+        monkeypatch.setattr("awq2marlin.integrations.vllm.experts.TAKES_ACTIVATION_ORDER", takes)
         layer = layer_of(harness, experts, model)
         experts.load_experts(layer, model, PREFIX)
-        with mock.patch("vllm.__version__", version):
-            experts.finish_experts(layer)
+        experts.finish_experts(layer)
         assert hasattr(layer, "w13_g_idx_sort_indices") == takes
         if takes:
             assert layer.w2_g_idx_sort_indices.shape == (COUNT, 0)

@@ -20,8 +20,8 @@ def refusal(call, *arguments, **options):
 
 
 def plain_bias(layer):
-    """Returns a layer's bias in plain order."""
-    return reference.unpermute_columns(layer.bias.data.numpy()[None], single_group=True)[0]
+    """Returns the bias that vLLM's kernel adds, padding included, in plain order."""
+    return reference.unpermute_columns(layer.ordered_bias.numpy()[None], single_group=True)[0]
 
 
 def qkv_layer(harness, model, **options):
@@ -45,6 +45,8 @@ def test_biases_of_fused_layers_are_cut_and_take_the_kernel_s_order(harness, tmp
         whole = model.awq[f"{QKV[part]}.bias"]
         parts.append(whole.reshape(count, -1)[place])
     assert_identical(plain_bias(layer), harness.torch.cat(parts).numpy(), "bias")
+    assert_identical(layer.bias.data.numpy(), harness.torch.cat(parts).numpy(), "the bias that is saved")
+    assert "ordered_bias" not in layer.state_dict()
 
 
 def test_a_bias_that_the_model_adds_by_itself_stays_plain(harness, tmp_path):
@@ -53,6 +55,7 @@ def test_a_bias_that_the_model_adds_by_itself_stays_plain(harness, tmp_path):
     harness.load(layer, model, {None: "mlp.fc"})
     harness.finish(layer)
     assert_identical(layer.bias.data.numpy(), model.awq["mlp.fc.bias"].numpy(), "bias")
+    assert not hasattr(layer, "ordered_bias")
 
 
 # --- processing once --------------------------------------------------------------------------------------
@@ -67,16 +70,19 @@ def finished(harness, tmp_path):
     loaded = harness.tensors(layer)
     harness.finish(layer)
     assert not harness.torch.equal(loaded["scales"], layer.scales)
-    assert not harness.torch.equal(loaded["bias"], layer.bias)
+    assert harness.torch.equal(loaded["bias"], layer.bias)
+    assert not harness.torch.equal(loaded["bias"], layer.ordered_bias)
     return model, layer
 
 
 def test_processing_twice_changes_nothing_more(harness, finished):
     _, layer = finished
-    once, places = harness.tensors(layer), [parameter.data_ptr() for parameter in layer.parameters()]
+    places = lambda: [tensor.data_ptr() for tensor in (*layer.parameters(), *layer.buffers())]  # noqa: E731
+    once, bias, before = harness.tensors(layer), layer.ordered_bias.clone(), places()
     harness.finish(layer)
     harness.assert_same(harness.tensors(layer), once)
-    assert [parameter.data_ptr() for parameter in layer.parameters()] == places
+    assert harness.torch.equal(layer.ordered_bias, bias)
+    assert places() == before, "captured graphs know where they lie"
 
 
 def test_tensors_of_another_process_are_taken_as_they_are(harness, finished):
@@ -94,9 +100,13 @@ def test_tensors_of_another_process_are_taken_as_they_are(harness, finished):
             else:
                 delattr(fresh, name)
                 fresh.register_parameter(name, harness.torch.nn.Parameter(tensor.clone(), requires_grad=False))
+        shared = harness.torch.full_like(layer.ordered_bias, 7)  # another process's, in another kernel's order
+        fresh.register_buffer("ordered_bias", shared, persistent=False)
         with weights_already_processed():
             harness.finish(fresh)
         harness.assert_same(harness.tensors(fresh), done)
+        assert harness.torch.equal(fresh.ordered_bias, layer.ordered_bias)
+        assert bool((shared == 7).all()), "it was written to"
 
 
 # --- padding of slices ------------------------------------------------------------------------------------
@@ -152,7 +162,7 @@ def test_a_module_fused_in_the_file_is_found_in_the_lists_under_its_own_name(har
     model = harness.Model(tmp_path, {"attn.qkv_proj": (256, 1000), "mlp.down_proj": (256, 64)}, has_qzeros=False)
     assert model.config.contents.quantization.awq_modules == {"attn.qkv_proj"}
     layer = harness.build("QKVParallelLinear", model, "attn.qkv_proj", 256, 8, 75, 25)
-    assert type(layer.quant_method).__name__ == "MarlinRepackedLinearMethod"
+    assert layer.quant_method.tile == 1
 
 
 # --- modules kept in AWQ layout ---------------------------------------------------------------------------
@@ -262,14 +272,6 @@ def test_a_group_as_large_as_k_is_not_cut(harness, tmp_path):
     assert "64 rows on one rank are not a multiple of the group size 128" in problem.message
 
 
-def test_columns_that_end_within_a_tile_are_refused(harness, tmp_path):
-    model = harness.Model(tmp_path, {"mlp.gate_proj": (128, 192), "mlp.up_proj": (128, 192)})
-    arguments = ("MergedColumnParallelLinear", model, "mlp.gate_up_proj", 128, [192, 192])
-    (problem,) = refusal(harness.build, *arguments, rank=0, ranks=2)
-    assert "96 columns on one rank are not a multiple of 64" in problem.message
-    assert "--tensor-parallel-size 1" in problem.message
-
-
 def test_awq_modules_of_ours_are_cut_at_words(harness, tmp_path):
     modules = {"attn.o_proj": (192, 192), "mlp.up_proj": (128, 200)}
     model = harness.Model(tmp_path, modules, heads=(5, 5), group_size=64, has_qzeros=False)
@@ -278,100 +280,10 @@ def test_awq_modules_of_ours_are_cut_at_words(harness, tmp_path):
     assert "100 columns on one rank are not a multiple of 8" in problem.message
 
 
-@pytest.mark.parametrize(
-    ("kind", "prefix", "sizes", "ranks", "why"),
-    [
-        ("MergedColumnParallelLinear", "mlp.gate_up_proj", (128, [96, 96]), 1, "is fused with others"),
-        ("QKVParallelLinear", "attn.qkv_proj", (128, 96, 1, 1), 1, "is fused with others"),
-        ("RowParallelLinear", "mlp.down_proj", (96, 128), 2, "is cut for tensor parallelism"),
-    ],
-)
-def test_padded_modules_are_refused_where_they_are_fused_or_cut(harness, tmp_path, kind, prefix, sizes, ranks, why):
-    modules = {
-        "mlp.gate_proj": (128, 96),
-        "mlp.up_proj": (128, 96),
-        "mlp.down_proj": (96, 128),
-        "attn.qkv_proj": (128, 288),
-    }
-    model = harness.Model(tmp_path, modules, group_size=32, unaligned="pad")
-    (problem,) = refusal(harness.build, kind, model, prefix, *sizes, rank=0, ranks=ranks)
-    assert (problem.tensor, problem.code) == (prefix, "unsupported-engine")
-    assert f"it is padded, and in vLLM it {why}" in problem.message
-    assert "Convert with --unaligned keep" in problem.message
-
-
-def test_a_layer_of_mixed_layouts_is_refused(harness, tmp_path):
+def test_a_layer_of_which_a_part_is_not_quantized_is_refused(harness, tmp_path):
     model = harness.Model(tmp_path, ATTENTION, heads=(8, 2))
-    lists = harness.replace(model.config.contents.quantization, awq_modules=frozenset({"attn.k_proj"}))
+    lists = harness.replace(model.config.contents.quantization, unquantized_modules=frozenset({"attn.k_proj"}))
     model.config.contents = harness.replace(model.config.contents, quantization=lists)
     (problem,) = refusal(qkv_layer, harness, model)
-    assert "attn.k_proj is in AWQ layout" in problem.message
+    assert "attn.k_proj is not quantized" in problem.message
     assert "attn.v_proj is in Marlin layout" in problem.message
-
-
-# --- the kernel's arguments -------------------------------------------------------------------------------
-
-KERNELS = "awq2marlin.integrations.vllm.kernels"
-
-
-@pytest.mark.parametrize("version", ["0.25.0", "0.33.0"])
-@pytest.mark.parametrize("has_qzeros", [True, False])
-def test_the_kernel_gets_what_its_version_takes(harness, tmp_path, version, has_qzeros):
-    model = harness.Model(tmp_path, {"mlp.down_proj": (256, 128)}, has_qzeros=has_qzeros)
-    workspace = harness.torch.zeros(1)
-    helpers = "vllm.model_executor.layers.quantization.utils.marlin_utils"
-    with (
-        mock.patch("vllm.__version__", version),
-        mock.patch(f"{helpers}.marlin_make_workspace_new", return_value=workspace, create=True),
-        mock.patch(f"{KERNELS}.apply_gptq_marlin_linear") as gemm,
-    ):
-        layer = harness.build("RowParallelLinear", model, "mlp.down_proj", 256, 128)
-        harness.load(layer, model, {None: "mlp.down_proj"})
-        harness.finish(layer)
-        x = harness.torch.ones(2, 256, dtype=harness.torch.half)
-        assert layer.quant_method.apply(layer, x, None) is gemm.return_value
-    given = gemm.call_args.kwargs
-    assert given["input"] is x
-    assert (given["weight"] is layer.qweight, given["weight_scale"] is layer.scales, given["bias"]) == (
-        True,
-        True,
-        None,
-    )
-    assert given["weight_zp"] is layer.qzeros if has_qzeros else given["weight_zp"].numel() == 0
-    assert str(given["wtype"]) == ("uint4" if has_qzeros else "uint4b8")
-    assert (given["input_size_per_partition"], given["output_size_per_partition"]) == (256, 128)
-    order = {"g_idx", "g_idx_sort_indices", "is_k_full"}
-    if version == "0.25.0":
-        assert order <= given.keys()
-        assert given["workspace"] is workspace
-        assert given["is_k_full"] is True
-        assert given["g_idx"].numel() == given["g_idx_sort_indices"].numel() == 0
-    else:
-        assert order.isdisjoint(given)
-        assert given["workspace"] is None
-
-
-def test_the_arguments_are_those_of_the_installed_vllm(harness):
-    import inspect
-
-    from awq2marlin.integrations.vllm.kernels import VllmMarlinKernel, apply_gptq_marlin_linear
-
-    kernel = VllmMarlinKernel(4, True, 256, 128)
-    kernel.prepare(harness.torch.device("cpu"))
-    names = {"input", "weight", "weight_scale", "weight_zp", "bias", *kernel._facts}
-    parameters = inspect.signature(apply_gptq_marlin_linear).parameters
-    assert names <= parameters.keys()
-    required = {name for name, each in parameters.items() if each.default is each.empty}
-    assert required <= names
-
-
-@pytest.mark.parametrize(
-    ("bits", "zeros", "name"), [(4, True, "uint4"), (4, False, "uint4b8"), (8, False, "uint8b128")]
-)
-@pytest.mark.usefixtures("harness")
-def test_types_of_weights(bits, zeros, name):
-    from awq2marlin.integrations.vllm.kernels import weight_type
-
-    assert str(weight_type(bits, zeros)) == name
-    with pytest.raises(KeyError):
-        weight_type(8, True)

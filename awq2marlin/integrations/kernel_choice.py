@@ -1,0 +1,159 @@
+"""Which GEMM serves an engine's linear layers: ours, or the engine's own Marlin. The same for every engine."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from logging import Logger
+from typing import Literal
+
+from awq2marlin.errors import KernelUnavailableError, printable, refuse
+from awq2marlin.gemm.families.base import HOPPER, MIN_CAPABILITY, Capability
+
+Kernel = Literal["own", "engine"]
+
+#: The environment variable that decides instead of the measurements.
+KERNEL_VARIABLE = "AWQ2MARLIN_KERNEL"
+SETTINGS = ("auto", "own", "engine")
+
+#: Where ours was measured faster than the engines' Marlin (docs/vllm.md has the figures).
+MEASURED = frozenset({HOPPER})
+
+#: Seconds from which on a wait for another process that compiles is worth a line.
+_NOTICEABLE_SECONDS = 1.0
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A kernel, and why."""
+
+    kernel: Kernel
+    reason: str
+
+
+def setting() -> str:
+    """Returns what the user asks for: ``auto``, ``own`` or ``engine``.
+
+    Raises:
+        CheckpointError: if the variable says something else.
+    """
+    value = os.environ.get(KERNEL_VARIABLE) or "auto"
+    if value not in SETTINGS:
+        message = f"{KERNEL_VARIABLE} is {printable(repr(value))}, but must be one of {', '.join(SETTINGS)}"
+        raise refuse("unsupported-engine", message)
+    return value
+
+
+def choose(capability: Capability | None) -> Choice:
+    """Returns which kernel serves layers that both can serve.
+
+    Args:
+        capability: the GPU's compute capability; None on a CPU.
+
+    Raises:
+        CheckpointError: if the variable says something else than it may.
+    """
+    wanted = setting()
+    if wanted == "engine":
+        return Choice("engine", f"{KERNEL_VARIABLE}=engine")
+    if wanted == "own":
+        return Choice("own", f"{KERNEL_VARIABLE}=own")
+    if capability is None:
+        return Choice("engine", "there is no GPU")
+    place = f"compute capability {_dotted(capability)}"
+    if capability in MEASURED:
+        return Choice("own", f"measured faster on {place}; {KERNEL_VARIABLE}=engine takes the engine's")
+    if capability < MIN_CAPABILITY:
+        return Choice("engine", f"awq2marlin's needs compute capability {_dotted(MIN_CAPABILITY)}, this GPU has less")
+    return Choice("engine", f"awq2marlin's was not measured on {place}; {KERNEL_VARIABLE}=own takes it")
+
+
+def reason_without_own(capability: Capability | None) -> str | None:
+    """Returns why a layer that only ours can serve is refused, in words; None if it is not.
+
+    Args:
+        capability: the GPU's compute capability; None if it is not known.
+
+    Raises:
+        CheckpointError: if the variable says something else than it may.
+    """
+    if setting() == "engine":
+        return f"{KERNEL_VARIABLE}=engine leaves it to the engine's kernels, which do not know it; unset the variable"
+    if capability is not None and capability < MIN_CAPABILITY:
+        needed, found = _dotted(MIN_CAPABILITY), _dotted(capability)
+        return f"only awq2marlin's GEMM knows it, which needs compute capability {needed}; this GPU has {found}"
+    return None
+
+
+def _dotted(capability: Capability) -> str:
+    return ".".join(map(str, capability))
+
+
+class KernelChoice:
+    """The choice of one process: made with its first layer, and said in one line of its log."""
+
+    def __init__(self, engine_s: str, logger: Logger) -> None:
+        """Has chosen nothing yet.
+
+        Args:
+            engine_s: what the engine's own kernel is called, such as ``vLLM's Marlin``.
+            logger: the engine's.
+        """
+        self._names = {"own": "awq2marlin's GEMM", "engine": engine_s}
+        self._log = logger
+        self._made: Choice | None = None
+
+    @property
+    def kernel(self) -> Kernel | None:
+        """What was chosen; None before the first layer."""
+        return self._made.kernel if self._made else None
+
+    def kernel_for(
+        self, capability: Capability | None, get_ready: Callable[[], object], *, only_own: bool = False
+    ) -> Kernel:
+        """Returns which kernel serves a layer. If it is ours, it is compiled and loaded.
+
+        Args:
+            capability: the GPU's compute capability; None on a CPU.
+            get_ready: compiles and loads what the layer needs of ours.
+            only_own: whether the engine's kernel does not know such layers.
+
+        Raises:
+            KernelUnavailableError: if ours must serve it, by the setting or because no other can, and cannot.
+        """
+        choice = self._made or self._choose(capability)
+        if choice.kernel == "engine" and not only_own:
+            return "engine"
+        try:
+            self._report(get_ready)
+        except KernelUnavailableError as error:
+            if only_own or setting() == "own":
+                raise
+            self._made = Choice("engine", "awq2marlin's GEMM is unavailable")
+            self._log.warning("awq2marlin's GEMM is left for %s: %s", self._names["engine"], error)
+            return "engine"
+        return "own"
+
+    def _choose(self, capability: Capability | None) -> Choice:
+        self._made = choose(capability)
+        self._log.info(
+            "linear layers in Marlin layout run on %s: %s", self._names[self._made.kernel], self._made.reason
+        )
+        return self._made
+
+    def _report(self, get_ready: Callable[[], object]) -> None:
+        """Gets ready and says how long it took, if that is anything to speak of."""
+        from awq2marlin.gemm.jit import kernel_cache, on_compile
+
+        compiled: list[str] = []
+        begin = time.perf_counter()
+        with on_compile(compiled.append):
+            get_ready()
+        seconds = time.perf_counter() - begin
+        if compiled:
+            folder = kernel_cache().folder
+            self._log.info("compiled %d kernels in %.1f s; they are looked for in %s", len(compiled), seconds, folder)
+        elif seconds > _NOTICEABLE_SECONDS:
+            self._log.info("the kernels were ready after %.1f s", seconds)
