@@ -8,6 +8,10 @@ kernels. Where vLLM's AWQ code cannot load a kind (no zero points; one group ove
 reference is the dequantized model in plain fp16, whose rounding differs: then log-probabilities are compared within a
 bound, along the same tokens.
 
+The converted checkpoint then runs once more with the linear layers on this package's GEMM, whose sums have another
+order: where a token differs, the two best must have been as close to each other as the two kernels' log-probabilities
+are. Of 8 bits with zero points there is only this run.
+
 Prompts go in together, and short ones also one by one. Where tokens share blocks in vLLM's expert kernels, two
 starts on one and the same AWQ checkpoint do not give the same bits; so of mixtures of experts only the prompts that
 go in alone and fit one block must, and a second start of the AWQ source shows how far the others may be apart.
@@ -28,6 +32,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import torch
+
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from random_models import Model, write_model
@@ -43,6 +49,9 @@ MODELS = {
     "mixtral, g 128": Model(1024, 1024, 4, 16, 4, 4096, experts=4),
     "llama without zero points": Model(1024, 2816, 4, 16, 4, 4096, zero_points=False),
     "llama, 8 bits without zero points": Model(1024, 2816, 4, 16, 4, 4096, bits=8, zero_points=False),
+    "llama, 8 bits": Model(1024, 2816, 4, 16, 4, 4096, bits=8),
+    "llama, bf16": Model(1024, 2816, 4, 16, 4, 4096, dtype=torch.bfloat16),
+    "llama, cut within tiles by two, g 32": Model(512, 1344, 4, 8, 2, 4096, group_size=32),
 }
 
 PROMPT_LENGTHS = (8, 20, 33, 70, 129, 300)
@@ -53,9 +62,13 @@ NEW_TOKENS = 24
 #: Largest difference of log-probabilities from the dequantized model: fp16 rounding of its weights and products.
 DENSE_BOUND = 0.1
 
+#: The same of one kernel from another, where each rounds a product once.
+KERNEL_BOUND = 0.05
+
 #: What keeps vLLM on Marlin kernels and away from what needs a network or NVLink multicast.
 ENVIRONMENT = {
     "VLLM_DISABLED_KERNELS": "MacheteLinearKernel",
+    "AWQ2MARLIN_KERNEL": "engine",
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
     "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",
@@ -100,8 +113,6 @@ def make_engine(folder: Path, ranks: int, eager: bool) -> Any:
 
 def draw_prompts(vocabulary: int) -> tuple[list[list[int]], list[list[int]]]:
     """Returns the prompts that go in together, and those that go in one by one; the same for every engine."""
-    import torch
-
     generator = torch.Generator().manual_seed(7)
 
     def draw(lengths: tuple[int, ...]) -> list[list[int]]:
@@ -114,13 +125,15 @@ def answer(engine: Any, prompts: list[list[int]]) -> list[dict[str, Any]]:
     """Returns greedy tokens and their log-probabilities for prompts that go in together."""
     from vllm import SamplingParams
 
-    sampling = SamplingParams(temperature=0.0, max_tokens=NEW_TOKENS, logprobs=1, ignore_eos=True, detokenize=False)
+    sampling = SamplingParams(temperature=0.0, max_tokens=NEW_TOKENS, logprobs=2, ignore_eos=True, detokenize=False)
     outputs = engine.generate([{"prompt_token_ids": each} for each in prompts], sampling, use_tqdm=False)
     rows = []
     for output in (each.outputs[0] for each in outputs):
         chosen = zip(output.token_ids, output.logprobs, strict=True)
         logprobs = [entry[token].logprob for token, entry in chosen]
-        rows.append({"tokens": list(output.token_ids), "logprobs": logprobs})
+        best = [sorted((each.logprob for each in entry.values()), reverse=True)[:2] for entry in output.logprobs]
+        gaps = [first - second for first, second in best]
+        rows.append({"tokens": list(output.token_ids), "logprobs": logprobs, "gaps": gaps})
     return rows
 
 
@@ -142,7 +155,6 @@ def judge(engine: Any, prompts: list[list[int]], said: list[dict[str, Any]]) -> 
 
 def run_engine(folder: Path, ranks: int, eager: bool, forced: Path | None, out: Path) -> None:
     """Generates in this process and writes what came out; ``forced`` holds tokens whose probabilities are asked for."""
-    import torch
     import vllm
 
     begin = time.perf_counter()
@@ -161,16 +173,19 @@ def run_engine(folder: Path, ranks: int, eager: bool, forced: Path | None, out: 
 
 def has_awq_code(model: Model, ranks: int) -> bool:
     """Returns whether vLLM's own AWQ code can load a model."""
-    return model.zero_points and not (model.group_size == -1 and ranks > 1)
+    return model.bits == 4 and model.zero_points and not (model.group_size == -1 and ranks > 1)
 
 
-def start_engine(folder: Path, ranks: int, eager: bool, out: Path, forced: Path | None = None) -> dict[str, Any]:
+def start_engine(
+    folder: Path, ranks: int, eager: bool, out: Path, forced: Path | None = None, kernel: str = "engine"
+) -> dict[str, Any]:
     """Runs `run_engine` in a process of its own and returns what it wrote."""
     command = [sys.executable, __file__, "--engine", str(folder), "--tp", str(ranks), "--out", str(out)]
     command += ["--forced", str(forced)] if forced else []
     command += [] if eager else ["--compiled"]
+    environment = {**os.environ, **ENVIRONMENT, "AWQ2MARLIN_KERNEL": kernel}
     with out.with_suffix(".log").open("w") as log:
-        done = subprocess.run(command, env={**os.environ, **ENVIRONMENT}, stdout=log, stderr=log, check=False)
+        done = subprocess.run(command, env=environment, stdout=log, stderr=log, check=False)
     if done.returncode:
         tail = out.with_suffix(".log").read_text(errors="replace").splitlines()[-40:]
         raise RuntimeError(f"the engine failed on {folder}:\n" + "\n".join(tail))
@@ -211,13 +226,37 @@ def agreement(what: str, ours: list[dict[str, Any]], theirs: list[dict[str, Any]
     }
 
 
+def gap_where_tokens_differ(ours: list[dict[str, Any]], theirs: list[dict[str, Any]]) -> float:
+    """Returns the largest distance of the two best log-probabilities at the first token of a prompt that differs."""
+    largest = 0.0
+    for one, other in zip(ours, theirs, strict=True):
+        pairs = enumerate(zip(one["tokens"], other["tokens"], strict=True))
+        place = next((at for at, (token, other_token) in pairs if token != other_token), None)
+        if place is not None:
+            largest = max(largest, one["gaps"][place], other["gaps"][place])
+    return largest
+
+
+def compare_own(ours: dict[str, Any], own: dict[str, Any]) -> dict[str, Any]:
+    """Returns how this package's GEMM compares with vLLM's Marlin, on the same checkpoint."""
+    row: dict[str, Any] = {}
+    for what in ("alone", "rows"):
+        name = {"alone": "own_alone", "rows": "own_together"}[what]
+        row |= agreement(name, own[what], ours[what])
+        row[f"{name}_max_gap_where_tokens_differ"] = gap_where_tokens_differ(own[what], ours[what])
+    row["own_layers"] = own["layers"]
+    row["own_ok"] = all(value < KERNEL_BOUND for key, value in row.items() if "_max_" in key)
+    return row
+
+
 def compare(name: str, model: Model, ranks: int, eager: bool, work: Path) -> dict[str, Any]:
     """Returns how the two engines' words compare, for one model that is prepared."""
-    import torch
     from dense_models import dequantize
 
     row: dict[str, Any] = {"model": name, "tensor_parallel_size": ranks, "eager": eager}
-    ours = start_engine(work / "marlin", ranks, eager, work / "marlin.json")
+    own = start_engine(work / "marlin", ranks, eager, work / "own.json", kernel="own")
+    only_own = model.bits == 8 and model.zero_points
+    ours = own if only_own else start_engine(work / "marlin", ranks, eager, work / "marlin.json")
     if has_awq_code(model, ranks):
         theirs = start_engine(work / "awq", ranks, eager, work / "awq.json")
         row["reference"] = "AWQ source on vLLM's own AWQ code"
@@ -230,12 +269,16 @@ def compare(name: str, model: Model, ranks: int, eager: bool, work: Path) -> dic
         else:
             row["ok"] &= row["together_same_logprobs"] == len(PROMPT_LENGTHS)
     else:
-        dequantize(work / "awq", work / "dense", torch.float16)
-        theirs = start_engine(work / "dense", ranks, eager, work / "dense.json", work / "marlin.json")
+        dequantize(work / "awq", work / "dense", model.dtype)
+        forced = work / ("own.json" if only_own else "marlin.json")
+        theirs = start_engine(work / "dense", ranks, eager, work / "dense.json", forced)
         row["reference"] = "dequantized model, fp16"
         row |= agreement("together", ours["rows"], theirs["rows"])
         row["together_same_tokens"] = sum(each["best"] == each["logprobs"] for each in theirs["rows"])
         row["ok"] = row["together_max_logprob_difference"] < DENSE_BOUND
+    if not only_own and not model.experts:
+        row |= compare_own(ours, own)
+        row["ok"] &= row["own_ok"]
     row |= {
         "layers": ours["layers"],
         "reference_layers": theirs["layers"],

@@ -81,6 +81,41 @@ def test_every_model_of_the_token_comparison_is_what_its_name_says(script):
         assert model.zero_points == ("without zero points" not in name)
         assert model.biases == ("biases" in name)
         assert (model.bits == 8) == ("8 bits" in name)
+        assert (str(model.dtype) == "torch.bfloat16") == ("bf16" in name)
+
+
+def test_where_two_kernels_differ_the_gap_of_the_two_best_is_told(script):
+    compare = script("vllm_tokens").compare_own
+    row = {"tokens": [5, 6, 7], "logprobs": [-0.5, -0.75, -1.0], "gaps": [2.0, 0.015625, 1.0]}
+    other = {"tokens": [5, 8, 9], "logprobs": [-0.5, -0.765625, -3.0], "gaps": [2.0, 0.0078125, 1.0]}
+    same = {"alone": [row], "rows": [row], "layers": {"Linear OwnKernel": 1}}
+    found = compare({**same, "rows": [other]}, same)
+    assert (found["own_alone_same_logprobs"], found["own_together_same_tokens"], found["own_ok"]) == (1, 0, True)
+    assert found["own_together_max_gap_where_tokens_differ"] == 0.015625
+    assert found["own_together_max_logprob_difference"] == 0.015625
+    far = {**other, "gaps": [2.0, 0.5, 1.0]}
+    assert not compare({**same, "rows": [far]}, same)["own_ok"]
+
+
+def test_the_serving_table_has_a_column_for_every_engine_that_ran(script):
+    serving = script("serving")
+    first = [[7, -0.25, 8, -1.0], [4, -0.5, 3, -0.625]]
+    memory = {"load_allocated_peak_mib": 5500, "load_reserved_peak_mib": 7400, "loaded_allocated_mib": 5400}
+    rates = {str(count): {"median": 10.0 * count} for count in serving.BATCHES}
+    engine = {"title": "one", "said": [first], "decode_tokens_per_s": rates, "prefill_ms": {"median": 70.25}, **memory}
+    engine |= {"read_seconds": 0.75, "process_seconds": 0.015625}
+    other = {**engine, "title": "other", "said": [[first[0], [3, -0.5, 4, -0.53125]]]}
+    found = {"source": engine, "source_marlin": {"title": "lost", "error": "out of memory"}, "converted": other}
+    lines = serving.table(found).splitlines()
+    assert lines[0] == "|  | one | other |"
+    assert lines[2] == "| decoding, batch 1, tokens/s | 10 | 10 |"
+    assert lines[6] == "| prefill of 2048 tokens, ms | 70.2 | 70.2 |"
+    words = serving.differences(found)
+    assert words["compared_with"] == "source"
+    assert words["engines"]["source"]["same_tokens"] == 1
+    assert words["engines"]["converted"] == {
+        "prompts": 1, "same_tokens": 0, "max_logprob_difference": 0.0, "max_gap_where_tokens_differ": 0.125,
+    }  # fmt: skip
 
 
 def test_the_load_summary_takes_medians_and_compares_tokens(script):

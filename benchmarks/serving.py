@@ -1,0 +1,353 @@
+"""How fast vLLM serves an AWQ checkpoint and the converted one, on every kernel that it may take for them.
+
+    python benchmarks/serving.py --out benchmarks/results/serving_h100.json [--without-zero-points] [--layers 32]
+
+Makes a model of Llama-3-8B's shapes from random weights, converts it, and starts four engines side by side on one GPU,
+with torch.compile and CUDA graphs: the source on vLLM's default, the source on vLLM's Marlin, the converted checkpoint
+on vLLM's Marlin, and the converted one as the plugin serves it by itself. Without zero points vLLM's own AWQ code
+cannot load the source, so only the last two run. This package's kernels are compiled beforehand. Weights are loaded
+by one engine at a time; its seconds and its memory are measured then. When all are ready, each measures alone.
+
+Decoding: tokens a second of a batch of prompts of 128 tokens, from 128 further tokens each, the prefill left out;
+medians of three. Prefill: milliseconds of one prompt of 2,048 tokens; the median of five. The first tokens of a few
+prompts are kept with the probabilities of the two best, so that a difference between engines can be judged.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import fcntl
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from random_models import Model, write_model
+
+MIB = 1 << 20
+VOCABULARY = 128256
+BATCHES = (1, 8, 32, 64)
+PREFILL_TOKENS = 2048
+REPEATS = 3
+
+
+@dataclass(frozen=True)
+class Engine:
+    """One way to serve a checkpoint.
+
+    Attributes:
+        title: what it is called in the table.
+        checkpoint: ``awq`` or ``marlin``.
+        linear_backend: what vLLM is asked for; None leaves the choice to it.
+        environment: further variables.
+    """
+
+    title: str
+    checkpoint: str
+    linear_backend: str | None = None
+    environment: dict[str, str] = field(default_factory=dict)
+
+
+ENGINES = {
+    "source": Engine("AWQ source, vLLM's default", "awq"),
+    "source_marlin": Engine("AWQ source, vLLM's Marlin", "awq", "marlin"),
+    "converted_engine": Engine("converted, vLLM's Marlin", "marlin", environment={"AWQ2MARLIN_KERNEL": "engine"}),
+    "converted": Engine("converted, as the plugin chooses", "marlin"),
+}
+
+ENVIRONMENT = {
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine's memory is this process's
+    "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",
+    "HF_HUB_OFFLINE": "1",
+}
+
+
+# --- one engine, in a process of its own ------------------------------------------------------------------
+
+
+@contextmanager
+def alone(work: Path) -> Iterator[None]:
+    """Has the engines come in one after the other."""
+    with (work / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+def measured_load(work: Path, found: dict[str, Any]) -> None:
+    """Has vLLM load weights alone, and note seconds and memory of it."""
+    import torch
+    from vllm.model_executor.model_loader import base_loader
+    from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
+
+    def measured(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapper(*args: Any, **kwargs: Any) -> Any:
+            torch.cuda.synchronize()
+            begin = time.perf_counter()
+            result = function(*args, **kwargs)
+            torch.cuda.synchronize()
+            found[f"{name}_seconds"] = round(time.perf_counter() - begin, 3)
+            return result
+
+        return wrapper
+
+    load_model = base_loader.BaseModelLoader.load_model
+
+    def load_alone(*args: Any, **kwargs: Any) -> Any:
+        with alone(work):
+            torch.cuda.reset_peak_memory_stats()
+            result = measured("load", load_model)(*args, **kwargs)
+            found["load_allocated_peak_mib"] = torch.cuda.max_memory_allocated() // MIB
+            found["load_reserved_peak_mib"] = torch.cuda.max_memory_reserved() // MIB
+            found["loaded_allocated_mib"] = torch.cuda.memory_allocated() // MIB
+            found["loaded_reserved_mib"] = torch.cuda.memory_reserved() // MIB
+        return result
+
+    base_loader.BaseModelLoader.load_model = load_alone
+    DefaultModelLoader.load_weights = measured("read", DefaultModelLoader.load_weights)
+    base_loader.process_weights_after_loading = measured("process", base_loader.process_weights_after_loading)
+
+
+def kernels_of_layers(model: Any) -> dict[str, int]:
+    """Returns how many layers each method of vLLM serves, with its kernel where it names one."""
+    found: dict[str, int] = {}
+    for module in model.modules():
+        method = getattr(module, "quant_method", None)
+        kernel = getattr(method, "kernel", None)
+        if method is not None:
+            key = f"{type(method).__name__} {type(kernel).__name__ if kernel is not None else ''}".strip()
+            found[key] = found.get(key, 0) + 1
+    return found
+
+
+def start(engine: Engine, folder: Path) -> Any:
+    """Returns vLLM's engine on a checkpoint."""
+    from vllm import LLM
+
+    options: dict[str, Any] = (
+        {"kernel_config": {"linear_backend": engine.linear_backend}} if engine.linear_backend else {}
+    )
+    return LLM(
+        model=str(folder),
+        skip_tokenizer_init=True,
+        max_model_len=4096,
+        max_num_seqs=max(BATCHES),
+        max_num_batched_tokens=8192,
+        gpu_memory_utilization=0.1,
+        kv_cache_memory_bytes=3 << 30,
+        attention_config={"backend": "TRITON_ATTN"},
+        enable_prefix_caching=False,
+        compilation_config={"cudagraph_capture_sizes": [1, 2, 4, 8, 16, 32, 64]},
+        seed=0,
+        **options,
+    )
+
+
+class Prompts:
+    """Random prompts, the same for every engine."""
+
+    def __init__(self) -> None:
+        """Begins with the first."""
+        import torch
+
+        self._generator = torch.Generator().manual_seed(3)
+
+    def draw(self, count: int, length: int) -> list[dict[str, list[int]]]:
+        """Returns some prompts of a length."""
+        import torch
+
+        shape = (count, length)
+        drawn = torch.randint(3, VOCABULARY - 8, shape, generator=self._generator).tolist()
+        return [{"prompt_token_ids": each} for each in drawn]
+
+
+def timed(llm: Any, batch: list[dict[str, list[int]]], new_tokens: int) -> float:
+    """Returns the seconds in which every prompt of a batch gets so many tokens."""
+    from vllm import SamplingParams
+
+    sampling = SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True, detokenize=False)
+    begin = time.perf_counter()
+    llm.generate(batch, sampling, use_tqdm=False)
+    return time.perf_counter() - begin
+
+
+def said(llm: Any, batch: list[dict[str, list[int]]]) -> list[list[list[float]]]:
+    """Returns, for each prompt and new token: the token, its log-probability, and the second best's two."""
+    from vllm import SamplingParams
+
+    sampling = SamplingParams(temperature=0, max_tokens=24, logprobs=2, ignore_eos=True, detokenize=False)
+    rows = []
+    for output in llm.generate(batch, sampling, use_tqdm=False):
+        entries = [sorted(each.items(), key=lambda item: -item[1].logprob)[:2] for each in output.outputs[0].logprobs]
+        rows.append([[part for token, entry in best for part in (token, entry.logprob)] for best in entries])
+    return rows
+
+
+def measure(llm: Any, found: dict[str, Any]) -> None:
+    """Notes what an engine that has the GPU for itself can do."""
+    prompts = Prompts()
+    found["said"] = said(llm, prompts.draw(8, 64))
+    found["decode_tokens_per_s"] = {}
+    for count in BATCHES:
+        batch, new = prompts.draw(count, 128), 128
+        timed(llm, batch, 4)
+        rates = [count * new / (timed(llm, batch, 1 + new) - timed(llm, batch, 1)) for _ in range(REPEATS)]
+        found["decode_tokens_per_s"][str(count)] = {"median": round(statistics.median(rates), 1), "all": rates}
+    times = [timed(llm, prompts.draw(1, PREFILL_TOKENS), 1) * 1e3 for _ in range(6)][1:]
+    found["prefill_ms"] = {"median": round(statistics.median(times), 2), "all": times}
+
+
+def run_engine(name: str, folder: Path, work: Path, out: Path) -> None:
+    """Starts an engine in this process, waits for its turn, measures and writes what was found."""
+    begin = time.perf_counter()
+    import torch
+    import vllm
+
+    found: dict[str, Any] = {"title": ENGINES[name].title, "vllm": vllm.__version__, "torch": torch.__version__}
+    found |= {"gpu": torch.cuda.get_device_name(), "import_seconds": round(time.perf_counter() - begin, 2)}
+    measured_load(work, found)
+    llm = start(ENGINES[name], folder)
+    found["ready_seconds"] = round(time.perf_counter() - begin, 2)
+    found["layers"] = llm.apply_model(kernels_of_layers)[0]
+    (work / f"{name}.ready").touch()
+    while not (work / "all.ready").exists():
+        time.sleep(0.2)
+    with alone(work):
+        measure(llm, found)
+    out.write_text(json.dumps(found))
+
+
+def compile_beforehand(folder: Path) -> float:
+    """Compiles this package's kernels for a converted checkpoint, as its first start does; returns the seconds."""
+    from safetensors import safe_open
+
+    from awq2marlin import warm_up
+
+    begin = time.perf_counter()
+    with safe_open(folder / "model-00001.safetensors", "pt", device="cuda") as file:
+        parts = [f"model.layers.0.self_attn.q_proj.{part}" for part in ("qweight", "scales", "qzeros")]
+        warm_up(*(file.get_tensor(part) for part in parts if part in file.keys()))  # noqa: SIM118 - no dictionary
+    return round(time.perf_counter() - begin, 1)
+
+
+# --- all of them ------------------------------------------------------------------------------------------
+
+
+def run_all(names: list[str], work: Path) -> dict[str, Any]:
+    """Runs every engine in a process of its own; returns what each found, or how it ended."""
+    processes = {}
+    for name in names:
+        environment = {**os.environ, **ENVIRONMENT, **ENGINES[name].environment}
+        for variable in ("VLLM_CACHE_ROOT", "TRITON_CACHE_DIR"):  # nobody finds what another compiled
+            environment[variable] = str(work / f"{name}.{variable.lower()}")
+        command = [sys.executable, __file__, "--engine", name, "--work", str(work), "--out", str(work / f"{name}.json")]
+        with (work / f"{name}.log").open("w") as log:
+            processes[name] = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
+    while any(each.poll() is None and not (work / f"{name}.ready").exists() for name, each in processes.items()):
+        time.sleep(0.2)
+    print("all engines are ready or have failed", flush=True)
+    (work / "all.ready").touch()
+    found: dict[str, Any] = {}
+    for name, process in processes.items():
+        out, ended = work / f"{name}.json", process.wait()
+        lines = (work / f"{name}.log").read_text(errors="replace").splitlines()
+        if ended == 0 and out.exists():
+            found[name] = json.loads(out.read_text())
+            found[name]["log"] = [line for line in lines if "kernel_choice.py" in line]
+        else:
+            print(f"{name} failed:", *lines[-30:], sep="\n", file=sys.stderr)
+            found[name] = {"title": ENGINES[name].title, "error": next((x for x in reversed(lines) if x.strip()), "")}
+    return found
+
+
+def differences(found: dict[str, Any]) -> dict[str, Any]:
+    """Returns how the engines' words differ from those of the first: where, and how close the two best tokens were."""
+    ran = {name: each["said"] for name, each in found.items() if "said" in each}
+    first = next(iter(ran), None)
+    rows: dict[str, Any] = {}
+    for name, texts in ran.items():
+        same, apart, gaps = 0, 0.0, []
+        for one, other in zip(ran[str(first)], texts, strict=True):
+            place = next((at for at, (a, b) in enumerate(zip(one, other, strict=True)) if a[0] != b[0]), len(one))
+            same += place == len(one)
+            apart = max([apart, *(abs(a[1] - b[1]) for a, b in zip(one[:place], other[:place], strict=True))])
+            gaps += [max(each[place][1] - each[place][3] for each in (one, other))] if place < len(one) else []
+        rows[name] = {
+            "prompts": len(texts),
+            "same_tokens": same,
+            "max_logprob_difference": round(apart, 4),
+            "max_gap_where_tokens_differ": round(max(gaps, default=0.0), 4),
+        }
+    return {"compared_with": first, "engines": rows}
+
+
+def table(found: dict[str, Any]) -> str:
+    """Returns the figures as a Markdown table, an engine a column."""
+    ran = {name: each for name, each in found.items() if "error" not in each}
+    rows = [["", *(each["title"] for each in ran.values())], ["---"] * (len(ran) + 1)]
+    for count in BATCHES:
+        medians = (each["decode_tokens_per_s"][str(count)]["median"] for each in ran.values())
+        rows.append([f"decoding, batch {count}, tokens/s", *(f"{median:.0f}" for median in medians)])
+    rows.append(
+        [f"prefill of {PREFILL_TOKENS} tokens, ms", *(f"{e['prefill_ms']['median']:.1f}" for e in ran.values())]
+    )
+    for label, key, unit in (
+        ("loading: reading, s", "read_seconds", ".2f"),
+        ("loading: processing, s", "process_seconds", ".2f"),
+        ("loading: GPU memory allocated, peak, MiB", "load_allocated_peak_mib", "d"),
+        ("loading: GPU memory reserved, peak, MiB", "load_reserved_peak_mib", "d"),
+        ("loaded: GPU memory allocated, MiB", "loaded_allocated_mib", "d"),
+    ):
+        rows.append([label, *(format(each[key], unit) for each in ran.values())])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="results, JSON; rows of other models in it are kept")
+    parser.add_argument("--without-zero-points", action="store_true", help="a checkpoint with zero_point: false")
+    parser.add_argument("--layers", type=int, default=32, help="of Llama-3-8B's 32")
+    parser.add_argument("--only", nargs="+", choices=ENGINES, metavar="ENGINE", help=f"of {', '.join(ENGINES)}")
+    parser.add_argument("--work", type=Path, help="folder for models, logs and caches; a temporary one if not given")
+    parser.add_argument("--engine", choices=ENGINES, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.engine:
+        run_engine(options.engine, options.work / ENGINES[options.engine].checkpoint, options.work, options.out)
+        return 0
+
+    from awq2marlin import convert
+
+    with tempfile.TemporaryDirectory(dir=options.work) as folder:
+        work = Path(folder)
+        model = Model(4096, 14336, options.layers, 32, 8, VOCABULARY, zero_points=not options.without_zero_points)
+        size = write_model(work / "awq", model)
+        config = work / "awq" / "config.json"  # the models of random_models say 2048
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"max_position_embeddings": 8192}))
+        convert(work / "awq", work / "marlin")
+        compiling = compile_beforehand(work / "marlin")
+        names = options.only or [
+            name for name, each in ENGINES.items() if model.zero_points or each.checkpoint != "awq"
+        ]
+        found = run_all(names, work)
+    row = {"zero_points": model.zero_points, "layers": options.layers, "bytes": size, "compile_seconds": compiling}
+    row |= {"date": datetime.date.today().isoformat(), "engines": found, "words": differences(found)}
+    document = json.loads(options.out.read_text()) if options.out.exists() else {"rows": []}
+    document["rows"].append(row)
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps(document, indent=1) + "\n")
+    print(table(found), json.dumps(row["words"]), sep="\n")
+    return 1 if any("error" in each for each in found.values()) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
