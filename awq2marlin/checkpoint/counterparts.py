@@ -15,7 +15,7 @@ from awq2marlin.formats.registry import KEPT
 from awq2marlin.io.safetensors import Header, TensorInfo, encode_header
 from awq2marlin.layout.derived import Made, Proven, middle_zero_points
 from awq2marlin.layout.modules import ModulePlan, module_name
-from awq2marlin.layout.repack import Repack, Rewrite
+from awq2marlin.layout.repack import Companion, Holder, Repack, Rewrite
 from awq2marlin.layout.scheme import Scheme
 
 
@@ -33,6 +33,11 @@ class Row:
     source: TensorInfo | None
     target: TensorInfo | None
     rewrite: Rewrite | None
+
+    @property
+    def is_copy(self) -> bool:
+        """Whether the bytes stay as they are, be it under another name."""
+        return self.rewrite is None or (isinstance(self.rewrite, Repack) and self.rewrite.is_copy)
 
 
 @dataclass(frozen=True)
@@ -85,10 +90,19 @@ class Counterparts:
 
     def repack(self, module: ModulePlan, part: str) -> Repack:
         """Returns how the tensor that holds a part of a rewritten module becomes its counterpart."""
-        return Repack(
-            self.source_layout_of(module).layout(part, *self.stored_sizes(module), self.scheme),
-            self.layout_of(module).layout(part, module.padded_k, module.padded_n, self.scheme),
+        source, target = self._holders(module, part)
+        repack = Repack(source.layout, target.layout)
+        return replace(repack, companion=Companion(*self._holders(module, "scales"))) if repack.needs_scales else repack
+
+    def _holders(self, module: ModulePlan, part: str) -> tuple[Holder, Holder]:
+        """Returns the tensors that hold a part of a module, in the source and in the target."""
+        formats = self.source_layout_of(module), self.layout_of(module)
+        sizes = self.stored_sizes(module), (module.padded_k, module.padded_n)
+        source, target = (
+            Holder(format.tensor_name(module.name, part), format.layout(part, *size, self.scheme))
+            for format, size in zip(formats, sizes, strict=True)
         )
+        return source, target
 
     def rows(self, file: str, header: Header) -> list[Row]:
         """Returns the rows of one file, in the order of its data.

@@ -10,6 +10,7 @@ from awq2marlin.checkpoint.opening import Checkpoint
 from awq2marlin.errors import CheckpointError, article, refuse
 from awq2marlin.formats.base import StoredModule, require_modules
 from awq2marlin.formats.names import MANIFEST_FILENAME
+from awq2marlin.formats.registry import shown_by
 
 
 @dataclass(frozen=True)
@@ -36,8 +37,22 @@ class SourceCheckpoint:
             _check_manifest(checkpoint)
         quantization = checkpoint.quantization
         modules, problems = checkpoint.format.find(checkpoint.tensors, quantization, checkpoint.shard_of)
+        if (problems or not modules) and not checkpoint.is_converted:
+            _refuse_other_tensors(checkpoint)
         require_modules(modules, problems, quantization)
         return cls(checkpoint, modules)
+
+
+def _refuse_other_tensors(checkpoint: Checkpoint) -> None:
+    """Refuses a config that names one format beside tensors that are of another."""
+    said, quantization = checkpoint.format, checkpoint.quantization
+    shown = shown_by(checkpoint.tensors, quantization, checkpoint.shard_of, but=said)
+    if shown is not None:
+        message = (
+            f"the config says {said.title} ({quantization.scheme}), but the tensors are those of {shown.title}; "
+            f"download the config that belongs to them, or correct it in a copy"
+        )
+        raise refuse("contradiction", message, file=quantization.origin)
 
 
 def _check_manifest(checkpoint: Checkpoint) -> None:

@@ -30,7 +30,7 @@ class ModuleInfo:
         size_k: in features K, without padding.
         size_n: out features N, without padding.
         group_size: rows of K that share scales; K where one group spans all.
-        layout: ``awq`` or ``marlin``.
+        layout: ``awq``, ``marlin`` and so on: how its tensors lie.
         parts: which of ``qweight``, ``qzeros``, ``scales`` it has.
         aligned: whether Marlin can take its shape.
         reason: why not, in words; empty if it can.
@@ -56,7 +56,7 @@ class InspectResult:
 
     Attributes:
         path: its folder, or ``org/name@commit``.
-        format: ``awq``, ``compressed-tensors`` or ``marlin_native``.
+        format: ``awq``, ``compressed-tensors``, ``marlin_native`` and so on; see README.md.
         bits: 4 or 8.
         group_size: as the config says; -1 for all of K.
         zero_point: as the config says.

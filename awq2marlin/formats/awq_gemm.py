@@ -14,22 +14,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from awq2marlin.formats.base import Fault, Format, Quantization
-from awq2marlin.formats.config import first_of, method_of, scheme_of, word
+from awq2marlin.formats.awq import Awq
+from awq2marlin.formats.base import Fault, Quantization
 from awq2marlin.io.safetensors import DTYPE_BITS, TensorInfo
 from awq2marlin.layout.marlin import MARLIN_SUPPORTED_GROUP_SIZES, MAX_SIZE_N, num_groups
 from awq2marlin.layout.modules import part_shape
 from awq2marlin.layout.repack import PartLayout
 from awq2marlin.layout.scheme import Scheme
 
-#: The keys under which tools name the layout of an AWQ checkpoint. Only "gemm" is this one.
-LAYOUT_KEYS = ("version", "format", "checkpoint_format")
 
-#: Keys that only configs of GPTQ have, for one that does not name its method.
-GPTQ_KEYS = ("desc_act", "damp_percent")
-
-
-class AwqGemm(Format):
+class AwqGemm(Awq):
     """AWQ, version "gemm"."""
 
     name = "awq"
@@ -38,6 +32,8 @@ class AwqGemm(Format):
     layout_title = "AWQ"
     output_suffix = "-awq"
     is_source = is_target = True
+    versions = ("gemm",)
+    only_bits = ()
 
     purpose = "AWQ's layout, which engines read without a plugin."
 
@@ -60,25 +56,6 @@ class AwqGemm(Format):
     def target_scheme(self, scheme: Scheme) -> Scheme:
         """Returns the scheme with zero points: engines leave absent ones uninitialised."""
         return replace(scheme, zero_point=True)
-
-    def claims(self, document: Mapping[str, Any], place: str) -> bool:
-        """Returns whether a config names AWQ, or no method, and no layout but "gemm"."""
-        method = method_of(document, place)
-        if method not in ("awq", "") or (not method and any(key in document for key in GPTQ_KEYS)):
-            return False
-        if word(document, "backend", place) in ("llm-awq", "llm_awq"):
-            return False
-        return all(word(document, key, place) in ("gemm", "") for key in LAYOUT_KEYS)
-
-    def read_config(self, document: Mapping[str, Any], place: str) -> Quantization:
-        """Returns bits, group size and zero points, under the names of any tool."""
-        bits = first_of(document, ("bits", "w_bit"), place)
-        group_size = first_of(document, ("group_size", "q_group_size"), place)
-        zero_point = document.get("zero_point")
-        if zero_point is None:
-            zero_point = True  # the default of every tool that leaves it out
-        scheme = scheme_of(bits, group_size, zero_point, place)
-        return Quantization(scheme, document.get("modules_to_not_convert"), place)
 
     def write_config(self, quantization: Quantization) -> dict[str, Any]:
         """Returns the config as AutoAWQ writes it; ``lm_head`` tells vLLM of a quantized output embedding."""

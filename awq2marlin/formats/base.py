@@ -160,6 +160,9 @@ class Format(ABC):
     #: Further tensors that only quantized modules have: one that is alone tells that its module's weight is missing.
     companions: ClassVar[tuple[str, ...]] = ()
 
+    #: Parts whose tensors can be read only with those of another part beside them.
+    read_beside: ClassVar[Mapping[str, str]] = {}
+
     #: What a quantized module must not have besides: last name components.
     foreign_suffixes: ClassVar[tuple[str, ...]] = ("g_idx", "weight")
 
@@ -341,7 +344,21 @@ class Format(ABC):
             caller.
         """
 
-    def element_type(self, part: str) -> type[np.generic]:
+    def values_beside(
+        self, part: str, rows: npt.NDArray[Any], beside: npt.NDArray[Any], size_k: int, scheme: Scheme
+    ) -> npt.NDArray[Any]:
+        """Returns what `values` does for a part of `read_beside`.
+
+        Args:
+            part: which.
+            rows: as for `values`.
+            beside: the same rows of the other part's tensor.
+            size_k: K of the module, padding included.
+            scheme: of the checkpoint.
+        """
+        raise NotImplementedError
+
+    def element_type(self, part: str) -> npt.DTypeLike:
         """Returns the type in which `values` takes a part's tensor: 32-bit words, or the 16 bits of a scale."""
         return np.uint16 if part == "scales" else np.uint32
 

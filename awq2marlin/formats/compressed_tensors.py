@@ -256,7 +256,7 @@ class OldCompressedTensors(CompressedTensors):
         """Returns the shape of a part: N first."""
         return super().shape("scales" if part == "qzeros" else part, size_k, size_n, scheme)
 
-    def element_type(self, part: str) -> type[np.generic]:
+    def element_type(self, part: str) -> npt.DTypeLike:
         """Returns the type in which `values` takes a part's tensor."""
         return np.int8 if part == "qzeros" else super().element_type(part)
 

@@ -6,17 +6,12 @@ from collections.abc import Mapping
 from typing import Any
 
 from awq2marlin.errors import CheckpointError, printable, refuse
-from awq2marlin.formats.awq_gemm import GPTQ_KEYS, LAYOUT_KEYS
+from awq2marlin.formats.awq import GPTQ_KEYS, LAYOUT_KEYS, is_llm_awq
 from awq2marlin.formats.config import method_of, word
 
 _LAYOUT_NAMES = {
-    "gemv": "AWQ's GEMV layout",
-    "gemv_fast": "AWQ's GEMV-fast layout",
-    "gemvfast": "AWQ's GEMV-fast layout",
-    "gemv-fast": "AWQ's GEMV-fast layout",
     "llm-awq": "the layout of the llm-awq repository",
     "llm_awq": "the layout of the llm-awq repository",
-    "marlin": "AutoAWQ's own Marlin layout (without zero points)",
     "exllama": "AWQ's ExLlama layout",
     "ipex": "AWQ's IPEX layout",
     "bitblas": "the BitBLAS layout",
@@ -30,8 +25,8 @@ _METHOD_NAMES = {
     "gguf": "a GGUF checkpoint",
 }
 _WHAT_TO_DO = (
-    "Only AWQ of version 'gemm', GPTQ of format 'gptq' or 'gptq_v2', and compressed-tensors of format 'pack-quantized' "
-    "are converted; look for such a version of this model"
+    "Only AWQ (versions gemm, gemv, gemv_fast and marlin), GPTQ of format 'gptq' or 'gptq_v2', and compressed-tensors "
+    "of format 'pack-quantized' are converted; look for such a version of this model"
 )
 
 
@@ -59,7 +54,7 @@ def _name(document: Mapping[str, Any], place: str) -> str:
         return _METHOD_NAMES[method]
     if method not in ("awq", ""):
         return f"a checkpoint of quant_method {printable(method)!r}"
-    if word(document, "backend", place) in ("llm-awq", "llm_awq"):
+    if is_llm_awq(document, place):
         return _LAYOUT_NAMES["llm-awq"]
     layouts = {key: word(document, key, place) for key in LAYOUT_KEYS}
     key, layout = next((key, layout) for key, layout in layouts.items() if layout not in ("gemm", ""))

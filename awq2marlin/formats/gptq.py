@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from awq2marlin.errors import CheckpointError, printable, refuse
-from awq2marlin.formats.awq_gemm import GPTQ_KEYS
+from awq2marlin.formats.awq import GPTQ_KEYS
 from awq2marlin.formats.base import DerivedTensor, Fault, Format, Quantization, group_bytes
 from awq2marlin.formats.config import first_of, flag, method_of, scheme_of, word
 from awq2marlin.io.safetensors import TensorInfo

@@ -1,7 +1,6 @@
 """Marlin-native checkpoints, version 1: what this package writes, and its loaders serve (docs/marlin-native.md).
 
-A module has ``qweight`` int32 [K/16, N*16/f] in tiles, ``qzeros`` int32 [G, N/f] and ``scales`` [G, N] with permuted
-columns; kernels/README.md pictures the layout. A module that Marlin's shapes cannot take is kept in AWQ layout and
+A module's tensors lie as `marlin_tensors` says. A module that Marlin's shapes cannot take is kept in AWQ layout and
 listed in the config, so that loaders know two layouts and no more.
 """
 
@@ -11,18 +10,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
 from awq2marlin.errors import Problem, printable, refuse
 from awq2marlin.formats.awq_gemm import AWQ_GEMM
-from awq2marlin.formats.base import Fault, Format, Quantization, StoredModule, find_modules
+from awq2marlin.formats.base import Fault, Quantization, StoredModule, find_modules
 from awq2marlin.formats.config import first_of, method_of, scheme_of
+from awq2marlin.formats.marlin_tensors import MarlinTensors
 from awq2marlin.formats.names import CONFIG_FILENAME, MANIFEST_FILENAME
 from awq2marlin.io.safetensors import TensorInfo
-from awq2marlin.layout.marlin import GPTQ_MARLIN_TILE, padded_shapes, paddings, unaligned_reason
-from awq2marlin.layout.modules import is_output_embedding, module_name, part_shape
-from awq2marlin.layout.repack import MarlinScales, MarlinWeight, MarlinZeroPoints, PartLayout
+from awq2marlin.layout.marlin import padded_shapes, paddings, unaligned_reason
+from awq2marlin.layout.modules import is_output_embedding, module_name
 from awq2marlin.layout.scheme import Scheme
 
 MARLIN_QUANT_METHOD = "marlin_native"
@@ -39,7 +35,7 @@ vllm serve {place}
 {ranks}"""
 
 
-class MarlinNative(Format):
+class MarlinNative(MarlinTensors):
     """The Marlin-native format, version 1."""
 
     name = MARLIN_QUANT_METHOD
@@ -148,24 +144,6 @@ tokenizer = AutoTokenizer.from_pretrained("{place}")
         problems += _missing_from_lists({*kept, *own, *troubled}, tensors, quantization)
         return dict(sorted({**kept, **own}.items())), problems
 
-    def sizes(self, tensors: Mapping[str, TensorInfo], scheme: Scheme) -> tuple[int, int]:
-        """Returns K and N, padding included, as the shape of ``qweight`` says."""
-        rows, words = tensors["qweight"].shape
-        return rows * GPTQ_MARLIN_TILE, words * scheme.pack_factor // GPTQ_MARLIN_TILE
-
-    def shape(self, part: str, size_k: int, size_n: int, scheme: Scheme) -> tuple[int, ...]:
-        """Returns the shape of a part: ``qweight`` in rows of tiles, the others in rows along K."""
-        return part_shape(part, size_k, size_n, scheme, tile=GPTQ_MARLIN_TILE)
-
-    def layout(self, part: str, size_k: int, size_n: int, scheme: Scheme) -> PartLayout:
-        """Returns Marlin's tiles, or its order of columns."""
-        if part == "qweight":
-            return MarlinWeight(part, scheme.bits, size_k, size_n)
-        groups = scheme.num_groups(size_k)
-        if part == "qzeros":
-            return MarlinZeroPoints(part, scheme.bits, groups, size_n)
-        return MarlinScales(part, scheme.bits, groups, size_n, scheme.is_single_group(size_k))
-
     def faults(
         self, module: str, tensors: Mapping[str, TensorInfo], size_k: int, size_n: int, quantization: Quantization
     ) -> Iterator[Fault]:
@@ -202,20 +180,6 @@ tokenizer = AutoTokenizer.from_pretrained("{place}")
     def padded_shapes(self, sizes: Sequence[tuple[int, int]], scheme: Scheme) -> list[tuple[int, int]]:
         """Returns aligned shapes, K in common; see `layout.marlin.padded_shapes`."""
         return padded_shapes(sizes, scheme.group_size)
-
-    def rows_per_row(self, part: str, scheme: Scheme) -> int:
-        """Returns 16 for tiles, 1 for the others."""
-        del scheme
-        return 16 if part == "qweight" else 1
-
-    def values(self, part: str, rows: npt.NDArray[Any], size_k: int, scheme: Scheme) -> npt.NDArray[Any]:
-        """Returns the values by the loops of the specification's sentences."""
-        from awq2marlin.layout import reference  # a conversion that compares nothing does not need it
-
-        if part == "scales":
-            return reference.unpermute_columns(rows, scheme.group_size == -1 or scheme.group_size >= size_k)
-        unpack = reference.unpack_marlin_qweight if part == "qweight" else reference.unpack_marlin_qzeros
-        return unpack(rows.astype(np.uint32, copy=False), scheme.bits)
 
 
 def _missing_from_lists(

@@ -4,22 +4,35 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 from awq2marlin.arguments import ArgumentError
 from awq2marlin.errors import printable
 from awq2marlin.formats.awq_gemm import AWQ_GEMM as AWQ_GEMM
-from awq2marlin.formats.base import Format
+from awq2marlin.formats.awq_gemv import AwqGemv
+from awq2marlin.formats.awq_gemv_fast import AwqGemvFast
+from awq2marlin.formats.awq_marlin import AwqMarlin
+from awq2marlin.formats.base import Format, Quantization
 from awq2marlin.formats.compressed_tensors import METHOD, CompressedTensors
 from awq2marlin.formats.foreign import foreign
 from awq2marlin.formats.gptq import GPTQ
 from awq2marlin.formats.marlin_native import MarlinNative
+from awq2marlin.io.safetensors import TensorInfo
 
 COMPRESSED_TENSORS = CompressedTensors()
 MARLIN_NATIVE = MarlinNative()
 
 #: In the order in which they are asked whether a config is theirs.
-FORMATS: list[Format] = [MARLIN_NATIVE, AWQ_GEMM, COMPRESSED_TENSORS, GPTQ]
+FORMATS: list[Format] = [
+    MARLIN_NATIVE,
+    AWQ_GEMM,
+    AwqGemv(),
+    AwqGemvFast(),
+    AwqMarlin(),
+    COMPRESSED_TENSORS,
+    GPTQ,
+]
 
 #: The layout in which a module stays that the target's format cannot take, whatever the source was.
 KEPT = AWQ_GEMM
@@ -45,6 +58,25 @@ def recognise(document: Mapping[str, Any], place: str) -> Format:
         if format.claims(document, place):
             return format
     raise foreign(document, place)
+
+
+def shown_by(
+    tensors: Mapping[str, TensorInfo], quantization: Quantization, shard_of: Mapping[str, str], *, but: Format
+) -> Format | None:
+    """Returns the format that the tensors of a checkpoint show, where they contradict the one that its config names.
+
+    Args:
+        tensors: every tensor of the checkpoint.
+        quantization: what its config says.
+        shard_of: the file of each tensor.
+        but: the format that the config names.
+    """
+    for format in FORMATS:
+        if format.is_source and not format.is_own and format.name != but.name:
+            modules, problems = format.find(tensors, replace(quantization, layout=None), shard_of)
+            if modules and not problems:
+                return format
+    return None
 
 
 def target_named(name: str) -> Format:

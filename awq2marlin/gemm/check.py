@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from awq2marlin.checkpoint.counterparts import Counterparts
+from awq2marlin.checkpoint.part_rows import PartRows
 from awq2marlin.errors import KernelUnavailableError, Problem, UnavailableError, difference
 from awq2marlin.gemm.jit import on_compile
 from awq2marlin.gemm.ops import marlin_gemm
@@ -196,9 +197,8 @@ class _SourceWeight:
 
         def plain(part: str) -> torch.Tensor:
             layout, (stored_k, _) = counterparts.source_layout_of(module), counterparts.stored_sizes(module)
-            name = layout.tensor_name(module.name, part)
-            rows = files.rows(name, 0, files.info(name).shape[0], layout.element_type(part))
-            values = layout.values(part, rows, stored_k, scheme)
+            rows = PartRows.of(layout, files, module.name, part, stored_k, scheme)
+            values = rows.read(0, stored_k if part == "qweight" else scheme.num_groups(stored_k))
             return torch.from_numpy(values if values.flags.writeable else values.copy())
 
         self._values = self._padded(plain("qweight"), self.size_k, device)

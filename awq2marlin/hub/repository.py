@@ -24,13 +24,16 @@ from awq2marlin.errors import CheckpointError, HubError, Problem, printable, ref
 from awq2marlin.formats.names import CONFIG_FILENAME, INDEX_FILENAME
 from awq2marlin.hub.errors import as_hub_errors
 from awq2marlin.hub.name import HubName, folder_at, parse_source
-from awq2marlin.io.folder import Folder, open_regular, read_header_of, read_small
+from awq2marlin.io.folder import Folder, open_regular, read_header_of, read_range, read_small
 from awq2marlin.io.safetensors import LENGTH_BYTES, MAX_HEADER_BYTES, Header, read_header
 from awq2marlin.io.source import MAX_JSON_BYTES, RepoCommit, Source
 from awq2marlin.io.strict_json import parse_json
 
 #: What is asked of a shard first: nearly always the whole header.
 _HEADER_BYTES = 32_768
+
+#: The most that one request asks for.
+_RANGE_BYTES = 16 << 20
 
 #: A repository with more files than this is no checkpoint.
 _MAX_FILES = 100_000
@@ -129,6 +132,14 @@ class Repository:
     def open(self, name: str) -> BinaryIO:
         """Opens a file for reading, unbuffered, once it is here."""
         return open_regular(self.path(name), name)
+
+    def read_range(self, name: str, begin: int, end: int) -> bytes:
+        """Returns bytes ``begin`` to ``end`` of a file: of the file, if it is here, else by range requests."""
+        if (name in self._here and self.place is None) or _is_offline():  # what is in a place of our own may go
+            with self.open(name) as stream:
+                return read_range(stream, begin, end, name)
+        steps = range(begin, end, _RANGE_BYTES)
+        return b"".join(self._range(name, each, min(each + _RANGE_BYTES, end)) for each in steps)
 
     def read_json(self, name: str, *, constants: bool = False) -> Any:
         """Returns the JSON document in a file; see `parse_json`."""

@@ -235,6 +235,15 @@ class Folder:
         """
         return read_small(self.path(name), name, limit)
 
+    def read_range(self, name: str, begin: int, end: int) -> bytes:
+        """Returns bytes ``begin`` to ``end`` of a file.
+
+        Raises:
+            CheckpointError: as `open`, or if the file is shorter.
+        """
+        with self.open(name) as stream:
+            return read_range(stream, begin, end, name)
+
     def read_json(self, name: str, *, constants: bool = False) -> Any:
         """Returns the JSON document in a file; see `parse_json`."""
         return parse_json(self.read(name), name, constants=constants)
@@ -316,6 +325,19 @@ def read_small(path: Path, name: str, limit: int) -> bytes:
         if size > limit:
             raise refuse("too-large", f"it has {size} bytes, more than {limit}", file=name)
         return stream.read(size)
+
+
+def read_range(stream: BinaryIO, begin: int, end: int, name: str) -> bytes:
+    """Returns bytes ``begin`` to ``end`` of an open file; ``name`` is for messages.
+
+    Raises:
+        CheckpointError: if it is shorter.
+    """
+    stream.seek(begin)
+    data = stream.read(end - begin)
+    if len(data) != end - begin:
+        raise refuse("truncated", "the file became shorter while it was read", file=name)
+    return data
 
 
 def read_header_of(path: Path, name: str) -> Header:

@@ -67,6 +67,9 @@ class Source(Protocol):
     def read(self, name: str, limit: int = MAX_JSON_BYTES) -> bytes:
         """Returns a small file's bytes; one longer than ``limit`` bytes is refused."""
 
+    def read_range(self, name: str, begin: int, end: int) -> bytes:
+        """Returns bytes ``begin`` to ``end`` of a file; never fetches all of it."""
+
     def read_json(self, name: str, *, constants: bool = False) -> Any:
         """Returns the JSON document in a file; see `io.strict_json.parse_json`."""
 

@@ -50,7 +50,14 @@ class TensorFiles:
             raise refuse("truncated", "the file became shorter while it was read", file=shard, tensor=name)
         return np.frombuffer(data, np.uint8)
 
-    def rows(self, name: str, first: int, last: int, dtype: type[np.generic]) -> npt.NDArray[Any]:
+    def small(self, name: str, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
+        """Returns a small two-dimensional tensor as elements of ``dtype``; its file is not fetched for it."""
+        tensor, shard = self.info(name), self.shard_of[name]
+        start = self.index.headers[shard].data_start
+        data = self.folder.read_range(shard, start + tensor.start, start + tensor.end)
+        return np.frombuffer(data, dtype).reshape(tensor.shape[0], -1)
+
+    def rows(self, name: str, first: int, last: int, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
         """Returns rows ``first`` to ``last`` of a two-dimensional tensor, as elements of ``dtype``."""
         tensor = self.info(name)
         row_bytes = tensor.size // tensor.shape[0]

@@ -17,8 +17,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from llvmlite import binding
-from numba import cfunc, float64, njit, types, uint32, uint64
+from llvmlite import binding, ir
+from numba import cfunc, float64, njit, types, uint16, uint32, uint64
+from numba.extending import intrinsic
+
+float32: Any = types.float32
 
 
 @njit(forceinline=True)
@@ -582,6 +585,150 @@ def pack_column_zeros_8bit(source: Any, target: Any, _unused: Any, words: Any, g
             target[w * uint64(groups) + group] = _swap(word, uint32(8), uint32(0x0000FF00))
 
 
+# Codes may lie in a tensor of 16-bit words that holds four columns a row, 64 codes of each in turn. A run of 32 codes
+# of a column is four words. Code k = 8 a + 2 b + c (a, b below 4, c below 2) is field 4 c + a of word b: so nibbles
+# change places in every word, and then the words' bytes are turned over as a 4x4 matrix. Two words go in one of 64
+# bits.
+
+
+@njit(forceinline=True)
+def _swap_wide(word: Any, shift: Any, mask: Any) -> Any:
+    """As `_swap`, in 64 bits."""
+    change = ((word >> shift) ^ word) & mask
+    return word ^ change ^ (change << shift)
+
+
+@njit(forceinline=True)
+def _in_sequence(low: Any, high: Any) -> Any:
+    """Puts a run of 32 codes in sequence; ``low`` holds its first two words."""
+    shift, mask = uint64(8), uint64(0x0000FF000000FF00)
+    low, high = _swap_wide(low, shift, mask), _swap_wide(high, shift, mask)
+    shift, mask = uint64(4), uint64(0x00F000F000F000F0)
+    low, high = _swap_wide(low, shift, mask), _swap_wide(high, shift, mask)
+    return _turn_bytes(low, high)
+
+
+@njit(forceinline=True)
+def _out_of_sequence(low: Any, high: Any) -> Any:
+    """Undoes `_in_sequence`."""
+    low, high = _turn_bytes(low, high)
+    shift, mask = uint64(4), uint64(0x00F000F000F000F0)
+    low, high = _swap_wide(low, shift, mask), _swap_wide(high, shift, mask)
+    shift, mask = uint64(8), uint64(0x0000FF000000FF00)
+    return _swap_wide(low, shift, mask), _swap_wide(high, shift, mask)
+
+
+@njit(forceinline=True)
+def _turn_bytes(low: Any, high: Any) -> Any:
+    """Transposes the 4x4 matrix of bytes that four words are; its own inverse."""
+    shift, mask = uint64(24), uint64(0x00000000FF00FF00)
+    low, high = _swap_wide(low, shift, mask), _swap_wide(high, shift, mask)
+    change = ((low >> uint64(16)) ^ high) & uint64(0x0000FFFF0000FFFF)
+    return low ^ (change << uint64(16)), high ^ change
+
+
+def split_columns_4bit(source: Any, target: Any, staged: Any, blocks: Any, words: Any) -> None:
+    """Takes interleaved columns apart, four to a block, 4 bits.
+
+    Args:
+        source: uint64 [blocks, words * 4], blocks of interleaved columns.
+        target: uint64 [4 * blocks, words], columns whose codes are in sequence; written.
+        staged: uint64 [words * 4], scratch.
+        blocks: columns / 4.
+        words: rows / 16, a multiple of 4.
+    """
+    across = uint64(words)
+    for block in range(uint64(blocks)):
+        at = uint64(4) * block * across
+        for x in range(uint64(2) * across):
+            run = uint64(2) * x
+            staged[run], staged[run + uint64(1)] = _in_sequence(source[at + run], source[at + run + uint64(1)])
+        for column in range(uint64(4)):
+            to = at + column * across
+            for tile in range(across >> uint64(2)):
+                for i in range(uint64(4)):
+                    target[to + uint64(4) * tile + i] = staged[uint64(16) * tile + uint64(4) * column + i]
+
+
+def join_columns_4bit(source: Any, target: Any, staged: Any, blocks: Any, words: Any) -> None:
+    """Undoes `split_columns_4bit`: columns in ``source``, blocks of four to ``target``, same sizes."""
+    across = uint64(words)
+    for block in range(uint64(blocks)):
+        at = uint64(4) * block * across
+        for column in range(uint64(4)):
+            begin = at + column * across
+            for tile in range(across >> uint64(2)):
+                for i in range(uint64(4)):
+                    staged[uint64(16) * tile + uint64(4) * column + i] = source[begin + uint64(4) * tile + i]
+        for x in range(uint64(2) * across):
+            run = uint64(2) * x
+            target[at + run], target[at + run + uint64(1)] = _out_of_sequence(staged[run], staged[run + uint64(1)])
+
+
+# Zero points may be stored as their products with the scales: -(s z), rounded once to 16 bits. A finite number of 16
+# bits becomes one of 32 when its bits move to their places there and it is multiplied by the ratio of the exponents'
+# biases.
+
+
+def _reinterpreted(given: Any, wanted: Any, kind: Any) -> Any:
+    """Returns a function that takes the bits of one type for those of another."""
+
+    def typed(_context: Any, _value: Any) -> Any:
+        return wanted(given), lambda _c, builder, _s, values: builder.bitcast(values[0], kind)
+
+    return intrinsic(typed)
+
+
+_float_of_bits = _reinterpreted(uint32, float32, ir.FloatType())
+_bits_of_float = _reinterpreted(float32, uint32, ir.IntType(32))
+
+
+@njit(forceinline=True)
+def _magnitude(half: Any) -> Any:
+    """Returns the magnitude of a finite fp16 number; infinities and NaN become numbers above all others."""
+    return float32(_float_of_bits(uint32(uint32(half & uint32(0x7FFF)) << uint32(13))) * float32(2.0**112))
+
+
+@njit(forceinline=True)
+def _rounded(number: Any) -> Any:
+    """Returns the fp16 bits of a number that is not negative; below 2^-14 it must be a multiple of 2^-24."""
+    bits = _bits_of_float(number)
+    normal = uint32(bits + uint32(0xC8000FFF) + ((bits >> uint32(13)) & uint32(1))) >> uint32(13)
+    small = uint32(min(number, float32(1)) * float32(2.0**24))
+    finite = normal if number >= float32(2.0**-14) else small
+    return uint32(0x7C00) if number >= float32(65520) else uint32(finite)
+
+
+def zeros_of_products(source: Any, target: Any, scales: Any, words: Any, _unused: Any) -> None:
+    """Finds the zero points of which products with scales were made: the nearest, and 0 where the scale is.
+
+    Args:
+        source: uint16 [8 * words], fp16 products.
+        target: uint32 [words], zero points of 4 bits in AWQ's order; written.
+        scales: uint16 [8 * words], fp16.
+        words: how many.
+    """
+    for w in range(uint64(words)):
+        word = uint32(0)
+        for i in range(uint64(8)):
+            n = uint64(8) * w + uint64(2) * (i & uint64(3)) + (i >> uint64(2))
+            scale = _magnitude(scales[n])
+            ratio = min(_magnitude(source[n]) / scale, float32(15)) if scale > float32(0) else float32(0)
+            word |= uint32(uint32(ratio + float32(0.5)) << uint32(uint64(4) * i))
+        target[w] = word
+
+
+def products_of_zeros(source: Any, target: Any, scales: Any, words: Any, _unused: Any) -> None:
+    """Undoes `zeros_of_products`: zero points in ``source``, products to ``target``, same sizes."""
+    for w in range(uint64(words)):
+        word = source[w]
+        for i in range(uint64(8)):
+            n = uint64(8) * w + uint64(2) * (i & uint64(3)) + (i >> uint64(2))
+            zero = float32(uint32(word >> uint32(uint64(4) * i)) & uint32(15))
+            sign = uint32(~uint32(scales[n])) & uint32(0x8000)
+            target[n] = uint16(_rounded(float32(_magnitude(scales[n]) * zero)) | sign)
+
+
 def transpose_scales(source: Any, target: Any, _unused: Any, rows: Any, columns: Any) -> None:
     """Transposes 16-bit elements: uint16 [rows, columns] to uint16 [columns, rows].
 
@@ -679,6 +826,10 @@ _KERNELS: dict[Any, tuple[Any, Any, Any]] = {
     pack_column_zeros_4bit: (types.uint32, types.uint32, types.uint32),
     unpack_column_zeros_8bit: (types.uint32, types.uint32, types.uint32),
     pack_column_zeros_8bit: (types.uint32, types.uint32, types.uint32),
+    split_columns_4bit: (types.uint64, types.uint64, types.uint64),
+    join_columns_4bit: (types.uint64, types.uint64, types.uint64),
+    zeros_of_products: (types.uint16, types.uint32, types.uint16),
+    products_of_zeros: (types.uint32, types.uint16, types.uint16),
     transpose_scales: (types.uint16, types.uint16, types.uint16),
     decode_qweight_4bit: (types.uint32, types.float64, types.float64),
     decode_qweight_8bit: (types.uint32, types.float64, types.float64),

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 
 from awq2marlin.errors import refuse
 from awq2marlin.io.stream import Piece
 from awq2marlin.layout.packing import AWQ_PACK_ORDER, pack_factor
-from awq2marlin.layout.repack import Bytes, PartLayout
+from awq2marlin.layout.repack import Bytes, PartLayout, Reader
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,9 @@ class Made:
     size: int
     data: Callable[[], bytes]
 
-    def pieces(self, read_at: int, write_at: int) -> Iterator[Piece]:
+    beside: ClassVar[None] = None
+
+    def pieces(self, read_at: int, write_at: int, _read: Reader | None = None) -> Iterator[Piece]:
         """Yields one piece that reads nothing."""
         yield Piece((read_at, 0), (write_at, self.size), self.rewrite)
 
@@ -56,7 +59,9 @@ class Proven:
     data: Callable[[], bytes]
     meaning: str = ""
 
-    def pieces(self, read_at: int, write_at: int) -> Iterator[Piece]:
+    beside: ClassVar[None] = None
+
+    def pieces(self, read_at: int, write_at: int, _read: Reader | None = None) -> Iterator[Piece]:
         """Yields one piece that writes nothing."""
         yield Piece((read_at, self.size), (write_at, 0), self.rewrite)
 

@@ -10,6 +10,9 @@ them as they are. A `Repack` goes from one layout to another, by bands of rows t
 of codes make one row of Marlin tiles. Unpadded, a piece keeps its length, so a file is rewritten in one pass with two
 small buffers.
 
+Zero points that are stored as products with the scales (`products`) need the bytes of another tensor, their
+`Companion`. It may lie in another file; whoever asks for the pieces says how it is read.
+
 A tensor that lies the other way round (`transposed`) holds columns one after the other, so no part of it holds whole
 rows. But some of its columns are such a tensor themselves, and so are the same columns of any other layout. So it is
 repacked by stripes of columns, and between the stripes of one side and the rows of the other stands a buffer of the
@@ -19,10 +22,10 @@ tensor's size (`stripes`).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cache, partial
-from typing import ClassVar, Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -37,6 +40,9 @@ from awq2marlin.layout.stripes import Stripes
 
 Bytes = npt.NDArray[np.uint8]
 
+#: Bits of plain scales, uint16 [rows, columns].
+Scales = npt.NDArray[np.uint16]
+
 #: What a kernel of ``qweight`` needs to stage one tile.
 _SCRATCH_BYTES = 512
 
@@ -49,15 +55,38 @@ class UnclearBitsError(ValueError):
     """A tensor holds a value whose meaning is not known; its message says all that there is to say."""
 
 
+class Place(NamedTuple):
+    """Where some bytes lie.
+
+    Attributes:
+        file: name of the file.
+        begin: offset in it, in bytes.
+        end: offset past the last byte.
+    """
+
+    file: str
+    begin: int
+    end: int
+
+
+#: Returns the bytes of a place, uint8.
+Reader = Callable[[Place], Bytes]
+
+
 class Rewrite(Protocol):
     """What becomes of one tensor while a file is rewritten. Small and picklable."""
 
-    def pieces(self, read_at: int, write_at: int) -> Iterator[Piece]:
+    @property
+    def beside(self) -> Place | None:
+        """Where another tensor lies that has to be read besides; None for nearly all."""
+
+    def pieces(self, read_at: int, write_at: int, read: Reader) -> Iterator[Piece]:
         """Yields the pieces of the tensor, which are rewritten one by one, in any order but for their steps.
 
         Args:
             read_at: where the tensor begins in the file that is read, in bytes.
             write_at: where it begins in the file that is written.
+            read: returns the bytes that are `beside`.
         """
 
 
@@ -82,6 +111,9 @@ class PartLayout:
 
     #: Whether the tensor holds columns one after the other, so that its one band is all of it.
     is_transposed: ClassVar[bool] = False
+
+    #: Whether it holds the part only together with the module's scales; see `beside`.
+    needs_scales: ClassVar[bool] = False
 
     @property
     def band(self) -> int:
@@ -122,6 +154,15 @@ class PartLayout:
     def stripe(self, first: int, last: int) -> PartLayout:
         """Returns how a tensor of columns ``first`` to ``last`` alone would hold them; ``first`` a multiple of 64."""
         return replace(self, columns=last - first)
+
+    @property
+    def plain_scales(self) -> PartLayout:
+        """What the scales are as plain rows, where they are needed."""
+        raise NotImplementedError
+
+    def beside(self, scales: Scales) -> PartLayout:  # noqa: ARG002
+        """Returns the layout of some rows or columns that have these scales; itself, where it needs none."""
+        return self
 
     def unpack(self, data: Bytes, plain: Bytes) -> None:
         """Turns whole bands of the tensor into plain rows.
@@ -241,6 +282,38 @@ def _zero_point_fields(num_bits: int, inverse: bool) -> npt.NDArray[np.uint8]:
     return np.array(inverse_order(tuple(fields)) if inverse else fields, np.uint8)
 
 
+class Holder(NamedTuple):
+    """A tensor that holds a part of a module.
+
+    Attributes:
+        name: full name.
+        layout: how it holds it.
+    """
+
+    name: str
+    layout: PartLayout
+
+
+@dataclass(frozen=True)
+class Companion:
+    """The scales of a module, beside zero points that are stored as products with them.
+
+    Attributes:
+        source: the tensor among those that are read.
+        target: the tensor among those that are written.
+        place: where the first one lies; None before that is known.
+    """
+
+    source: Holder
+    target: Holder
+    place: Place | None = None
+
+    @property
+    def inverse(self) -> Companion:
+        """The same on the way back."""
+        return Companion(self.target, self.source)
+
+
 @dataclass(frozen=True)
 class Repack:
     """How one tensor becomes its counterpart in another layout; where that is larger, padded with zeros.
@@ -250,30 +323,65 @@ class Repack:
         target: how the tensor that is written does.
         file: where it is read, for messages.
         name: full name of what is read, for messages.
+        companion: the module's scales, where one of the two layouts needs them.
     """
 
     source: PartLayout
     target: PartLayout
     file: str = ""
     name: str = ""
+    companion: Companion | None = None
 
     @property
     def inverse(self) -> Repack:
         """The way back; padding goes, and the names, which were those of what is read."""
-        return Repack(self.target, self.source)
+        return Repack(self.target, self.source, companion=self.companion and self.companion.inverse)
 
-    def pieces(self, read_at: int, write_at: int) -> Iterator[Piece]:
+    @property
+    def is_copy(self) -> bool:
+        """Whether the bytes stay as they are."""
+        return self.source == self.target
+
+    @property
+    def needs_scales(self) -> bool:
+        """Whether one of the two layouts does."""
+        return self.source.needs_scales or self.target.needs_scales
+
+    @property
+    def beside(self) -> Place | None:
+        """Where the scales lie that are read besides."""
+        return self.companion.place if self.companion else None
+
+    def pieces(self, read_at: int, write_at: int, read: Reader | None = None) -> Iterator[Piece]:
         """Yields the pieces of the tensor; see `Rewrite.pieces`."""
+        scales = self._scales(read) if self.needs_scales else None
         if self._is_striped:
             turn = self._columns_to_rows if self.source.is_transposed else self._rows_to_columns
-            yield from turn(read_at, write_at)
+            yield from turn(read_at, write_at, scales)
             return
         step = self._rows_at_once()
         for first in range(0, max(self.source.rows, self.target.rows), step):
             (begin, end), (into, past) = (each.bands(first, first + step) for each in (self.source, self.target))
-            read = read_at + begin * self.source.band_bytes, (end - begin) * self.source.band_bytes
-            write = write_at + into * self.target.band_bytes, (past - into) * self.target.band_bytes
-            yield Piece(read, write, self.rewrite)
+            source = read_at + begin * self.source.band_bytes, (end - begin) * self.source.band_bytes
+            target = write_at + into * self.target.band_bytes, (past - into) * self.target.band_bytes
+            cut = self if scales is None else self._with(scales[first : first + step])
+            yield Piece(source, target, cut.rewrite)
+
+    def _scales(self, read: Reader | None) -> Scales:
+        """Returns the plain scales that one of the two layouts needs."""
+        companion = self.companion
+        assert companion is not None
+        assert companion.place is not None
+        assert read is not None
+        plain = next(each.plain_scales for each in (self.source, self.target) if each.needs_scales)
+        scales = np.empty(plain.size, np.uint8)
+        to_plain = Repack(companion.source.layout, plain, companion.place.file, companion.source.name)
+        to_plain.rewrite(read(companion.place), scales)
+        return scales.view(np.uint16).reshape(plain.rows, plain.columns)
+
+    def _with(self, scales: Scales) -> Repack:
+        """Returns how rows that have these scales are repacked."""
+        return replace(self, source=self.source.beside(scales), target=self.target.beside(scales))
 
     def _rows_at_once(self) -> int:
         """Returns how many rows a piece has: whole bands of both sides, about `PIECE_BYTES`."""
@@ -323,20 +431,25 @@ class Repack:
         differ = self.source.is_transposed != self.target.is_transposed
         return differ and max(self.source.size, self.target.size) > PIECE_BYTES
 
-    def _by_stripe(self) -> list[Repack]:
+    def _by_stripe(self, scales: Scales | None) -> list[Repack]:
         """Returns how each stripe is repacked, as if it were a tensor; the last has what is padding."""
+
+        def cut(layout: PartLayout, first: int, last: int) -> PartLayout:
+            stripe = layout.stripe(first, last)
+            return stripe if scales is None else stripe.beside(scales[:, first:last])
+
         columns = min(self.source.columns, self.target.columns)
         width = min(each.stripe_columns for each in (self.source, self.target) if each.is_transposed)
         firsts = range(0, columns, width)
         ends = ([*firsts[1:], each.columns] for each in (self.source, self.target))
         return [
-            replace(self, source=self.source.stripe(first, end), target=self.target.stripe(first, past))
+            replace(self, source=cut(self.source, first, end), target=cut(self.target, first, past))
             for first, end, past in zip(firsts, *ends, strict=True)
         ]
 
-    def _columns_to_rows(self, read_at: int, write_at: int) -> Iterator[Piece]:
+    def _columns_to_rows(self, read_at: int, write_at: int, scales: Scales | None) -> Iterator[Piece]:
         """Yields a piece for every stripe of the source, then a piece for every run of the target's bands."""
-        cuts = self._by_stripe()
+        cuts = self._by_stripe(scales)
         stripes = Stripes(self.target.size // self.target.band_bytes, tuple(cut.target.band_bytes for cut in cuts))
         for place, cut in enumerate(cuts):
             read = read_at, cut.source.size
@@ -346,9 +459,9 @@ class Repack:
             write = write_at + first * stripes.row_bytes, (last - first) * stripes.row_bytes
             yield Piece((read_at, 0), write, partial(stripes.join, first), Step(place, stripes.size))
 
-    def _rows_to_columns(self, read_at: int, write_at: int) -> Iterator[Piece]:
+    def _rows_to_columns(self, read_at: int, write_at: int, scales: Scales | None) -> Iterator[Piece]:
         """Yields a piece for every run of the source's bands, then a piece for every stripe of the target."""
-        cuts = self._by_stripe()
+        cuts = self._by_stripe(scales)
         stripes = Stripes(self.source.size // self.source.band_bytes, tuple(cut.source.band_bytes for cut in cuts))
         for place, (first, last) in enumerate(stripes.runs()):
             read = read_at + first * stripes.row_bytes, (last - first) * stripes.row_bytes

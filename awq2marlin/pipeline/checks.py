@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from awq2marlin.io.folder import Folder
-from awq2marlin.io.safetensors import Header
 from awq2marlin.io.tensors import TensorFiles
 from awq2marlin.io.workers import check_workers
 from awq2marlin.layout.modules import ModulePlan
@@ -68,13 +67,12 @@ class Checks:
         """
         from awq2marlin.verification.values import verify_modules
 
-        comparison = self._comparison({shard.name: shard.source}, Silence())
-        here = [replace(module, parts=self._parts_in(module, comparison)) for module in self.chosen]
+        comparison = self._comparison([shard.name], Silence())
+        here = [replace(module, parts=self._parts_in(shard, module, comparison)) for module in self.chosen]
         verify_modules(here, comparison, check_workers(self.workers))
 
-    def _parts_in(self, module: ModulePlan, comparison: Comparison) -> tuple[str, ...]:
-        there = comparison.source.shard_of
-        return tuple(part for part in module.parts if comparison.tensor_name(module, part) in there)
+    def _parts_in(self, shard: ShardPlan, module: ModulePlan, comparison: Comparison) -> tuple[str, ...]:
+        return tuple(part for part in module.parts if comparison.tensor_name(module, part) in shard.source.tensors)
 
     def compare_output(self, out: OutputFolder, *, are_compared: bool) -> GemmRun | None:
         """Compares the chosen modules, from the disk.
@@ -93,20 +91,20 @@ class Checks:
             return None
         from awq2marlin.verification.values import run_gemm, verify_modules
 
-        comparison = self._comparison(self.plan.checkpoint.shards, self.progress)
+        comparison = self._comparison([*self.plan.checkpoint.shards], self.progress)
         with distrusted_after_a_difference(out):
             if not are_compared:
                 verify_modules(self.chosen, comparison, check_workers(self.workers))
             return run_gemm(self.chosen, comparison, self.device)
 
-    def _comparison(self, headers: Mapping[str, Header], progress: Progress) -> Comparison:
-        """Returns the comparison of some shards with what was made of them, as it is on the disk."""
+    def _comparison(self, shards: Sequence[str], progress: Progress) -> Comparison:
+        """Returns the comparison of the source with what was made of some shards, as it is on the disk."""
         from awq2marlin.verification.values import Comparison
 
-        output = Folder.at(self.root)
+        output, checkpoint = Folder.at(self.root), self.plan.checkpoint
         return Comparison(
             self.plan.counterparts,
-            TensorFiles.of(self.plan.checkpoint.folder, headers),
-            TensorFiles.of(output, output.read_headers(headers)),
+            TensorFiles(checkpoint.folder, checkpoint.index),
+            TensorFiles.of(output, output.read_headers(shards)),
             progress,
         )

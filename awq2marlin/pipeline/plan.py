@@ -25,7 +25,7 @@ from awq2marlin.errors import CheckpointError, Problem, refuse
 from awq2marlin.formats.base import Format, Quantization
 from awq2marlin.formats.names import CARD_FILENAME, CONFIG_FILENAME, INDEX_FILENAME, MANIFEST_FILENAME
 from awq2marlin.formats.registry import DEFAULT_TARGET, KEPT
-from awq2marlin.io.safetensors import Header
+from awq2marlin.io.safetensors import TensorIndex
 from awq2marlin.io.strict_json import encode_json
 from awq2marlin.layout.marlin import fusion_group
 from awq2marlin.layout.modules import UNALIGNED_CHOICES, Linear, ModulePlan, Unaligned, module_name
@@ -198,7 +198,7 @@ def plan_conversion(checkpoint: Checkpoint, unaligned: Unaligned = "keep", targe
     _refuse_unkeepable(counterparts, source)
     _refuse_strays(counterparts, checkpoint)
     _refuse_denied_zero_points(counterparts, checkpoint)
-    shards = tuple(_plan_shard(name, header, counterparts) for name, header in checkpoint.shards.items())
+    shards = tuple(_plan_shard(name, counterparts, checkpoint.index) for name in checkpoint.shards)
     emptied = [shard.name for shard in shards if shard.source.tensors and not shard.target.tensors]
     if emptied:  # the output's index could not name it, so that it would be lost on the way back
         message = f"nothing of this file is left in {target.title}, so that the conversion could not be undone"
@@ -327,6 +327,7 @@ def _refuse_denied_zero_points(counterparts: Counterparts, checkpoint: Checkpoin
         raise CheckpointError(problems)
 
 
-def _plan_shard(name: str, source: Header, counterparts: Counterparts) -> ShardPlan:
+def _plan_shard(name: str, counterparts: Counterparts, index: TensorIndex) -> ShardPlan:
+    source = index.headers[name]
     rows = counterparts.rows(name, source)
-    return ShardPlan(name, source, counterparts.target_header(source, rows), spans_of(rows))
+    return ShardPlan(name, source, counterparts.target_header(source, rows), spans_of(rows, index))

@@ -55,7 +55,7 @@ def _plan_shard(name: str, converted: ConvertedCheckpoint) -> ShardPlan:
     """Returns how one converted file becomes the original: the rows of the conversion, the other way round."""
     source, target = converted.checkpoint.shards[name], converted.manifest.shards[name].source_header
     rows = [inverse_row(_placed(row, source), name) for row in converted.counterparts.rows(name, target)]
-    return ShardPlan(name, source, target, spans_of(rows))
+    return ShardPlan(name, source, target, spans_of(rows, converted.checkpoint.index))
 
 
 def _placed(row: Row, converted: Header) -> Row:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 from awq2marlin.errors import CheckpointError, DifferenceError, ExecutorError, Problem, difference
 from awq2marlin.io.digest import FileDigest, Xxh3, digest_of, hexdigest
@@ -102,10 +103,7 @@ def _move_shards(transfer: Transfer, sink: Sink, work: Work) -> dict[str, FileDi
     room = two_largest([*sizes.values()]) if work.low_disk else None
     with arriving(source, sizes, progress.advance, room) as arrivals:
         at_once, threads = _share(work, len(todo))
-        tasks = (
-            ShardTask(todo[name], source.path(name), out.partial(name), threads, source.sha256(name), work.with_sha256)
-            for name in arrivals
-        )
+        tasks = (_task(todo[name], source, out.partial(name), threads, work.with_sha256) for name in arrivals)
         with _released_if_spoilt(source):
             if work.executor is None:
                 run_side_by_side(rewrite_shard, tasks, at_once, progress.advance, finish)
@@ -114,6 +112,18 @@ def _move_shards(transfer: Transfer, sink: Sink, work: Work) -> dict[str, FileDi
     sink.wait()
     progress.finish()
     return made
+
+
+def _task(plan: ShardPlan, source: Source, target: Path, threads: int, with_sha256: bool) -> ShardTask:
+    """Returns the task of a shard that is here; of other files that are not, the bytes that it needs are fetched."""
+    others, fetched = {}, {}
+    for place in plan.beside:
+        if source.origin is None:
+            others[place.file] = source.path(place.file)
+        else:
+            fetched[place] = source.read_range(*place)
+    name = plan.name
+    return ShardTask(plan, source.path(name), target, threads, source.sha256(name), with_sha256, others, fetched)
 
 
 def _share(work: Work, shards: int) -> tuple[int, int]:

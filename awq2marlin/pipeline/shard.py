@@ -6,15 +6,19 @@ import hashlib
 import os
 import secrets
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
+
+import numpy as np
 
 from awq2marlin._version import __version__
 from awq2marlin.errors import ExecutorError, Problem, refuse
 from awq2marlin.io.digest import FileDigest, Xxh3, hexdigest
-from awq2marlin.io.folder import open_regular
+from awq2marlin.io.folder import open_regular, read_range
 from awq2marlin.io.stream import NamedPath, Piece, copy_pieces, rewrite_file
+from awq2marlin.layout.repack import Bytes, Place
 from awq2marlin.pipeline.transfer import ShardPlan
 
 
@@ -29,6 +33,8 @@ class ShardTask:
         workers: threads to use.
         sha256: what the source's has to be, 64 hexadecimal digits; None if that is not known.
         with_sha256: whether the output's SHA-256 is asked for.
+        others: resolved paths of other source files that are read besides, by name.
+        fetched: bytes of other source files that are not here.
         version: of this package; whoever does the task must have the same.
         number: a random one, so that an executor that keeps results (Dask does) never takes this task for an equal
             one of another run.
@@ -40,6 +46,8 @@ class ShardTask:
     workers: int
     sha256: str | None = None
     with_sha256: bool = False
+    others: Mapping[str, Path] = field(default_factory=dict)
+    fetched: Mapping[Place, bytes] = field(default_factory=dict)
     version: str = __version__
     number: int = field(default_factory=lambda: secrets.randbits(64))
 
@@ -87,7 +95,7 @@ def rewrite_shard(task: ShardTask, progress: Callable[[int], None] | None = None
     rewrite_file(
         NamedPath(task.source, plan.name),
         partial,
-        _pieces(plan),
+        _pieces(task),
         prefix=plan.target.prefix,
         source_hashes=[each for each in (read, source_sha256) if each],
         target_hashes=[each for each in (made, target_sha256) if each],
@@ -147,10 +155,21 @@ def _check_unchanged(task: ShardTask) -> None:
             )
 
 
-def _pieces(plan: ShardPlan) -> Iterator[Piece]:
+def _pieces(task: ShardTask) -> Iterator[Piece]:
+    plan = task.plan
     for span in plan.spans:
         read_at, write_at = plan.source.data_start + span.source[0], plan.target.data_start + span.target[0]
         if span.rewrite is None:
             yield from copy_pieces(read_at, write_at, span.source[1] - span.source[0])
         else:
-            yield from span.rewrite.pieces(read_at, write_at)
+            yield from span.rewrite.pieces(read_at, write_at, partial(_read_beside, task))
+
+
+def _read_beside(task: ShardTask, place: Place) -> Bytes:
+    """Returns the bytes of another tensor, from this file or another one."""
+    data = task.fetched.get(place)
+    if data is None:
+        path = task.source if place.file == task.plan.name else task.others[place.file]
+        with open_regular(path, place.file) as stream:
+            data = read_range(stream, place.begin, place.end, place.file)
+    return np.frombuffer(data, np.uint8)

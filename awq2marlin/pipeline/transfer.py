@@ -13,9 +13,9 @@ from typing import Literal
 from awq2marlin.checkpoint.counterparts import Row
 from awq2marlin.formats.names import CONFIG_FILENAME
 from awq2marlin.io.digest import FileDigest
-from awq2marlin.io.safetensors import Header, TensorInfo
+from awq2marlin.io.safetensors import Header, TensorIndex, TensorInfo
 from awq2marlin.io.source import Source
-from awq2marlin.layout.repack import Rewrite
+from awq2marlin.layout.repack import Place, Repack, Rewrite
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,12 @@ class ShardPlan:
     source: Header
     target: Header
     spans: tuple[Span, ...]
+
+    @property
+    def beside(self) -> list[Place]:
+        """What has to be read of other files: tensors of modules that lie in several."""
+        places = (span.rewrite.beside for span in self.spans if span.rewrite is not None)
+        return [place for place in places if place is not None and place.file != self.name]
 
 
 @dataclass(frozen=True)
@@ -112,22 +118,35 @@ class Transfer:
         )
 
 
-def spans_of(rows: Iterable[Row]) -> tuple[Span, ...]:
+def spans_of(rows: Iterable[Row], index: TensorIndex) -> tuple[Span, ...]:
     """Returns the spans of a shard; neighbours that are only copied are joined, so that small tensors cost nothing.
 
     Args:
         rows: of the shard, in the order of both files; with the offsets of both.
+        index: all files that are read.
     """
     spans: list[Span] = []
     read, written = 0, 0
     for row in rows:
-        span = Span(_range(row.source, read), _range(row.target, written), row.rewrite)
+        rewrite = None if row.is_copy else _placed(row.rewrite, index)
+        span = Span(_range(row.source, read), _range(row.target, written), rewrite)
         read, written = span.source[1], span.target[1]
         if span.rewrite is None and spans and spans[-1].rewrite is None:
             before = spans.pop()
             span = Span((before.source[0], read), (before.target[0], written), None)
         spans.append(span)
     return tuple(spans)
+
+
+def _placed(rewrite: Rewrite | None, index: TensorIndex) -> Rewrite | None:
+    """Returns a rewrite that knows where the tensor lies that it reads besides, if it does."""
+    if not isinstance(rewrite, Repack) or rewrite.companion is None:
+        return rewrite
+    name = rewrite.companion.source.name
+    tensor, file = index.tensors[name], index.shard_of[name]
+    start = index.headers[file].data_start
+    place = Place(file, start + tensor.start, start + tensor.end)
+    return replace(rewrite, companion=replace(rewrite.companion, place=place))
 
 
 def _range(tensor: TensorInfo | None, position: int) -> tuple[int, int]:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from awq2marlin.checkpoint.part_rows import PartRows
 from awq2marlin.checkpoint.source import SourceCheckpoint
 from awq2marlin.errors import Problem
 from awq2marlin.formats.base import StoredModule
@@ -21,7 +22,7 @@ from awq2marlin.io.tensors import TensorFiles
 from awq2marlin.layout.modules import QUANTIZED_PARTS
 from awq2marlin.layout.scheme import Scheme
 from awq2marlin.verification.differences import Count, ModuleDifference
-from awq2marlin.verification.values import BAND_BYTES, PartRows
+from awq2marlin.verification.values import BAND_BYTES
 
 _WORDS = {"qweight": "value", "qzeros": "zero point", "scales": "scale"}
 
@@ -80,7 +81,9 @@ class _Part:
     @classmethod
     def of(cls, side: Side, name: str, part: str) -> _Part:
         module = side.opened.modules[name]
-        rows = PartRows.of(module.layout, side.files, name, part, side.scheme) if part in module.parts else None
+        if part not in module.parts:
+            return cls(side, module, part, None)
+        rows = PartRows.of(module.layout, side.files, name, part, module.stored_k, side.scheme)
         return cls(side, module, part, rows)
 
     def count(self, size_k: int) -> int:
@@ -89,8 +92,8 @@ class _Part:
 
     @property
     def dtype(self) -> str:
-        """The type of its tensor, as headers call it."""
-        return self.rows.tensor.dtype if self.rows else ""
+        """The type of scales, as headers call it; codes and zero points are whole numbers, whatever holds them."""
+        return self.rows.tensor.dtype if self.rows and self.part == "scales" else ""
 
     def read(self, first: int, count: int) -> Band:
         """Returns some rows of plain values, padding included, as far as there are any."""
@@ -98,8 +101,7 @@ class _Part:
         if self.rows is None:
             held = max(0, min(count, self.count(module.size_k) - first))
             return np.full((held, module.size_n), scheme.middle, np.uint8)
-        rows = self.rows.read(first, count)
-        return module.layout.values(self.part, rows, module.stored_k, scheme)[:count, : module.stored_n]
+        return self.rows.read(first, count)[:count, : module.stored_n]
 
 
 @dataclass

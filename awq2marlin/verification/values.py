@@ -16,13 +16,12 @@ import numpy as np
 import numpy.typing as npt
 
 from awq2marlin.checkpoint.counterparts import Counterparts, Row
+from awq2marlin.checkpoint.part_rows import PartRows
 from awq2marlin.errors import difference
-from awq2marlin.formats.base import Format
 from awq2marlin.io.safetensors import TensorInfo
 from awq2marlin.io.tensors import TensorFiles
 from awq2marlin.layout.derived import Made, Proven
 from awq2marlin.layout.modules import ModulePlan
-from awq2marlin.layout.scheme import Scheme
 from awq2marlin.progress import Progress
 from awq2marlin.verification.sampling import Device
 
@@ -112,19 +111,16 @@ class Comparison:
         """Yields (first row, expected, found): bands of plain values of one part, padding included."""
         pair, scheme = self.counterparts, self.counterparts.scheme
         source, target = pair.source_layout_of(module), pair.layout_of(module)
-        old, new = (
-            PartRows.of(layout, files, module.name, part, scheme)
-            for layout, files in ((source, self.source), (target, self.output))
-        )
+        old = PartRows.of(source, self.source, module.name, part, pair.stored_sizes(module)[0], scheme)
+        new = PartRows.of(target, self.output, module.name, part, module.padded_k, scheme)
         total = scheme.num_groups(module.padded_k) if part != "qweight" else module.padded_k
         band = total
         if old.step and new.step:
             band = math.lcm(old.step, new.step)
             band *= max(1, BAND_BYTES // max(1, new.bytes_of(band)))
         for first in range(0, total, band):
-            found = target.values(part, new.read(first, band), module.padded_k, scheme)
-            expected = _fitted(source.values(part, old.read(first, band), pair.stored_sizes(module)[0], scheme), found)
-            yield first, expected, found
+            found = new.read(first, band)
+            yield first, _fitted(old.read(first, band), found), found
 
     def _compare_values(
         self,
@@ -145,50 +141,6 @@ class Comparison:
             file=self.output.shard_of[name],
             tensor=name,
         )
-
-
-@dataclass(frozen=True)
-class PartRows:
-    """A part's tensor, read by rows of its plain values.
-
-    Attributes:
-        files: where it lies.
-        tensor: its description.
-        element: the type of its elements.
-        step: plain rows in one row, or one column, of the tensor; 0 if only all of the tensor holds whole ones.
-        whole: all of a tensor whose columns hold rows, packed as it is; None for others, which are read as needed.
-    """
-
-    files: TensorFiles
-    tensor: TensorInfo
-    element: type[np.generic]
-    step: int
-    whole: npt.NDArray[Any] | None
-
-    @classmethod
-    def of(cls, format: Format, files: TensorFiles, module: str, part: str, scheme: Scheme) -> PartRows:
-        """Returns the reader of a part of a module whose layout is of a format."""
-        tensor, step = files.info(format.tensor_name(module, part)), format.rows_per_row(part, scheme)
-        element = format.element_type(part)
-        if step:
-            return cls(files, tensor, element, step, None)
-        whole = files.rows(tensor.name, 0, tensor.shape[0], element)
-        return cls(files, tensor, element, format.rows_per_column(part, scheme), whole)
-
-    def bytes_of(self, count: int) -> int:
-        """Returns the bytes that hold some plain rows."""
-        length = self.tensor.shape[0] if self.whole is None else self.whole.shape[1]
-        return self.tensor.size // max(1, length) * count // self.step
-
-    def read(self, first: int, count: int) -> npt.NDArray[Any]:
-        """Returns the rows of the tensor that hold some plain rows, as far as there are any; or the columns."""
-        length = self.tensor.shape[0] if self.whole is None else self.whole.shape[1]
-        begin, end = 0, length
-        if self.step:
-            begin, end = min(first // self.step, length), min(-(-(first + count) // self.step), length)
-        if self.whole is None:
-            return self.files.rows(self.tensor.name, begin, end, self.element)
-        return self.whole[:, begin:end]
 
 
 def _fitted(values: npt.NDArray[Any], like: npt.NDArray[Any]) -> npt.NDArray[Any]:

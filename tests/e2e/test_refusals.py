@@ -66,13 +66,19 @@ def many_files_no_index(folder: Path) -> None:
 
 REFUSED: dict[str, tuple[Change, str, str, str]] = {
     # name: (change, code, where, a part of the message)
-    "gemv": (say(version="gemv"), "foreign-format", "config.json", "AWQ's GEMV layout"),
-    "gemv_in_capitals": (say(version="GEMV"), "foreign-format", "config.json", "AWQ's GEMV layout"),
-    "gemv_fast": (say(version="gemv_fast"), "foreign-format", "config.json", "AWQ's GEMV-fast layout"),
-    "gemv_fast_of_gptqmodel": (say(checkpoint_format="gemv_fast"), "foreign-format", "config.json", "GEMV-fast"),
+    "gemv": (say(version="gemv"), "contradiction", "config.json", "says AWQ gemv"),
+    "gemv_in_capitals": (say(version="GEMV"), "contradiction", "config.json", "the tensors are those of AWQ"),
+    "gemv_fast": (say(version="gemv_fast"), "contradiction", "config.json", "says AWQ gemv_fast"),
+    "two_layouts": (
+        say(checkpoint_format="gemv_fast"),
+        "contradiction",
+        "config.json",
+        "checkpoint_format 'gemv_fast'",
+    ),
     "llm_awq_by_version": (say(version="llm-awq"), "foreign-format", "config.json", "llm-awq"),
     "llm_awq_by_backend": (say(backend="llm-awq"), "foreign-format", "config.json", "llm-awq"),
-    "version_marlin": (say(version="marlin"), "foreign-format", "config.json", "AutoAWQ's own Marlin layout"),
+    "version_marlin": (say(version="marlin"), "contradiction", "config.json", "has no zero points"),
+    "marlin": (say(version="marlin", zero_point=False), "contradiction", "config.json", "says AWQ marlin"),
     "version_exllama": (say(version="exllama"), "foreign-format", "config.json", "ExLlama"),
     "version_unknown": (say(version="x\x1b[31m"), "foreign-format", "config.json", "AWQ with version 'x"),
     "compressed_tensors": (
@@ -90,8 +96,8 @@ REFUSED: dict[str, tuple[Change, str, str, str]] = {
     "gptq": (
         only({"quant_method": "gptq", "bits": 4, "group_size": 64, "desc_act": False}),
         "contradiction",
-        SINGLE,
-        "is the layout of AWQ",
+        "config.json",
+        "says GPTQ (4 bits in groups of 64 with zero points), but the tensors are those of AWQ;",
     ),
     "gptq_without_a_method": (
         only({"bits": 4, "group_size": 64, "desc_act": True, "damp_percent": 0.1}),

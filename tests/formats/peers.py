@@ -29,7 +29,7 @@ ODD_ROWS = {"odd_k_w4", "odd_k_w8"}
 #: Those that are refused by name, if nothing is padded.
 REFUSED = PERMUTED | ODD_COLUMNS | ODD_ROWS
 
-_TYPES = {"F16": "<u2", "BF16": "<u2", "F32": "<f4", "I8": "i1", "I32": "<i4", "I64": "<i8"}
+_TYPES = {"F16": "<u2", "BF16": "<u2", "F32": "<f4", "I8": "i1", "I16": "<i2", "I32": "<i4", "I64": "<i8"}
 _AWQ_ORDER = {4: (0, 2, 4, 6, 1, 3, 5, 7), 8: (0, 2, 1, 3)}
 
 

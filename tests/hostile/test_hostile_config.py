@@ -121,12 +121,8 @@ def test_a_quantization_config_is_an_object(awq, refused, value: object) -> None
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 64, "desc_act": False, "sym": True}
 
 FOREIGN = {
-    "GEMV": ({**AWQ, "version": "GEMV"}, "AWQ's GEMV layout"),
-    "GEMV fast": ({**AWQ, "version": "gemv_fast"}, "AWQ's GEMV-fast layout"),
-    "GEMV fast, as GPTQModel writes it": ({**AWQ, "version": "gemm", "format": "gemv_fast"}, "GEMV-fast layout"),
     "llm-awq": ({**AWQ, "version": "llm-awq"}, "the layout of the llm-awq repository"),
     "llm-awq by its backend": ({**AWQ, "backend": "llm-awq"}, "the layout of the llm-awq repository"),
-    "AutoAWQ's Marlin": ({**AWQ, "version": "marlin", "zero_point": False}, "AutoAWQ's own Marlin layout"),
     "ExLlama": ({**AWQ, "version": "exllama"}, "ExLlama layout"),
     "a version to come": ({**AWQ, "version": "gemm2"}, "version 'gemm2'"),
     "a version of escapes": ({**AWQ, "version": NASTY}, r"x1b[31m"),
@@ -200,6 +196,14 @@ UNSUPPORTED = {
     "group size absent": ({"quant_method": "awq", "bits": 4}, "bad-config", "none of group_size, q_group_size"),
     "zero_point a number": ({**AWQ, "zero_point": 1}, "bad-config", "zero_point must be true or false, found 1"),
     "zero_point a string": ({**AWQ, "zero_point": "true"}, "bad-config", "zero_point must be"),
+    "two layouts": (
+        {**AWQ, "version": "gemm", "format": "gemv_fast"},
+        "contradiction",
+        "version 'gemm', format 'gemv_fast'",
+    ),
+    "GEMV of 8 bits": ({**AWQ, "version": "gemv", "bits": 8}, "unsupported-bits", "AWQ gemv has 4 only"),
+    "GEMV fast of 8 bits": ({**AWQ, "version": "gemv_fast", "bits": 8}, "unsupported-bits", "AWQ gemv_fast has 4 only"),
+    "Marlin with zero points": ({**AWQ, "version": "marlin"}, "contradiction", "has no zero points"),
     "two bits": ({**AWQ, "w_bit": 8}, "contradiction", "'bits': 4, 'w_bit': 8"),
     "two group sizes": ({**AWQ, "q_group_size": 128}, "contradiction", "'group_size': 64, 'q_group_size': 128"),
     "method a number": ({**AWQ, "quant_method": 0}, "bad-config", "quant_method must be a string, found 0"),

@@ -1,0 +1,105 @@
+"""AWQ checkpoints of the "gemv" version, as AutoAWQ wrote them.
+
+A module lies N first: ``qweight`` int32 [N, K/8] holds eight codes of one column a word, along K; ``qzeros`` int32
+[N, W] holds eight zero points of one column a word, along the groups; ``scales`` is [N, 8 W]. W is G / 8 rounded up,
+for groups of 64 to a multiple of 2 and for groups of 32 to one of 4; what is past the last group is zero. Source:
+AutoAWQ 0.2.9, ``awq/modules/linear/gemv.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from awq2marlin.formats.awq import Awq
+from awq2marlin.formats.base import Fault, Quantization
+from awq2marlin.io.safetensors import TensorInfo
+from awq2marlin.layout.marlin import MAX_SIZE_N
+from awq2marlin.layout.repack import PartLayout
+from awq2marlin.layout.scheme import Scheme
+from awq2marlin.layout.transposed import TransposedCodes, TransposedScales
+
+#: Values in a word.
+_FACTOR = 8
+
+
+def stored_groups(size_k: int, scheme: Scheme) -> int:
+    """Returns how many groups the tensors of a module have room for: 8 W."""
+    rows_of_group = size_k if scheme.group_size == -1 else scheme.group_size
+    multiple = _FACTOR * {64: 2, 32: 4}.get(rows_of_group, 1)
+    return -(-scheme.num_groups(size_k) // multiple) * multiple
+
+
+def size_fault(size_k: int, size_n: int, multiple_k: int, scheme: Scheme) -> str:
+    """Returns why a layout of 4 bits that has no padding but for groups cannot be of a size; empty if it can."""
+    if size_k == 0 or size_n == 0 or size_n > MAX_SIZE_N:
+        return f"K={size_k}, N={size_n} is empty or has more than {MAX_SIZE_N} columns"
+    if size_k % multiple_k or size_n % _FACTOR:
+        return f"K={size_k}, N={size_n} are no multiples of {multiple_k} and {_FACTOR}"
+    if scheme.group_size != -1 and size_k % scheme.group_size:
+        return f"K={size_k} is not a multiple of the group size {scheme.group_size}"
+    return ""
+
+
+class AwqGemv(Awq):
+    """AWQ, version "gemv"."""
+
+    name = layout_name = "awq-gemv"
+    title = layout_title = "AWQ gemv"
+    is_source = True
+    versions = ("gemv",)
+
+    def has_zero_points(self, scheme: Scheme) -> bool:
+        """Returns True: its kernels read them always."""
+        del scheme
+        return True
+
+    def sizes(self, tensors: Mapping[str, TensorInfo], scheme: Scheme) -> tuple[int, int]:
+        """Returns K and N as ``qweight`` says."""
+        size_n, words = tensors["qweight"].shape
+        return words * scheme.pack_factor, size_n
+
+    def shape(self, part: str, size_k: int, size_n: int, scheme: Scheme) -> tuple[int, ...]:
+        """Returns the shape of a part: N first."""
+        if part == "qweight":
+            return size_n, size_k // _FACTOR
+        groups = stored_groups(size_k, scheme)
+        return size_n, groups if part == "scales" else groups // _FACTOR
+
+    def layout(self, part: str, size_k: int, size_n: int, scheme: Scheme) -> PartLayout:
+        """Returns the transposed layout of a part; its padding is rows that the others have not."""
+        if part == "qweight":
+            return TransposedCodes(part, scheme.bits, size_k, size_n)
+        kind = TransposedScales if part == "scales" else TransposedCodes
+        return kind(part, scheme.bits, stored_groups(size_k, scheme), size_n)
+
+    def faults(
+        self, module: str, tensors: Mapping[str, TensorInfo], size_k: int, size_n: int, quantization: Quantization
+    ) -> Iterator[Fault]:
+        """Yields a size that is none, and what contradicts ``qweight`` or the config."""
+        if reason := size_fault(size_k, size_n, _FACTOR, quantization.scheme):
+            yield tensors["qweight"].name, "wrong-shape", reason
+            return
+        yield from super().faults(module, tensors, size_k, size_n, quantization)
+
+    def rows_per_row(self, part: str, scheme: Scheme) -> int:
+        """Returns 0: rows of the tensors are columns."""
+        del part, scheme
+        return 0
+
+    def rows_per_column(self, part: str, scheme: Scheme) -> int:
+        """Returns 8 for words, 1 for scales."""
+        del scheme
+        return 1 if part == "scales" else _FACTOR
+
+    def values(self, part: str, rows: npt.NDArray[Any], size_k: int, scheme: Scheme) -> npt.NDArray[Any]:
+        """Returns the fields of the words, one after the other, the right way round."""
+        del size_k
+        if part == "scales":
+            return rows.T
+        from awq2marlin.layout.reference import split_fields  # a conversion that compares nothing does not need it
+
+        return split_fields(np.ascontiguousarray(rows, np.uint32), scheme.bits).T
