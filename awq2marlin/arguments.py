@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -25,6 +25,9 @@ Workers = Annotated[int, range(1, MAX_WORKERS + 1)]
 #: How many of something, none included.
 Count = Annotated[int, range(sys.maxsize)]
 
+
+#: Several texts, none included.
+Texts = Sequence[str]
 
 _Options = TypeVar("_Options", bound="Checked")
 
@@ -87,14 +90,19 @@ def kind_of(hint: Any) -> Kind:
     """Returns what a type says that an argument may be.
 
     Args:
-        hint: ``bool``, ``str`` (which must not be empty), an ``int`` annotated with its range, a `Literal`, another
-            class or a protocol that is checked at run time, or a union of these; with None if the argument may be
-            left out.
+        hint: ``bool``, ``str`` (which must not be empty), a sequence of texts, an ``int`` annotated with its range, a
+            `Literal`, another class or a protocol that is checked at run time, or a union of these; with None if the
+            argument may be left out.
     """
     if get_origin(hint) in (Union, UnionType):
         kinds = [kind_of(each) for each in get_args(hint)]
         words = tuple(word for kind in kinds for word in kind.words)
         return Kind(words, lambda value: any(kind.takes(value) for kind in kinds))
+    if hint == Texts:
+        text = kind_of(str)
+        return Kind(
+            ("a list of texts",), lambda value: isinstance(value, (list, tuple)) and all(map(text.takes, value))
+        )
     if get_origin(hint) is Literal:
         return Kind(tuple(map(repr, get_args(hint))), lambda value: value in get_args(hint))
     if get_origin(hint) is Annotated:

@@ -174,7 +174,11 @@ ERROR_CODES: Mapping[str, Advice] = {
     "no-config": Advice("the folder or repository has no `config.json`", "pass a complete checkpoint folder"),
     "no-dask": Advice("`--dask` without Dask", "`pip install 'awq2marlin[dask]'`"),
     "no-gpu": Advice("`--device cuda`, but PyTorch has no GPU", "see `awq2marlin doctor`, or use `--device cpu`"),
-    "no-index": Advice("several shards, but no `model.safetensors.index.json`", "download the index"),
+    "no-index": Advice(
+        "several shards, but no `model.safetensors.index.json`, and two hold a tensor of the same name, or one cannot "
+        "be read",
+        "download the index, or leave out what does not belong to the checkpoint with `--leave`",
+    ),
     "no-kernel": Advice(
         "`--device`: the kernel cannot be compiled or run here",
         "the message says what is missing; see `awq2marlin doctor`",

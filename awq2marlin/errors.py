@@ -47,7 +47,7 @@ def printable(text: str) -> str:
     """
     if len(text) > MAX_NAME_LENGTH:
         text = f"{text[:MAX_NAME_LENGTH]}… ({len(text)} characters)"
-    return _escaped(text)
+    return escaped(text)
 
 
 def article(noun: str) -> str:
@@ -55,7 +55,8 @@ def article(noun: str) -> str:
     return f"{'an' if noun[0] in 'AEIOU' else 'a'} {noun}"
 
 
-def _escaped(text: str) -> str:
+def escaped(text: str) -> str:
+    """Returns ``text`` as `printable` does, but whole: a sentence of ours, whose foreign names are cut already."""
     if text.isprintable():
         return text
     return "".join(
@@ -87,7 +88,7 @@ class Problem:
     def __str__(self) -> str:
         """Returns ``file: tensor: message`` without the parts that are empty, escaped."""
         places = [printable(place) for place in (self.file, self.tensor) if place]
-        return ": ".join([*places, _escaped(self.message)])
+        return ": ".join([*places, escaped(self.message)])
 
 
 class Awq2MarlinError(Exception):

@@ -184,6 +184,7 @@ def test_format_document_lists_the_manifest_keys():
         {"<file>": ""},
         card=SourceCard.of("", b""),
         restores="tensors",
+        made={"<file>": file},
     )
     written = list(_paths(json.loads(manifest.encode())))
     assert sorted(_table("marlin-native.md", "manifest")) == sorted(written)

@@ -78,6 +78,8 @@ def _covers(done: Mapping[str, Any], asked: Mapping[str, Any]) -> bool:
     """Returns whether what was done is all that is asked: the same bytes, compared as thoroughly, sent as far."""
     if (done.get("unaligned"), done.get("to", DEFAULT_TO)) != (asked["unaligned"], asked.get("to", DEFAULT_TO)):
         return False
+    if any(list(done.get(name) or []) != list(asked.get(name) or []) for name in ("carry", "leave")):
+        return False
     if asked["device"] is not None and done.get("device") != asked["device"]:
         return False
     if asked["push_to"] is not None and any(done.get(name) != asked[name] for name in PUSHING):
@@ -172,9 +174,8 @@ def _convert(job: Job, executor: Executor | None, progress: Progress) -> ItemRes
 
 
 def _plan_only(job: Job) -> ItemResult:
-    plan = plan_conversion(
-        open_checkpoint(open_source(job.item.source)), job.options.unaligned, target_named(job.options.to)
-    )
+    checkpoint = open_checkpoint(open_source(job.item.source), job.options.choice)
+    plan = plan_conversion(checkpoint, job.options.unaligned, target_named(job.options.to))
     return job.result(
         EXIT_DONE, status="planned", bytes=plan.target_bytes, converted=len(plan.converted), kept=len(plan.kept)
     )
@@ -194,11 +195,13 @@ def _compare_finished(job: Job, progress: Progress) -> ItemResult | None:
         return None
     tidy(job.output)
     folder, options = open_source(job.item.source), job.options
-    plan = plan_conversion(open_checkpoint(folder), options.unaligned, target_named(options.to))
+    plan = plan_conversion(open_checkpoint(folder, options.choice), options.unaligned, target_named(options.to))
     progress.note(f"{job.output} is there already; it is compared with its source")
     try:
         if Folder.at(job.output).read(CONFIG_FILENAME) != plan.transfer.config:
             raise difference("config", "its config is another one", file=CONFIG_FILENAME)
+        if read_manifest(Folder.at(job.output)).files.keys() != plan.transfer.carried.keys():
+            raise difference("manifest", "other files were carried over to it", file=MANIFEST_FILENAME)
         if options.low_disk and folder.origin is not None:
             verified = 0  # the source is not fetched again for that: its commit says that it is the same
             _check_recorded(job.output, folder.origin)

@@ -56,6 +56,10 @@ class Job:
         options["push_to"] = target.repo_id if target else None
         if options["to"] == DEFAULT_TO:  # records of version 0.1 do not tell it
             del options["to"]
+        for name in ("carry", "leave"):
+            options[name] = list(options[name])
+            if not options[name]:
+                del options[name]
         return options | {name: getattr(target, name, getattr(PushTarget, name)) for name in TARGET_OPTIONS}
 
     def result(self, exit_code: int, **found: Any) -> ItemResult:

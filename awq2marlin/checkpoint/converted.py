@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from awq2marlin.checkpoint.choice import Choice, Recorded
 from awq2marlin.checkpoint.config import Document, quantization_documents
 from awq2marlin.checkpoint.counterparts import Counterparts
 from awq2marlin.checkpoint.manifest import Manifest, read_manifest
@@ -17,7 +18,7 @@ from awq2marlin.checkpoint.opening import Checkpoint, open_checkpoint
 from awq2marlin.checkpoint.pairing import counterparts_of, expected_tensors, pair
 from awq2marlin.errors import CheckpointError, Problem, refuse
 from awq2marlin.formats.base import Format, Quantization
-from awq2marlin.formats.names import CONFIG_FILENAME, LEGACY_CONFIG_FILENAMES, MANIFEST_FILENAME
+from awq2marlin.formats.names import CONFIG_FILENAME, INDEX_FILENAME, LEGACY_CONFIG_FILENAMES, MANIFEST_FILENAME
 from awq2marlin.formats.registry import recognise
 from awq2marlin.io.digest import digest_of
 from awq2marlin.io.safetensors import TensorIndex, TensorInfo
@@ -53,9 +54,9 @@ class ConvertedCheckpoint:
         Raises:
             CheckpointError: if it is none, or not sound.
         """
-        checkpoint = open_checkpoint(folder)
+        checkpoint, manifest = open_with_manifest(folder)
         require_converted(checkpoint, otherwise)
-        return cls.of(checkpoint, read_manifest(folder))
+        return cls.of(checkpoint, manifest or read_manifest(folder))
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, manifest: Manifest) -> ConvertedCheckpoint:
@@ -63,6 +64,42 @@ class ConvertedCheckpoint:
         source = _source_index(manifest)
         counterparts = pair(source, *_source_format(manifest, source, checkpoint.format), checkpoint)
         return cls(checkpoint, manifest, source, counterparts)
+
+
+def open_with_manifest(folder: Source) -> tuple[Checkpoint, Manifest | None]:
+    """Opens a checkpoint with its manifest, which says of a converted one which files are its own.
+
+    Args:
+        folder: where it lies.
+
+    Returns:
+        The checkpoint, and its manifest; None if there is none that can be read, of which whoever needs it tells.
+
+    Raises:
+        CheckpointError: as `open_checkpoint`.
+    """
+    try:
+        manifest = read_manifest(folder) if folder.exists(MANIFEST_FILENAME) else None
+    except CheckpointError:
+        manifest = None
+    return open_checkpoint(folder, Recorded.of_output(manifest) if manifest else Choice()), manifest
+
+
+def as_source_of(checkpoint: Checkpoint, manifest: Manifest) -> Checkpoint:
+    """Returns a checkpoint with those files that its conversion took for its own.
+
+    Args:
+        checkpoint: what may be the source.
+        manifest: of a converted checkpoint.
+    """
+    same_shards = checkpoint.shards.keys() == manifest.shards.keys()
+    same_files = {*checkpoint.side_files} == {*manifest.files} - {INDEX_FILENAME}
+    if manifest.restores == "tensors" or (same_shards and same_files):
+        return checkpoint
+    try:
+        return open_checkpoint(checkpoint.folder, Recorded.of_source(manifest), checkpoint.shards)
+    except CheckpointError:  # the manifest is another checkpoint's
+        return checkpoint
 
 
 def require_converted(checkpoint: Checkpoint, otherwise: str, file: str = CONFIG_FILENAME) -> None:

@@ -1,12 +1,134 @@
-"""The index of a checkpoint's shards, and what a conversion changes in it."""
+"""The index of a checkpoint's shards: which file holds which tensor, and what a conversion changes in it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from typing import Any
 
-from awq2marlin.io.safetensors import Header
+from awq2marlin.errors import CheckpointError, Problem, printable, refuse
+from awq2marlin.formats.names import INDEX_FILENAME
+from awq2marlin.io.folder import check_name
+from awq2marlin.io.safetensors import Header, TensorIndex
+from awq2marlin.io.source import Source
+
+#: What to do about an index that the files contradict, where nobody can download a better one.
+_GO_BY_THE_FILES = f"if the checkpoint is published so, go by the files alone: --leave {INDEX_FILENAME}"
+
+#: What is wrong with a file that is no safetensors file, or none any more.
+_UNREADABLE = ("truncated", "header-too-long", "bad-header", "bad-json")
+
+
+def read_index(folder: Source) -> dict[str, str]:
+    """Returns the file of every tensor, as the index says.
+
+    Raises:
+        CheckpointError: if it is malformed, or names what is no safetensors file inside the folder.
+    """
+    document = folder.read_json(INDEX_FILENAME)
+    weight_map = document.get("weight_map") if isinstance(document, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise refuse("bad-index", "it must hold an object 'weight_map' from tensor names to files", file=INDEX_FILENAME)
+    for shard in weight_map.values():
+        check_name(shard, INDEX_FILENAME)
+    for shard in sorted(set(weight_map.values())):
+        if not shard.endswith(".safetensors"):
+            raise refuse(
+                "pickled-weights",
+                f"it names {printable(shard)!r}; only .safetensors files are read",
+                file=INDEX_FILENAME,
+            )
+    return weight_map
+
+
+def open_index(
+    folder: Source, shards: Sequence[str], weight_map: Mapping[str, str] | None, known: Mapping[str, Header]
+) -> tuple[TensorIndex, list[str]]:
+    """Reads the headers of a checkpoint, and checks them against its index.
+
+    Args:
+        folder: the checkpoint's.
+        shards: the files that hold its tensors.
+        weight_map: what the index says; None without one.
+        known: headers that were read already.
+
+    Returns:
+        The headers, and oddities.
+
+    Raises:
+        CheckpointError: if a header is malformed, or the files cannot be one checkpoint.
+    """
+    try:
+        read = folder.read_headers([name for name in shards if name not in known])
+    except CheckpointError as error:
+        problem = error.problems[0]
+        if weight_map is not None or len(shards) == 1 or problem.code not in _UNREADABLE:
+            raise
+        raise _not_one(shards, f"{printable(problem.file)} cannot be read ({problem.message})") from None
+    headers = {name: known[name] if name in known else read[name] for name in shards}
+    if weight_map is None:
+        _refuse_clash(headers)
+        return TensorIndex(headers), []
+    return TensorIndex(headers), _check_inventory(headers, weight_map)
+
+
+def _not_one(shards: Sequence[str], why: str) -> CheckpointError:
+    names = ", ".join(map(printable, shards[:20]))
+    return refuse(
+        "no-index",
+        f"there are {len(shards)} .safetensors files but no {INDEX_FILENAME} that says which tensors they hold, and "
+        f"they are not one checkpoint: {why}. The files are {names}. Download the index, or say which file does not "
+        "belong to it: --leave FILE, or --carry FILE to take it along as it is",
+        file=INDEX_FILENAME,
+    )
+
+
+def _refuse_clash(shards: Mapping[str, Header]) -> None:
+    """Refuses shards without an index of which two hold a tensor of one name: nobody knows which one counts."""
+    owner: dict[str, str] = {}
+    for shard, header in shards.items():
+        twice = [name for name in header.tensors if name in owner]
+        if twice:
+            more = f" and {len(twice) - 1} more" if len(twice) > 1 else ""
+            both = f"{printable(owner[twice[0]])} and {printable(shard)} both hold {printable(twice[0])}{more}"
+            raise _not_one([*shards], both)
+        owner |= dict.fromkeys(header.tensors, shard)
+
+
+def _check_inventory(shards: Mapping[str, Header], weight_map: Mapping[str, str]) -> list[str]:
+    problems, warnings = [], []
+    owner: dict[str, str] = {}
+    for shard, header in shards.items():
+        for name in header.tensors:
+            if name in owner:
+                problems.append(
+                    Problem(shard, name, "duplicate-tensor", f"{owner[name]} holds a tensor of this name too")
+                )
+            owner[name] = shard
+            if weight_map.get(name, shard) != shard:
+                message = f"the index says it lies in {weight_map[name]}; {_GO_BY_THE_FILES}"
+                problems.append(Problem(shard, name, "contradiction", message))
+    for name, shard in weight_map.items():
+        if name not in shards[shard].tensors:
+            message = f"the index says it lies here, but it does not; download the file again, or {_GO_BY_THE_FILES}"
+            problems.append(Problem(shard, name, "missing-tensor", message))
+    unlisted = sorted(set(owner) - set(weight_map))
+    if unlisted:
+        warnings.append(f"{len(unlisted)} tensors are not in the index, the first is {printable(unlisted[0])}")
+    if problems:
+        raise CheckpointError(problems)
+    return warnings
+
+
+def made_index(headers: Mapping[str, Header]) -> dict[str, Any]:
+    """Returns an index of files that have none.
+
+    Args:
+        headers: by file name.
+    """
+    weight_map = {name: shard for shard, header in headers.items() for name in header.tensors}
+    total = sum(header.data_size for header in headers.values())
+    return {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
 
 
 def converted_index(document: Any, source: Mapping[str, Header], target: Mapping[str, Header]) -> Any | None:

@@ -10,7 +10,7 @@ import binascii
 import json
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, NoReturn
 
 from awq2marlin._version import __version__
@@ -90,6 +90,7 @@ class Manifest:
         card: the source's model card, or None if it has none.
         restores: ``files``; or ``tensors``, if an engine saved the checkpoint and the source's files are not known.
         version: of the manifest: 1 where version 0.1 of this package can revert it, else 2.
+        made: files of the output that the source does not have, but those that every output has: an index.
     """
 
     shards: Mapping[str, ManifestShard]
@@ -102,16 +103,17 @@ class Manifest:
     card: SourceCard | None = None
     restores: Restores = "files"
     version: int = 1
+    made: Mapping[str, FileDigest] = field(default_factory=dict)
 
     @property
     def output_files(self) -> dict[str, FileDigest]:
-        """What every shard of the output, and every file carried over, is known by."""
-        return {name: shard.target for name, shard in self.shards.items()} | dict(self.files)
+        """What every shard of the output, every file carried over, and every one that was made is known by."""
+        return {name: shard.target for name, shard in self.shards.items()} | {**self.files, **self.made}
 
     def names(self) -> list[str]:
         """Returns the files of the converted checkpoint that its conversion wrote."""
-        made = {INDEX_FILENAME} & {*self.texts}  # padding changes the index, so its original text is kept
-        return sorted({*self.shards, *self.files, *made, CARD_FILENAME, CONFIG_FILENAME, MANIFEST_FILENAME})
+        index = {INDEX_FILENAME} & {*self.texts}  # padding changes it, so its original text is kept
+        return sorted({*self.output_files, *index, CARD_FILENAME, CONFIG_FILENAME, MANIFEST_FILENAME})
 
     def encode(self) -> bytes:
         """Returns the file's bytes; equal manifests give equal bytes.
@@ -139,6 +141,7 @@ class Manifest:
             "text_digests": _recorded_files(self.text_digests),
             "source_card": _recorded_card(self.card),
             "files": _recorded_files(self.files),
+            **({"made": _recorded_files(self.made)} if self.made else {}),
             "left_behind": dict(sorted(self.left_behind.items())),
         }
         data = (json.dumps(document, indent=1, ensure_ascii=True) + "\n").encode("ascii")
@@ -217,6 +220,9 @@ def decode_manifest(data: bytes) -> Manifest:
         shards[check_name(name, MANIFEST_FILENAME)] = _shard(name, entry, room, restores)
         room -= len(shards[name].source_header.text)
     files = {check_name(name, MANIFEST_FILENAME): entry.file() for name, entry in document.entries("files")}
+    made = {name: entry.file() for name, entry in document.entries_or_none("made")}
+    if made.keys() - {INDEX_FILENAME}:
+        document.bad(f"made may name {INDEX_FILENAME} only")
     texts: dict[str, str] = {}
     for name, text in document.get("texts", dict).items():
         if not isinstance(text, str) or any("\ud800" <= char <= "\udfff" for char in text):
@@ -230,7 +236,7 @@ def decode_manifest(data: bytes) -> Manifest:
     if CONFIG_FILENAME not in texts or not shards:
         document.bad("it names no shards, or has no text of config.json")
     card = _card(document)
-    clash = find_clash([*shards, *files, *{MANIFEST_FILENAME, *texts}, card.name if card else CARD_FILENAME])
+    clash = find_clash([*shards, *files, *made, *{MANIFEST_FILENAME, *texts}, card.name if card else CARD_FILENAME])
     if clash:
         document.bad(f"it names {printable(clash[0])!r} twice, or as a file and as a folder")
     left_behind = document.get("left_behind", dict)
@@ -248,6 +254,7 @@ def decode_manifest(data: bytes) -> Manifest:
         card=card,
         restores=restores,
         version=version,
+        made=made,
     )
 
 
@@ -318,6 +325,10 @@ class _Checked:
     def entries(self, key: str) -> list[tuple[str, _Checked]]:
         """Returns the objects under the keys of the object under a key."""
         return [(name, _Checked(value, f"{key}, {printable(name)!r}")) for name, value in self.get(key, dict).items()]
+
+    def entries_or_none(self, key: str) -> list[tuple[str, _Checked]]:
+        """Returns the objects under the keys of the object under a key, which need not be there."""
+        return self.entries(key) if key in self._value else []
 
     def restores(self) -> Restores:
         """Returns ``restores``; what is absent means the files."""

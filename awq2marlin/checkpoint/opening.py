@@ -6,28 +6,22 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from types import MappingProxyType
 from typing import Any
 
+from awq2marlin.checkpoint.choice import Choice
 from awq2marlin.checkpoint.config import read_config, read_quantization
-from awq2marlin.checkpoint.nearby import weights_below
-from awq2marlin.errors import CheckpointError, Problem, printable, refuse
+from awq2marlin.checkpoint.files import OWN_FILENAMES, left_behind_warning, sort_files
+from awq2marlin.checkpoint.index import open_index
+from awq2marlin.errors import printable, refuse
 from awq2marlin.formats.base import Format, Quantization
-from awq2marlin.formats.names import (
-    CARD_FILENAME,
-    CONFIG_FILENAME,
-    INDEX_FILENAME,
-    LEGACY_CONFIG_FILENAMES,
-    MANIFEST_FILENAME,
-    MAX_CARD_BYTES,
-)
-from awq2marlin.io.folder import Folder, check_name, find_clash, is_safe_name
+from awq2marlin.formats.names import CARD_FILENAME, LEGACY_CONFIG_FILENAMES, MANIFEST_FILENAME, MAX_CARD_BYTES
+from awq2marlin.io.folder import Folder, find_clash
 from awq2marlin.io.safetensors import Header, TensorIndex, TensorInfo
 from awq2marlin.io.source import Source
 
-SINGLE_SHARD = "model.safetensors"
-_OWN_FILENAMES = (CONFIG_FILENAME, INDEX_FILENAME, MANIFEST_FILENAME, *LEGACY_CONFIG_FILENAMES)
-_PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 _FLOAT_PREFIXES = ("F", "BF")
+_NO_CHOICE = Choice()
 
 
 @dataclass(frozen=True)
@@ -44,7 +38,8 @@ class Checkpoint:
         side_files: other files that belong to it (tokenizer, code, licence), sorted.
         card: name of its model card, or None: ``README.md``, in whatever case its letters are.
         left_behind: files that do not belong to it, with the reason.
-        warnings: oddities that do no harm.
+        left_behind_bytes: bytes of each of them.
+        oddities: what is to say of it otherwise; see `warnings`.
     """
 
     folder: Source
@@ -56,7 +51,13 @@ class Checkpoint:
     side_files: tuple[str, ...]
     card: str | None
     left_behind: Mapping[str, str]
-    warnings: tuple[str, ...]
+    left_behind_bytes: Mapping[str, int]
+    oddities: tuple[str, ...]
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What everybody is told who has to do with it: on the screen, in JSON and on the model card."""
+        return (*self.oddities, *left_behind_warning(self.left_behind, self.left_behind_bytes))
 
     @property
     def shards(self) -> Mapping[str, Header]:
@@ -98,11 +99,17 @@ class Checkpoint:
         return [name for name in LEGACY_CONFIG_FILENAMES if self.folder.exists(name)]
 
 
-def open_checkpoint(source: str | os.PathLike[str] | Source) -> Checkpoint:
+def open_checkpoint(
+    source: str | os.PathLike[str] | Source,
+    choice: Choice = _NO_CHOICE,
+    known: Mapping[str, Header] = MappingProxyType({}),
+) -> Checkpoint:
     """Reads the configs and headers of a checkpoint.
 
     Args:
         source: its folder, or wherever it lies.
+        choice: what is said of single files.
+        known: headers that were read already, by file name.
 
     Raises:
         CheckpointError: if it is not a checkpoint, is malformed or unsafe, or of a foreign format.
@@ -110,119 +117,26 @@ def open_checkpoint(source: str | os.PathLike[str] | Source) -> Checkpoint:
     folder: Source = Folder.at(source) if isinstance(source, (str, os.PathLike)) else source
     config = read_config(folder)
     format, quantization, warnings = read_quantization(folder, config)
-    names = list(folder.names())
-    weight_map = _read_index(folder)
-    shard_names = _shard_names(folder, names, weight_map)
-    shards = folder.read_headers(shard_names)
-    index = TensorIndex(shards)
-    warnings += _check_inventory(shards, weight_map)
-    cards = [name for name in names if name.casefold() == CARD_FILENAME.casefold()]
-    side_files, left_behind = _sort_files(names, [*shard_names, *cards])
-    _refuse_clash([*_OWN_FILENAMES, *shard_names, *side_files, *(cards or [CARD_FILENAME])])
-    for name in side_files:
+    files = sort_files(folder, choice)
+    index, oddities = open_index(folder, files.shards, files.weight_map, known)
+    _refuse_clash([*OWN_FILENAMES, *files.shards, files.card or CARD_FILENAME, *files.side_files])
+    for name in files.side_files:
         folder.check(name)  # refuses what leads out of the folder before anything is written
-    for name in cards:
-        _refuse_long_card(folder, name)
+    if files.card is not None:
+        _refuse_long_card(folder, files.card)
     return Checkpoint(
         folder,
         config,
         format.variant(index),
         quantization,
         index,
-        weight_map is not None,
-        tuple(side_files),
-        cards[0] if cards else None,
-        left_behind,
-        tuple(warnings),
+        files.weight_map is not None,
+        tuple(files.side_files),
+        files.card,
+        files.left_behind,
+        files.left_behind_bytes,
+        (*warnings, *files.warnings, *oddities),
     )
-
-
-def _read_index(folder: Source) -> dict[str, str] | None:
-    if not folder.exists(INDEX_FILENAME):
-        return None
-    document = folder.read_json(INDEX_FILENAME)
-    weight_map = document.get("weight_map") if isinstance(document, dict) else None
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise refuse("bad-index", "it must hold an object 'weight_map' from tensor names to files", file=INDEX_FILENAME)
-    for shard in weight_map.values():
-        check_name(shard, INDEX_FILENAME)
-    for shard in sorted(set(weight_map.values())):
-        if not shard.endswith(".safetensors"):
-            raise refuse(
-                "pickled-weights",
-                f"it names {printable(shard)!r}; only .safetensors files are read",
-                file=INDEX_FILENAME,
-            )
-    return weight_map
-
-
-def _shard_names(folder: Source, names: list[str], weight_map: dict[str, str] | None) -> list[str]:
-    if weight_map is not None:
-        named = sorted(set(weight_map.values()))
-        missing = [name for name in named if not folder.exists(name)]
-        if missing:
-            message = "the index names this file, but it is not there; download it too"
-            raise CheckpointError(Problem(name, "", "missing-file", message) for name in missing)
-        return named
-    if folder.exists(SINGLE_SHARD):
-        return [SINGLE_SHARD]
-    found = [name for name in names if name.endswith(".safetensors") and "/" not in name and not _is_hidden(name)]
-    if len(found) == 1 and is_safe_name(found[0]):
-        return found
-    if len(found) == 1:
-        raise _unsafe(found[0])
-    if found:
-        raise refuse(
-            "no-index",
-            f"there are {len(found)} .safetensors files but no {INDEX_FILENAME} that says which "
-            "tensors they hold; download it too",
-            file=INDEX_FILENAME,
-        )
-    pickled = [name for name in names if name.endswith(_PICKLE_SUFFIXES)]
-    if pickled:
-        raise refuse(
-            "pickled-weights",
-            "the weights are pickled, which can run code when opened and is never read here; "
-            "look for a safetensors version of this model",
-            file=pickled[0],
-        )
-    advice = weights_below(folder) or "download the checkpoint completely"
-    raise refuse("no-weights", f"there is no .safetensors file; {advice}", file=SINGLE_SHARD)
-
-
-def _check_inventory(shards: Mapping[str, Header], weight_map: dict[str, str] | None) -> list[str]:
-    problems, warnings = [], []
-    owner: dict[str, str] = {}
-    for shard, header in shards.items():
-        for name in header.tensors:
-            if name in owner:
-                problems.append(
-                    Problem(shard, name, "duplicate-tensor", f"{owner[name]} holds a tensor of this name too")
-                )
-            owner[name] = shard
-            if weight_map is not None and weight_map.get(name, shard) != shard:
-                problems.append(Problem(shard, name, "contradiction", f"the index says it lies in {weight_map[name]}"))
-    if weight_map is not None:
-        for name, shard in weight_map.items():
-            if name not in shards[shard].tensors:
-                problems.append(
-                    Problem(
-                        shard,
-                        name,
-                        "missing-tensor",
-                        "the index says it lies here, but it does not; download the file again",
-                    )
-                )
-        unlisted = sorted(set(owner) - set(weight_map))
-        if unlisted:
-            warnings.append(f"{len(unlisted)} tensors are not in the index, the first is {printable(unlisted[0])}")
-    if problems:
-        raise CheckpointError(problems)
-    return warnings
-
-
-def _unsafe(name: str) -> CheckpointError:
-    return refuse("unsafe-name", "this file's name cannot be carried over; rename it", file=name)
 
 
 def _refuse_clash(names: list[str]) -> None:
@@ -243,25 +157,13 @@ def _refuse_long_card(folder: Source, name: str) -> None:
         raise refuse("too-large", f"a model card of {size} bytes, more than {MAX_CARD_BYTES}; shorten it", file=name)
 
 
-def _is_hidden(name: str) -> bool:
-    return any(part.startswith(".") for part in name.split("/"))
+def needs_index(checkpoint: Checkpoint) -> bool:
+    """Returns whether a conversion makes an index where the source has none: engines read every file otherwise.
 
+    They do so where several ``.safetensors`` files lie side by side, and some, without an index, read only one.
 
-def _sort_files(names: list[str], others: list[str]) -> tuple[list[str], dict[str, str]]:
-    """Returns the side files that are carried over, and what is left behind with the reason; ``others`` are neither."""
-    handled = {*others, *_OWN_FILENAMES}
-    side_files, left_behind = [], {}
-    for name in names:
-        if name in handled:
-            continue
-        if _is_hidden(name):
-            left_behind[name.split("/")[0] if name.startswith(".") else name] = "hidden"
-        elif name.endswith(".safetensors") or name.endswith(".safetensors.index.json"):
-            left_behind[name] = "not named by the index"
-        elif name.endswith(_PICKLE_SUFFIXES) or name.endswith(".bin.index.json"):
-            left_behind[name] = "pickled weights"
-        elif not is_safe_name(name):
-            raise _unsafe(name)
-        else:
-            side_files.append(name)
-    return side_files, left_behind
+    Args:
+        checkpoint: the source.
+    """
+    files = [*checkpoint.shards, *checkpoint.side_files]
+    return not checkpoint.has_index and sum("/" not in name and name.endswith(".safetensors") for name in files) > 1

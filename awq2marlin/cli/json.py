@@ -38,7 +38,7 @@ class Report:
             `inspect` adds ``group_size``, ``aligned`` and ``bytes``.
         bytes: bytes written, compared or found.
         seconds: wall time.
-        warnings: oddities that do no harm.
+        warnings: what is to know of the source, and which files are left behind.
         left_behind: files of the source that do not belong to the checkpoint, with the reason.
         details: what only this command has to say.
     """
@@ -133,6 +133,7 @@ def _conversion(result: ConvertResult) -> Report:
             "resumed": list(result.resumed),
             "source_bytes": result.source_bytes,
             "side_files": list(result.files),
+            "left_behind_bytes": dict(result.left_behind_bytes),
             **_gemm(result.gemm),
             "pushed": report_of(result.pushed).details if result.pushed is not None else None,
             "unserved": result.unserved or None,
@@ -267,6 +268,7 @@ def _inspection(result: InspectResult) -> Report:
             "tensors": result.tensors,
             "unquantized_modules": list(result.unquantized_modules),
             "side_files": list(result.files),
+            "left_behind_bytes": dict(result.left_behind_bytes),
         },
     )
 

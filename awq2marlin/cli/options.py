@@ -85,6 +85,20 @@ Unaligned = Annotated[
         help="Modules whose shapes Marlin cannot take: keep them in AWQ layout, pad them with zeros, or stop."
     ),
 ]
+#: No patterns: the default of the options, which the parser makes a list of.
+NO_PATTERNS: Any = ()
+
+Carry = Annotated[
+    list[str],
+    typer.Option(
+        metavar="GLOB",
+        help="Carry these files over, unopened, though they would be left behind; may be repeated.",
+    ),
+]
+Leave = Annotated[
+    list[str],
+    typer.Option(metavar="GLOB", help="Leave these files behind, as if they were not there; may be repeated."),
+]
 Verify = Annotated[
     Any,
     typer.Option(

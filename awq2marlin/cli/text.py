@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from awq2marlin.cli.by_type import ByType
-from awq2marlin.errors import EXIT_DONE, printable
+from awq2marlin.errors import EXIT_DONE, escaped, printable
 
 if TYPE_CHECKING:
     from awq2marlin.batch.record import ItemResult
@@ -82,7 +82,7 @@ def _table(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
 
 def _show_lists(left_behind: Mapping[str, str], warnings: Sequence[str]) -> None:
     for warning in warnings:
-        _say(f"note       {printable(warning)}")
+        _say(f"warning    {escaped(warning)}")
     shown = list(left_behind.items())[:_MAX_NAMES_SHOWN]
     names = [f"{printable(name)} ({printable(reason)})" for name, reason in shown]
     if names:
@@ -203,6 +203,8 @@ def _verification(result: VerifyResult) -> None:
         _say("two checkpoints of the same model, compared by values:")
         for line in (*sides_text(result), not_compared_text(result), *(f"note: {note}" for note in result.notes)):
             _say(line)
+    if result.kind == "conversion":
+        _show_lists({}, result.notes)
     _say(f"compared {size_text(result.bytes)} in {result.seconds:.1f} s")
     if result.gemm is not None:
         show(result.gemm)

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -57,7 +57,7 @@ class ConvertResult:
         shards: bytes of every output shard, by name.
         files: bytes of every side file carried over, by name.
         left_behind: files of the source that are not carried over, with the reason.
-        warnings: oddities of the source that do no harm.
+        warnings: what is to know of the source, and which files are left behind.
         source_bytes: bytes of the source's shards.
         output_bytes: bytes of the output's shards.
         resumed: shards that an earlier run had finished.
@@ -69,6 +69,7 @@ class ConvertResult:
         layout: that layout, as reports name it.
         unserved: why vLLM cannot serve the output, in words; empty if it can.
         lacks: what the output's file system cannot do, and what that means.
+        left_behind_bytes: bytes of the files that are not carried over, by name.
     """
 
     source: Path | str
@@ -90,6 +91,7 @@ class ConvertResult:
     layout: str = "marlin"
     unserved: str = ""
     lacks: tuple[str, ...] = ()
+    left_behind_bytes: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def converted(self) -> list[ModulePlan]:
@@ -117,6 +119,8 @@ def convert(
     push_to: str | PushTarget | None = None,
     commit_message: str | None = None,
     to: str = ConvertOptions.to,
+    carry: Sequence[str] = ConvertOptions.carry,
+    leave: Sequence[str] = ConvertOptions.leave,
     progress: Progress | None = None,
 ) -> ConvertResult:
     """Converts a checkpoint to another format, by default to the Marlin-native one (docs/marlin-native.md).
@@ -147,6 +151,9 @@ def convert(
         commit_message: first line of the commits' messages.
         to: the format to write: ``"marlin"``, ``"awq"`` or ``"compressed-tensors"``. By default the output is then
             ``./<name>-marlin``, ``./<name>-awq`` or ``./<name>-ct``.
+        carry: patterns (``*.bin``, ``original/*``) of files that are carried over, unopened, though they would be left
+            behind; without an index also of ``.safetensors`` files that hold no tensors of the model.
+        leave: patterns of files that are left behind, as if they were not there. What both speak of is carried over.
         progress: told what is being done.
 
     Raises:
@@ -160,7 +167,7 @@ def convert(
         DifferenceError: if the verification finds a difference; the output has no ``config.json`` then.
     """
     options = ConvertOptions(
-        unaligned, workers, overwrite, verify, dry_run, device, low_disk, push_to, commit_message, to
+        unaligned, workers, overwrite, verify, dry_run, device, low_disk, push_to, commit_message, to, carry, leave
     )
     check_helpers(executor, progress)
     check_device(device)
@@ -168,7 +175,7 @@ def convert(
     started = time.perf_counter()
     root = output_folder(output, source, format.output_suffix)
     folder, pinned = open_source_of_run(source, root, overwrite=overwrite, low_disk=low_disk, progress=progress)
-    plan = plan_conversion(open_checkpoint(folder), unaligned, format)
+    plan = plan_conversion(open_checkpoint(folder, options.choice), unaligned, format)
     refuse_unreadable(plan)
     refuse_overlap(folder.root, root)
     publication = None if target is None else open_target(target, plan, root, overwrite)
@@ -244,4 +251,5 @@ def _planned(plan: Plan, root: Path) -> ConvertResult:
         to=plan.target.layout_title,
         layout=plan.target.layout_name,
         unserved=plan.parallel_sizes.unserved if plan.parallel_sizes else "",
+        left_behind_bytes=checkpoint.left_behind_bytes,
     )

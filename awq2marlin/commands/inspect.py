@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from awq2marlin.checkpoint.converted import ConvertedCheckpoint
+from awq2marlin.checkpoint.converted import ConvertedCheckpoint, open_with_manifest
 from awq2marlin.checkpoint.manifest import read_manifest
-from awq2marlin.checkpoint.opening import Checkpoint, open_checkpoint
+from awq2marlin.checkpoint.opening import Checkpoint
 from awq2marlin.checkpoint.source import SourceCheckpoint
 from awq2marlin.checkpoint.tensor_parallel import ParallelSizes, parallel_sizes
 from awq2marlin.formats.base import Format
@@ -70,9 +70,10 @@ class InspectResult:
         bytes: bytes of all safetensors files.
         files: side files that belong to it.
         left_behind: files that do not, with the reason.
-        warnings: oddities that do no harm.
+        warnings: what is to know of it, and which files a conversion would leave behind.
         title: the format's name for people.
         parallel_sizes: all numbers of GPUs over which vLLM can cut it, and what stands in the way of more.
+        left_behind_bytes: bytes of the files that do not belong to it, by name.
     """
 
     path: Path | str
@@ -92,6 +93,7 @@ class InspectResult:
     warnings: tuple[str, ...]
     title: str = ""
     parallel_sizes: ParallelSizes = field(default_factory=ParallelSizes)
+    left_behind_bytes: Mapping[str, int] = field(default_factory=dict)
 
 
 def inspect(path: str | os.PathLike[str]) -> InspectResult:
@@ -105,10 +107,10 @@ def inspect(path: str | os.PathLike[str]) -> InspectResult:
     """
     folder = open_source(path)
     refuse_unfinished(folder)
-    checkpoint = open_checkpoint(folder)
+    checkpoint, manifest = open_with_manifest(folder)
     quantization = checkpoint.quantization
     if checkpoint.is_converted:
-        fates = ConvertedCheckpoint.of(checkpoint, read_manifest(checkpoint.folder)).counterparts
+        fates = ConvertedCheckpoint.of(checkpoint, manifest or read_manifest(checkpoint.folder)).counterparts
         modules = [_module_info(fate, checkpoint, fates.layout_of(fate)) for fate in fates.modules.values()]
     else:
         fates = plan_modules(SourceCheckpoint.of(checkpoint))
@@ -132,6 +134,7 @@ def inspect(path: str | os.PathLike[str]) -> InspectResult:
         files=tuple(sorted([*checkpoint.side_files, *([checkpoint.card] if checkpoint.card else [])])),
         left_behind=checkpoint.left_behind,
         warnings=checkpoint.warnings,
+        left_behind_bytes=checkpoint.left_behind_bytes,
     )
 
 

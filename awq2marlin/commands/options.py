@@ -11,7 +11,8 @@ from concurrent.futures import Executor
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
-from awq2marlin.arguments import ArgumentError, Checked, Count, Workers, kind_of
+from awq2marlin.arguments import ArgumentError, Checked, Count, Texts, Workers, kind_of
+from awq2marlin.checkpoint.choice import Choice
 from awq2marlin.hub.target import PushTarget
 from awq2marlin.layout.modules import Unaligned
 from awq2marlin.progress import Progress
@@ -45,6 +46,8 @@ class ConvertOptions(Checked):
         push_to: repository of the Hub that the result is sent to, ``org/name`` or a `PushTarget`.
         commit_message: first line of the commits' messages.
         to: the format to write, by its layout's name.
+        carry: patterns of files that are carried over though they would be left behind.
+        leave: patterns of files that are left behind.
     """
 
     unaligned: Unaligned = "keep"
@@ -57,6 +60,8 @@ class ConvertOptions(Checked):
     push_to: str | PushTarget | None = None
     commit_message: str | None = None
     to: str = DEFAULT_TO
+    carry: Texts = ()
+    leave: Texts = ()
 
     def __post_init__(self) -> None:
         """Checks every option, and that they go together.
@@ -85,6 +90,11 @@ class ConvertOptions(Checked):
     def target(self) -> PushTarget | None:
         """Where the result goes on the Hub; None if it stays here."""
         return PushTarget(self.push_to) if isinstance(self.push_to, str) else self.push_to
+
+    @property
+    def choice(self) -> Choice:
+        """What is said of single files of the source."""
+        return Choice(self.carry, self.leave)
 
     @property
     def passes_on(self) -> bool:

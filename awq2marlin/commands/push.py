@@ -173,7 +173,8 @@ def _contents(checkpoint: Checkpoint, manifest: Manifest, repo_id: str) -> dict[
             "missing-file", "the manifest names this file, but it is not there; convert again", file=missing[0]
         )
     index = [INDEX_FILENAME] if checkpoint.has_index else []
-    names = [*checkpoint.shards, *checkpoint.side_files, *index, CONFIG_FILENAME, MANIFEST_FILENAME]
+    carried = {*checkpoint.side_files, *manifest.files} - {INDEX_FILENAME}
+    names = [*checkpoint.shards, *sorted(carried), *index, CONFIG_FILENAME, MANIFEST_FILENAME]
     files: dict[str, Content] = {name: folder.path(name) for name in names}
     if checkpoint.card is not None:
         files[CARD_FILENAME] = _card(folder.read(checkpoint.card, MAX_CARD_BYTES), repo_id)

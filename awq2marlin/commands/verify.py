@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from awq2marlin.arguments import ArgumentError
-from awq2marlin.checkpoint.converted import is_source_of
+from awq2marlin.checkpoint.choice import Recorded
+from awq2marlin.checkpoint.converted import as_source_of, is_source_of, open_with_manifest
 from awq2marlin.checkpoint.counterparts import Counterparts
+from awq2marlin.checkpoint.files import left_behind_warning
 from awq2marlin.checkpoint.manifest import Manifest, read_manifest
 from awq2marlin.checkpoint.opening import Checkpoint, open_checkpoint
 from awq2marlin.checkpoint.pairing import pair
@@ -39,6 +41,9 @@ from awq2marlin.verification.values import Comparison, Job, run_gemm, run_jobs
 
 if TYPE_CHECKING:
     from awq2marlin.gemm.check import GemmRun
+
+#: A checkpoint, and its manifest if it has one that can be read.
+_Opened = tuple[Checkpoint, Manifest | None]
 
 #: What was compared: a source with its conversion, or two checkpoints of the same model.
 Kind = Literal["conversion", "checkpoints"]
@@ -101,7 +106,8 @@ class VerifyResult:
         kind: ``conversion``, if one is the conversion of the other and everything that a conversion has to keep was
             compared; ``checkpoints``, if two checkpoints of a model were compared by their values.
         formats: what each of the two is.
-        notes: what two checkpoints have otherwise, and is no difference of the model.
+        notes: what two checkpoints have otherwise, and is no difference of the model; of a conversion, which files of
+            the source it left behind.
         differences: of two checkpoints, how much was compared and what differs; None for a conversion.
         recorded: of a conversion, the files of both sides as its manifest knows them.
     """
@@ -167,8 +173,9 @@ def verify(
     started = time.perf_counter()
     progress = progress or Silence()
     threads = check_workers(workers)
-    one, other = _opened(open_source(source)), _opened(open_source(output))
-    converted = _conversion(one, other)
+    opened = _opened(open_source(source), open_source(output))
+    one, other = (checkpoint for checkpoint, _ in opened)
+    converted = _conversion(*opened)
     last = converted[1] if converted else other
     if device is not None and not last.format.is_own:
         message = f"{{device}} runs modules that are {DEFAULT_TARGET.title}; {{folder}} is {{title}}"
@@ -195,10 +202,29 @@ def _in(folder: Source) -> Iterator[None]:
         raise CheckpointError(replace(each, message=each.message + where) for each in error.problems) from None
 
 
-def _opened(folder: Source) -> Checkpoint:
-    refuse_unfinished(folder)
-    with _in(folder):
-        return open_checkpoint(folder)
+def _opened(*folders: Source) -> list[_Opened]:
+    """Returns both checkpoints; one that can be opened only as the other's manifest says is opened like that."""
+    opened: list[_Opened | CheckpointError] = []
+    for folder in folders:
+        refuse_unfinished(folder)
+        try:
+            with _in(folder):
+                opened.append(open_with_manifest(folder))
+        except CheckpointError as error:
+            opened.append(error)
+    return [_reopened(*each) for each in zip(opened, opened[::-1], folders, strict=True)]
+
+
+def _reopened(one: _Opened | CheckpointError, other: _Opened | CheckpointError, folder: Source) -> _Opened:
+    if not isinstance(one, CheckpointError):
+        return one
+    manifest = None if isinstance(other, CheckpointError) else other[1]
+    if manifest is None:
+        raise one
+    try:
+        return open_checkpoint(folder, Recorded.of_source(manifest)), None
+    except CheckpointError:
+        raise one from None
 
 
 def _side(label: str, checkpoint: Checkpoint) -> Side:
@@ -206,12 +232,13 @@ def _side(label: str, checkpoint: Checkpoint) -> Side:
         return Side.of(label, SourceCheckpoint.of(checkpoint))
 
 
-def _conversion(one: Checkpoint, other: Checkpoint) -> tuple[Checkpoint, Checkpoint, Manifest] | None:
+def _conversion(one: _Opened, other: _Opened) -> tuple[Checkpoint, Checkpoint, Manifest] | None:
     """Returns source, converted checkpoint and its manifest, if either of two is the conversion of the other."""
-    for source, output in ((one, other), (other, one)):
+    for (source, _), (output, manifest) in ((one, other), (other, one)):
         if output.is_converted:
             with _in(output.folder):
-                manifest = read_manifest(output.folder)
+                manifest = manifest or read_manifest(output.folder)
+            source = as_source_of(source, manifest)
             if is_source_of(source, manifest):
                 return source, output, manifest
     return None
@@ -308,6 +335,7 @@ def _verify_conversion(
         run_gemm([module for module in chosen if module.converted], comparison, device),
         formats=(_format(old), _format(new)),
         recorded=recorded,
+        notes=tuple(left_behind_warning(old.left_behind, old.left_behind_bytes)),
     )
 
 
@@ -332,7 +360,7 @@ def _recorded_files(manifest: Manifest, *, is_checked: bool) -> Iterator[Recorde
         if shard.source is not None:
             yield RecordedFile("source", name, shard.source, is_checked)
         yield RecordedFile("output", name, shard.target, is_checked)
-    for name, file in manifest.files.items():
+    for name, file in {**manifest.files, **manifest.made}.items():
         yield RecordedFile("output", name, file, is_checked)
 
 

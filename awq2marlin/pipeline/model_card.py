@@ -12,7 +12,8 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from awq2marlin._version import __version__
-from awq2marlin.errors import article, printable
+from awq2marlin.checkpoint.opening import Checkpoint
+from awq2marlin.errors import article, escaped, printable
 from awq2marlin.pipeline.plan import Plan
 
 if TYPE_CHECKING:
@@ -27,6 +28,9 @@ PLACEHOLDER = "THIS_MODEL"
 
 #: Front matter above this is shown, not merged: the largest cards published have 400 kB of evaluation results.
 MAX_FRONT_MATTER = 500_000
+
+#: More files than this that were left behind are only counted.
+_MAX_FILES_SHOWN = 100
 
 _FRONT_MATTER = re.compile(r"\A\s*---[ \t]*\r?\n(.*?)^---[ \t]*(?:\r?\n|\Z)", re.DOTALL | re.MULTILINE)
 _YAML = "tag:yaml.org,2002:"
@@ -64,7 +68,8 @@ def model_card(
         _what(plan, repo_id, revision),
         _how_to_load(plan),
         _what_was_checked(plan, verified, gemm),
-        _how_to_check_and_revert(repo_id, revision, plan.counterparts.source.title),
+        _how_to_check_and_revert(repo_id, revision, plan),
+        _what_to_know(plan.checkpoint),
         _source_card(front_matter if problem else "", problem, body, plan.counterparts.source.title),
     ]
     return "".join(parts).encode("utf-8")
@@ -143,7 +148,34 @@ def _gemm_rows(gemm: GemmRun) -> Iterator[tuple[str, str]]:
         yield "largest error with random activations, against float64", f"{worst:.1%} of the bound"
 
 
-def _how_to_check_and_revert(repo_id: str | None, revision: str | None, format: str) -> str:
+def _what_to_know(checkpoint: Checkpoint) -> str:
+    """Returns what is odd about the source, and every file that is not here; empty if nothing is."""
+    left, parts = checkpoint.left_behind, []
+    if checkpoint.oddities:
+        parts.append("".join(f"* {_plain(oddity)}\n" for oddity in checkpoint.oddities))
+    if left:
+        shown = list(left)[:_MAX_FILES_SHOWN]
+        lines = [f"* {_code(name)}: {checkpoint.left_behind_bytes[name]:,} bytes, {left[name]}\n" for name in shown]
+        more = f"* and {len(left) - len(shown)} more\n" if len(left) > len(shown) else ""
+        parts.append(f"These files of the source were left behind, and cannot be given back:\n\n{''.join(lines)}{more}")
+    return "## What to know of the source\n\n" + "\n".join(parts) + "\n" if parts else ""
+
+
+def _plain(sentence: str) -> str:
+    """Returns a sentence with the names of strangers in it as Markdown that shows it as it is."""
+    return re.sub(r"([\\`*\[\]<>&|])", r"\\\1", escaped(sentence))
+
+
+def _code(name: str) -> str:
+    """Returns a name of a stranger as code in Markdown."""
+    fence = "`" * (1 + max((len(run) for run in re.findall("`+", name)), default=0))
+    space = " " if fence != "`" else ""
+    return f"{fence}{space}{printable(name)}{space}{fence}"
+
+
+def _how_to_check_and_revert(repo_id: str | None, revision: str | None, plan: Plan) -> str:
+    format, left = plan.counterparts.source.title, plan.checkpoint.left_behind
+    every = "Every file but those that were left behind" if left else "Every file"
     source = f"{repo_id}@{revision}" if repo_id and revision else repo_id or "SOURCE"
     return f"""Everything is compared with the source, by whoever wants to know, with:
 
@@ -153,7 +185,7 @@ awq2marlin verify {source} {PLACEHOLDER}
 
 ## How to get the {format} checkpoint back
 
-Every file comes back byte for byte, this card's source included; the command prints each file's SHA-256:
+{every} comes back byte for byte, this card's source included; the command prints each file's SHA-256:
 
 ```sh
 awq2marlin revert {PLACEHOLDER} OUTPUT

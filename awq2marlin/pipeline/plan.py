@@ -17,8 +17,8 @@ from awq2marlin._version import __version__
 from awq2marlin.arguments import ArgumentError
 from awq2marlin.checkpoint.config import without_quantization
 from awq2marlin.checkpoint.counterparts import Counterparts
-from awq2marlin.checkpoint.index import converted_index
-from awq2marlin.checkpoint.opening import Checkpoint
+from awq2marlin.checkpoint.index import converted_index, made_index
+from awq2marlin.checkpoint.opening import Checkpoint, needs_index
 from awq2marlin.checkpoint.source import SourceCheckpoint
 from awq2marlin.checkpoint.tensor_parallel import ParallelSizes, parallel_sizes
 from awq2marlin.errors import CheckpointError, Problem, refuse
@@ -114,18 +114,21 @@ class Plan:
         return without_quantization(self.checkpoint.config, self.target.write_config(quantization))
 
     @cached_property
-    def rewritten_index(self) -> bytes | None:
-        """The output's index, where it is not the source's."""
-        if not self.checkpoint.has_index:
-            return None
+    def new_index(self) -> bytes | None:
+        """The output's index, where it is not the source's, or the source has none and the output needs one."""
         target = {shard.name: shard.target for shard in self.shards}
-        document = converted_index(self.checkpoint.folder.read_json(INDEX_FILENAME), self.checkpoint.shards, target)
+        checkpoint = self.checkpoint
+        if checkpoint.has_index:
+            source = checkpoint.folder.read_json(INDEX_FILENAME)
+            document = converted_index(source, checkpoint.shards, target)
+        else:
+            document = made_index(target) if needs_index(checkpoint) else None
         return None if document is None else encode_json(document)
 
     @cached_property
     def transfer(self) -> Transfer:
         """What the conversion reads and writes."""
-        checkpoint, index = self.checkpoint, self.rewritten_index
+        checkpoint, index = self.checkpoint, self.new_index
         same_index = [INDEX_FILENAME] if checkpoint.has_index and index is None else []
         return Transfer(
             "convert",

@@ -141,6 +141,7 @@ def _is_conversion_of(plan: Plan, manifest: bytes) -> bool:
     return (
         (found.repo_id, found.revision) == (folder.origin or (None, None))
         and shards == {shard.name: (shard.source.text, shard.target.file_size) for shard in plan.shards}
+        and found.files.keys() == plan.transfer.carried.keys()
         and found.texts.get(CONFIG_FILENAME, "").encode("utf-8") == folder.read(CONFIG_FILENAME)
     )
 

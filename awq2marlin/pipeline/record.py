@@ -44,8 +44,10 @@ def manifest_of(plan: Plan, finished: Mapping[str, FinishedFile], files: Mapping
     carried = {name: FileDigest(files[name].size, files[name].xxh3) for name in plan.transfer.carried}
     is_first_pair = (plan.counterparts.source, plan.target) == (KEPT, DEFAULT_TARGET)
     version = 1 if is_first_pair and MANIFEST_FILENAME not in texts else 2  # version 0.1 refuses such a text
+    made = {} if plan.new_index is None or checkpoint.has_index else {INDEX_FILENAME: digest_of(plan.new_index)}
+    left_behind = checkpoint.left_behind
     return Manifest(
-        shards, texts, digests, carried, repo_id, revision, checkpoint.left_behind, card=card, version=version
+        shards, texts, digests, carried, repo_id, revision, left_behind, card=card, version=version, made=made
     )
 
 
@@ -55,7 +57,7 @@ def _manifest_shard(shard: ShardPlan, done: FinishedFile, sha256: str | None) ->
 
 def _rewritten_names(plan: Plan) -> list[str]:
     """Returns the files whose text only the manifest holds."""
-    index = [INDEX_FILENAME] if plan.rewritten_index is not None else []
+    index = [INDEX_FILENAME] if plan.new_index is not None and plan.checkpoint.has_index else []
     earlier = [MANIFEST_FILENAME] if plan.checkpoint.has_manifest else []
     return [CONFIG_FILENAME, *plan.checkpoint.legacy_configs, *index, *earlier]
 
@@ -79,8 +81,8 @@ def refuse_unreadable(plan: Plan) -> None:
     for shard in plan.shards:
         _refuse_long(len(shard.target.text), MAX_HEADER_BYTES, "the header", shard.name)
     _refuse_long(len(plan.transfer.config), MAX_JSON_BYTES, "the file", CONFIG_FILENAME)
-    if plan.rewritten_index is not None:
-        _refuse_long(len(plan.rewritten_index), MAX_JSON_BYTES, "the file", INDEX_FILENAME)
+    if plan.new_index is not None:
+        _refuse_long(len(plan.new_index), MAX_JSON_BYTES, "the file", INDEX_FILENAME)
     if _MOST_GROWTH * _recorded_bytes(plan) <= MAX_JSON_BYTES:  # nearly always; spares compressing all headers twice
         return
     sizes = {shard.name: (shard.source.file_size, shard.target.file_size) for shard in plan.shards}

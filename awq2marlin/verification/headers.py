@@ -8,7 +8,7 @@ from typing import Any
 
 from awq2marlin.checkpoint.config import without_quantization
 from awq2marlin.checkpoint.counterparts import Counterparts
-from awq2marlin.checkpoint.index import converted_index
+from awq2marlin.checkpoint.index import converted_index, made_index
 from awq2marlin.checkpoint.manifest import Manifest
 from awq2marlin.checkpoint.opening import Checkpoint
 from awq2marlin.errors import difference
@@ -25,16 +25,18 @@ def compare_side_files(source: Checkpoint, output: Checkpoint, manifest: Manifes
     Raises:
         DifferenceError: naming the first file that differs.
     """
-    files = [*source.side_files, *_same_index(source, output)]
+    files = [*source.side_files, *_same_index(source, output, manifest)]
     for name in files:
         _compare_files(source.folder, output.folder, name)
     _compare_manifest(source, manifest, files)
     return files
 
 
-def _same_index(source: Checkpoint, output: Checkpoint) -> list[str]:
+def _same_index(source: Checkpoint, output: Checkpoint, manifest: Manifest) -> list[str]:
     """Returns the index's name if both must hold the same; compares it with what it must be if not."""
     if not source.has_index:
+        if manifest.made and not same_json(output.folder.read_json(INDEX_FILENAME), made_index(output.shards)):
+            raise difference("different-bytes", "it is not the index of the output's files", file=INDEX_FILENAME)
         return []
     document = source.folder.read_json(INDEX_FILENAME)
     expected = converted_index(document, source.shards, output.shards)

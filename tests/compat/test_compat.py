@@ -41,6 +41,7 @@ CONVERSIONS = [
     ("eight_bits", "marlin", {}, ALIGNED),
     ("no_zero_points", "marlin", {}, ALIGNED),
 ]
+CARD = "README.md"
 LEFT_BEHIND = {"llama": {"pytorch_model.bin": "pickled weights"}}
 
 each_conversion = pytest.mark.parametrize(
@@ -49,12 +50,24 @@ each_conversion = pytest.mark.parametrize(
 
 
 def written(name):
-    """The files of a stored conversion; those that name the version of the program name today's."""
+    """The files of a stored conversion without its card; what names the version of the program names today's."""
     files = contents(DATA / name)
-    for file, text in ((MANIFEST, '"version": "{}"'), ("README.md", "(https://pypi.org/project/awq2marlin/) {},")):
-        stored, today = (text.format(version).encode() for version in (VERSION, awq2marlin.__version__))
-        assert files[file].count(stored) == 1
-        files[file] = files[file].replace(stored, today)
+    stored, today = (f'"version": "{version}"'.encode() for version in (VERSION, awq2marlin.__version__))
+    assert files[MANIFEST].count(stored) == 1
+    return {file: data.replace(stored, today) for file, data in files.items() if file != CARD}
+
+
+def converted(folder, name):
+    """The files of a conversion of today without its card, which is for people: its front matter, and the source's own
+    text in it, are those of then, and it names what was left behind.
+    """
+    files = contents(folder)
+    now, then = (card.decode() for card in (files.pop(CARD), (DATA / name / CARD).read_bytes()))
+    assert now.split("---\n")[1] == then.split("---\n")[1]
+    own = "*What follows is the card of the source."
+    assert now.partition(own)[1:] == then.partition(own)[1:]
+    left = json.loads(files[MANIFEST])["left_behind"]
+    assert [name for name in left if f"* `{name}`: " not in now] == []
     return files
 
 
@@ -85,7 +98,7 @@ def run(*arguments):
 def test_converting_again_gives_the_same_bytes(name, conversion, options, modules, tmp_path):
     result = convert(DATA / name / "source", tmp_path / "out", **options)
     assert tuple(module.name for module in result.converted) == modules
-    assert contents(tmp_path / "out") == written(f"{name}/{conversion}")
+    assert converted(tmp_path / "out", f"{name}/{conversion}") == written(f"{name}/{conversion}")
 
 
 @each_conversion
@@ -139,7 +152,7 @@ def test_overwrite_replaces_a_conversion_of_then_and_nothing_else(tmp_path):
     with pytest.raises(awq2marlin.OutputError, match="the folder holds a finished conversion"):
         convert(DATA / "eight_bits" / "source", out)
     convert(DATA / "eight_bits" / "source", out, overwrite=True)
-    assert contents(out) == written("eight_bits/marlin") | {"mine.txt": b"not the converter's"}
+    assert converted(out, "eight_bits/marlin") == written("eight_bits/marlin") | {"mine.txt": b"not the converter's"}
 
 
 def test_what_transformers_saved_then_gives_the_tensors_back(tmp_path):
@@ -162,7 +175,7 @@ def test_a_conversion_killed_then_is_resumed_and_ends_with_the_same_bytes(tmp_pa
     result = convert(DATA / "llama" / "source", out)
     assert result.resumed == (FIRST,)
     assert identity(out / FIRST) == before
-    assert contents(out) == written("llama/marlin")
+    assert converted(out, "llama/marlin") == written("llama/marlin")
     assert not (out / WORK).exists()
 
 
@@ -170,7 +183,7 @@ def test_a_shard_of_then_that_was_damaged_is_made_again(tmp_path):
     out = copy_fixture("llama/killed_convert", tmp_path / "out")
     spoil(out / FIRST)
     assert convert(DATA / "llama" / "source", out).resumed == ()
-    assert contents(out) == written("llama/marlin")
+    assert converted(out, "llama/marlin") == written("llama/marlin")
 
 
 def test_a_conversion_killed_then_is_not_resumed_with_other_options(tmp_path):
@@ -179,7 +192,7 @@ def test_a_conversion_killed_then_is_not_resumed_with_other_options(tmp_path):
         convert(DATA / "llama" / "source", out, unaligned="pad")
     assert [problem.code for problem in refused.value.problems] == ["other-plan"]
     convert(DATA / "llama" / "source", out, unaligned="pad", overwrite=True)
-    assert contents(out) == written("llama/padded")
+    assert converted(out, "llama/padded") == written("llama/padded")
 
 
 def test_a_reversion_killed_then_is_resumed_and_ends_with_the_same_bytes(tmp_path):
@@ -198,7 +211,7 @@ def test_a_reversion_killed_then_is_resumed_and_ends_with_the_same_bytes(tmp_pat
 def test_converting_the_same_commit_again_gives_the_same_bytes(hub, tmp_path):
     add_repository(hub)
     convert(REPOSITORY, tmp_path / "out")
-    assert contents(tmp_path / "out") == written("hub/marlin")
+    assert converted(tmp_path / "out", "hub/marlin") == written("hub/marlin")
     assert verify(f"{REPOSITORY}@{COMMIT}", DATA / "hub" / "marlin").modules_total == 2
 
 
@@ -215,7 +228,7 @@ def test_a_conversion_with_little_disk_killed_then_goes_on_with_the_commit_it_be
     assert (result.source, result.resumed) == (f"{REPOSITORY}@{COMMIT}", (FIRST,))
     assert identity(out / FIRST) == before
     assert not [each for each in hub.requests("GET", f"/cdn/*{FIRST}") if not each.range]
-    assert contents(out) == written("hub/marlin")
+    assert converted(out, "hub/marlin") == written("hub/marlin")
 
 
 # --- batches -------------------------------------------------------------------------------------------------------
@@ -246,7 +259,7 @@ def test_a_batch_of_then_tries_again_what_failed_if_it_is_told_to(tmp_path):
     shutil.copytree(DATA / "no_zero_points" / "source", tmp_path / "sources" / "late")
     result = convert_many(listed, out_dir=tmp_path / "out", retry_failed=True)
     assert [(item.status, item.earlier) for item in result.items] == [("done", True), ("done", False)]
-    assert contents(tmp_path / "out" / "late-marlin") == written("no_zero_points/marlin")
+    assert converted(tmp_path / "out" / "late-marlin", "no_zero_points/marlin") == written("no_zero_points/marlin")
     assert identity(tmp_path / "out" / "eight_bits-marlin" / "config.json") == kept
     assert record.read_bytes().startswith(before)
     (line,) = record.read_bytes()[len(before) :].splitlines()
@@ -260,7 +273,7 @@ def test_a_batch_of_then_converts_again_what_is_gone_since(tmp_path):
     shutil.rmtree(tmp_path / "out" / "eight_bits-marlin")
     result = convert_many(listed, out_dir=tmp_path / "out")
     assert [(item.status, item.earlier) for item in result.items] == [("done", False), ("failed", True)]
-    assert contents(tmp_path / "out" / "eight_bits-marlin") == written("eight_bits/marlin")
+    assert converted(tmp_path / "out" / "eight_bits-marlin", "eight_bits/marlin") == written("eight_bits/marlin")
 
 
 # --- the same on the command line ----------------------------------------------------------------------------------
@@ -268,8 +281,12 @@ def test_a_batch_of_then_converts_again_what_is_gone_since(tmp_path):
 
 def test_the_command_line_resumes_verifies_inspects_and_reverts_what_was_begun_then(tmp_path):
     source, out = DATA / "llama" / "source", copy_fixture("llama/killed_convert", tmp_path / "out")
-    code, converted = run("convert", source, out)
-    assert (code, converted["details"]["resumed"], contents(out)) == (0, [FIRST], written("llama/marlin"))
+    code, told = run("convert", source, out)
+    assert (code, told["details"]["resumed"], converted(out, "llama/marlin")) == (
+        0,
+        [FIRST],
+        written("llama/marlin"),
+    )
     code, compared = run("verify", source, DATA / "llama" / "marlin")
     assert (code, compared["details"]["modules_verified"], compared["details"]["side_files"]) == (0, 3, 4)
     code, found = run("inspect", DATA / "llama" / "padded")

@@ -39,6 +39,9 @@ def run(capsys, monkeypatch):
 #: Texts for people, which may change.
 FOR_PEOPLE = {"message"}
 
+#: Lists of sentences for people, to which new ones may be added.
+MAY_GROW = {"warnings"}
+
 
 def changes(then, now, where=""):
     """Yields every place at which a JSON value of today lacks, or says otherwise, what one of 0.1 said."""
@@ -46,7 +49,8 @@ def changes(then, now, where=""):
         yield f"{where}: was {then!r}, is {now!r}"
     elif isinstance(then, dict):
         yield from (f"{where}/{key}: gone" for key in then if key not in now)
-        for key in then.keys() & now.keys() - FOR_PEOPLE:
+        yield from (f"{where}/{key}: less" for key in then.keys() & MAY_GROW if {*then[key]} - {*now[key]})
+        for key in (then.keys() & now.keys()) - FOR_PEOPLE - MAY_GROW:
             yield from changes(then[key], now[key], f"{where}/{key}")
         yield from (f"{where}/{key}: empty" for key in then.keys() & now.keys() & FOR_PEOPLE if not now[key])
     elif isinstance(then, list) and len(then) == len(now):

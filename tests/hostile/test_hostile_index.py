@@ -234,7 +234,7 @@ def test_the_error_from_python_is_the_same(awq) -> None:
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
 def test_names_that_the_terminal_cannot_encode_are_escaped(tmp_path, monkeypatch, encoding: str) -> None:
     awq = write_awq(tmp_path / "awq", modules={"模型.proj": (128, 64)})
-    for name in ("模型.txt", "模型.bin"):
+    for name in ("模型.txt", "pytorch_model-模型.bin"):
         (awq / name).write_text("x")
     for command in (
         ["inspect", awq],

@@ -99,11 +99,11 @@ def test_a_source_that_is_a_loop_or_a_file_is_refused(awq, tmp_path, run) -> Non
 
 def test_a_hidden_or_stray_link_is_not_even_followed(awq, private, tmp_path) -> None:
     (awq / ".netrc").symlink_to(private)
-    (awq / "stray.bin").symlink_to(private)
+    (awq / "pytorch_model.bin").symlink_to(private)
     (awq / ".git").symlink_to(private.parent)
     os.mkfifo(awq / ".pipe")
     result = convert(awq, tmp_path / "out", workers=1)
-    assert set(result.left_behind) == {".netrc", "stray.bin", ".git", ".pipe"}
+    assert set(result.left_behind) == {".netrc", "pytorch_model.bin", ".git", ".pipe"}
     assert nowhere(tmp_path / "out")
 
 
