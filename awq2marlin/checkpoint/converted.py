@@ -164,7 +164,7 @@ def _is_config_of(checkpoint: Checkpoint, manifest: Manifest, recorded: TensorIn
         return False
     if format.name != checkpoint.format.name or (MANIFEST_FILENAME in manifest.texts) != checkpoint.has_manifest:
         return False
-    said = checkpoint.quantization
+    said = checkpoint.format.as_recorded(checkpoint.quantization, manifest.version)
     known, there = ((each.scheme, each.modules_to_not_convert, each.layout) for each in (quantization, said))
     return known == there
 
@@ -206,7 +206,8 @@ def _source_format(manifest: Manifest, index: TensorIndex, target: Format | None
     if not format.is_source:
         message = f"the source's config that it keeps is {format.title}, which no conversion reads; download it again"
         raise refuse("bad-manifest", message, file=MANIFEST_FILENAME)
-    return format.variant(index), format.read_config(content, where)
+    quantization = format.as_recorded(format.read_config(content, where), manifest.version)
+    return format.variant(index), quantization
 
 
 def _source_document(manifest: Manifest) -> Document:

@@ -304,7 +304,7 @@ def _verify_conversion(
     progress: Progress,
 ) -> VerifyResult:
     """Compares a source with its conversion, up to the first difference."""
-    counterparts = _paired(old, new, whole=manifest.restores == "files")
+    counterparts = _paired(old, new, manifest)
     files = compare_side_files(old, new, manifest) if manifest.restores == "files" else []
     chosen = sample_modules(counterparts.rewritten, count)
     rows = [row for name, header in old.shards.items() for row in counterparts.rows(name, header)]
@@ -339,13 +339,15 @@ def _verify_conversion(
     )
 
 
-def _paired(source: Checkpoint, output: Checkpoint, *, whole: bool) -> Counterparts:
+def _paired(source: Checkpoint, output: Checkpoint, manifest: Manifest) -> Counterparts:
     """Compares everything that headers and configs say.
 
     An engine that saves a checkpoint writes its own headers and config; then only the tensors must agree.
     """
+    whole = manifest.restores == "files"
+    quantization = source.format.as_recorded(source.quantization, manifest.version)
     try:
-        counterparts = pair(source.index, source.format, source.quantization, output, same_files=whole)
+        counterparts = pair(source.index, source.format, quantization, output, same_files=whole)
     except CheckpointError as error:
         raise DifferenceError(error.problems) from None
     if whole:

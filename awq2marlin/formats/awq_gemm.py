@@ -9,18 +9,27 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from awq2marlin.errors import Problem
 from awq2marlin.formats.awq import Awq
-from awq2marlin.formats.base import Fault, Quantization
+from awq2marlin.formats.base import DerivedTensor, Fault, Quantization, StoredModule, find_modules
 from awq2marlin.io.safetensors import DTYPE_BITS, TensorInfo
+from awq2marlin.layout.derived import middle_zero_points
 from awq2marlin.layout.marlin import MARLIN_SUPPORTED_GROUP_SIZES, MAX_SIZE_N, num_groups
-from awq2marlin.layout.modules import part_shape
+from awq2marlin.layout.modules import module_name, part_shape
 from awq2marlin.layout.repack import PartLayout
 from awq2marlin.layout.scheme import Scheme
+
+#: What it means if zero points that the config denies are not in the middle.
+_DENIED = (
+    "the config says that there are no zero points (zero_point: false, or sym: true), but these are not all in the "
+    "middle; set it to the contrary in a copy of the config, if they count"
+)
 
 
 class AwqGemm(Awq):
@@ -71,6 +80,27 @@ class AwqGemm(Awq):
             or None,
             **({"lm_head": True} if has_head else {}),
         }
+
+    def find(
+        self, tensors: Mapping[str, TensorInfo], quantization: Quantization, shard_of: Mapping[str, str]
+    ) -> tuple[dict[str, StoredModule], list[Problem]]:
+        """Returns the modules. Zero points that the config denies are no parts of theirs, but must be in the middle.
+
+        AutoRound writes such ones.
+        """
+        if quantization.zero_point or quantization.layout is not None:
+            return super().find(tensors, quantization, shard_of)
+        found: dict[str, StoredModule] = {}
+        problems: list[Problem] = []
+        for layout, has_zeros in ((self, False), (_WITH_MIDDLE_ZEROS, True)):
+            among = partial(_has_zeros, tensors, has_zeros)
+            modules, faults = find_modules(layout, tensors, quantization, shard_of, among=among)
+            found, problems = {**found, **modules}, [*problems, *faults]
+        return dict(sorted(found.items())), list(dict.fromkeys(problems))
+
+    def as_recorded(self, quantization: Quantization, manifest_version: int) -> Quantization:
+        """Returns that zero points are parts whatever the config says: so version 0.1 had it, and its manifests."""
+        return replace(quantization, layout=self) if manifest_version == 1 else quantization
 
     def sizes(self, tensors: Mapping[str, TensorInfo], scheme: Scheme) -> tuple[int, int]:
         """Returns K and N as ``qweight`` says."""
@@ -150,7 +180,27 @@ class AwqGemm(Awq):
         return unpack_awq(rows.astype(np.uint32, copy=False), scheme.bits)
 
 
+class _WithMiddleZeros(AwqGemm):
+    """The layout of modules whose zero points are all 2^(bits-1), and stored all the same."""
+
+    def parts(self, found: Mapping[str, TensorInfo], scheme: Scheme) -> tuple[str, ...]:
+        """Returns the parts of a module but for its zero points."""
+        return tuple(part for part in super().parts(found, scheme) if part != "qzeros")
+
+    def derived(self, size_k: int, size_n: int, scheme: Scheme) -> Sequence[DerivedTensor]:
+        """Returns the zero points."""
+        layout = self.layout("qzeros", size_k, size_n, scheme)
+        middle = partial(middle_zero_points, layout, layout.rows, size_n)
+        shape = self.shape("qzeros", size_k, size_n, scheme)
+        return [DerivedTensor("qzeros", "I32", shape, middle, is_optional=True, meaning=_DENIED)]
+
+
 AWQ_GEMM = AwqGemm()
+_WITH_MIDDLE_ZEROS = _WithMiddleZeros()
+
+
+def _has_zeros(tensors: Mapping[str, TensorInfo], wanted: bool, module: str) -> bool:
+    return (module_name(module, "qzeros") in tensors) == wanted
 
 
 def _other_hint(words: int, columns: int, said: Quantization) -> str:

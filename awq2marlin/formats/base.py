@@ -222,6 +222,10 @@ class Format(ABC):
         """
         return find_modules(quantization.layout or self, tensors, quantization, shard_of)
 
+    def as_recorded(self, quantization: Quantization, manifest_version: int) -> Quantization:  # noqa: ARG002
+        """Returns how a conversion read a source that wrote a manifest of some version; mostly as it is read today."""
+        return quantization
+
     @abstractmethod
     def sizes(self, tensors: Mapping[str, TensorInfo], scheme: Scheme) -> tuple[int, int]:
         """Returns K and N of a module, padding included, as its tensors show them.

@@ -9,6 +9,7 @@ from typing import Any
 
 from awq2marlin.arguments import ArgumentError
 from awq2marlin.errors import printable
+from awq2marlin.formats.auto_round import AutoRound
 from awq2marlin.formats.awq_gemm import AWQ_GEMM as AWQ_GEMM
 from awq2marlin.formats.awq_gemv import AwqGemv
 from awq2marlin.formats.awq_gemv_fast import AwqGemvFast
@@ -32,6 +33,7 @@ FORMATS: list[Format] = [
     AwqMarlin(),
     COMPRESSED_TENSORS,
     GPTQ,
+    AutoRound(),
 ]
 
 #: The layout in which a module stays that the target's format cannot take, whatever the source was.

@@ -42,13 +42,18 @@ def manifest_of(plan: Plan, finished: Mapping[str, FinishedFile], files: Mapping
     repo_id, revision = folder.origin or (None, None)
     card = SourceCard.of(checkpoint.card, folder.read(checkpoint.card)) if checkpoint.card else None
     carried = {name: FileDigest(files[name].size, files[name].xxh3) for name in plan.transfer.carried}
-    is_first_pair = (plan.counterparts.source, plan.target) == (KEPT, DEFAULT_TARGET)
-    version = 1 if is_first_pair and MANIFEST_FILENAME not in texts else 2  # version 0.1 refuses such a text
+    version = 1 if _is_known_to_0_1(plan) and MANIFEST_FILENAME not in texts else 2  # it refuses such a text
     made = {} if plan.new_index is None or checkpoint.has_index else {INDEX_FILENAME: digest_of(plan.new_index)}
     left_behind = checkpoint.left_behind
     return Manifest(
         shards, texts, digests, carried, repo_id, revision, left_behind, card=card, version=version, made=made
     )
+
+
+def _is_known_to_0_1(plan: Plan) -> bool:
+    """Returns whether version 0.1 can take a conversion back: AWQ to Marlin-native, no tensor dropped or made."""
+    is_first_pair = (plan.counterparts.source, plan.target) == (KEPT, DEFAULT_TARGET)
+    return is_first_pair and all(shard.source.tensors.keys() == shard.target.tensors.keys() for shard in plan.shards)
 
 
 def _manifest_shard(shard: ShardPlan, done: FinishedFile, sha256: str | None) -> ManifestShard:

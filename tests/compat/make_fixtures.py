@@ -14,6 +14,8 @@ random part of a partial file's name, is replaced by constants, and the paths of
   the conversion as if Transformers had saved it (``saved``: its manifest restores tensors).
 - ``eight_bits``: bf16 scales, one shard. Its conversion.
 - ``no_zero_points``: one group over all of K, headers and a config as no tool of ours writes them. Its conversion.
+- ``denied_zero_points``: zero points that its config denies (``zero_point: false``). Its conversion, which has them
+  too, as no later version's has.
 - ``hub``: the conversion of the same out of a repository of the Hub, and one with ``--low-disk`` that was killed.
 - ``batch``: a list and its record, with one item done and one failed.
 - ``api.json``, ``commands.json``, ``reports.json``, ``documents.json``: what Python callers, command lines, readers
@@ -94,6 +96,13 @@ NO_ZERO_POINTS = Recipe(
     shards=2,
     seed=3,
 )
+DENIED_ZERO_POINTS = Recipe(
+    modules={f"{LAYER}.mlp.down_proj": (128, 64), f"{LAYER}.self_attn.o_proj": (64, 48)},
+    weights={"model.norm.weight": (16,)},
+    group_size=32,
+    zero_point=False,
+    seed=11,
+)
 CARD = """---
 license: apache-2.0
 base_model: org/tiny
@@ -150,6 +159,7 @@ def write_sources():
     (llama / "pytorch_model.bin").write_bytes(b"\x80\x04N.")  # left behind
 
     write_checkpoint(DATA / "eight_bits" / "source", EIGHT_BITS)
+    write_checkpoint(DATA / "denied_zero_points" / "source", DENIED_ZERO_POINTS)
 
     odd = DATA / "no_zero_points" / "source"
     write_checkpoint(odd, NO_ZERO_POINTS)
@@ -173,7 +183,7 @@ def reword_header(path):
 
 def convert_all(folder):
     """Converts the checkpoints, and leaves some work half done."""
-    for name in ("llama", "eight_bits", "no_zero_points"):
+    for name in ("llama", "eight_bits", "no_zero_points", "denied_zero_points"):
         awq2marlin.convert(DATA / name / "source", DATA / name / "marlin")
     llama = DATA / "llama"
     awq2marlin.convert(llama / "source", llama / "padded", unaligned="pad")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import awq2marlin
-from awq2marlin import convert, convert_many, inspect, revert, verify
+from awq2marlin import CheckpointError, convert, convert_many, inspect, revert, verify
 
 from .helpers import (
     COMMIT,
@@ -164,6 +164,23 @@ def test_what_transformers_saved_then_gives_the_tensors_back(tmp_path):
     assert tensors(back) == tensors(source)
     assert hashes(back) == json.loads((DATA / "llama" / "saved_reverted.json").read_text("utf-8"))
     assert inspect(back).modules == inspect(source).modules
+
+
+def test_zero_points_that_the_config_denies_stay_parts_of_a_conversion_of_then(tmp_path):
+    source, marlin = (DATA / "denied_zero_points" / name for name in ("source", "marlin"))
+    assert verify(source, marlin).modules_total == 1
+    assert {module.parts for module in inspect(marlin).modules} == {("qweight", "qzeros", "scales")}
+    revert(marlin, tmp_path / "back")
+    assert contents(tmp_path / "back") == restored("denied_zero_points")
+    with pytest.raises(CheckpointError, match="the config says that there are no zero points"):
+        convert(marlin, tmp_path / "ct", to="compressed-tensors")  # its readers would go by the config
+    assert not (tmp_path / "ct").exists()
+    convert(marlin, tmp_path / "awq", to="awq")
+    revert(tmp_path / "awq", tmp_path / "again")
+    assert contents(tmp_path / "again") == contents(marlin)
+    with pytest.raises(CheckpointError, match="these are not all in the middle"):
+        convert(source, tmp_path / "out")  # today they have to be what the config says
+    assert not (tmp_path / "out" / "config.json").exists()
 
 
 # --- unfinished work -----------------------------------------------------------------------------------------------

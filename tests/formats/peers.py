@@ -11,7 +11,8 @@ from pathlib import Path
 
 import numpy as np
 
-DATA = Path(__file__).resolve().parent / "data" / "compressed_tensors"
+ALL_DATA = Path(__file__).resolve().parent / "data"
+DATA = ALL_DATA / "compressed_tensors"
 NAMES = sorted(folder.name for folder in DATA.glob("*/"))
 
 #: Those whose columns are not in the order of their groups.
@@ -185,6 +186,89 @@ def decode_all(folder):
     return {module: decode(tensors, module, bits) for module in quantized_modules(tensors)}
 
 
+# --- a module of any format -----------------------------------------------------------------------------------------
+
+
+def decode_gptq(tensors, module, bits, stored):
+    """Returns a module of a GPTQ checkpoint.
+
+    Args:
+        tensors: of the checkpoint.
+        module: its name.
+        bits: 4 or 8.
+        stored: how zero points are: ``as they are``, each ``1 less``, or ``1 less in all fields`` of a word at once.
+    """
+    dtype, scales = tensors[f"{module}.scales"]
+    groups, size_n = scales.shape
+    # A word of codes holds those of one column, the first row in the lowest bits.
+    codes = fields(tensors[f"{module}.qweight"][1], bits).transpose(0, 2, 1).reshape(-1, size_n).astype(np.uint8)
+    # A word of zero points holds those of one group, the first column in the lowest bits.
+    words = tensors[f"{module}.qzeros"][1].view(np.uint32)
+    if stored == "1 less in all fields":
+        words = words + np.uint32({4: 0x11111111, 8: 0x01010101}[bits])
+    zeros = fields(words, bits).reshape(groups, size_n).astype(np.uint8)
+    if stored == "1 less":
+        zeros = zeros + np.uint8(1)
+    in_order = np.arange(len(codes)) // (len(codes) // groups)
+    _, group_of = tensors.get(f"{module}.g_idx", ("I32", in_order))
+    return Module(bits, codes, zeros, scales, dtype, group_of.astype(np.intp))
+
+
+def quantization_of(folder):
+    """Returns the quantization config of a checkpoint, wherever it stands."""
+    older = Path(folder) / "quantize_config.json"
+    return read_config(folder).get("quantization_config") or json.loads(older.read_text("utf-8"))
+
+
+def layout_of(config):
+    """Returns the key of `READERS` that a quantization config means."""
+    method = config.get("quant_method", "gptq").rpartition("/")[2]
+    if method == "auto-round":
+        return {
+            "auto_round:auto_awq": "awq",
+            "auto_round:auto_gptq": "gptq",
+            "auto_round:gptqmodel": "gptq_v2",
+            "auto_round": "gptq_v2",
+        }[config["packing_format"]]
+    if method == "gptq" and "meta" in config and config["checkpoint_format"] == "gptq":
+        return "gptq by GPTQModel"
+    return config.get("checkpoint_format", method)
+
+
+#: A slow reader of each layout.
+READERS = {
+    "awq": lambda tensors, module, bits: decode_awq(tensors, module, bits),
+    "compressed-tensors": lambda tensors, module, bits: decode(tensors, module, bits),
+    "gptq": lambda tensors, module, bits: decode_gptq(tensors, module, bits, "1 less"),
+    "gptq by GPTQModel": lambda tensors, module, bits: decode_gptq(tensors, module, bits, "1 less in all fields"),
+    "gptq_v2": lambda tensors, module, bits: decode_gptq(tensors, module, bits, "as they are"),
+}
+
+
+def numbers_of(folder):
+    """Returns every quantized module of a fixture of any format, by name: as it was given, or as a reader says."""
+    given = Path(folder).parent / "numbers.npz"
+    if given.exists():
+        return _given(given)
+    tensors, config = read_tensors(folder), quantization_of(folder)
+    reader = READERS[layout_of(config)]
+    suffixes = (".qweight", ".weight_packed")
+    modules = sorted(name.rpartition(".")[0] for name in tensors if name.endswith(suffixes))
+    bits = config["bits"] if "bits" in config else weight_args(folder)["num_bits"]
+    return {module: reader(tensors, module, bits) for module in modules}
+
+
+def _given(path):
+    """Returns the modules that a library was given, of 4 bits and with fp16 scales."""
+    with np.load(path) as stored:
+        found = {}
+        for module in sorted({key.rpartition(".")[0] for key in stored}):
+            codes, zeros, scales = (stored[f"{module}.{part}"] for part in ("codes", "zeros", "scales"))
+            groups = np.arange(len(codes)) // (len(codes) // len(scales))
+            found[module] = Module(4, codes, zeros, scales.view(np.uint16), "F16", groups)
+        return found
+
+
 # --- the same numbers in other formats -------------------------------------------------------------------------------
 
 
@@ -260,8 +344,13 @@ def write_dense(folder, source, exact=False):
 
 
 def library(name):
-    """Returns what was stored of the library's own reading of a fixture: arrays and SHA-256 by name."""
-    with np.load(DATA / name / "library.npz") as stored:
+    """Returns what was stored of the library's own reading of a fixture of compressed-tensors."""
+    return said_of(checkpoint(name))
+
+
+def said_of(folder):
+    """Returns what was stored of the library's own reading of a checkpoint: arrays and SHA-256 by name."""
+    with np.load(Path(folder).parent / "library.npz") as stored:
         return {key: stored[key] if stored[key].shape else str(stored[key]) for key in stored}
 
 

@@ -8,6 +8,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -133,16 +134,23 @@ def test_json_names_the_layout_that_was_written(tmp_path: Path, capsys: pytest.C
         assert {module["layout"] for module in outcome.report["modules"]} == layouts
 
 
-def test_zero_points_that_the_config_denies_are_not_written_where_the_config_is_believed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("to", ["marlin", "compressed-tensors"])
+def test_zero_points_that_the_config_denies_must_all_be_in_the_middle(tmp_path: Path, to: str) -> None:
     recipe = Recipe({f"{PART}.o_proj": (128, 64)}, {}, group_size=32, has_qzeros=True, zero_point=False)
     write_checkpoint(tmp_path / "awq", recipe)
-    convert(tmp_path / "awq", tmp_path / "marlin")
-    for source in ("awq", "marlin"):
-        with pytest.raises(CheckpointError, match="the config says that there are no zero points"):
-            convert(tmp_path / source, tmp_path / "ct", to="compressed-tensors")
-    assert not (tmp_path / "ct").exists()
-    convert(tmp_path / "marlin", tmp_path / "again", to="awq")
-    assert verify(tmp_path / "awq", tmp_path / "again").kind == "checkpoints"
+    with pytest.raises(CheckpointError, match="these are not all in the middle; set it to the contrary") as caught:
+        convert(tmp_path / "awq", tmp_path / "out", to=to)
+    assert [(each.tensor, each.code) for each in caught.value.problems] == [(f"{PART}.o_proj.qzeros", "contradiction")]
+    assert not (tmp_path / "out" / "config.json").exists()
+    tensors = peers.read_tensors(tmp_path / "awq")
+    dtype, zeros = tensors[f"{PART}.o_proj.qzeros"]
+    tensors[f"{PART}.o_proj.qzeros"] = dtype, np.full_like(zeros, 0x88888888 - (1 << 32))
+    peers.write_tensors(tmp_path / "awq" / "model.safetensors", tensors)
+    convert(tmp_path / "awq", tmp_path / "out", to=to, verify="all", overwrite=True)
+    assert not [name for name in peers.read_tensors(tmp_path / "out") if "zero" in name]
+    assert read_manifest(Folder.at(tmp_path / "out")).version == 2  # version 0.1 took them for parts
+    revert(tmp_path / "out", tmp_path / "back")
+    assert contents(tmp_path / "back") == contents(tmp_path / "awq")
 
 
 def test_a_file_of_which_nothing_would_be_left_is_refused(tmp_path: Path) -> None:
