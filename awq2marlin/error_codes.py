@@ -82,7 +82,9 @@ ERROR_CODES: Mapping[str, Advice] = {
         "the disk or the quota is full, or will be", "free some space and run the same command again; it resumes"
     ),
     "duplicate-key": Advice("a JSON object names a key twice", "download the file again"),
-    "duplicate-tensor": Advice("two shards hold a tensor of the same name", "download the checkpoint again"),
+    "duplicate-tensor": Advice(
+        "two shards hold a tensor of the same name, and no index says which counts", "download the checkpoint again"
+    ),
     "extra-tensor": Advice(
         "`verify`, `revert`, `inspect`: the converted checkpoint has a tensor that the source does not; exit code 1 "
         "or 3",

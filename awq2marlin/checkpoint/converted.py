@@ -13,6 +13,7 @@ from typing import Any
 from awq2marlin.checkpoint.choice import Choice, Recorded
 from awq2marlin.checkpoint.config import Document, quantization_documents
 from awq2marlin.checkpoint.counterparts import Counterparts
+from awq2marlin.checkpoint.index import index_of
 from awq2marlin.checkpoint.manifest import Manifest, read_manifest
 from awq2marlin.checkpoint.opening import Checkpoint, open_checkpoint
 from awq2marlin.checkpoint.pairing import counterparts_of, expected_tensors, pair
@@ -21,7 +22,7 @@ from awq2marlin.formats.base import Format, Quantization
 from awq2marlin.formats.names import CONFIG_FILENAME, INDEX_FILENAME, LEGACY_CONFIG_FILENAMES, MANIFEST_FILENAME
 from awq2marlin.formats.registry import recognise
 from awq2marlin.io.digest import digest_of
-from awq2marlin.io.safetensors import TensorIndex, TensorInfo
+from awq2marlin.io.safetensors import Header, TensorIndex, TensorInfo
 from awq2marlin.io.source import Source
 from awq2marlin.io.strict_json import parse_json
 from awq2marlin.layout.modules import ModulePlan
@@ -61,8 +62,8 @@ class ConvertedCheckpoint:
     @classmethod
     def of(cls, checkpoint: Checkpoint, manifest: Manifest) -> ConvertedCheckpoint:
         """Pairs a converted checkpoint with the headers in its manifest; raises as `open`."""
-        source = _source_index(manifest)
-        counterparts = pair(source, *_source_format(manifest, source, checkpoint.format), checkpoint)
+        source, format, quantization = _source(manifest, checkpoint)
+        counterparts = pair(source, format, quantization, checkpoint)
         return cls(checkpoint, manifest, source, counterparts)
 
 
@@ -117,8 +118,27 @@ def require_converted(checkpoint: Checkpoint, otherwise: str, file: str = CONFIG
         raise refuse("not-converted", otherwise, file=file)
 
 
-def _source_index(manifest: Manifest) -> TensorIndex:
-    return TensorIndex({name: shard.source_header for name, shard in manifest.shards.items()})
+def _source_headers(manifest: Manifest) -> dict[str, Header]:
+    return {name: shard.source_header for name, shard in manifest.shards.items()}
+
+
+def _source(manifest: Manifest, converted: Checkpoint) -> tuple[TensorIndex, Format, Quantization]:
+    """Returns what a manifest knows of the source of a converted checkpoint."""
+    headers = _source_headers(manifest)
+    index = TensorIndex(headers)
+    format, quantization = _source_format(manifest, index, converted.format)
+    if index.copies or format.set_aside(index.tensors.keys(), index.tensors.keys()):  # which counts, the index says
+        index = index_of(headers, _source_weight_map(manifest, converted), format)
+    return index, format, quantization
+
+
+def _source_weight_map(manifest: Manifest, converted: Checkpoint) -> Mapping[str, str] | None:
+    """Returns what the source's index says, which is the output's too, or stands in the manifest; None without one."""
+    if INDEX_FILENAME in manifest.files:
+        return converted.index.weight_map
+    document = _parsed(manifest, INDEX_FILENAME)
+    weight_map = document.get("weight_map") if isinstance(document, dict) else None
+    return weight_map if isinstance(weight_map, dict) else None
 
 
 def is_source_of(checkpoint: Checkpoint, manifest: Manifest) -> bool:
@@ -133,7 +153,8 @@ def is_source_of(checkpoint: Checkpoint, manifest: Manifest) -> bool:
         checkpoint: what may be the source.
         manifest: of a converted checkpoint.
     """
-    recorded, suffixes = _source_index(manifest), {*checkpoint.format.suffixes.values()}
+    recorded = TensorIndex(_source_headers(manifest), checkpoint.index.weight_map)
+    suffixes = {*checkpoint.format.suffixes.values()}
     known, there = (
         {name for name in tensors if name.rpartition(".")[2] in suffixes}
         for tensors in (recorded.tensors, checkpoint.tensors)
@@ -179,14 +200,15 @@ def refuse_lost(checkpoint: Checkpoint, manifest: Manifest) -> None:
     Raises:
         CheckpointError: naming every tensor that is lost.
     """
-    source = _source_index(manifest)
-    counterparts = counterparts_of(source, *_source_format(manifest, source, checkpoint.format), checkpoint)
+    source, format, quantization = _source(manifest, checkpoint)
+    counterparts = counterparts_of(source, format, quantization, checkpoint)
+    there = {name for header in checkpoint.shards.values() for name in header.tensors}
     message = "the manifest knows it, but no file holds it; download the checkpoint again, completely"
     lost = [
         Problem(file, tensor.name, "missing-tensor", message)
         for file, tensors in expected_tensors(source, counterparts).items()
         for tensor in sorted(tensors, key=lambda tensor: tensor.name)
-        if tensor.name not in checkpoint.tensors
+        if tensor.name not in there
     ]
     if lost:
         raise CheckpointError(lost)

@@ -120,6 +120,31 @@ class Counterparts:
                 source, position = None, target.end if target else position  # what follows is made of nothing
         return rows
 
+    def names(self, file: str, header: Header) -> Iterator[tuple[str, str]]:
+        """Yields for every tensor of a target's file the tensor of the source that it stands for, or follows.
+
+        Args:
+            file: the source's file, for messages.
+            header: its header.
+        """
+        place = ""
+        for row in self.rows(file, header):
+            place = row.source.name if row.source else place
+            if row.target is not None:
+                yield place, row.target.name
+
+    def is_part(self, module: ModulePlan, part: str, tensor: TensorInfo) -> bool:
+        """Returns whether a tensor of a part's name is one: a copy that does not count may be of another shape.
+
+        Args:
+            module: of the source.
+            part: ``qweight``, ``qzeros`` or ``scales``.
+            tensor: of the source.
+        """
+        layout = self.source_layout_of(module)
+        shape = layout.shape(part, *self.stored_sizes(module), self.scheme)
+        return tensor.shape == shape and tensor.dtype in layout.dtypes[part]
+
     def target_header(self, header: Header, rows: Iterable[Row]) -> Header:
         """Returns the header of a file of the target.
 
@@ -146,9 +171,9 @@ class Counterparts:
             return
         layout = self.source_layout_of(module)
         part = next((part for part in module.parts if layout.suffixes[part] == suffix), None)
-        if part is None:
+        if part is None or not self.is_part(module, part, tensor):
             derived = _derived(layout, *self.stored_sizes(module), self.scheme).get(suffix)
-            if derived is None:  # a bias
+            if derived is None or (tensor.dtype, tensor.shape) != (derived.dtype, derived.shape):  # a bias, or a copy
                 yield TensorInfo(tensor.name, tensor.dtype, tensor.shape, position, position + tensor.size), None
             else:
                 yield None, Proven(file, tensor.name, tensor.size, derived.data, derived.meaning)

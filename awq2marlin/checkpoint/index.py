@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from typing import Any
 
+from awq2marlin.checkpoint.counterparts import Counterparts
 from awq2marlin.errors import CheckpointError, Problem, printable, refuse
+from awq2marlin.formats.base import Format
 from awq2marlin.formats.names import INDEX_FILENAME
 from awq2marlin.io.folder import check_name
 from awq2marlin.io.safetensors import Header, TensorIndex
@@ -42,7 +44,11 @@ def read_index(folder: Source) -> dict[str, str]:
 
 
 def open_index(
-    folder: Source, shards: Sequence[str], weight_map: Mapping[str, str] | None, known: Mapping[str, Header]
+    folder: Source,
+    shards: Sequence[str],
+    weight_map: Mapping[str, str] | None,
+    format: Format,
+    known: Mapping[str, Header],
 ) -> tuple[TensorIndex, list[str]]:
     """Reads the headers of a checkpoint, and checks them against its index.
 
@@ -50,6 +56,7 @@ def open_index(
         folder: the checkpoint's.
         shards: the files that hold its tensors.
         weight_map: what the index says; None without one.
+        format: the checkpoint's.
         known: headers that were read already.
 
     Returns:
@@ -69,7 +76,23 @@ def open_index(
     if weight_map is None:
         _refuse_clash(headers)
         return TensorIndex(headers), []
-    return TensorIndex(headers), _check_inventory(headers, weight_map)
+    _refuse_contradictions(headers, weight_map)
+    index = index_of(headers, weight_map, format)
+    return index, [*_unlisted(index), *_copies(index)]
+
+
+def index_of(headers: Mapping[str, Header], weight_map: Mapping[str, str] | None, format: Format) -> TensorIndex:
+    """Returns the tensors of a checkpoint that count.
+
+    Args:
+        headers: by file name.
+        weight_map: what the index says; None without one.
+        format: the checkpoint's.
+    """
+    if weight_map is None:
+        return TensorIndex(headers)
+    names = {name for header in headers.values() for name in header.tensors}
+    return TensorIndex(headers, weight_map, format.set_aside(names, weight_map))
 
 
 def _not_one(shards: Sequence[str], why: str) -> CheckpointError:
@@ -95,29 +118,65 @@ def _refuse_clash(shards: Mapping[str, Header]) -> None:
         owner |= dict.fromkeys(header.tensors, shard)
 
 
-def _check_inventory(shards: Mapping[str, Header], weight_map: Mapping[str, str]) -> list[str]:
-    problems, warnings = [], []
+def _refuse_contradictions(shards: Mapping[str, Header], weight_map: Mapping[str, str]) -> None:
+    """Refuses files that are not those of the index.
+
+    Two files may hold a tensor of one name, as where official shards were taken over and only some tensors were
+    written anew: the index says which counts.
+    """
+    problems = []
     owner: dict[str, str] = {}
     for shard, header in shards.items():
         for name in header.tensors:
-            if name in owner:
-                problems.append(
-                    Problem(shard, name, "duplicate-tensor", f"{owner[name]} holds a tensor of this name too")
-                )
+            said = weight_map.get(name)
+            if said is None and name in owner:
+                message = f"{owner[name]} holds a tensor of this name too, and the index does not say which counts"
+                problems.append(Problem(shard, name, "duplicate-tensor", message))
             owner[name] = shard
-            if weight_map.get(name, shard) != shard:
-                message = f"the index says it lies in {weight_map[name]}; {_GO_BY_THE_FILES}"
+            if said is not None and said != shard and name not in shards[said].tensors:
+                message = f"the index says it lies in {said}; {_GO_BY_THE_FILES}"
                 problems.append(Problem(shard, name, "contradiction", message))
     for name, shard in weight_map.items():
         if name not in shards[shard].tensors:
             message = f"the index says it lies here, but it does not; download the file again, or {_GO_BY_THE_FILES}"
             problems.append(Problem(shard, name, "missing-tensor", message))
-    unlisted = sorted(set(owner) - set(weight_map))
-    if unlisted:
-        warnings.append(f"{len(unlisted)} tensors are not in the index, the first is {printable(unlisted[0])}")
     if problems:
         raise CheckpointError(problems)
-    return warnings
+
+
+def _unlisted(index: TensorIndex) -> Iterator[str]:
+    unlisted = sorted(index.tensors.keys() - index.weight_map.keys())
+    if unlisted:
+        yield f"{len(unlisted)} tensors are not in the index, the first is {printable(unlisted[0])}"
+
+
+def _copies(index: TensorIndex) -> Iterator[str]:
+    """Yields what is to say of tensors that do not count."""
+    copies = [(name, shard) for shard, names in index.copies.items() for name in names]
+    same = [each for each in copies if each[0] in index.tensors and is_like(index, *each)]
+    other = [each for each in copies if each[0] in index.tensors and not is_like(index, *each)]
+    beside = [each for each in copies if each[0] not in index.tensors]
+    for found, what in (
+        (same, "lie in a second file, which engines read too; the copy is converted alike"),
+        (other, "lie in a second file with another type or shape; the copy is carried over as it is"),
+        (beside, "do not count, as their module is quantized or not by what the index lists; they are carried over"),
+    ):
+        if found:
+            name, shard = min(found)
+            place = f"{printable(name)} in {printable(shard)}"
+            yield f"{len(found)} tensors {what} (the index decides which count); the first is {place}"
+
+
+def is_like(index: TensorIndex, name: str, shard: str) -> bool:
+    """Returns whether a copy has the type and shape of the tensor that counts.
+
+    Args:
+        index: of a checkpoint.
+        name: of the tensor.
+        shard: the file of the copy.
+    """
+    copy, counting = index.headers[shard].tensors[name], index.tensors[name]
+    return (copy.dtype, copy.shape) == (counting.dtype, counting.shape)
 
 
 def made_index(headers: Mapping[str, Header]) -> dict[str, Any]:
@@ -131,18 +190,21 @@ def made_index(headers: Mapping[str, Header]) -> dict[str, Any]:
     return {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
 
 
-def converted_index(document: Any, source: Mapping[str, Header], target: Mapping[str, Header]) -> Any | None:
+def converted_index(
+    document: Any, source: TensorIndex, target: Mapping[str, Header], counterparts: Counterparts
+) -> Any:
     """Returns the index of a converted checkpoint, or None if it is the source's.
 
     It differs where padding makes another total size, and where tensors have other names.
 
     Args:
         document: the source's index.
-        source: the source's headers, by file name.
-        target: the converted ones.
+        source: the source's tensors.
+        target: the converted headers, by file name.
+        counterparts: which tensor is which.
     """
-    before, after = (sum(header.data_size for header in headers.values()) for headers in (source, target))
-    renamed = any(source[name].tensors.keys() != target[name].tensors.keys() for name in source)
+    before, after = (sum(header.data_size for header in headers.values()) for headers in (source.headers, target))
+    renamed = any(source.headers[name].tensors.keys() != target[name].tensors.keys() for name in source.headers)
     if before == after and not renamed:
         return None
     document = deepcopy(document)
@@ -150,5 +212,23 @@ def converted_index(document: Any, source: Mapping[str, Header], target: Mapping
     if isinstance(metadata, dict) and "total_size" in metadata:
         metadata["total_size"] = after
     if renamed:
-        document["weight_map"] = {name: shard for shard, header in target.items() for name in header.tensors}
+        document["weight_map"] = target_weight_map(source, target, counterparts)
     return document
+
+
+def target_weight_map(source: TensorIndex, target: Mapping[str, Header], counterparts: Counterparts) -> dict[str, str]:
+    """Returns the file of every converted tensor that counts: the one whose source counts.
+
+    Args:
+        source: the source's tensors.
+        target: the converted headers, by file name.
+        counterparts: which tensor is which.
+    """
+    if not source.copies:
+        return {name: shard for shard, header in target.items() for name in header.tensors}
+    return {
+        name: shard
+        for shard, header in source.headers.items()
+        for place, name in counterparts.names(shard, header)
+        if source.counts(shard, place)
+    }

@@ -33,7 +33,7 @@ class Checkpoint:
         config: ``config.json`` as a document.
         format: the format that its config names.
         quantization: how it is quantized.
-        index: header of every safetensors file that belongs to it, sorted by name, and their tensors.
+        index: header of every safetensors file that belongs to it, sorted by name, and the tensors that count.
         has_index: whether an index names the shards.
         side_files: other files that belong to it (tokenizer, code, licence), sorted.
         card: name of its model card, or None: ``README.md``, in whatever case its letters are.
@@ -66,7 +66,7 @@ class Checkpoint:
 
     @property
     def tensors(self) -> dict[str, TensorInfo]:
-        """Every tensor by name; no two shards share one."""
+        """Every tensor that counts, by name: of two shards that hold one, the index decides."""
         return self.index.tensors
 
     @property
@@ -118,7 +118,7 @@ def open_checkpoint(
     config = read_config(folder)
     format, quantization, warnings = read_quantization(folder, config)
     files = sort_files(folder, choice)
-    index, oddities = open_index(folder, files.shards, files.weight_map, known)
+    index, oddities = open_index(folder, files.shards, files.weight_map, format, known)
     _refuse_clash([*OWN_FILENAMES, *files.shards, files.card or CARD_FILENAME, *files.side_files])
     for name in files.side_files:
         folder.check(name)  # refuses what leads out of the folder before anything is written

@@ -6,7 +6,7 @@ converted files'. Both are hostile until they agree.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from awq2marlin.checkpoint.counterparts import Counterparts
 from awq2marlin.checkpoint.opening import Checkpoint
@@ -42,7 +42,7 @@ def pair(
     _same_names(expected, converted)
     if same_files:
         _same_files(expected, converted)
-    _same_shapes(expected, converted)
+    _same_shapes(expected, converted, same_files=same_files)
     return counterparts
 
 
@@ -82,33 +82,36 @@ def expected_tensors(index: TensorIndex, counterparts: Counterparts) -> dict[str
 
 
 def _same_names(expected: Mapping[str, list[TensorInfo]], converted: Checkpoint) -> None:
-    shard_of = {tensor.name: shard for shard, tensors in expected.items() for tensor in tensors}
-    for name in sorted({*shard_of, *converted.shard_of}):
-        if name not in converted.shard_of:
+    there, needed = (
+        _places({file: header.tensors for file, header in converted.shards.items()}),
+        _places({file: _named(tensors) for file, tensors in expected.items()}),
+    )
+    for name in sorted({*needed, *there}):
+        if name not in there:
             raise refuse(
                 "missing-tensor",
                 "the source has this tensor, the converted checkpoint does not",
-                file=shard_of[name],
+                file=needed[name][0],
                 tensor=name,
             )
-        if name not in shard_of:
+        if name not in needed:
             raise refuse(
                 "extra-tensor",
                 "the converted checkpoint has this tensor, the source does not",
-                file=converted.shard_of[name],
+                file=there[name][0],
                 tensor=name,
             )
 
 
 def _same_files(expected: Mapping[str, list[TensorInfo]], converted: Checkpoint) -> None:
-    for name, shard in sorted((tensor.name, shard) for shard, tensors in expected.items() for tensor in tensors):
-        if shard != converted.shard_of[name]:
-            raise refuse(
-                "moved-tensor",
-                f"in the source it lies in {shard}",
-                file=converted.shard_of[name],
-                tensor=name,
-            )
+    there, needed = (
+        _places({file: header.tensors for file, header in converted.shards.items()}),
+        _places({file: _named(tensors) for file, tensors in expected.items()}),
+    )
+    for name in sorted(needed):
+        if needed[name] != there[name]:
+            places = " and ".join(map(printable, needed[name]))
+            raise refuse("moved-tensor", f"in the source it lies in {places}", file=there[name][0], tensor=name)
     for shard in sorted({*expected, *converted.shards}):
         if shard not in expected or shard not in converted.shards:
             raise refuse("missing-file", "only one of source and converted checkpoint has this file", file=shard)
@@ -116,10 +119,11 @@ def _same_files(expected: Mapping[str, list[TensorInfo]], converted: Checkpoint)
             raise refuse("moved-tensor", "the tensors lie in another order than in the source", file=shard)
 
 
-def _same_shapes(expected: Mapping[str, list[TensorInfo]], converted: Checkpoint) -> None:
+def _same_shapes(expected: Mapping[str, list[TensorInfo]], converted: Checkpoint, *, same_files: bool) -> None:
     for shard, tensors in expected.items():
+        there = converted.shards[shard].tensors if same_files else converted.tensors
         for tensor in tensors:
-            found = converted.tensors[tensor.name]
+            found = there[tensor.name]
             if (found.dtype, found.shape) != (tensor.dtype, tensor.shape):
                 raise refuse(
                     "wrong-shape",
@@ -127,6 +131,19 @@ def _same_shapes(expected: Mapping[str, list[TensorInfo]], converted: Checkpoint
                     file=shard,
                     tensor=tensor.name,
                 )
+
+
+def _named(tensors: Iterable[TensorInfo]) -> list[str]:
+    return [tensor.name for tensor in tensors]
+
+
+def _places(names: Mapping[str, Iterable[str]]) -> dict[str, list[str]]:
+    """Returns the files of every name, in the files' order; two files may hold a tensor of one name."""
+    places: dict[str, list[str]] = {}
+    for file in sorted(names):
+        for name in names[file]:
+            places.setdefault(name, []).append(file)
+    return places
 
 
 def _known_modules(converted: Checkpoint, modules: Mapping[str, ModulePlan]) -> None:

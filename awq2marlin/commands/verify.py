@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -14,7 +15,7 @@ from typing import TYPE_CHECKING, Literal
 from awq2marlin.arguments import ArgumentError
 from awq2marlin.checkpoint.choice import Recorded
 from awq2marlin.checkpoint.converted import as_source_of, is_source_of, open_with_manifest
-from awq2marlin.checkpoint.counterparts import Counterparts
+from awq2marlin.checkpoint.counterparts import Counterparts, Row
 from awq2marlin.checkpoint.files import left_behind_warning
 from awq2marlin.checkpoint.manifest import Manifest, read_manifest
 from awq2marlin.checkpoint.opening import Checkpoint, open_checkpoint
@@ -25,6 +26,7 @@ from awq2marlin.errors import CheckpointError, DifferenceError, difference, prin
 from awq2marlin.formats.registry import DEFAULT_TARGET
 from awq2marlin.hub.repository import open_source
 from awq2marlin.io.digest import FileDigest, digest_of_file
+from awq2marlin.io.safetensors import TensorIndex
 from awq2marlin.io.source import Source
 from awq2marlin.io.stream import NamedPath
 from awq2marlin.io.tensors import TensorFiles
@@ -305,20 +307,22 @@ def _verify_conversion(
 ) -> VerifyResult:
     """Compares a source with its conversion, up to the first difference."""
     counterparts = _paired(old, new, manifest)
-    files = compare_side_files(old, new, manifest) if manifest.restores == "files" else []
+    files = compare_side_files(old, new, manifest, counterparts) if manifest.restores == "files" else []
     chosen = sample_modules(counterparts.rewritten, count)
-    rows = [row for name, header in old.shards.items() for row in counterparts.rows(name, header)]
+    rows, copies = _rows(old.index, counterparts)
     others = [row.source.name for row in rows if row.rewrite is None and row.source is not None]
     tensors = TensorFiles(old.folder, old.index), TensorFiles(new.folder, new.index)
     comparison = Comparison(counterparts, *tensors, progress)
     recorded = tuple(_recorded_files(manifest, is_checked=count == "all"))
     hashed = [each for each in recorded if each.is_checked]
     total = comparison.module_bytes(chosen) + sum(old.tensors[name].size for name in others)
+    total += sum(row.source.size for each in copies.values() for row in each if row.source is not None)
     progress.start("verify", total + sum(each.digest.size for each in hashed))
     jobs: list[Job] = [
         *map(comparison.tensor_job, others),
         *map(comparison.module_job, chosen),
         *(comparison.derived_job(row) for row in rows if row.source is None or row.target is None),
+        *(job for shard, each in copies.items() for job in _copy_jobs(shard, each, comparison)),
         *(_digest_job(old.folder if each.side == "source" else new.folder, each, progress) for each in hashed),
     ]
     run_jobs(jobs, workers)
@@ -337,6 +341,33 @@ def _verify_conversion(
         recorded=recorded,
         notes=tuple(left_behind_warning(old.left_behind, old.left_behind_bytes)),
     )
+
+
+def _rows(index: TensorIndex, counterparts: Counterparts) -> tuple[list[Row], dict[str, list[Row]]]:
+    """Returns the rows of all tensors that count, and by file those of the copies that do not."""
+    rows: list[Row] = []
+    copies: dict[str, list[Row]] = defaultdict(list)
+    for shard, header in index.headers.items():
+        counts = True
+        for row in counterparts.rows(shard, header):
+            counts = index.counts(shard, row.source.name) if row.source else counts  # what is made follows its source
+            (rows if counts else copies[shard]).append(row)
+    return rows, copies
+
+
+def _copy_jobs(shard: str, rows: list[Row], whole: Comparison) -> Iterator[Job]:
+    """Yields the comparisons of the tensors of one file that do not count: engines read them too."""
+    source, output = (
+        TensorFiles.of(each.folder, {shard: each.index.headers[shard]}) for each in (whole.source, whole.output)
+    )
+    comparison = Comparison(whole.counterparts, source, output, whole.progress)
+    for row in rows:
+        if row.source is None or row.target is None:
+            yield comparison.derived_job(row)
+        elif row.rewrite is None:
+            yield comparison.tensor_job(row.source.name)
+        else:
+            yield comparison.part_job(row.source.name)
 
 
 def _paired(source: Checkpoint, output: Checkpoint, manifest: Manifest) -> Counterparts:

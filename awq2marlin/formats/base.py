@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -201,6 +201,33 @@ class Format(ABC):
         raise NotImplementedError
 
     # --- the tensors of a module
+
+    def set_aside(self, names: Collection[str], listed: Collection[str]) -> set[str]:
+        """Returns the tensors that do not count, where an index lists those that do.
+
+        A module whose codes are listed is a quantized one, so a weight beside them does not count. Of one whose weight
+        is listed, and the codes are not, nothing counts that quantized it.
+
+        Args:
+            names: of all tensors.
+            listed: names in the index.
+        """
+        if "weight" not in self.foreign_suffixes:
+            return set()
+        aside, plain = set(), set()
+        for name in names:
+            module, _, suffix = name.rpartition(".")
+            if suffix == "weight":
+                codes = self.tensor_name(module, "qweight")
+                if codes in listed:
+                    aside.add(name)
+                elif name in listed and codes in names:
+                    plain.add(module)
+        for name in names if plain else ():
+            module, _, suffix = name.rpartition(".")
+            if module in plain and name not in listed and suffix not in ("weight", "bias"):
+                aside.add(name)
+        return aside
 
     def variant(self, index: TensorIndex) -> Format:  # noqa: ARG002
         """Returns the format that the tensors show, where a config does not tell several apart; mostly this one."""

@@ -9,7 +9,7 @@ Marlin.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, BinaryIO, NoReturn
@@ -259,16 +259,50 @@ def encode_header(source: Header, tensors: Mapping[str, Sequence[TensorInfo]]) -
 
 
 class TensorIndex:
-    """Every tensor of several files, by name; no two files share one.
+    """Every tensor of several files, by name: of those that several files hold, the one that counts.
 
     Attributes:
         headers: by file name.
+        weight_map: the file of each tensor, as somebody says who knows which one counts; may be empty.
         tensors: by name.
         shard_of: the file that holds each tensor.
+        copies: the tensors of each file that do not count; files without any are left out.
     """
 
-    def __init__(self, headers: Mapping[str, Header]) -> None:
-        """Takes the files' headers, by file name."""
-        self.headers = headers
-        self.tensors = {name: tensor for header in headers.values() for name, tensor in header.tensors.items()}
-        self.shard_of = {name: shard for shard, header in headers.items() for name in header.tensors}
+    def __init__(
+        self,
+        headers: Mapping[str, Header],
+        weight_map: Mapping[str, str] | None = None,
+        aside: Collection[str] = frozenset(),
+    ) -> None:
+        """Takes the files' headers.
+
+        Args:
+            headers: by file name.
+            weight_map: which file counts; of a tensor that it does not name, the last one that holds it.
+            aside: names of tensors that do not count, wherever they lie.
+        """
+        self.headers, self.weight_map = headers, weight_map or {}
+        self.shard_of: dict[str, str] = {}
+        for shard, header in headers.items():
+            for name in header.tensors:
+                if name not in self.shard_of or self.weight_map.get(name, shard) == shard:
+                    self.shard_of[name] = shard
+        for name in aside:
+            self.shard_of.pop(name, None)
+        self.tensors = {name: headers[shard].tensors[name] for name, shard in self.shard_of.items()}
+
+    def counts(self, shard: str, name: str) -> bool:
+        """Returns whether a tensor of a file is the one that counts."""
+        return self.shard_of.get(name) == shard
+
+    @cached_property
+    def copies(self) -> Mapping[str, tuple[str, ...]]:
+        """The tensors of each file that do not count; files without any are left out."""
+        if len(self.tensors) == sum(len(header.tensors) for header in self.headers.values()):
+            return {}
+        found = {
+            shard: tuple(name for name in header.tensors if not self.counts(shard, name))
+            for shard, header in self.headers.items()
+        }
+        return {shard: names for shard, names in found.items() if names}

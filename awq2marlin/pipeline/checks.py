@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from awq2marlin.io.folder import Folder
+from awq2marlin.io.safetensors import TensorIndex
 from awq2marlin.io.tensors import TensorFiles
 from awq2marlin.io.workers import check_workers
 from awq2marlin.layout.modules import ModulePlan
@@ -67,12 +68,17 @@ class Checks:
         """
         from awq2marlin.verification.values import verify_modules
 
-        comparison = self._comparison([shard.name], Silence())
+        index = self.plan.checkpoint.index
+        if shard.name in index.copies:  # here its own tensors count, whatever the index says
+            index = TensorIndex(index.headers, dict.fromkeys(shard.source.tensors, shard.name))
+        comparison = self._comparison(index, [shard.name], Silence())
         here = [replace(module, parts=self._parts_in(shard, module, comparison)) for module in self.chosen]
         verify_modules(here, comparison, check_workers(self.workers))
 
     def _parts_in(self, shard: ShardPlan, module: ModulePlan, comparison: Comparison) -> tuple[str, ...]:
-        return tuple(part for part in module.parts if comparison.tensor_name(module, part) in shard.source.tensors)
+        there, is_part = shard.source.tensors, self.plan.counterparts.is_part
+        names = {part: comparison.tensor_name(module, part) for part in module.parts}
+        return tuple(part for part, name in names.items() if name in there and is_part(module, part, there[name]))
 
     def compare_output(self, out: OutputFolder, *, are_compared: bool) -> GemmRun | None:
         """Compares the chosen modules, from the disk.
@@ -91,20 +97,23 @@ class Checks:
             return None
         from awq2marlin.verification.values import run_gemm, verify_modules
 
-        comparison = self._comparison([*self.plan.checkpoint.shards], self.progress)
+        index = self.plan.checkpoint.index
+        comparison = self._comparison(index, [*index.headers], self.progress)
         with distrusted_after_a_difference(out):
             if not are_compared:
                 verify_modules(self.chosen, comparison, check_workers(self.workers))
             return run_gemm(self.chosen, comparison, self.device)
 
-    def _comparison(self, shards: Sequence[str], progress: Progress) -> Comparison:
+    def _comparison(self, source: TensorIndex, shards: Sequence[str], progress: Progress) -> Comparison:
         """Returns the comparison of the source with what was made of some shards, as it is on the disk."""
         from awq2marlin.verification.values import Comparison
 
-        output, checkpoint = Folder.at(self.root), self.plan.checkpoint
+        output = Folder.at(self.root)
+        headers = output.read_headers(shards)
+        made = self.plan.target_index(headers) if len(headers) > 1 else TensorIndex(headers)
         return Comparison(
             self.plan.counterparts,
-            TensorFiles(checkpoint.folder, checkpoint.index),
-            TensorFiles.of(output, output.read_headers(shards)),
+            TensorFiles(self.plan.checkpoint.folder, source),
+            TensorFiles(output, made),
             progress,
         )

@@ -17,7 +17,7 @@ from awq2marlin._version import __version__
 from awq2marlin.arguments import ArgumentError
 from awq2marlin.checkpoint.config import without_quantization
 from awq2marlin.checkpoint.counterparts import Counterparts
-from awq2marlin.checkpoint.index import converted_index, made_index
+from awq2marlin.checkpoint.index import converted_index, made_index, target_weight_map
 from awq2marlin.checkpoint.opening import Checkpoint, needs_index
 from awq2marlin.checkpoint.source import SourceCheckpoint
 from awq2marlin.checkpoint.tensor_parallel import ParallelSizes, parallel_sizes
@@ -25,7 +25,7 @@ from awq2marlin.errors import CheckpointError, Problem, refuse
 from awq2marlin.formats.base import Format, Quantization
 from awq2marlin.formats.names import CARD_FILENAME, CONFIG_FILENAME, INDEX_FILENAME, MANIFEST_FILENAME
 from awq2marlin.formats.registry import DEFAULT_TARGET, KEPT
-from awq2marlin.io.safetensors import TensorIndex
+from awq2marlin.io.safetensors import Header, TensorIndex
 from awq2marlin.io.strict_json import encode_json
 from awq2marlin.layout.marlin import fusion_group
 from awq2marlin.layout.modules import UNALIGNED_CHOICES, Linear, ModulePlan, Unaligned, module_name
@@ -120,10 +120,20 @@ class Plan:
         checkpoint = self.checkpoint
         if checkpoint.has_index:
             source = checkpoint.folder.read_json(INDEX_FILENAME)
-            document = converted_index(source, checkpoint.shards, target)
+            document = converted_index(source, checkpoint.index, target, self.counterparts)
         else:
             document = made_index(target) if needs_index(checkpoint) else None
         return None if document is None else encode_json(document)
+
+    def target_index(self, headers: Mapping[str, Header]) -> TensorIndex:
+        """Returns the output's tensors that count.
+
+        Args:
+            headers: of files of the output, by name.
+        """
+        source = self.checkpoint.index
+        weight_map = target_weight_map(source, headers, self.counterparts) if source.copies else None
+        return TensorIndex(headers, weight_map)
 
     @cached_property
     def transfer(self) -> Transfer:

@@ -42,7 +42,8 @@ def manifest_of(plan: Plan, finished: Mapping[str, FinishedFile], files: Mapping
     repo_id, revision = folder.origin or (None, None)
     card = SourceCard.of(checkpoint.card, folder.read(checkpoint.card)) if checkpoint.card else None
     carried = {name: FileDigest(files[name].size, files[name].xxh3) for name in plan.transfer.carried}
-    version = 1 if _is_known_to_0_1(plan) and MANIFEST_FILENAME not in texts else 2  # it refuses such a text
+    refused_then = MANIFEST_FILENAME in texts or checkpoint.index.copies  # by version 0.1
+    version = 1 if _is_known_to_0_1(plan) and not refused_then else 2
     made = {} if plan.new_index is None or checkpoint.has_index else {INDEX_FILENAME: digest_of(plan.new_index)}
     left_behind = checkpoint.left_behind
     return Manifest(

@@ -19,27 +19,29 @@ from awq2marlin.layout.modules import ModulePlan
 from awq2marlin.verification.values import BAND_BYTES
 
 
-def compare_side_files(source: Checkpoint, output: Checkpoint, manifest: Manifest) -> list[str]:
+def compare_side_files(
+    source: Checkpoint, output: Checkpoint, manifest: Manifest, counterparts: Counterparts
+) -> list[str]:
     """Compares everything that is no tensor, and the manifest; returns the files that both hold byte for byte.
 
     Raises:
         DifferenceError: naming the first file that differs.
     """
-    files = [*source.side_files, *_same_index(source, output, manifest)]
+    files = [*source.side_files, *_same_index(source, output, manifest, counterparts)]
     for name in files:
         _compare_files(source.folder, output.folder, name)
     _compare_manifest(source, manifest, files)
     return files
 
 
-def _same_index(source: Checkpoint, output: Checkpoint, manifest: Manifest) -> list[str]:
+def _same_index(source: Checkpoint, output: Checkpoint, manifest: Manifest, counterparts: Counterparts) -> list[str]:
     """Returns the index's name if both must hold the same; compares it with what it must be if not."""
     if not source.has_index:
         if manifest.made and not same_json(output.folder.read_json(INDEX_FILENAME), made_index(output.shards)):
             raise difference("different-bytes", "it is not the index of the output's files", file=INDEX_FILENAME)
         return []
     document = source.folder.read_json(INDEX_FILENAME)
-    expected = converted_index(document, source.shards, output.shards)
+    expected = converted_index(document, source.index, output.shards, counterparts)
     if expected is None:
         return [INDEX_FILENAME]
     if not same_json(expected, output.folder.read_json(INDEX_FILENAME)):

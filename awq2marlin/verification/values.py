@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -71,6 +71,17 @@ class Comparison:
                 self.progress.advance(self.source.info(self.tensor_name(module, part)).size)
 
         return job
+
+    def part_job(self, name: str) -> Job:
+        """Returns the comparison of one part of a module, value for value.
+
+        Args:
+            name: of the source's tensor that holds it.
+        """
+        parent, _, suffix = name.rpartition(".")
+        module = self.counterparts.modules[parent]
+        suffixes = self.counterparts.source_layout_of(module).suffixes
+        return self.module_job(replace(module, parts=tuple(part for part in module.parts if suffixes[part] == suffix)))
 
     def tensor_job(self, name: str) -> Job:
         """Returns the comparison of a tensor that is the same in both, byte for byte."""

@@ -142,13 +142,16 @@ def test_missing_tensors_are_all_named_sorted_and_capped(awq, run) -> None:
     assert [error["tensor"] for error in outcome.report["errors"]] == [f"gone.{i:03}" for i in range(100)]
 
 
-def test_a_tensor_in_two_shards_is_refused(tmp_path, run) -> None:
+def test_a_tensor_in_two_shards_is_refused_unless_the_index_says_which_counts(tmp_path, run) -> None:
     folder = tmp_path / "awq"
     weight_map = _two_shards(folder)
     first, second = sorted(set(weight_map.values()))
     twice = next(name for name, shard in weight_map.items() if shard == first)
     both = {twice: unpack_tensors(folder / first)[twice], **unpack_tensors(folder / second)}
     (folder / second).write_bytes(pack_tensors(both))
+    assert run("inspect", folder).code == 0
+    del weight_map[twice]
+    (folder / INDEX).write_text(json.dumps({"weight_map": weight_map}))
     outcome = run("inspect", folder)
     assert outcome.code == 1
     assert "duplicate-tensor" in outcome.codes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -11,13 +12,15 @@ from typing import Any
 import torch
 
 from awq2marlin.checkpoint.converted import converted_modules
+from awq2marlin.checkpoint.index import index_of, read_index
 from awq2marlin.errors import CheckpointError, Problem, refuse
 from awq2marlin.formats.base import Quantization
+from awq2marlin.formats.names import INDEX_FILENAME
 from awq2marlin.formats.registry import MARLIN_NATIVE
 from awq2marlin.gemm.linear import MarlinLinear
 from awq2marlin.integrations.transformers.experts import MarlinExperts
 from awq2marlin.integrations.transformers.names import ExpertsPlan, Renamings, find_places
-from awq2marlin.io.folder import read_header_of
+from awq2marlin.io.folder import Folder, read_header_of
 from awq2marlin.io.safetensors import TensorIndex
 from awq2marlin.layout.marlin import padded_shapes
 from awq2marlin.layout.modules import ModulePlan, module_name
@@ -30,9 +33,17 @@ def read_headers(paths: Iterable[str]) -> TensorIndex:
         paths: safetensors files.
 
     Raises:
-        CheckpointError: if a file is no sound safetensors file, or two hold a tensor of one name.
+        CheckpointError: if a file is no sound safetensors file, or two hold a tensor of one name and no index beside
+            them says which counts.
     """
-    headers = {path.name: read_header_of(path, path.name) for path in map(Path, paths)}
+    found = list(map(Path, paths))
+    headers = {path.name: read_header_of(path, path.name) for path in found}
+    names = [name for header in headers.values() for name in header.tensors]
+    place = found[0].parent / INDEX_FILENAME if found else None
+    if len(found) > 1 and place is not None and place.is_file():
+        weight_map = read_index(Folder.at(place.parent))
+        if weight_map.keys() >= {name for name, count in Counter(names).items() if count > 1}:
+            return index_of(headers, weight_map, MARLIN_NATIVE)
     index = TensorIndex(headers)
     for file, header in headers.items():
         for name in header.tensors:

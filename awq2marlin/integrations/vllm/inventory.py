@@ -94,4 +94,5 @@ def tensors_of(metadata: Mapping[str, Any]) -> dict[str, TensorInfo]:
         if not isinstance(shape, (list, tuple)) or not all(type(size) is int and size >= 0 for size in shape):
             raise refuse("bad-header", "its shape must be a list of whole numbers, none negative", tensor=name)
         tensors[name] = TensorInfo(name, str(entry.get("dtype")), tuple(shape), 0, 0)
-    return tensors
+    aside = MARLIN_NATIVE.set_aside(tensors.keys(), tensors.keys())  # weights beside codes: a shard taken over
+    return {name: tensor for name, tensor in tensors.items() if name not in aside}

@@ -367,3 +367,22 @@ def test_no_transformers_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("awq2marlin.integrations.transformers.versions.version", version)
     with pytest.raises(ImportError, match=r"not installed; .* pip install 'awq2marlin\[transformers\]'"):
         check_version()
+
+
+def test_copies_and_weights_that_do_not_count_change_nothing(make_case: MakeCase, tmp_path: Path) -> None:
+    """A shard that was taken over: a norm that stands in both files, and the dense weight of a quantized module."""
+    case = make_case("llama", Format(shards=2))
+    source = Path(shutil.copytree(case.awq, tmp_path / "awq"))
+    index = source / "model.safetensors.index.json"
+    document = json.loads(index.read_text())
+    first, last = sorted({*document["weight_map"].values()})
+    name = "model.layers.0.self_attn.q_proj"
+    held = load_file(source / first)
+    norm = next(each for each, shard in document["weight_map"].items() if "norm" in each and shard == last)
+    held[norm] = load_file(source / last)[norm].clone()
+    held[f"{name}.weight"] = torch.zeros(128, 128, dtype=torch.float16)
+    save_file(held, source / first, {"format": "pt"})
+    convert(source, tmp_path / "marlin")
+    tokens = torch.arange(8).reshape(1, -1)
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "marlin", dtype=torch.float16)(tokens).logits
+    assert torch.equal(found, case.load(dtype=torch.float16)(tokens).logits)
