@@ -1,11 +1,11 @@
-"""How fast one core repacks a weight between layouts: stripe by stripe in memory, and as a pass over a file.
+"""How fast one core repacks a weight between layouts: piece by piece in memory, and as a pass over a file.
 
     python benchmarks/repack_speed.py --place /dev/shm
     python benchmarks/repack_speed.py --place /dev/shm --bits 8 --shapes 8192x28672
 
 For every pair of layouts, GB of the tensor per second of processor time, the best of several runs (other work on the
-machine disturbs it least): first stripes of columns that lie in memory, and that were just read and lie in the cache;
-then `rewrite_file` with digests of both files, on a file of six such weights with scales and zero points.
+machine disturbs it least): first the codes from memory to memory, as the pieces of a pass take them; then
+`rewrite_file` with digests of both files, on a file of six such weights with scales and zero points.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 
 from awq2marlin.io.digest import Xxh3
 from awq2marlin.io.stream import NamedPath, Piece, rewrite_file
@@ -50,29 +51,21 @@ def best(runs: int, run: Callable[[], None]) -> float:
     return min(seconds)
 
 
-def in_memory(repack: Repack, runs: int) -> tuple[float, float]:
-    """Returns GB/s of stripes from memory, and of stripes from the cache, where a read has just put them."""
-    sides = (repack.source, repack.target)
-    width = min((each.stripe_columns for each in sides if each.is_transposed), default=256)
-    cut = Repack(repack.source.stripe(0, width), repack.target.stripe(0, width))
-    count = repack.source.columns // width
-    source = np.random.default_rng(0).integers(0, 256, count * cut.source.size, np.uint8).reshape(count, -1)
-    target, found = np.zeros((count, cut.target.size), np.uint8), np.empty(cut.source.size, np.uint8)
+def in_memory(repack: Repack, runs: int) -> float:
+    """Returns GB/s of the pieces that repack, from memory to memory."""
+    source = np.random.default_rng(0).integers(0, 256, repack.source.size, np.uint8)
+    target = np.zeros(repack.target.size, np.uint8)
+    pieces = [piece for piece in repack.pieces(0, 0) if piece.rewrite]
 
-    def copy() -> None:
-        for stripe in source:
-            found[:] = stripe
+    def part(of: npt.NDArray[np.uint8], offset: int, length: int) -> npt.NDArray[np.uint8]:
+        return of[offset : offset + length] if length else of  # nothing is read or written: the buffer has all of it
 
-    def cold() -> None:
-        for stripe, made in zip(source, target, strict=True):
-            cut.rewrite(stripe, made)
+    def run() -> None:
+        for piece in pieces:
+            assert piece.rewrite is not None
+            piece.rewrite(part(source, *piece.read), part(target, *piece.write))
 
-    def hot() -> None:
-        for stripe, made in zip(source, target, strict=True):
-            found[:] = stripe
-            cut.rewrite(found, made)
-
-    return source.nbytes / best(runs, cold) / 1e9, source.nbytes / (best(runs, hot) - best(runs, copy)) / 1e9
+    return source.nbytes / best(runs, run) / 1e9
 
 
 def of_a_file(parts: list[Repack], place: Path, runs: int) -> float:
@@ -104,15 +97,15 @@ def main() -> None:
     parser.add_argument("--bits", type=int, default=4, choices=(4, 8))
     parser.add_argument("--runs", type=int, default=15)
     options = parser.parse_args()
-    print(f"{'':34} memory  cache   file   (GB/s)")
+    print(f"{'':34} memory   file   (GB/s)")
     for shape in options.shapes:
         size_k, size_n = (int(size) for size in shape.split("x"))
         for source, target in PAIRS:
             parts = repacks(source, target, options.bits, size_k, size_n)
-            memory, cache = in_memory(parts[0], options.runs)
+            memory = in_memory(parts[0], options.runs)
             file = of_a_file(6 * parts, options.place, options.runs)
             name = f"{shape}, {options.bits} bits, {source} to {target}"
-            print(f"{name:34} {memory:6.2f} {cache:6.2f} {file:6.2f}", flush=True)
+            print(f"{name:34} {memory:6.2f} {file:6.2f}", flush=True)
 
 
 if __name__ == "__main__":

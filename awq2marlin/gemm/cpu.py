@@ -50,7 +50,7 @@ def multiply(
         for row in range(start, stop, GPTQ_MARLIN_TILE):
             tile_row = source + row // GPTQ_MARLIN_TILE * source_stride
             target = piece.data_ptr() + (row - start) * size_n * 8
-            decode(tile_row, target, address(tables[row * num_groups // size_k]), tiles, 0)
+            decode(tile_row, target, address(tables[row * num_groups // size_k]), tiles)
         _add_product(out, wide[:, start:stop], piece[: stop - start])
     return out
 

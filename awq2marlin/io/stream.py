@@ -1,6 +1,6 @@
 """One pass over a file: read, rewrite, digest and write it piece by piece, by several threads at once.
 
-The pieces are taken in order by whichever thread is free. Each is read, rewritten, and then waits for its
+The pieces are taken in order by whichever thread is free. Each is read, rewritten, written, and then waits for its
 turn at the digests, so that these see both files from the first byte to the last whatever the number of
 threads. Memory is two buffers a thread, and one for all of them where pieces need what several others read. Nothing
 here knows of AWQ or Marlin.
@@ -67,10 +67,12 @@ class Step:
     Attributes:
         place: how many pieces of the same step come before this one.
         size: bytes of the buffer that are used.
+        at: of a piece that rewrites nothing: where its bytes lie in the buffer.
     """
 
     place: int
     size: int
+    at: int = 0
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,8 @@ class Piece:
         read: (offset, length) in the source.
         write: (offset, length) in the target.
         rewrite: turns the bytes read into the bytes written; None copies them.
-        step: where `rewrite` gets the pass's own buffer in place of what is not read, or not written.
+        step: where `rewrite` gets the pass's own buffer in place of what is not read, or not written; without a
+            `rewrite`, bytes are read straight into the buffer, or written straight from it.
     """
 
     read: tuple[int, int]
@@ -203,31 +206,41 @@ class _Rewriter:
         buffers = _Buffers()
         while (taken := self._next_piece()) is not None:
             index, piece = taken
-            found = buffers.source(piece.read[1])
-            _read_exactly(source, piece.read[0], found, self._source.name)
-            made = found
+            found, made = self._sides(index, piece, buffers)
+            if piece.read[1]:
+                _read_exactly(source, piece.read[0], found, self._source.name)
             if piece.rewrite is not None:
-                made = buffers.target(piece.write[1])
-                piece.rewrite(*self._sides(index, piece, found, made))
-            with self._turnstile.turn(index):
-                _update(self._source_hashes, found)
-                _update(self._target_hashes, made)
-            _write_exactly(target, piece.write[0], made)
-            _start_writing_back(target, *piece.write)
+                piece.rewrite(found, made)
+            if piece.write[1]:
+                _write_exactly(target, piece.write[0], made)
+                _start_writing_back(target, *piece.write)
+            with self._turnstile.turn(index):  # whoever comes next may use the buffer
+                _update(self._source_hashes, found[: piece.read[1]])
+                _update(self._target_hashes, made[: piece.write[1]])
             if self.progress is not None:
                 self.progress(piece.read[1])
 
-    def _sides(self, index: int, piece: Piece, found: Bytes, made: Bytes) -> tuple[Bytes, Bytes]:
-        """Returns what a piece turns into what: the pass's buffer stands in for the side that is empty."""
+    def _sides(self, index: int, piece: Piece, buffers: _Buffers) -> tuple[Bytes, Bytes]:
+        """Returns what is read into and what is written from; where there is a step, one is the pass's buffer."""
         if piece.step is None:
-            return found, made
-        self._turnstile.wait_for_all_before(index - piece.step.place)
+            found = buffers.source(piece.read[1])
+            return found, found if piece.rewrite is None else buffers.target(piece.write[1])
+        shared = self._buffer_of(index, piece.step)
+        if piece.rewrite is None:
+            part = shared[piece.step.at : piece.step.at + piece.read[1] + piece.write[1]]
+            return part, part
+        if piece.read[1]:
+            return buffers.source(piece.read[1]), shared
+        return shared, buffers.target(piece.write[1])
+
+    def _buffer_of(self, index: int, step: Step) -> Bytes:
+        """Returns the pass's buffer when the step can begin."""
+        self._turnstile.wait_for_all_before(index - step.place)
         with self._take:
-            if self._buffer.size < piece.step.size:  # nobody uses it: a step that fills it is the first to need more
+            if self._buffer.size < step.size:  # nobody uses it: a step that fills it is the first to need more
                 self._buffer = np.empty(0, np.uint8)  # the smaller one goes first
-                self._buffer = _pages(piece.step.size)
-            buffer = self._buffer[: piece.step.size]
-        return (found, buffer) if piece.read[1] else (buffer, made)
+                self._buffer = _pages(step.size)
+            return self._buffer[: step.size]
 
     def _next_piece(self) -> tuple[int, Piece] | None:
         with self._take:

@@ -5,8 +5,8 @@ bits the eight values that a lane and block own are the nibbles of eight source 
 is one column of that 8x8 nibble matrix, so the repack is a transpose in three rounds of mask, shift and
 swap (Hacker's Delight, 2nd ed., section 7-3, "Transposing a bit matrix", on nibbles). For 8 bits it is a
 4x4 byte matrix and two rounds. Sixteen matrices (4 row pairs x 4 blocks) go side by side through the
-rounds, which the compiler turns into vector instructions. Tensors that have N first become AWQ words, and are made of
-them, by the same transpose.
+rounds, which the compiler turns into vector instructions. Words that hold their codes along K are nearer to tiles than
+AWQ's: four of them make four Marlin words in a round or two less.
 
 This module is Numba's side: it is imported only where `machine_code` finds nothing compiled yet. The kernels
 take plain pointers and allocate nothing, so that their machine code stands alone; the names of their
@@ -15,13 +15,31 @@ arguments are the same throughout.
 
 from __future__ import annotations
 
-from typing import Any
+import inspect
+import itertools
+from typing import Any, NamedTuple
 
 from llvmlite import binding, ir
 from numba import cfunc, float64, njit, types, uint16, uint32, uint64
 from numba.extending import intrinsic
 
 float32: Any = types.float32
+
+
+def _prefetch_line(_typing: Any, array: Any, index: Any) -> Any:
+    """Asks for the cache line of ``array[index]`` in the second-level cache, wherever it lies; never fails."""
+
+    def generate(_context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        byte, number = ir.IntType(8).as_pointer(), ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [byte, number, number, number])
+        function = builder.module.declare_intrinsic("llvm.prefetch", [byte], kind)
+        place = builder.bitcast(builder.gep(arguments[0], [arguments[1]]), byte)
+        builder.call(function, [place, number(0), number(2), number(1)])  # to read; second level; data
+
+    return types.void(array, index), generate
+
+
+_prefetch: Any = intrinsic(_prefetch_line)
 
 
 @njit(forceinline=True)
@@ -33,57 +51,55 @@ def _exchange(low: Any, high: Any, shift: Any, mask: Any) -> Any:
 
 @njit(forceinline=True)
 def _exchange_narrow(low: Any, high: Any, shift: Any, mask: Any) -> Any:
-    """Does what `_exchange` does in 32 bits, where Numba would take 64.
-
-    Which is faster depends on what is around it. Measured on an AMD EPYC (Zen 4) in November 2026: columns turn to rows
-    at 3.3 GB/s instead of 2.4 with this one, but tiles of 4 bits to rows at 5.2 instead of 5.7.
-    """
+    """Does what `_exchange` does in 32 bits, where Numba would take 64; around it, one or the other is faster."""
     change = uint32((uint32(low >> shift) ^ high) & mask)
     return uint32(low ^ uint32(change << shift)), uint32(high ^ change)
 
 
-def _nibble_transpose(exchange: Any) -> Any:
-    @njit(forceinline=True)
-    def transpose(w0: Any, w1: Any, w2: Any, w3: Any, w4: Any, w5: Any, w6: Any, w7: Any) -> Any:
-        """Transposes the 8x8 nibble matrix whose row i is ``wi``; its own inverse."""
-        mask, shift = uint32(0x0F0F0F0F), uint32(4)
-        w0, w1 = exchange(w0, w1, shift, mask)
-        w2, w3 = exchange(w2, w3, shift, mask)
-        w4, w5 = exchange(w4, w5, shift, mask)
-        w6, w7 = exchange(w6, w7, shift, mask)
-        mask, shift = uint32(0x00FF00FF), uint32(8)
-        w0, w2 = exchange(w0, w2, shift, mask)
-        w1, w3 = exchange(w1, w3, shift, mask)
-        w4, w6 = exchange(w4, w6, shift, mask)
-        w5, w7 = exchange(w5, w7, shift, mask)
-        mask, shift = uint32(0x0000FFFF), uint32(16)
-        w0, w4 = exchange(w0, w4, shift, mask)
-        w1, w5 = exchange(w1, w5, shift, mask)
-        w2, w6 = exchange(w2, w6, shift, mask)
-        w3, w7 = exchange(w3, w7, shift, mask)
-        return w0, w1, w2, w3, w4, w5, w6, w7
-
-    return transpose
+@njit(forceinline=True)
+def _transpose_nibbles(w0: Any, w1: Any, w2: Any, w3: Any, w4: Any, w5: Any, w6: Any, w7: Any) -> Any:
+    """Transposes the 8x8 nibble matrix whose row i is ``wi``; its own inverse."""
+    mask, shift = uint32(0x0F0F0F0F), uint32(4)
+    w0, w1 = _exchange(w0, w1, shift, mask)
+    w2, w3 = _exchange(w2, w3, shift, mask)
+    w4, w5 = _exchange(w4, w5, shift, mask)
+    w6, w7 = _exchange(w6, w7, shift, mask)
+    mask, shift = uint32(0x00FF00FF), uint32(8)
+    w0, w2 = _exchange(w0, w2, shift, mask)
+    w1, w3 = _exchange(w1, w3, shift, mask)
+    w4, w6 = _exchange(w4, w6, shift, mask)
+    w5, w7 = _exchange(w5, w7, shift, mask)
+    mask, shift = uint32(0x0000FFFF), uint32(16)
+    w0, w4 = _exchange(w0, w4, shift, mask)
+    w1, w5 = _exchange(w1, w5, shift, mask)
+    w2, w6 = _exchange(w2, w6, shift, mask)
+    w3, w7 = _exchange(w3, w7, shift, mask)
+    return w0, w1, w2, w3, w4, w5, w6, w7
 
 
-def _byte_transpose(exchange: Any) -> Any:
-    @njit(forceinline=True)
-    def transpose(w0: Any, w1: Any, w2: Any, w3: Any) -> Any:
-        """Transposes the 4x4 byte matrix whose row i is ``wi``; its own inverse."""
-        mask, shift = uint32(0x00FF00FF), uint32(8)
-        w0, w1 = exchange(w0, w1, shift, mask)
-        w2, w3 = exchange(w2, w3, shift, mask)
-        mask, shift = uint32(0x0000FFFF), uint32(16)
-        w0, w2 = exchange(w0, w2, shift, mask)
-        w1, w3 = exchange(w1, w3, shift, mask)
-        return w0, w1, w2, w3
-
-    return transpose
+@njit(forceinline=True)
+def _transpose_bytes(w0: Any, w1: Any, w2: Any, w3: Any) -> Any:
+    """Transposes the 4x4 byte matrix whose row i is ``wi``; its own inverse."""
+    mask, shift = uint32(0x00FF00FF), uint32(8)
+    w0, w1 = _exchange(w0, w1, shift, mask)
+    w2, w3 = _exchange(w2, w3, shift, mask)
+    mask, shift = uint32(0x0000FFFF), uint32(16)
+    w0, w2 = _exchange(w0, w2, shift, mask)
+    w1, w3 = _exchange(w1, w3, shift, mask)
+    return w0, w1, w2, w3
 
 
-_transpose_nibbles, _transpose_bytes = _nibble_transpose(_exchange), _byte_transpose(_exchange)
-_transpose_nibbles_narrow = _nibble_transpose(_exchange_narrow)
-_transpose_bytes_narrow = _byte_transpose(_exchange_narrow)
+@njit(forceinline=True)
+def _swap(word: Any, shift: Any, mask: Any) -> Any:
+    """Swaps the fields of a word where ``mask`` is set with those ``shift`` bits above."""
+    change = uint32((uint32(word >> shift) ^ word) & mask)
+    return uint32(word ^ change ^ uint32(change << shift))
+
+
+@njit(forceinline=True)
+def _smaller(one: Any, other: Any) -> Any:
+    """Returns the smaller; Python's own would leave code that may raise, which needs Python's libraries."""
+    return one if one < other else other
 
 
 # In a tile, row r belongs to row pair p = (r % 8) // 2 and is value v = r % 2 + 2 * (r // 8) of its lane;
@@ -214,7 +230,7 @@ def unpack_qweight_8bit(source: Any, target: Any, staged: Any, tile_rows: Any, r
                     target[to + uint64(4) * block] = staged[at + block]
 
 
-def gather_fields_4bit(source: Any, target: Any, fields: Any, blocks: Any, _unused: Any) -> None:
+def gather_fields_4bit(source: Any, target: Any, fields: Any, blocks: Any) -> None:
     """Rearranges the nibbles of every block of eight words by a table.
 
     Args:
@@ -234,7 +250,7 @@ def gather_fields_4bit(source: Any, target: Any, fields: Any, blocks: Any, _unus
             target[block * uint64(8) + word] = value
 
 
-def gather_fields_8bit(source: Any, target: Any, fields: Any, blocks: Any, _unused: Any) -> None:
+def gather_fields_8bit(source: Any, target: Any, fields: Any, blocks: Any) -> None:
     """Rearranges the bytes of every block of sixteen words by a table; as `gather_fields_4bit`."""
     for block in range(uint64(blocks)):
         for word in range(uint64(16)):
@@ -261,328 +277,255 @@ def gather_columns(source: Any, target: Any, columns: Any, blocks: Any, width: A
             target[block * uint64(width) + i] = source[block * uint64(width) + uint64(columns[i])]
 
 
-# A tensor that lies the other way round has a row for each column n, its codes packed along k in sequence. Eight words
-# of eight such rows are an 8x8 nibble matrix (8 bits: four words of four rows, 4x4 bytes). Its transpose, with the rows
-# taken in AWQ's order, is eight words of eight plain rows; on the way back it is the rows written that are in this
-# order. Blocks of 16x16 matrices read and write whole cache lines: matrices of the same source rows go side by side
-# through the rounds, and the words of a block change places on their way out of ``staged``.
-#
-# An order of rows is a pair of steps, within half of the rows and to the other half: AWQ's 0 2 4 6 1 3 5 7 is (2, 1).
-_AWQ_ORDER = (2, 1)
-_SEQUENCE_4BIT = (1, 4)
-_SEQUENCE_8BIT = (1, 2)
+# Other words hold the codes of one column, in sequence along k. They lie in memory with one stride to the next word of
+# their column and another to the next column; one of the two is 1. Four such words become four Marlin words, those of
+# lanes 4 i + p of a block, p = 0..3. With 4 bits they are two of column c (rows 0..7 and 8..15 of the tile) and two of
+# column c + 8; Marlin word p has the nibbles 2 p and 2 p + 1 of each: one round of nibbles and two of bytes. With 8
+# bits they are the four words of one column; Marlin word p has the bytes 2 p and 2 p + 1 of rows 0..7 and those of rows
+# 8..15: two rounds. So a tile is eight lines of Marlin words, i = 0..7, and a line has 4 or 8 fours, of columns
+# i + 16 u or i + 8 u; word p of four u is word p * fours + u of the line.
 
 
 @njit(forceinline=True)
-def _turn_matrices_4bit(
-    source: Any, target: Any, staged: Any, at: Any, to: Any, read: Any, written: Any, size: Any, rows: Any, turned: Any
-) -> None:
-    """Turns a block of matrices.
+def _four_to_marlin_4bit(a: Any, b: Any, c: Any, d: Any) -> Any:
+    """Turns words of rows 0..7 and 8..15 of a column, and of the eighth column after it, into four Marlin words."""
+    nibbles, octets, halves = uint32(0x0F0F0F0F), uint32(0x00FF00FF), uint32(0x0000FFFF)
+    a, b = _exchange_narrow(a, b, uint32(4), nibbles)
+    c, d = _exchange_narrow(c, d, uint32(4), nibbles)
+    a, c = _exchange_narrow(a, c, uint32(8), octets)
+    b, d = _exchange_narrow(b, d, uint32(8), octets)
+    a, b = _exchange_narrow(a, b, uint32(16), halves)
+    c, d = _exchange_narrow(c, d, uint32(16), halves)
+    return a, c, b, d
+
+
+@njit(forceinline=True)
+def _four_of_marlin_4bit(a: Any, c: Any, b: Any, d: Any) -> Any:
+    """Undoes `_four_to_marlin_4bit`."""
+    nibbles, octets, halves = uint32(0x0F0F0F0F), uint32(0x00FF00FF), uint32(0x0000FFFF)
+    a, b = _exchange_narrow(a, b, uint32(16), halves)
+    c, d = _exchange_narrow(c, d, uint32(16), halves)
+    a, c = _exchange_narrow(a, c, uint32(8), octets)
+    b, d = _exchange_narrow(b, d, uint32(8), octets)
+    a, b = _exchange_narrow(a, b, uint32(4), nibbles)
+    c, d = _exchange_narrow(c, d, uint32(4), nibbles)
+    return a, b, c, d
+
+
+@njit(forceinline=True)
+def _four_to_marlin_8bit(a: Any, b: Any, c: Any, d: Any) -> Any:
+    """Turns a column's words of rows 0..3, 4..7, 8..11 and 12..15 into four Marlin words."""
+    shift, middle, halves = uint32(8), uint32(0x0000FF00), uint32(0x0000FFFF)
+    a, c = _exchange_narrow(a, c, uint32(16), halves)
+    b, d = _exchange_narrow(b, d, uint32(16), halves)
+    return _swap(a, shift, middle), _swap(c, shift, middle), _swap(b, shift, middle), _swap(d, shift, middle)
+
+
+@njit(forceinline=True)
+def _four_of_marlin_8bit(a: Any, c: Any, b: Any, d: Any) -> Any:
+    """Undoes `_four_to_marlin_8bit`."""
+    shift, middle, halves = uint32(8), uint32(0x0000FF00), uint32(0x0000FFFF)
+    a, c = _exchange_narrow(_swap(a, shift, middle), _swap(c, shift, middle), uint32(16), halves)
+    b, d = _exchange_narrow(_swap(b, shift, middle), _swap(d, shift, middle), uint32(16), halves)
+    return a, b, c, d
+
+
+def _tile_kernels(bits: int, n_first: bool) -> tuple[Any, Any]:
+    """Returns the kernels that turn words along K into tiles, and back.
+
+    Fours that follow one another in memory go side by side through the rounds: those of the eight lines of a tile, or
+    where N is first, those of tiles below one another that share a cache line of words. Their Marlin words change
+    places by way of ``staged``.
 
     Args:
-        source: uint32, rows of ``read`` words.
-        target: uint32, rows of ``written`` words; written.
-        staged: uint32 [2048], scratch.
-        at: the source's first word of the block.
-        to: the target's.
-        read: words in a row of the source.
-        written: words in a row of the target.
-        size: matrices below one another in the source, and side by side; each at most 16.
-        rows: order in which a matrix takes the source's rows.
-        turned: order in which it gives the target's.
+        bits: 4 or 8.
+        n_first: whether the words of a column follow one another; else those of a row do.
     """
-    height, width = size
-    near, far = uint64(rows[0]) * read, uint64(rows[1]) * read
-    to_near, to_far = uint64(16 * turned[0]), uint64(16 * turned[1])
-    for x in range(height):
-        for j in range(width):
-            low, s = at + uint64(8) * x * read + j, uint64(128) * x + j
-            high, t = low + far, s + to_far
-            (
-                staged[s], staged[s + to_near], staged[s + uint64(2) * to_near], staged[s + uint64(3) * to_near],
-                staged[t], staged[t + to_near], staged[t + uint64(2) * to_near], staged[t + uint64(3) * to_near],
-            ) = _transpose_nibbles_narrow(
-                source[low], source[low + near], source[low + uint64(2) * near], source[low + uint64(3) * near],
-                source[high], source[high + near], source[high + uint64(2) * near], source[high + uint64(3) * near],
-            )  # fmt: skip
-    for j in range(width):
-        for row in range(uint64(8)):
-            for x in range(height):
-                target[to + (uint64(8) * j + row) * written + x] = staged[uint64(128) * x + uint64(16) * row + j]
+    to_marlin, of_marlin = _FOURS[bits]
+    two_columns = bits == 4
+    column_step, beside_step, tile_words = 64 // bits, bits // 2 if n_first else 1, 32 * bits
+    tiles_at_once = 32 // bits if n_first else 1
+
+    # Numbers of fours and lines are arguments, so that loops stay loops until the compiler makes vectors of them.
+
+    @njit(forceinline=True)
+    def to_tiles(
+        source: Any,
+        target: Any,
+        staged: Any,
+        at: Any,
+        to: Any,
+        stride: Any,
+        below: Any,
+        fours: Any,
+        lines: Any,
+        beside: Any,
+    ) -> None:
+        """Turns the words of 64 columns into a tile, or into tiles below one another.
+
+        Args:
+            source: uint32, the words.
+            target: uint32, the tiles; written.
+            staged: uint32 [256], scratch.
+            at: the first word.
+            to: the first tile.
+            stride: from a word to the next along K or N, whichever is not 1.
+            below: from a tile to the one below it.
+            fours: how many a line has.
+            lines: how many are taken one after the other.
+            beside: how many fours go side by side: of as many tiles or of as many further lines.
+        """
+        word, column = (uint64(1), stride) if n_first else (stride, uint64(1))
+        second, third, fourth = word, uint64(2) * word, uint64(3) * word
+        if two_columns:
+            third, fourth = uint64(8) * column, uint64(8) * column + word
+        part, line = fours * beside, uint64(4) * fours
+        apart = below if n_first else line
+        for i in range(lines):
+            for four in range(fours):
+                first, s = at + column * (i + uint64(column_step) * four), beside * four
+                if n_first:  # words that are far from one another: those of the next 64 columns
+                    _prefetch(source, first + uint64(64) * column)
+                    if two_columns:
+                        _prefetch(source, first + uint64(64) * column + third)
+                for x in range(beside):
+                    f = first + uint64(beside_step) * x
+                    w0, w1, w2, w3 = to_marlin(source[f], source[f + second], source[f + third], source[f + fourth])
+                    staged[s + x] = w0
+                    staged[s + x + part] = w1
+                    staged[s + x + uint64(2) * part] = w2
+                    staged[s + x + uint64(3) * part] = w3
+            for x in range(beside):
+                for w in range(line):
+                    target[to + i * line + x * apart + w] = staged[w * beside + x]
+
+    @njit(forceinline=True)
+    def of_tiles(
+        source: Any,
+        target: Any,
+        staged: Any,
+        at: Any,
+        to: Any,
+        stride: Any,
+        below: Any,
+        fours: Any,
+        lines: Any,
+        beside: Any,
+    ) -> None:
+        """Undoes `to_tiles`: tiles at ``at`` in ``source``, words at ``to`` in ``target``."""
+        word, column = (uint64(1), stride) if n_first else (stride, uint64(1))
+        second, third, fourth = word, uint64(2) * word, uint64(3) * word
+        if two_columns:
+            third, fourth = uint64(8) * column, uint64(8) * column + word
+        part, line = fours * beside, uint64(4) * fours
+        apart = below if n_first else line
+        for i in range(lines):
+            for x in range(beside):
+                for w in range(line):
+                    staged[w * beside + x] = source[at + i * line + x * apart + w]
+            for four in range(fours):
+                first, s = to + column * (i + uint64(column_step) * four), beside * four
+                if n_first:
+                    _prefetch(target, first + uint64(64) * column)
+                    if two_columns:
+                        _prefetch(target, first + uint64(64) * column + third)
+                for x in range(beside):  # in place, or the compiler would make no vectors of it
+                    w0, w1, w2, w3 = of_marlin(
+                        staged[s + x],
+                        staged[s + x + part],
+                        staged[s + x + uint64(2) * part],
+                        staged[s + x + uint64(3) * part],
+                    )
+                    staged[s + x] = w0
+                    staged[s + x + part] = w1
+                    staged[s + x + uint64(2) * part] = w2
+                    staged[s + x + uint64(3) * part] = w3
+                for x in range(beside):
+                    f = first + uint64(beside_step) * x
+                    target[f] = staged[s + x]
+                    target[f + second] = staged[s + x + part]
+                    target[f + third] = staged[s + x + uint64(2) * part]
+                    target[f + fourth] = staged[s + x + uint64(3) * part]
+
+    def words_to_tiles(source: Any, target: Any, staged: Any, tile_rows: Any, tiles: Any, stride: Any) -> None:
+        """Turns words along K into tiles.
+
+        Args:
+            source: uint32, the words of 16 * tile_rows rows of 64 * tiles columns.
+            target: uint32 [32 * bits * tiles * tile_rows]; written.
+            staged: uint32 [256], scratch.
+            tile_rows: how many rows of tiles; where N is first a multiple of 32 / bits, which share cache lines.
+            tiles: how many in a row.
+            stride: from a word to the next, along N if ``n_first``, else along K.
+        """
+        word, column = (uint64(1), uint64(stride)) if n_first else (uint64(stride), uint64(1))
+        below = uint64(tile_words) * uint64(tiles)
+        lines, beside = (uint64(8), uint64(tiles_at_once)) if n_first else (uint64(1), uint64(8))
+        for row in range(uint64(0), uint64(tile_rows), uint64(tiles_at_once)):
+            for tile in range(uint64(tiles)):
+                at = uint64(bits // 2) * row * word + uint64(64) * tile * column
+                to = row * below + uint64(tile_words) * tile
+                to_tiles(source, target, staged, at, to, uint64(stride), below, uint64(bits), lines, beside)
+
+    def tiles_to_words(source: Any, target: Any, staged: Any, tile_rows: Any, tiles: Any, stride: Any) -> None:
+        """Undoes `words_to_tiles`: tiles in ``source``, words to ``target``, other arguments the same."""
+        word, column = (uint64(1), uint64(stride)) if n_first else (uint64(stride), uint64(1))
+        below = uint64(tile_words) * uint64(tiles)
+        lines, beside = (uint64(8), uint64(tiles_at_once)) if n_first else (uint64(1), uint64(8))
+        for row in range(uint64(0), uint64(tile_rows), uint64(tiles_at_once)):
+            for tile in range(uint64(tiles)):
+                at = row * below + uint64(tile_words) * tile
+                to = uint64(bits // 2) * row * word + uint64(64) * tile * column
+                of_tiles(source, target, staged, at, to, uint64(stride), below, uint64(bits), lines, beside)
+
+    return words_to_tiles, tiles_to_words
 
 
-@njit(forceinline=True)
-def _turn_matrices_8bit(
-    source: Any, target: Any, staged: Any, at: Any, to: Any, read: Any, written: Any, size: Any, rows: Any, turned: Any
-) -> None:
-    """Turns a block of matrices of bytes; as `_turn_matrices_4bit`, with uint32 [1024] of scratch."""
-    height, width = size
-    near, far = uint64(rows[0]) * read, uint64(rows[1]) * read
-    to_near, to_far = uint64(16 * turned[0]), uint64(16 * turned[1])
-    for x in range(height):
-        for j in range(width):
-            low, s = at + uint64(4) * x * read + j, uint64(64) * x + j
-            staged[s], staged[s + to_near], staged[s + to_far], staged[s + to_far + to_near] = _transpose_bytes_narrow(
-                source[low], source[low + near], source[low + far], source[low + far + near]
-            )
-    for j in range(width):
-        for row in range(uint64(4)):
-            for x in range(height):
-                target[to + (uint64(4) * j + row) * written + x] = staged[uint64(64) * x + uint64(16) * row + j]
+_FOURS = {4: (_four_to_marlin_4bit, _four_of_marlin_4bit), 8: (_four_to_marlin_8bit, _four_of_marlin_8bit)}
 
 
-@njit(forceinline=True)
-def _turn_4bit(
-    source: Any, target: Any, staged: Any, row: Any, column: Any, down: Any, across: Any, rows: Any, turned: Any
-) -> None:
-    """Turns the block of 16x16 matrices at (row, column) of [down, across], or what is left of one at an edge."""
-    at, to = uint64(8) * row * across + column, uint64(8) * column * down + row
-    height, width = min(down - row, uint64(16)), min(across - column, uint64(16))
-    if height == width == uint64(16):  # then the compiler knows the size
-        size = (uint64(16), uint64(16))
-        _turn_matrices_4bit(source, target, staged, at, to, across, down, size, rows, turned)
-    else:
-        _turn_matrices_4bit(source, target, staged, at, to, across, down, (height, width), rows, turned)
+# Zero points of a tensor that has N first are packed along n in sequence, a row for each word of columns. So a word
+# stays a word; its fields and its place change. AWQ's order is the even fields, then the odd ones: two rounds of swaps.
 
 
-@njit(forceinline=True)
-def _turn_8bit(
-    source: Any, target: Any, staged: Any, row: Any, column: Any, down: Any, across: Any, rows: Any, turned: Any
-) -> None:
-    """As `_turn_4bit`."""
-    at, to = uint64(4) * row * across + column, uint64(4) * column * down + row
-    height, width = min(down - row, uint64(16)), min(across - column, uint64(16))
-    if height == width == uint64(16):
-        size = (uint64(16), uint64(16))
-        _turn_matrices_8bit(source, target, staged, at, to, across, down, size, rows, turned)
-    else:
-        _turn_matrices_8bit(source, target, staged, at, to, across, down, (height, width), rows, turned)
-
-
-def unpack_columns_4bit(source: Any, target: Any, staged: Any, groups: Any, words: Any) -> None:
-    """Turns columns, one a row, into plain rows, 4 bits.
-
-    Args:
-        source: uint32 [8 * groups, words]; row n holds the codes of column n in sequence.
-        target: uint32 [8 * words, groups], rows of AWQ words; written.
-        staged: uint32 [2048], scratch.
-        groups: columns / 8.
-        words: rows / 8.
-    """
-    down, across = uint64(groups), uint64(words)
-    for column in range(uint64(0), across, uint64(16)):
-        for row in range(uint64(0), down, uint64(16)):
-            _turn_4bit(source, target, staged, row, column, down, across, _AWQ_ORDER, _SEQUENCE_4BIT)
-
-
-def pack_columns_4bit(source: Any, target: Any, staged: Any, groups: Any, words: Any) -> None:
-    """Undoes `unpack_columns_4bit`: plain rows in ``source``, columns to ``target``, same sizes."""
-    down, across = uint64(words), uint64(groups)
-    for row in range(uint64(0), down, uint64(16)):
-        for column in range(uint64(0), across, uint64(16)):
-            _turn_4bit(source, target, staged, row, column, down, across, _SEQUENCE_4BIT, _AWQ_ORDER)
-
-
-def unpack_columns_8bit(source: Any, target: Any, staged: Any, groups: Any, words: Any) -> None:
-    """Turns columns into plain rows, 8 bits: four to a word, scratch uint32 [1024]; as `unpack_columns_4bit`."""
-    down, across = uint64(groups), uint64(words)
-    for column in range(uint64(0), across, uint64(16)):
-        for row in range(uint64(0), down, uint64(16)):
-            _turn_8bit(source, target, staged, row, column, down, across, _AWQ_ORDER, _SEQUENCE_8BIT)
-
-
-def pack_columns_8bit(source: Any, target: Any, staged: Any, groups: Any, words: Any) -> None:
-    """Undoes `unpack_columns_8bit`."""
-    down, across = uint64(words), uint64(groups)
-    for row in range(uint64(0), down, uint64(16)):
-        for column in range(uint64(0), across, uint64(16)):
-            _turn_8bit(source, target, staged, row, column, down, across, _SEQUENCE_8BIT, _AWQ_ORDER)
-
-
-# GPTQ's rows are those of K, and a word holds a column's next codes. Eight neighbouring words of a row are an 8x8
-# nibble matrix (8 bits: four words, 4x4 bytes): taken in AWQ's order, its transpose is a word of each of eight plain
-# rows. Sixteen matrices go side by side.
-
-
-@njit(forceinline=True)
-def _unpack_sequences_4bit(source: Any, target: Any, staged: Any, at: Any, to: Any, words: Any, width: Any) -> None:
-    """Turns ``width`` neighbouring matrices, at most 16.
-
-    Args:
-        source: uint32, words along K.
-        target: uint32, rows of ``words`` words; written.
-        staged: uint32 [128], scratch.
-        at: the source's first word.
-        to: the target's.
-        words: words in a plain row.
-        width: how many.
-    """
-    for x in range(width):
-        for i in range(uint64(8)):
-            staged[uint64(16) * i + x] = source[at + uint64(8) * x + i]
-    for x in range(width):
-        (
-            target[to + x], target[to + words + x],
-            target[to + uint64(2) * words + x], target[to + uint64(3) * words + x],
-            target[to + uint64(4) * words + x], target[to + uint64(5) * words + x],
-            target[to + uint64(6) * words + x], target[to + uint64(7) * words + x],
-        ) = _transpose_nibbles_narrow(
-            staged[x], staged[32 + x], staged[64 + x], staged[96 + x],
-            staged[16 + x], staged[48 + x], staged[80 + x], staged[112 + x],
-        )  # fmt: skip
-
-
-@njit(forceinline=True)
-def _pack_sequences_4bit(source: Any, target: Any, staged: Any, at: Any, to: Any, words: Any, width: Any) -> None:
-    """Undoes `_unpack_sequences_4bit`: plain rows in ``source``."""
-    for x in range(width):
-        (
-            staged[x], staged[32 + x], staged[64 + x], staged[96 + x],
-            staged[16 + x], staged[48 + x], staged[80 + x], staged[112 + x],
-        ) = _transpose_nibbles_narrow(
-            source[at + x], source[at + words + x],
-            source[at + uint64(2) * words + x], source[at + uint64(3) * words + x],
-            source[at + uint64(4) * words + x], source[at + uint64(5) * words + x],
-            source[at + uint64(6) * words + x], source[at + uint64(7) * words + x],
-        )  # fmt: skip
-    for x in range(width):
-        for i in range(uint64(8)):
-            target[to + uint64(8) * x + i] = staged[uint64(16) * i + x]
-
-
-@njit(forceinline=True)
-def _unpack_sequences_8bit(source: Any, target: Any, staged: Any, at: Any, to: Any, words: Any, width: Any) -> None:
-    """As `_unpack_sequences_4bit`, with four words to a matrix and uint32 [64] of scratch."""
-    for x in range(width):
-        for i in range(uint64(4)):
-            staged[uint64(16) * i + x] = source[at + uint64(4) * x + i]
-    for x in range(width):
-        (
-            target[to + x], target[to + words + x],
-            target[to + uint64(2) * words + x], target[to + uint64(3) * words + x],
-        ) = _transpose_bytes_narrow(staged[x], staged[32 + x], staged[16 + x], staged[48 + x])  # fmt: skip
-
-
-@njit(forceinline=True)
-def _pack_sequences_8bit(source: Any, target: Any, staged: Any, at: Any, to: Any, words: Any, width: Any) -> None:
-    """Undoes `_unpack_sequences_8bit`."""
-    for x in range(width):
-        staged[x], staged[32 + x], staged[16 + x], staged[48 + x] = _transpose_bytes_narrow(
-            source[at + x],
-            source[at + words + x],
-            source[at + uint64(2) * words + x],
-            source[at + uint64(3) * words + x],
-        )
-    for x in range(width):
-        for i in range(uint64(4)):
-            target[to + uint64(4) * x + i] = staged[uint64(16) * i + x]
-
-
-def unpack_sequences_4bit(source: Any, target: Any, staged: Any, rows: Any, words: Any) -> None:
-    """Turns words along K into plain rows, 4 bits.
-
-    Args:
-        source: uint32 [rows, 8 * words]; field i of word n of row r is row 8 r + i of column n.
-        target: uint32 [8 * rows, words], rows of AWQ words; written.
-        staged: uint32 [128], scratch.
-        rows: plain rows / 8.
-        words: columns / 8.
-    """
-    width = uint64(words)
-    for row in range(uint64(rows)):
-        at = uint64(8) * row * width  # of source and target alike
-        for x in range(uint64(0), width, uint64(16)):
-            if width - x >= uint64(16):  # then the compiler knows the size
-                _unpack_sequences_4bit(source, target, staged, at + uint64(8) * x, at + x, width, uint64(16))
-            else:
-                _unpack_sequences_4bit(source, target, staged, at + uint64(8) * x, at + x, width, width - x)
-
-
-def pack_sequences_4bit(source: Any, target: Any, staged: Any, rows: Any, words: Any) -> None:
-    """Undoes `unpack_sequences_4bit`: plain rows in ``source``, same sizes."""
-    width = uint64(words)
-    for row in range(uint64(rows)):
-        at = uint64(8) * row * width
-        for x in range(uint64(0), width, uint64(16)):
-            if width - x >= uint64(16):
-                _pack_sequences_4bit(source, target, staged, at + x, at + uint64(8) * x, width, uint64(16))
-            else:
-                _pack_sequences_4bit(source, target, staged, at + x, at + uint64(8) * x, width, width - x)
-
-
-def unpack_sequences_8bit(source: Any, target: Any, staged: Any, rows: Any, words: Any) -> None:
-    """Turns words along K into plain rows, 8 bits: four to a word; as `unpack_sequences_4bit`."""
-    width = uint64(words)
-    for row in range(uint64(rows)):
-        at = uint64(4) * row * width
-        for x in range(uint64(0), width, uint64(16)):
-            if width - x >= uint64(16):
-                _unpack_sequences_8bit(source, target, staged, at + uint64(4) * x, at + x, width, uint64(16))
-            else:
-                _unpack_sequences_8bit(source, target, staged, at + uint64(4) * x, at + x, width, width - x)
-
-
-def pack_sequences_8bit(source: Any, target: Any, staged: Any, rows: Any, words: Any) -> None:
-    """Undoes `unpack_sequences_8bit`."""
-    width = uint64(words)
-    for row in range(uint64(rows)):
-        at = uint64(4) * row * width
-        for x in range(uint64(0), width, uint64(16)):
-            if width - x >= uint64(16):
-                _pack_sequences_8bit(source, target, staged, at + x, at + uint64(4) * x, width, uint64(16))
-            else:
-                _pack_sequences_8bit(source, target, staged, at + x, at + uint64(4) * x, width, width - x)
-
-
-# Zero points of a tensor that lies the other way round are packed along n in sequence, a row for each word of columns.
-# So a word stays a word; its fields and its place change. AWQ's order is the even fields, then the odd ones: two rounds
-# of swaps.
-
-
-@njit(forceinline=True)
-def _swap(word: Any, shift: Any, mask: Any) -> Any:
-    """Swaps the fields of a word where ``mask`` is set with those ``shift`` bits above."""
-    change = uint32((uint32(word >> shift) ^ word) & mask)
-    return uint32(word ^ change ^ uint32(change << shift))
-
-
-def unpack_column_zeros_4bit(source: Any, target: Any, _unused: Any, words: Any, groups: Any) -> None:
+def unpack_column_zeros_4bit(source: Any, target: Any, _scratch: Any, words: Any, groups: Any, stride: Any) -> None:
     """Turns words of columns' zero points, one row of words a word of columns, into plain rows, 4 bits.
 
     Args:
-        source: uint32 [words, groups]; field i of row w holds column 8 w + i.
+        source: uint32, ``words`` rows of ``stride``; field i of row w holds column 8 w + i.
         target: uint32 [groups, words], rows of AWQ words; written.
         words: columns / 8.
-        groups: how many zero points a column has.
+        groups: how many zero points of each column to turn.
+        stride: how many a column has.
     """
     for group in range(uint64(groups)):
         for w in range(uint64(words)):
-            word = _swap(source[w * uint64(groups) + group], uint32(4), uint32(0x00F000F0))
+            word = _swap(source[w * uint64(stride) + group], uint32(4), uint32(0x00F000F0))
             target[group * uint64(words) + w] = _swap(word, uint32(8), uint32(0x0000FF00))
 
 
-def pack_column_zeros_4bit(source: Any, target: Any, _unused: Any, words: Any, groups: Any) -> None:
+def pack_column_zeros_4bit(source: Any, target: Any, _scratch: Any, words: Any, groups: Any, stride: Any) -> None:
     """Undoes `unpack_column_zeros_4bit`: plain rows in ``source``, same sizes."""
     for w in range(uint64(words)):
         for group in range(uint64(groups)):
             word = _swap(source[group * uint64(words) + w], uint32(8), uint32(0x0000FF00))
-            target[w * uint64(groups) + group] = _swap(word, uint32(4), uint32(0x00F000F0))
+            target[w * uint64(stride) + group] = _swap(word, uint32(4), uint32(0x00F000F0))
 
 
-def unpack_column_zeros_8bit(source: Any, target: Any, _unused: Any, words: Any, groups: Any) -> None:
+def unpack_column_zeros_8bit(source: Any, target: Any, _scratch: Any, words: Any, groups: Any, stride: Any) -> None:
     """As `unpack_column_zeros_4bit`, with four columns to a word."""
     for group in range(uint64(groups)):
         for w in range(uint64(words)):
-            word = source[w * uint64(groups) + group]
+            word = source[w * uint64(stride) + group]
             target[group * uint64(words) + w] = _swap(word, uint32(8), uint32(0x0000FF00))
 
 
-def pack_column_zeros_8bit(source: Any, target: Any, _unused: Any, words: Any, groups: Any) -> None:
+def pack_column_zeros_8bit(source: Any, target: Any, _scratch: Any, words: Any, groups: Any, stride: Any) -> None:
     """Undoes `unpack_column_zeros_8bit`."""
     for w in range(uint64(words)):
         for group in range(uint64(groups)):
             word = source[group * uint64(words) + w]
-            target[w * uint64(groups) + group] = _swap(word, uint32(8), uint32(0x0000FF00))
+            target[w * uint64(stride) + group] = _swap(word, uint32(8), uint32(0x0000FF00))
 
 
 # Codes may lie in a tensor of 16-bit words that holds four columns a row, 64 codes of each in turn. A run of 32 codes
@@ -627,7 +570,7 @@ def _turn_bytes(low: Any, high: Any) -> Any:
     return low ^ (change << uint64(16)), high ^ change
 
 
-def split_columns_4bit(source: Any, target: Any, staged: Any, blocks: Any, words: Any) -> None:
+def split_columns_4bit(source: Any, target: Any, staged: Any, blocks: Any, words: Any, stride: Any) -> None:
     """Takes interleaved columns apart, four to a block, 4 bits.
 
     Args:
@@ -636,27 +579,28 @@ def split_columns_4bit(source: Any, target: Any, staged: Any, blocks: Any, words
         staged: uint64 [words * 4], scratch.
         blocks: columns / 4.
         words: rows / 16, a multiple of 4.
+        stride: from a block to the next.
     """
     across = uint64(words)
     for block in range(uint64(blocks)):
-        at = uint64(4) * block * across
+        at = block * uint64(stride)
         for x in range(uint64(2) * across):
             run = uint64(2) * x
             staged[run], staged[run + uint64(1)] = _in_sequence(source[at + run], source[at + run + uint64(1)])
         for column in range(uint64(4)):
-            to = at + column * across
+            to = (uint64(4) * block + column) * across
             for tile in range(across >> uint64(2)):
                 for i in range(uint64(4)):
                     target[to + uint64(4) * tile + i] = staged[uint64(16) * tile + uint64(4) * column + i]
 
 
-def join_columns_4bit(source: Any, target: Any, staged: Any, blocks: Any, words: Any) -> None:
+def join_columns_4bit(source: Any, target: Any, staged: Any, blocks: Any, words: Any, stride: Any) -> None:
     """Undoes `split_columns_4bit`: columns in ``source``, blocks of four to ``target``, same sizes."""
     across = uint64(words)
     for block in range(uint64(blocks)):
-        at = uint64(4) * block * across
+        at = block * uint64(stride)
         for column in range(uint64(4)):
-            begin = at + column * across
+            begin = (uint64(4) * block + column) * across
             for tile in range(across >> uint64(2)):
                 for i in range(uint64(4)):
                     staged[uint64(16) * tile + uint64(4) * column + i] = source[begin + uint64(4) * tile + i]
@@ -694,12 +638,12 @@ def _rounded(number: Any) -> Any:
     """Returns the fp16 bits of a number that is not negative; below 2^-14 it must be a multiple of 2^-24."""
     bits = _bits_of_float(number)
     normal = uint32(bits + uint32(0xC8000FFF) + ((bits >> uint32(13)) & uint32(1))) >> uint32(13)
-    small = uint32(min(number, float32(1)) * float32(2.0**24))
+    small = uint32(_smaller(number, float32(1)) * float32(2.0**24))
     finite = normal if number >= float32(2.0**-14) else small
     return uint32(0x7C00) if number >= float32(65520) else uint32(finite)
 
 
-def zeros_of_products(source: Any, target: Any, scales: Any, words: Any, _unused: Any) -> None:
+def zeros_of_products(source: Any, target: Any, scales: Any, words: Any) -> None:
     """Finds the zero points of which products with scales were made: the nearest, and 0 where the scale is.
 
     Args:
@@ -713,12 +657,12 @@ def zeros_of_products(source: Any, target: Any, scales: Any, words: Any, _unused
         for i in range(uint64(8)):
             n = uint64(8) * w + uint64(2) * (i & uint64(3)) + (i >> uint64(2))
             scale = _magnitude(scales[n])
-            ratio = min(_magnitude(source[n]) / scale, float32(15)) if scale > float32(0) else float32(0)
+            ratio = _smaller(_magnitude(source[n]) / scale, float32(15)) if scale > float32(0) else float32(0)
             word |= uint32(uint32(ratio + float32(0.5)) << uint32(uint64(4) * i))
         target[w] = word
 
 
-def products_of_zeros(source: Any, target: Any, scales: Any, words: Any, _unused: Any) -> None:
+def products_of_zeros(source: Any, target: Any, scales: Any, words: Any) -> None:
     """Undoes `zeros_of_products`: zero points in ``source``, products to ``target``, same sizes."""
     for w in range(uint64(words)):
         word = source[w]
@@ -729,24 +673,35 @@ def products_of_zeros(source: Any, target: Any, scales: Any, words: Any, _unused
             target[n] = uint16(_rounded(float32(_magnitude(scales[n]) * zero)) | sign)
 
 
-def transpose_scales(source: Any, target: Any, _unused: Any, rows: Any, columns: Any) -> None:
-    """Transposes 16-bit elements: uint16 [rows, columns] to uint16 [columns, rows].
+def transpose_scales(source: Any, target: Any, _scratch: Any, rows: Any, columns: Any, read: Any, written: Any) -> None:
+    """Transposes 16-bit elements.
 
     It goes by blocks of 32 x 32, whose cache lines stay in the first-level cache until they are full.
+
+    Args:
+        source: uint16, ``rows`` rows of ``columns`` elements.
+        target: uint16, ``columns`` rows of ``rows`` elements; written.
+        rows: how many are read.
+        columns: how many are written.
+        read: from a row of the source to the next.
+        written: from a row of the target to the next.
     """
     down, across = uint64(rows), uint64(columns)
     for row in range(uint64(0), down, uint64(32)):
+        height = _smaller(down - row, uint64(32))
         for column in range(uint64(0), across, uint64(32)):
-            for j in range(column, min(column + uint64(32), across)):
-                for i in range(row, min(row + uint64(32), down)):
-                    target[j * down + i] = source[i * across + j]
+            width = _smaller(across - column, uint64(32))
+            at, to = row * uint64(read) + column, column * uint64(written) + row
+            for j in range(width):
+                for i in range(height):
+                    target[to + j * uint64(written) + i] = source[at + i * uint64(read) + j]
 
 
 # Lane l = p + 4 i of a tile owns rows 2 p + {0, 1, 8, 9} of columns i and i + 8 of each block. So the words of
 # lanes p, p + 4, ... hold, each in the same field, eight neighbouring columns of one row.
 
 
-def decode_qweight_4bit(source: Any, target: Any, table: Any, tiles: Any, _unused: Any) -> None:
+def decode_qweight_4bit(source: Any, target: Any, table: Any, tiles: Any) -> None:
     """Decodes one row of tiles to the weight ``(q - z) * s``, 4 bits.
 
     Args:
@@ -770,7 +725,7 @@ def decode_qweight_4bit(source: Any, target: Any, table: Any, tiles: Any, _unuse
                         target[row * size_n + n] = (q - table[n]) * table[size_n + n]
 
 
-def decode_qweight_8bit(source: Any, target: Any, table: Any, tiles: Any, _unused: Any) -> None:
+def decode_qweight_8bit(source: Any, target: Any, table: Any, tiles: Any) -> None:
     """Decodes one row of tiles, 8 bits: uint32 [256 * tiles]; as `decode_qweight_4bit`."""
     size_n = uint64(64) * uint64(tiles)
     for tile in range(uint64(tiles)):
@@ -805,57 +760,67 @@ def add_product(source: Any, target: Any, table: Any, rows: Any, size_n: Any) ->
             target[n] += value * source[row * width + n]
 
 
-#: Types of each kernel's source and target elements, and of its table or scratch.
-_KERNELS: dict[Any, tuple[Any, Any, Any]] = {
-    repack_qweight_4bit: (types.uint32, types.uint32, types.uint32),
-    unpack_qweight_4bit: (types.uint32, types.uint32, types.uint32),
-    repack_qweight_8bit: (types.uint32, types.uint32, types.uint32),
-    unpack_qweight_8bit: (types.uint32, types.uint32, types.uint32),
-    gather_fields_4bit: (types.uint32, types.uint32, types.uint8),
-    gather_fields_8bit: (types.uint32, types.uint32, types.uint8),
-    gather_columns: (types.uint16, types.uint16, types.uint8),
-    unpack_columns_4bit: (types.uint32, types.uint32, types.uint32),
-    pack_columns_4bit: (types.uint32, types.uint32, types.uint32),
-    unpack_columns_8bit: (types.uint32, types.uint32, types.uint32),
-    pack_columns_8bit: (types.uint32, types.uint32, types.uint32),
-    unpack_sequences_4bit: (types.uint32, types.uint32, types.uint32),
-    pack_sequences_4bit: (types.uint32, types.uint32, types.uint32),
-    unpack_sequences_8bit: (types.uint32, types.uint32, types.uint32),
-    pack_sequences_8bit: (types.uint32, types.uint32, types.uint32),
-    unpack_column_zeros_4bit: (types.uint32, types.uint32, types.uint32),
-    pack_column_zeros_4bit: (types.uint32, types.uint32, types.uint32),
-    unpack_column_zeros_8bit: (types.uint32, types.uint32, types.uint32),
-    pack_column_zeros_8bit: (types.uint32, types.uint32, types.uint32),
-    split_columns_4bit: (types.uint64, types.uint64, types.uint64),
-    join_columns_4bit: (types.uint64, types.uint64, types.uint64),
-    zeros_of_products: (types.uint16, types.uint32, types.uint16),
-    products_of_zeros: (types.uint32, types.uint16, types.uint16),
-    transpose_scales: (types.uint16, types.uint16, types.uint16),
-    decode_qweight_4bit: (types.uint32, types.float64, types.float64),
-    decode_qweight_8bit: (types.uint32, types.float64, types.float64),
-    add_product: (types.float64, types.float64, types.float64),
+#: Kernels, and the types of each one's source and target elements, and of its table or scratch.
+KERNELS: dict[str, tuple[Any, tuple[Any, Any, Any]]] = {
+    function.__name__: (function, elements)
+    for elements, functions in {
+        (types.uint32, types.uint32, types.uint32): (
+            repack_qweight_4bit,
+            unpack_qweight_4bit,
+            repack_qweight_8bit,
+            unpack_qweight_8bit,
+            unpack_column_zeros_4bit,
+            pack_column_zeros_4bit,
+            unpack_column_zeros_8bit,
+            pack_column_zeros_8bit,
+        ),
+        (types.uint32, types.uint32, types.uint8): (gather_fields_4bit, gather_fields_8bit),
+        (types.uint16, types.uint16, types.uint8): (gather_columns,),
+        (types.uint64, types.uint64, types.uint64): (split_columns_4bit, join_columns_4bit),
+        (types.uint16, types.uint32, types.uint16): (zeros_of_products,),
+        (types.uint32, types.uint16, types.uint16): (products_of_zeros,),
+        (types.uint16, types.uint16, types.uint16): (transpose_scales,),
+        (types.uint32, types.float64, types.float64): (decode_qweight_4bit, decode_qweight_8bit),
+        (types.float64, types.float64, types.float64): (add_product,),
+    }.items()
+    for function in functions
 }
+for _bits, _n_first in itertools.product((4, 8), (True, False)):
+    _order = "n_first" if _n_first else "k_first"
+    for _verb, _function in zip(("words_to_tiles", "tiles_to_words"), _tile_kernels(_bits, _n_first), strict=True):
+        KERNELS[f"{_verb}_{_bits}bit_{_order}"] = _function, (types.uint32, types.uint32, types.uint32)
 
 
-def compile_kernels() -> tuple[dict[str, str], bytes]:
-    """Compiles every kernel for this processor.
+class CompiledKernel(NamedTuple):
+    """A kernel's machine code.
 
-    Returns:
-        The symbol of each kernel, by the function's name, and one object file that holds them all.
+    Attributes:
+        symbol: its name there.
+        sizes: how many integers it takes after its three pointers.
+        code: an object file.
+    """
+
+    symbol: str
+    sizes: int
+    code: bytes
+
+
+def compile_kernel(name: str, *, position_independent: bool) -> CompiledKernel:
+    """Compiles a kernel for this processor.
+
+    Args:
+        name: which.
+        position_independent: whether the code may lie anywhere; else it is what llvmlite's linker likes best.
     """
     binding.initialize_native_target()
     binding.initialize_native_asmprinter()
-    names, module = {}, binding.parse_assembly("")
-    for function, elements in _KERNELS.items():
-        pointers = [types.CPointer(each) for each in elements]  # type: ignore[no-untyped-call]
-        compiled = cfunc(types.void(*pointers, types.int64, types.int64), error_model="numpy")(function)
-        names[function.__name__] = compiled.native_name
-        module.link_in(binding.parse_assembly(compiled.inspect_llvm()))
+    model = {"codemodel": "small", "reloc": "pic"} if position_independent else {"codemodel": "jitdefault", "jit": True}
     machine = binding.Target.from_default_triple().create_target_machine(
-        cpu=binding.get_host_cpu_name(),
-        features=binding.get_host_cpu_features().flatten(),
-        opt=3,
-        codemodel="jitdefault",
-        jit=True,
+        cpu=binding.get_host_cpu_name(), features=binding.get_host_cpu_features().flatten(), opt=3, **model
     )
-    return names, machine.emit_object(module)
+    function, elements = KERNELS[name]
+    pointers = [types.CPointer(each) for each in elements]  # type: ignore[no-untyped-call]
+    sizes = len(inspect.signature(function).parameters) - len(pointers)
+    compiled = cfunc(types.void(*pointers, *[types.int64] * sizes), error_model="numpy")(function)
+    code = machine.emit_object(binding.parse_assembly(compiled.inspect_llvm()))
+    return CompiledKernel(compiled.native_name, sizes, code)

@@ -71,7 +71,7 @@ class ProductZeroPoints(PartLayout):
         data[scales.nbytes :] = 0
 
     def _apply(self, name: str, source: Bytes, target: Bytes, scales: npt.NDArray[np.uint16]) -> None:
-        kernel(name)(address(source), address(target), address(scales), scales.size // 8, 0)
+        kernel(name)(address(source), address(target), address(scales), scales.size // 8)
 
     def _scales_of(self, data: Bytes, plain: Bytes) -> npt.NDArray[np.uint16]:
         """Returns the scales, flat; refuses what is not whole rows of the same columns: kernels trust their sizes."""

@@ -13,10 +13,10 @@ small buffers.
 Zero points that are stored as products with the scales (`products`) need the bytes of another tensor, their
 `Companion`. It may lie in another file; whoever asks for the pieces says how it is read.
 
+A layout that comes straight to Marlin's tiles from its own bytes, and back, says so, and plain rows are left out.
+
 A tensor that lies the other way round (`transposed`) holds columns one after the other, so no part of it holds whole
-rows. But some of its columns are such a tensor themselves, and so are the same columns of any other layout. So it is
-repacked by stripes of columns, and between the stripes of one side and the rows of the other stands a buffer of the
-tensor's size (`stripes`).
+rows. It is read into a buffer as it stands, or written from one, and rows are taken out of it, or put in, in runs.
 """
 
 from __future__ import annotations
@@ -36,7 +36,6 @@ from awq2marlin.layout.machine_code import address, kernel
 from awq2marlin.layout.marlin import GPTQ_MARLIN_TILE, MARLIN_INTERLEAVE, SCALE_PERM, SCALE_PERM_SINGLE
 from awq2marlin.layout.modules import SCALE_BYTES
 from awq2marlin.layout.packing import AWQ_PACK_ORDER, inverse_order, pack_factor
-from awq2marlin.layout.stripes import Stripes
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -109,6 +108,12 @@ class PartLayout:
     #: Whether the tensor's bytes are the plain rows.
     is_plain: ClassVar[bool] = True
 
+    #: Whether the tensor's bytes are Marlin's tiles.
+    is_tiles: ClassVar[bool] = False
+
+    #: Whether there is a way from the tensor's bytes to tiles, and back, that does without plain rows.
+    turns_to_tiles: ClassVar[bool] = False
+
     #: Whether the tensor holds columns one after the other, so that its one band is all of it.
     is_transposed: ClassVar[bool] = False
 
@@ -124,6 +129,16 @@ class PartLayout:
     def column_unit(self) -> int:
         """Columns are a multiple of this: the kernels trust it."""
         return 64
+
+    @property
+    def word_rows(self) -> int:
+        """Of a transposed tensor: how many rows share a word, so that a run of rows is a multiple of it."""
+        return 1
+
+    @property
+    def line_rows(self) -> int:
+        """Of a transposed tensor: how many rows share a cache line of a column; it is best cut there."""
+        raise NotImplementedError
 
     @property
     def row_bytes(self) -> int:
@@ -145,15 +160,6 @@ class PartLayout:
     def bands(self, first: int, last: int) -> tuple[int, int]:
         """Returns the bands, first and past the last, that hold rows ``first`` to ``last``, as far as there are any."""
         return min(first, self.rows) // self.band, -(-min(last, self.rows) // self.band)
-
-    @property
-    def stripe_columns(self) -> int:
-        """How many columns of a transposed tensor are best taken at once, a multiple of 64."""
-        raise NotImplementedError
-
-    def stripe(self, first: int, last: int) -> PartLayout:
-        """Returns how a tensor of columns ``first`` to ``last`` alone would hold them; ``first`` a multiple of 64."""
-        return replace(self, columns=last - first)
 
     @property
     def plain_scales(self) -> PartLayout:
@@ -181,6 +187,39 @@ class PartLayout:
         """Undoes `unpack`."""
         data[:] = plain
 
+    def held(self, data: Bytes, first: int, last: int) -> int:
+        """Returns how many plain rows there are in bands, which are those of rows ``first`` to ``last``."""
+        del first, last
+        return data.size // self.band_bytes * self.band
+
+    def unpack_rows(self, data: Bytes, first: int, plain: Bytes) -> None:
+        """Turns some rows of the tensor into plain rows.
+
+        Args:
+            data: the bands that hold them; of a transposed tensor, all of it.
+            first: the first row's number.
+            plain: as long as the rows; written in full.
+
+        Raises:
+            StrayBitsError: as `unpack` does.
+            UnclearBitsError: as `unpack` does.
+        """
+        del first  # the bands are theirs
+        self.unpack(data, plain)
+
+    def pack_rows(self, plain: Bytes, first: int, data: Bytes) -> None:
+        """Undoes `unpack_rows`; of a transposed tensor, only these rows are written."""
+        del first
+        self.pack(plain, data)
+
+    def unpack_tiles(self, data: Bytes, first: int, tiles: Bytes) -> None:
+        """Does what `unpack_rows` does, but makes tiles of whole rows of them: where the layout `turns_to_tiles`."""
+        raise NotImplementedError
+
+    def pack_tiles(self, tiles: Bytes, first: int, data: Bytes) -> None:
+        """Undoes `unpack_tiles`."""
+        raise NotImplementedError
+
     def _check(self, plain: Bytes, data: Bytes) -> None:
         """Refuses what is not whole bands: the kernels trust their sizes."""
         fits = plain.size == data.size and data.size % self.band_bytes == 0 and self.columns % self.column_unit == 0
@@ -195,6 +234,7 @@ class MarlinWeight(PartLayout):
     """Codes in Marlin's tiles of 16 rows by 64 columns; pictured in kernels/README.md."""
 
     is_plain: ClassVar[bool] = False
+    is_tiles: ClassVar[bool] = True
 
     @property
     def band(self) -> int:
@@ -244,7 +284,7 @@ class MarlinZeroPoints(_Permuted):
     def _gather(self, source: Bytes, target: Bytes, *, inverse: bool) -> None:
         table = _zero_point_fields(self.bits, inverse)
         blocks = source.size * 8 // self.bits // table.size
-        kernel(f"gather_fields_{self.bits}bit")(address(source), address(target), address(table), blocks, 0)
+        kernel(f"gather_fields_{self.bits}bit")(address(source), address(target), address(table), blocks)
 
 
 @dataclass(frozen=True)
@@ -355,17 +395,15 @@ class Repack:
     def pieces(self, read_at: int, write_at: int, read: Reader | None = None) -> Iterator[Piece]:
         """Yields the pieces of the tensor; see `Rewrite.pieces`."""
         scales = self._scales(read) if self.needs_scales else None
-        if self._is_striped:
+        if self._is_turned and max(self.source.size, self.target.size) > PIECE_BYTES:
             turn = self._columns_to_rows if self.source.is_transposed else self._rows_to_columns
             yield from turn(read_at, write_at, scales)
             return
         step = self._rows_at_once()
-        for first in range(0, max(self.source.rows, self.target.rows), step):
-            (begin, end), (into, past) = (each.bands(first, first + step) for each in (self.source, self.target))
-            source = read_at + begin * self.source.band_bytes, (end - begin) * self.source.band_bytes
-            target = write_at + into * self.target.band_bytes, (past - into) * self.target.band_bytes
-            cut = self if scales is None else self._with(scales[first : first + step])
-            yield Piece(source, target, cut.rewrite)
+        for first in range(0, self._rows, step):
+            source, target = (_bytes_of(each, first, first + step) for each in (self.source, self.target))
+            rewrite = self._of_rows(first, first + step, scales)
+            yield Piece((read_at + source[0], source[1]), (write_at + target[0], target[1]), rewrite)
 
     def _scales(self, read: Reader | None) -> Scales:
         """Returns the plain scales that one of the two layouts needs."""
@@ -379,16 +417,13 @@ class Repack:
         to_plain.rewrite(read(companion.place), scales)
         return scales.view(np.uint16).reshape(plain.rows, plain.columns)
 
-    def _with(self, scales: Scales) -> Repack:
-        """Returns how rows that have these scales are repacked."""
-        return replace(self, source=self.source.beside(scales), target=self.target.beside(scales))
-
-    def _rows_at_once(self) -> int:
-        """Returns how many rows a piece has: whole bands of both sides, about `PIECE_BYTES`."""
-        if self.source.is_transposed or self.target.is_transposed:
-            return max(self.source.rows, self.target.rows)
-        band = math.lcm(self.source.band, self.target.band)
-        return band * max(1, PIECE_BYTES // (band * max(self.source.row_bytes, self.target.row_bytes)))
+    def _of_rows(self, first: int, last: int, scales: Scales | None) -> Callable[[Bytes, Bytes], None]:
+        """Returns what repacks some rows."""
+        cut = self
+        if scales is not None:
+            theirs = scales[first:last]
+            cut = replace(self, source=self.source.beside(theirs), target=self.target.beside(theirs))
+        return partial(cut.rewrite_rows, first, last)
 
     def rewrite(self, found: Bytes, made: Bytes) -> None:
         """Turns bands of the source into the bands of the target that hold the same rows.
@@ -400,98 +435,116 @@ class Repack:
         Raises:
             CheckpointError: if the way back would not give back the very bytes, or they have no one meaning.
         """
+        sides = (self.source, found), (self.target, made)
+        self.rewrite_rows(0, max(-(-data.size // each.band_bytes) * each.band for each, data in sides), found, made)
+
+    def rewrite_rows(self, first: int, last: int, found: Bytes, made: Bytes) -> None:
+        """Turns rows of the source into the same rows of the target.
+
+        Args:
+            first: the first row's number.
+            last: past the last; beyond the end there is nothing to turn.
+            found: the source's bands that hold them, or all of it if it is transposed.
+            made: the target's, likewise; of a transposed tensor, only these rows are written.
+
+        Raises:
+            CheckpointError: as `rewrite` does.
+        """
         try:
-            self._rewrite(found, made)
+            self._rewrite(first, last, found, made)
         except UnclearBitsError as error:
             raise refuse("contradiction", str(error), file=self.file, tensor=self.name) from None
         except StrayBitsError as error:
             message = f"{error}, so the conversion could not be undone; the checkpoint is damaged or of another format"
             raise refuse("contradiction", message, file=self.file, tensor=self.name) from None
 
-    def _rewrite(self, found: Bytes, made: Bytes) -> None:
+    def _rewrite(self, first: int, last: int, found: Bytes, made: Bytes) -> None:
         source, target = self.source, self.target
-        plain_in, plain_out = (_plain_size(each, data) for each, data in ((source, found), (target, made)))
-        is_same = plain_in == plain_out and source.columns == target.columns
-        if is_same and target.is_plain:
-            source.unpack(found, made)
-            return
-        plain = found
-        if not source.is_plain:
-            plain = np.empty(plain_in, np.uint8)
-            source.unpack(found, plain)
-        if not is_same:
-            plain = _fitted(plain, source.row_bytes, plain_out, target.row_bytes)
-        target.pack(plain, made)
+        rows = source.held(found, first, last), target.held(made, first, last)
+        is_same = rows[0] == rows[1] and source.columns == target.columns
+        if is_same and source.turns_to_tiles and target.is_tiles:
+            source.unpack_tiles(found, first, made)
+        elif is_same and source.is_tiles and target.turns_to_tiles:
+            target.pack_tiles(found, first, made)
+        elif is_same and target.is_plain:
+            source.unpack_rows(found, first, made)
+        else:
+            plain = found
+            if not source.is_plain:
+                plain = np.empty(rows[0] * source.row_bytes, np.uint8)
+                source.unpack_rows(found, first, plain)
+            if not is_same:
+                plain = _fitted(plain, source.row_bytes, rows[1], target.row_bytes)
+            target.pack_rows(plain, first, made)
+
+    @property
+    def _rows(self) -> int:
+        return max(self.source.rows, self.target.rows)
+
+    def _rows_at_once(self) -> int:
+        """Returns how many rows a piece has: whole bands of both sides, about `PIECE_BYTES`."""
+        if self.source.is_transposed or self.target.is_transposed:
+            return self._rows
+        band = math.lcm(self.source.band, self.target.band)
+        return band * max(1, PIECE_BYTES // (band * max(self.source.row_bytes, self.target.row_bytes)))
 
     # --- between a tensor of columns and a tensor of rows
 
     @property
-    def _is_striped(self) -> bool:
-        """Whether the tensor goes by stripes of columns: one side holds columns, and it is too large for one piece."""
-        differ = self.source.is_transposed != self.target.is_transposed
-        return differ and max(self.source.size, self.target.size) > PIECE_BYTES
-
-    def _by_stripe(self, scales: Scales | None) -> list[Repack]:
-        """Returns how each stripe is repacked, as if it were a tensor; the last has what is padding."""
-
-        def cut(layout: PartLayout, first: int, last: int) -> PartLayout:
-            stripe = layout.stripe(first, last)
-            return stripe if scales is None else stripe.beside(scales[:, first:last])
-
-        columns = min(self.source.columns, self.target.columns)
-        width = min(each.stripe_columns for each in (self.source, self.target) if each.is_transposed)
-        firsts = range(0, columns, width)
-        ends = ([*firsts[1:], each.columns] for each in (self.source, self.target))
-        return [
-            replace(self, source=cut(self.source, first, end), target=cut(self.target, first, past))
-            for first, end, past in zip(firsts, *ends, strict=True)
-        ]
+    def _is_turned(self) -> bool:
+        """Whether one side holds columns and the other rows."""
+        return self.source.is_transposed != self.target.is_transposed
 
     def _columns_to_rows(self, read_at: int, write_at: int, scales: Scales | None) -> Iterator[Piece]:
-        """Yields a piece for every stripe of the source, then a piece for every run of the target's bands."""
-        cuts = self._by_stripe(scales)
-        stripes = Stripes(self.target.size // self.target.band_bytes, tuple(cut.target.band_bytes for cut in cuts))
-        for place, cut in enumerate(cuts):
-            read = read_at, cut.source.size
-            yield Piece(read, (write_at, 0), partial(_fill_stripe, cut, stripes, place), Step(place, stripes.size))
-            read_at += cut.source.size
-        for place, (first, last) in enumerate(stripes.runs()):
-            write = write_at + first * stripes.row_bytes, (last - first) * stripes.row_bytes
-            yield Piece((read_at, 0), write, partial(stripes.join, first), Step(place, stripes.size))
+        """Yields pieces that read the source into the buffer, then a piece for every run of the target's rows."""
+        size = self.source.size
+        for place, (begin, length) in enumerate(_pieces_of(size)):
+            yield Piece((read_at + begin, length), (write_at, 0), None, Step(place, size, begin))
+        for place, (first, last) in enumerate(self._runs(self.source, self.target)):
+            begin, length = _bytes_of(self.target, first, last)
+            write = write_at + begin, length
+            yield Piece((read_at + size, 0), write, self._of_rows(first, last, scales), Step(place, size))
 
     def _rows_to_columns(self, read_at: int, write_at: int, scales: Scales | None) -> Iterator[Piece]:
-        """Yields a piece for every run of the source's bands, then a piece for every stripe of the target."""
-        cuts = self._by_stripe(scales)
-        stripes = Stripes(self.source.size // self.source.band_bytes, tuple(cut.source.band_bytes for cut in cuts))
-        for place, (first, last) in enumerate(stripes.runs()):
-            read = read_at + first * stripes.row_bytes, (last - first) * stripes.row_bytes
-            yield Piece(read, (write_at, 0), partial(stripes.split, first), Step(place, stripes.size))
-        read_at += stripes.size
-        for place, cut in enumerate(cuts):
-            write = write_at, cut.target.size
-            yield Piece((read_at, 0), write, partial(_empty_stripe, cut, stripes, place), Step(place, stripes.size))
-            write_at += cut.target.size
+        """Yields a piece for every run of the source's rows, then pieces that write the target from the buffer."""
+        size = self.target.size
+        for place, (first, last) in enumerate(self._runs(self.target, self.source)):
+            begin, length = _bytes_of(self.source, first, last)
+            read = read_at + begin, length
+            yield Piece(read, (write_at, 0), self._of_rows(first, last, scales), Step(place, size))
+        for place, (begin, length) in enumerate(_pieces_of(size)):
+            yield Piece((read_at + self.source.size, 0), (write_at + begin, length), None, Step(place, size, begin))
+
+    def _runs(self, columns: PartLayout, rows: PartLayout) -> Iterator[tuple[int, int]]:
+        """Yields rows, first and past the last, that make up about `PIECE_BYTES`, until all are.
+
+        They are whole cache lines of every column, if that is not much more.
+        """
+        fewest = math.lcm(columns.word_rows, rows.band)
+        count, row_bytes = math.lcm(columns.line_rows, fewest), rows.band_bytes // rows.band
+        count *= max(1, PIECE_BYTES // (count * row_bytes))
+        while count * row_bytes > 2 * PIECE_BYTES and count % (2 * fewest) == 0:
+            count //= 2
+        for first in range(0, self._rows, count):
+            yield first, min(first + count, self._rows)
 
 
-def _fill_stripe(cut: Repack, stripes: Stripes, index: int, found: Bytes, buffer: Bytes) -> None:
-    """Repacks columns that were read into their stripe."""
-    cut.rewrite(found, stripes.stripe(index, buffer))
+def _bytes_of(layout: PartLayout, first: int, last: int) -> tuple[int, int]:
+    """Returns offset and length of the bands that hold some rows."""
+    begin, end = layout.bands(first, last)
+    return begin * layout.band_bytes, (end - begin) * layout.band_bytes
 
 
-def _empty_stripe(cut: Repack, stripes: Stripes, index: int, buffer: Bytes, made: Bytes) -> None:
-    """Repacks a stripe into the columns that are written."""
-    cut.rewrite(stripes.stripe(index, buffer), made)
+def _pieces_of(size: int) -> Iterator[tuple[int, int]]:
+    """Yields offset and length of pieces of a tensor."""
+    for begin in range(0, size, PIECE_BYTES):
+        yield begin, min(PIECE_BYTES, size - begin)
 
 
-def _plain_size(layout: PartLayout, data: Bytes) -> int:
-    """Returns how many bytes of plain rows the bands in ``data`` hold."""
-    return data.size // layout.band_bytes * layout.band * layout.row_bytes
-
-
-def _fitted(plain: Bytes, row_bytes: int, size: int, target_row_bytes: int) -> Bytes:
+def _fitted(plain: Bytes, row_bytes: int, target_rows: int, target_row_bytes: int) -> Bytes:
     """Returns plain rows in another size: cut, where there is nothing but zeros, or filled up with zeros."""
     rows, columns = plain.reshape(-1, row_bytes), min(row_bytes, target_row_bytes)
-    fitted = np.zeros((size // target_row_bytes, target_row_bytes), np.uint8)
+    fitted = np.zeros((target_rows, target_row_bytes), np.uint8)
     count = min(len(rows), len(fitted))
     if rows[count:].any() or rows[:count, columns:].any():
         raise StrayBitsError("its padding is not zero")

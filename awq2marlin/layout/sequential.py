@@ -10,16 +10,10 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
-import numpy.typing as npt
 
-from awq2marlin.layout.machine_code import address, kernel
 from awq2marlin.layout.packing import pack_factor
 from awq2marlin.layout.repack import Bytes, PartLayout, UnclearBitsError
-
-Words = npt.NDArray[np.uint32]
-
-#: What a kernel of codes needs to stage a block.
-_SCRATCH_BYTES = 512
+from awq2marlin.layout.tiles import Words, rows_to_words, tiles_to_words, words_to_rows, words_to_tiles
 
 #: The swaps that turn fields in sequence to AWQ's order, the even ones and then the odd ones: bits apart, and where.
 _SWAPS: dict[int, tuple[tuple[int, int], ...]] = {4: ((4, 0x00F000F0), (8, 0x0000FF00)), 8: ((8, 0x0000FF00),)}
@@ -30,6 +24,7 @@ class SequentialCodes(PartLayout):
     """Codes int32 [K / f, N], packed along K: field i of word n of row r is row r * f + i of column n."""
 
     is_plain: ClassVar[bool] = False
+    turns_to_tiles: ClassVar[bool] = True
 
     @property
     def band(self) -> int:
@@ -43,17 +38,30 @@ class SequentialCodes(PartLayout):
 
     def unpack(self, data: Bytes, plain: Bytes) -> None:
         """Turns rows of words into plain rows."""
-        self._apply("unpack", data, plain)
+        self._check(plain, data)
+        words = self._words(data)
+        words_to_rows(words, self.bits, plain, len(words) * self.band, self.rows)
 
     def pack(self, plain: Bytes, data: Bytes) -> None:
         """Turns plain rows into rows of words."""
-        self._apply("pack", plain, data)
+        self._check(plain, data)
+        words = self._words(data)
+        rows_to_words(plain, self.bits, words, len(words) * self.band)
 
-    def _apply(self, verb: str, source: Bytes, target: Bytes) -> None:
-        self._check(source, target)
-        scratch = np.empty(_SCRATCH_BYTES, np.uint8)
-        rows, words = target.size // self.band_bytes, self.columns // pack_factor(self.bits)
-        kernel(f"{verb}_sequences_{self.bits}bit")(address(source), address(target), address(scratch), rows, words)
+    def unpack_tiles(self, data: Bytes, first: int, tiles: Bytes) -> None:
+        """Turns rows of words into rows of tiles."""
+        del first
+        self._check(tiles, data)
+        words_to_tiles(self._words(data), self.bits, tiles)
+
+    def pack_tiles(self, tiles: Bytes, first: int, data: Bytes) -> None:
+        """Turns rows of tiles into rows of words."""
+        del first
+        self._check(tiles, data)
+        tiles_to_words(tiles, self.bits, self._words(data))
+
+    def _words(self, data: Bytes) -> Words:
+        return data.view(np.uint32).reshape(-1, self.columns)
 
 
 @dataclass(frozen=True)

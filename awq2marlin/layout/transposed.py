@@ -1,8 +1,8 @@
 """Tensors that lie the other way round: N first, so that they hold columns one after the other.
 
-No part of such a tensor holds whole rows, but some of its columns are a tensor of the same kind. `unpack` and `pack`
-take all of a tensor, and `repack` hands them stripes of a large one. What the plain rows do not hold, fields past the
-last row or column, is zero in every tensor that is written; one that has anything else there is refused.
+No part of such a tensor holds whole rows. So rows are taken out of all of it, and put into it, as many at a time as one
+likes: those that share words or cache lines, together. What the plain rows do not hold, fields past the last row or
+column, is zero in every tensor that is written; one that has anything else there is refused.
 """
 
 from __future__ import annotations
@@ -13,23 +13,19 @@ from typing import ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from awq2marlin.io.stream import PIECE_BYTES
 from awq2marlin.layout.machine_code import address, kernel
 from awq2marlin.layout.modules import SCALE_BYTES
 from awq2marlin.layout.packing import pack_factor
 from awq2marlin.layout.repack import PartLayout, StrayBitsError
+from awq2marlin.layout.tiles import Words, rows_to_words, tiles_to_words, words_to_rows, words_to_tiles
 
 Bytes = npt.NDArray[np.uint8]
 
-#: What a kernel of codes needs to stage a block.
-_SCRATCH_BYTES = 8192
-
-#: Stripes are cut at multiples of so many columns: every layout's words, tiles and permutations end there.
-_STRIPE_UNIT = 64
+_LINE_BYTES = 64
 
 
 @dataclass(frozen=True)
-class _Transposed(PartLayout):
+class Transposed(PartLayout):
     """A tensor that holds columns one after the other."""
 
     is_plain: ClassVar[bool] = False
@@ -41,90 +37,104 @@ class _Transposed(PartLayout):
         return self.rows
 
     @property
-    def stripe_columns(self) -> int:
-        """Columns of about `PIECE_BYTES`."""
-        return self._columns_of(PIECE_BYTES)
+    def line_rows(self) -> int:
+        """Rows in a cache line: of words or elements, one of each column and row."""
+        return _LINE_BYTES // 4
 
-    def _columns_of(self, size: int) -> int:
-        columns = size * self.columns // self.band_bytes
-        return max(columns // _STRIPE_UNIT, 1) * _STRIPE_UNIT
+    def held(self, data: Bytes, first: int, last: int) -> int:
+        """Returns how many rows ``first`` to ``last`` there are: they are taken one by one."""
+        del data
+        return min(last, self.rows) - min(first, self.rows)
 
     def unpack(self, data: Bytes, plain: Bytes) -> None:
         """Turns all of the tensor into plain rows; see `PartLayout.unpack`."""
-        self._check(plain, data)
-        self._unpack(data, plain)
+        self.unpack_rows(data, 0, plain)
 
     def pack(self, plain: Bytes, data: Bytes) -> None:
         """Turns all plain rows into the tensor."""
-        self._check(plain, data)
-        self._pack(plain, data)
+        self.pack_rows(plain, 0, data)
 
-    def _unpack(self, data: Bytes, plain: Bytes) -> None:
+    def unpack_rows(self, data: Bytes, first: int, plain: Bytes) -> None:
+        """Turns some rows of the tensor into plain rows; see `PartLayout.unpack_rows`."""
+        if count := self._count(plain, first, data):
+            self._unpack(data, first, count, plain)
+
+    def pack_rows(self, plain: Bytes, first: int, data: Bytes) -> None:
+        """Turns plain rows into those of the tensor."""
+        if count := self._count(plain, first, data):
+            self._pack(plain, first, count, data)
+
+    def _unpack(self, data: Bytes, first: int, count: int, plain: Bytes) -> None:
         raise NotImplementedError
 
-    def _pack(self, plain: Bytes, data: Bytes) -> None:
+    def _pack(self, plain: Bytes, first: int, count: int, data: Bytes) -> None:
         raise NotImplementedError
 
-    def _check(self, plain: Bytes, data: Bytes) -> None:
-        """Refuses what is not the whole tensor: the kernels trust their sizes."""
-        fits = data.size == self.size and plain.size == self.rows * self.row_bytes
+    def _count(self, plain: Bytes, first: int, data: Bytes) -> int:
+        """Returns how many rows are plain; refuses what is not the whole tensor: the kernels trust their sizes."""
+        count = plain.size // self.row_bytes
+        fits = data.size == self.size and plain.size == count * self.row_bytes
+        fits = fits and (not count or 0 <= first < first + count <= self.rows)
         if not (fits and plain.flags.c_contiguous and data.flags.c_contiguous):
-            raise ValueError(f"{plain.size} and {data.size} bytes are not {self.rows} rows of {self.columns} columns")
+            whole = f"{self.rows} rows of {self.columns} columns"
+            raise ValueError(f"{plain.size} and {data.size} bytes are not rows of a tensor of {whole}")
+        return count
 
 
 @dataclass(frozen=True)
-class TransposedCodes(_Transposed):
+class TransposedCodes(Transposed):
     """Codes int32 [N, ceil(K / f)], packed along K: field i of word w of row n is row w * f + i of column n."""
+
+    turns_to_tiles: ClassVar[bool] = True
 
     @property
     def band_bytes(self) -> int:
         """Bytes of the tensor."""
-        return self.columns * self._words * 4
+        return self.columns * self._row_words * 4
 
     @property
-    def stripe_columns(self) -> int:
-        """Columns that fill two cache lines of a plain row; fewer, where they are long.
-
-        4096x14336 of 4 bits, from and to the cache of one core of an AMD EPYC (Zen 4), November 2026: 5.5 GB/s by 256
-        columns, 3 by 64, 4.7 by 128, 4 by 512.
-        """
-        return min(self._columns_of(2 * PIECE_BYTES), 1024 // self.bits)
+    def word_rows(self) -> int:
+        """The codes of a word."""
+        return pack_factor(self.bits)
 
     @property
-    def _words(self) -> int:
+    def line_rows(self) -> int:
+        """Rows in a cache line of words."""
+        return _LINE_BYTES * 8 // self.bits
+
+    @property
+    def _row_words(self) -> int:
         """Words of a column."""
         return -(-self.rows // pack_factor(self.bits))
 
-    def _unpack(self, data: Bytes, plain: Bytes) -> None:
-        factor = pack_factor(self.bits)
-        groups = -(-self.columns // factor)
-        source, target = _filled(data, groups * factor * self._words * 4), plain
-        if self.rows % factor:
-            target = np.empty(self._words * factor * self.row_bytes, np.uint8)
-        self._turn("unpack", source, target, groups)
-        if target is not plain:
-            plain[:] = target[: plain.size]
-            if target[plain.size :].any():
-                raise StrayBitsError(f"its last words are not zero past the last of K={self.rows} values")
+    def unpack_tiles(self, data: Bytes, first: int, tiles: Bytes) -> None:
+        """Turns some rows of the tensor into rows of tiles."""
+        words_to_tiles(self._words(data, first, self._tiled_rows(tiles)), self.bits, tiles)
 
-    def _pack(self, plain: Bytes, data: Bytes) -> None:
-        factor = pack_factor(self.bits)
-        groups = -(-self.columns // factor)
-        source, target = _filled(plain, self._words * factor * self.row_bytes), data
-        if self.columns % factor:
-            target = np.empty(groups * factor * self._words * 4, np.uint8)
-        self._turn("pack", source, target, groups)
-        if target is not data:
-            data[:] = target[: data.size]
+    def pack_tiles(self, tiles: Bytes, first: int, data: Bytes) -> None:
+        """Turns rows of tiles into rows of the tensor."""
+        tiles_to_words(tiles, self.bits, self._words(data, first, self._tiled_rows(tiles)))
 
-    def _turn(self, verb: str, source: Bytes, target: Bytes, groups: int) -> None:
-        scratch = np.empty(_SCRATCH_BYTES, np.uint8)
-        turn = kernel(f"{verb}_columns_{self.bits}bit")
-        turn(address(source), address(target), address(scratch), groups, self._words)
+    def _unpack(self, data: Bytes, first: int, count: int, plain: Bytes) -> None:
+        words_to_rows(self._words(data, first, count), self.bits, plain, count, self.rows)
+
+    def _pack(self, plain: Bytes, first: int, count: int, data: Bytes) -> None:
+        rows_to_words(plain, self.bits, self._words(data, first, count), count)
+
+    def _tiled_rows(self, tiles: Bytes) -> int:
+        return tiles.size * 8 // self.bits // self.columns
+
+    def _words(self, data: Bytes, first: int, count: int) -> Words:
+        """Returns the words [K / f, N] of some rows, which begin with a word."""
+        factor = pack_factor(self.bits)
+        if first % factor or not 0 <= first < first + count <= self.rows:
+            raise ValueError(f"rows {first} to {first + count} of {self.rows} are not those of whole words")
+        table = data.view(np.uint32).reshape(self.columns, self._row_words)
+        return table[:, first // factor : -(-(first + count) // factor)].T
 
 
 @dataclass(frozen=True)
-class TransposedZeroPoints(_Transposed):
+class TransposedZeroPoints(Transposed):
     """Zero points int32 [ceil(N / f), G], packed along N: field i of word g of row w is group g of column w * f + i."""
 
     @property
@@ -132,14 +142,16 @@ class TransposedZeroPoints(_Transposed):
         """Bytes of the tensor."""
         return self.rows * self.row_bytes
 
-    def _unpack(self, data: Bytes, plain: Bytes) -> None:
-        if (data.view(np.uint32)[-self.rows :] & ~self._last_fields).any():
+    def _unpack(self, data: Bytes, first: int, count: int, plain: Bytes) -> None:
+        words = self._words(data, first, count)
+        if (words[-1] & ~self._last_fields).any():
             raise StrayBitsError(f"its last row is not zero past the last of N={self.columns} values")
-        self._turn("unpack", data, plain)
+        self._turn("unpack", words, plain, count)
 
-    def _pack(self, plain: Bytes, data: Bytes) -> None:
-        self._turn("pack", plain, data)
-        data.view(np.uint32)[-self.rows :] &= self._last_fields
+    def _pack(self, plain: Bytes, first: int, count: int, data: Bytes) -> None:
+        words = self._words(data, first, count)
+        self._turn("pack", plain, words, count)
+        words[-1] &= self._last_fields
 
     @property
     def _last_fields(self) -> np.uint32:
@@ -147,13 +159,17 @@ class TransposedZeroPoints(_Transposed):
         columns = self.columns % pack_factor(self.bits) or pack_factor(self.bits)
         return np.uint32((1 << columns * self.bits) - 1)
 
-    def _turn(self, verb: str, source: Bytes, target: Bytes) -> None:
+    def _words(self, data: Bytes, first: int, count: int) -> Words:
+        """Returns the words of some groups: [N / f, how many]."""
+        return data.view(np.uint32).reshape(-1, self.rows)[:, first : first + count]
+
+    def _turn(self, verb: str, source: Bytes | Words, target: Bytes | Words, count: int) -> None:
         turn = kernel(f"{verb}_column_zeros_{self.bits}bit")
-        turn(address(source), address(target), 0, self.row_bytes // 4, self.rows)
+        turn(address(source), address(target), 0, self.row_bytes // 4, count, self.rows)
 
 
 @dataclass(frozen=True)
-class SignedZeroPoints(_Transposed):
+class SignedZeroPoints(Transposed):
     """Zero points int8 [N, G], not packed: z - 2^(b-1)."""
 
     @property
@@ -161,32 +177,37 @@ class SignedZeroPoints(_Transposed):
         """Bytes of the tensor."""
         return self.columns * self.rows
 
-    def _unpack(self, data: Bytes, plain: Bytes) -> None:
-        values = data + np.uint8(1 << (self.bits - 1))  # wraps around
+    @property
+    def line_rows(self) -> int:
+        """Zero points in a cache line."""
+        return _LINE_BYTES
+
+    def _unpack(self, data: Bytes, first: int, count: int, plain: Bytes) -> None:
+        values = data.reshape(-1, self.rows)[:, first : first + count] + np.uint8(1 << (self.bits - 1))  # wraps around
         if (values > np.uint8((1 << self.bits) - 1)).any():
             raise StrayBitsError(f"a zero point is none of {self.bits} bits")
-        fields = _filled(values, self.row_bytes // 4 * pack_factor(self.bits) * self.rows)
-        shifted = fields.reshape(-1, pack_factor(self.bits), self.rows) << self._shifts
-        self._packed.unpack(np.bitwise_or.reduce(shifted, axis=1).reshape(-1).view(np.uint8), plain)
+        fields = _filled(values.reshape(-1), self.row_bytes // 4 * pack_factor(self.bits) * count)
+        shifted = fields.reshape(-1, pack_factor(self.bits), count) << self._shifts
+        self._packed(count).unpack(np.bitwise_or.reduce(shifted, axis=1).reshape(-1).view(np.uint8), plain)
 
-    def _pack(self, plain: Bytes, data: Bytes) -> None:
+    def _pack(self, plain: Bytes, first: int, count: int, data: Bytes) -> None:
         words = np.empty(plain.size // 4, np.uint32)
-        self._packed.pack(plain, words.view(np.uint8))
-        fields = words.reshape(-1, 1, self.rows) >> self._shifts & np.uint32((1 << self.bits) - 1)
-        data[:] = fields.astype(np.uint8).reshape(-1)[: data.size] - np.uint8(1 << (self.bits - 1))
+        self._packed(count).pack(plain, words.view(np.uint8))
+        fields = words.reshape(-1, 1, count) >> self._shifts & np.uint32((1 << self.bits) - 1)
+        values = fields.astype(np.uint8).reshape(-1, count)[: self.columns] - np.uint8(1 << (self.bits - 1))
+        data.reshape(-1, self.rows)[:, first : first + count] = values
 
     @property
     def _shifts(self) -> npt.NDArray[np.uint32]:
         return np.arange(0, 32, self.bits, dtype=np.uint32)[:, None]
 
-    @property
-    def _packed(self) -> TransposedZeroPoints:
-        """The same zero points, packed."""
-        return TransposedZeroPoints(self.part, self.bits, self.rows, self.columns)
+    def _packed(self, count: int) -> TransposedZeroPoints:
+        """Returns how zero points of some groups are packed."""
+        return TransposedZeroPoints(self.part, self.bits, count, self.columns)
 
 
 @dataclass(frozen=True)
-class TransposedScales(_Transposed):
+class TransposedScales(Transposed):
     """Scales [N, G], 16 bits each."""
 
     @property
@@ -194,11 +215,18 @@ class TransposedScales(_Transposed):
         """Bytes of the tensor."""
         return self.columns * self.rows * SCALE_BYTES
 
-    def _unpack(self, data: Bytes, plain: Bytes) -> None:
-        kernel("transpose_scales")(address(data), address(plain), 0, self.columns, self.rows)
+    @property
+    def line_rows(self) -> int:
+        """Scales in a cache line."""
+        return _LINE_BYTES // SCALE_BYTES
 
-    def _pack(self, plain: Bytes, data: Bytes) -> None:
-        kernel("transpose_scales")(address(plain), address(data), 0, self.rows, self.columns)
+    def _unpack(self, data: Bytes, first: int, count: int, plain: Bytes) -> None:
+        here = address(data) + first * SCALE_BYTES
+        kernel("transpose_scales")(here, address(plain), 0, self.columns, count, self.rows, self.columns)
+
+    def _pack(self, plain: Bytes, first: int, count: int, data: Bytes) -> None:
+        there = address(data) + first * SCALE_BYTES
+        kernel("transpose_scales")(address(plain), there, 0, count, self.columns, self.columns, self.rows)
 
 
 def _filled(data: Bytes, size: int) -> Bytes:

@@ -54,6 +54,30 @@ class Reversal:
         take_reversed(at, buffer, made)
 
 
+class ReadStraight(Reversal):
+    """As a `Reversal`, but bytes are read straight into the buffer."""
+
+    def pieces(self, at):
+        for piece in super().pieces(at):
+            if piece.read[1]:
+                piece = Piece(piece.read, piece.write, None, Step(piece.step.place, self.size, piece.read[0] - at))
+            yield piece
+
+
+class WrittenStraight(Reversal):
+    """As a `Reversal`, but the buffer is filled in reverse and written straight."""
+
+    def pieces(self, at):
+        for piece in super().pieces(at):
+            if piece.write[1]:
+                piece = Piece(piece.read, piece.write, None, Step(piece.step.place, self.size, piece.write[0] - at))
+            yield piece
+
+    def _fill(self, place, at, found, buffer):
+        self.before_fill(place)
+        buffer[buffer.size - at - found.size : buffer.size - at] = found[::-1]
+
+
 def random_bytes(size):
     return np.random.default_rng(size).integers(0, 256, size, np.uint8).tobytes()
 
@@ -102,6 +126,25 @@ def test_a_step_begins_when_all_before_it_is_through_however_slow(tmp_path):
     case = Case(tmp_path, *(Reversal(size * PART, slow, slow) for size in (9, 4, 11, 2)))
     case.rewrite(workers=6)
     assert case.target.read_bytes() == case.expected
+
+
+@pytest.mark.parametrize("workers", [1, 2, 5])
+def test_bytes_go_straight_into_the_buffer_and_straight_out_of_it(tmp_path, workers, monkeypatch):
+    """Nobody fills it again while some of it is still to be written, however slow the disk."""
+    write = stream._write_exactly
+
+    def write_slowly(file, offset, data):
+        time.sleep(0.001 * (offset // PART % 3))
+        write(file, offset, data)
+
+    monkeypatch.setattr(stream, "_write_exactly", write_slowly)
+    kinds = WrittenStraight, ReadStraight, Reversal
+    case = Case(tmp_path, *(kind(size * PART + 3) for size in (7, 4, 11, 2) for kind in kinds), 3 * PART)
+    read, written = hashlib.sha256(), hashlib.sha256()
+    case.rewrite(source_hashes=[read], target_hashes=[written], workers=workers)
+    assert case.target.read_bytes() == case.expected
+    assert read.digest() == hashlib.sha256(case.data).digest()
+    assert written.digest() == hashlib.sha256(case.expected).digest()
 
 
 def test_the_buffer_is_one_for_all_threads_and_grows_to_the_largest_run(tmp_path, monkeypatch):

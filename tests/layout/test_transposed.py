@@ -160,7 +160,7 @@ def test_a_signed_zero_point_of_more_bits_is_refused(value):
 
 @pytest.mark.parametrize("columns", [80, 40_000])
 def test_a_repack_names_file_and_tensor_of_what_it_refuses(columns):
-    """Whether the tensor is rewritten in one piece or by stripes."""
+    """Whether the tensor is rewritten in one piece or in runs of rows."""
     source = TransposedCodes("qweight", 4, 60, columns)
     repack = Repack(source, PartLayout("qweight", 4, 60, columns), "model.safetensors", "m.weight_packed")
     tensor = np.zeros(source.size, np.uint8)
@@ -176,9 +176,9 @@ def test_what_is_not_all_of_the_tensor_is_refused(kind):
     layout = kind.layout(kind.part, 4, 16, 64)
     data, rows = np.zeros(layout.size, np.uint8), np.zeros(layout.rows * layout.row_bytes, np.uint8)
     for one, other in ((data[:-4], rows), (data, rows[4:]), (np.zeros(2 * data.size, np.uint8)[::2], rows)):
-        with pytest.raises(ValueError, match="are not 16 rows of 64 columns"):
+        with pytest.raises(ValueError, match="are not rows of a tensor of 16 rows of 64 columns"):
             layout.unpack(one, other)
-        with pytest.raises(ValueError, match="are not 16 rows of 64 columns"):
+        with pytest.raises(ValueError, match="are not rows of a tensor of 16 rows of 64 columns"):
             layout.pack(other, one)
 
 
@@ -212,7 +212,12 @@ def in_pieces(repack, data, read_at=0, write_at=0):
             piece.rewrite(found, part)
         else:
             buffer = buffer if buffer.size == piece.step.size else filled(piece.step.size)
-            piece.rewrite(*((found, buffer) if piece.read[1] else (buffer, part)))
+            if piece.rewrite:
+                piece.rewrite(*((found, buffer) if piece.read[1] else (buffer, part)))
+            elif piece.read[1]:
+                buffer[piece.step.at : piece.step.at + found.size] = found
+            else:
+                part[:] = buffer[piece.step.at : piece.step.at + part.size]
         made[write : write + piece.write[1]] = part
     return made
 
@@ -237,8 +242,7 @@ def expected_of(repack, kind, values, bits):
 
 @pytest.fixture
 def small_pieces(monkeypatch):
-    for module in ("repack", "stripes", "transposed"):
-        monkeypatch.setattr(f"awq2marlin.layout.{module}.PIECE_BYTES", 1 << 12)
+    monkeypatch.setattr("awq2marlin.layout.repack.PIECE_BYTES", 1 << 12)
 
 
 @pytest.mark.usefixtures("small_pieces")
