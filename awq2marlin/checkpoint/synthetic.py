@@ -140,6 +140,50 @@ class CompressedTensorsRecipe(Recipe):
         }
 
 
+@dataclass(frozen=True)
+class GptqRecipe(Recipe):
+    """A checkpoint of GPTQ's first version as GPTQModel writes it; without ``has_qzeros`` it is symmetric."""
+
+    title: ClassVar[str] = "GPTQ"
+
+    def module_tensors(self, size_k: int, size_n: int) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Returns data type and shape of a module's tensors, by the last component of their names."""
+        factor, groups = pack_factor(self.bits), num_groups(size_k, self.group_size)
+        return {
+            "qweight": ("I32", (size_k // factor, size_n)),
+            "qzeros": ("I32", (groups, size_n // factor)),
+            "scales": (self.scale_dtype, (groups, size_n)),
+            "g_idx": ("I32", (size_k,)),
+        }
+
+    def fixed(self, name: str) -> bytes | None:
+        """Returns the group of every row; and zero points of a symmetric checkpoint, stored as 2^(b-1) - 1."""
+        module, _, suffix = name.rpartition(".")
+        if module not in self.modules:
+            return None
+        size_k, size_n = self.modules[module]
+        groups = num_groups(size_k, self.group_size)
+        if suffix == "g_idx":
+            return (np.arange(size_k, dtype="<i4") // -(-size_k // groups)).astype("<i4").tobytes()
+        if suffix == "qzeros" and not self.has_qzeros:
+            return bytes([0x77 if self.bits == 4 else 0x7F]) * (groups * size_n * self.bits // 8)
+        return None
+
+    def quantization(self) -> dict[str, Any]:
+        """Returns the quantization config, as GPTQModel 7.7 writes it, as far as it is read."""
+        return {
+            "quant_method": "gptq",
+            "checkpoint_format": "gptq",
+            "bits": self.bits,
+            "group_size": self.group_size,
+            "desc_act": False,
+            "sym": not self.has_qzeros,
+            "lm_head": False,
+            "pack_dtype": "int32",
+            "meta": {"quantizer": ["gptqmodel:7.7.0"]},
+        }
+
+
 def llama_recipe(
     hidden: int,
     intermediate: int,

@@ -1,4 +1,4 @@
-"""Checkpoints of random weights: those of compressed-tensors have its tensors, shapes and config."""
+"""Checkpoints of random weights: those of compressed-tensors and GPTQ have their tensors, shapes and config."""
 
 import json
 
@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from awq2marlin.checkpoint.synthetic import CompressedTensorsRecipe, llama_recipe, write_checkpoint
+from awq2marlin import convert, inspect, revert
+from awq2marlin.checkpoint.synthetic import CompressedTensorsRecipe, GptqRecipe, llama_recipe, write_checkpoint
+from tests.faults.helpers import contents
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
@@ -28,3 +30,19 @@ def test_a_compressed_tensors_checkpoint_has_n_first(tmp_path, symmetric):
     assert (config["quant_method"], config["format"]) == ("compressed-tensors", "pack-quantized")
     weights = config["config_groups"]["group_0"]["weights"]
     assert (weights["num_bits"], weights["group_size"], weights["symmetric"]) == (4, 32, symmetric)
+
+
+@pytest.mark.parametrize(("bits", "group_size", "symmetric"), [(4, 32, False), (8, -1, True)])
+def test_a_gptq_checkpoint_is_converted_compared_and_taken_back(tmp_path, bits, group_size, symmetric):
+    options = {"bits": bits, "group_size": group_size, "has_qzeros": not symmetric}
+    write_checkpoint(tmp_path / "gptq", llama_recipe(128, 256, 1, 64, 32, GptqRecipe, **options))
+    name = "model.layers.0.mlp.down_proj"  # K = 256, N = 128
+    tensors = load_file(tmp_path / "gptq" / "model.safetensors")
+    groups = 8 if group_size == 32 else 1
+    shapes = {"qweight": (8 * bits, 128), "qzeros": (groups, 4 * bits), "scales": (groups, 128), "g_idx": (256,)}
+    assert {part: tensors[f"{name}.{part}"].shape for part in shapes} == shapes
+    found = inspect(tmp_path / "gptq")
+    assert (found.format, found.bits, found.group_size, found.zero_point) == ("gptq", bits, group_size, not symmetric)
+    convert(tmp_path / "gptq", tmp_path / "out", verify="all")
+    revert(tmp_path / "out", tmp_path / "back")
+    assert contents(tmp_path / "back") == contents(tmp_path / "gptq")

@@ -8,18 +8,27 @@ that it made of the file; then the numbers are what a slow reader says, `peers.R
 from __future__ import annotations
 
 import itertools
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
-from awq2marlin import convert, inspect, revert, verify
+from awq2marlin import convert, convert_many, inspect, revert, verify
+from awq2marlin.checkpoint.manifest import read_manifest
 from awq2marlin.checkpoint.opening import open_checkpoint
 from awq2marlin.checkpoint.part_rows import PartRows
 from awq2marlin.checkpoint.source import SourceCheckpoint
+from awq2marlin.errors import article
 from awq2marlin.formats.registry import FORMATS
+from awq2marlin.io.folder import Folder
 from awq2marlin.io.tensors import TensorFiles
 from tests.equality import assert_identical
-from tests.faults.helpers import contents
+from tests.faults.helpers import Stepped, contents, run_here
+from tests.faults.test_kill import kill_at_every_step
 from tests.formats import peers
 
 #: compressed-tensors has a matrix of its own in `test_compressed_tensors_library`; here are some of each kind.
@@ -102,6 +111,107 @@ def test_padded_to_marlin_every_module_is_converted(source: Path, tmp_path: Path
     assert not [module for module in result.kept if module.reason.startswith("unaligned")]
     revert(tmp_path / "out", tmp_path / "back", workers=1)
     assert contents(tmp_path / "back") == contents(source)
+
+
+# --- the ways in and out ---------------------------------------------------------------------------------------------
+
+#: One of each layout that a config of GPTQ or AutoRound may mean; the AWQ layouts have theirs in `test_awq_layouts`.
+LAYOUTS = [
+    peers.ALL_DATA / name / "checkpoint"
+    for name in (
+        "gptq/gptqmodel_v1_w4_asym_g32",
+        "gptq/auto_round_w8_sym_channel",
+        "gptq/gptqmodel_v2_w4_sym_g32",
+        "auto_round/gptq_w4_sym_g32",
+        "auto_round/awq_w4_sym_g64",
+        "auto_round/as_awq_sym",
+    )
+]
+each_layout = pytest.mark.parametrize("source", LAYOUTS, ids=named)
+
+
+def apart(folder: Path, source: Path) -> Path:
+    """Writes a checkpoint in two files, of which the first has only the codes, and returns its folder."""
+    shutil.copytree(source, folder)
+    (folder / "model.safetensors").unlink()
+    tensors = peers.read_tensors(source)
+    weight_map = {name: f"model-{2 - name.endswith('.qweight')}.safetensors" for name in tensors}
+    for file in set(weight_map.values()):
+        peers.write_tensors(folder / file, {name: tensors[name] for name in tensors if weight_map[name] == file})
+    index = {"metadata": {}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index), "utf-8")
+    return folder
+
+
+@pytest.mark.parametrize("low_disk", [False, True])
+@each_layout
+def test_a_repository_is_converted_and_taken_back(hub, source: Path, low_disk: bool, tmp_path: Path) -> None:
+    torn = apart(tmp_path / "source", source)
+    hub.add_repository("org/model", torn)
+    convert("org/model", tmp_path / "out", low_disk=low_disk, verify="all", workers=1)
+    convert(torn, tmp_path / "expected")
+    found, expected = (peers.read_tensors(tmp_path / each) for each in ("out", "expected"))
+    assert found.keys() == expected.keys()
+    for name, (_, array) in expected.items():
+        assert_identical(found[name][1], array, name)
+    hub.add_repository("org/out", tmp_path / "out")
+    revert("org/out", tmp_path / "back", low_disk=low_disk, workers=1)
+    assert contents(tmp_path / "back") == contents(torn)
+
+
+@pytest.mark.parametrize("kind", [ThreadPoolExecutor, ProcessPoolExecutor])
+def test_executors_convert_them(kind: type[Executor], tmp_path: Path) -> None:
+    with kind(2) as executor:
+        for number, source in enumerate(LAYOUTS):
+            convert(source, tmp_path / str(number), verify="all", executor=executor)
+            revert(tmp_path / str(number), tmp_path / f"back{number}", executor=executor)
+            assert contents(tmp_path / f"back{number}") == contents(source)
+
+
+def test_a_batch_takes_them_all(tmp_path: Path) -> None:
+    sources = [str(shutil.copytree(source, tmp_path / source.parent.name)) for source in LAYOUTS]
+    result = convert_many(sources, out_dir=tmp_path / "out", verify="all", to="compressed-tensors")
+    assert [item.exit_code for item in result.items] == [0] * len(LAYOUTS)
+    for source in LAYOUTS:
+        assert verify(source, tmp_path / "out" / f"{source.parent.name}-ct").kind == "conversion"
+
+
+@each_layout
+def test_the_card_says_what_the_source_was_and_version_01_is_asked_for_a_newer_one(
+    source: Path, tmp_path: Path
+) -> None:
+    convert(source, tmp_path / "out")
+    assert read_manifest(Folder.at(tmp_path / "out")).version == 2
+    title = {"gptq": "GPTQ", "auto-round": "AutoRound", "awq": "AWQ"}[inspect(source).format]
+    card = (tmp_path / "out" / "README.md").read_text("utf-8")
+    assert f"The weights of {article(title)} checkpoint (" in card
+    assert f"How to get the {title} checkpoint back" in card
+
+
+@pytest.fixture(scope="module")
+def stepped(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stepped]:
+    runner = Stepped(tmp_path_factory.mktemp("stepped"))
+    yield runner
+    runner.close()
+
+
+def test_killed_before_any_of_its_steps_it_is_completed_by_the_same_command(
+    stepped: Stepped, tmp_path: Path, capsys, monkeypatch
+) -> None:
+    """What is dropped on the way there is made on the way back, so both are killed."""
+    monkeypatch.setattr(os, "fsync", lambda _descriptor: None)  # many runs in a row need no disk
+    source = peers.ALL_DATA / "gptq" / "gptqmodel_v2_w4_sym_g32" / "checkpoint"
+    convert(source, tmp_path / "whole")
+
+    def run(*arguments):
+        return run_here(capsys, *arguments, "--json")
+
+    for command, expected in (
+        (("convert", source, tmp_path / "out"), tmp_path / "whole"),
+        (("revert", tmp_path / "whole", tmp_path / "back"), source),
+    ):
+        steps = kill_at_every_step(stepped, run, (*command, "--workers", 1), command[2], contents(expected))
+        assert len(steps) > 20
 
 
 def test_the_fixtures_are_of_every_kind() -> None:
