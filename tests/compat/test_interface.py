@@ -42,6 +42,9 @@ FOR_PEOPLE = {"message"}
 #: Lists of sentences for people, to which new ones may be added.
 MAY_GROW = {"warnings"}
 
+#: Numbers of what an engine can do with the plugin, which may do more than then.
+MAY_RISE = {"largest_tensor_parallel_size"}
+
 
 def changes(then, now, where=""):
     """Yields every place at which a JSON value of today lacks, or says otherwise, what one of 0.1 said."""
@@ -50,7 +53,8 @@ def changes(then, now, where=""):
     elif isinstance(then, dict):
         yield from (f"{where}/{key}: gone" for key in then if key not in now)
         yield from (f"{where}/{key}: less" for key in then.keys() & MAY_GROW if {*then[key]} - {*now[key]})
-        for key in (then.keys() & now.keys()) - FOR_PEOPLE - MAY_GROW:
+        yield from (f"{where}/{key}: fell" for key in then.keys() & now.keys() & MAY_RISE if now[key] < then[key])
+        for key in (then.keys() & now.keys()) - FOR_PEOPLE - MAY_GROW - MAY_RISE:
             yield from changes(then[key], now[key], f"{where}/{key}")
         yield from (f"{where}/{key}: empty" for key in then.keys() & now.keys() & FOR_PEOPLE if not now[key])
     elif isinstance(then, list) and len(then) == len(now):
