@@ -272,7 +272,10 @@ ERROR_CODES: Mapping[str, Advice] = {
         "convert again",
     ),
     "unknown-picture": Advice("`--plot`: the file's ending names no format of pictures", "end the name in `.png`"),
-    "unknown-report": Advice("`--report`: the file's ending is not that of a page", "end the name in `.html`"),
+    "unknown-report": Advice(
+        "`verify --report`: the file is no `.html`, or would lie in a checkpoint; `push --report`: it is no report",
+        "see the message",
+    ),
     "unsafe-link": Advice(
         "a link leads out of the folder, or in circles", "copy the file there if it belongs to the checkpoint"
     ),

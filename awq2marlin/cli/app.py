@@ -299,6 +299,10 @@ def push(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Check the folder, look at the repository, and write nothing.")
     ] = False,
+    report: Annotated[
+        Path | None,
+        typer.Option("--report", metavar="FILE.html", help="A page that 'verify --report' wrote; it goes along."),
+    ] = None,
     quiet: opt.Quiet = False,
     as_json: opt.Json = False,
 ) -> None:
@@ -308,7 +312,14 @@ def push(
     def work(progress: Progress | None) -> Any:
         from awq2marlin.commands.push import push
 
-        return push(folder, **vars(target), commit_message=commit_message, dry_run=dry_run, progress=progress)
+        return push(
+            folder,
+            **vars(target),
+            commit_message=commit_message,
+            dry_run=dry_run,
+            report=report,
+            progress=progress,
+        )
 
     run("push", work, [folder, repository], quiet, as_json)
 

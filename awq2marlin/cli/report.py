@@ -97,21 +97,29 @@ class _Report:
         return _CHECKED if all(file.is_checked for file in self.files) else _RECORDED
 
 
-def check_report(file: Path, device: Device | None) -> None:
+def check_report(file: Path, folders: Sequence[str], device: Device | None) -> None:
     """Refuses a report that could not be written, before the work that it would show.
 
     Args:
         file: where the report shall go.
+        folders: the two checkpoints, as the user wrote them.
         device: where modules are to run; then there is a picture.
 
     Raises:
         UnavailableError: if there is a picture to draw, and Matplotlib is not installed.
-        CheckpointError: if the file's ending is not that of a page.
+        CheckpointError: if the file's ending is not that of a page, or it would lie in one of the checkpoints.
         OSError: if there is no folder for the file.
     """
     if file.suffix.lower() not in _ENDINGS:
         raise refuse("unknown-report", f"a report's name must end in {_ENDINGS[0]}", file=str(file))
     file.parent.stat()
+    inside = next((folder for folder in folders if file.parent.resolve().is_relative_to(Path(folder).resolve())), None)
+    if inside is not None:
+        message = (
+            f"it would lie in {printable(inside)} and become a part of that checkpoint; write it elsewhere. "
+            "'awq2marlin push --report FILE.html' takes it along"
+        )
+        raise refuse("unknown-report", message, file=str(file))
     if device is not None:
         from awq2marlin.verification.error_plot import check_matplotlib
 
@@ -132,7 +140,7 @@ def reported(file: Path, asked: Asked, verify: Callable[[], VerifyResult]) -> Ve
         CheckpointError: as `check_report` and the verification.
         OSError: if the file cannot be written.
     """
-    check_report(file, asked.device)
+    check_report(file, (asked.source, asked.output), asked.device)
     try:
         result = verify()
     except DifferenceError as error:

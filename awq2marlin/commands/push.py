@@ -25,6 +25,7 @@ from awq2marlin.formats.names import (
     INDEX_FILENAME,
     MANIFEST_FILENAME,
     MAX_CARD_BYTES,
+    REPORT_FILENAME,
 )
 from awq2marlin.hub.identity import PushedFile, PushResult, identify
 from awq2marlin.hub.publication import DEFAULT_MESSAGE, Content, FileIdentity, Publication, PushTarget
@@ -35,6 +36,10 @@ from awq2marlin.io.workers import check_workers
 from awq2marlin.pipeline.journal import read_journal, refuse_unfinished
 from awq2marlin.pipeline.model_card import addressed
 from awq2marlin.progress import Progress, Silence
+
+#: With what the report of a verification begins.
+REPORT_BEGINNING = b"<!doctype html>\n<!-- awq2marlin verify --report -->\n"
+_MAX_REPORT_BYTES = 100_000_000
 
 
 def push(
@@ -47,6 +52,7 @@ def push(
     commit_message: str | None = None,
     overwrite: bool = False,
     dry_run: bool = False,
+    report: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
 ) -> PushResult:
     """Uploads a converted checkpoint to the Hub, in one commit, if every file of it is as the conversion wrote it.
@@ -62,10 +68,11 @@ def push(
         commit_message: first line of the commit's message.
         overwrite: replace a checkpoint of another model or run; files of it that this one does not have are removed.
         dry_run: check the folder and look at the repository only; nothing is written.
+        report: a file that ``verify --report`` wrote; goes along as ``awq2marlin-report.html``.
         progress: told what is being done.
 
     Raises:
-        CheckpointError: if the folder is no sound converted checkpoint.
+        CheckpointError: if the folder is no sound converted checkpoint, or the report no page.
         OutputError: if it is unfinished.
         DifferenceError: if a file is not the one that the conversion wrote.
         HubError: if the Hub refuses, or the repository holds something else.
@@ -77,7 +84,8 @@ def push(
             Problem("", "", "not-found", "the name of the folder is empty; name the converted checkpoint's")
         )
     _refuse_unfinished(Path(folder))
-    return push_folder(Path(folder), target, commit_message, dry_run, progress or Silence())
+    beside = {} if report is None else {REPORT_FILENAME: _page(Path(report))}
+    return push_folder(Path(folder), target, commit_message, dry_run, progress or Silence(), beside)
 
 
 def _refuse_unfinished(root: Path) -> None:
@@ -90,7 +98,12 @@ def _refuse_unfinished(root: Path) -> None:
 
 
 def push_folder(
-    root: Path, target: PushTarget, commit_message: str | None, dry_run: bool, progress: Progress
+    root: Path,
+    target: PushTarget,
+    commit_message: str | None,
+    dry_run: bool,
+    progress: Progress,
+    beside: Mapping[str, Content] | None = None,
 ) -> PushResult:
     """Does what `push` does with a folder that is known to be finished.
 
@@ -100,6 +113,7 @@ def push_folder(
         commit_message: first line of the commit's message.
         dry_run: whether to write nothing.
         progress: told what is being done.
+        beside: what else goes there, by name.
 
     Raises:
         Awq2MarlinError: as `push`.
@@ -108,7 +122,7 @@ def push_folder(
     overwrite, create_pr = target.overwrite, target.create_pr
     converted = _finished_checkpoint(root)
     checkpoint, manifest = converted.checkpoint, converted.manifest
-    files = _contents(checkpoint, manifest, target.repo_id)
+    files = {**_contents(checkpoint, manifest, target.repo_id), **(beside or {})}
     ours = checkpoint.folder.read(MANIFEST_FILENAME)
     publication = Publication.open(target, files, ours.__eq__)
     created = not publication.exists
@@ -137,6 +151,16 @@ def push_folder(
         left_behind=checkpoint.left_behind,
         seconds=time.perf_counter() - started,
     )
+
+
+def _page(file: Path) -> bytes:
+    """Returns a report's bytes; refuses what is none, so that a slip of the pen publishes nothing."""
+    with file.open("rb") as page:
+        data = page.read(_MAX_REPORT_BYTES + 1)
+    if len(data) > _MAX_REPORT_BYTES or not data.startswith(REPORT_BEGINNING):
+        message = "it is no report of awq2marlin; 'awq2marlin verify ... --report FILE.html' writes one"
+        raise refuse("unknown-report", message, file=str(file))
+    return data
 
 
 def _finished_checkpoint(root: Path) -> ConvertedCheckpoint:

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from awq2marlin._version import __version__
 from awq2marlin.checkpoint.manifest import decode_manifest
 from awq2marlin.errors import CheckpointError, HubError, Problem, printable
-from awq2marlin.formats.names import CONFIG_FILENAME, INDEX_FILENAME, MANIFEST_FILENAME
+from awq2marlin.formats.names import CONFIG_FILENAME, INDEX_FILENAME, MANIFEST_FILENAME, REPORT_FILENAME
 from awq2marlin.hub.errors import as_hub_errors, hub_url
 from awq2marlin.hub.target import DEFAULT_BRANCH
 from awq2marlin.hub.target import PushTarget as PushTarget
@@ -299,7 +299,8 @@ class Publication:
                 "the repository holds a checkpoint of another model or run: use --overwrite to replace it, "
                 "--create-pr to propose that, or choose another",
             )
-        left = {name for name in self._files if _is_weights(name)} | ({*_names_in(manifest)} & self._files.keys())
+        known = {*_names_in(manifest), *(() if self._holds_ours else (REPORT_FILENAME,))}
+        left = {name for name in self._files if _is_weights(name)} | (known & self._files.keys())
         self.stale = tuple(sorted(left - self._names - {CONFIG_FILENAME}))
         if self.stale and not is_there and not may_remove:
             shown = ", ".join(printable(name) for name in self.stale[:_MAX_NAMES_SHOWN])

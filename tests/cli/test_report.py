@@ -124,6 +124,17 @@ def test_an_ending_that_is_no_page_is_refused_before_the_work(
     assert json.loads(capsys.readouterr().out)["errors"][0]["code"] == "unknown-report"
 
 
+def test_a_report_stays_out_of_the_checkpoints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = made(tmp_path / "llama")
+    output = converted(source)
+    before = sorted(output.iterdir())
+    assert main(["verify", str(source), str(output), "--report", str(output / "report.html"), "--json"]) == 1
+    (problem,) = json.loads(capsys.readouterr().out)["errors"]
+    assert problem["code"] == "unknown-report"
+    assert "push --report" in problem["message"]
+    assert sorted(output.iterdir()) == before
+
+
 def test_a_folder_that_is_not_there_is_told_before_the_work(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verify", "one", "other", "--report", str(tmp_path / "no" / "report.html"), "--json"]) == 1
     assert json.loads(capsys.readouterr().out)["errors"][0]["code"] == "not-found"

@@ -60,6 +60,9 @@ def refused(code, *arguments, **options):
     return str(problem)
 
 
+REPORT = "awq2marlin-report.html"
+
+
 # --- what goes up -------------------------------------------------------------------------------------------------
 
 
@@ -95,6 +98,39 @@ def test_what_was_pushed_is_fetched_verified_and_reverted(hub, marlin, checkpoin
     verify(checkpoints / "one-awq", fetched)
     revert(fetched, tmp_path / "back")
     assert contents(tmp_path / "back") == contents(checkpoints / "one-awq")
+
+
+def reported(marlin, checkpoints, tmp_path):
+    """Returns the report of a verification."""
+    report = tmp_path / "report.html"
+    assert main(["verify", str(checkpoints / "one-awq"), str(marlin), "--report", str(report), "--quiet"]) == 0
+    return report
+
+
+def test_a_report_goes_along_and_revert_and_verify_leave_it_alone(hub, marlin, checkpoints, tmp_path):
+    report = reported(marlin, checkpoints, tmp_path)
+    assert main(["push", str(marlin), "org/new", "--report", str(report), "--quiet"]) == 0
+    assert held(hub) == {**as_pushed(marlin), REPORT: report.read_bytes()}
+    fetched = Path(snapshot_download("org/new", local_dir=tmp_path / "fetched"))
+    verify(checkpoints / "one-awq", fetched)
+    revert(fetched, tmp_path / "back")
+    assert contents(tmp_path / "back") == contents(checkpoints / "one-awq")
+    push(marlin, "org/new")  # the same conversion: what the report says is still so
+    assert held(hub)[REPORT] == report.read_bytes()
+
+
+def test_a_report_goes_with_the_checkpoint_that_it_speaks_of(hub, marlin, other, checkpoints, tmp_path):
+    push(marlin, "org/new", report=reported(marlin, checkpoints, tmp_path))
+    assert REPORT in push(other, "org/new", overwrite=True).removed
+    assert held(hub) == as_pushed(other)
+
+
+@pytest.mark.parametrize("text", ["", "<!doctype html>\n<p>my diary</p>", "<html>"])
+def test_what_is_no_report_is_not_published(hub, marlin, tmp_path, text):
+    (tmp_path / "page.html").write_text(text)
+    message = refused("unknown-report", marlin, "org/new", report=tmp_path / "page.html")
+    assert "verify ... --report" in message
+    assert hub.requests("POST") == []
 
 
 def test_a_rerun_sends_nothing_and_commits_nothing(hub, marlin):
