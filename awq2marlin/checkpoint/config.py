@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from awq2marlin.checkpoint.nearby import checkpoints_below
 from awq2marlin.errors import CheckpointError, printable, refuse
 from awq2marlin.formats.base import Format, Quantization
+from awq2marlin.formats.foreign import MODELOPT_FILENAME, foreign_file, said_otherwise
 from awq2marlin.formats.names import CONFIG_FILENAME, LEGACY_CONFIG_FILENAMES
 from awq2marlin.formats.registry import FORMER_CONFIG_KEYS, recognise
 from awq2marlin.io.source import Source
@@ -36,12 +37,25 @@ def read_config(folder: Source) -> dict[str, Any]:
         CheckpointError: if it is missing, malformed or no object.
     """
     if not folder.exists(CONFIG_FILENAME):
+        refuse_only_gguf(folder)
         raise refuse(
             "no-config",
             f"there is no config.json; {checkpoints_below(folder) or 'name a complete checkpoint'}",
             file=CONFIG_FILENAME,
         )
     return _object(folder.read_json(CONFIG_FILENAME, constants=True), CONFIG_FILENAME)
+
+
+def refuse_only_gguf(folder: Source) -> None:
+    """Refuses a folder that has GGUF files, where the caller misses what all other checkpoints have.
+
+    Raises:
+        CheckpointError: naming the first of them.
+    """
+    names = [name for name in folder.names() if "/" not in name]
+    found = [name for name in names if name.endswith(".gguf")]
+    if found and not any(name.endswith(".safetensors") for name in names):
+        raise foreign_file(found[0])
 
 
 def read_quantization(folder: Source, config: Mapping[str, Any]) -> tuple[Format, Quantization, list[str]]:
@@ -58,11 +72,12 @@ def read_quantization(folder: Source, config: Mapping[str, Any]) -> tuple[Format
     Raises:
         CheckpointError: if it is not quantized, of a format that is none of ours, or says two different things.
     """
-    documents = quantization_documents(config)
+    documents = _all_documents(folder, config)
     older, warnings = _older_documents(folder, is_needed=not documents)
     if not documents:
         documents, older = older[:1], older[1:]
     if not documents:
+        refuse_only_gguf(folder)
         raise refuse(
             "not-quantized",
             "there is no quantization config: this checkpoint is not quantized. Name one that is",
@@ -90,6 +105,37 @@ def quantization_documents(config: Mapping[str, Any]) -> list[Document]:
     """
     found = [Document(place, _object(value, place)) for place, value in _places(config, ())]
     return [each for each in found if each.content] or found
+
+
+def quantization_said(folder: Source, config: Mapping[str, Any]) -> Document | None:
+    """Returns the quantization config that counts, whatever it says; None if there is none.
+
+    Args:
+        folder: the checkpoint.
+        config: its ``config.json``; empty if there is none.
+    """
+    documents = _all_documents(folder, config)
+    if not documents:
+        documents, _ = _older_documents(folder, is_needed=False)
+    return documents[0] if documents else None
+
+
+def _all_documents(folder: Source, config: Mapping[str, Any]) -> list[Document]:
+    documents = quantization_documents(config)
+    if any("quant_method" in each.content for each in documents):
+        return documents
+    return [*_said_otherwise(folder, config), *documents]
+
+
+def _said_otherwise(folder: Source, config: Mapping[str, Any]) -> list[Document]:
+    """Returns what tools whose formats are not converted say elsewhere, as a quantization config."""
+    if folder.exists(MODELOPT_FILENAME):
+        said = _object(folder.read_json(MODELOPT_FILENAME, constants=True), MODELOPT_FILENAME).get("quantization")
+        numbers = said if isinstance(said, dict) else {}
+        return [Document(MODELOPT_FILENAME, {**numbers, "quant_method": "modelopt"})]
+    is_older = any(map(folder.exists, LEGACY_CONFIG_FILENAMES))  # then a file that only lies there means nothing
+    found = said_otherwise(config, () if is_older else {*folder.names()})
+    return [] if found is None else [Document(*found)]
 
 
 def _places(part: Any, path: tuple[str, ...]) -> Iterator[tuple[str, Any]]:

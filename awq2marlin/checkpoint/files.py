@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 from awq2marlin.checkpoint.choice import Choice
+from awq2marlin.checkpoint.config import refuse_only_gguf
 from awq2marlin.checkpoint.index import read_index
 from awq2marlin.checkpoint.nearby import weights_below
 from awq2marlin.errors import CheckpointError, Problem, printable, refuse
@@ -192,6 +193,7 @@ def _no_weights(folder: Source, visible: Sequence[str], top: Sequence[str]) -> C
     if top:
         message = f"{_listed(map(printable, top))}: none of them counts, so that there are no weights; leave fewer"
         return refuse("no-weights", message, file=SINGLE_SHARD)
+    refuse_only_gguf(folder)
     if pickled:
         return refuse(
             "pickled-weights",

@@ -9,6 +9,7 @@ from awq2marlin.checkpoint.manifest import read_manifest
 from awq2marlin.checkpoint.opening import Checkpoint
 from awq2marlin.errors import CheckpointError, article, refuse
 from awq2marlin.formats.base import StoredModule, require_modules
+from awq2marlin.formats.foreign import refuse_foreign_tensors
 from awq2marlin.formats.names import MANIFEST_FILENAME
 from awq2marlin.formats.registry import shown_by
 
@@ -53,6 +54,7 @@ def _refuse_other_tensors(checkpoint: Checkpoint) -> None:
             f"download the config that belongs to them, or correct it in a copy"
         )
         raise refuse("contradiction", message, file=quantization.origin)
+    refuse_foreign_tensors(checkpoint.tensors, quantization.origin)
 
 
 def _check_manifest(checkpoint: Checkpoint) -> None:

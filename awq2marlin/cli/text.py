@@ -294,6 +294,9 @@ def _push(result: PushResult) -> None:
 @show.register
 def _inspection(result: InspectResult) -> None:
     """Prints what a checkpoint is."""
+    if not result.is_convertible:
+        _description(result)
+        return
     name = printable(result.title)
     zero_points = "with" if result.zero_point else "without"
     model = f", {printable(result.model_type)}" if result.model_type else ""
@@ -323,6 +326,18 @@ def _inspection(result: InspectResult) -> None:
     for line in _ranks_lines(result):
         _say(line)
     _show_lists(result.left_behind, result.warnings)
+
+
+def _description(result: InspectResult) -> None:
+    """Prints what a checkpoint is that cannot be converted, and why it cannot."""
+    known = [f"{result.bits:g} bits" if result.bits else "", result.model_type]
+    known.insert(1, f"group size {result.group_size}" if result.group_size else "")
+    _say(", ".join(printable(each) for each in (result.title, *known) if each))
+    content = f"{len(result.shards)} file(s) of weights, {result.tensors} tensors, {size_text(result.bytes)}"
+    _say(f"{printable(str(result.path))}: {content}")
+    if result.dtypes:
+        _say(f"types      {', '.join(f'{count} {printable(dtype)}' for dtype, count in result.dtypes.items())}")
+    _say(f"it cannot be converted: {result.reason}")
 
 
 def _ranks_lines(result: InspectResult) -> Iterator[str]:

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from awq2marlin.checkpoint.converted import ConvertedCheckpoint, open_with_manifest
-from awq2marlin.checkpoint.manifest import read_manifest
+from awq2marlin.checkpoint.described import Described, describe
+from awq2marlin.checkpoint.manifest import Manifest, read_manifest
 from awq2marlin.checkpoint.opening import Checkpoint
 from awq2marlin.checkpoint.source import SourceCheckpoint
 from awq2marlin.checkpoint.tensor_parallel import ParallelSizes, parallel_sizes
+from awq2marlin.errors import CheckpointError
 from awq2marlin.formats.base import Format
 from awq2marlin.formats.registry import DEFAULT_TARGET
 from awq2marlin.hub.repository import open_source
+from awq2marlin.io.safetensors import TensorIndex
+from awq2marlin.io.source import Source
 from awq2marlin.layout.modules import ModulePlan
 from awq2marlin.pipeline.journal import refuse_unfinished
 from awq2marlin.pipeline.plan import plan_modules
@@ -57,8 +62,8 @@ class InspectResult:
     Attributes:
         path: its folder, or ``org/name@commit``.
         format: ``awq``, ``compressed-tensors``, ``marlin_native`` and so on; see README.md.
-        bits: 4 or 8.
-        group_size: as the config says; -1 for all of K.
+        bits: 4 or 8; where it cannot be converted, what the config says, and 0 if it says nothing.
+        group_size: as the config says; -1 for all of K, 0 if it says nothing.
         zero_point: as the config says.
         model_type: as ``config.json`` says; may be empty.
         modules: the quantized modules.
@@ -72,13 +77,15 @@ class InspectResult:
         left_behind: files that do not, with the reason.
         warnings: what is to know of it, and which files a conversion would leave behind.
         title: the format's name for people.
+        reason: why it cannot be converted, and what to do; empty if it can. Then nothing is known of its modules.
+        dtypes: how many tensors there are of each type.
         parallel_sizes: all numbers of GPUs over which vLLM can cut it, and what stands in the way of more.
         left_behind_bytes: bytes of the files that do not belong to it, by name.
     """
 
     path: Path | str
     format: str
-    bits: int
+    bits: float
     group_size: int
     zero_point: bool
     model_type: str
@@ -94,6 +101,13 @@ class InspectResult:
     title: str = ""
     parallel_sizes: ParallelSizes = field(default_factory=ParallelSizes)
     left_behind_bytes: Mapping[str, int] = field(default_factory=dict)
+    reason: str = ""
+    dtypes: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def is_convertible(self) -> bool:
+        """Whether it is of a format that is read."""
+        return not self.reason
 
 
 def inspect(path: str | os.PathLike[str]) -> InspectResult:
@@ -103,11 +117,21 @@ def inspect(path: str | os.PathLike[str]) -> InspectResult:
         path: its folder, or a repository of the Hub, ``org/name[@revision]``.
 
     Raises:
-        CheckpointError: if it is neither, or malformed.
+        CheckpointError: if it is neither, or malformed. One that is sound, but of a kind that is not converted, is
+            described; see `InspectResult.reason`.
     """
     folder = open_source(path)
     refuse_unfinished(folder)
-    checkpoint, manifest = open_with_manifest(folder)
+    try:
+        return _inspected(*open_with_manifest(folder))
+    except CheckpointError as error:
+        described = describe(folder, error)
+        if described is None:
+            raise
+    return _unconvertible(described, folder)
+
+
+def _inspected(checkpoint: Checkpoint, manifest: Manifest | None) -> InspectResult:
     quantization = checkpoint.quantization
     if checkpoint.is_converted:
         fates = ConvertedCheckpoint.of(checkpoint, manifest or read_manifest(checkpoint.folder)).counterparts
@@ -135,7 +159,36 @@ def inspect(path: str | os.PathLike[str]) -> InspectResult:
         left_behind=checkpoint.left_behind,
         warnings=checkpoint.warnings,
         left_behind_bytes=checkpoint.left_behind_bytes,
+        dtypes=_dtypes(checkpoint.index),
     )
+
+
+def _unconvertible(described: Described, folder: Source) -> InspectResult:
+    index = described.index
+    return InspectResult(
+        path=folder.where,
+        format=described.format,
+        title=described.title,
+        bits=described.bits,
+        group_size=described.group_size,
+        zero_point=False,
+        model_type=_model_type(described.config),
+        modules=(),
+        largest_tensor_parallel_size=0,
+        unquantized_modules=(),
+        shards=described.files,
+        tensors=len(index.tensors),
+        bytes=sum(described.files.values()),
+        files=(),
+        left_behind={},
+        warnings=(),
+        reason=described.reason,
+        dtypes=_dtypes(index),
+    )
+
+
+def _dtypes(index: TensorIndex) -> dict[str, int]:
+    return dict(Counter(tensor.dtype for tensor in index.tensors.values()).most_common())
 
 
 def _model_type(config: Mapping[str, Any]) -> str:

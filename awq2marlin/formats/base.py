@@ -556,7 +556,7 @@ def _with_mixed(
         "one kind of quantization for all modules are converted, so look for such a version of this model"
     )
     others = [problem for problem in problems if problem.code != "contradiction"]
-    return [Problem(shard_of[tensor], tensor, "contradiction", message), *others]
+    return [Problem(shard_of[tensor], tensor, "foreign-format", message), *others]
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,14 @@ class Outcome:
         """Asserts exit code 3, one problem of this code and place, and what its message says."""
         self.failed(3, code, *parts, file=file, tensor=tensor)
 
+    def is_described(self, *parts: str) -> None:
+        """Asserts that a checkpoint which cannot be converted was described, and what is said of why."""
+        assert self.code == 0, (self.err, self.out)
+        details = self.report["details"]
+        assert (details["convertible"], self.report["modules"]) == (False, [])
+        for part in parts:
+            assert part in details["reason"], (part, details)
+
     def failed(self, exit_code: int, code: str, *parts: str, file: str | None, tensor: str | None) -> None:
         assert self.code == exit_code, (self.err, self.out)
         assert self.codes == {code}, self.err
