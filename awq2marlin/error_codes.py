@@ -85,6 +85,10 @@ ERROR_CODES: Mapping[str, Advice] = {
     "duplicate-tensor": Advice(
         "two shards hold a tensor of the same name, and no index says which counts", "download the checkpoint again"
     ),
+    "error-page": Advice(
+        "an HTML page, JSON or text lies in the place of a file: a server's answer to a download",
+        "download the file again",
+    ),
     "extra-tensor": Advice(
         "`verify`, `revert`, `inspect`: the converted checkpoint has a tensor that the source does not; exit code 1 "
         "or 3",
@@ -159,6 +163,10 @@ ERROR_CODES: Mapping[str, Advice] = {
     "killed-workers": Advice(
         "`--dask`: several workers died of the same shard, one after the other",
         "give the workers more memory; run the command again, it resumes",
+    ),
+    "lfs-pointer": Advice(
+        "a Git LFS pointer lies in the place of a file, as after a clone without Git LFS",
+        "run `git lfs install` and `git lfs pull` in its folder, or download the file",
     ),
     "manifest": Advice(
         "the manifest does not record the source or the output as they are, so `revert` would fail; exit code 3",
@@ -265,6 +273,10 @@ ERROR_CODES: Mapping[str, Advice] = {
     ),
     "unfinished": Advice(
         "the conversion into this folder, or the way back, is not finished", "run the same command again first"
+    ),
+    "unfinished-download": Advice(
+        "a download manager's file (`.aria2`, `.part`, `.incomplete`) beside a shard says that it is not whole",
+        "finish the download, or remove that file",
     ),
     "unknown-dtype": Advice("a header names a data type that the format does not have", "download the shard again"),
     "unknown-module": Advice(

@@ -14,6 +14,7 @@ from fnmatch import fnmatchcase
 
 from awq2marlin.checkpoint.choice import Choice
 from awq2marlin.checkpoint.config import refuse_only_gguf
+from awq2marlin.checkpoint.downloads import refuse_unfinished
 from awq2marlin.checkpoint.index import read_index
 from awq2marlin.checkpoint.nearby import weights_below
 from awq2marlin.errors import CheckpointError, Problem, printable, refuse
@@ -98,6 +99,7 @@ def sort_files(folder: Source, choice: Choice) -> Files:
     visible = [name for name in names if not _is_hidden(name)]
     followed = folder.exists(INDEX_FILENAME) and choice.fate(INDEX_FILENAME) != "leave"
     weight_map = read_index(folder) if followed else None
+    refuse_unfinished(visible, weight_map, choice)
     if weight_map is None:
         shards, warnings = _shards_without_index(folder, visible, choice)
     else:

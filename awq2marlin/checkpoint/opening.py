@@ -11,6 +11,7 @@ from typing import Any
 
 from awq2marlin.checkpoint.choice import Choice
 from awq2marlin.checkpoint.config import read_config, read_quantization
+from awq2marlin.checkpoint.downloads import doubtful
 from awq2marlin.checkpoint.files import OWN_FILENAMES, left_behind_warning, sort_files
 from awq2marlin.checkpoint.index import open_index
 from awq2marlin.errors import printable, refuse
@@ -135,7 +136,7 @@ def open_checkpoint(
         files.card,
         files.left_behind,
         files.left_behind_bytes,
-        (*warnings, *files.warnings, *oddities),
+        (*warnings, *files.warnings, *oddities, *doubtful(folder, files.side_files)),
     )
 
 

@@ -24,7 +24,7 @@ from awq2marlin.errors import CheckpointError, HubError, Problem, printable, ref
 from awq2marlin.formats.names import CONFIG_FILENAME, INDEX_FILENAME
 from awq2marlin.hub.errors import as_hub_errors
 from awq2marlin.hub.name import HubName, folder_at, parse_source
-from awq2marlin.io.folder import Folder, open_regular, read_header_of, read_range, read_small
+from awq2marlin.io.folder import Folder, open_regular, read_all, read_header_of, read_range, read_small
 from awq2marlin.io.safetensors import LENGTH_BYTES, MAX_HEADER_BYTES, Header, read_header
 from awq2marlin.io.source import MAX_JSON_BYTES, RepoCommit, Source
 from awq2marlin.io.strict_json import parse_json
@@ -158,10 +158,9 @@ class Repository:
 
     def read_headers(self, names: Iterable[str]) -> dict[str, Header]:
         """Returns the checked headers of safetensors files, by name; several are asked for at once."""
-        names = list(names)
         with ThreadPoolExecutor(_HEADERS_AT_ONCE, thread_name_prefix="header") as pool:
             try:
-                return dict(zip(names, pool.map(self.read_header, names), strict=True))
+                return read_all(pool.map, self.read_header, names)
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise

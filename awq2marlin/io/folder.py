@@ -253,8 +253,8 @@ class Folder:
         return read_header_of(self.path(name), name)
 
     def read_headers(self, names: Iterable[str]) -> dict[str, Header]:
-        """Returns the checked headers of safetensors files, by name."""
-        return {name: self.read_header(name) for name in names}
+        """Returns the checked headers of safetensors files, by name; what is wrong with several is told of all."""
+        return read_all(map, self.read_header, names)
 
     def names(self) -> Iterator[str]:
         """Yields the relative path of everything in the folder but folders, sorted; hidden names too.
@@ -267,6 +267,34 @@ class Folder:
             relative = Path(parent).relative_to(self.root)
             for name in sorted(files + linked):
                 yield (relative / name).as_posix()
+
+
+def read_all(
+    run: Callable[..., Iterable[Header | CheckpointError]], read: Callable[[str], Header], names: Iterable[str]
+) -> dict[str, Header]:
+    """Returns headers by the files' names.
+
+    Args:
+        run: calls a function with every name, such as `map` or that of a pool of threads.
+        read: reads one header.
+        names: of the files.
+
+    Raises:
+        CheckpointError: with everything that is wrong with any of them.
+    """
+
+    def tried(name: str) -> Header | CheckpointError:
+        try:
+            return read(name)
+        except CheckpointError as error:
+            return error
+
+    names = list(names)
+    found = dict(zip(names, run(tried, names), strict=True))
+    problems = [problem for each in found.values() if isinstance(each, CheckpointError) for problem in each.problems]
+    if problems:
+        raise CheckpointError(problems)
+    return {name: each for name, each in found.items() if isinstance(each, Header)}
 
 
 def _unopened(given: Path, error: Exception) -> CheckpointError:

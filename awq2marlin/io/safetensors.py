@@ -15,6 +15,7 @@ from functools import cached_property
 from typing import Any, BinaryIO, NoReturn
 
 from awq2marlin.errors import printable, refuse
+from awq2marlin.io.impostors import HEAD_BYTES, text_in_place_of
 from awq2marlin.io.strict_json import parse_json
 
 #: The format's own limit on the header's length, in bytes.
@@ -134,6 +135,9 @@ def read_header(stream: BinaryIO, file_size: int, file: str) -> Header:
         raise refuse("truncated", f"it has {file_size} bytes, too few for a safetensors file", file=file)
     length = int.from_bytes(length_bytes, "little")
     if length > MAX_HEADER_BYTES:
+        text_there = text_in_place_of(length_bytes + stream.read(HEAD_BYTES - LENGTH_BYTES), file)
+        if text_there is not None:
+            raise text_there
         raise refuse(
             "header-too-long",
             f"the header's length reads {length} bytes, above the format's limit of {MAX_HEADER_BYTES}; "

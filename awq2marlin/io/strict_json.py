@@ -6,6 +6,7 @@ import json
 from typing import Any, NoReturn
 
 from awq2marlin.errors import printable, refuse
+from awq2marlin.io.impostors import HEAD_BYTES, impostor
 
 #: How deep JSON may be nested: safetensors' own parser stops at 128, no config comes near.
 _MAX_DEPTH = 100
@@ -52,6 +53,9 @@ def parse_json(text: bytes, file: str, *, constants: bool = False) -> Any:
     except RecursionError:
         raise refuse("bad-json", "the JSON is nested too deeply", file=file) from None
     except ValueError as error:
+        found = impostor(text[:HEAD_BYTES])
+        if found is not None and not found.is_json:
+            raise found.refusal(file) from None
         raise refuse("bad-json", f"it is not valid JSON ({printable(str(error))})", file=file) from None
     _refuse_depth(document, file)
     return document
