@@ -17,7 +17,7 @@ from awq2marlin.io.workers import check_workers, run_on_executor, run_side_by_si
 from awq2marlin.pipeline.arrivals import arriving
 from awq2marlin.pipeline.journal import FinishedFile
 from awq2marlin.pipeline.output import OutputFolder
-from awq2marlin.pipeline.shard import ShardResult, ShardTask, rewrite_shard
+from awq2marlin.pipeline.shard import ShardResult, ShardTask, other_contents, rewrite_shard
 from awq2marlin.pipeline.sink import Sink
 from awq2marlin.pipeline.transfer import ShardPlan, Transfer
 from awq2marlin.progress import Progress
@@ -205,10 +205,15 @@ def _journal_entry(done: ShardResult, work: Work) -> FinishedFile:
 
 def _carry(name: str, expected: FileDigest | None, source: Source, out: OutputFolder, work: Work) -> FileDigest:
     """Copies a file that belongs to the checkpoint unchanged."""
-    xxh3, sha256, size = Xxh3(), hashlib.sha256() if work.with_sha256 else None, source.size(name)
+    promised, size, path = source.sha256(name), source.size(name), source.path(name)
+    xxh3, sha256 = Xxh3(), hashlib.sha256() if work.with_sha256 or promised else None
     hashes = [each for each in (xxh3, sha256) if each]
-    rewrite_file(NamedPath(source.path(name), name), out.partial(name), copy_pieces(0, 0, size), target_hashes=hashes)
-    found = FileDigest(size, str(xxh3), hexdigest(sha256))
+    rewrite_file(NamedPath(path, name), out.partial(name), copy_pieces(0, 0, size), target_hashes=hashes)
+    if sha256 and promised and sha256.hexdigest() != promised:
+        out.partial(name).unlink()
+        source.release(name)
+        raise other_contents(name, path, sha256.hexdigest(), promised)
+    found = FileDigest(size, str(xxh3), hexdigest(sha256 if work.with_sha256 else None))
     if expected is not None and not expected.is_of(found):
         raise difference(
             "wrong-digest",

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from awq2marlin._version import __version__
-from awq2marlin.errors import ExecutorError, Problem, refuse
+from awq2marlin.errors import CheckpointError, ExecutorError, Problem, refuse
 from awq2marlin.io.digest import FileDigest, Xxh3, hexdigest
 from awq2marlin.io.folder import open_regular, read_range
 from awq2marlin.io.stream import NamedPath, Piece, copy_pieces, rewrite_file
@@ -104,15 +104,27 @@ def rewrite_shard(task: ShardTask, progress: Callable[[int], None] | None = None
     )
     if source_sha256 and source_sha256.hexdigest() != task.sha256:
         partial.unlink()
-        raise refuse(
-            "wrong-digest",
-            f"the file that was fetched has SHA-256 {source_sha256.hexdigest()}, the Hub says {task.sha256}; "
-            f"remove {task.source} if it is there and run the same command again, it fetches it anew",
-            file=plan.name,
-        )
+        raise other_contents(plan.name, task.source, source_sha256.hexdigest(), task.sha256)
     source = FileDigest(plan.source.file_size, str(read), hexdigest(source_sha256))
     target = FileDigest(plan.target.file_size, str(made), hexdigest(target_sha256))
     return ShardResult(plan.name, partial, source, target)
+
+
+def other_contents(name: str, path: Path, found: str, promised: str | None) -> CheckpointError:
+    """Returns the refusal of a file that was fetched and is not what the Hub says, to be raised by the caller.
+
+    Args:
+        name: the file's.
+        path: where it lies.
+        found: its SHA-256.
+        promised: what that should be.
+    """
+    return refuse(
+        "wrong-digest",
+        f"the file that was fetched has SHA-256 {found}, the Hub says {promised}; "
+        f"remove {path} if it is there and run the same command again, it fetches it anew",
+        file=name,
+    )
 
 
 def _check_version(task: ShardTask) -> None:

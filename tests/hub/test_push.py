@@ -22,11 +22,13 @@ from awq2marlin import (
     OutputError,
     PushedFile,
     PushResult,
+    convert,
     push,
     revert,
     verify,
 )
 from awq2marlin.cli.app import main
+from tests.hostile.hostile_files import write_awq
 
 pytestmark = pytest.mark.usefixtures("hub", "no_waiting")
 
@@ -163,6 +165,25 @@ def test_files_of_the_repository_s_owner_stay(hub, marlin):
     hub.add_repository("org/new", {"LICENSE": b"mine", "images/a.txt": b"mine too"})
     push(marlin, "org/new")
     assert held(hub) == {**as_pushed(marlin), "LICENSE": b"mine", "images/a.txt": b"mine too"}
+
+
+def test_files_that_a_conversion_carried_over_go_up_and_come_back(hub, tmp_path):
+    source = write_awq(tmp_path / "awq")
+    ours = {
+        "pytorch_model.bin": b"1",
+        "spk.pt": b"2",
+        "adapter_model.safetensors": b"3",
+        "2_Dense/model.safetensors": b"4",
+    }
+    for name, data in ours.items():
+        (source / name).parent.mkdir(exist_ok=True)
+        (source / name).write_bytes(data)
+    convert(source, tmp_path / "out", carry=["pytorch_model.bin"])
+    push(tmp_path / "out", "org/new")
+    assert held(hub) == as_pushed(tmp_path / "out")
+    assert {*ours, "model.safetensors.index.json"} < held(hub).keys()
+    revert("org/new", tmp_path / "back")
+    assert contents(tmp_path / "back") == contents(source)
 
 
 def test_hidden_and_pickled_files_do_not_go_up(hub, marlin):

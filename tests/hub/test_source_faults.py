@@ -164,6 +164,24 @@ def test_wrong_contents_are_found_by_their_sha256(hub, run, converted, options, 
     assert contents(Path("out")) == converted
 
 
+@pytest.mark.parametrize("options", [(), ("--low-disk",)])
+def test_a_carried_file_of_other_contents_is_found_by_its_sha256(hub, run, options):
+    repository = hub.repository(REPO)
+    repository.add({"assets/table.bin": bytes(1000)})
+    stored = repository.files()["assets/table.bin"]
+    whole = stored.path.read_bytes()
+    stored.path.write_bytes(whole[:-1] + b"x")
+    outcome = run("convert", REPO, "out", *options)
+    message = refused(hub, outcome, "wrong-digest")
+    assert outcome.error["file"] == "assets/table.bin"
+    assert not Path("out", "assets/table.bin").exists()
+    stored.path.write_bytes(whole)
+    if not options:
+        Path(message.split("remove ")[1].split(" if it is there")[0]).unlink()
+    assert run("convert", REPO, "out", *options).code == 0
+    assert Path("out", "assets/table.bin").read_bytes() == bytes(1000)
+
+
 def test_a_header_that_is_not_the_file_s_is_found(hub, run, source):
     """Range requests are answered with another header than the file has."""
     name = shard_names(source)[1]
