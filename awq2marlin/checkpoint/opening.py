@@ -76,6 +76,11 @@ class Checkpoint:
         return self.index.shard_of
 
     @property
+    def title(self) -> str:
+        """What messages call it, by its format."""
+        return self.format.title_of(self.quantization)
+
+    @property
     def has_manifest(self) -> bool:
         """Whether a file of the manifest's name is there."""
         return self.folder.exists(MANIFEST_FILENAME)

@@ -143,7 +143,7 @@ def _inspected(checkpoint: Checkpoint, manifest: Manifest | None) -> InspectResu
     return InspectResult(
         path=checkpoint.folder.where,
         format=checkpoint.format.name,
-        title=checkpoint.format.title,
+        title=checkpoint.title,
         bits=quantization.bits,
         group_size=quantization.group_size,
         zero_point=quantization.zero_point,

@@ -293,7 +293,7 @@ def _with_itself(side: Side, modules: list[ModulePlan], progress: Progress) -> C
 def _format(checkpoint: Checkpoint, not_compared: tuple[str, ...] = ()) -> ComparedFormat:
     format, scheme = checkpoint.format, checkpoint.quantization.scheme
     numbers = (scheme.bits, scheme.group_size, scheme.zero_point)
-    return ComparedFormat(format.name, format.title, format.layout_name, *numbers, not_compared)
+    return ComparedFormat(format.name, checkpoint.title, format.layout_name, *numbers, not_compared)
 
 
 def _verify_conversion(

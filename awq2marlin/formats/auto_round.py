@@ -64,6 +64,11 @@ class AutoRound(Gptq):
         scheme = scheme_of(bits, group_size, not flag(document, "sym", place), place)
         return Quantization(scheme, origin=place, layout=_LAYOUTS[packing])
 
+    def title_of(self, quantization: Quantization) -> str:
+        """Returns the title, whatever the packing."""
+        del quantization
+        return self.title
+
     def find(
         self, tensors: Mapping[str, TensorInfo], quantization: Quantization, shard_of: Mapping[str, str]
     ) -> tuple[dict[str, StoredModule], list[Problem]]:

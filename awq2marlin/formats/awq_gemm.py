@@ -19,7 +19,6 @@ from awq2marlin.errors import Problem
 from awq2marlin.formats.awq import Awq
 from awq2marlin.formats.base import DerivedTensor, Fault, Quantization, StoredModule, find_modules
 from awq2marlin.io.safetensors import DTYPE_BITS, TensorInfo
-from awq2marlin.layout.derived import middle_zero_points
 from awq2marlin.layout.marlin import MARLIN_SUPPORTED_GROUP_SIZES, MAX_SIZE_N, num_groups
 from awq2marlin.layout.modules import module_name, part_shape
 from awq2marlin.layout.repack import PartLayout
@@ -189,10 +188,7 @@ class _WithMiddleZeros(AwqGemm):
 
     def derived(self, size_k: int, size_n: int, scheme: Scheme) -> Sequence[DerivedTensor]:
         """Returns the zero points."""
-        layout = self.layout("qzeros", size_k, size_n, scheme)
-        middle = partial(middle_zero_points, layout, layout.rows, size_n)
-        shape = self.shape("qzeros", size_k, size_n, scheme)
-        return [DerivedTensor("qzeros", "I32", shape, middle, is_optional=True, meaning=_DENIED)]
+        return [self.middle_zero_points(size_k, size_n, scheme, _DENIED)]
 
 
 AWQ_GEMM = AwqGemm()

@@ -15,6 +15,7 @@ from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
@@ -22,11 +23,14 @@ import numpy.typing as npt
 
 from awq2marlin.errors import CheckpointError, Problem, printable, refuse
 from awq2marlin.io.safetensors import TensorIndex, TensorInfo
+from awq2marlin.layout.derived import middle_zero_points
 from awq2marlin.layout.marlin import MARLIN_SUPPORTED_GROUP_SIZES, num_groups
 from awq2marlin.layout.modules import QUANTIZED_PARTS, SCALE_DTYPES, Linear, module_name
 from awq2marlin.layout.packing import AWQ_SUPPORTED_BITS
 from awq2marlin.layout.repack import PartLayout
 from awq2marlin.layout.scheme import Scheme
+
+_EMBEDDINGS = ("embed_tokens", "tok_embeddings", "word_embeddings", "embed_in", "wte")
 
 #: (tensor, code, message): something that is wrong with one module.
 Fault = tuple[str, str, str]
@@ -200,6 +204,10 @@ class Format(ABC):
         """
         raise NotImplementedError
 
+    def title_of(self, quantization: Quantization) -> str:  # noqa: ARG002
+        """Returns what messages call a checkpoint of this format, where its config tells several kinds apart."""
+        return self.title
+
     # --- the tensors of a module
 
     def set_aside(self, names: Collection[str], listed: Collection[str]) -> set[str]:
@@ -297,6 +305,20 @@ class Format(ABC):
     def derived(self, size_k: int, size_n: int, scheme: Scheme) -> Sequence[DerivedTensor]:  # noqa: ARG002
         """Returns the further tensors that a module of a shape has; none, in most formats."""
         return ()
+
+    def middle_zero_points(self, size_k: int, size_n: int, scheme: Scheme, meaning: str) -> DerivedTensor:
+        """Returns the zero points of a symmetric checkpoint, where they may be stored all the same: all are 2^(bits-1).
+
+        Args:
+            size_k: K, padding included.
+            size_n: N, padding included.
+            scheme: of the checkpoint.
+            meaning: what it means if they are not.
+        """
+        layout, (dtype,) = self.layout("qzeros", size_k, size_n, scheme), self.dtypes["qzeros"]
+        data = partial(middle_zero_points, layout, layout.rows, size_n)
+        shape = self.shape("qzeros", size_k, size_n, scheme)
+        return DerivedTensor(self.suffixes["qzeros"], dtype, shape, data, is_optional=True, meaning=meaning)
 
     def faults(
         self, module: str, tensors: Mapping[str, TensorInfo], size_k: int, size_n: int, quantization: Quantization
@@ -609,6 +631,17 @@ def group_bytes(size_k: int, group_size: int) -> bytes:
         group_size: rows of a group; -1 for all.
     """
     return (np.arange(size_k, dtype="<i4") // (size_k if group_size == -1 else group_size)).astype("<i4").tobytes()
+
+
+def embedding_faults(module: str, tensor: TensorInfo) -> Iterator[Fault]:
+    """Yields that a module is an embedding, if it is: that is no linear layer.
+
+    Args:
+        module: full name.
+        tensor: its weight.
+    """
+    if module.rpartition(".")[2] in _EMBEDDINGS:
+        yield tensor.name, "foreign-format", "this is a quantized embedding; only linear layers are converted"
 
 
 def require_modules(modules: Mapping[str, Linear], problems: Sequence[Problem], quantization: Quantization) -> None:

@@ -17,10 +17,17 @@ import numpy as np
 import numpy.typing as npt
 
 from awq2marlin.errors import CheckpointError, Problem, printable, refuse
-from awq2marlin.formats.base import DerivedTensor, Fault, Format, Quantization, StoredModule, group_bytes
+from awq2marlin.formats.base import (
+    DerivedTensor,
+    Fault,
+    Format,
+    Quantization,
+    StoredModule,
+    embedding_faults,
+    group_bytes,
+)
 from awq2marlin.formats.config import method_of, scheme_of, word
 from awq2marlin.io.safetensors import TensorIndex, TensorInfo
-from awq2marlin.layout.derived import middle_zero_points
 from awq2marlin.layout.marlin import MAX_SIZE_N
 from awq2marlin.layout.repack import PartLayout
 from awq2marlin.layout.scheme import Scheme
@@ -29,7 +36,6 @@ from awq2marlin.layout.transposed import SignedZeroPoints, TransposedCodes, Tran
 METHOD = "compressed-tensors"
 PACKED = "pack-quantized"
 _HEAD = "lm_head"
-_EMBEDDINGS = ("embed_tokens", "tok_embeddings", "word_embeddings", "embed_in", "wte")
 
 #: What it means if a tensor that follows from a module's shape holds something else.
 _ODD_K = "K ends inside a word, or the shape is another than that of weight_packed; such a module is not converted"
@@ -194,10 +200,7 @@ class CompressedTensors(Format):
             ),
         ]
         if not scheme.zero_point:
-            shape, (dtype,) = self.shape("qzeros", size_k, size_n, scheme), self.dtypes["qzeros"]
-            layout = self.layout("qzeros", size_k, size_n, scheme)
-            middle = partial(middle_zero_points, layout, layout.rows, size_n)
-            derived.append(DerivedTensor("weight_zero_point", dtype, shape, middle, True, _ASYMMETRIC))
+            derived.append(self.middle_zero_points(size_k, size_n, scheme, _ASYMMETRIC))
         return derived
 
     def faults(
@@ -205,9 +208,8 @@ class CompressedTensors(Format):
     ) -> Iterator[Fault]:
         """Yields an embedding, which is no linear layer, and what contradicts ``weight_packed`` or the config."""
         packed = tensors["qweight"]
-        if module.rpartition(".")[2] in _EMBEDDINGS:
-            message = "this is a quantized embedding; only linear layers are converted"
-            yield packed.name, "foreign-format", message
+        if embedding := list(embedding_faults(module, packed)):
+            yield from embedding
             return
         if size_k == 0 or size_n == 0 or size_n > MAX_SIZE_N:
             yield packed.name, "wrong-shape", f"K={size_k}, N={size_n} is empty or has more than {MAX_SIZE_N} columns"

@@ -18,10 +18,9 @@ import numpy.typing as npt
 
 from awq2marlin.errors import CheckpointError, printable, refuse
 from awq2marlin.formats.awq import GPTQ_KEYS
-from awq2marlin.formats.base import DerivedTensor, Fault, Format, Quantization, group_bytes
+from awq2marlin.formats.base import DerivedTensor, Fault, Format, Quantization, embedding_faults, group_bytes
 from awq2marlin.formats.config import first_of, flag, method_of, scheme_of, word
 from awq2marlin.io.safetensors import TensorInfo
-from awq2marlin.layout.derived import middle_zero_points
 from awq2marlin.layout.marlin import MAX_SIZE_N
 from awq2marlin.layout.repack import PartLayout
 from awq2marlin.layout.scheme import Scheme
@@ -79,6 +78,10 @@ class Gptq(Format):
         scheme = scheme_of(bits, group_size, not flag(document, "sym", place), place)
         return Quantization(scheme, origin=place, layout=_layout(document, place))
 
+    def title_of(self, quantization: Quantization) -> str:
+        """Returns the version's title."""
+        return (quantization.layout or self).title
+
     def sizes(self, tensors: Mapping[str, TensorInfo], scheme: Scheme) -> tuple[int, int]:
         """Returns K and N as ``qweight`` says."""
         rows, size_n = tensors["qweight"].shape
@@ -114,10 +117,7 @@ class Gptq(Format):
         groups = partial(group_bytes, size_k, scheme.group_size)
         derived = [DerivedTensor("g_idx", "I32", (size_k,), groups, is_optional=True, meaning=_ORDERED)]
         if not scheme.zero_point:
-            layout = self.layout("qzeros", size_k, size_n, scheme)
-            middle = partial(middle_zero_points, layout, layout.rows, size_n)
-            shape = self.shape("qzeros", size_k, size_n, scheme)
-            derived.append(DerivedTensor("qzeros", "I32", shape, middle, is_optional=True, meaning=_ASYMMETRIC))
+            derived.append(self.middle_zero_points(size_k, size_n, scheme, _ASYMMETRIC))
         return derived
 
     def faults(
@@ -125,7 +125,9 @@ class Gptq(Format):
     ) -> Iterator[Fault]:
         """Yields what contradicts ``qweight`` or the config, with the layout that the shapes are of instead."""
         scheme, qweight, scales = quantization.scheme, tensors["qweight"], tensors["scales"]
-        if size_k == 0 or size_n == 0 or size_n > MAX_SIZE_N or size_n % scheme.pack_factor:
+        if embedding := list(embedding_faults(module, qweight)):
+            yield from embedding
+        elif size_k == 0 or size_n == 0 or size_n > MAX_SIZE_N or size_n % scheme.pack_factor:
             message = (
                 f"K={size_k}, N={size_n} is empty, wider than {MAX_SIZE_N} columns, or ends inside a word of "
                 f"{scheme.pack_factor} zero points"

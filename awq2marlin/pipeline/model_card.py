@@ -70,7 +70,7 @@ def model_card(
         _what_was_checked(plan, verified, gemm),
         _how_to_check_and_revert(repo_id, revision, plan),
         _what_to_know(plan.checkpoint),
-        _source_card(front_matter if problem else "", problem, body, plan.counterparts.source.title),
+        _source_card(front_matter if problem else "", problem, body, plan.checkpoint.title),
     ]
     return "".join(parts).encode("utf-8")
 
@@ -86,7 +86,7 @@ def addressed(card: bytes, repo_id: str) -> bytes:
 
 
 def _title(repo_id: str | None, plan: Plan) -> str:
-    name, source, target = repo_id and repo_id.partition("/")[2], plan.counterparts.source.title, plan.target
+    name, source, target = repo_id and repo_id.partition("/")[2], plan.checkpoint.title, plan.target
     if name:
         return f"{name}, {target.title}"
     noun = f"{target.title} {source} checkpoint" if target.is_own else f"{target.title} checkpoint"
@@ -95,7 +95,7 @@ def _title(repo_id: str | None, plan: Plan) -> str:
 
 def _what(plan: Plan, repo_id: str | None, revision: str | None) -> str:
     quantization, target = plan.quantization, plan.target
-    source = f"[{repo_id}]({_HUB}/{repo_id})" if repo_id else f"{article(plan.counterparts.source.title)} checkpoint"
+    source = f"[{repo_id}]({_HUB}/{repo_id})" if repo_id else f"{article(plan.checkpoint.title)} checkpoint"
     if repo_id and revision:
         source += f" at revision [`{revision}`]({_HUB}/{repo_id}/tree/{revision})"
     groups = "one group a column" if quantization.group_size == -1 else f"group size {quantization.group_size}"
@@ -127,7 +127,7 @@ def _what_was_checked(plan: Plan, verified: Sequence[str], gemm: GemmRun | None)
         *([("of these still in the AWQ layout", str(len(plan.kept)))] if plan.target.is_own else []),
         (
             "compared with the source, value for value",
-            f"{len(verified)} of {len(plan.converted)}: no difference" if verified else "not done",
+            f"{len(verified)} of {len(plan.counterparts.rewritten)}: no difference" if verified else "not done",
         ),
     ]
     if not plan.target.is_own:
@@ -174,7 +174,7 @@ def _code(name: str) -> str:
 
 
 def _how_to_check_and_revert(repo_id: str | None, revision: str | None, plan: Plan) -> str:
-    format, left = plan.counterparts.source.title, plan.checkpoint.left_behind
+    format, left = plan.checkpoint.title, plan.checkpoint.left_behind
     every = "Every file but those that were left behind" if left else "Every file"
     source = f"{repo_id}@{revision}" if repo_id and revision else repo_id or "SOURCE"
     return f"""Everything is compared with the source, by whoever wants to know, with:

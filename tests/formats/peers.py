@@ -324,13 +324,17 @@ def write_awq(folder, source):
 
 
 def write_dense(folder, source, exact=False):
-    """Writes the dense checkpoint that a compressed-tensors one means: in float32, or in the type of its scales."""
+    """Writes the dense checkpoint that a quantized one means: in float32, or in the type of its scales."""
     folder.mkdir(parents=True)
-    tensors, config = read_tensors(source), read_config(source)
-    written = {name: tensor for name, tensor in tensors.items() if ".weight_" not in name}
+    tensors, config, modules = read_tensors(source), read_config(source), numbers_of(source)
+    written = {
+        name: tensor
+        for name, tensor in tensors.items()
+        if name.rpartition(".")[0] not in modules or name.endswith(".bias")
+    }
     if exact:
         written = {name: ("F32", floats(array, dtype)) for name, (dtype, array) in written.items()}
-    for name, module in decode_all(source).items():
+    for name, module in modules.items():
         written[f"{name}.weight"] = ("F32", module.exact) if exact else (module.dtype, module.rounded)
     del config["quantization_config"]
     if exact:

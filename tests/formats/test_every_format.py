@@ -182,10 +182,15 @@ def test_the_card_says_what_the_source_was_and_version_01_is_asked_for_a_newer_o
 ) -> None:
     convert(source, tmp_path / "out")
     assert read_manifest(Folder.at(tmp_path / "out")).version == 2
-    title = {"gptq": "GPTQ", "auto-round": "AutoRound", "awq": "AWQ"}[inspect(source).format]
+    result = inspect(source)
+    title = {"gptq": "GPTQ", "gptq_v2": "GPTQ v2"}.get(result.modules[0].layout, "") if result.format == "gptq" else ""
+    title = title or {"auto-round": "AutoRound", "awq": "AWQ"}[result.format]
+    assert result.title == title
     card = (tmp_path / "out" / "README.md").read_text("utf-8")
     assert f"The weights of {article(title)} checkpoint (" in card
     assert f"How to get the {title} checkpoint back" in card
+    count = len(result.modules)
+    assert f"| compared with the source, value for value | {count} of {count}: no difference |" in card
 
 
 @pytest.fixture(scope="module")

@@ -172,21 +172,29 @@ WRONG_TENSORS: dict[str, tuple[Callable[[Tensors], Any], str, str, str]] = {
     "no rows": (_grown(DOWN, qweight=("I32", (0, 32))), "wrong-shape", f"{DOWN}.qweight", "K=0, N=32 is empty"),
     "mixed bits": (
         _grown(DOWN, qweight=("I32", (32, 32)), qzeros=("I32", (2, 8))),
-        "contradiction",
+        "foreign-format",
         f"{DOWN}.qweight",
         f"this module has 8 bits in groups of 64, but {O_PROJ} has 4 bits in groups of 64; only checkpoints with one",
     ),
     "mixed groups": (
         _grown(O_PROJ, qzeros=("I32", (4, 8)), scales=("F16", (4, 64))),
-        "contradiction",
+        "foreign-format",
         f"{O_PROJ}.qweight",
         f"this module has 4 bits in groups of 32, but {DOWN} has 4 bits in groups of 64",
     ),
     "an output embedding of other bits": (
         _grown("lm_head", qweight=("I32", (32, 32)), qzeros=("I32", (2, 8)), scales=("F16", (2, 32))),
-        "contradiction",
+        "foreign-format",
         "lm_head.qweight",
         "this module has 8 bits",
+    ),
+    "an embedding": (
+        lambda tensors: tensors.update(
+            {f"model.embed_tokens.{part}": tensors.pop(f"{DOWN}.{part}") for part in ("qweight", "qzeros", "scales")}
+        ),
+        "foreign-format",
+        "model.embed_tokens.qweight",
+        "quantized embedding",
     ),
     "a dense weight besides": (
         _put(f"{DOWN}.weight", "F16", np.ones((32, 128))),
