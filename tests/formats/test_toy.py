@@ -15,7 +15,7 @@ from awq2marlin.checkpoint.synthetic import Recipe, write_checkpoint
 from awq2marlin.formats.registry import registered
 from tests.faults.helpers import WORK, Stepped, contents, finished_shards, run_here
 from tests.faults.test_kill import kill_at_every_step
-from tests.formats.toy import TOY
+from tests.formats.toy import MASKED, TOY
 from tests.hostile.hostile_files import pack_tensors
 
 MODULES = {
@@ -34,9 +34,13 @@ KINDS = [
 
 
 @pytest.fixture(autouse=True)
-def toy():
-    with registered(TOY):
+def toy(request):
+    with registered(getattr(request, "param", TOY)):
         yield
+
+
+#: The second toy needs two tensors to read, or to write, one.
+both = pytest.mark.parametrize("toy", [TOY, MASKED], ids=["toy", "masked"], indirect=True)
 
 
 def write_awq(folder, **options):
@@ -59,6 +63,7 @@ def made(tmp_path):
     return make
 
 
+@both
 @pytest.mark.parametrize("options", KINDS)
 def test_it_is_written_verified_and_taken_back(tmp_path, options):
     awq, toy = write_awq(tmp_path / "awq", **options), tmp_path / "toy"
@@ -74,6 +79,7 @@ def test_it_is_written_verified_and_taken_back(tmp_path, options):
     assert contents(tmp_path / "back") == contents(awq)
 
 
+@both
 @pytest.mark.parametrize("unaligned", ["keep", "pad"])
 @pytest.mark.parametrize("options", KINDS)
 def test_it_is_read_and_every_output_is_that_of_the_same_numbers_in_awq(made, tmp_path, options, unaligned):

@@ -1,11 +1,12 @@
 """A format of no use, in one small class: as unlike AWQ as a format can be, and read and written all the same.
 
 Its tensors have other names, lie the other way round (N first, codes packed along K in plain order), and a module has
-one tensor more, which follows from its shape. Importing this module with ``AWQ2MARLIN_TEST_TOY`` set registers it.
+one tensor more, which follows from its shape. Importing this module with ``AWQ2MARLIN_TEST_TOY`` set registers it. A
+second one, `MASKED`, has zero points that take the scales to be read, and to be written.
 """
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import ClassVar
 
@@ -15,7 +16,7 @@ from awq2marlin.formats.base import DerivedTensor, Format, Quantization
 from awq2marlin.formats.config import first_of, method_of, scheme_of
 from awq2marlin.formats.registry import FORMATS
 from awq2marlin.layout import reference
-from awq2marlin.layout.repack import PartLayout
+from awq2marlin.layout.repack import PartLayout, StrayBitsError
 
 
 def split(words, bits):
@@ -30,6 +31,14 @@ def join(fields, bits):
     filled = np.pad(fields, [(0, 0)] * (fields.ndim - 1) + [(0, -fields.shape[-1] % factor)]).astype(np.uint32)
     shifts = np.arange(0, 32, bits, dtype=np.uint32)
     return np.bitwise_or.reduce(filled.reshape(*fields.shape[:-1], -1, factor) << shifts, axis=-1, dtype=np.uint32)
+
+
+def awq_words(values, bits):
+    """Rows of values, packed as AWQ packs them."""
+    order = np.argsort(reference.field_order(bits))
+    fields = np.empty_like(values).reshape(len(values), -1, len(order))
+    fields[..., order] = values.reshape(fields.shape)
+    return join(fields.reshape(values.shape), bits)
 
 
 @dataclass(frozen=True)
@@ -51,10 +60,7 @@ class Transposed(PartLayout):
             plain.view(np.uint16).reshape(self.rows, -1)[:] = data.view(np.uint16).reshape(self.columns, -1).T
             return
         values = split(data.view(np.uint32).reshape(self.columns, -1), self.bits)[:, : self.rows].T
-        order = np.argsort(reference.field_order(self.bits))
-        words = np.empty_like(values).reshape(self.rows, -1, len(order))
-        words[..., order] = values.reshape(words.shape)
-        plain.view(np.uint32).reshape(self.rows, -1)[:] = join(words.reshape(values.shape), self.bits)
+        plain.view(np.uint32).reshape(self.rows, -1)[:] = awq_words(values, self.bits)
 
     def pack(self, plain, data):
         if self.part == "scales":
@@ -120,6 +126,66 @@ class Toy(Format):
         return fields[:, :count].T.astype(np.uint8)
 
 
-TOY = Toy()
+@dataclass(frozen=True)
+class Masked(PartLayout):
+    """Zero points uint16 [rows, N], each masked with the bits of its scale."""
+
+    scales: np.ndarray | None = None
+
+    is_plain: ClassVar[bool] = False
+    needs_scales: ClassVar[bool] = True
+
+    @property
+    def band_bytes(self):
+        return self.columns * 2
+
+    @property
+    def plain_scales(self):
+        return PartLayout("scales", self.bits, self.rows, self.columns)
+
+    def beside(self, scales):
+        return replace(self, scales=scales)
+
+    def unpack(self, data, plain):
+        values = data.view(np.uint16).reshape(-1, self.columns) ^ self.scales
+        if (values >> self.bits).any():
+            raise StrayBitsError("it is masked otherwise")
+        plain.view(np.uint32).reshape(len(values), -1)[:] = awq_words(values.astype(np.uint8), self.bits)
+
+    def pack(self, plain, data):
+        values = reference.unpack_awq(plain.view(np.uint32).reshape(-1, self.row_bytes // 4), self.bits)
+        data.view(np.uint16).reshape(-1, self.columns)[:] = values ^ self.scales
+
+
+class MaskedToy(Toy):
+    """The same with masked offsets and plain steps, both [G, N]."""
+
+    dtypes: ClassVar = {**Toy.dtypes, "qzeros": ("U16",)}
+    read_beside: ClassVar = {"qzeros": "scales"}
+
+    def shape(self, part, size_k, size_n, scheme):
+        return super().shape(part, size_k, size_n, scheme) if part == "qweight" else (scheme.num_groups(size_k), size_n)
+
+    def layout(self, part, size_k, size_n, scheme):
+        if part == "qweight":
+            return super().layout(part, size_k, size_n, scheme)
+        return (Masked if part == "qzeros" else PartLayout)(part, scheme.bits, scheme.num_groups(size_k), size_n)
+
+    def rows_per_row(self, part, scheme):
+        del scheme
+        return 0 if part == "qweight" else 1
+
+    def element_type(self, part):
+        return np.uint32 if part == "qweight" else np.uint16
+
+    def values(self, part, rows, size_k, scheme):
+        return rows if part == "scales" else super().values(part, rows, size_k, scheme)
+
+    def values_beside(self, part, rows, beside, size_k, scheme):
+        del part, size_k, scheme
+        return (rows ^ beside).astype(np.uint8)
+
+
+TOY, MASKED = Toy(), MaskedToy()
 if os.environ.get("AWQ2MARLIN_TEST_TOY"):
     FORMATS.insert(0, TOY)
