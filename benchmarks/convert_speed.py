@@ -2,8 +2,8 @@
 
     python benchmarks/convert_speed.py --ram /dev/shm --disk /var/tmp --out benchmarks/results/convert_speed.json
 
-Makes a checkpoint of Llama-3-8B's shapes, of AWQ or (``--kind``) compressed-tensors or GPTQ, and compares whole
-processes, start-up included:
+Makes a checkpoint of Llama-3-8B's shapes, of AWQ or (``--kind``) another format, and compares whole processes,
+start-up included:
 
 * on a RAM disk: `convert --verify none` against `cp -r`; before each, as much memory is written and freed there,
   because a virtual machine's memory costs several times as much to write when its host has taken it back meanwhile;
@@ -32,13 +32,29 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from awq2marlin._version import __version__
-from awq2marlin.checkpoint.synthetic import CompressedTensorsRecipe, GptqRecipe, Recipe, llama_recipe, write_checkpoint
+from awq2marlin.checkpoint.synthetic import (
+    AwqGemvFastRecipe,
+    AwqGemvRecipe,
+    AwqMarlinRecipe,
+    CompressedTensorsRecipe,
+    GptqRecipe,
+    Recipe,
+    llama_recipe,
+    write_checkpoint,
+)
 
 #: Hidden, intermediate, key/value and vocabulary sizes of Llama-3-8B.
 LLAMA3_8B = {"hidden": 4096, "intermediate": 14336, "kv_size": 1024, "vocab": 128256}
 
 #: Formats of the source.
-KINDS = {"awq": Recipe, "compressed-tensors": CompressedTensorsRecipe, "gptq": GptqRecipe}
+KINDS = {
+    "awq": Recipe,
+    "awq-gemv": AwqGemvRecipe,
+    "awq-gemv_fast": AwqGemvFastRecipe,
+    "awq-marlin": AwqMarlinRecipe,
+    "compressed-tensors": CompressedTensorsRecipe,
+    "gptq": GptqRecipe,
+}
 
 _MEASURE = """
 import os, resource, subprocess, sys, time

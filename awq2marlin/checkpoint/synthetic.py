@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,11 +16,17 @@ from typing import Any, BinaryIO, ClassVar
 
 import numpy as np
 
+from awq2marlin.formats.awq import Awq
+from awq2marlin.formats.awq_gemv import AwqGemv
+from awq2marlin.formats.awq_gemv_fast import AwqGemvFast
+from awq2marlin.formats.awq_marlin import AwqMarlin
 from awq2marlin.formats.names import CONFIG_FILENAME, INDEX_FILENAME
 from awq2marlin.io.safetensors import DTYPE_BITS, LENGTH_BYTES
 from awq2marlin.layout.marlin import num_groups
 from awq2marlin.layout.modules import module_name
 from awq2marlin.layout.packing import pack_factor
+from awq2marlin.layout.repack import PartLayout, Repack
+from awq2marlin.layout.scheme import Scheme
 
 _WRITE_BYTES = 1 << 24
 
@@ -184,6 +191,67 @@ class GptqRecipe(Recipe):
         }
 
 
+@dataclass(frozen=True)
+class AwqMarlinRecipe(Recipe):
+    """A checkpoint of AWQ, version "marlin": 4 bits without zero points."""
+
+    has_qzeros: bool = False
+
+    format: ClassVar[Awq] = AwqMarlin()
+    title: ClassVar[str] = format.title
+
+    @property
+    def scheme(self) -> Scheme:
+        """Bits, groups and zero points."""
+        return Scheme(self.bits, self.group_size, self.has_qzeros)
+
+    def module_tensors(self, size_k: int, size_n: int) -> dict[str, tuple[str, tuple[int, ...]]]:
+        """Returns data type and shape of a module's tensors, by the last component of their names."""
+        return {
+            suffix: (self.format.dtypes[part][0], self.format.shape(part, size_k, size_n, self.scheme))
+            for part, suffix in self.format.suffixes.items()
+        }
+
+    def quantization(self) -> dict[str, Any]:
+        """Returns the quantization config, as AutoAWQ 0.2.9 writes it."""
+        said = {"version": self.format.versions[0], "zero_point": "qzeros" in self.format.suffixes}
+        return {**super().quantization(), **said}
+
+
+@dataclass(frozen=True)
+class AwqGemvRecipe(AwqMarlinRecipe):
+    """A checkpoint of AWQ, version "gemv": 4 bits with zero points; what is past the last group is zero."""
+
+    has_qzeros: bool = True
+
+    format: ClassVar[Awq] = AwqGemv()
+    title: ClassVar[str] = format.title
+
+    def fixed(self, name: str) -> bytes | None:
+        """Returns zero points and scales that are random as far as there are groups, and fit each other."""
+        module, _, part = name.rpartition(".")
+        if part not in ("qzeros", "scales") or module not in self.modules:
+            return None
+        size_k, size_n = self.modules[module]
+        groups = num_groups(size_k, self.group_size)
+        rng = np.random.default_rng([self.seed, zlib.crc32(module.encode())])
+        scales = (rng.random((groups, size_n), np.float32) / 50 + np.float32(0.001)).astype(np.float16).view(np.uint16)
+        words = rng.integers(0, 1 << 32, (groups, size_n // pack_factor(self.bits)), np.uint32)
+        layout = self.format.layout(part, size_k, size_n, self.scheme).beside(scales)
+        made = np.empty(layout.size, np.uint8)
+        plain = scales if part == "scales" else words
+        Repack(PartLayout(part, self.bits, groups, size_n), layout).rewrite(plain.reshape(-1).view(np.uint8), made)
+        return made.tobytes()
+
+
+@dataclass(frozen=True)
+class AwqGemvFastRecipe(AwqGemvRecipe):
+    """A checkpoint of AWQ, version "gemv_fast": as "gemv", with zero points that are products with the scales."""
+
+    format: ClassVar[Awq] = AwqGemvFast()
+    title: ClassVar[str] = format.title
+
+
 def llama_recipe(
     hidden: int,
     intermediate: int,
@@ -309,8 +377,8 @@ def _chunks(elements: int) -> Iterator[int]:
 
 def _random(dtype: str, count: int, rng: np.random.Generator) -> bytes:
     """Returns random elements: words with all their bits random, positive scales and weights around zero."""
-    if dtype == "I32":
-        return rng.integers(0, 1 << 32, count, np.uint32).tobytes()
+    if dtype in ("I16", "I32"):
+        return rng.integers(0, 1 << DTYPE_BITS[dtype], count, np.uint32).astype(f"u{DTYPE_BITS[dtype] // 8}").tobytes()
     values = rng.random(count, np.float32) * np.float32(0.02) + np.float32(0.001)
     if dtype == "BF16":
         return (values.view(np.uint32) >> np.uint32(16)).astype(np.uint16).tobytes()

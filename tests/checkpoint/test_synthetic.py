@@ -1,4 +1,4 @@
-"""Checkpoints of random weights: those of compressed-tensors and GPTQ have their tensors, shapes and config."""
+"""Checkpoints of random weights have the tensors, shapes and configs of their formats."""
 
 import json
 
@@ -7,7 +7,15 @@ import pytest
 from safetensors.numpy import load_file
 
 from awq2marlin import convert, inspect, revert
-from awq2marlin.checkpoint.synthetic import CompressedTensorsRecipe, GptqRecipe, llama_recipe, write_checkpoint
+from awq2marlin.checkpoint.synthetic import (
+    AwqGemvFastRecipe,
+    AwqGemvRecipe,
+    AwqMarlinRecipe,
+    CompressedTensorsRecipe,
+    GptqRecipe,
+    llama_recipe,
+    write_checkpoint,
+)
 from tests.faults.helpers import contents
 
 
@@ -46,3 +54,16 @@ def test_a_gptq_checkpoint_is_converted_compared_and_taken_back(tmp_path, bits, 
     convert(tmp_path / "gptq", tmp_path / "out", verify="all")
     revert(tmp_path / "out", tmp_path / "back")
     assert contents(tmp_path / "back") == contents(tmp_path / "gptq")
+
+
+@pytest.mark.parametrize("group_size", [32, 128])
+@pytest.mark.parametrize("kind", [AwqGemvRecipe, AwqGemvFastRecipe, AwqMarlinRecipe])
+def test_a_checkpoint_of_another_layout_of_awq_is_converted_compared_and_taken_back(tmp_path, kind, group_size):
+    recipe = llama_recipe(128, 256, 1, 64, 32, kind, group_size=group_size, shards=2)
+    write_checkpoint(tmp_path / "source", recipe)
+    found = inspect(tmp_path / "source")
+    assert (found.format, found.group_size) == (recipe.format.name, group_size)
+    assert {module.name: (module.size_k, module.size_n) for module in found.modules} == dict(recipe.modules)
+    convert(tmp_path / "source", tmp_path / "out", verify="all")
+    revert(tmp_path / "out", tmp_path / "back")
+    assert contents(tmp_path / "back") == contents(tmp_path / "source")
