@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, core_model_loading
 from transformers.core_model_loading import Chunk, WeightConverter
 
 from awq2marlin import convert
 from awq2marlin.errors import CheckpointError, UnavailableError
 from awq2marlin.gemm.linear import MarlinLinear
-from awq2marlin.integrations.transformers import MarlinNativeConfig, names
+from awq2marlin.integrations.transformers import MarlinNativeConfig, names, versions
 from awq2marlin.integrations.transformers.experts import MarlinExperts
 from awq2marlin.integrations.transformers.versions import check_version
 from tests.integrations.transformers.checkpoints import Format, read_tensors, write_tensors
@@ -349,13 +352,67 @@ def test_a_newer_format_is_refused(make_case: MakeCase) -> None:
         MarlinNativeConfig(**{**document, "format_version": 2})
 
 
-@pytest.mark.parametrize("found", ["4.57.6", "5.16.1", "5.24.0", "6.0.0", "5.dev0"])
-def test_other_versions_of_transformers_are_refused(monkeypatch: pytest.MonkeyPatch, found: str) -> None:
-    monkeypatch.setattr("awq2marlin.integrations.transformers.versions.version", lambda _: found)
-    with pytest.raises(
-        ImportError, match=rf"Transformers {found} is installed; this loader supports .* 5\.17 to 5\.23"
-    ):
+@pytest.mark.parametrize("found", ["4.57.6", "5.16.1", "5.dev0"])
+def test_older_versions_of_transformers_are_refused(monkeypatch: pytest.MonkeyPatch, found: str) -> None:
+    monkeypatch.setattr(versions, "version", lambda _: found)
+    with pytest.raises(ImportError, match=rf"{found} is installed, but this loader needs a version from 5\.17 on"):
         check_version()
+
+
+@pytest.mark.parametrize("found", ["5.17.0", "5.20.1", "5.23.0", "5.24.0", "5.24.3.dev0"])
+def test_versions_that_were_tried_are_taken_without_a_word(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, found: str
+) -> None:
+    monkeypatch.setattr(versions, "version", lambda _: found)
+    check_version()
+    assert caplog.records == []
+
+
+@pytest.mark.parametrize("found", ["5.25.0", "5.100.0", "6.0.0.dev0"])
+def test_a_version_never_tried_is_taken_with_a_warning(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, found: str
+) -> None:
+    monkeypatch.setattr(versions, "version", lambda _: found)
+    check_version()
+    (record,) = caplog.records
+    assert record.getMessage() == (
+        f"Transformers {found} has all that this loader uses, but it was never tried with it; 5.17 to 5.24 were"
+    )
+
+
+def test_what_a_version_lacks_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def renamed(source_key: str, weight_converters: Any, weight_renamings: Any, base_model_prefix: Any) -> None:
+        """Lacks a parameter."""
+
+    def swapped(weight_conversions: Any, method: Any) -> None:
+        """Has them in another order."""
+
+    monkeypatch.setattr(core_model_loading, "rename_source_key", renamed)
+    monkeypatch.delattr(core_model_loading.ConversionOps, "reverse_op")
+    monkeypatch.setitem(sys.modules, "transformers.conversion_mapping", None)
+    with pytest.raises(ImportError) as caught:
+        check_version()
+    assert (
+        "this loader needs transformers.conversion_mapping, transformers.core_model_loading.ConversionOps.reverse_op, "
+        "transformers.core_model_loading.rename_source_key(meta_state_dict). Versions 5.17 to 5.24 have all of it"
+    ) in str(caught.value)
+    monkeypatch.setattr(core_model_loading, "rename_source_key", swapped)
+    said = list(versions.lacks_of("core_model_loading", "rename_source_key", ("method", "weight_conversions")))
+    assert said == ["transformers.core_model_loading.rename_source_key(method, weight_conversions), in this order"]
+
+
+def test_all_that_is_imported_of_transformers_is_asked_for() -> None:
+    """A name that is not asked for would end in a traceback where a version lacks it."""
+    asked = {(f"transformers.{module}", name.partition(".")[0]) for module, name, _ in versions.NEEDED}
+    imported = {
+        (node.module, each.name)
+        for path in Path(versions.__file__).parent.glob("*.py")
+        for node in ast.walk(ast.parse(path.read_text("utf-8")))
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("transformers")
+        for each in node.names
+    }
+    assert imported
+    assert imported <= asked
 
 
 def test_no_transformers_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -364,7 +421,7 @@ def test_no_transformers_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     def version(_: str) -> str:
         raise PackageNotFoundError
 
-    monkeypatch.setattr("awq2marlin.integrations.transformers.versions.version", version)
+    monkeypatch.setattr(versions, "version", version)
     with pytest.raises(ImportError, match=r"not installed; .* pip install 'awq2marlin\[transformers\]'"):
         check_version()
 
