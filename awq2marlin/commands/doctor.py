@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from awq2marlin.errors import Problem, UnavailableError
-from awq2marlin.gemm.machine import Lack, MachineFacts, machine_facts
+from awq2marlin.gemm.machine import Lack, MachineFacts, has_driver, machine_facts
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -50,6 +50,8 @@ def doctor() -> DoctorResult:
 
 
 def _torch_lacks(torch: ModuleType, machine: MachineFacts) -> list[Lack]:
+    if not machine.devices and not has_driver():
+        return []  # it has nothing to run on, whatever it is built for
     if torch.version.cuda is None:
         return [
             Lack(

@@ -98,7 +98,7 @@ def check_compiler() -> None:
     compiler_version()
     try:
         import cuda.core  # noqa: F401 - whether it can be imported is the question
-    except ImportError as exc:
+    except Exception as exc:  # missing packages and missing libraries raise differently
         message = f"The package cuda-core cannot be imported ({exc}). To install it: {INSTALL_COMMAND}"
         raise KernelUnavailableError(message) from exc
 

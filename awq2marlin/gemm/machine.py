@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib.metadata
 import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,6 +46,13 @@ class Lack:
     remedy: str
 
 
+#: What is said where nothing that could be installed would help.
+NO_GPU = Lack(
+    "There is no NVIDIA GPU here, or no driver for it.",
+    "Nothing needs to be installed to convert, verify and revert. On a machine with a GPU, run this command again.",
+)
+
+
 @dataclass(frozen=True)
 class MachineFacts:
     """What ``awq2marlin doctor`` prints.
@@ -73,22 +82,25 @@ class MachineFacts:
 
 def machine_facts() -> MachineFacts:
     """Looks at this machine. Raises nothing: what cannot be had is among the lacks."""
-    lacks: list[Lack] = []
+    packages: list[Lack] = []
     core = _version_of("cuda-core")
     if core is None:
-        lacks.append(Lack("The package cuda-core is not installed.", INSTALL_COMMAND))
+        packages.append(Lack("The package cuda-core is not installed.", INSTALL_COMMAND))
     nvrtc = sources = None
     try:
         nvrtc = compiler_version()
     except KernelUnavailableError as exc:
-        lacks.append(Lack(str(exc), INSTALL_COMMAND))
+        packages.append(Lack(str(exc), INSTALL_COMMAND))
+    driver_version, devices, lack = _driver_facts()
+    may_have_gpu = has_driver() and (bool(devices) or lack is None or lack.remedy == INSTALL_COMMAND)
+    lacks = packages if may_have_gpu else []  # without a GPU they would only fill the disk
     try:
         sources = kernels_dir()
     except KernelUnavailableError as exc:
         lacks.append(Lack(str(exc), "pip install --force-reinstall awq2marlin"))
-
-    driver_version, devices, lack = _driver_facts()
-    if lack:
+    if not has_driver():
+        lacks.append(NO_GPU)
+    elif lack:
         lacks.append(lack)
     elif not any(device.is_supported for device in devices):
         lacks.append(
@@ -102,6 +114,17 @@ def machine_facts() -> MachineFacts:
     return MachineFacts(
         driver_version, devices, core, nvrtc, sources, cache.folder, len(sizes), sum(sizes), tuple(lacks)
     )
+
+
+def has_driver() -> bool:
+    """Returns whether this machine has NVIDIA's driver, without which no GPU can be used."""
+    for name in ("libcuda.so.1", "nvcuda.dll"):
+        try:
+            ctypes.CDLL(name)
+        except OSError:
+            continue
+        return True
+    return Path("/proc/driver/nvidia").exists() or shutil.which("nvidia-smi") is not None
 
 
 def _version_of(package: str) -> str | None:

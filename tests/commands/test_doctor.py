@@ -60,6 +60,8 @@ for name in {blocked!r}:
 {code}
 """
 
+#: A machine that has a driver, for all that `doctor` looks at without the packages that could ask it.
+DRIVER = "from awq2marlin.gemm import machine\nmachine.has_driver = lambda: {}\n"
 DOCTOR = "from awq2marlin.cli import main\nsys.exit(main(['doctor']))"
 COMPILE_MATRIX = "from awq2marlin.gemm.compile_matrix import main\nsys.exit(main(['--workers', '1']))"
 
@@ -80,10 +82,19 @@ def test_without_pytorch_the_doctor_says_so_in_a_sentence():
 
 
 def test_without_the_compiler_the_doctor_names_what_brings_it():
-    done = run_without(["cuda.bindings", "cuda.bindings.nvrtc"], DOCTOR)
+    done = run_without(["cuda.bindings", "cuda.bindings.nvrtc"], DRIVER.format(True) + DOCTOR)
     assert done.returncode == 0, "a machine that lacks something is what it is asked about"
     assert "NVRTC      none" in done.stdout
     assert "pip install 'awq2marlin[cuda]'" in done.stdout
+
+
+@pytest.mark.parametrize("blocked", [["cuda.bindings"], ["cuda"], []], ids=str)
+def test_without_a_gpu_nothing_is_offered_to_be_installed(blocked):
+    done = run_without(blocked, DRIVER.format(False) + DOCTOR)
+    assert done.returncode == 0
+    assert "missing    There is no NVIDIA GPU here, or no driver for it." in done.stdout
+    assert "pip install" not in done.stdout
+    assert "the Marlin GEMM does not run on a GPU here" in done.stdout
 
 
 @pytest.mark.parametrize("blocked", [["cuda.bindings"], ["cuda.core"], ["cuda"]], ids=lambda blocked: blocked[0])
