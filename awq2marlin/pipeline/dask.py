@@ -7,6 +7,7 @@ Workers that join later are asked by each task they get (`shard.rewrite_shard`).
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import socket
 import threading
@@ -38,6 +39,9 @@ WORKERS_SECONDS = 120.0
 WATCH_SECONDS = 5.0
 
 _MAX_SHOWN = 3
+
+#: What is an address rather than a file: it names a protocol, or ends with a port.
+_ADDRESS = re.compile(r"^[a-z]+://|:[0-9]+$")
 
 _SILENT = (
     f"no Dask scheduler answers within {CONNECT_SECONDS:.0f} s; check the address, that it runs, and that no firewall "
@@ -89,7 +93,14 @@ def _connect(address: str) -> Any:
     except ImportError:
         raise _failed("no-dask", "", "--dask needs Dask: pip install 'awq2marlin[dask]'") from None
     client: Any = distributed.Client  # its own signature has no types
-    found = _address_in(Path(address)) if Path(address).is_file() else address
+    is_file = Path(address).is_file()
+    if not is_file and not _ADDRESS.search(address):
+        message = "there is no scheduler file of this name, and it is not an address like tcp://HOST:8786"
+        raise _failed("no-cluster", address, message)
+    found = _address_in(Path(address)) if is_file else address
+    if not found:
+        message = "this is no scheduler file: it names no address; 'dask scheduler --scheduler-file FILE' writes one"
+        raise _failed("no-cluster", address, message)
     try:
         host, port = comm.get_address_host_port(found)
     except ValueError as error:
@@ -143,7 +154,8 @@ def _wait_for_workers(client: Any, address: str, progress: Progress) -> None:
     try:
         client.wait_for_workers(1, timeout=WORKERS_SECONDS)
     except TimeoutError:
-        message = f"the cluster has had no workers for {WORKERS_SECONDS:.0f} s; start some ('dask worker {address}')"
+        place = f"--scheduler-file {address}" if Path(address).is_file() else address
+        message = f"the cluster has had no workers for {WORKERS_SECONDS:.0f} s; start some ('dask worker {place}')"
         raise _failed("no-workers", address, message) from None
 
 

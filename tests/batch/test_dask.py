@@ -155,13 +155,22 @@ def test_an_address_where_nobody_listens_is_refused_at_once(run, made, tmp_path)
     assert "nobody listens at this address" in error["message"]
 
 
-@pytest.mark.parametrize("address", ["nonsense", "file"])
-def test_what_is_no_address_is_refused(run, made, tmp_path, address):
+@pytest.mark.parametrize(
+    ("address", "said"),
+    [
+        ("nonsense", "there is no scheduler file of this name, and it is not an address like tcp://HOST:8786"),
+        ("/shared/dask.json", "there is no scheduler file of this name"),
+        ("tcp://host", "neither the address of a Dask scheduler"),
+        ("file", "this is no scheduler file: it names no address"),
+    ],
+)
+def test_what_is_no_address_is_refused(run, made, tmp_path, address, said):
     if address == "file":
         address = tmp_path / "scheduler.json"
         address.write_text("[]")
     error = refused(run, made, tmp_path, address)
-    assert (error["code"], "neither the address of a Dask scheduler" in error["message"]) == ("no-cluster", True)
+    assert (error["code"], error["file"]) == ("no-cluster", str(address))
+    assert said in error["message"]
 
 
 def test_a_service_that_is_no_scheduler_is_given_up(run, made, tmp_path, monkeypatch):
@@ -175,7 +184,12 @@ def test_a_cluster_without_workers_is_given_up(run, made, tmp_path, monkeypatch)
     monkeypatch.setattr(cluster, "WORKERS_SECONDS", 0.5)
     with distributed.LocalCluster(n_workers=0, dashboard_address=":0", silence_logs=50) as empty:
         error = refused(run, made, tmp_path, empty.scheduler_address)
+        file = tmp_path / "dask.json"
+        file.write_text(json.dumps({"address": empty.scheduler_address}))
+        by_file = refused(run, made, tmp_path, file)
     assert (error["code"], "has had no workers" in error["message"]) == ("no-workers", True)
+    assert f"('dask worker {empty.scheduler_address}')" in error["message"]
+    assert f"('dask worker --scheduler-file {file}')" in by_file["message"]
 
 
 def test_a_cluster_whose_workers_have_all_gone_is_told_and_goes_on_with_new_ones(made, tmp_path, monkeypatch):
