@@ -7,6 +7,7 @@ file or the network is escaped here, at the one place where it enters a message.
 from __future__ import annotations
 
 import errno
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,7 @@ EXIT_FAILED = 1
 EXIT_USAGE = 2
 EXIT_DIFFERENCE = 3
 EXIT_INTERRUPTED = 130
+EXIT_TERMINATED = 143
 
 #: What each is called, in ``--json`` and in the record of a batch.
 STATUS = {
@@ -27,6 +29,7 @@ STATUS = {
     EXIT_USAGE: "usage",
     EXIT_DIFFERENCE: "difference",
     EXIT_INTERRUPTED: "interrupted",
+    EXIT_TERMINATED: "interrupted",
 }
 
 #: How many problems a message spells out before it only counts them.
@@ -48,6 +51,11 @@ def printable(text: str) -> str:
     if len(text) > MAX_NAME_LENGTH:
         text = f"{text[:MAX_NAME_LENGTH]}… ({len(text)} characters)"
     return escaped(text)
+
+
+def pattern(name: str) -> str:
+    """Returns a module's or tensor's name with its numbers as ``*``, so that what 80 layers share is said once."""
+    return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)
 
 
 def article(noun: str) -> str:
@@ -89,6 +97,10 @@ class Problem:
         """Returns ``file: tensor: message`` without the parts that are empty, escaped."""
         places = [printable(place) for place in (self.file, self.tensor) if place]
         return ": ".join([*places, escaped(self.message)])
+
+
+class Terminated(KeyboardInterrupt):
+    """The process was asked to end, by SIGTERM: the work stops as if the user had interrupted it."""
 
 
 class Awq2MarlinError(Exception):

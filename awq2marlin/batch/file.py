@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from awq2marlin.arguments import ArgumentError, Kind, kind_of, kinds
 from awq2marlin.commands.options import TARGET_OPTIONS, ConvertOptions
@@ -67,6 +67,23 @@ def read_batch_file(path: Path) -> list[BatchItem]:
     if problems:
         raise BatchError(problems)
     return items
+
+
+def lines_of(stream: BinaryIO, name: str) -> list[str]:
+    """Returns the sources in a list of one source a line, such as standard input.
+
+    Args:
+        stream: the list.
+        name: what messages call it.
+
+    Raises:
+        BatchError: if it is no text, too long, or names no source.
+    """
+    entries = [line.strip() for line in _text_of(stream, name).split("\n")]
+    sources = [line for line in entries if line and not line.startswith("#")]
+    if not sources:
+        raise BatchError(_problem(name, "it names no source"))
+    return sources
 
 
 def check_entries(entries: Iterable[Any]) -> list[BatchItem]:
@@ -145,13 +162,17 @@ def _entries(path: Path, problems: list[Problem]) -> Iterator[Entry]:
 
 def _read_text(path: Path) -> str:
     with path.open("rb") as stream:
-        data = stream.read(MAX_JSON_BYTES + 1)
+        return _text_of(stream, str(path))
+
+
+def _text_of(stream: BinaryIO, name: str) -> str:
+    data = stream.read(MAX_JSON_BYTES + 1)
     if len(data) > MAX_JSON_BYTES:
-        raise BatchError(_problem(str(path), f"it has more than {MAX_JSON_BYTES} bytes; is it a list of sources?"))
+        raise BatchError(_problem(name, f"it has more than {MAX_JSON_BYTES} bytes; is it a list of sources?"))
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise BatchError(_problem(str(path), f"it is not UTF-8 (byte {error.start})")) from None
+        raise BatchError(_problem(name, f"it is not UTF-8 (byte {error.start})")) from None
 
 
 def _json_entries(text: str, file: str) -> Iterator[Entry]:

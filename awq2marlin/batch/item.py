@@ -50,6 +50,7 @@ from awq2marlin.io.workers import StoppedError
 from awq2marlin.pipeline.journal import read_journal
 from awq2marlin.pipeline.output import tidy
 from awq2marlin.pipeline.plan import plan_conversion
+from awq2marlin.pipeline.preflight import disk_needs
 from awq2marlin.progress import Progress
 
 
@@ -166,6 +167,7 @@ def _convert(job: Job, executor: Executor | None, progress: Progress) -> ItemRes
     return job.result(
         EXIT_DONE,
         bytes=done.output_bytes,
+        written=done.written_bytes,
         converted=len(done.converted),
         kept=len(done.kept),
         verified=len(done.verified),
@@ -176,10 +178,18 @@ def _convert(job: Job, executor: Executor | None, progress: Progress) -> ItemRes
 
 
 def _plan_only(job: Job) -> ItemResult:
-    checkpoint = open_checkpoint(open_source(job.item.source), job.options.choice)
-    plan = plan_conversion(checkpoint, job.options.unaligned, target_named(job.options.to))
+    options = job.options
+    checkpoint = open_checkpoint(open_source(job.item.source), options.choice)
+    plan = plan_conversion(checkpoint, options.unaligned, target_named(options.to))
+    needs = disk_needs(plan.transfer, job.output, stays=not options.passes_on, low_disk=options.low_disk)
     return job.result(
-        EXIT_DONE, status="planned", bytes=plan.target_bytes, converted=len(plan.converted), kept=len(plan.kept)
+        EXIT_DONE,
+        status="planned",
+        bytes=plan.target_bytes,
+        written=plan.target_bytes,
+        converted=len(plan.converted),
+        kept=len(plan.kept),
+        needs=tuple(needs),
     )
 
 

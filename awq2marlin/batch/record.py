@@ -16,11 +16,12 @@ from typing import Any
 
 from awq2marlin._version import __version__
 from awq2marlin.error_codes import ERROR_CODES
-from awq2marlin.errors import BatchError, CheckpointError, OutputError, Problem
+from awq2marlin.errors import BatchError, CheckpointError, OutputError, Problem, problem_from_os_error
 from awq2marlin.io.digest import is_digest
 from awq2marlin.io.durable import sync_file
 from awq2marlin.io.lock import HeldError, Lock
 from awq2marlin.io.strict_json import parse_json
+from awq2marlin.pipeline.preflight import DiskNeed
 
 RECORD_VERSION = 1
 _LOCK_SUFFIX = ".lock"
@@ -48,6 +49,8 @@ class ItemResult:
         tool_version: the version that did it.
         finished_at: when, UTC, ISO 8601.
         earlier: whether an earlier run did it, and this one nothing; not recorded.
+        written: bytes of the output's shards that this run wrote; not recorded.
+        needs: in a dry run, what it needs on disks; not recorded.
     """
 
     source: str
@@ -67,10 +70,13 @@ class ItemResult:
     tool_version: str = __version__
     finished_at: str = ""
     earlier: bool = False
+    written: int = 0
+    needs: tuple[DiskNeed, ...] = ()
 
     def document(self) -> dict[str, Any]:
         """Returns the result as an object for JSON."""
-        return {**asdict(self), "seconds": round(self.seconds, 3)}
+        needs = [{"folder": str(each.folder), "bytes": each.bytes, "stays": each.stays} for each in self.needs]
+        return {**asdict(self), "seconds": round(self.seconds, 3), "needs": needs}
 
 
 class BatchRecord:
@@ -90,7 +96,8 @@ class BatchRecord:
         if self._path is None:
             return
         document = {"version": RECORD_VERSION, **result.document()}
-        del document["earlier"]
+        for name in ("earlier", "written", "needs"):
+            del document[name]
         data = (json.dumps(document, ensure_ascii=True) + "\n").encode("ascii")
         with self._path.open("ab") as stream:
             begin = stream.seek(0, os.SEEK_END)
@@ -122,10 +129,20 @@ def open_record(path: Path) -> Iterator[BatchRecord]:
         message = "another process is running this batch; wait for it, or name another --record"
         message += f" ({error})" if str(error) else ""
         raise OutputError(Problem(str(path), "", "in-use", message)) from None
+    except OSError as error:
+        raise _unwritable(path, error) from None
     try:
         yield BatchRecord(path, read_record(path, mend=True))
     finally:
         lock.release(remove=True)
+
+
+def _unwritable(path: Path, error: OSError) -> OutputError:
+    problem = problem_from_os_error(error)
+    message = (
+        f"the record of the batch cannot be written there: {problem.message}; name another file with --record FILE"
+    )
+    return OutputError(Problem(str(path), "", problem.code, message))
 
 
 def read_record(path: Path, *, mend: bool = False) -> dict[str, ItemResult]:
@@ -167,7 +184,14 @@ def _result(document: dict[str, Any]) -> ItemResult:
     result = ItemResult(**{**document, "errors": tuple(Problem(**error) for error in document["errors"])})
     texts = [result.source, result.output, result.status, result.tool_version, result.finished_at]
     texts += [text for error in result.errors for text in (error.file, error.tensor, error.code, error.message)]
-    counts = (result.exit_code, result.bytes, result.converted, result.kept, result.verified, result.resumed)
+    counts = (
+        result.exit_code,
+        result.bytes,
+        result.converted,
+        result.kept,
+        result.verified,
+        result.resumed,
+    )
     sound = (
         all(type(each) is str for each in texts)
         and all(type(each) is int for each in counts)

@@ -17,6 +17,7 @@ from awq2marlin.batch.jobs import Job, Sources, list_file, plan_jobs
 from awq2marlin.batch.record import BatchRecord, ItemResult, open_record, read_record
 from awq2marlin.errors import EXIT_DONE, EXIT_FAILED, Problem
 from awq2marlin.io.workers import check_workers, run_side_by_side
+from awq2marlin.pipeline.preflight import Disk, disks
 from awq2marlin.progress import Progress, Silence
 
 #: Added to the name of a list for that of its record.
@@ -82,6 +83,7 @@ class BatchResult:
         dry_run: whether nothing was written.
         record: the record's file; None if there is none.
         seconds: wall time.
+        disks: in a dry run, the disks on which something is needed.
     """
 
     items: tuple[ItemResult, ...]
@@ -89,6 +91,7 @@ class BatchResult:
     dry_run: bool
     record: Path | None
     seconds: float
+    disks: tuple[Disk, ...] = ()
 
     @property
     def done(self) -> list[ItemResult]:
@@ -188,7 +191,8 @@ def convert_many(
         finally:
             watcher.finish()
     items = tuple(results[job.output] for job in mine)
-    return BatchResult(items, list_file(sources), dry_run, path, time.perf_counter() - started)
+    needed = tuple(disks((need for item in items for need in item.needs), at_once))
+    return BatchResult(items, list_file(sources), dry_run, path, time.perf_counter() - started, needed)
 
 
 def _placed(problem: Problem, source: str) -> Problem:

@@ -18,9 +18,9 @@ import typer
 
 from awq2marlin._version import __version__
 from awq2marlin.cli import options as opt
-from awq2marlin.cli.outcome import guarded, run, tell_usage_error
+from awq2marlin.cli.outcome import guarded, how_interrupted, run, tell_usage_error, told_of_termination
 from awq2marlin.commands.options import ABOUT_TARGET, ConvertOptions, RevertOptions, VerifyOptions
-from awq2marlin.errors import EXIT_DONE, EXIT_INTERRUPTED, EXIT_USAGE
+from awq2marlin.errors import EXIT_DONE, EXIT_USAGE
 from awq2marlin.hub.target import PushTarget
 
 if TYPE_CHECKING:
@@ -35,7 +35,8 @@ if TYPE_CHECKING:
 app = typer.Typer(
     name="awq2marlin",
     help="Convert quantized checkpoints to the Marlin layout: offline, streamed, verified, reversible byte for byte.",
-    epilog="Exit codes: 0 done, 1 failed or refused, 2 usage, 3 a difference was found, 130 interrupted.",
+    epilog="Exit codes: 0 done, 1 failed or refused, 2 usage, 3 a difference was found, 130 interrupted, "
+    "143 terminated.",
     add_completion=False,
     rich_markup_mode=None,  # which would take [@revision] for markup, and hide it
     pretty_exceptions_enable=False,
@@ -110,7 +111,9 @@ def batch(
     file: Annotated[
         Path,
         typer.Argument(
-            metavar="FILE", help="One source a line, or YAML, JSON or JSONL with options for each item (.yaml, .jsonl)."
+            metavar="FILE",
+            help="One source a line, or YAML, JSON or JSONL with options for each item (.yaml, .jsonl); - for a list "
+            "of sources on standard input.",
         ),
     ],
     out_dir: Annotated[
@@ -154,15 +157,19 @@ def batch(
     opt.made(ConvertOptions, {name: value for name, value in of_items.items() if name not in ABOUT_TARGET})
 
     def work(progress: Progress | None) -> Any:
+        from awq2marlin.batch.file import lines_of
         from awq2marlin.batch.jobs import batch_folders
         from awq2marlin.batch.run import convert_many
         from awq2marlin.cli.progress import batch_progress
         from awq2marlin.cli.text import print_failures
 
         of_list = {"out_dir": out_dir, "part": part, **of_items}
-        with _executor(None if dry_run else dask, partial(batch_folders, file, **of_list), progress) as executor:
+        sources = lines_of(sys.stdin.buffer, "standard input") if str(file) == "-" else file
+        if progress is not None and sources is not file and record is None and not dry_run:
+            progress.note("no record is kept of what becomes of a list from standard input; --record FILE keeps one")
+        with _executor(None if dry_run else dask, partial(batch_folders, sources, **of_list), progress) as executor:
             result = convert_many(
-                file,
+                sources,
                 jobs=jobs,
                 workers=workers,
                 retry_failed=retry_failed,
@@ -401,7 +408,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: without the program's name; by default the process's.
     """
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # NumPy's idle threads would take time from ours
-    return guarded(partial(_main, list(sys.argv[1:] if arguments is None else arguments)))
+    with told_of_termination():
+        return guarded(partial(_main, list(sys.argv[1:] if arguments is None else arguments)))
 
 
 def _main(arguments: list[str]) -> int:
@@ -411,6 +419,6 @@ def _main(arguments: list[str]) -> int:
     except _UsageError as error:
         command = next((name for name in arguments[:1] if name in group.commands), "")
         return tell_usage_error(error.format_message(), command, "--json" in arguments)  # type: ignore[attr-defined]
-    except (KeyboardInterrupt, typer.Abort):
-        return EXIT_INTERRUPTED
+    except (KeyboardInterrupt, typer.Abort) as error:
+        return how_interrupted(error)[0]
     return code if isinstance(code, int) else EXIT_DONE

@@ -132,6 +132,7 @@ def _conversion(result: ConvertResult) -> Report:
             "verified": len(result.verified),
             "resumed": list(result.resumed),
             "source_bytes": result.source_bytes,
+            "written_bytes": result.written_bytes,
             "side_files": list(result.files),
             "left_behind_bytes": dict(result.left_behind_bytes),
             **_gemm(result.gemm),
@@ -147,7 +148,7 @@ def _batch(result: BatchResult) -> Report:
     return Report(
         "batch",
         str(result.file or ""),
-        bytes=sum(item.bytes for item in result.items if not item.earlier),
+        bytes=sum(item.written for item in result.items if not item.earlier),
         seconds=result.seconds,
         details={
             "dry_run": result.dry_run,
@@ -155,6 +156,7 @@ def _batch(result: BatchResult) -> Report:
             "failed": len(result.failed),
             "earlier": sum(item.earlier for item in result.items),
             "record": str(result.record) if result.record else None,
+            "disks": [{**each._asdict(), "folder": str(each.folder)} for each in result.disks],
             "items": [item.document() for item in result.items],
         },
     )

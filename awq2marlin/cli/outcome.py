@@ -5,9 +5,13 @@ from __future__ import annotations
 import io
 import json
 import os
+import signal
 import sys
+import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TextIO
 
 import typer
@@ -18,10 +22,15 @@ from awq2marlin.errors import (
     EXIT_DONE,
     EXIT_FAILED,
     EXIT_INTERRUPTED,
+    EXIT_TERMINATED,
     EXIT_USAGE,
+    MAX_PROBLEMS_SHOWN,
     Awq2MarlinError,
+    KernelUnavailableError,
     Problem,
+    Terminated,
     internal_error,
+    pattern,
     printable,
     problem_from_os_error,
 )
@@ -118,8 +127,38 @@ def _meaning(error: BaseException, command: str) -> tuple[int, Sequence[Problem]
         return EXIT_FAILED, [Problem("", "", "out-of-memory", "there is not enough memory; use fewer --workers")]
     if isinstance(error, KeyboardInterrupt):
         resumes = "; the same command resumes where it stopped" if command in _RESUMING else ""
-        return EXIT_INTERRUPTED, [Problem("", "", "interrupted", f"interrupted{resumes}")]
+        code, word = how_interrupted(error)
+        return code, [Problem("", "", "interrupted", f"{word}{resumes}")]
     return EXIT_FAILED, [internal_error(error, "the traceback", "internal-error")]
+
+
+def how_interrupted(error: BaseException) -> tuple[int, str]:
+    """Returns the exit code after an interruption, and what it is called."""
+    return (
+        (EXIT_TERMINATED, "terminated (SIGTERM)")
+        if isinstance(error, Terminated)
+        else (EXIT_INTERRUPTED, "interrupted")
+    )
+
+
+@contextmanager
+def told_of_termination() -> Iterator[None]:
+    """Lets SIGTERM end the work as Ctrl-C does while the context lasts; a second one ends the process at once."""
+
+    def stop(_number: int, _frame: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        raise Terminated
+
+    is_ours = (
+        threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    )
+    if is_ours:
+        signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        if is_ours:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def _problems_text(error: BaseException, problems: Sequence[Problem]) -> str:
@@ -130,7 +169,21 @@ def _problems_text(error: BaseException, problems: Sequence[Problem]) -> str:
 
         return differences_text(result, result.differences)
     head = "error: " if len(problems) == 1 else f"error: {len(problems)} problems:\n"
-    return head + (str(error) if isinstance(error, Awq2MarlinError) else str(problems[0]))
+    lines = list(_grouped(problems))
+    hidden = len(lines) - MAX_PROBLEMS_SHOWN
+    more = [f"... and {hidden} more of this kind"] if hidden > 0 else []
+    told = str(error) if isinstance(error, KernelUnavailableError) else "\n".join([*lines[:MAX_PROBLEMS_SHOWN], *more])
+    return head + told
+
+
+def _grouped(problems: Sequence[Problem]) -> Iterator[str]:
+    """Yields a line on each problem; one on all that say the same of tensors whose names differ in numbers only."""
+    alike: dict[tuple[str, str], list[Problem]] = {}
+    for problem in problems:
+        alike.setdefault((pattern(problem.tensor) or problem.file, problem.message), []).append(problem)
+    for (name, _), group in alike.items():
+        first = group[0]
+        yield str(first) if len(group) == 1 else f"{replace(first, file='', tensor=name)} ({len(group)} of them)"
 
 
 def tell_usage_error(message: str, command: str, as_json: bool) -> int:

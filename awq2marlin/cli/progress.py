@@ -194,7 +194,9 @@ class LiveTable:
         self._lock = threading.Lock()
         self._counts = _Counts()
         self._rows: dict[str, _Row] = {}
-        self._live = Live(get_renderable=self._table, console=self._console, refresh_per_second=_REFRESH)
+        self._live = Live(
+            get_renderable=self._table, console=self._console, refresh_per_second=_REFRESH, transient=True
+        )
 
     def start(self, total: int, earlier: Sequence[ItemResult]) -> None:
         """The batch begins."""
@@ -217,10 +219,11 @@ class LiveTable:
         self._say(outcome_text(result))
 
     def finish(self) -> None:
-        """The batch has ended."""
+        """The batch has ended; the table goes, and the counts stay."""
         with self._lock:
             self._rows.clear()
         self._live.stop()
+        self._say(str(self._counts))
 
     def _say(self, text: str) -> None:
         self._console.print(text, soft_wrap=True)

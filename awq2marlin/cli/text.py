@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from awq2marlin.cli.by_type import ByType
-from awq2marlin.errors import EXIT_DONE, escaped, printable
+from awq2marlin.errors import EXIT_DONE, escaped, pattern, printable
 
 if TYPE_CHECKING:
     from awq2marlin.batch.record import ItemResult
@@ -53,11 +53,6 @@ def print_failures(result: BatchResult) -> None:
 
 def _say(text: str = "") -> None:
     print(text, flush=True)
-
-
-def _pattern(name: str) -> str:
-    """Returns a module's name with its numbers as ``*``, so that a plan of 80 layers fits a screen."""
-    return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)
 
 
 def _table(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
@@ -103,7 +98,7 @@ def _show_plan(result: ConvertResult) -> None:
         if module.is_padded:
             fate = f"pad to {module.padded_k}x{module.padded_n}"
         reason = re.sub(r"(?<=\.)\d+(?=\.)", "*", module.reason)
-        groups[_pattern(module.name), str(module.size_k), str(module.size_n), fate, reason] += 1
+        groups[pattern(module.name), str(module.size_k), str(module.size_n), fate, reason] += 1
     _table(
         ("module", "K", "N", "modules", "fate", "why"),
         ((name, size_k, size_n, str(count), fate, why) for (name, size_k, size_n, fate, why), count in groups.items()),
@@ -119,7 +114,6 @@ def _show_plan(result: ConvertResult) -> None:
 
 def _show_conversion(result: ConvertResult) -> None:
     """Prints what a conversion did."""
-    rate = f", {size_text(result.source_bytes / result.seconds)}/s" if result.seconds else ""
     _say(f"converted  {len(result.converted)} modules to the {result.to} layout")
     if result.kept:
         reasons = Counter(re.split(r":| with ", module.reason)[0] for module in result.kept)
@@ -128,11 +122,13 @@ def _show_conversion(result: ConvertResult) -> None:
     padded = sum(module.is_padded for module in result.converted)
     if padded:
         _say(f"padded     {padded} modules with zeros")
-    if result.verified:
-        _say(f"verified   {len(result.verified)} modules value for value; 'awq2marlin verify' compares everything")
+    if result.converted:
+        _say(f"verified   {_verified_text(result)}")
     if result.gemm is not None:
         show(result.gemm)
-    _say(f"wrote      {size_text(result.output_bytes)} in {result.seconds:.1f} s{rate}")
+    rate = f", {size_text(result.written_bytes / result.seconds)}/s" if result.seconds else ""
+    before = f"; {len(result.resumed)} of {len(result.shards)} shards were there" if result.resumed else ""
+    _say(f"wrote      {size_text(result.written_bytes)} in {result.seconds:.1f} s{rate}{before}")
     if result.pushed is not None:
         _say(f"pushed     {printable(result.pushed.url)}")
     if result.output.exists():
@@ -140,6 +136,14 @@ def _show_conversion(result: ConvertResult) -> None:
     _show_lists(result.left_behind, result.warnings)
     for note in _conversion_notes(result):
         _say(f"note       {note}")
+
+
+def _verified_text(result: ConvertResult) -> str:
+    """Returns how much was compared with the source, and what compares the rest."""
+    if not result.verified:
+        return "nothing, as --verify none asks; 'awq2marlin verify' compares everything"
+    some = "; 'awq2marlin verify' compares everything" if len(result.verified) < len(result.converted) else ""
+    return f"{len(result.verified)} modules value for value{some}"
 
 
 def _conversion_notes(result: ConvertResult) -> Iterator[str]:
@@ -163,14 +167,21 @@ def _batch(result: BatchResult) -> None:
     total = len(result.items)
     _say(f"{total} item{'' if total == 1 else 's'}: {done} {verb}{by_earlier}, {len(failed)} failed")
     for item in failed:
-        _say(outcome_text(item))
+        if item.earlier:  # of the others it was told when they ended
+            _say(outcome_text(item))
     untried = sum(item.exit_code != EXIT_DONE for item in earlier)
     if untried:
         _say(f"{untried} failed in an earlier run and were not tried again; --retry-failed tries them")
     elif failed and not result.dry_run:
         _say("run the same command with --retry-failed to try what failed again")
-    wrote = sum(item.bytes for item in result.items if not item.earlier)
+    wrote = sum(item.written for item in result.items if not item.earlier)
     _say(f"{'would write' if result.dry_run else 'wrote'} {size_text(wrote)} in {result.seconds:.1f} s")
+    for disk in result.disks:
+        enough = "" if disk.needed <= disk.free else ": not enough"
+        _say(
+            f"would need {size_text(disk.needed)} on the disk of {printable(str(disk.folder))}, "
+            f"which has {size_text(disk.free)} free{enough}"
+        )
     if result.record is not None and not result.dry_run:
         _say(f"record     {printable(str(result.record))}")
 
@@ -259,7 +270,8 @@ def _reversion(result: RevertResult) -> None:
     """Prints every restored file with its digest, in the form of ``sha256sum``; in a dry run with its size."""
     for file in result.files:
         _say(f"{size_text(file.size) if result.dry_run else file.sha256}  {printable(file.name)}")
-    files = f"{len(result.files)} files, {size_text(result.bytes)}"
+    before = f", {len(result.resumed)} shards of them by an earlier run" if result.resumed else ""
+    files = f"{len(result.files)} files, {size_text(result.bytes)}{before}"
     if result.dry_run:
         _say(f"would restore {files} to {printable(str(result.output))}")
     else:
@@ -309,7 +321,7 @@ def _inspection(result: InspectResult) -> None:
         padded = f" padded to {module.padded[0]}x{module.padded[1]}" if module.padded else ""
         aligned = "yes" if module.aligned else f"no: {module.reason}"
         key = (
-            _pattern(module.name),
+            pattern(module.name),
             str(module.size_k),
             str(module.size_n),
             str(module.group_size),
@@ -345,7 +357,7 @@ def _ranks_lines(result: InspectResult) -> Iterator[str]:
     from awq2marlin.formats.registry import DEFAULT_TARGET  # loaded long ago, where there is a result
 
     found = result.parallel_sizes
-    where = f" ({printable(_pattern(found.limit.module))})" if found.limit.module else ""
+    where = f" ({printable(pattern(found.limit.module))})" if found.limit.module else ""
     once = "" if result.format == DEFAULT_TARGET.name else "once converted, "
     if not found.sizes:
         yield f"{once}vLLM cannot load it: {found.limit.reason}{where}"

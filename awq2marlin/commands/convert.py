@@ -25,6 +25,7 @@ from awq2marlin.pipeline.model_card import model_card
 from awq2marlin.pipeline.output import OutputFolder, refuse_overlap
 from awq2marlin.pipeline.plan import Plan, plan_conversion
 from awq2marlin.pipeline.preflight import (
+    LOW_DISK_IGNORED,
     open_source_of_run,
     open_target,
     output_folder,
@@ -92,6 +93,11 @@ class ConvertResult:
     unserved: str = ""
     lacks: tuple[str, ...] = ()
     left_behind_bytes: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def written_bytes(self) -> int:
+        """Bytes of the shards that this run wrote, or in a dry run would write; earlier runs wrote the others."""
+        return sum(size for name, size in self.shards.items() if name not in self.resumed)
 
     @property
     def converted(self) -> list[ModulePlan]:
@@ -179,13 +185,14 @@ def convert(
     refuse_unreadable(plan)
     refuse_overlap(folder.root, root)
     publication = None if target is None else open_target(target, plan, root, overwrite)
-    result = _planned(plan, root)
+    ignored = [LOW_DISK_IGNORED] if low_disk and folder.origin is None and target is None else []
+    result = _planned(plan, root, ignored)
     if not dry_run:
         checks = Checks(plan, root, 0 if verify == "none" else verify, device, workers, progress)
         work = Work(progress, workers, executor, low_disk)
         if low_disk or folder.origin is not None:  # each shard while the next is fetched, not all at the end
             work = replace(work, compare=checks.compare_shard, check=checks.name)
-        relay = partial(_relay, publication, commit_message, plan, progress) if publication and low_disk else None
+        relay = partial(_relay, publication, commit_message, plan) if publication and low_disk else None
         with open_sink(plan.transfer, root, partial(owned_files, root, overwrite), pinned, progress, relay) as sink:
             resumed = trusted_shards(plan.transfer, sink, work)
             refuse_full_disk(plan.transfer, sink, work)
@@ -207,11 +214,11 @@ def convert(
     return replace(result, seconds=time.perf_counter() - started)
 
 
-def _relay(publication: Publication, message: str | None, plan: Plan, progress: Progress, out: OutputFolder) -> Relay:
+def _relay(publication: Publication, message: str | None, plan: Plan, out: OutputFolder) -> Relay:
     """Returns the sink that passes every finished file on to the Hub."""
     from awq2marlin.pipeline.departures import Relay
 
-    return Relay(out, publication, message, plan.transfer, progress)
+    return Relay(out, publication, message, plan.transfer)
 
 
 def _pushed(sink: Sink, publication: Publication | None, message: str | None, progress: Progress) -> PushResult | None:
@@ -230,8 +237,8 @@ def _card(plan: Plan, checks: Checks, gemm: GemmRun | None) -> bytes:
     return model_card(plan, checks.chosen_names, gemm, repo_id=repo_id, revision=revision)
 
 
-def _planned(plan: Plan, root: Path) -> ConvertResult:
-    """Returns the result of a dry run: what would be done."""
+def _planned(plan: Plan, root: Path, ignored: Sequence[str]) -> ConvertResult:
+    """Returns the result of a dry run: what would be done, and which options do nothing."""
     checkpoint = plan.checkpoint
     return ConvertResult(
         source=checkpoint.folder.where,
@@ -241,7 +248,7 @@ def _planned(plan: Plan, root: Path) -> ConvertResult:
         shards={shard.name: shard.target.file_size for shard in plan.shards},
         files={name: checkpoint.folder.size(name) for name in checkpoint.side_files},
         left_behind=checkpoint.left_behind,
-        warnings=checkpoint.warnings,
+        warnings=(*checkpoint.warnings, *ignored),
         source_bytes=plan.source_bytes,
         output_bytes=plan.target_bytes,
         resumed=(),

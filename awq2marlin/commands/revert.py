@@ -19,7 +19,7 @@ from awq2marlin.io.digest import FileDigest, digest_of, digest_of_file, hexdiges
 from awq2marlin.io.stream import NamedPath
 from awq2marlin.pipeline.journal import read_journal
 from awq2marlin.pipeline.output import as_output_errors, refuse_overlap
-from awq2marlin.pipeline.preflight import open_source_of_run, output_folder, refuse_full_disk
+from awq2marlin.pipeline.preflight import LOW_DISK_IGNORED, open_source_of_run, output_folder, refuse_full_disk
 from awq2marlin.pipeline.resume import trusted_shards
 from awq2marlin.pipeline.reversion import plan_reversion, recorded_files
 from awq2marlin.pipeline.run import Work, run
@@ -121,6 +121,8 @@ def revert(
     source = ConvertedCheckpoint.open(folder, "no conversion wrote this checkpoint; there is nothing to revert")
     transfer = plan_reversion(source)
     refuse_overlap(folder.root, root)
+    if low_disk and folder.origin is None:
+        progress.note(LOW_DISK_IGNORED)
     restores = source.manifest.restores
     if restores == "tensors":
         progress.note("an engine saved this checkpoint: the tensors of the original come back, not its files")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -33,7 +33,7 @@ from awq2marlin.io.tensors import TensorFiles
 from awq2marlin.io.workers import check_workers
 from awq2marlin.layout.modules import ModulePlan
 from awq2marlin.pipeline.journal import refuse_unfinished
-from awq2marlin.progress import Progress, Silence
+from awq2marlin.progress import Progress, Silence, Stage
 from awq2marlin.verification.checkpoints import compare_checkpoints
 from awq2marlin.verification.differences import Differences
 from awq2marlin.verification.headers import compare_configs, compare_headers, compare_side_files
@@ -312,18 +312,23 @@ def _verify_conversion(
     rows, copies = _rows(old.index, counterparts)
     others = [row.source.name for row in rows if row.rewrite is None and row.source is not None]
     tensors = TensorFiles(old.folder, old.index), TensorFiles(new.folder, new.index)
-    comparison = Comparison(counterparts, *tensors, progress)
     recorded = tuple(_recorded_files(manifest, is_checked=count == "all"))
     hashed = [each for each in recorded if each.is_checked]
+    comparison = Comparison(counterparts, *tensors, progress)
     total = comparison.module_bytes(chosen) + sum(old.tensors[name].size for name in others)
     total += sum(row.source.size for each in copies.values() for row in each if row.source is not None)
-    progress.start("verify", total + sum(each.digest.size for each in hashed))
+    steps = {"compare": total, "hash": sum(each.digest.size for each in hashed)}
+    stage = Stage(progress, "verify", total or steps["hash"], steps)
+    comparison = replace(comparison, advance=stage.step("compare"))
     jobs: list[Job] = [
         *map(comparison.tensor_job, others),
         *map(comparison.module_job, chosen),
         *(comparison.derived_job(row) for row in rows if row.source is None or row.target is None),
         *(job for shard, each in copies.items() for job in _copy_jobs(shard, each, comparison)),
-        *(_digest_job(old.folder if each.side == "source" else new.folder, each, progress) for each in hashed),
+        *(
+            _digest_job(old.folder if each.side == "source" else new.folder, each, stage.step("hash"))
+            for each in hashed
+        ),
     ]
     run_jobs(jobs, workers)
     progress.finish()
@@ -360,7 +365,7 @@ def _copy_jobs(shard: str, rows: list[Row], whole: Comparison) -> Iterator[Job]:
     source, output = (
         TensorFiles.of(each.folder, {shard: each.index.headers[shard]}) for each in (whole.source, whole.output)
     )
-    comparison = Comparison(whole.counterparts, source, output, whole.progress)
+    comparison = Comparison(whole.counterparts, source, output, whole.progress, whole.advance)
     for row in rows:
         if row.source is None or row.target is None:
             yield comparison.derived_job(row)
@@ -397,7 +402,7 @@ def _recorded_files(manifest: Manifest, *, is_checked: bool) -> Iterator[Recorde
         yield RecordedFile("output", name, file, is_checked)
 
 
-def _digest_job(folder: Source, recorded: RecordedFile, progress: Progress) -> Job:
+def _digest_job(folder: Source, recorded: RecordedFile, advance: Callable[[int], None]) -> Job:
     def job() -> None:
         found = digest_of_file(NamedPath(folder.path(recorded.name), recorded.name))
         if not recorded.digest.is_of(found):
@@ -406,6 +411,6 @@ def _digest_job(folder: Source, recorded: RecordedFile, progress: Progress) -> J
                 f"the manifest records {recorded.digest}; the file in {printable(str(folder.where))} has {found}",
                 file=recorded.name,
             )
-        progress.advance(recorded.digest.size)
+        advance(recorded.digest.size)
 
     return job

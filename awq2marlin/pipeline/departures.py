@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 
 from awq2marlin.formats.names import CARD_FILENAME, CONFIG_FILENAME
@@ -15,15 +15,20 @@ from awq2marlin.pipeline.journal import FinishedFile, PullRequest
 from awq2marlin.pipeline.model_card import addressed
 from awq2marlin.pipeline.output import OutputFolder
 from awq2marlin.pipeline.transfer import ShardPlan, Transfer
-from awq2marlin.progress import Progress
 
 
 class Departures:
-    """Sends files of an output folder to a repository, in the order in which they are given. Made by `departing`."""
+    """Sends files of an output folder to a repository, in the order in which they are given.
 
-    def __init__(self, publication: Publication, out: OutputFolder, message: str, progress: Progress) -> None:
-        """Takes what `departing` takes."""
-        self._publication, self._out, self._message, self._progress = publication, out, message, progress
+    Attributes:
+        files: what was sent, or was there.
+        advance: told of the bytes that were sent.
+    """
+
+    def __init__(self, publication: Publication, out: OutputFolder, message: str) -> None:
+        """Takes what a `Relay` knows."""
+        self._publication, self._out, self._message = publication, out, message
+        self.advance: Callable[[int], None] = lambda _count: None
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="push")
         self._under_way: deque[tuple[str, Future[PushedFile]]] = deque()
         self.files: list[PushedFile] = []
@@ -81,7 +86,7 @@ class Departures:
         missing = not self._publication.has(name, identity)
         if missing:
             self._publication.commit({name: path}, f"{self._message}: {name}", {name: identity})
-        self._progress.advance(identity.size)
+        self.advance(identity.size)
         return PushedFile(name, identity.size, identity.sha256, missing)
 
     def _commit(self, contents: Mapping[str, Content], message: str) -> None:
@@ -107,9 +112,7 @@ class Relay:
         out: the folder in which files grow.
     """
 
-    def __init__(
-        self, out: OutputFolder, publication: Publication, message: str | None, transfer: Transfer, progress: Progress
-    ) -> None:
+    def __init__(self, out: OutputFolder, publication: Publication, message: str | None, transfer: Transfer) -> None:
         """Takes a repository that was found fit, and changes nothing there yet.
 
         Args:
@@ -117,12 +120,11 @@ class Relay:
             publication: where they go.
             message: what the commits' messages begin with; None for the default.
             transfer: what is made.
-            progress: told of the bytes that were sent.
         """
         self.out = out
         self._publication, self._message, self._transfer = publication, message or DEFAULT_MESSAGE, transfer
         self._created, self._removed = not publication.exists, publication.stale
-        self._departures = Departures(publication, out, self._message, progress)
+        self._departures = Departures(publication, out, self._message)
         self._started = time.perf_counter()
 
     def has(self, name: str, entry: FinishedFile) -> bool:
@@ -135,8 +137,9 @@ class Relay:
         unsent = [each for each in shards if each.name not in finished or not finished[each.name].sent]
         return {"push": sum(shard.target.file_size for shard in unsent)}
 
-    def begin(self) -> None:
+    def begin(self, advance: Callable[[int], None]) -> None:
         """Makes the repository ready, so that no checkpoint is loadable there, and sends what is finished."""
+        self._departures.advance = advance
         self._publication.create()
         self._publication.clear(f"{self._message}: remove the earlier one")
         self._departures.note_pull_request()

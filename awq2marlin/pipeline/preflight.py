@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import shutil
 from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from awq2marlin.checkpoint.manifest import decode_manifest, read_manifest
 from awq2marlin.errors import CheckpointError, HubError, OutputError, Problem
@@ -26,6 +27,10 @@ from awq2marlin.progress import Progress
 
 if TYPE_CHECKING:
     from awq2marlin.hub.publication import Publication, PushTarget
+
+
+#: What is said of ``--low-disk`` where there is nothing that it could remove.
+LOW_DISK_IGNORED = "low_disk (--low-disk) does nothing for a folder: its files are the user's own and are never removed"
 
 
 def output_folder(
@@ -172,6 +177,77 @@ def owned_files(root: Path, overwrite: bool) -> list[str] | None:
     return [] if unfinished else None
 
 
+class DiskNeed(NamedTuple):
+    """What a run needs on a disk.
+
+    Attributes:
+        folder: where it goes; need not exist.
+        bytes: how much.
+        stays: whether it is still there when the run has ended.
+    """
+
+    folder: Path
+    bytes: int
+    stays: bool
+
+
+class Disk(NamedTuple):
+    """A disk, and what is needed of it.
+
+    Attributes:
+        folder: the first of the folders that lie there.
+        needed: bytes.
+        free: bytes.
+    """
+
+    folder: Path
+    needed: int
+    free: int
+
+
+def disk_needs(transfer: Transfer, root: Path, *, stays: bool, low_disk: bool) -> list[DiskNeed]:
+    """Returns what a run needs: for the output, and for what has to be fetched.
+
+    Args:
+        transfer: what is left to be read and written.
+        root: the output folder.
+        stays: whether the output stays there, instead of being passed on shard by shard.
+        low_disk: whether what is fetched goes to the output folder, two shards at a time.
+    """
+    targets = [shard.target.file_size for shard in transfer.shards]
+    carried = sum(map(transfer.source.size, transfer.carried))
+    place, fetched = transfer.source.disk_need([*(shard.name for shard in transfer.shards), *transfer.carried])
+    if low_disk:
+        fetched = min(fetched, two_largest([shard.source.file_size for shard in transfer.shards]))
+    return [
+        DiskNeed(root, carried + (sum(targets) if stays else two_largest(targets)), stays),
+        DiskNeed(root if low_disk else place, fetched, not low_disk),
+    ]
+
+
+def disks(needs: Iterable[DiskNeed], at_once: int = 1) -> list[Disk]:
+    """Returns the disks on which several runs need something, and how much: of what does not stay the largest.
+
+    Args:
+        needs: of all of them, one after the other.
+        at_once: how many run at the same time.
+    """
+    folders: dict[int, Path] = {}
+    found: dict[int, list[DiskNeed]] = defaultdict(list)
+    for need in needs:
+        there = next(each for each in (need.folder, *need.folder.absolute().parents) if each.exists())
+        device = there.stat().st_dev
+        folders.setdefault(device, need.folder)
+        found[device].append(need)
+    result = []
+    for device, folder in folders.items():
+        stays = sum(need.bytes for need in found[device] if need.stays)
+        passing = sorted((need.bytes for need in found[device] if not need.stays), reverse=True)
+        there = next(each for each in (folder, *folder.absolute().parents) if each.exists())
+        result.append(Disk(folder, stays + sum(passing[: 2 * at_once]), shutil.disk_usage(there).free))
+    return result
+
+
 def refuse_full_disk(transfer: Transfer, sink: Sink, work: Work) -> None:
     """Compares what the output and what has to be fetched need with the space that their disks have.
 
@@ -183,24 +259,14 @@ def refuse_full_disk(transfer: Transfer, sink: Sink, work: Work) -> None:
     Raises:
         OutputError: if there is not enough.
     """
-    source, out = transfer.source, sink.out
-    todo = [shard for shard in transfer.shards if shard.name not in out.finished]
-    targets = [shard.target.file_size for shard in todo]
-    stays = not sink.steps(todo)
-    written = sum(map(source.size, transfer.carried)) + (sum(targets) if stays else two_largest(targets))
-    place, fetched = source.disk_need([*(shard.name for shard in todo), *transfer.carried])
-    if work.low_disk:
-        fetched = min(fetched, two_largest([shard.source.file_size for shard in todo]))
-    needs: dict[int, int] = defaultdict(int)
-    for path, size in ((out.root, written), (place, fetched)):
-        there = next(each for each in (path, *path.absolute().parents) if each.exists())
-        needs[there.stat().st_dev] += size
-        free = shutil.disk_usage(there).free
-        if needs[there.stat().st_dev] > free:
-            advice = ", use --low-disk" if source.origin and not work.low_disk else ""
+    todo = replace(transfer, shards=tuple(each for each in transfer.shards if each.name not in sink.out.finished))
+    stays = not sink.steps(todo.shards)
+    for disk in disks(disk_needs(todo, sink.out.root, stays=stays, low_disk=work.low_disk)):
+        if disk.needed > disk.free:
+            advice = ", use --low-disk" if transfer.source.origin and not work.low_disk else ""
             what = "conversion" if transfer.verb == "convert" else "way back"
             message = (
-                f"the {what} needs {needs[there.stat().st_dev] / 1e9:.2f} GB, the disk has "
-                f"{free / 1e9:.2f} GB free; free some space{advice} or choose another disk"
+                f"the {what} needs {disk.needed / 1e9:.2f} GB, the disk has "
+                f"{disk.free / 1e9:.2f} GB free; free some space{advice} or choose another disk"
             )
-            raise OutputError(Problem(str(path), "", "disk-full", message))
+            raise OutputError(Problem(str(disk.folder), "", "disk-full", message))

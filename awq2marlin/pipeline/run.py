@@ -20,7 +20,7 @@ from awq2marlin.pipeline.output import OutputFolder
 from awq2marlin.pipeline.shard import ShardResult, ShardTask, other_contents, rewrite_shard
 from awq2marlin.pipeline.sink import Sink
 from awq2marlin.pipeline.transfer import ShardPlan, Transfer
-from awq2marlin.progress import Progress
+from awq2marlin.progress import Progress, Stage
 
 #: How many shards an executor is given at once; its workers should never wait for the next.
 MAX_IN_FLIGHT = 64
@@ -79,7 +79,7 @@ def run(transfer: Transfer, sink: Sink, work: Work) -> dict[str, FileDigest]:
 
 
 def _move_shards(transfer: Transfer, sink: Sink, work: Work) -> dict[str, FileDigest]:
-    source, out, progress = transfer.source, sink.out, work.progress
+    source, out = transfer.source, sink.out
     todo = {shard.name: shard for shard in transfer.shards if shard.name not in out.finished}
     sizes = {name: shard.source.file_size for name, shard in todo.items()}
     made: dict[str, FileDigest] = {}
@@ -88,7 +88,7 @@ def _move_shards(transfer: Transfer, sink: Sink, work: Work) -> dict[str, FileDi
         _refuse_unexpected(done, transfer)
         _publish(done, out)
         if work.executor is not None:  # from elsewhere, nothing is heard until a shard is done
-            progress.advance(todo[done.name].source.data_size)
+            advance(todo[done.name].source.data_size)
         if work.compare is not None:
             with distrusted_after_a_difference(out):
                 work.compare(todo[done.name])
@@ -98,19 +98,20 @@ def _move_shards(transfer: Transfer, sink: Sink, work: Work) -> dict[str, FileDi
         made[done.name] = done.target
         sink.finished(done.name)
 
-    _announce(transfer, todo, sink, progress)
-    sink.begin()
+    stage = _announce(transfer, todo, sink, work.progress)
+    advance = stage.step(transfer.verb)
+    sink.begin(stage.step("push"))
     room = two_largest([*sizes.values()]) if work.low_disk else None
-    with arriving(source, sizes, progress.advance, room) as arrivals:
+    with arriving(source, sizes, stage.step("fetch"), room) as arrivals:
         at_once, threads = _share(work, len(todo))
         tasks = (_task(todo[name], source, out.partial(name), threads, work.with_sha256) for name in arrivals)
         with _released_if_spoilt(source):
             if work.executor is None:
-                run_side_by_side(rewrite_shard, tasks, at_once, progress.advance, finish)
+                run_side_by_side(rewrite_shard, tasks, at_once, advance, finish)
             else:
                 run_on_executor(work.executor, rewrite_shard, tasks, at_once, finish)
     sink.wait()
-    progress.finish()
+    work.progress.finish()
     return made
 
 
@@ -133,13 +134,13 @@ def _share(work: Work, shards: int) -> tuple[int, int]:
     return share_workers(check_workers(work.workers), 1 if work.low_disk else shards)
 
 
-def _announce(transfer: Transfer, todo: Mapping[str, ShardPlan], sink: Sink, progress: Progress) -> None:
-    """Tells what begins: one stage, in which all bytes are counted that are fetched, rewritten and sent."""
+def _announce(transfer: Transfer, todo: Mapping[str, ShardPlan], sink: Sink, progress: Progress) -> Stage:
+    """Tells what begins: one stage of the bytes that are rewritten, whether they are fetched and sent too or not."""
     steps: dict[str, int] = {transfer.verb: sum(shard.source.data_size for shard in todo.values())}
     if transfer.source.origin is not None:
         steps = {"fetch": sum(shard.source.file_size for shard in todo.values())} | steps
     steps |= sink.steps(transfer.shards)
-    progress.start(" and ".join(steps), sum(steps.values()))
+    return Stage(progress, " and ".join(steps), steps[transfer.verb] or max(steps.values()), steps)
 
 
 @contextmanager

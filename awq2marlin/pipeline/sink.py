@@ -30,8 +30,12 @@ class Sink(Protocol):
     def has(self, name: str, entry: FinishedFile) -> bool:
         """Returns whether a shard that was sent away is still there."""
 
-    def begin(self) -> None:
-        """The first shard is about to be made; what earlier runs finished is there."""
+    def begin(self, advance: Callable[[int], None]) -> None:
+        """The first shard is about to be made; what earlier runs finished is there.
+
+        Args:
+            advance: told of the bytes that `steps` announced.
+        """
 
     def finished(self, name: str) -> None:
         """A shard is complete and remembered."""
@@ -59,7 +63,7 @@ class Stay:
         del name, entry
         return False
 
-    def begin(self) -> None:
+    def begin(self, advance: Callable[[int], None]) -> None:
         """Nothing has to be made ready."""
 
     def finished(self, name: str) -> None:

@@ -46,12 +46,17 @@ class Comparison:
         source: the source's tensors.
         output: the converted ones.
         progress: told of every byte of the source that was compared.
+        advance: told of these bytes instead, where they are a part of another stage.
     """
 
     counterparts: Counterparts
     source: TensorFiles
     output: TensorFiles
     progress: Progress
+    advance: Callable[[int], None] | None = None
+
+    def _told(self, count: int) -> None:
+        (self.advance or self.progress.advance)(count)
 
     def tensor_name(self, module: ModulePlan, part: str) -> str:
         """Returns the source's name of the tensor that holds a part of a module."""
@@ -68,7 +73,7 @@ class Comparison:
             for part in module.parts:
                 for first, expected, found in self._bands(module, part):
                     self._compare_values(module, part, first, expected, found)
-                self.progress.advance(self.source.info(self.tensor_name(module, part)).size)
+                self._told(self.source.info(self.tensor_name(module, part)).size)
 
         return job
 
@@ -99,7 +104,7 @@ class Comparison:
                         file=self.output.shard_of[name],
                         tensor=name,
                     )
-                self.progress.advance(end - begin)
+                self._told(end - begin)
 
         return job
 

@@ -10,8 +10,11 @@ from awq2marlin.batch.run import BatchResult
 from awq2marlin.cli import progress as shown_progress
 from awq2marlin.cli.progress import BatchLines, LiveTable, batch_progress
 from awq2marlin.cli.text import outcome_text, print_failures, show
+from awq2marlin.pipeline.preflight import Disk
 
-DONE = ItemResult("/m/a", "/o/a", "done", 0, bytes=2_000_000, seconds=1.5, converted=7, kept=2, verified=7)
+DONE = ItemResult(
+    "/m/a", "/o/a", "done", 0, bytes=2_000_000, seconds=1.5, converted=7, kept=2, verified=7, written=2_000_000
+)
 PROBLEMS = (Problem("config.json", "", "bad-config", "bits are \x1b[31mred"), Problem("", "", "bad-header", "second"))
 FAILED = ItemResult("/m/\x1b[2Jb", "/o/b", "failed", 1, errors=PROBLEMS)
 
@@ -75,6 +78,8 @@ def test_a_terminal_shows_a_table_of_what_is_under_way(monkeypatch):
     assert "m/\\x1b[2Jb: hello" in shown, "what came from a file is escaped"
     assert "\x1b[2J" not in stream.getvalue()
     assert "1 of 3 (1 done)" in shown
+    assert shown.count(outcome_text(FAILED)) == 1
+    assert stream.getvalue().rstrip().splitlines()[-1].endswith("3 of 3 (2 done, 1 failed)")
     assert shown.rstrip().endswith("3 of 3 (2 done, 1 failed)")
     assert outcome_text(DONE) in shown
 
@@ -85,10 +90,19 @@ def test_the_summary_tells_what_was_left_alone(capsys):
     told = capsys.readouterr().out
     assert told.splitlines()[0] == "3 items: 2 done (1 of them by earlier runs), 1 failed"
     assert "run the same command with --retry-failed to try what failed again" in told
+    assert outcome_text(FAILED) not in told, "it was told when it ended"
     assert told.splitlines()[-2:] == ["wrote 2.0 MB in 2.0 s", "record     list.record.jsonl"]
     show(replace(result, items=(replace(FAILED, earlier=True),)))
-    assert "1 failed in an earlier run and were not tried again" in capsys.readouterr().out
-    show(replace(result, items=(DONE,), dry_run=True))
-    assert capsys.readouterr().out == "1 item: 1 could be done, 0 failed\nwould write 2.0 MB in 2.0 s\n"
+    told = capsys.readouterr().out
+    assert "1 failed in an earlier run and were not tried again" in told
+    assert outcome_text(FAILED) in told
+    disks = (Disk(Path("/m"), 3_000_000, 2_000_000), Disk(Path("/o"), 3, 2_000_000))
+    show(replace(result, items=(DONE,), dry_run=True, disks=disks))
+    assert capsys.readouterr().out.splitlines() == [
+        "1 item: 1 could be done, 0 failed",
+        "would write 2.0 MB in 2.0 s",
+        "would need 3.0 MB on the disk of /m, which has 2.0 MB free: not enough",
+        "would need 3 B on the disk of /o, which has 2.0 MB free",
+    ]
     print_failures(result)
     assert capsys.readouterr().err.startswith("error: failed /m/\\x1b[2Jb -> /o/b: config.json")

@@ -34,7 +34,7 @@ REPORT_KEYS = {
     "details",
     "errors",
 }
-STATUS = {0: "done", 1: "failed", 2: "usage", 3: "difference", 130: "interrupted"}
+STATUS = {0: "done", 1: "failed", 2: "usage", 3: "difference", 130: "interrupted", 143: "interrupted"}
 
 
 def make_source(folder, *, size_k=128, size_n=64, layers=1, shards=2, seed=0, **options):
