@@ -173,7 +173,8 @@ def _batch(result: BatchResult) -> None:
     if untried:
         _say(f"{untried} failed in an earlier run and were not tried again; --retry-failed tries them")
     elif failed and not result.dry_run:
-        _say("run the same command with --retry-failed to try what failed again")
+        how = "with --retry-failed" if result.record else "again"  # without a record nobody knows what failed
+        _say(f"run the same command {how} to try what failed again")
     wrote = sum(item.written for item in result.items if not item.earlier)
     _say(f"{'would write' if result.dry_run else 'wrote'} {size_text(wrote)} in {result.seconds:.1f} s")
     for disk in result.disks:

@@ -314,7 +314,7 @@ def _likely(given: Path) -> str:
     except OSError:
         return ""
     alike = [printable(str(given.parent / name)) for name in get_close_matches(given.name, there)]
-    return f"; did you mean {' or '.join(alike)}?" if alike else ""
+    return f" (did you mean {' or '.join(alike)}?)" if alike else ""
 
 
 def _default_snapshot(root: Path) -> Path:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants, snapshot_download
 
-from awq2marlin import CheckpointError, OutputError, convert, inspect, push, revert, verify
+from awq2marlin import CheckpointError, OutputError, PushTarget, convert, inspect, push, revert, verify
 from awq2marlin.batch.jobs import plan_jobs
 from awq2marlin.hub.name import HubName, parse_source
 from awq2marlin.io.folder import Folder
@@ -67,6 +67,19 @@ def test_the_endpoint_is_a_site_of_the_hub(monkeypatch):
             parse_source(link)
 
 
+def test_what_is_pushed_to_is_named_like_a_source():
+    for named in ("org/name", "hf://org/name", "https://huggingface.co/org/name", "https://hf.co/org/name/tree/v1"):
+        assert PushTarget(named, revision="v1") == PushTarget("org/name", revision="v1")
+    for wrong, said in (
+        ("https://huggingface.co/datasets/org/name", "this is the address of a data set"),
+        ("https://example.com/org/name", "another site than the Hub"),
+        ("https://huggingface.co/org/name/tree/v1", "names the branch v1; give it as"),
+        ("hf://name", "a repository of the Hub is named"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            PushTarget(wrong)
+
+
 @pytest.mark.parametrize(
     ("link", "said"),
     [
@@ -114,8 +127,10 @@ def test_a_path_with_a_typo_is_not_sent_to_the_hub(run, hub, source, tmp_path):
         outcome = run(*command)
         assert (outcome.code, outcome.error["code"]) == (1, "not-found"), outcome.err
         message = outcome.error["message"]
-        assert "there is no such file or folder; did you mean models/llama-awq?" in message
-        assert "taken for a path, as models is a folder here: hf://models/lama-awq is the Hub's" in message
+        assert message == (
+            "cannot open it as a checkpoint: there is no such file or folder (did you mean models/llama-awq?); it is "
+            "taken for a path, as models is a folder here: hf://models/lama-awq is the Hub's"
+        )
     assert hub.requests() == []
     batch = run("inspect", "models/nothing-like-it").error["message"]
     assert "did you mean" not in batch

@@ -46,7 +46,7 @@ NEEDED: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("quantizers.base", "HfQuantizer.is_serializable", ()),
     ("quantizers.base", "HfQuantizer.is_trainable", ()),
     ("quantizers.base", "HfQuantizer.update_dtype", ("dtype",)),
-    ("quantizers.base", "HfQuantizer.update_weight_conversions", ("weight_conversions", "model")),
+    ("quantizers.base", "HfQuantizer.update_weight_conversions", ("weight_conversions",)),
     ("quantizers.base", "HfQuantizer.validate_environment", ()),
     ("utils.quantization_config", "QuantizationConfigMixin", ()),
 )
