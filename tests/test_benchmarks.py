@@ -85,16 +85,18 @@ def test_every_model_of_the_token_comparison_is_what_its_name_says(script):
 
 
 def test_where_two_kernels_differ_the_gap_of_the_two_best_is_told(script):
+    import torch
+
     compare = script("vllm_tokens").compare_own
     row = {"tokens": [5, 6, 7], "logprobs": [-0.5, -0.75, -1.0], "gaps": [2.0, 0.015625, 1.0]}
     other = {"tokens": [5, 8, 9], "logprobs": [-0.5, -0.765625, -3.0], "gaps": [2.0, 0.0078125, 1.0]}
     same = {"alone": [row], "rows": [row], "layers": {"Linear OwnKernel": 1}}
-    found = compare({**same, "rows": [other]}, same)
+    found = compare({**same, "rows": [other]}, same, torch.half)
     assert (found["own_alone_same_logprobs"], found["own_together_same_tokens"], found["own_ok"]) == (1, 0, True)
     assert found["own_together_max_gap_where_tokens_differ"] == 0.015625
     assert found["own_together_max_logprob_difference"] == 0.015625
     far = {**other, "gaps": [2.0, 0.5, 1.0]}
-    assert not compare({**same, "rows": [far]}, same)["own_ok"]
+    assert not compare({**same, "rows": [far]}, same, torch.half)["own_ok"]
 
 
 def test_the_serving_table_has_a_column_for_every_engine_that_ran(script):

@@ -25,7 +25,7 @@ MARLIN_QUANT_METHOD = "marlin_native"
 FORMAT_VERSION = 1
 
 
-_LOADS_IN_VLLM = """vLLM, version 0.25 or 0.33, finds the loader by itself, once it is installed beside it:
+_LOADS_IN_VLLM = """vLLM, from version 0.25 on, finds the loader by itself, once it is installed beside it:
 
 ```sh
 pip install vllm==0.33.0 awq2marlin

@@ -18,7 +18,7 @@ from awq2marlin import CheckpointError, convert, inspect, revert, verify
 from awq2marlin.checkpoint.opening import open_checkpoint
 from awq2marlin.checkpoint.synthetic import llama_recipe, write_checkpoint
 from awq2marlin.gemm.check import GemmCheck, GemmRun
-from awq2marlin.integrations.vllm.versions import SUPPORTED_VERSIONS, unsupported_reason
+from awq2marlin.integrations.vllm.needs import TRIED, minor_version
 from awq2marlin.pipeline.model_card import MAX_FRONT_MATTER, addressed, merge_front_matter, model_card, split_card
 from awq2marlin.pipeline.plan import plan_conversion
 
@@ -104,9 +104,8 @@ def test_the_warning_comes_first_and_the_commands_are_exact(awq: Path) -> None:
     assert text.strip().startswith("> **Load this checkpoint only with an engine that knows the format `marlin_native`")
     assert "garbage" in text.strip().split("\n\n")[0]
     (version,) = re.findall(r"```sh\npip install vllm==([\d.]+) awq2marlin\nvllm serve THIS_MODEL\n```", text)
-    assert unsupported_reason(version) is None
-    versions = " or ".join(f"{major}.{minor}" for major, minor in SUPPORTED_VERSIONS)
-    assert f"vLLM, version {versions}, finds the loader" in text
+    assert minor_version(version) == TRIED[-1]
+    assert f"vLLM, from version {TRIED[0][0]}.{TRIED[0][1]} on, finds the loader" in text
     assert "pip install 'awq2marlin[transformers,cuda]'" in text
     assert 'AutoModelForCausalLM.from_pretrained("THIS_MODEL"' in text
     assert "awq2marlin verify SOURCE THIS_MODEL\n" in text

@@ -12,22 +12,11 @@ import logging
 def register() -> None:
     """Makes the quantization method ``marlin_native`` known to vLLM.
 
-    May be called more than once. Never raises: on a vLLM that this package does not know, the method is registered
-    all the same, but reading a checkpoint of it then fails with a sentence that says so; if even that is
-    impossible, a warning is logged.
+    May be called more than once. Never raises: if it is impossible, a warning is logged. Whether this vLLM has all that
+    the plugin needs is looked up when a checkpoint asks for the method.
     """
     try:
-        import vllm
-
-        from awq2marlin.integrations.vllm.versions import unsupported_reason
-
-        reason = unsupported_reason(vllm.__version__)
-        if reason is None:
-            import awq2marlin.integrations.vllm.config  # noqa: F401 - importing it registers the method
-        else:
-            from awq2marlin.integrations.vllm.refusal import register_refusal
-
-            register_refusal(reason)
+        import awq2marlin.integrations.vllm.config  # noqa: F401 - importing it registers the method
     except Exception:
         # Every vLLM process comes through here, most of them for other models.
         logging.getLogger("vllm.awq2marlin").warning(

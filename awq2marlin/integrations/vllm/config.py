@@ -7,10 +7,12 @@ a layer asks for one.
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
+import vllm
 from vllm import envs
 from vllm.logger import init_logger
 from vllm.model_executor.layers.quantization import register_quantization_config
@@ -24,6 +26,7 @@ from awq2marlin.formats.registry import MARLIN_NATIVE
 from awq2marlin.integrations.kernel_choice import reason_without_own, setting
 from awq2marlin.integrations.vllm.contents import Contents
 from awq2marlin.integrations.vllm.inventory import Inventory, inventory_of, read_inventory, tensors_of
+from awq2marlin.integrations.vllm.needs import ALWAYS, EXPERTS, Need, missing_reason, untried_warning
 
 logger = init_logger("vllm.awq2marlin")
 
@@ -75,8 +78,10 @@ class MarlinNativeConfig(QuantizationConfig):  # type: ignore[misc]
         """Returns the config that a ``quantization_config`` describes.
 
         Raises:
-            CheckpointError: if it is malformed, or of a newer format.
+            CheckpointError: if it is malformed, of a newer format, or this vLLM lacks something that serving it takes.
         """
+        _refuse_lacks(ALWAYS)
+        _warn_of_untried_version()
         return cls(MARLIN_NATIVE.read_config(config, CONFIG_FILENAME))
 
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
@@ -177,6 +182,7 @@ class MarlinNativeConfig(QuantizationConfig):  # type: ignore[misc]
         return MarlinNativeLinearMethod(self.contents, prefix, parts)
 
     def _experts_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase:
+        _refuse_lacks(EXPERTS)
         from vllm.model_executor.layers.fused_moe import UnquantizedFusedMoEMethod
 
         from awq2marlin.integrations.vllm.experts import MarlinNativeMoEMethod
@@ -208,6 +214,21 @@ class MarlinNativeConfig(QuantizationConfig):  # type: ignore[misc]
         config = AutoAWQConfig.from_config(document)
         config.packed_modules_mapping = self.packed_modules_mapping
         return config
+
+
+def _refuse_lacks(needs: tuple[Need, ...]) -> None:
+    """Refuses a vLLM that lacks a name that the plugin uses."""
+    reason = missing_reason(needs, vllm.__version__)
+    if reason:
+        raise refuse("unsupported-engine", reason, file=CONFIG_FILENAME)
+
+
+@cache
+def _warn_of_untried_version() -> None:
+    """Says once in a process that nobody has tried this version of vLLM."""
+    warning = untried_warning(vllm.__version__)
+    if warning:
+        logger.warning(warning)
 
 
 def _check_engine() -> None:

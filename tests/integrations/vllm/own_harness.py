@@ -54,6 +54,7 @@ def on(capability):
         get_device_capability=classmethod(lambda *_, **__: DeviceCapability(*capability)),
         is_device_capability=classmethod(lambda _, value, **__: wanted(value) == number),
         has_device_capability=classmethod(lambda _, value, **__: wanted(value) <= number),
+        num_compute_units=classmethod(lambda *_, **__: 108),
     ):
         yield
 

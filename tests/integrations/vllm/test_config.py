@@ -85,34 +85,28 @@ def test_registering_adds_one_method_leaves_the_others_and_is_light():
     assert [each for each in new if each.startswith(("vllm.model_executor.layers.fused_moe", "numba"))] == []
 
 
-OTHER_VERSION = """
-import vllm
-vllm.__version__ = "0.30.1"
+LACKING = """
 from awq2marlin.integrations.vllm import register
 register()
 from vllm.model_executor.layers.quantization import get_quantization_config
+method = get_quantization_config("marlin_native")
+import vllm.model_executor.layers.quantization.utils.marlin_utils as utils
+del utils.apply_gptq_marlin_linear
 try:
-    get_quantization_config("marlin_native").from_config({"quant_method": "marlin_native"})
+    method.from_config({"quant_method": "marlin_native"})
 except Exception as error:
     print(error)
 """
 
 
-def test_another_version_of_vllm_refuses_checkpoints_with_a_sentence():
-    said = run_python(OTHER_VERSION)
-    assert said == (
-        "config.json: this awq2marlin reads Marlin-native checkpoints in vLLM 0.25 and 0.33, but vLLM 0.30.1 is "
-        "installed; install one of those, or a newer awq2marlin, or take the AWQ checkpoint back with "
-        "'awq2marlin revert'"
-    )
-
-
-def test_the_installed_version_is_a_supported_one():
+def test_a_vllm_without_what_the_plugin_needs_refuses_checkpoints_by_name():
     import vllm
 
-    from awq2marlin.integrations.vllm.versions import unsupported_reason
-
-    assert unsupported_reason(vllm.__version__) is None
+    said = run_python(LACKING)
+    assert said.startswith(
+        f"config.json: vLLM {vllm.__version__} lacks what this awq2marlin uses of it: "
+        "vllm.model_executor.layers.quantization.utils.marlin_utils.apply_gptq_marlin_linear. It was tried with"
+    )
 
 
 # --- checked before the model is built --------------------------------------------------------------------

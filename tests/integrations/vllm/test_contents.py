@@ -14,7 +14,6 @@ from awq2marlin.formats.names import INDEX_FILENAME, MANIFEST_FILENAME
 from awq2marlin.formats.registry import MARLIN_NATIVE
 from awq2marlin.integrations.vllm.contents import Contents
 from awq2marlin.integrations.vllm.inventory import Inventory, inventory_of, read_inventory, tensors_of
-from awq2marlin.integrations.vllm.versions import minor_version, takes_activation_order, unsupported_reason
 from awq2marlin.io.safetensors import TensorInfo
 from awq2marlin.layout.scheme import Scheme
 
@@ -222,44 +221,14 @@ def test_advice_names_the_largest_size_if_it_is_known():
     assert Contents(said, Inventory(frozenset(), 0)).tensor_parallel_advice() == "No tensor-parallel size works"
 
 
-# --- versions ---------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("version", "minor"),
-    [
-        ("0.25.0", (0, 25)),
-        ("0.25.1+cu130", (0, 25)),
-        ("0.33.0rc1", (0, 33)),
-        ("1.2", (1, 2)),
-        ("dev", None),
-        ("v0.25.0", None),
-    ],
-)
-def test_a_version_is_read_up_to_its_second_number(version, minor):
-    assert minor_version(version) == minor
-
-
-@pytest.mark.parametrize("version", ["0.25.0", "0.33.0", "0.33.2"])
-def test_supported_versions(version):
-    assert unsupported_reason(version) is None
-    assert takes_activation_order(version) == version.startswith("0.25")
-
-
-@pytest.mark.parametrize("version", ["0.24.0", "0.26.0", "0.34.0", "dev"])
-def test_other_versions_are_refused_with_the_supported_ones(version):
-    reason = unsupported_reason(version)
-    assert f"in vLLM 0.25 and 0.33, but vLLM {version} is installed" in reason
-    assert "\x1b" not in unsupported_reason("\x1b[31m")
-
-
 # --- the entry point, without vLLM ------------------------------------------------------------------------
 
 
 def test_registering_never_raises(caplog):
     from awq2marlin.integrations.vllm import register
 
-    with mock.patch.dict("sys.modules", {"vllm": None}):  # importing it fails
+    absent = {"vllm": None, "awq2marlin.integrations.vllm.config": None}  # importing them fails
+    with mock.patch.dict("sys.modules", absent):
         register()
     (record,) = caplog.records
     assert "could not register" in record.message

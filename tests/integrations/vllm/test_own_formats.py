@@ -33,6 +33,17 @@ def own(harness):  # noqa: ARG001 - it decides whether vLLM is there
         return importlib.import_module("tests.integrations.vllm.own_harness")
 
 
+@pytest.fixture
+def since_033(harness):  # noqa: ARG001 - it decides whether vLLM is there
+    """For what the tests call of vLLM itself, in the shape that it has from 0.33 on."""
+    import vllm
+
+    from awq2marlin.integrations.vllm.needs import minor_version
+
+    if minor_version(vllm.__version__) < (0, 33):
+        pytest.skip(f"vLLM {vllm.__version__} has other insides; what it does is tested on 0.33.")
+
+
 @pytest.fixture(scope="module")
 def made(tmp_path_factory):
     """Makes a fixture's numbers a checkpoint of some kind, or returns the one made before."""
@@ -156,6 +167,7 @@ def test_biases_are_no_obstacle(own, made, kind, name):
 # --- experts --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("since_033")
 @pytest.mark.parametrize("kind", KINDS)
 def test_experts_hold_the_values_of_the_source(own, experts, harness, made, kind):
     name, prefix = "llm_compressor_experts", f"{LAYER}.mlp.experts"
@@ -199,6 +211,7 @@ def load_experts(layer, checkpoint, prefix):
 # --- what vLLM takes ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("since_033")
 @pytest.mark.parametrize("group_size", [32, 64, 128, -1])
 def test_vllm_s_marlin_takes_everything_but_8_bits_with_zero_points(own, group_size):
     for bits, symmetric in ((4, True), (4, False), (8, True)):
@@ -249,6 +262,7 @@ def altered(folder, name, alter):
     return folder / "altered"
 
 
+@pytest.mark.usefixtures("since_033")
 @pytest.mark.parametrize("said", [False, True])
 def test_vllm_s_awq_needs_to_be_told_of_an_output_embedding_that_is_quantized(own, made, tmp_path, said):
     shutil.copytree(made("AWQ packed here", "w4_asym_g32"), tmp_path / "altered")
