@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, ClassVar
 
 from awq2marlin.errors import printable, refuse
@@ -52,6 +53,9 @@ class Awq(Format):
     #: What a config means that does not say whether there are zero points: what tools do that leave it out.
     zero_point_if_unsaid: ClassVar[bool] = True
 
+    #: Whether its kernels read zero points whatever a config says.
+    has_always_zero_points: ClassVar[bool] = False
+
     def claims(self, document: Mapping[str, Any], place: str) -> bool:
         """Returns whether a config names AWQ, or no method, and this layout."""
         return awq_layout(document, place) in self.versions
@@ -65,4 +69,6 @@ class Awq(Format):
         if self.only_bits and scheme.bits not in self.only_bits:
             message = f"it is quantized to {scheme.bits} bits, but {self.title} has 4 only"
             raise refuse("unsupported-bits", message, file=place)
+        if self.has_always_zero_points:
+            scheme = replace(scheme, zero_point=True)
         return Quantization(scheme, document.get("modules_to_not_convert"), place)

@@ -9,6 +9,7 @@ AutoAWQ 0.2.9, ``awq/modules/linear/gemv.py``.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ import numpy.typing as npt
 from awq2marlin.formats.awq import Awq
 from awq2marlin.formats.base import Fault, Quantization
 from awq2marlin.io.safetensors import TensorInfo
-from awq2marlin.layout.marlin import MAX_SIZE_N
+from awq2marlin.layout.marlin import MARLIN_SUPPORTED_GROUP_SIZES, MAX_SIZE_N, num_groups
 from awq2marlin.layout.repack import PartLayout
 from awq2marlin.layout.scheme import Scheme
 from awq2marlin.layout.transposed import TransposedCodes, TransposedScales
@@ -31,6 +32,19 @@ def stored_groups(size_k: int, scheme: Scheme) -> int:
     rows_of_group = size_k if scheme.group_size == -1 else scheme.group_size
     multiple = _FACTOR * {64: 2, 32: 4}.get(rows_of_group, 1)
     return -(-scheme.num_groups(size_k) // multiple) * multiple
+
+
+def shown_groups(size_k: int, stored: int, scheme: Scheme) -> int | None:
+    """Returns how many groups a module has whose tensors have room for some; None if no supported size fits.
+
+    Args:
+        size_k: K.
+        stored: rows or columns of scales, with the padding.
+        scheme: of the checkpoint: its group size counts, if several fit.
+    """
+    sizes = [scheme.group_size, *MARLIN_SUPPORTED_GROUP_SIZES]
+    fit = (size for size in sizes if stored_groups(size_k, replace(scheme, group_size=size)) == stored)
+    return next((num_groups(size_k, size) for size in fit), None)
 
 
 def size_fault(size_k: int, size_n: int, multiple_k: int, scheme: Scheme) -> str:
@@ -51,16 +65,18 @@ class AwqGemv(Awq):
     title = layout_title = "AWQ gemv"
     is_source = True
     versions = ("gemv",)
-
-    def has_zero_points(self, scheme: Scheme) -> bool:
-        """Returns True: its kernels read them always."""
-        del scheme
-        return True
+    has_always_zero_points = True
 
     def sizes(self, tensors: Mapping[str, TensorInfo], scheme: Scheme) -> tuple[int, int]:
         """Returns K and N as ``qweight`` says."""
         size_n, words = tensors["qweight"].shape
         return words * scheme.pack_factor, size_n
+
+    def shown(self, tensors: Mapping[str, TensorInfo], scheme: Scheme) -> tuple[float, float, int] | None:
+        """Returns bits, K and groups: columns of ``scales`` tell the groups."""
+        size_k, _ = self.sizes(tensors, scheme)
+        groups = shown_groups(size_k, tensors["scales"].shape[1], scheme)
+        return None if groups is None else (scheme.bits, size_k, groups)
 
     def shape(self, part: str, size_k: int, size_n: int, scheme: Scheme) -> tuple[int, ...]:
         """Returns the shape of a part: N first."""

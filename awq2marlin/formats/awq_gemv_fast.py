@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from awq2marlin.formats.awq import Awq
-from awq2marlin.formats.awq_gemv import size_fault, stored_groups
+from awq2marlin.formats.awq_gemv import shown_groups, size_fault, stored_groups
 from awq2marlin.formats.base import Fault, Quantization
 from awq2marlin.io.safetensors import TensorInfo
 from awq2marlin.layout.interleaved import CODES_IN_TURN, COLUMNS_IN_TURN, InterleavedCodes
@@ -34,19 +34,21 @@ class AwqGemvFast(Awq):
     title = layout_title = "AWQ gemv_fast"
     is_source = True
     versions = ("gemv_fast", "gemv-fast", "gemvfast")
+    has_always_zero_points = True
     dtypes: ClassVar[Mapping[str, tuple[str, ...]]] = {"qweight": ("I16",), "qzeros": ("F16",), "scales": ("F16",)}
     read_beside: ClassVar[Mapping[str, str]] = {"qzeros": "scales"}
-
-    def has_zero_points(self, scheme: Scheme) -> bool:
-        """Returns True: its kernels read them always."""
-        del scheme
-        return True
 
     def sizes(self, tensors: Mapping[str, TensorInfo], scheme: Scheme) -> tuple[int, int]:
         """Returns K and N as ``qweight`` says."""
         del scheme
         blocks, size_k = tensors["qweight"].shape
         return size_k, blocks * COLUMNS_IN_TURN
+
+    def shown(self, tensors: Mapping[str, TensorInfo], scheme: Scheme) -> tuple[float, float, int] | None:
+        """Returns bits, K and groups: rows of ``scales`` tell the groups."""
+        size_k, _ = self.sizes(tensors, scheme)
+        groups = shown_groups(size_k, tensors["scales"].shape[0], scheme)
+        return None if groups is None else (scheme.bits, size_k, groups)
 
     def shape(self, part: str, size_k: int, size_n: int, scheme: Scheme) -> tuple[int, ...]:
         """Returns the shape of a part: codes N first, the others in rows along K."""

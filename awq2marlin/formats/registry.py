@@ -73,9 +73,11 @@ def shown_by(
         shard_of: the file of each tensor.
         but: the format that the config names.
     """
+    scheme = replace(quantization.scheme, zero_point=False)  # so that no zero points are missed, if there are none
+    looked_for = replace(quantization, layout=None, scheme=scheme)
     for format in FORMATS:
         if format.is_source and not format.is_own and format.name != but.name:
-            modules, problems = format.find(tensors, replace(quantization, layout=None), shard_of)
+            modules, problems = format.find(tensors, looked_for, shard_of)
             if modules and not problems:
                 return format
     return None

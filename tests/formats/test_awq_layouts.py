@@ -349,3 +349,37 @@ def test_a_changed_zero_point_is_found_by_its_place(tmp_path):
         verify(source, tmp_path / "out")
     with pytest.raises(DifferenceError, match="zero point at row 1, column 7"):
         verify(source, checkpoint("gemv_g64"))
+
+
+@pytest.mark.parametrize("version", ["gemv", "gemv_fast", "marlin"])
+def test_modules_of_other_groups_are_named_in_pairs(version, tmp_path):
+    shutil.copytree(checkpoint(f"{version}_g64"), tmp_path / "source")
+    tensors, others = (peers.read_tensors(checkpoint(f"{version}_g{size}")) for size in (64, 32))
+    tensors |= {name: held for name, held in others.items() if name.startswith(DOWN)}
+    peers.write_tensors(tmp_path / "source" / "model.safetensors", tensors)
+    found = inspect(tmp_path / "source")
+    assert not found.is_convertible
+    assert found.reason.startswith(
+        f"{DOWN}.qweight: this module has 4 bits in groups of 32, but {O_PROJ} has 4 bits in"
+    )
+    with pytest.raises(CheckpointError, match="has 4 bits in groups of 64; only checkpoints with one kind"):
+        convert(tmp_path / "source", tmp_path / "out")
+
+
+@pytest.mark.parametrize("said", [False, None])
+@pytest.mark.parametrize("name", ["gemv_g64", "gemv_fast_g64"])
+def test_zero_points_count_whatever_the_config_says_as_the_kernels_read_them_always(name, said, tmp_path):
+    shutil.copytree(checkpoint(name), tmp_path / "source")
+    document = peers.read_config(tmp_path / "source")
+    document["quantization_config"]["zero_point"] = said
+    (tmp_path / "source" / "config.json").write_text(json.dumps(document), "utf-8")
+    assert inspect(tmp_path / "source").zero_point
+    for to in TARGETS:
+        convert(tmp_path / "source", tmp_path / to, to=to, verify="all")
+        convert(checkpoint(name), tmp_path / "expected" / to, to=to)
+        found, expected = (peers.read_tensors(folder / to) for folder in (tmp_path, tmp_path / "expected"))
+        assert found.keys() == expected.keys()
+        for tensor, (_, array) in expected.items():
+            assert_identical(found[tensor][1], array, tensor)
+        revert(tmp_path / to, tmp_path / "back" / to)
+        assert contents(tmp_path / "back" / to) == contents(tmp_path / "source")
