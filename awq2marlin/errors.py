@@ -216,6 +216,7 @@ _ADVICE = {
     ),
     errno.ENOENT: ("not-found", "there is no such file or folder"),
     errno.ENOTDIR: ("not-a-folder", "a part of this path is a file, not a folder"),
+    errno.EISDIR: ("not-a-file", "it is a folder where a file is needed"),
     errno.ELOOP: ("unsafe-link", "too many symbolic links, or a link where a plain file is needed"),
     errno.ENAMETOOLONG: ("name-too-long", "the file system does not take a name this long"),
     errno.EMFILE: (

@@ -61,6 +61,9 @@ def read_batch_file(path: Path) -> list[BatchItem]:
         OSError: if it cannot be read.
     """
     problems: list[Problem] = []
+    if path.is_dir():
+        advice = "'ls -d FOLDER/* | awq2marlin batch -' makes one of what is in it"
+        raise BatchError(_problem(str(path), f"it is a folder, not a list of sources; {advice}"))
     items = _checked(_entries(path, problems), str(path), problems)
     if not items and not problems:
         problems.append(_problem(str(path), "it names no source"))

@@ -134,7 +134,8 @@ class Folder:
         if not root.is_dir():
             raise refuse(
                 "not-a-folder",
-                "a checkpoint is a folder with config.json and .safetensors files; name the folder",
+                "a checkpoint is a folder with config.json and .safetensors files; name the folder "
+                f"{printable(str(given.parent))}",
                 file=str(given),
             )
         root = _default_snapshot(root)

@@ -97,6 +97,12 @@ def test_bad_yaml_is_refused_in_words(tmp_path, text, message):
     assert message in refusals(tmp_path / "models.yaml", text)[0]
 
 
+def test_a_folder_is_no_list(tmp_path):
+    with pytest.raises(BatchError, match="it is a folder, not a list of sources; 'ls -d FOLDER/") as caught:
+        read_batch_file(tmp_path)
+    assert caught.value.problems[0].file == str(tmp_path)
+
+
 def test_an_empty_or_binary_list_is_refused(tmp_path):
     assert refusals(tmp_path / "models.txt", "# nothing\n") == ["it names no source"]
     assert refusals(tmp_path / "models.json", "{}") == ["it must be a list"]

@@ -281,6 +281,16 @@ def test_a_repository_of_models_says_so(hub, run, source, tmp_path):
     )
 
 
+def test_a_file_of_a_checkpoint_names_its_folder(run, source, tmp_path):
+    shutil.copytree(source, tmp_path / "models/llama")
+    for name in ("config.json", shard_names(source)[0]):
+        error = run("inspect", f"models/llama/{name}").error
+        assert error["code"] == "not-a-folder"
+        assert error["message"].endswith("; name the folder models/llama")
+    shutil.copy(source / "config.json", tmp_path)
+    assert run("inspect", "config.json").error["message"].endswith("; name the folder .")
+
+
 def test_an_unfinished_output_says_how_far_it_is(run, hub, source):
     hub.misbehave("/cdn/*00003-of*", method="GET", status=500, times=None, after=1)
     assert run("convert", REPO, "out", "--workers", 1).code == 1
