@@ -182,9 +182,7 @@ class AwqGemm(Awq):
 class _WithMiddleZeros(AwqGemm):
     """The layout of modules whose zero points are all 2^(bits-1), and stored all the same."""
 
-    def parts(self, found: Mapping[str, TensorInfo], scheme: Scheme) -> tuple[str, ...]:
-        """Returns the parts of a module but for its zero points."""
-        return tuple(part for part in super().parts(found, scheme) if part != "qzeros")
+    drops_middle_zeros = True
 
     def derived(self, size_k: int, size_n: int, scheme: Scheme) -> Sequence[DerivedTensor]:
         """Returns the zero points."""

@@ -161,6 +161,9 @@ class Format(ABC):
     #: Parts any of which makes a module a quantized one; `scales` alone may belong to a scaled activation.
     marks: ClassVar[tuple[str, ...]] = ("qweight", "qzeros")
 
+    #: Whether zero points that a symmetric checkpoint stores are no parts, as all are 2^(bits-1), but `derived`.
+    drops_middle_zeros: ClassVar[bool] = False
+
     #: Further tensors that only quantized modules have: one that is alone tells that its module's weight is missing.
     companions: ClassVar[tuple[str, ...]] = ()
 
@@ -241,9 +244,10 @@ class Format(ABC):
         """Returns the format that the tensors show, where a config does not tell several apart; mostly this one."""
         return self
 
-    def parts(self, found: Mapping[str, TensorInfo], scheme: Scheme) -> tuple[str, ...]:  # noqa: ARG002
-        """Returns which of its tensors are parts of a module, in order: all that it has, in most formats."""
-        return tuple(part for part in QUANTIZED_PARTS if part in found)
+    def parts(self, found: Mapping[str, TensorInfo], scheme: Scheme) -> tuple[str, ...]:
+        """Returns which of its tensors are parts of a module, in order."""
+        is_without = self.drops_middle_zeros and not scheme.zero_point
+        return tuple(part for part in QUANTIZED_PARTS if part in found and not (part == "qzeros" and is_without))
 
     def find(
         self, tensors: Mapping[str, TensorInfo], quantization: Quantization, shard_of: Mapping[str, str]

@@ -87,6 +87,7 @@ class CompressedTensors(Format):
     }
     #: Nothing else has scales of this name, so that a module whose codes are lost is missed.
     marks: ClassVar[tuple[str, ...]] = ("qweight", "qzeros", "scales")
+    drops_middle_zeros = True
     companions: ClassVar[tuple[str, ...]] = ("weight_shape",)
     layouts: ClassVar[Mapping[str, type[PartLayout]]] = {
         "qweight": TransposedCodes,
@@ -186,10 +187,6 @@ class CompressedTensors(Format):
         if stacked:
             return {}, [Problem(shard_of[name], name, "foreign-format", _STACKED) for name in stacked]
         return super().find(tensors, quantization, shard_of)
-
-    def parts(self, found: Mapping[str, TensorInfo], scheme: Scheme) -> tuple[str, ...]:
-        """Returns the parts of a module: zero points of a symmetric checkpoint are none, they are all 2^(b-1)."""
-        return tuple(part for part in super().parts(found, scheme) if part != "qzeros" or scheme.zero_point)
 
     def derived(self, size_k: int, size_n: int, scheme: Scheme) -> Sequence[DerivedTensor]:
         """Returns what follows from a module's shape: the shape, and what some versions write besides."""

@@ -121,8 +121,8 @@ _FILES = {"job_new.json": "exl2", "measurement.json": "exl2", "quantization_conf
 MODELOPT_FILENAME = "hf_quant_config.json"
 
 _WHAT_TO_DO = (
-    "Only AWQ (versions gemm, gemv, gemv_fast and marlin), GPTQ of format 'gptq' or 'gptq_v2', and compressed-tensors "
-    "of format 'pack-quantized' are converted; look for such a version of this model"
+    "Only AWQ (versions gemm, gemv, gemv_fast and marlin), GPTQ of format 'gptq' or 'gptq_v2', AutoRound's packings of "
+    "these, and compressed-tensors of format 'pack-quantized' are converted; look for such a version of this model"
 )
 
 

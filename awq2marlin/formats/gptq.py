@@ -45,6 +45,7 @@ class Gptq(Format):
     title = layout_title = "GPTQ"
     is_source = True
     zero_point_key = "sym"
+    drops_middle_zeros = True
     companions: ClassVar[tuple[str, ...]] = ("g_idx",)
     foreign_suffixes: ClassVar[tuple[str, ...]] = ("weight",)
 
@@ -107,10 +108,6 @@ class Gptq(Format):
             return SequentialCodes(part, scheme.bits, size_k, size_n)
         kind = self.zero_points if part == "qzeros" else PartLayout
         return kind(part, scheme.bits, scheme.num_groups(size_k), size_n)
-
-    def parts(self, found: Mapping[str, TensorInfo], scheme: Scheme) -> tuple[str, ...]:
-        """Returns the parts of a module: zero points of a symmetric checkpoint are none, they are all 2^(b-1)."""
-        return tuple(part for part in super().parts(found, scheme) if part != "qzeros" or scheme.zero_point)
 
     def derived(self, size_k: int, size_n: int, scheme: Scheme) -> Sequence[DerivedTensor]:
         """Returns the group of every row, which some tools write, and the zero points of a symmetric checkpoint."""

@@ -2,9 +2,11 @@
 
 Two environments made them, each the part of the library that is installed there:
 
-    pip install torch==2.13.0 transformers==5.23.0 gptqmodel==7.7.0     # data/gptq/gptqmodel_*
-    pip install torch==2.13.0 transformers==5.23.0 auto-round==0.16.0   # data/auto_round/*, data/gptq/auto_*
-    python tests/formats/make_gptq.py                                   # in each of them
+    pip install torch==2.13.0 transformers==5.23.0 safetensors==0.8.0 datasets    # in both
+    pip install --no-deps gptqmodel==7.7.0                  # data/gptq/gptqmodel_*; it asks for a newer torch, for
+    pip install --no-deps pypcre logbar tokenicer device-smi defuser threadpoolctl pillow ninja   # its kernels
+    pip install --no-deps auto-round==0.16.0                # data/auto_round/*, data/gptq/auto_*, data/gptq/old_*
+    python tests/formats/make_gptq.py                       # in each of them
 
 (numpy 2.4.6, safetensors 0.8.0, Python 3.11, a CPU.) Nothing of this project is imported.
 

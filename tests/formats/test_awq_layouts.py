@@ -1,7 +1,6 @@
 """AWQ's other layouts, as AutoAWQ's own layers wrote them: what `test_every_format` does not ask of them."""
 
 import json
-import os
 import shutil
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
@@ -15,8 +14,7 @@ from awq2marlin.checkpoint.opening import open_checkpoint
 from awq2marlin.io.folder import Folder
 from awq2marlin.pipeline.plan import plan_conversion
 from tests.equality import assert_identical
-from tests.faults.helpers import Stepped, contents, run_here
-from tests.faults.test_kill import kill_at_every_step
+from tests.faults.helpers import contents
 from tests.formats import peers
 
 DATA = Path(__file__).resolve().parent / "data" / "awq"
@@ -185,27 +183,9 @@ def test_the_manifest_asks_version_01_for_a_newer_one_and_the_card_names_the_sou
         assert f"How to get the {title} checkpoint back" in card
 
 
-@pytest.fixture(scope="module")
-def stepped(tmp_path_factory):
-    runner = Stepped(tmp_path_factory.mktemp("stepped"))
-    yield runner
-    runner.close()
-
-
-def test_killed_before_any_of_its_steps_it_is_completed_by_the_same_command(stepped, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(os, "fsync", lambda _descriptor: None)  # many runs in a row need no disk
+def test_killed_before_any_of_its_steps_it_is_completed_by_the_same_command(killed_there_and_back, tmp_path):
     source = apart(tmp_path / "source", "gemv_fast_g128", lambda tensor: "b" if tensor.endswith("scales") else "a")
-    convert(source, tmp_path / "whole")
-
-    def run(*arguments):
-        return run_here(capsys, *arguments, "--json")
-
-    for command, expected in (
-        (("convert", source, tmp_path / "out"), tmp_path / "whole"),
-        (("revert", tmp_path / "whole", tmp_path / "back"), source),
-    ):
-        steps = kill_at_every_step(stepped, run, (*command, "--workers", 1), command[2], contents(expected))
-        assert len(steps) > 20
+    killed_there_and_back(source)
 
 
 # --- what lies, or cannot be converted -------------------------------------------------------------------------------

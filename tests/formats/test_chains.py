@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -18,8 +17,7 @@ from awq2marlin.checkpoint.manifest import read_manifest
 from awq2marlin.checkpoint.synthetic import CompressedTensorsRecipe, Recipe, write_checkpoint
 from awq2marlin.formats import registry
 from awq2marlin.io.folder import Folder
-from tests.faults.helpers import Stepped, contents, run_here
-from tests.faults.test_kill import kill_at_every_step
+from tests.faults.helpers import contents, run_here
 from tests.formats import peers
 
 TARGETS = [format.layout_name for format in registry.FORMATS if format.is_target]
@@ -180,27 +178,8 @@ def test_an_item_of_a_batch_that_is_of_the_format_to_write_is_told_so(tmp_path: 
         assert done.exit_code == 0
 
 
-@pytest.fixture(scope="module")
-def stepped(tmp_path_factory):
-    runner = Stepped(tmp_path_factory.mktemp("stepped"))
-    yield runner
-    runner.close()
-
-
 @pytest.mark.parametrize(("name", "to"), [("old_w8_asym_channel", "marlin"), ("w4_sym_g32", "awq")])
 def test_killed_before_any_of_its_steps_it_is_completed_by_the_same_command(
-    stepped, tmp_path, capsys, monkeypatch, name: str, to: str
+    killed_there_and_back, name: str, to: str
 ) -> None:
-    monkeypatch.setattr(os, "fsync", lambda _descriptor: None)  # many runs in a row need no disk
-    source = peers.checkpoint(name)
-    convert(source, tmp_path / "whole", to=to)
-
-    def run(*arguments):
-        return run_here(capsys, *arguments, "--json")
-
-    for command, expected in (
-        (("convert", source, tmp_path / "out", "--to", to), tmp_path / "whole"),
-        (("revert", tmp_path / "whole", tmp_path / "back"), source),
-    ):
-        steps = kill_at_every_step(stepped, run, (*command, "--workers", 1), command[2], contents(expected))
-        assert len(steps) > 20
+    killed_there_and_back(peers.checkpoint(name), to)

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import shutil
-from collections.abc import Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 
@@ -27,8 +25,7 @@ from awq2marlin.formats.registry import FORMATS
 from awq2marlin.io.folder import Folder
 from awq2marlin.io.tensors import TensorFiles
 from tests.equality import assert_identical
-from tests.faults.helpers import Stepped, contents, run_here
-from tests.faults.test_kill import kill_at_every_step
+from tests.faults.helpers import contents
 from tests.formats import peers
 
 #: compressed-tensors has a matrix of its own in `test_compressed_tensors_library`; here are some of each kind.
@@ -193,30 +190,9 @@ def test_the_card_says_what_the_source_was_and_version_01_is_asked_for_a_newer_o
     assert f"| compared with the source, value for value | {count} of {count}: no difference |" in card
 
 
-@pytest.fixture(scope="module")
-def stepped(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stepped]:
-    runner = Stepped(tmp_path_factory.mktemp("stepped"))
-    yield runner
-    runner.close()
-
-
-def test_killed_before_any_of_its_steps_it_is_completed_by_the_same_command(
-    stepped: Stepped, tmp_path: Path, capsys, monkeypatch
-) -> None:
-    """What is dropped on the way there is made on the way back, so both are killed."""
-    monkeypatch.setattr(os, "fsync", lambda _descriptor: None)  # many runs in a row need no disk
-    source = peers.ALL_DATA / "gptq" / "gptqmodel_v2_w4_sym_g32" / "checkpoint"
-    convert(source, tmp_path / "whole")
-
-    def run(*arguments):
-        return run_here(capsys, *arguments, "--json")
-
-    for command, expected in (
-        (("convert", source, tmp_path / "out"), tmp_path / "whole"),
-        (("revert", tmp_path / "whole", tmp_path / "back"), source),
-    ):
-        steps = kill_at_every_step(stepped, run, (*command, "--workers", 1), command[2], contents(expected))
-        assert len(steps) > 20
+def test_killed_before_any_of_its_steps_it_is_completed_by_the_same_command(killed_there_and_back) -> None:
+    """What is dropped on the way there is made on the way back."""
+    killed_there_and_back(peers.ALL_DATA / "gptq" / "gptqmodel_v2_w4_sym_g32" / "checkpoint")
 
 
 def test_the_fixtures_are_of_every_kind() -> None:

@@ -13,8 +13,7 @@ from awq2marlin import CheckpointError, DifferenceError, convert, inspect, rever
 from awq2marlin.checkpoint.opening import open_checkpoint
 from awq2marlin.checkpoint.synthetic import Recipe, write_checkpoint
 from awq2marlin.formats.registry import registered
-from tests.faults.helpers import WORK, Stepped, contents, finished_shards, run_here
-from tests.faults.test_kill import kill_at_every_step
+from tests.faults.helpers import WORK, Stepped, contents, finished_shards
 from tests.formats.toy import MASKED, TOY
 from tests.hostile.hostile_files import pack_tensors
 
@@ -227,22 +226,8 @@ def stepped(tmp_path_factory):
     runner.close()
 
 
-def test_killed_before_any_of_its_steps_it_is_completed_by_the_same_command(
-    made, stepped, tmp_path, capsys, monkeypatch
-):
-    monkeypatch.setattr(os, "fsync", lambda _descriptor: None)  # many runs in a row need no disk
-    _, toy = made(shards=1)
-    convert(toy, tmp_path / "marlin")
-
-    def run(*arguments):
-        return run_here(capsys, *arguments, "--json")
-
-    for command, expected in (
-        (("convert", toy, tmp_path / "out"), tmp_path / "marlin"),
-        (("revert", tmp_path / "marlin", tmp_path / "back"), toy),
-    ):
-        steps = kill_at_every_step(stepped, run, (*command, "--workers", 1), command[2], contents(expected))
-        assert len(steps) > 30
+def test_killed_before_any_of_its_steps_it_is_completed_by_the_same_command(made, killed_there_and_back):
+    killed_there_and_back(made(shards=1)[1])
 
 
 ROOT = Path(__file__).resolve().parents[2]
