@@ -251,8 +251,8 @@ ERROR_CODES: Mapping[str, Advice] = {
         "use `--overwrite` or `--create-pr`, or choose another",
     ),
     "too-large": Advice(
-        "a JSON file is above 32 MB, a model card above 8 MB; or the output would have such a file, or headers above "
-        "100 MB",
+        "a JSON file is above 256 MB or holds more than 8 million values, a model card is above 8 MB; or the output "
+        "would have such a file, a header above 100 MB, or headers above 256 MB together",
         "it is damaged, download it again; shorten the card, or the metadata of the shards",
     ),
     "too-many-files": Advice(

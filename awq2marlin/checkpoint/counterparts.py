@@ -8,18 +8,18 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cached_property, lru_cache, partial
 
 from awq2marlin.formats.base import DerivedTensor, Format, StoredModule
 from awq2marlin.formats.registry import KEPT
 from awq2marlin.io.safetensors import Header, TensorInfo, encode_header
 from awq2marlin.layout.derived import Made, Proven, middle_zero_points
 from awq2marlin.layout.modules import ModulePlan, module_name
-from awq2marlin.layout.repack import Companion, Holder, Repack, Rewrite
+from awq2marlin.layout.repack import Companion, Holder, PartLayout, Repack, Rewrite
 from awq2marlin.layout.scheme import Scheme
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Row:
     """A tensor and its counterpart; one of them is missing where it follows from the module's shape.
 
@@ -58,7 +58,7 @@ class Counterparts:
     modules: Mapping[str, ModulePlan]
     stored: Mapping[str, StoredModule] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def target_scheme(self) -> Scheme:
         """Bits, groups and zero points of the target."""
         return self.target.target_scheme(self.scheme)
@@ -83,15 +83,26 @@ class Counterparts:
         lacks_zeros = self.target_scheme.zero_point and "qzeros" not in module.parts
         return not same_layout or not same_sizes or lacks_zeros
 
-    @property
+    @cached_property
     def rewritten(self) -> list[ModulePlan]:
         """The modules whose tensors are other ones in the target."""
         return [module for module in self.modules.values() if self.is_rewritten(module)]
 
-    def repack(self, module: ModulePlan, part: str) -> Repack:
-        """Returns how the tensor that holds a part of a rewritten module becomes its counterpart."""
+    @cached_property
+    def _rewritten_names(self) -> frozenset[str]:
+        return frozenset(module.name for module in self.rewritten)
+
+    def repack(self, module: ModulePlan, part: str, file: str = "", name: str = "") -> Repack:
+        """Returns how the tensor that holds a part of a rewritten module becomes its counterpart.
+
+        Args:
+            module: a rewritten one.
+            part: ``qweight``, ``qzeros`` or ``scales``.
+            file: where the tensor is read, for messages.
+            name: its full name, for messages.
+        """
         source, target = self._holders(module, part)
-        repack = Repack(source.layout, target.layout)
+        repack = Repack(source.layout, target.layout, file, name)
         return replace(repack, companion=Companion(*self._holders(module, "scales"))) if repack.needs_scales else repack
 
     def _holders(self, module: ModulePlan, part: str) -> tuple[Holder, Holder]:
@@ -99,7 +110,7 @@ class Counterparts:
         formats = self.source_layout_of(module), self.layout_of(module)
         sizes = self.stored_sizes(module), (module.padded_k, module.padded_n)
         source, target = (
-            Holder(format.tensor_name(module.name, part), format.layout(part, *size, self.scheme))
+            Holder(format.tensor_name(module.name, part), _layout(format, part, *size, self.scheme))
             for format, size in zip(formats, sizes, strict=True)
         )
         return source, target
@@ -166,7 +177,7 @@ class Counterparts:
         """Yields what stands in the place of a tensor, and how it is made: first of the tensor, then of nothing."""
         name, _, suffix = tensor.name.rpartition(".")
         module = self.modules.get(name)
-        if module is None or not self.is_rewritten(module):
+        if module is None or name not in self._rewritten_names:
             yield TensorInfo(tensor.name, tensor.dtype, tensor.shape, position, position + tensor.size), None
             return
         layout = self.source_layout_of(module)
@@ -178,8 +189,8 @@ class Counterparts:
             else:
                 yield None, Proven(file, tensor.name, tensor.size, derived.data, derived.meaning)
             return
-        layout, repack = self.layout_of(module), replace(self.repack(module, part), file=file, name=tensor.name)
-        shape = layout.shape(part, module.padded_k, module.padded_n, self.scheme)
+        layout, repack = self.layout_of(module), self.repack(module, part, file, tensor.name)
+        shape = _shape(layout, part, module.padded_k, module.padded_n, self.scheme)
         end = position + repack.target.size
         dtype = tensor.dtype if part == "scales" else layout.dtypes[part][0]
         yield TensorInfo(layout.tensor_name(name, part), dtype, shape, position, end), repack
@@ -207,6 +218,16 @@ class Counterparts:
                 Made(size, derived.data),
             )
             position += size
+
+
+@lru_cache(1024)  # most modules of a model are shaped alike
+def _layout(format: Format, part: str, size_k: int, size_n: int, scheme: Scheme) -> PartLayout:
+    return format.layout(part, size_k, size_n, scheme)
+
+
+@lru_cache(1024)
+def _shape(format: Format, part: str, size_k: int, size_n: int, scheme: Scheme) -> tuple[int, ...]:
+    return format.shape(part, size_k, size_n, scheme)
 
 
 def _derived(format: Format, size_k: int, size_n: int, scheme: Scheme) -> dict[str, DerivedTensor]:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from copy import deepcopy
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from awq2marlin.checkpoint.counterparts import Counterparts
@@ -31,9 +30,9 @@ def read_index(folder: Source) -> dict[str, str]:
     weight_map = document.get("weight_map") if isinstance(document, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
         raise refuse("bad-index", "it must hold an object 'weight_map' from tensor names to files", file=INDEX_FILENAME)
-    for shard in weight_map.values():
+    named = {each if isinstance(each, str) else check_name(each, INDEX_FILENAME) for each in weight_map.values()}
+    for shard in sorted(named):
         check_name(shard, INDEX_FILENAME)
-    for shard in sorted(set(weight_map.values())):
         if not shard.endswith(".safetensors"):
             raise refuse(
                 "pickled-weights",
@@ -191,14 +190,14 @@ def made_index(headers: Mapping[str, Header]) -> dict[str, Any]:
 
 
 def converted_index(
-    document: Any, source: TensorIndex, target: Mapping[str, Header], counterparts: Counterparts
+    read: Callable[[], Any], source: TensorIndex, target: Mapping[str, Header], counterparts: Counterparts
 ) -> Any:
     """Returns the index of a converted checkpoint, or None if it is the source's.
 
     It differs where padding makes another total size, and where tensors have other names.
 
     Args:
-        document: the source's index.
+        read: returns the source's index.
         source: the source's tensors.
         target: the converted headers, by file name.
         counterparts: which tensor is which.
@@ -207,7 +206,7 @@ def converted_index(
     renamed = any(source.headers[name].tensors.keys() != target[name].tensors.keys() for name in source.headers)
     if before == after and not renamed:
         return None
-    document = deepcopy(document)
+    document = read()
     metadata = document.get("metadata")
     if isinstance(metadata, dict) and "total_size" in metadata:
         metadata["total_size"] = after

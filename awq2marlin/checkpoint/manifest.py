@@ -32,6 +32,9 @@ from awq2marlin.io.strict_json import parse_json
 #: Versions of this file. Version 0.1 reads the first, which is that of an AWQ source and a Marlin-native output.
 MANIFEST_VERSIONS = (1, 2)
 
+#: How many bytes the headers of all shards may have together: about as many as the index, which has a limit too.
+MAX_HEADERS_BYTES = 256_000_000
+
 #: What `revert` gives back: the source's files, byte for byte, or an AWQ checkpoint of the same tensors.
 Restores = Literal["files", "tensors"]
 
@@ -122,8 +125,8 @@ class Manifest:
             CheckpointError: if it is so long that `read_manifest` would refuse it.
         """
         headers = sum(len(shard.source_header.text) for shard in self.shards.values())
-        if headers > MAX_HEADER_BYTES:
-            raise _unreadable(f"the headers of all shards together have {headers} bytes, more than {MAX_HEADER_BYTES}")
+        if headers > MAX_HEADERS_BYTES:
+            raise _unreadable(f"the headers of all shards together have {headers} bytes, more than {MAX_HEADERS_BYTES}")
         document = {
             "format_version": self.version,
             "tool": {"name": "awq2marlin", "version": __version__},
@@ -215,9 +218,9 @@ def decode_manifest(data: bytes) -> Manifest:
     restores = document.restores()
     source = document.sub("source")
     shards: dict[str, ManifestShard] = {}
-    room = MAX_HEADER_BYTES  # for all headers together
+    room = MAX_HEADERS_BYTES  # for all headers together
     for name, entry in document.entries("shards"):
-        shards[check_name(name, MANIFEST_FILENAME)] = _shard(name, entry, room, restores)
+        shards[check_name(name, MANIFEST_FILENAME)] = _shard(name, entry, min(room, MAX_HEADER_BYTES), restores)
         room -= len(shards[name].source_header.text)
     files = {check_name(name, MANIFEST_FILENAME): entry.file() for name, entry in document.entries("files")}
     made = {name: entry.file() for name, entry in document.entries_or_none("made")}

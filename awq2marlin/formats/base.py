@@ -76,7 +76,7 @@ class Quantization:
         return self.scheme.zero_point
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class StoredModule(Linear):
     """A quantized module, with how the files hold it.
 

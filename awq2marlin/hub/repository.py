@@ -24,7 +24,7 @@ from awq2marlin.errors import CheckpointError, HubError, Problem, printable, ref
 from awq2marlin.formats.names import CONFIG_FILENAME, INDEX_FILENAME
 from awq2marlin.hub.errors import as_hub_errors
 from awq2marlin.hub.name import HubName, folder_at, parse_source
-from awq2marlin.io.folder import Folder, open_regular, read_all, read_header_of, read_range, read_small
+from awq2marlin.io.folder import Folder, open_regular, read_all, read_header_of, read_range, read_small, too_large
 from awq2marlin.io.safetensors import LENGTH_BYTES, MAX_HEADER_BYTES, Header, read_header
 from awq2marlin.io.source import MAX_JSON_BYTES, RepoCommit, Source
 from awq2marlin.io.strict_json import parse_json
@@ -124,7 +124,7 @@ class Repository:
             return read_small(self.path(name), name, limit)
         size = self.size(name)
         if size > limit:
-            raise refuse("too-large", f"it has {size} bytes, more than {limit}", file=name)
+            raise too_large(name, size, limit)
         if name not in self._texts:
             self._texts[name] = self._range(name, 0, size)
         return self._texts[name]
@@ -242,7 +242,7 @@ class Repository:
             skip = 0 if status == 206 else begin  # a whole file where a range was asked for
             for piece in pieces:
                 data += piece
-                if len(data) >= skip + end - begin or len(data) > MAX_HEADER_BYTES:
+                if len(data) >= skip + end - begin or len(data) > MAX_JSON_BYTES:
                     break
         found = bytes(data[skip : skip + end - begin])
         if len(found) != end - begin:

@@ -338,6 +338,18 @@ def _default_snapshot(root: Path) -> Path:
     raise refuse("not-found", message, file=str(root))
 
 
+def too_large(name: str, size: int, limit: int) -> CheckpointError:
+    """Returns the refusal of a small file that is none.
+
+    Args:
+        name: the file's.
+        size: its bytes.
+        limit: how many are read.
+    """
+    message = f"it has {size} bytes, more than the {limit} that are read; download it again, or shorten it in a copy"
+    return refuse("too-large", message, file=name)
+
+
 def read_small(path: Path, name: str, limit: int) -> bytes:
     """Returns a small file's bytes.
 
@@ -352,7 +364,7 @@ def read_small(path: Path, name: str, limit: int) -> bytes:
     with open_regular(path, name) as stream:
         size = os.fstat(stream.fileno()).st_size
         if size > limit:
-            raise refuse("too-large", f"it has {size} bytes, more than {limit}", file=name)
+            raise too_large(name, size, limit)
         return stream.read(size)
 
 

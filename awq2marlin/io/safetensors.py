@@ -52,9 +52,13 @@ DTYPE_BITS = {
 
 _ENTRY_KEYS = {"dtype", "shape", "data_offsets"}
 _MAX_ELEMENTS = 1 << 60
+_MAX_SIZE = 1 << 62
+
+#: The order in which nearly every writer puts what describes a tensor.
+_ENTRY_ORDER = ["dtype", "shape", "data_offsets"]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class TensorInfo:
     """One tensor of a file, as its header describes it.
 
@@ -188,7 +192,7 @@ def _tensor_info(name: str, entry: Any, file: str) -> TensorInfo:
     def bad(code: str, message: str) -> NoReturn:
         raise refuse(code, message, file=file, tensor=name)
 
-    if not isinstance(entry, dict) or set(entry) != _ENTRY_KEYS:
+    if not isinstance(entry, dict) or entry.keys() != _ENTRY_KEYS:
         bad("bad-header", f"its entry must have exactly the keys {sorted(_ENTRY_KEYS)}")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
@@ -214,7 +218,12 @@ def _tensor_info(name: str, entry: Any, file: str) -> TensorInfo:
 
 
 def _are_sizes(value: Any) -> bool:
-    return isinstance(value, list) and all(type(item) is int and 0 <= item < 1 << 62 for item in value)
+    if not isinstance(value, list):
+        return False
+    for item in value:  # noqa: SIM110 - three times as fast as a generator, for some million numbers
+        if type(item) is not int or not 0 <= item < _MAX_SIZE:
+            return False
+    return True
 
 
 def _check_coverage(header: Header, data_size: int, file: str) -> None:
@@ -256,7 +265,7 @@ def encode_header(source: Header, tensors: Mapping[str, Sequence[TensorInfo]]) -
             continue
         for tensor in tensors[name]:
             described = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": (tensor.start, tensor.end)}
-            document[tensor.name] = {key: described[key] for key in entry}
+            document[tensor.name] = described if [*entry] == _ENTRY_ORDER else {key: described[key] for key in entry}
     text = json.dumps(document, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
     text += b" " * (-len(text) % LENGTH_BYTES)
     return Header(text, {tensor.name: tensor for name in source.tensors for tensor in tensors[name]})

@@ -11,9 +11,22 @@ from awq2marlin.io.impostors import HEAD_BYTES, impostor
 #: How deep JSON may be nested: safetensors' own parser stops at 128, no config comes near.
 _MAX_DEPTH = 100
 
+#: How many values a document may have. It bounds the memory, because each takes some hundred bytes however short its
+#: text is. The index of 740,000 tensors has as many, their headers together ten times as many.
+MAX_VALUES = 8_000_000
+
+#: Above this many bytes only ASCII is taken, as Python and Transformers write it: otherwise one character could make
+#: all the others take four bytes each.
+_MAX_UNICODE_BYTES = 32_000_000
+
+#: What may be a zero with a sign; it also stands in names, so this only says where to look closer.
+_SIGNED_ZERO = b"-0"
+
 
 def parse_json(text: bytes, file: str, *, constants: bool = False) -> Any:
     """Returns what a JSON document holds; duplicate keys and other ambiguities are refused.
+
+    It takes at most some two gigabytes, for a hostile document of the largest size that is read.
 
     Args:
         text: UTF-8 bytes.
@@ -22,15 +35,14 @@ def parse_json(text: bytes, file: str, *, constants: bool = False) -> Any:
             ``-0``, a floating-point number to other readers, as a whole one.
 
     Raises:
-        CheckpointError: if it is not UTF-8, not JSON, nested too deeply, or names a key twice.
+        CheckpointError: if it is not UTF-8, not JSON, nested too deeply, of too many values, or names a key twice.
     """
+    _refuse_much(text, file)
 
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        for key, value in pairs:
-            if key in found:
-                raise refuse("duplicate-key", f"the key {printable(key)!r} stands there twice", file=file)
-            found[key] = value
+        found = dict(pairs)
+        if len(found) != len(pairs):
+            raise refuse("duplicate-key", f"the key {printable(_twice(pairs))!r} stands there twice", file=file)
         return found
 
     def no_constant(name: str) -> NoReturn:
@@ -46,7 +58,7 @@ def parse_json(text: bytes, file: str, *, constants: bool = False) -> Any:
             text.decode("utf-8"),
             object_pairs_hook=unique,
             parse_constant=None if constants else no_constant,
-            parse_int=None if constants else whole,
+            parse_int=whole if _SIGNED_ZERO in text and not constants else None,
         )
     except UnicodeDecodeError as error:
         raise refuse("bad-json", f"it is not UTF-8 (byte {error.start})", file=file) from None
@@ -59,6 +71,30 @@ def parse_json(text: bytes, file: str, *, constants: bool = False) -> Any:
         raise refuse("bad-json", f"it is not valid JSON ({printable(str(error))})", file=file) from None
     _refuse_depth(document, file)
     return document
+
+
+def _twice(pairs: list[tuple[str, Any]]) -> str:
+    """Returns the first key that stood there before."""
+    seen: set[str] = set()
+    for key, _ in pairs:
+        if key in seen:
+            return key
+        seen.add(key)
+    raise AssertionError("unreachable")
+
+
+def _refuse_much(text: bytes, file: str) -> None:
+    """Refuses what would take much memory, before it is parsed."""
+    values = text.count(b",") + text.count(b"[") + text.count(b"{")
+    if values > MAX_VALUES:
+        message = f"it holds about {values} values, and at most {MAX_VALUES} are read; download it again, or shorten it"
+        raise refuse("too-large", message, file=file)
+    if len(text) > _MAX_UNICODE_BYTES and not text.isascii():
+        message = (
+            f"it has {len(text)} bytes, and above {_MAX_UNICODE_BYTES} only ASCII is read; write other characters "
+            "as \\uNNNN, as Python does by itself"
+        )
+        raise refuse("too-large", message, file=file)
 
 
 def _refuse_depth(document: Any, file: str) -> None:

@@ -54,7 +54,7 @@ def part_shape(part: str, size_k: int, size_n: int, scheme: Scheme, *, tile: int
     return groups, size_n if part == "scales" else size_n // scheme.pack_factor
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Linear:
     """A quantized module, as the tensors of a file show it.
 
@@ -71,7 +71,7 @@ class Linear:
     parts: tuple[str, ...]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class ModulePlan:
     """What becomes of one quantized module.
 

@@ -354,7 +354,7 @@ class Companion:
         return Companion(self.target, self.source)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Repack:
     """How one tensor becomes its counterpart in another layout; where that is larger, padded with zeros.
 

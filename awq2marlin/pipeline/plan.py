@@ -10,7 +10,7 @@ import json
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 from awq2marlin._version import __version__
@@ -119,8 +119,8 @@ class Plan:
         target = {shard.name: shard.target for shard in self.shards}
         checkpoint = self.checkpoint
         if checkpoint.has_index:
-            source = checkpoint.folder.read_json(INDEX_FILENAME)
-            document = converted_index(source, checkpoint.index, target, self.counterparts)
+            read = partial(checkpoint.folder.read_json, INDEX_FILENAME)
+            document = converted_index(read, checkpoint.index, target, self.counterparts)
         else:
             document = made_index(target) if needs_index(checkpoint) else None
         return None if document is None else encode_json(document)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from awq2marlin.checkpoint.manifest import Manifest, ManifestShard, SourceCard
+from awq2marlin.checkpoint.manifest import MAX_HEADERS_BYTES, Manifest, ManifestShard, SourceCard
 from awq2marlin.errors import refuse
 from awq2marlin.formats.names import CONFIG_FILENAME, INDEX_FILENAME, MANIFEST_FILENAME
 from awq2marlin.formats.registry import DEFAULT_TARGET, KEPT
@@ -17,6 +17,9 @@ from awq2marlin.pipeline.transfer import ShardPlan
 
 #: How many bytes of a JSON file one byte of a text may become: a control character is written ``\\u0000``.
 _MOST_GROWTH = 6
+
+#: How many one byte of a header or card may become, which is compressed and written in base64.
+_MOST_PACKED_GROWTH = 1.4
 
 #: What an entry of a JSON file needs beside its name and text: keys, numbers, digests, white space.
 _ENTRY_BYTES = 1000
@@ -89,7 +92,8 @@ def refuse_unreadable(plan: Plan) -> None:
     _refuse_long(len(plan.transfer.config), MAX_JSON_BYTES, "the file", CONFIG_FILENAME)
     if plan.new_index is not None:
         _refuse_long(len(plan.new_index), MAX_JSON_BYTES, "the file", INDEX_FILENAME)
-    if _MOST_GROWTH * _recorded_bytes(plan) <= MAX_JSON_BYTES:  # nearly always; spares compressing all headers twice
+    if _most_bytes(plan) <= MAX_JSON_BYTES and _header_bytes(plan) <= MAX_HEADERS_BYTES:
+        return  # nearly always; spares compressing all headers twice
         return
     sizes = {shard.name: (shard.source.file_size, shard.target.file_size) for shard in plan.shards}
     done = {name: FinishedFile(_unknown(old), _unknown(new)) for name, (old, new) in sizes.items()}
@@ -102,13 +106,20 @@ def _unknown(size: int) -> FileDigest:
     return FileDigest(size, _ANY_DIGEST)
 
 
-def _recorded_bytes(plan: Plan) -> int:
-    """Returns how many bytes of the source the manifest holds in some form; no fewer."""
+def _header_bytes(plan: Plan) -> int:
+    """Returns how many bytes the headers of all source shards have together."""
+    return sum(len(shard.source.text) for shard in plan.shards)
+
+
+def _most_bytes(plan: Plan) -> float:
+    """Returns how many bytes the manifest will have, at most."""
     checkpoint = plan.checkpoint
-    files = [*_rewritten_names(plan), *([checkpoint.card] if checkpoint.card else [])]
+    texts, card = _rewritten_names(plan), [checkpoint.card] if checkpoint.card else []
     names = [*checkpoint.shards, *checkpoint.side_files, *checkpoint.left_behind, *checkpoint.left_behind.values()]
-    texts = sum(map(checkpoint.folder.size, files)) + sum(len(shard.source.text) for shard in plan.shards)
-    return texts + sum(len(name.encode()) for name in names) + _ENTRY_BYTES * (len(names) + len(files))
+    written = sum(map(checkpoint.folder.size, texts)) + sum(len(name.encode()) for name in names)
+    packed = _header_bytes(plan) + sum(map(checkpoint.folder.size, card))
+    entries = len(names) + len(texts) + len(card)
+    return _MOST_GROWTH * written + _MOST_PACKED_GROWTH * packed + _ENTRY_BYTES * entries
 
 
 def _refuse_long(size: int, limit: int, what: str, file: str) -> None:

@@ -18,7 +18,7 @@ from awq2marlin.io.source import Source
 from awq2marlin.layout.repack import Place, Repack, Rewrite
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Span:
     """A run of a shard's data and what is done with it; offsets are into the data, in bytes.
 

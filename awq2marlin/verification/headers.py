@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Sequence
+from functools import partial
 from typing import Any
 
 from awq2marlin.checkpoint.config import without_quantization
@@ -40,8 +41,8 @@ def _same_index(source: Checkpoint, output: Checkpoint, manifest: Manifest, coun
         if manifest.made and not same_json(output.folder.read_json(INDEX_FILENAME), made_index(output.shards)):
             raise difference("different-bytes", "it is not the index of the output's files", file=INDEX_FILENAME)
         return []
-    document = source.folder.read_json(INDEX_FILENAME)
-    expected = converted_index(document, source.index, output.shards, counterparts)
+    read = partial(source.folder.read_json, INDEX_FILENAME)
+    expected = converted_index(read, source.index, output.shards, counterparts)
     if expected is None:
         return [INDEX_FILENAME]
     if not same_json(expected, output.folder.read_json(INDEX_FILENAME)):

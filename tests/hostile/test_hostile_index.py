@@ -263,3 +263,23 @@ def test_every_line_of_an_error_is_printable() -> None:
     problem = Problem(NASTY, NASTY, "unsafe-name", NASTY)
     assert str(problem).isprintable()
     assert len(str(Awq2MarlinError([problem] * 30)).splitlines()) == 21
+
+
+def test_an_index_of_a_very_large_model_is_read_kept_and_given_back(tmp_path, run) -> None:
+    """As of 300,000 tensors; padding changes it, so its text is kept in the manifest."""
+    awq, out, back = tmp_path / "awq", tmp_path / "out", tmp_path / "back"
+    write_awq(awq, modules={"a.proj": (128, 48)}, shards=2)
+    text = (awq / INDEX).read_bytes() + b" " * 33_000_000
+    (awq / INDEX).write_bytes(text)
+    assert run("convert", awq, out, "--unaligned", "pad").code == 0
+    assert run("verify", awq, out).code == 0
+    assert run("revert", out, back).code == 0
+    assert (back / INDEX).read_bytes() == text
+
+
+def test_an_index_that_is_too_large_is_refused_with_what_to_do(tmp_path, run) -> None:
+    awq = write_awq(tmp_path / "awq", shards=2)
+    with (awq / INDEX).open("r+b") as stream:
+        stream.truncate(256_000_001)
+    for command in (["inspect", awq], ["convert", awq, tmp_path / "out"]):
+        run(*command).refused("too-large", "256000001 bytes", "download it again, or shorten it in a copy", file=INDEX)
