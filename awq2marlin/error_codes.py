@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from awq2marlin.installing import PLACE, install_command
+
 
 class Advice(NamedTuple):
     """What a code says to people, in Markdown.
@@ -182,7 +184,7 @@ ERROR_CODES: Mapping[str, Advice] = {
         "`--dask`: no scheduler answers at this address", "check the address, and that the scheduler runs"
     ),
     "no-config": Advice("the folder or repository has no `config.json`", "pass a complete checkpoint folder"),
-    "no-dask": Advice("`--dask` without Dask", "`pip install 'awq2marlin[dask]'`"),
+    "no-dask": Advice("`--dask` without Dask", f"`{install_command('dask')}` {PLACE}"),
     "no-gpu": Advice("`--device cuda`, but PyTorch has no GPU", "see `awq2marlin doctor`, or use `--device cpu`"),
     "no-index": Advice(
         "several shards, but no `model.safetensors.index.json`, and two hold a tensor of the same name, or one cannot "
@@ -195,7 +197,7 @@ ERROR_CODES: Mapping[str, Advice] = {
     ),
     "no-manifest": Advice("a converted checkpoint lacks `marlin_manifest.json`", "download the manifest"),
     "no-matplotlib": Advice(
-        "`--plot`, or `--report` with `--device`, without Matplotlib", "`pip install 'awq2marlin[plot]'`"
+        "`--plot`, or `--report` with `--device`, without Matplotlib", f"`{install_command('plot')}` {PLACE}"
     ),
     "no-permission": Advice("the system denies access", "check owner and mode of the file or folder"),
     "no-quantized-modules": Advice(

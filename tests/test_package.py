@@ -24,6 +24,7 @@ PUBLIC_FUNCTIONS = ("convert", "convert_many", "verify", "revert", "push", "insp
 #: The floors of the house, lowest first: a folder, or a file of the ground floor, imports only from below.
 FLOORS = [
     "_version",
+    "installing",
     "error_codes",
     "errors",
     "arguments",
@@ -436,6 +437,24 @@ def test_the_version_is_written_once_and_is_the_distribution_s():
     except importlib.metadata.PackageNotFoundError:
         pytest.skip("The package is not installed here, so it has no metadata to compare with.")
     assert installed == version, "install the package again: its metadata is of another version"
+
+
+def test_nothing_sends_a_reader_to_a_package_that_is_not_there():
+    """There is no release: what is installed under this name from an index would be anybody's."""
+    texts = [
+        *PACKAGE.rglob("*.py"),
+        *PACKAGE.rglob("*.html"),
+        PACKAGE.parent / "README.md",
+        PACKAGE.parent / "CONTRIBUTING.md",
+    ]
+    texts += [*(PACKAGE.parent / "docs").glob("*.md"), *(PACKAGE.parent / "tests").rglob("*.py")]
+    found = [
+        f"{text.name}: {line.strip()}"
+        for text in texts
+        for line in text.read_text("utf-8").replace("in a clone of awq2marlin", "").splitlines()
+        if re.search(r"(pip|uv|pipx|poetry) .*(install|add)\b[^`(]*\bawq2marlin|awq2marlin\[\w", line)
+    ]
+    assert found == []
 
 
 def test_the_command_is_declared():

@@ -16,6 +16,7 @@ from awq2marlin.formats.base import Fault, Quantization, StoredModule, find_modu
 from awq2marlin.formats.config import first_of, method_of, scheme_of
 from awq2marlin.formats.marlin_tensors import MarlinTensors
 from awq2marlin.formats.names import CONFIG_FILENAME, MANIFEST_FILENAME
+from awq2marlin.installing import PLACE, install_command
 from awq2marlin.io.safetensors import TensorInfo
 from awq2marlin.layout.marlin import padded_shapes, paddings, unaligned_reason
 from awq2marlin.layout.modules import is_output_embedding, module_name
@@ -28,7 +29,8 @@ FORMAT_VERSION = 1
 _LOADS_IN_VLLM = """vLLM, from version 0.25 on, finds the loader by itself, once it is installed beside it:
 
 ```sh
-pip install vllm==0.33.0 awq2marlin
+pip install vllm==0.33.0
+{install}  # {where}
 vllm serve {place}
 ```
 
@@ -59,11 +61,11 @@ class MarlinNative(MarlinTensors):
     def loading(self, scheme: Scheme, place: str, ranks: Sequence[int] = (1,), unserved: str = "") -> str:
         """Returns the commands for Transformers and, if it serves the checkpoint, for vLLM."""
         del scheme
-        served = _LOADS_IN_VLLM.format(place=place, ranks=_ranks(ranks))
+        served = _LOADS_IN_VLLM.format(place=place, ranks=_ranks(ranks), install=install_command(), where=PLACE)
         first = f"vLLM cannot serve this checkpoint: {unserved}." if unserved else served
         return f"""{first}
 
-Transformers, after `pip install 'awq2marlin[transformers,cuda]'`:
+Transformers, after `{install_command("transformers", "cuda")}` {PLACE}:
 
 ```python
 import awq2marlin.integrations.transformers  # without this line, the model is garbage

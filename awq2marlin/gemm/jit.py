@@ -22,13 +22,14 @@ from typing import TYPE_CHECKING, Any
 
 from awq2marlin.errors import KernelUnavailableError
 from awq2marlin.gemm.source import ENTRY_POINT, KernelSource, headers_digest, kernels_dir
+from awq2marlin.installing import how_to_install
 from awq2marlin.io.code_cache import CodeCache, cache_folder
 
 if TYPE_CHECKING:
     from cuda.core import Kernel
 
 #: What to type where the run-time compiler is missing.
-INSTALL_COMMAND = "pip install 'awq2marlin[cuda]'"
+INSTALL_COMMAND = how_to_install("cuda")
 
 #: NVRTC's own cache (no_cache) would leave the assembler's report empty.
 _COMPILE_OPTIONS: dict[str, Any] = {"std": "c++17", "ptxas_options": "-v", "no_cache": True}

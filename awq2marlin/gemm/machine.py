@@ -14,6 +14,7 @@ from awq2marlin.errors import KernelUnavailableError
 from awq2marlin.gemm.families.base import MIN_CAPABILITY
 from awq2marlin.gemm.jit import INSTALL_COMMAND, check_driver, compiler_version, kernel_cache
 from awq2marlin.gemm.source import kernels_dir
+from awq2marlin.installing import how_to_install
 from awq2marlin.io.code_cache import CACHE_VARIABLE, is_private
 
 
@@ -97,7 +98,7 @@ def machine_facts() -> MachineFacts:
     try:
         sources = kernels_dir()
     except KernelUnavailableError as exc:
-        lacks.append(Lack(str(exc), "pip install --force-reinstall awq2marlin"))
+        lacks.append(Lack(str(exc), how_to_install()))
     if not has_driver():
         lacks.append(NO_GPU)
     elif lack:

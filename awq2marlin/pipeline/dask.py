@@ -24,6 +24,7 @@ from awq2marlin.errors import CheckpointError, ExecutorError, Problem, printable
 from awq2marlin.formats.names import CONFIG_FILENAME
 from awq2marlin.hub.name import HubName
 from awq2marlin.hub.repository import hub_cache
+from awq2marlin.installing import how_to_install
 from awq2marlin.io.strict_json import parse_json
 from awq2marlin.pipeline.journal import WORK_DIRECTORY
 from awq2marlin.pipeline.output import PARTIAL_SUFFIX
@@ -91,7 +92,7 @@ def _connect(address: str) -> Any:
         import distributed
         import distributed.comm.addressing as comm
     except ImportError:
-        raise _failed("no-dask", "", "--dask needs Dask: pip install 'awq2marlin[dask]'") from None
+        raise _failed("no-dask", "", f"--dask needs Dask: {how_to_install('dask')}") from None
     client: Any = distributed.Client  # its own signature has no types
     is_file = Path(address).is_file()
     if not is_file and not _ADDRESS.search(address):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from awq2marlin.errors import Problem, UnavailableError, refuse
 from awq2marlin.gemm.check import GemmCheck, GemmRun
+from awq2marlin.installing import how_to_install
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -36,7 +37,7 @@ def check_matplotlib(option: str) -> None:
     try:
         import matplotlib.figure  # noqa: F401
     except ImportError:
-        message = f"{option} needs Matplotlib: pip install 'awq2marlin[plot]'"
+        message = f"{option} needs Matplotlib: {how_to_install('plot')}"
         raise UnavailableError(Problem("", "", "no-matplotlib", message)) from None
 
 

@@ -25,7 +25,7 @@ from awq2marlin.progress import Silence
 
 from ..faults.helpers import WORK, contents, run_here
 
-distributed = pytest.importorskip("distributed", reason="Dask is not installed: pip install 'awq2marlin[dask]'")
+distributed = pytest.importorskip("distributed", reason="Dask is not installed: pip install '.[dask]'")
 
 
 @pytest.fixture(scope="module")
@@ -255,7 +255,7 @@ def test_a_worker_that_joins_later_and_sees_other_files_is_told(made, tmp_path, 
 def test_dask_that_is_not_installed_is_told(run, made, tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "distributed", None)
     error = refused(run, made, tmp_path, "tcp://127.0.0.1:1")
-    assert (error["code"], "pip install 'awq2marlin[dask]'" in error["message"]) == ("no-dask", True)
+    assert (error["code"], "pip install '.[dask]'" in error["message"]) == ("no-dask", True)
 
 
 # --- done twice -------------------------------------------------------------------------------------------

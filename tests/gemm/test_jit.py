@@ -17,7 +17,7 @@ from awq2marlin.io.code_cache import CACHE_VARIABLE
 
 needs_compiler = pytest.mark.skipif(
     machine.machine_facts().nvrtc_version is None,
-    reason="The run-time compiler is not installed: pip install 'awq2marlin[cuda]'.",
+    reason="The run-time compiler is not installed: pip install '.[cuda]'.",
 )
 
 
@@ -115,7 +115,7 @@ def test_a_kernel_that_is_unavailable_is_a_kind_of_both():
 
 def test_missing_compiler_names_the_command_that_mends_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "cuda.bindings", None)
-    with pytest.raises(KernelUnavailableError, match=r"pip install 'awq2marlin\[cuda\]'"):
+    with pytest.raises(KernelUnavailableError, match=r"pip install '\.\[cuda\]'"):
         jit.compiler_version.__wrapped__()
 
 

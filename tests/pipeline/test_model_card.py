@@ -103,10 +103,13 @@ def test_the_warning_comes_first_and_the_commands_are_exact(awq: Path) -> None:
     _, text = split_card(card)
     assert text.strip().startswith("> **Load this checkpoint only with an engine that knows the format `marlin_native`")
     assert "garbage" in text.strip().split("\n\n")[0]
-    (version,) = re.findall(r"```sh\npip install vllm==([\d.]+) awq2marlin\nvllm serve THIS_MODEL\n```", text)
+    (version,) = re.findall(
+        r"```sh\npip install vllm==([\d.]+)\npip install \.  # in a clone of awq2marlin\nvllm serve THIS_MODEL\n```",
+        text,
+    )
     assert minor_version(version) == TRIED[-1]
     assert f"vLLM, from version {TRIED[0][0]}.{TRIED[0][1]} on, finds the loader" in text
-    assert "pip install 'awq2marlin[transformers,cuda]'" in text
+    assert "pip install '.[transformers,cuda]'" in text
     assert 'AutoModelForCausalLM.from_pretrained("THIS_MODEL"' in text
     assert "awq2marlin verify SOURCE THIS_MODEL\n" in text
     assert "awq2marlin revert THIS_MODEL OUTPUT\n" in text

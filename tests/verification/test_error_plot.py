@@ -61,7 +61,7 @@ def test_an_ending_that_names_no_picture_is_refused(tmp_path: Path, name: str) -
 
 def test_without_matplotlib_nothing_is_said_of_the_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(UnavailableError, match=r"pip install 'awq2marlin\[plot\]'") as raised:
+    with pytest.raises(UnavailableError, match=r"pip install '\.\[plot\]'") as raised:
         check_picture(tmp_path / "errors.png")
     assert raised.value.problems[0].code == "no-matplotlib"
 

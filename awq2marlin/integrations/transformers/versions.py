@@ -13,6 +13,8 @@ from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from awq2marlin.installing import how_to_install
+
 logger = logging.getLogger(__name__)
 
 #: The first and the last version that the tests ran with.
@@ -59,7 +61,7 @@ def check_version() -> None:
         ImportError: if there is none, or naming what it lacks.
     """
     tried = ".".join(map(str, FIRST_TRIED)), ".".join(map(str, LAST_TRIED))
-    advice = "pip install 'awq2marlin[transformers]' brings one"
+    advice = f"{how_to_install('transformers')} brings one"
     try:
         found = version("transformers")
     except PackageNotFoundError:

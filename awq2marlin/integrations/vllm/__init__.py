@@ -1,4 +1,4 @@
-"""vLLM serves Marlin-native checkpoints: ``pip install awq2marlin`` beside vLLM is all that is needed.
+"""vLLM serves Marlin-native checkpoints: installed beside vLLM, this package is found by it.
 
 vLLM calls `register` in each of its processes, through the entry point group ``vllm.general_plugins``, whatever
 model it serves. Nothing here is imported before, and a failure leaves vLLM as it was.

@@ -422,7 +422,7 @@ def test_no_transformers_is_a_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
         raise PackageNotFoundError
 
     monkeypatch.setattr(versions, "version", version)
-    with pytest.raises(ImportError, match=r"not installed; .* pip install 'awq2marlin\[transformers\]'"):
+    with pytest.raises(ImportError, match=r"not installed; .* pip install '\.\[transformers\]'"):
         check_version()
 
 
