@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from awq2marlin.io.digest import Xxh3
-from awq2marlin.io.stream import NamedPath, Piece, rewrite_file
+from awq2marlin.io.stream import NamedPath, Piece, pages, rewrite_file
 from awq2marlin.layout.repack import MarlinScales, MarlinWeight, MarlinZeroPoints, PartLayout, Repack
 from awq2marlin.layout.transposed import TransposedCodes, TransposedScales, TransposedZeroPoints
 
@@ -53,8 +53,9 @@ def best(runs: int, run: Callable[[], None]) -> float:
 
 def in_memory(repack: Repack, runs: int) -> float:
     """Returns GB/s of the pieces that repack, from memory to memory."""
-    source = np.random.default_rng(0).integers(0, 256, repack.source.size, np.uint8)
-    target = np.zeros(repack.target.size, np.uint8)
+    source, target = pages(repack.source.size), pages(repack.target.size)
+    source[:] = np.random.default_rng(0).integers(0, 256, source.size, np.uint8)
+    target[:] = 0
     pieces = [piece for piece in repack.pieces(0, 0) if piece.rewrite]
 
     def part(of: npt.NDArray[np.uint8], offset: int, length: int) -> npt.NDArray[np.uint8]:

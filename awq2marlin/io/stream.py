@@ -239,7 +239,7 @@ class _Rewriter:
         with self._take:
             if self._buffer.size < step.size:  # nobody uses it: a step that fills it is the first to need more
                 self._buffer = np.empty(0, np.uint8)  # the smaller one goes first
-                self._buffer = _pages(step.size)
+                self._buffer = pages(step.size)
             return self._buffer[: step.size]
 
     def _next_piece(self) -> tuple[int, Piece] | None:
@@ -265,7 +265,7 @@ class _Buffers:
         return self._target[:size]
 
 
-def _pages(size: int) -> Bytes:
+def pages(size: int) -> Bytes:
     """Returns memory that goes back to the system when it is let go; `malloc` keeps some of this size for later.
 
     In large pages, where there are any: 29 MB are there in 2 ms instead of 15.

@@ -149,8 +149,8 @@ def test_bytes_go_straight_into_the_buffer_and_straight_out_of_it(tmp_path, work
 
 def test_the_buffer_is_one_for_all_threads_and_grows_to_the_largest_run(tmp_path, monkeypatch):
     sizes = []
-    pages = stream._pages
-    monkeypatch.setattr(stream, "_pages", lambda size: sizes.append(size) or pages(size))
+    pages = stream.pages
+    monkeypatch.setattr(stream, "pages", lambda size: sizes.append(size) or pages(size))
     case = Case(tmp_path, *(Reversal(size * PART) for size in (4, 2, 9, 9, 3)))
     case.rewrite(workers=4)
     assert case.target.read_bytes() == case.expected
