@@ -214,7 +214,9 @@ ERROR_CODES: Mapping[str, Advice] = {
         "the output folder holds foreign files or a finished conversion",
         "choose another folder, or use `--overwrite` for an earlier conversion",
     ),
-    "not-found": Advice("there is no such file or folder", "check the name"),
+    "not-found": Advice(
+        "there is no such file or folder, or a link leads to none", "check the name; fetch the file again"
+    ),
     "not-quantized": Advice("the checkpoint has no quantization config", "pass one that is quantized"),
     "not-shared": Advice(
         "`--dask`, or Python: a worker of the executor wrote its shard where this process does not see it",
@@ -291,7 +293,8 @@ ERROR_CODES: Mapping[str, Advice] = {
         "see the message",
     ),
     "unsafe-link": Advice(
-        "a link leads out of the folder, or in circles", "copy the file there if it belongs to the checkpoint"
+        "a link leads out of the folder, or in circles",
+        "copy the file there if it belongs to the checkpoint, or use `--follow-links`",
     ),
     "unsafe-name": Advice(
         "a file name is absolute, has `..` or control characters",
@@ -319,8 +322,9 @@ ERROR_CODES: Mapping[str, Advice] = {
         "see `awq2marlin COMMAND --help`",
     ),
     "wrong-digest": Advice(
-        "`revert`, `push`: a file is not the one that the manifest recorded; exit code 3",
-        "download the converted checkpoint again, or convert again",
+        "`revert`, `push`: a file is not the one that the manifest recorded; exit code 3. Elsewhere: it is not what "
+        "the Hub, or the name under which its cache keeps it, says",
+        "download the checkpoint again, or convert again",
     ),
     "wrong-dtype": Advice(
         "a tensor of a quantized module has a type that is not taken, such as fp32 scales; exit code 1 or 3",

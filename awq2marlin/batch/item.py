@@ -179,7 +179,7 @@ def _convert(job: Job, executor: Executor | None, progress: Progress) -> ItemRes
 
 def _plan_only(job: Job) -> ItemResult:
     options = job.options
-    checkpoint = open_checkpoint(open_source(job.item.source), options.choice)
+    checkpoint = open_checkpoint(open_source(job.item.source, follow_links=options.follow_links), options.choice)
     plan = plan_conversion(checkpoint, options.unaligned, target_named(options.to))
     needs = disk_needs(plan.transfer, job.output, stays=not options.passes_on, low_disk=options.low_disk)
     return job.result(
@@ -206,7 +206,8 @@ def _compare_finished(job: Job, progress: Progress) -> ItemResult | None:
     if not _holds_finished(job.output):
         return None
     tidy(job.output)
-    folder, options = open_source(job.item.source), job.options
+    options = job.options
+    folder = open_source(job.item.source, follow_links=options.follow_links)
     plan = plan_conversion(open_checkpoint(folder, options.choice), options.unaligned, target_named(options.to))
     progress.note(f"{job.output} is there already; it is compared with its source")
     try:
@@ -219,7 +220,14 @@ def _compare_finished(job: Job, progress: Progress) -> ItemResult | None:
             _check_recorded(job.output, folder.origin)
         else:
             workers, device = options.workers, options.device
-            found = verify(job.item.source, job.output, workers=workers, device=device, progress=progress)
+            found = verify(
+                job.item.source,
+                job.output,
+                workers=workers,
+                device=device,
+                progress=progress,
+                follow_links=options.follow_links,
+            )
             verified = len(found.modules)
     except (CheckpointError, DifferenceError) as error:
         if options.overwrite:

@@ -20,7 +20,7 @@ from awq2marlin.hub.target import PushTarget
 from awq2marlin.pipeline.preflight import default_output
 
 #: Options that decide neither what is written nor what is checked: the record leaves them out.
-_PASSING = ("workers", "dry_run", "commit_message")
+_PASSING = ("workers", "dry_run", "commit_message", "follow_links")
 
 #: Options that say where a result goes on the Hub.
 PUSHING = ("push_to", *TARGET_OPTIONS)

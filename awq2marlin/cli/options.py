@@ -99,6 +99,13 @@ Leave = Annotated[
     list[str],
     typer.Option(metavar="GLOB", help="Leave these files behind, as if they were not there; may be repeated."),
 ]
+FollowLinks = Annotated[
+    bool,
+    typer.Option(
+        "--follow-links",
+        help="Also follow links that lead out of the folder, to regular files only. Prints each with its end first.",
+    ),
+]
 Verify = Annotated[
     Any,
     typer.Option(

@@ -127,6 +127,7 @@ def convert(
     to: str = ConvertOptions.to,
     carry: Sequence[str] = ConvertOptions.carry,
     leave: Sequence[str] = ConvertOptions.leave,
+    follow_links: bool = False,
     progress: Progress | None = None,
 ) -> ConvertResult:
     """Converts a checkpoint to another format, by default to the Marlin-native one (docs/marlin-native.md).
@@ -160,6 +161,8 @@ def convert(
         carry: patterns (``*.bin``, ``original/*``) of files that are carried over, unopened, though they would be left
             behind; without an index also of ``.safetensors`` files that hold no tensors of the model.
         leave: patterns of files that are left behind, as if they were not there. What both speak of is carried over.
+        follow_links: also follow links that lead out of the folder, to regular files only; each is told with its end
+            before anything is read. Not with ``push_to``.
         progress: told what is being done.
 
     Raises:
@@ -173,14 +176,28 @@ def convert(
         DifferenceError: if the verification finds a difference; the output has no ``config.json`` then.
     """
     options = ConvertOptions(
-        unaligned, workers, overwrite, verify, dry_run, device, low_disk, push_to, commit_message, to, carry, leave
+        unaligned,
+        workers,
+        overwrite,
+        verify,
+        dry_run,
+        device,
+        low_disk,
+        push_to,
+        commit_message,
+        to,
+        carry,
+        leave,
+        follow_links,
     )
     check_helpers(executor, progress)
     check_device(device)
     target, progress, format = options.target, progress or Silence(), target_named(to)
     started = time.perf_counter()
     root = output_folder(output, source, format.output_suffix)
-    folder, pinned = open_source_of_run(source, root, overwrite=overwrite, low_disk=low_disk, progress=progress)
+    folder, pinned = open_source_of_run(
+        source, root, overwrite=overwrite, low_disk=low_disk, progress=progress, follow_links=follow_links
+    )
     plan = plan_conversion(open_checkpoint(folder, options.choice), unaligned, format)
     refuse_unreadable(plan)
     refuse_overlap(folder.root, root)

@@ -48,6 +48,7 @@ class ConvertOptions(Checked):
         to: the format to write, by its layout's name.
         carry: patterns of files that are carried over though they would be left behind.
         leave: patterns of files that are left behind.
+        follow_links: whether links that lead out of the source's folder are followed.
     """
 
     unaligned: Unaligned = "keep"
@@ -62,6 +63,7 @@ class ConvertOptions(Checked):
     to: str = DEFAULT_TO
     carry: Texts = ()
     leave: Texts = ()
+    follow_links: bool = False
 
     def __post_init__(self) -> None:
         """Checks every option, and that they go together.
@@ -85,6 +87,11 @@ class ConvertOptions(Checked):
             raise ArgumentError("{device} needs the whole source, which {low_disk} removes; use 'verify' afterwards")
         if self.commit_message is not None and target is None:
             raise _needs_target("commit_message")
+        if self.follow_links and target is not None:
+            raise ArgumentError(
+                "{follow_links} takes files from anywhere on this machine; it does not go with {push_to}: look at the "
+                "output first, then use 'push'"
+            )
 
     @property
     def target(self) -> PushTarget | None:
@@ -128,12 +135,14 @@ class RevertOptions(Checked):
         overwrite: whether the output may have files already: equal ones stay as they are, others are refused.
         dry_run: whether nothing is written.
         low_disk: whether shards of a repository are removed as soon as they are restored.
+        follow_links: whether links that lead out of the checkpoint's folder are followed.
     """
 
     workers: Workers | None = None
     overwrite: bool = False
     dry_run: bool = False
     low_disk: bool = False
+    follow_links: bool = False
 
 
 @dataclass(frozen=True)
@@ -145,12 +154,14 @@ class VerifyOptions(Checked):
         workers: threads; None for one a processor, at most eight.
         device: where these modules also run through the Marlin GEMM; None for nowhere.
         layers: the earlier name of ``modules``.
+        follow_links: whether links that lead out of the checkpoints' folders are followed.
     """
 
     modules: Modules | None = None
     workers: Workers | None = None
     device: Device | None = None
     layers: Modules = "all"
+    follow_links: bool = False
 
     def __post_init__(self) -> None:
         """Checks every option, and that they go together.

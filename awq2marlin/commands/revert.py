@@ -85,6 +85,7 @@ def revert(
     dry_run: bool = False,
     executor: Executor | None = None,
     low_disk: bool = False,
+    follow_links: bool = False,
     progress: Progress | None = None,
 ) -> RevertResult:
     """Gives back the checkpoint that a converted one was made from, every file byte for byte.
@@ -103,6 +104,7 @@ def revert(
         dry_run: plan only; nothing is written.
         executor: does the shards instead of threads of this process; see `convert`.
         low_disk: of a repository, fetch its shards to a place of our own, and remove each as soon as it is restored.
+        follow_links: also follow links that lead out of the folder, as for `convert`.
         progress: told what is being done.
 
     Raises:
@@ -113,11 +115,13 @@ def revert(
         ExecutorError: if the executor broke, or its workers do not see the same files.
         ValueError: if an argument is none of its choices.
     """
-    RevertOptions(workers, overwrite, dry_run, low_disk)  # which check themselves
+    RevertOptions(workers, overwrite, dry_run, low_disk, follow_links)  # which check themselves
     check_helpers(executor, progress)
     started, progress = time.perf_counter(), progress or Silence()
     root = output_folder(output, converted, OUTPUT_SUFFIX)
-    folder, pinned = open_source_of_run(converted, root, overwrite=overwrite, low_disk=low_disk, progress=progress)
+    folder, pinned = open_source_of_run(
+        converted, root, overwrite=overwrite, low_disk=low_disk, progress=progress, follow_links=follow_links
+    )
     source = ConvertedCheckpoint.open(folder, "no conversion wrote this checkpoint; there is nothing to revert")
     transfer = plan_reversion(source)
     refuse_overlap(folder.root, root)

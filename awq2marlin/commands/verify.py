@@ -139,6 +139,7 @@ def verify(
     device: Device | None = None,
     progress: Progress | None = None,
     layers: Modules = "all",
+    follow_links: bool = False,
 ) -> VerifyResult:
     """Compares two checkpoints of the same model, of any formats that are read or written.
 
@@ -158,6 +159,7 @@ def verify(
             or ``"auto"``, the GPU if there is one; only if the converted, or the second, checkpoint is Marlin-native.
         progress: told what is being done.
         layers: the earlier name of ``modules``.
+        follow_links: also follow links that lead out of the folders, as for `convert`.
 
     Raises:
         ValueError: if an argument is none of its choices, ``modules`` is given by both its names, or ``device`` is
@@ -169,13 +171,13 @@ def verify(
         UnavailableError: if the machine lacks what ``device`` needs.
         OSError: if reading fails.
     """
-    count = VerifyOptions(modules, workers, device, layers).count
+    count = VerifyOptions(modules, workers, device, layers, follow_links).count
     check_helpers(None, progress)
     check_device(device)
     started = time.perf_counter()
     progress = progress or Silence()
     threads = check_workers(workers)
-    opened = _opened(open_source(source), open_source(output))
+    opened = _opened(*(open_source(each, follow_links=follow_links, note=progress.note) for each in (source, output)))
     one, other = (checkpoint for checkpoint, _ in opened)
     converted = _conversion(*opened)
     last = converted[1] if converted else other

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from urllib.parse import SplitResult, unquote, urlsplit
@@ -88,17 +89,24 @@ def is_ambiguous(source: str | os.PathLike[str]) -> bool:
     return isinstance(source, str) and os.path.lexists(source) and _hub_name(source) is not None
 
 
-def folder_at(source: str | os.PathLike[str]) -> Folder:
+def links_text(folder: Folder) -> Iterator[str]:
+    """Yields a line on each link that is followed on the user's word, with its end."""
+    for name, end in folder.followed_links():
+        yield f"following {printable(name)} to {printable(str(end))}"
+
+
+def folder_at(source: str | os.PathLike[str], *, follow_links: bool = False) -> Folder:
     """Opens a folder; where there is none, says how a repository of that name would be named.
 
     Args:
         source: as the user named it; `parse_source` took it for a path.
+        follow_links: whether links that lead out of it are followed.
 
     Raises:
         CheckpointError: if there is no such folder.
     """
     try:
-        return Folder.at(source)
+        return Folder.at(source, follow_links=follow_links)
     except CheckpointError as error:
         (problem,) = error.problems
         if problem.code == "not-found" and isinstance(source, str) and _hub_name(source):

@@ -23,7 +23,7 @@ from awq2marlin._version import __version__
 from awq2marlin.errors import CheckpointError, HubError, Problem, printable, refuse
 from awq2marlin.formats.names import CONFIG_FILENAME, INDEX_FILENAME
 from awq2marlin.hub.errors import as_hub_errors
-from awq2marlin.hub.name import HubName, folder_at, parse_source
+from awq2marlin.hub.name import HubName, folder_at, links_text, parse_source
 from awq2marlin.io.folder import Folder, open_regular, read_all, read_header_of, read_range, read_small, too_large
 from awq2marlin.io.safetensors import LENGTH_BYTES, MAX_HEADER_BYTES, Header, read_header
 from awq2marlin.io.source import MAX_JSON_BYTES, RepoCommit, Source
@@ -330,15 +330,27 @@ def _counting_bar(counter: _ByteCounter) -> type[Any]:
     return Bar
 
 
-def open_source(source: str | os.PathLike[str]) -> Source:
+def open_source(
+    source: str | os.PathLike[str], *, follow_links: bool = False, note: Callable[[str], None] = lambda _text: None
+) -> Source:
     """Opens a folder here or a repository on the Hub; see `parse_source` for how it is named.
+
+    Args:
+        source: as the user named it.
+        follow_links: whether links are followed that lead out of a folder.
+        note: told of each such link, before anything is read.
 
     Raises:
         HubError: if the Hub or the network refuses, in words.
         CheckpointError: if there is no such folder, or what the Hub says cannot be.
     """
     name = parse_source(source)
-    return open_hub(name) if isinstance(name, HubName) else folder_at(source)
+    if isinstance(name, HubName):
+        return open_hub(name)
+    folder = folder_at(source, follow_links=follow_links)
+    for line in links_text(folder):
+        note(line)
+    return folder
 
 
 def open_hub(name: HubName, *, commit: str | None = None, place: Path | None = None) -> Repository:

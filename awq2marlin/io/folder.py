@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import re
 import stat
@@ -25,8 +26,14 @@ _MAX_NAMES_SHOWN = 5
 _COMMIT = re.compile(r"[0-9a-f]{40}([0-9a-f]{24})?")
 _MAX_COMMIT_BYTES = 200
 
-#: Files that the Hub's client shares among repositories lie in its cache as ``blobs/ab/ab12...``, by their digest.
-_SHARED_BLOB = re.compile(r"([0-9a-f]{2})/\1[0-9a-f]{62}")
+#: Where the Hub's client keeps the contents of files, by their digest: those of one repository, SHA-256 or what git
+#: calls a small file by, and large ones that all repositories of a cache share.
+_BLOB = re.compile(r"(?:.*/)?models--[^/]+/blobs/([0-9a-f]{40}|[0-9a-f]{64})")
+_SHARED_BLOB = re.compile(r"(?:.*/)?blobs/([0-9a-f]{2})/(\1[0-9a-f]{62})")
+_SHA256_DIGITS = 64
+
+#: How many links one after the other are looked at; systems follow no more.
+_MAX_LINKS = 40
 
 
 def is_safe_name(name: str) -> bool:
@@ -100,14 +107,16 @@ def hub_repository(folder: Path) -> Path | None:
 class Folder:
     """A folder whose files are read with suspicion.
 
-    Symbolic links are followed only to regular files inside the folder or, for a snapshot of the Hub
-    cache, inside that repository's ``blobs`` and those that all repositories of the cache share.
+    Symbolic links are followed only to regular files inside the folder or, for a snapshot of the Hub's cache, inside
+    that repository's ``blobs``; and to what such a cache keeps by its digest, wherever it lies.
 
     Attributes:
         root: resolved path.
+        follows_links: whether all other links are followed too, on the user's word; to regular files only.
     """
 
     root: Path
+    follows_links: bool = False
 
     @property
     def where(self) -> Path | str:
@@ -120,8 +129,12 @@ class Folder:
         return None
 
     @classmethod
-    def at(cls, path: str | os.PathLike[str]) -> Folder:
+    def at(cls, path: str | os.PathLike[str], *, follow_links: bool = False) -> Folder:
         """Opens a folder; one that the Hub's cache keeps of a repository by the snapshot of its default branch.
+
+        Args:
+            path: where it lies.
+            follow_links: whether links that lead out of it are followed.
 
         Raises:
             CheckpointError: if there is no such folder, it may not be read, or the cache has no such snapshot.
@@ -144,7 +157,7 @@ class Folder:
             os.stat(os.path.join(root, "."))  # noqa: PTH116, PTH118 - a path object would drop the dot
         except OSError as error:
             raise _unopened(given, error) from None
-        return cls(root)
+        return cls(root, follow_links)
 
     def path(self, name: str) -> Path:
         """Returns where a file of the folder really lies, links resolved.
@@ -161,29 +174,63 @@ class Folder:
         except RuntimeError:
             raise refuse("unsafe-link", "it is a loop of links", file=name) from None
         except OSError as error:
-            problem = problem_from_os_error(error)
-            raise refuse(problem.code, problem.message, file=name) from None
-        if not self._allows(resolved):
+            raise self._unreached(name, error) from None
+        if not self._allows(name, resolved):
             raise refuse(
                 "unsafe-link",
-                "it is a link that leads out of the checkpoint's folder; "
-                "copy the file there if it belongs to the checkpoint",
+                f"it is a link that leads out of the checkpoint's folder, to {printable(str(resolved))}; copy the file "
+                "there if it belongs to the checkpoint, or let convert, verify or revert --follow-links if all links "
+                "do",
                 file=name,
             )
         if not stat.S_ISREG(mode):
             raise refuse("not-a-file", "it is not a regular file", file=name)
         return resolved
 
-    def _allows(self, resolved: Path) -> bool:
+    def _unreached(self, name: str, error: OSError) -> CheckpointError:
+        """Returns why a file cannot be reached, in words."""
+        problem, path = problem_from_os_error(error), self.root / name
+        if isinstance(error, FileNotFoundError) and path.is_symlink():
+            end = printable(os.path.realpath(path))
+            message = f"it is a dangling link: it leads to {end}, which is not there; fetch the file again"
+            return refuse("not-found", message, file=name)
+        return refuse(problem.code, problem.message, file=name)
+
+    def _allows(self, name: str, resolved: Path) -> bool:
+        """Returns whether a file is read: it lies where it should, or the user said so, or its digest is its name."""
+        return self.follows_links or self._is_own(resolved) or self._blob(name, resolved) is not None
+
+    def _is_own(self, resolved: Path) -> bool:
+        """Returns whether a file lies in the folder, or where the cache keeps files of the snapshot that this is."""
         if resolved.is_relative_to(self.root):
             return True
         repository = hub_repository(self.root)
         if repository is None:
             return False
-        shared = repository.parent / "blobs"
-        if resolved.is_relative_to(shared):
-            return _SHARED_BLOB.fullmatch(resolved.relative_to(shared).as_posix()) is not None
-        return resolved.is_relative_to(repository / "blobs")
+        shared = resolved.is_relative_to(repository.parent / "blobs") and _SHARED_BLOB.fullmatch(resolved.as_posix())
+        return resolved.is_relative_to(repository / "blobs") or bool(shared)
+
+    def _blob(self, name: str, resolved: Path) -> str | None:
+        """Returns the digest by which a repository's cache, wherever it lies, keeps a file; None if none does.
+
+        The cache links a repository's blob to the one that all repositories share.
+        """
+        found = _BLOB.fullmatch(resolved.as_posix())
+        if found:
+            return found[1]
+        shared = _SHARED_BLOB.fullmatch(resolved.as_posix())
+        on_the_way = (_BLOB.fullmatch(each.as_posix()) for each in _ends(self.root / name)) if shared else ()
+        return next((each[1] for each in on_the_way if each and shared and each[1] == shared[2]), None)
+
+    def followed_links(self) -> Iterator[tuple[str, Path]]:
+        """Yields the links that are followed on the user's word alone, with their ends; none of hidden files."""
+        for name in self.names():
+            path = self.root / name
+            hidden = any(part.startswith(".") for part in name.split("/"))
+            if self.follows_links and not hidden and path.is_symlink():
+                end = Path(os.path.realpath(path))
+                if not self._is_own(end) and self._blob(name, end) is None:
+                    yield name, end
 
     def check(self, name: str) -> None:
         """Refuses a file that `path` would refuse; fetches nothing."""
@@ -208,9 +255,13 @@ class Folder:
         """Says that a file is needed no more; what was fetched to a place of our own is removed."""
 
     def sha256(self, name: str) -> str | None:
-        """Returns what the file's SHA-256 has to be, where that is known: 64 hexadecimal digits."""
-        del name
-        return None
+        """Returns what the file's SHA-256 has to be, 64 hexadecimal digits; None if nobody said.
+
+        A blob of a cache that is not this folder's own is taken because it is what its name says.
+        """
+        resolved = self.path(name)
+        digest = None if self._is_own(resolved) else self._blob(name, resolved)
+        return digest if digest and len(digest) == _SHA256_DIGITS else None
 
     def open(self, name: str) -> BinaryIO:
         """Opens a file for reading, unbuffered.
@@ -234,7 +285,11 @@ class Folder:
         Raises:
             CheckpointError: as `open`, or if it is longer than ``limit`` bytes.
         """
-        return read_small(self.path(name), name, limit)
+        data, sha256 = read_small(self.path(name), name, limit), self.sha256(name)
+        found = hashlib.sha256(data).hexdigest() if sha256 else None
+        if found and sha256 and found != sha256:
+            raise other_contents(name, self.path(name), found, sha256)
+        return data
 
     def read_range(self, name: str, begin: int, end: int) -> bytes:
         """Returns bytes ``begin`` to ``end`` of a file.
@@ -336,6 +391,32 @@ def _default_snapshot(root: Path) -> Path:
     )
     message = f"this folder of the Hub's cache has no snapshot of the default branch (refs/main); {found}"
     raise refuse("not-found", message, file=str(root))
+
+
+def _ends(path: Path) -> Iterator[Path]:
+    """Yields where a link leads, and where that leads if it is a link too; folders on the way are not resolved."""
+    for _ in range(_MAX_LINKS):
+        if not path.is_symlink():
+            return
+        path = Path(os.path.normpath(path.parent / path.readlink()))
+        yield path
+
+
+def other_contents(name: str, path: Path, found: str, promised: str) -> CheckpointError:
+    """Returns the refusal of a file whose contents are not what was promised, to be raised by the caller.
+
+    Args:
+        name: the file's.
+        path: where it lies.
+        found: its SHA-256, 64 hexadecimal digits.
+        promised: what that should be, as the Hub or the name of a cached file says.
+    """
+    return refuse(
+        "wrong-digest",
+        f"its SHA-256 is {found}, and the Hub, or the name under which its cache keeps it, says {promised}; "
+        f"remove {printable(str(path))} if it is there and run the same command again, or fetch it anew",
+        file=name,
+    )
 
 
 def too_large(name: str, size: int, limit: int) -> CheckpointError:

@@ -14,7 +14,7 @@ from awq2marlin.checkpoint.manifest import decode_manifest, read_manifest
 from awq2marlin.errors import CheckpointError, HubError, OutputError, Problem
 from awq2marlin.formats.names import CONFIG_FILENAME, MANIFEST_FILENAME
 from awq2marlin.formats.registry import DEFAULT_TARGET
-from awq2marlin.hub.name import HUB_PREFIX, HubName, folder_at, is_ambiguous, parse_source
+from awq2marlin.hub.name import HUB_PREFIX, HubName, folder_at, is_ambiguous, links_text, parse_source
 from awq2marlin.io.folder import Folder
 from awq2marlin.io.source import Source
 from awq2marlin.pipeline.journal import WORK_DIRECTORY, Pinned, read_journal, refuse_unfinished
@@ -66,7 +66,13 @@ def default_output(source: Path | HubName, suffix: str = DEFAULT_TARGET.output_s
 
 
 def open_source_of_run(
-    source: str | os.PathLike[str], root: Path, *, overwrite: bool, low_disk: bool, progress: Progress
+    source: str | os.PathLike[str],
+    root: Path,
+    *,
+    overwrite: bool,
+    low_disk: bool,
+    progress: Progress,
+    follow_links: bool = False,
 ) -> tuple[Source, Pinned | None]:
     """Opens the source; of a repository, the commit that an unfinished run in ``root`` began with.
 
@@ -76,6 +82,7 @@ def open_source_of_run(
         overwrite: whether to begin anew instead.
         low_disk: whether what is fetched goes to a place of our own in the output folder.
         progress: told if something is not as it seems.
+        follow_links: whether links that lead out of a folder are followed.
 
     Returns:
         The source, and what a later run has to know of it; see `Journal.pinned`.
@@ -84,7 +91,9 @@ def open_source_of_run(
     if not isinstance(name, HubName):
         if is_ambiguous(source):
             progress.note(f"{source} is a folder here and is taken; {HUB_PREFIX}{source} is the one on the Hub")
-        found = folder_at(source)
+        found = folder_at(source, follow_links=follow_links)
+        for line in links_text(found):
+            progress.note(line)
         refuse_unfinished(found)
         return found, None
     from awq2marlin.hub.repository import open_hub

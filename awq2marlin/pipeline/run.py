@@ -11,13 +11,14 @@ from pathlib import Path
 
 from awq2marlin.errors import CheckpointError, DifferenceError, ExecutorError, Problem, difference
 from awq2marlin.io.digest import FileDigest, Xxh3, digest_of, hexdigest
+from awq2marlin.io.folder import other_contents
 from awq2marlin.io.source import Source
 from awq2marlin.io.stream import NamedPath, copy_pieces, rewrite_file
 from awq2marlin.io.workers import check_workers, run_on_executor, run_side_by_side, share_workers
 from awq2marlin.pipeline.arrivals import arriving
 from awq2marlin.pipeline.journal import FinishedFile
 from awq2marlin.pipeline.output import OutputFolder
-from awq2marlin.pipeline.shard import ShardResult, ShardTask, other_contents, rewrite_shard
+from awq2marlin.pipeline.shard import ShardResult, ShardTask, rewrite_shard
 from awq2marlin.pipeline.sink import Sink
 from awq2marlin.pipeline.transfer import ShardPlan, Transfer
 from awq2marlin.progress import Progress, Stage

@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 
 from awq2marlin._version import __version__
-from awq2marlin.errors import CheckpointError, ExecutorError, Problem, refuse
+from awq2marlin.errors import ExecutorError, Problem, refuse
 from awq2marlin.io.digest import FileDigest, Xxh3, hexdigest
-from awq2marlin.io.folder import open_regular, read_range
+from awq2marlin.io.folder import open_regular, other_contents, read_range
 from awq2marlin.io.stream import NamedPath, Piece, copy_pieces, rewrite_file
 from awq2marlin.layout.repack import Bytes, Place
 from awq2marlin.pipeline.transfer import ShardPlan
@@ -108,23 +108,6 @@ def rewrite_shard(task: ShardTask, progress: Callable[[int], None] | None = None
     source = FileDigest(plan.source.file_size, str(read), hexdigest(source_sha256))
     target = FileDigest(plan.target.file_size, str(made), hexdigest(target_sha256))
     return ShardResult(plan.name, partial, source, target)
-
-
-def other_contents(name: str, path: Path, found: str, promised: str | None) -> CheckpointError:
-    """Returns the refusal of a file that was fetched and is not what the Hub says, to be raised by the caller.
-
-    Args:
-        name: the file's.
-        path: where it lies.
-        found: its SHA-256.
-        promised: what that should be.
-    """
-    return refuse(
-        "wrong-digest",
-        f"the file that was fetched has SHA-256 {found}, the Hub says {promised}; "
-        f"remove {path} if it is there and run the same command again, it fetches it anew",
-        file=name,
-    )
 
 
 def _check_version(task: ShardTask) -> None:

@@ -225,15 +225,18 @@ def test_the_shared_store_is_closed_to_a_folder_that_is_no_snapshot(awq, tmp_pat
     blob.write_text("private")
     (awq / "tokenizer.json").symlink_to(blob)
     run("convert", awq, tmp_path / "out").refused("unsafe-link", "leads out", file="tokenizer.json")
+    (tmp_path / "models--org--name/blobs").mkdir(parents=True)
+    other = tmp_path / "models--org--name/blobs" / DIGEST.replace("a", "c")  # leads there, but is called otherwise
+    other.symlink_to(blob)
+    unlink_and_link(awq / "tokenizer.json", other)
+    run("convert", awq, tmp_path / "out").refused("unsafe-link", "leads out", file="tokenizer.json")
 
 
-@pytest.mark.parametrize("where", ["another repository's blobs", "another snapshot", "refs", "the cache", "home"])
+@pytest.mark.parametrize("where", ["another snapshot", "refs", "the cache", "home"])
 @pytest.mark.parametrize("name", ["tokenizer.json", "config.json", "model-00001-of-00002.safetensors"])
 def test_a_snapshots_link_elsewhere_is_refused(snapshot, private, tmp_path, run, where: str, name: str) -> None:
     repository = snapshot.parent.parent
-    other = make_snapshot(tmp_path / "hub" / "models--org--private")
     target = {
-        "another repository's blobs": next((other.parent.parent / "blobs").iterdir()),
         "another snapshot": repository / "snapshots" / "other" / "file",
         "refs": repository / "refs/main",
         "the cache": tmp_path / "hub" / "token",
@@ -262,12 +265,142 @@ def test_blobs_that_are_links_themselves_are_refused(snapshot, private, tmp_path
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("layout", ["models--a/other/rev", "other/snapshots/rev", "models--a/snapshots/rev/sub"])
-def test_only_a_snapshot_may_link_to_blobs(snapshot, tmp_path, run, layout: str) -> None:
+@pytest.mark.parametrize("layout", ["other/snapshots/rev", "models--a/snapshots/rev/sub"])
+def test_blobs_that_are_no_repository_s_are_refused(snapshot, tmp_path, run, layout: str) -> None:
     folder = tmp_path / layout
     shutil.copytree(snapshot.parent.parent / "blobs", folder.parent.parent / "blobs")
     shutil.copytree(snapshot, folder, symlinks=True)
     run("inspect", folder).refused("unsafe-link", file="config.json")
+
+
+# --- Folders of links into a cache, and links on the user's word ------------------------------------------------------
+
+
+def linked(awq: Path, blobs: Path, name: str, digest: str = "") -> Path:
+    """Moves a file of a checkpoint among the blobs of a repository, and leaves a link; returns where it lies now."""
+    digest = digest or hashlib.sha256((awq / name).read_bytes()).hexdigest()
+    blobs.mkdir(parents=True, exist_ok=True)
+    (awq / name).replace(blobs / digest)
+    (awq / name).symlink_to(blobs / digest)
+    return blobs / digest
+
+
+@pytest.fixture
+def farm(tmp_path) -> Path:
+    """A folder of links into a cache elsewhere, as `local_dir` of older clients of the Hub."""
+    awq = write_awq(tmp_path / "farm", shards=2)
+    (awq / "tokenizer.json").write_text("{}")
+    shutil.copytree(awq, tmp_path / "plain")
+    blobs = tmp_path / "disk2/hub/models--org--name/blobs"
+    for name in [path.name for path in awq.iterdir()]:
+        small = name.endswith("json")
+        linked(awq, blobs, name, hashlib.sha1((awq / name).read_bytes()).hexdigest() if small else "")
+    return awq
+
+
+def test_a_folder_of_links_into_a_cache_converts_verifies_and_comes_back(farm, tmp_path, run) -> None:
+    assert run("inspect", farm).code == 0
+    assert run("convert", farm, tmp_path / "out").code == 0
+    assert run("verify", farm, tmp_path / "out").code == 0
+    assert run("revert", tmp_path / "out", tmp_path / "back").code == 0
+    assert tree(tmp_path / "back") == tree(tmp_path / "plain")
+    assert nowhere(tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["model-00001-of-00002.safetensors", "tokenizer.json", "config.json", "README.md"])
+def test_a_blob_must_be_what_its_name_says(farm, tmp_path, run, name: str) -> None:
+    """Whoever lays a link to another's blob knows its digest; what only bears such a name is not taken."""
+    data = (
+        (tmp_path / "plain/config.json").read_bytes()
+        if name == "README.md"
+        else (tmp_path / "plain" / name).read_bytes()
+    )
+    other = tmp_path / "models--org--other/blobs" / ("ab" * 32)
+    other.parent.mkdir(parents=True)
+    other.write_bytes(data)
+    unlink_and_link(farm / name, other)
+    outcome = run("convert", farm, tmp_path / "out")
+    outcome.refused("wrong-digest", "its SHA-256 is", "the name under which its cache keeps it", file=name)
+    assert not (tmp_path / "out/config.json").exists()
+    assert not (tmp_path / "out" / name).exists()
+
+
+def test_a_blob_that_the_cache_shares_among_repositories_is_taken(farm, tmp_path, run) -> None:
+    name = "model-00001-of-00002.safetensors"
+    blob = (farm / name).resolve()
+    shared = tmp_path / "disk2/hub/blobs" / blob.name[:2] / blob.name
+    shared.parent.mkdir(parents=True)
+    blob.replace(shared)
+    blob.symlink_to(os.path.relpath(shared, blob.parent))
+    assert run("convert", farm, tmp_path / "out").code == 0
+    shared.write_bytes(shared.read_bytes()[:-1] + b"x")
+    run("convert", farm, tmp_path / "out2").refused("wrong-digest", file=name)
+
+
+@pytest.mark.parametrize("where", ["datasets--a/blobs", "models--a/blob", "models--a/blobs/x", "models--/blobs"])
+def test_what_only_looks_like_a_blob_is_refused(awq, tmp_path, run, where: str) -> None:
+    linked(awq, tmp_path / where, "config.json")
+    run("inspect", awq).refused("unsafe-link", "leads out", file="config.json")
+
+
+@pytest.mark.parametrize("digest", ["ab" * 19, "ab" * 31, "AB" * 32, "ab" * 32 + ".incomplete", "token", "ab" * 33])
+def test_of_a_repository_s_blobs_only_digests_are_taken(awq, tmp_path, run, digest: str) -> None:
+    linked(awq, tmp_path / "models--a/blobs", "config.json", digest)
+    run("inspect", awq).refused("unsafe-link", "leads out", file="config.json")
+
+
+@pytest.mark.parametrize("name", [SHARD, "config.json", "tokenizer.json"])
+def test_a_dangling_link_is_called_one(awq, tmp_path, run, name: str) -> None:
+    unlink_and_link(awq / name, tmp_path / "gone" / name)
+    outcome = run("convert", awq, tmp_path / "out")
+    outcome.refused(
+        "not-found", "a dangling link", f"it leads to {tmp_path}/gone/{name}", "fetch the file again", file=name
+    )
+
+
+@pytest.mark.parametrize("command", ["convert", "dry run", "verify", "revert"])
+def test_links_are_followed_on_the_user_s_word_and_each_is_told_first(awq, marlin, tmp_path, run, command: str) -> None:
+    given = marlin if command == "revert" else awq
+    names = [SHARD, "config.json", "generation_config.json"]
+    (tmp_path / "disk2").mkdir()
+    for name in names:
+        (given / name).replace(tmp_path / "disk2" / name)
+        (given / name).symlink_to(tmp_path / "disk2" / name)
+    arguments = {
+        "convert": ["convert", given, tmp_path / "out"],
+        "dry run": ["convert", given, tmp_path / "out", "--dry-run"],
+        "verify": ["verify", given, marlin],
+        "revert": ["revert", given, tmp_path / "out"],
+    }[command]
+    run(*arguments).refused("unsafe-link", "leads out", "--follow-links")
+    outcome = run(*arguments, "--follow-links")
+    assert outcome.code == 0, outcome.err
+    lines = [f"following {name} to {tmp_path}/disk2/{name}" for name in sorted(names)]
+    assert outcome.err.splitlines()[: len(lines)] == lines
+    if command in ("convert", "revert"):
+        assert not any(path.is_symlink() for path in (tmp_path / "out").rglob("*"))
+    assert "disk2" not in (tmp_path / "out/README.md").read_text() if command == "convert" else True
+
+
+def test_on_the_user_s_word_too_only_regular_files_are_taken(awq, tmp_path, run) -> None:
+    (tmp_path / "folder").mkdir()
+    (awq / "docs").symlink_to(tmp_path / "folder")
+    run("convert", awq, tmp_path / "out", "--follow-links").refused("not-a-file", file="docs")
+    unlink_and_link(awq / "docs", "/dev/zero")
+    run("convert", awq, tmp_path / "out", "--follow-links").refused("not-a-file", file="docs")
+    unlink_and_link(awq / "docs", tmp_path / "gone")
+    run("convert", awq, tmp_path / "out", "--follow-links").refused("not-found", "a dangling link", file="docs")
+    assert not (tmp_path / "out").exists()
+
+
+def test_links_on_the_user_s_word_do_not_go_with_a_push(awq, private, tmp_path, run) -> None:
+    (awq / "tokenizer.json").symlink_to(private)
+    outcome = run("convert", awq, tmp_path / "out", "--follow-links", "--push-to", "org/name")
+    assert outcome.code == 2
+    assert "--follow-links takes files from anywhere on this machine; it does not go with --push-to" in outcome.err
+    with pytest.raises(ValueError, match="follow_links takes files from anywhere"):
+        convert(awq, tmp_path / "out", follow_links=True, push_to="org/name")
+    assert not (tmp_path / "out").exists()
 
 
 # --- Converted checkpoints and outputs --------------------------------------------------------------------------------
