@@ -297,7 +297,7 @@ ERROR_CODES: Mapping[str, Advice] = {
         "copy the file there if it belongs to the checkpoint, or use `--follow-links`",
     ),
     "unsafe-name": Advice(
-        "a file name is absolute, has `..` or control characters",
+        "a file name is absolute, has `..`, control or bidirectional characters; or is one of ours but for the case",
         "rename the file; do not trust a checkpoint that names such files",
     ),
     "unsupported-bits": Advice("bits are neither 4 nor 8", "look for a 4-bit or 8-bit checkpoint"),

@@ -25,7 +25,7 @@ from awq2marlin.formats.names import (
     LEGACY_CONFIG_FILENAMES,
     MANIFEST_FILENAME,
 )
-from awq2marlin.io.folder import is_safe_name
+from awq2marlin.io.folder import is_hostile_name, is_plain_name, is_safe_name
 from awq2marlin.io.source import Source
 
 SINGLE_SHARD = "model.safetensors"
@@ -54,6 +54,12 @@ _NOT_NAMED = "not named by the index"
 _FIRST_READ = f"{_NOT_NAMED}, but some engines would read it first"
 _NOT_OF_THE_CONVERSION = "no part of the conversion"
 _CHOSEN = "as --leave says"
+_HOSTILE = "is absolute, has '..', or characters that a terminal acts on"
+_UNWRITABLE = "its name means something else on other systems"
+CANNOT_HOLD = "the output's file system cannot hold its name"
+
+#: Reasons that no option helps against.
+_BY_NAME = (_UNWRITABLE, CANNOT_HOLD)
 
 #: Tensors that are none of the model's, beside it: engines load such files by name.
 _ADAPTERS = ("adapter_*.safetensors", "adapters.safetensors")
@@ -120,10 +126,13 @@ def sort_files(folder: Source, choice: Choice) -> Files:
             left[group].append(name)
         elif name.casefold() == CARD_FILENAME.casefold():
             cards.append(name)
-        elif not is_safe_name(name):
-            raise refuse("unsafe-name", "this file's name cannot be carried over; rename it", file=name)
-        else:
+        elif is_safe_name(name):
             side_files.append(name)
+        elif is_hostile_name(name):
+            raise refuse("unsafe-name", f"this file's name {_HOSTILE}; rename it, or take it away", file=name)
+        else:
+            reasons[name] = _UNWRITABLE
+            left[name].append(name)
     others = [name for name in visible if name not in own]
     warnings += [f"{option} speaks of no file that is there to choose" for option in choice.idle(others)]
     sizes = {group: sum(_size(folder, name) for name in members) for group, members in left.items()}
@@ -141,7 +150,9 @@ def left_behind_warning(left_behind: Mapping[str, str], sizes: Mapping[str, int]
     if names:
         shown = _listed(f"{printable(name)} ({sizes[name]:,} bytes, {left_behind[name]})" for name in names)
         total = f", {sum(sizes[name] for name in names):,} bytes in all" if len(names) > 1 else ""
-        yield f"left behind, so that 'revert' cannot give it back: {shown}{total}; --carry GLOB takes a file along"
+        by_name = all(left_behind[name] in _BY_NAME for name in names)
+        advice = "rename it in a copy of the source" if by_name else "--carry GLOB takes a file along"
+        yield f"left behind, so that 'revert' cannot give it back: {shown}{total}; {advice}"
 
 
 def _why_left(name: str, choice: Choice, has_index: bool) -> str:
@@ -173,8 +184,8 @@ def _shards_without_index(folder: Source, visible: Sequence[str], choice: Choice
     kept = [name for name in top if choice.fate(name) != "leave" and not _why_left(name, Choice(), False)]
     found = [name for name in kept if choice.fate(name) != "carry" and not _is_one(name, _ADAPTERS)] or kept
     for name in found:
-        if not is_safe_name(name):
-            raise refuse("unsafe-name", "this file's name cannot be carried over; rename it", file=name)
+        if not is_plain_name(name):
+            raise refuse("unsafe-name", "a file of tensors cannot be called so everywhere; rename it", file=name)
     if not found and folder.exists(SINGLE_SHARD) and choice.fate(SINGLE_SHARD) is None:
         return [SINGLE_SHARD], []  # a folder of this name, of which reading it will tell
     if not found:

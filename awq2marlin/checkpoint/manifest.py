@@ -222,7 +222,8 @@ def decode_manifest(data: bytes) -> Manifest:
     for name, entry in document.entries("shards"):
         shards[check_name(name, MANIFEST_FILENAME)] = _shard(name, entry, min(room, MAX_HEADER_BYTES), restores)
         room -= len(shards[name].source_header.text)
-    files = {check_name(name, MANIFEST_FILENAME): entry.file() for name, entry in document.entries("files")}
+    entries = document.entries("files")
+    files = {check_name(name, MANIFEST_FILENAME, plain=False): entry.file() for name, entry in entries}
     made = {name: entry.file() for name, entry in document.entries_or_none("made")}
     if made.keys() - {INDEX_FILENAME}:
         document.bad(f"made may name {INDEX_FILENAME} only")
@@ -239,7 +240,7 @@ def decode_manifest(data: bytes) -> Manifest:
     if CONFIG_FILENAME not in texts or not shards:
         document.bad("it names no shards, or has no text of config.json")
     card = _card(document)
-    clash = find_clash([*shards, *files, *made, *{MANIFEST_FILENAME, *texts}, card.name if card else CARD_FILENAME])
+    clash = find_clash([*shards, *made, *{MANIFEST_FILENAME, *texts}, card.name if card else CARD_FILENAME], files)
     if clash:
         document.bad(f"it names {printable(clash[0])!r} twice, or as a file and as a folder")
     left_behind = document.get("left_behind", dict)

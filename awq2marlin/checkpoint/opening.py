@@ -125,7 +125,7 @@ def open_checkpoint(
     format, quantization, warnings = read_quantization(folder, config)
     files = sort_files(folder, choice)
     index, oddities = open_index(folder, files.shards, files.weight_map, format, known)
-    _refuse_clash([*OWN_FILENAMES, *files.shards, files.card or CARD_FILENAME, *files.side_files])
+    _refuse_clash([*OWN_FILENAMES, *files.shards, files.card or CARD_FILENAME], files.side_files)
     for name in files.side_files:
         folder.check(name)  # refuses what leads out of the folder before anything is written
     if files.card is not None:
@@ -145,9 +145,9 @@ def open_checkpoint(
     )
 
 
-def _refuse_clash(names: list[str]) -> None:
-    """Refuses what other file systems could not hold, and `revert` would not give back."""
-    clash = find_clash(names)
+def _refuse_clash(names: list[str], side_files: list[str]) -> None:
+    """Refuses what could be taken for a file of ours on other file systems."""
+    clash = find_clash(names, side_files)
     if clash:
         raise refuse(
             "unsafe-name",

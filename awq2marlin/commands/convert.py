@@ -15,6 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
+from awq2marlin.checkpoint.files import CANNOT_HOLD
 from awq2marlin.checkpoint.opening import open_checkpoint
 from awq2marlin.commands.options import ConvertOptions, Verify, check_helpers
 from awq2marlin.formats.names import CARD_FILENAME, MANIFEST_FILENAME
@@ -214,13 +215,14 @@ def convert(
             resumed = trusted_shards(plan.transfer, sink, work)
             refuse_full_disk(plan.transfer, sink, work)
             files = run(plan.transfer, sink, work)
+            plan = plan.without(sink.out.left, CANNOT_HOLD)
             sink.out.write(MANIFEST_FILENAME, manifest_of(plan, sink.out.finished, files).encode())
             gemm = checks.compare_output(sink.out, are_compared=work.compare is not None)
             sink.out.write(CARD_FILENAME, _card(plan, checks, gemm))
             sink.commit(plan.transfer.config)
             pushed = _pushed(sink, publication, commit_message, progress)
         result = replace(
-            result,
+            _planned(plan, root, ignored),
             dry_run=False,
             resumed=tuple(resumed),
             verified=checks.chosen_names,

@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from awq2marlin.checkpoint.converted import ConvertedCheckpoint
+from awq2marlin.checkpoint.files import CANNOT_HOLD
 from awq2marlin.checkpoint.manifest import Restores
 from awq2marlin.commands.options import RevertOptions, check_helpers
 from awq2marlin.errors import OutputError, Problem, printable
@@ -142,7 +143,20 @@ def revert(
             sink.commit(transfer.config)
         files = {CONFIG_FILENAME: digest_of(transfer.config, sha256=True), **kept, **trusted, **made}
         result = replace(result, dry_run=False, resumed=tuple(trusted), files=_restored(files), lacks=sink.out.lacks)
+        result = _without(result, sink.out.left)
     return replace(result, seconds=time.perf_counter() - started)
+
+
+def _without(result: RevertResult, names: Sequence[str]) -> RevertResult:
+    """Returns a result that tells of files whose names the output's file system cannot hold."""
+    if not names:
+        return result
+    lack = (
+        "the output's file system cannot hold some names, so these files did not come back: "
+        f"{', '.join(map(printable, names))}; choose another disk to have them too"
+    )
+    left = {**result.left_behind, **dict.fromkeys(names, CANNOT_HOLD)}
+    return replace(result, left_behind=left, lacks=(*result.lacks, lack))
 
 
 def _kept_files(

@@ -26,6 +26,15 @@ _MAX_NAMES_SHOWN = 5
 _COMMIT = re.compile(r"[0-9a-f]{40}([0-9a-f]{24})?")
 _MAX_COMMIT_BYTES = 200
 
+_MAX_NAME_LENGTH = 1024
+
+#: Control characters, separators of lines, and what turns the direction of text: they deceive who reads a name.
+_UNSAFE = re.compile("[\\0-\\x1f\\x7f-\\x9f\\u061c\\u200e\\u200f\\u2028-\\u202e\\u2066-\\u2069]")
+
+#: What stands for a byte that is no UTF-8.
+_SURROGATE = re.compile("[\\ud800-\\udfff]")
+_ABSOLUTE = re.compile(r"[/\\]|[A-Za-z]:[/\\]")
+
 #: Where the Hub's client keeps the contents of files, by their digest: those of one repository, SHA-256 or what git
 #: calls a small file by, and large ones that all repositories of a cache share.
 _BLOB = re.compile(r"(?:.*/)?models--[^/]+/blobs/([0-9a-f]{40}|[0-9a-f]{64})")
@@ -37,32 +46,48 @@ _MAX_LINKS = 40
 
 
 def is_safe_name(name: str) -> bool:
-    """Returns whether ``name`` is a plain relative path inside a folder, on every operating system.
+    """Returns whether ``name`` is a relative path inside a folder, wherever it is taken for a path.
 
-    Hidden names are not: no checkpoint needs one, and ours begin with a dot while an output is unfinished.
+    Hidden names are not: no checkpoint needs one, and ours begin with a dot while an output is unfinished. Spaces of
+    any width, joined emoji and colons are harmless; not every file system can hold them.
 
     Args:
         name: a path with forward slashes, from a file or the network.
     """
-    if not name or len(name) > 1024 or "\\" in name or not name.isprintable():
+    if not name or len(name) > _MAX_NAME_LENGTH or "\\" in name or _UNSAFE.search(name) or _SURROGATE.search(name):
         return False
     windows = PureWindowsPath(name)
-    if windows.drive or windows.root or ":" in name:
+    if windows.drive or windows.root:
         return False
     return all(part and not part.startswith(".") for part in name.split("/"))
 
 
-def check_name(name: Any, file: str) -> str:
+def is_plain_name(name: str) -> bool:
+    """Returns whether ``name`` is a safe one that every file system can hold: printable, and without a colon."""
+    return is_safe_name(name) and name.isprintable() and ":" not in name
+
+
+def is_hostile_name(name: str) -> bool:
+    """Returns whether ``name`` leads elsewhere or deceives: it is absolute, has ``..``, or what a terminal acts on.
+
+    What is neither hostile nor safe only has no place in a manifest: bytes that are no UTF-8, a backslash.
+    """
+    parts = re.split(r"[/\\]", name)
+    return bool(_UNSAFE.search(name) or _ABSOLUTE.match(name)) or ".." in parts
+
+
+def check_name(name: Any, file: str, *, plain: bool = True) -> str:
     """Returns ``name`` if it is a safe relative path.
 
     Args:
         name: what ``file`` says.
         file: the file that says it, for the message.
+        plain: whether every file system must be able to hold it.
 
     Raises:
         CheckpointError: if it is not a string, is absolute or hidden, has ``..`` or control characters.
     """
-    if not isinstance(name, str) or not is_safe_name(name):
+    if not isinstance(name, str) or not (is_plain_name(name) if plain else is_safe_name(name)):
         raise refuse(
             "unsafe-name",
             f"it names {printable(str(name))!r}; only plain relative paths inside the folder are taken",
@@ -71,13 +96,14 @@ def check_name(name: Any, file: str) -> str:
     return name
 
 
-def find_clash(names: Collection[str]) -> tuple[str, str] | None:
+def find_clash(names: Collection[str], others: Collection[str] = ()) -> tuple[str, str] | None:
     """Returns two of the names that cannot stand in one folder on every file system, or None.
 
     Such are equal names, names that differ in case only, and a file's name inside another file's.
 
     Args:
         names: safe relative paths of files.
+        others: more of them, which may differ in case only among themselves, but not from ``names``.
     """
     folded: dict[str, str] = {}
     for name in names:
@@ -85,10 +111,20 @@ def find_clash(names: Collection[str]) -> tuple[str, str] | None:
         if other is not None:
             return name, other
         folded[name.casefold()] = name
-    for name in names:
-        for parent in PurePosixPath(name.casefold()).parents:
-            if str(parent) in folded:
-                return name, folded[str(parent)]
+    exact: set[str] = set()
+    for name in others:
+        other = name if name in exact else folded.get(name.casefold())
+        if other is not None:
+            return name, other
+        exact.add(name)
+    folded_others = {name.casefold(): name for name in others}
+    for name in (*names, *others):
+        for parent in map(str, PurePosixPath(name).parents):
+            other = folded.get(parent.casefold()) or (parent if parent in exact else None)
+            if other is None and name not in exact:
+                other = folded_others.get(parent.casefold())
+            if other is not None:
+                return name, other
     return None
 
 

@@ -157,7 +157,8 @@ class Relay:
     def commit(self, config: bytes) -> None:
         """Sends all other files, ``config.json`` last, and removes everything here."""
         shards = {shard.name for shard in self._transfer.shards}
-        rest = [name for name in self._transfer.names if name not in shards and name != CONFIG_FILENAME]
+        others = {*shards, *self.out.left, CONFIG_FILENAME}
+        rest = [name for name in self._transfer.names if name not in others]
         self._departures.send_rest(rest, config)
         self.out.discard()
 

@@ -145,7 +145,7 @@ def refuse_unfinished(folder: Source) -> None:
 def _parse_journal(document: Any) -> Journal:
     if type(document["names"]) is not list:
         raise refuse("bad-journal", "names must be a list")
-    names = [check_name(name, JOURNAL_FILENAME) for name in document["names"]]
+    names = [check_name(name, JOURNAL_FILENAME, plain=False) for name in document["names"]]
     finished = {name: FinishedFile.parse(entry) for name, entry in document["finished"].items()}
     if not finished.keys() <= {*names}:
         raise refuse("bad-journal", "it remembers a shard that it does not name")

@@ -7,8 +7,10 @@ goes after it.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -39,6 +41,9 @@ FETCHED_DIRECTORY = "source"
 _LOCK_FILENAME = "lock"
 PARTIAL_SUFFIX = ".partial"
 _MAX_NAMES_SHOWN = 5
+#: What a file system says of a name that it cannot hold, or that is the folder of a file there or the other way round.
+_CANNOT_NAME = {errno.EINVAL, errno.EILSEQ, errno.ENAMETOOLONG, errno.EEXIST, errno.ENOTDIR, errno.EISDIR}
+_NOT_ON_WINDOWS = re.compile(r'[<>:"|?*]|[. ](?=/|$)')
 _NO_SYNC = (
     "the output's file system cannot make the names of files durable; should the machine lose power soon after the "
     "end, check the output with 'awq2marlin verify'"
@@ -93,6 +98,11 @@ def _is_same(path: Path, other: Path) -> bool:
         return False
 
 
+def _can_name(name: str) -> bool:
+    """Returns whether a name is one here: Windows takes some for streams of another file, and cuts dots off."""
+    return os.name != "nt" or not _NOT_ON_WINDOWS.search(name)
+
+
 def _leads_outside(root: Path, path: Path) -> bool:
     """Returns whether a link on the way makes ``path``, which begins with ``root``, lie elsewhere."""
     return not _real(path.parent).is_relative_to(_real(root))
@@ -105,6 +115,7 @@ class OutputFolder:
         root: where the finished files go.
         work: where partial files grow.
         lacks: what its file system cannot do, and what that means, for people.
+        left: files that it cannot hold, because of their names.
     """
 
     def __init__(
@@ -112,6 +123,7 @@ class OutputFolder:
     ) -> None:
         """Takes a folder that `claim` has locked."""
         self.lacks = tuple(lacks)
+        self.left: list[str] = []
         self.root = root
         self.work = root.absolute() / WORK_DIRECTORY  # workers of an executor may be elsewhere
         self._names = names
@@ -231,6 +243,28 @@ class OutputFolder:
         final.parent.mkdir(parents=True, exist_ok=True)
         (partial or self.partial(name)).replace(final)
 
+    def publish_unless_unnameable(self, name: str) -> bool:
+        """Gives a partial file its final name, unless the file system cannot hold that; then it is removed.
+
+        It cannot where the name has characters that it does not take or is too long, and where it takes the name for
+        that of a file which is there, because it does not tell the case of letters apart.
+
+        Returns:
+            Whether it has its name.
+        """
+        named = not os.path.lexists(self.final(name)) and _can_name(name)
+        try:
+            if named:
+                self.publish(name)
+        except OSError as error:
+            if error.errno not in _CANNOT_NAME:
+                raise
+            named = False
+        if not named:
+            self.partial(name).unlink(missing_ok=True)
+            self.left.append(name)
+        return named
+
     def commit(self, config: bytes) -> None:
         """Makes all files durable, then writes ``config.json``, the mark of a whole checkpoint.
 
@@ -239,7 +273,7 @@ class OutputFolder:
         Args:
             config: its bytes.
         """
-        for folder in {self.final(name).parent for name in self._names}:
+        for folder in {self.final(name).parent for name in self._names if name not in self.left}:
             self._sync_up(folder)
         if CONFIG_FILENAME in self._names:
             self.write(CONFIG_FILENAME, config)
@@ -445,7 +479,7 @@ def _remove(root: Path, names: set[str]) -> None:
     """Removes the files named, ``config.json`` first, and the folders that became empty; nothing else."""
     for name in sorted(names, key=lambda name: (name != CONFIG_FILENAME, name)):
         path = root / name
-        is_file = path.is_symlink() or path.is_file()
+        is_file = os.path.lexists(path) and (path.is_symlink() or path.is_file())
         if is_safe_name(name) and not _leads_outside(root, path) and is_file:
             path.unlink()
             if name == CONFIG_FILENAME:  # not loadable from here on, whatever happens

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
@@ -112,6 +112,24 @@ class Plan:
             quantized_modules=frozenset(self.modules),
         )
         return without_quantization(self.checkpoint.config, self.target.write_config(quantization))
+
+    def without(self, names: Collection[str], reason: str) -> Plan:
+        """Returns the plan without some side files, which are left behind.
+
+        Args:
+            names: of the files.
+            reason: why, in words.
+        """
+        if not names:
+            return self
+        checkpoint, sizes = self.checkpoint, {name: self.checkpoint.folder.size(name) for name in names}
+        rest = replace(
+            checkpoint,
+            side_files=tuple(name for name in checkpoint.side_files if name not in sizes),
+            left_behind={**checkpoint.left_behind, **dict.fromkeys(names, reason)},
+            left_behind_bytes={**checkpoint.left_behind_bytes, **sizes},
+        )
+        return replace(self, checkpoint=rest)
 
     @cached_property
     def new_index(self) -> bytes | None:

@@ -9,6 +9,7 @@ from awq2marlin.errors import refuse
 from awq2marlin.formats.names import CONFIG_FILENAME, INDEX_FILENAME, MANIFEST_FILENAME
 from awq2marlin.formats.registry import DEFAULT_TARGET, KEPT
 from awq2marlin.io.digest import FileDigest, Xxh3, digest_of
+from awq2marlin.io.folder import find_clash, is_plain_name
 from awq2marlin.io.safetensors import MAX_HEADER_BYTES
 from awq2marlin.io.source import MAX_JSON_BYTES, Source
 from awq2marlin.pipeline.journal import FinishedFile
@@ -45,7 +46,8 @@ def manifest_of(plan: Plan, finished: Mapping[str, FinishedFile], files: Mapping
     repo_id, revision = folder.origin or (None, None)
     card = SourceCard.of(checkpoint.card, folder.read(checkpoint.card)) if checkpoint.card else None
     carried = {name: FileDigest(files[name].size, files[name].xxh3) for name in plan.transfer.carried}
-    refused_then = MANIFEST_FILENAME in texts or checkpoint.index.copies  # by version 0.1
+    names_then = all(map(is_plain_name, carried)) and not find_clash([*carried])
+    refused_then = MANIFEST_FILENAME in texts or checkpoint.index.copies or not names_then  # by version 0.1
     version = 1 if _is_known_to_0_1(plan) and not refused_then else 2
     made = {} if plan.new_index is None or checkpoint.has_index else {INDEX_FILENAME: digest_of(plan.new_index)}
     left_behind = checkpoint.left_behind
@@ -116,7 +118,7 @@ def _most_bytes(plan: Plan) -> float:
     checkpoint = plan.checkpoint
     texts, card = _rewritten_names(plan), [checkpoint.card] if checkpoint.card else []
     names = [*checkpoint.shards, *checkpoint.side_files, *checkpoint.left_behind, *checkpoint.left_behind.values()]
-    written = sum(map(checkpoint.folder.size, texts)) + sum(len(name.encode()) for name in names)
+    written = sum(map(checkpoint.folder.size, texts)) + sum(2 * len(name) for name in names)
     packed = _header_bytes(plan) + sum(map(checkpoint.folder.size, card))
     entries = len(names) + len(texts) + len(card)
     return _MOST_GROWTH * written + _MOST_PACKED_GROWTH * packed + _ENTRY_BYTES * entries

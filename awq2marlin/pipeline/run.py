@@ -72,7 +72,9 @@ def run(transfer: Transfer, sink: Sink, work: Work) -> dict[str, FileDigest]:
     """
     made = _move_shards(transfer, sink, work)
     for name, expected in transfer.carried.items():
-        made[name] = _carry(name, expected, transfer.source, sink.out, work)
+        found = _carry(name, expected, transfer.source, sink.out, work)
+        if found is not None:
+            made[name] = found
     for name, data in transfer.texts.items():
         sink.out.write(name, data)
         made[name] = digest_of(data, sha256=work.with_sha256)
@@ -205,8 +207,8 @@ def _journal_entry(done: ShardResult, work: Work) -> FinishedFile:
     return FinishedFile(source, target, work.check)
 
 
-def _carry(name: str, expected: FileDigest | None, source: Source, out: OutputFolder, work: Work) -> FileDigest:
-    """Copies a file that belongs to the checkpoint unchanged."""
+def _carry(name: str, expected: FileDigest | None, source: Source, out: OutputFolder, work: Work) -> FileDigest | None:
+    """Copies a file that belongs to the checkpoint unchanged; returns None if the output cannot hold its name."""
     promised, size, path = source.sha256(name), source.size(name), source.path(name)
     xxh3, sha256 = Xxh3(), hashlib.sha256() if work.with_sha256 or promised else None
     hashes = [each for each in (xxh3, sha256) if each]
@@ -222,6 +224,6 @@ def _carry(name: str, expected: FileDigest | None, source: Source, out: OutputFo
             f"the file is not the original: recorded {expected}; found {found}; it was changed since the conversion",
             file=name,
         )
-    out.publish(name)
+    named = out.publish_unless_unnameable(name)
     source.release(name)
-    return found
+    return found if named else None

@@ -102,7 +102,7 @@ def rewrite_shard(task: ShardTask, progress: Callable[[int], None] | None = None
         workers=task.workers,
         progress=progress,
     )
-    if source_sha256 and source_sha256.hexdigest() != task.sha256:
+    if source_sha256 and task.sha256 and source_sha256.hexdigest() != task.sha256:
         partial.unlink()
         raise other_contents(plan.name, task.source, source_sha256.hexdigest(), task.sha256)
     source = FileDigest(plan.source.file_size, str(read), hexdigest(source_sha256))

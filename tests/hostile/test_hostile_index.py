@@ -11,7 +11,7 @@ from awq2marlin import CheckpointError, convert, inspect, revert
 from awq2marlin.checkpoint.opening import open_checkpoint
 from awq2marlin.cli.app import main
 from awq2marlin.errors import Awq2MarlinError, Problem
-from awq2marlin.io.folder import is_safe_name
+from awq2marlin.io.folder import is_plain_name
 from tests.hostile.hostile_files import INDEX, MODULE, NASTY, SHARD, pack_tensors, tree, unpack_tensors, write_awq
 
 UNSAFE_NAMES = [
@@ -49,7 +49,7 @@ UNSAFE_NAMES = [
 
 @pytest.mark.parametrize("name", UNSAFE_NAMES, ids=ascii)
 def test_an_index_names_only_plain_relative_paths(awq, tmp_path, run, name: str) -> None:
-    assert not is_safe_name(name)
+    assert not is_plain_name(name)
     weight_map = dict.fromkeys(unpack_tensors(awq / SHARD), SHARD)
     weight_map[f"{MODULE}.qweight"] = name
     (awq / INDEX).write_text(json.dumps({"weight_map": weight_map}))
@@ -62,7 +62,7 @@ def test_an_index_names_only_plain_relative_paths(awq, tmp_path, run, name: str)
 
 @pytest.mark.parametrize("name", ["model.safetensors", "a/b.safetensors", "a..b", "…", "模型.safetensors", "a b"])
 def test_plain_names_are_taken(name: str) -> None:
-    assert is_safe_name(name)
+    assert is_plain_name(name)
 
 
 @pytest.mark.parametrize("value", [None, True, 0, 1.5, [], {}, [SHARD], {"file": SHARD}, [["x"] * 1000]], ids=str)
@@ -177,17 +177,56 @@ def test_a_single_file_of_an_unsafe_name_is_refused(awq, tmp_path, run) -> None:
     assert not (tmp_path / "out").exists()
 
 
+HARMLESS_NAMES = [
+    "Bildschirmfoto 2026-05-01 um 10.11.12\u202fPM.png",
+    "no\u00a0break.txt",
+    "全角\u3000スペース.txt",
+    "\U0001f468\u200d\U0001f469\u200d\U0001f467.png",
+    "figures: loss.png",
+    "what?.md",
+    "soft\u00adhyphen",
+    "assets/\ufeffbom.txt",
+    "LICENSE",
+    "license",
+]
+
+
+def test_side_files_of_harmless_names_are_carried_shown_escaped_and_given_back(awq, tmp_path, run, say) -> None:
+    (awq / "assets").mkdir()
+    for name in HARMLESS_NAMES:
+        (awq / name).write_text(name)
+    out, back = tmp_path / "out", tmp_path / "back"
+    report = run("convert", awq, out).report
+    assert set(HARMLESS_NAMES) <= set(report["details"]["side_files"])
+    assert report["warnings"] == []
+    assert run("verify", awq, out).code == 0
+    code, said = say("revert", out, back)
+    assert code == 0
+    assert r"12\u202fPM.png" in said
+    assert tree(back) == tree(awq)
+
+
 @pytest.mark.parametrize(
-    "name", ["evil\x1b[31m.txt", "a\nb.py", "c:d.txt", "back\\slash", "\u202etxt.py", "\udcff.json"], ids=ascii
+    "name", ["evil\x1b[31m.txt", "a\nb.py", "\u202etxt.py", "a\u2067b", "\u200emark", "line\u2028", "\x9b2J"], ids=ascii
 )
-def test_a_side_file_of_an_unsafe_name_is_refused(awq, tmp_path, run, name: str) -> None:
+def test_a_side_file_of_a_hostile_name_is_refused(awq, tmp_path, run, name: str) -> None:
     (awq / name).write_text("x")
     run("convert", awq, tmp_path / "out").refused("unsafe-name", "rename it")
     assert not (tmp_path / "out").exists()
 
 
-def test_files_that_differ_in_case_only_are_refused_before_the_way_back_is_lost(awq, tmp_path, run) -> None:
-    """`revert` takes no manifest that names a file twice, on any file system; so no such one is written."""
+@pytest.mark.parametrize("name", ["back\\slash", "\udcff.json", "c:d.txt", "assets\\logo.png"], ids=ascii)
+def test_a_name_that_means_something_else_elsewhere_is_left_behind_with_a_warning(awq, tmp_path, run, name) -> None:
+    (awq / name).write_text("x")
+    report = run("convert", awq, tmp_path / "out").report
+    assert report["left_behind"] == {name: "its name means something else on other systems"}
+    (warning,) = report["warnings"]
+    assert warning.endswith("rename it in a copy of the source")
+    assert run("verify", awq, tmp_path / "out").code == 0
+    assert run("revert", tmp_path / "out", tmp_path / "back").code == 0
+
+
+def test_another_file_where_the_card_goes_is_refused(awq, tmp_path, run) -> None:
     (awq / "readme.md").write_text("another")
     run("convert", awq, tmp_path / "out").refused("unsafe-name", "README.md", "differ only", file="readme.md")
     assert not (tmp_path / "out").exists()

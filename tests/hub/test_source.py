@@ -55,6 +55,19 @@ class TestConverted:
         for name in local.shards:
             assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "local" / name).read_bytes()
 
+    @pytest.mark.parametrize("options", [(), ("--low-disk",)])
+    def test_files_of_unusual_names_are_fetched_pushed_and_given_back(self, hub, run, source, tmp_path, options):
+        odd = shutil.copytree(source, tmp_path / "odd")
+        names = ["at 10.11\u202fPM.png", "fig: 1.png", "\U0001f468\u200d\U0001f467.txt", "license", "a b#c?d%20.txt"]
+        for name in names:
+            (odd / name).write_text(name)
+        hub.add_repository("org/odd-awq", odd)
+        assert run("convert", "org/odd-awq", "out", "--push-to", "org/odd-marlin", *options).code == 0
+        assert {*names} <= hub.repository("org/odd-marlin").files().keys()
+        assert run("verify", "org/odd-awq", "org/odd-marlin").code == 0
+        assert run("revert", "org/odd-marlin", "back", *options).code == 0
+        assert contents(tmp_path / "back") == contents(odd)
+
     def test_an_executor_of_the_caller_gets_each_shard_when_it_is_there(self, tmp_path):
         with ThreadPoolExecutor(2) as pool:
             convert(REPO, tmp_path / "out", executor=pool, low_disk=True)
