@@ -215,8 +215,8 @@ class Folder:
             raise refuse(
                 "unsafe-link",
                 f"it is a link that leads out of the checkpoint's folder, to {printable(str(resolved))}; copy the file "
-                "there if it belongs to the checkpoint, or let convert, verify or revert --follow-links if all links "
-                "do",
+                "there if it belongs to the checkpoint; or, if you know all of the folder's links, use convert, verify "
+                "or revert with --follow-links",
                 file=name,
             )
         if not stat.S_ISREG(mode):
