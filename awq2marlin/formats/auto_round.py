@@ -35,6 +35,7 @@ _LAYOUTS: dict[str, Format] = {
 class AutoRound(Gptq):
     """AutoRound; its modules have the layouts of others, mostly GPTQ's."""
 
+    has_own_layout = False
     name = layout_name = "auto-round"
     title = layout_title = "AutoRound"
 

@@ -146,11 +146,15 @@ class Format(ABC):
     #: Whether only this package writes it.
     is_own: ClassVar[bool] = False
 
+    #: Whether its modules have a layout that no other format has.
+    has_own_layout: ClassVar[bool] = True
+
     #: Whether its config lists the modules that are kept, padded, or not quantized.
     has_module_lists: ClassVar[bool] = False
 
-    #: The key of a config that says whether there are zero points.
+    #: The key of a config that says whether there are zero points, and how it says that there are.
     zero_point_key: ClassVar[str] = "zero_point"
+    zero_points_said: ClassVar[str] = "zero_point is true"
 
     #: The last name component of the tensor that holds each part of a module.
     suffixes: ClassVar[Mapping[str, str]] = {part: part for part in QUANTIZED_PARTS}
@@ -511,7 +515,7 @@ def _module_faults(
     required = ["qweight", "scales", *(["qzeros"] if with_zeros else [])]
     missing = [part for part in required if format.suffixes[part] not in parts]
     for part in missing:
-        why = " (zero_point is true)" if part == "qzeros" else ""
+        why = f" ({format.zero_points_said})" if part == "qzeros" else ""
         message = f"it is missing, but the module's {sorted(parts)} are there{why}; download the file again"
         yield format.tensor_name(module, part), "missing-tensor", message
     found = _tensors_of(format, module, parts, tensors)

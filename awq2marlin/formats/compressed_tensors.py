@@ -87,6 +87,7 @@ class CompressedTensors(Format):
     }
     #: Nothing else has scales of this name, so that a module whose codes are lost is missed.
     marks: ClassVar[tuple[str, ...]] = ("qweight", "qzeros", "scales")
+    zero_points_said = "symmetric is false"
     drops_middle_zeros = True
     companions: ClassVar[tuple[str, ...]] = ("weight_shape",)
     layouts: ClassVar[Mapping[str, type[PartLayout]]] = {

@@ -45,6 +45,7 @@ class Gptq(Format):
     title = layout_title = "GPTQ"
     is_source = True
     zero_point_key = "sym"
+    zero_points_said = "sym is not true"
     drops_middle_zeros = True
     companions: ClassVar[tuple[str, ...]] = ("g_idx",)
     foreign_suffixes: ClassVar[tuple[str, ...]] = ("weight",)

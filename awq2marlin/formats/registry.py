@@ -75,8 +75,9 @@ def shown_by(
     """
     scheme = replace(quantization.scheme, zero_point=False)  # so that no zero points are missed, if there are none
     looked_for = replace(quantization, layout=None, scheme=scheme)
+    said = {but.name, (quantization.layout or but).name}
     for format in FORMATS:
-        if format.is_source and not format.is_own and format.name != but.name:
+        if format.is_source and format.has_own_layout and not format.is_own and format.name not in said:
             modules, problems = format.find(tensors, looked_for, shard_of)
             if modules and not problems:
                 return format

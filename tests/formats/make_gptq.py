@@ -1,11 +1,12 @@
 """Made everything in ``data/gptq/`` and ``data/auto_round/``: small checkpoints by the libraries that write them.
 
-Two environments made them, each the part of the library that is installed there:
+Three environments made them, each the part of the library that is installed there:
 
-    pip install torch==2.13.0 transformers==5.23.0 safetensors==0.8.0 datasets    # in both
+    pip install torch==2.13.0 transformers==5.23.0 safetensors==0.8.0 datasets    # in all
+    pip install --no-deps auto-gptq==0.7.1                  # data/gptq/autogptq_*, data/gptq/old_config
     pip install --no-deps gptqmodel==7.7.0                  # data/gptq/gptqmodel_*; it asks for a newer torch, for
     pip install --no-deps pypcre logbar tokenicer device-smi defuser threadpoolctl pillow ninja   # its kernels
-    pip install --no-deps auto-round==0.16.0                # data/auto_round/*, data/gptq/auto_*, data/gptq/old_*
+    pip install --no-deps auto-round==0.16.0                # data/auto_round/*, data/gptq/auto_round_*
     python tests/formats/make_gptq.py                       # in each of them
 
 (numpy 2.4.6, safetensors 0.8.0, Python 3.11, a CPU.) Nothing of this project is imported.
@@ -13,10 +14,12 @@ Two environments made them, each the part of the library that is installed there
 - GPTQModel: its own packing class, its own change from version 2 to version 1, and its own config in both of its
   places. Codes, zero points and scales are random, zero points over their whole range, so that those of version 1
   borrow from one another.
+- AutoGPTQ: as a whole it does not import beside a current Transformers, but the file of its packing class does, alone.
+  The config has the keys that release 0.7.1 writes; ``old_config`` has those of older ones, which stood in a
+  ``quantize_config.json`` only and named no method. No zero point is 0: of those its class makes other words.
 - AutoRound: whole exports of a Llama of one layer whose weights are random and off centre, rounded to nearest, in every
-  packing that it has: whatever is in those folders is its doing. ``old_config`` and ``old_name`` are two of them as
-  older tools called them: only in a ``quantize_config.json`` as AutoGPTQ wrote it (no AutoGPTQ installs beside a
-  current torch; AutoRound's class packs its version), and ``intel/auto-round``.
+  packing that it has: whatever is in those folders is its doing. ``old_name`` is one of them as it was called once,
+  ``intel/auto-round``.
 
 Each folder has ``checkpoint``, and ``library.npz``: the dense weight [N, K] of every quantized module as the library
 itself makes it of the file, as ``dense_sha256``; and ``dense`` (bits of fp16, as uint16) of the smallest module.
@@ -27,7 +30,7 @@ import json
 import os
 import shutil
 import tempfile
-from importlib.util import find_spec
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import numpy as np
@@ -48,6 +51,8 @@ def main():
     """Makes the part of the library that is here."""
     if find_spec("gptqmodel"):
         make_gptqmodel()
+    elif find_spec("auto_gptq"):
+        make_autogptq()
     elif find_spec("auto_round"):
         make_auto_round()
     else:
@@ -123,20 +128,70 @@ def packed_by_gptqmodel(size_n, size_k, bits, group_size, sym, generator):
     """Returns a module of random codes that GPTQModel has packed, in version 2."""
     from gptqmodel.nn_modules.qlinear.torch import TorchLinear
 
-    step = size_k if group_size == -1 else group_size
-    groups, largest = size_k // step, 2**bits
-    codes = torch.randint(0, largest, (size_n, size_k), generator=generator)
-    zeros = torch.randint(0, largest, (size_n, groups), generator=generator)
-    zeros = torch.full_like(zeros, largest // 2) if sym else zeros
-    scales = (torch.rand(size_n, groups, generator=generator) / 8 + 0.01).to(torch.float16).float()
-    linear = nn.Linear(size_k, size_n, bias=False)
-    group_of = torch.arange(size_k) // step
-    linear.weight.data = (codes - zeros[:, group_of]).float() * scales[:, group_of]
+    smallest = None if sym else 0
+    linear, scales, zeros, group_of = random_module(size_n, size_k, bits, group_size, smallest, generator)
     packed = TorchLinear(
         bits=bits, group_size=group_size, sym=sym, desc_act=False, in_features=size_k, out_features=size_n
     )
     packed.pack_block(linear, scales, zeros, group_of.to(torch.int32))
     return packed
+
+
+def random_module(size_n, size_k, bits, group_size, smallest, generator):
+    """Returns a linear module of random codes, with its scales and zero points [N, G] and the group of every row.
+
+    ``smallest`` is the smallest zero point; None puts all of them in the middle.
+    """
+    step = size_k if group_size == -1 else group_size
+    groups, largest = size_k // step, 2**bits
+    codes = torch.randint(0, largest, (size_n, size_k), generator=generator)
+    zeros = torch.full((size_n, groups), largest // 2)
+    if smallest is not None:
+        zeros = torch.randint(smallest, largest, (size_n, groups), generator=generator)
+    scales = (torch.rand(size_n, groups, generator=generator) / 8 + 0.01).to(torch.float16).float()
+    linear = nn.Linear(size_k, size_n, bias=False)
+    group_of = torch.arange(size_k) // step
+    linear.weight.data = (codes - zeros[:, group_of]).float() * scales[:, group_of]
+    return linear, scales, zeros, group_of
+
+
+# --- AutoGPTQ -------------------------------------------------------------------------------------------------------
+
+
+def make_autogptq():
+    """Makes a checkpoint by AutoGPTQ's class, with the config of a late release and with that of an early one."""
+    root = Path(find_spec("auto_gptq").submodule_search_locations[0])
+    spec = spec_from_file_location("qlinear", root / "nn_modules" / "qlinear" / "qlinear_cuda_old.py")
+    qlinear = module_from_spec(spec)
+    spec.loader.exec_module(qlinear)
+    folder, generator = checkpoint("gptq", "autogptq_w4_asym_g32"), torch.Generator().manual_seed(7)
+    tensors, dense = {"model.norm.weight": torch.ones(16, dtype=torch.float16)}, {}
+    for module, (size_n, size_k) in {"self_attn.o_proj": (64, 128), "mlp.down_proj": (32, 128)}.items():
+        linear, scales, zeros, _ = random_module(size_n, size_k, 4, 32, 1, generator)
+        packed = qlinear.QuantLinear(4, 32, size_k, size_n, bias=False)
+        packed.pack(linear, scales, zeros, None)
+        packed.scales = packed.scales.half()
+        for part in ("qweight", "qzeros", "scales", "g_idx"):
+            tensors[f"{LAYER}.{module}.{part}"] = getattr(packed, part).clone()
+        dense[f"{LAYER}.{module}"] = packed(torch.eye(size_k, dtype=torch.float16)).T.to(torch.float16)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    store(folder, dense)
+    config = {
+        "bits": 4, "group_size": 32, "damp_percent": 0.01, "desc_act": False, "static_groups": False, "sym": False,
+        "true_sequential": True, "model_name_or_path": None, "model_file_base_name": None, "is_marlin_format": False,
+        "quant_method": "gptq",
+    }  # fmt: skip
+    write_autogptq_configs(folder, config, is_in_both=True)
+    del config["is_marlin_format"], config["quant_method"]
+    write_autogptq_configs(copied("gptq", "autogptq_w4_asym_g32", "gptq", "old_config"), config, is_in_both=False)
+
+
+def write_autogptq_configs(folder, config, is_in_both):
+    """Writes the config where AutoGPTQ did."""
+    (folder / "quantize_config.json").write_text(json.dumps(config, indent=2), "utf-8")
+    document = {"architectures": ["LlamaForCausalLM"], "model_type": "llama"}
+    document |= {"quantization_config": config} if is_in_both else {}
+    (folder / "config.json").write_text(json.dumps(document, indent=2), "utf-8")
 
 
 # --- AutoRound ------------------------------------------------------------------------------------------------------
@@ -158,21 +213,6 @@ def make_auto_round():
         export("auto_round", name, packing, bits, group_size, sym)
     export("gptq", "auto_round_w4_asym_g32", "auto_gptq", 4, 32, sym=False)
     export("gptq", "auto_round_w8_sym_channel", "auto_gptq", 8, -1, sym=True)
-    make_old()
-
-
-def make_old():
-    """Makes two checkpoints that say what they are as older tools did."""
-    folder = copied("gptq", "auto_round_w4_asym_g32", "gptq", "old_config")
-    config = json.loads((folder / "config.json").read_text("utf-8"))
-    del config["quantization_config"]
-    (folder / "config.json").write_text(json.dumps(config, indent=2), "utf-8")
-    (folder / "quantization_config.json").unlink()
-    old = {
-        "bits": 4, "group_size": 32, "damp_percent": 0.01, "desc_act": False, "static_groups": False, "sym": False,
-        "true_sequential": True, "model_name_or_path": None, "model_file_base_name": "model",
-    }  # fmt: skip
-    (folder / "quantize_config.json").write_text(json.dumps(old, indent=2), "utf-8")
     folder = copied("auto_round", "v2_w4_asym_g64", "auto_round", "old_name")
     config = json.loads((folder / "config.json").read_text("utf-8"))
     config["quantization_config"]["quant_method"] = "intel/auto-round"

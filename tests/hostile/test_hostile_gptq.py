@@ -216,6 +216,19 @@ def test_wrong_headers_are_refused_by_name_before_a_byte_is_written(source: Path
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [(GPTQ, "sym is not true"), (AUTO, "sym is not true"), ("auto_round/awq_w4_asym_g32", "zero_point is true")],
+)
+def test_a_tensor_that_is_missing_is_named_and_the_format_stays_what_the_config_says(
+    tmp_path: Path, run, name: str, said: str
+) -> None:
+    source = copied(name, tmp_path / "source")
+    set_tensors(source, _drop(f"{DOWN}.qzeros"))
+    outcome = run("convert", source, tmp_path / "out")
+    outcome.refused("missing-tensor", f"({said})", file=SHARD, tensor=f"{DOWN}.qzeros")
+
+
 def test_an_output_embedding_of_the_same_kind_is_converted_with_the_others(source: Path, tmp_path: Path) -> None:
     parts = {part: peers.read_tensors(source)[f"{DOWN}.{part}"] for part in ("qweight", "qzeros", "scales", "g_idx")}
     set_tensors(source, lambda tensors: tensors.update({f"lm_head.{part}": each for part, each in parts.items()}))
