@@ -76,7 +76,10 @@ def _count_text(count: Count) -> str:
 
 
 def _largest_text(values: Count, zero_points: Count, scales: Count) -> str:
-    return f"{values.largest:g}, {zero_points.largest:g}, {_percent(scales.largest)}"
+    texts = f"{values.largest:g}", f"{zero_points.largest:g}", _percent(scales.largest)
+    return ", ".join(
+        text if count.compared else "-" for text, count in zip(texts, (values, zero_points, scales), strict=True)
+    )
 
 
 def _percent(part: float) -> str:

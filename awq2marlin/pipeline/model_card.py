@@ -104,8 +104,8 @@ def _what(plan: Plan, repo_id: str | None, revision: str | None) -> str:
     return (
         f"The weights of {source} ({quantization.bits} bits, {groups}, {points}), with its quantized layers in "
         f"{target.purpose} No weight was changed: "
-        "the same integers, scales and zero points stand in another order. Made by "
-        f"[awq2marlin](https://pypi.org/project/awq2marlin/) {__version__}{version}.\n\n"
+        f"the same integers, scales and zero points stand in another order. Made by awq2marlin {__version__}{version}."
+        "\n\n"
     )
 
 

@@ -116,9 +116,6 @@ def _modules(sides: Sides) -> tuple[list[str], list[Problem]]:
     if one.scheme.bits != other.scheme.bits:
         message = f"{one.scheme.bits} bits in A, {other.scheme.bits} in B; no module was compared value for value"
         return [], [Problem(CONFIG_FILENAME, "", "config", message), *problems]
-    if any(one.groups_of(name) != other.groups_of(name) for name in both):
-        sizes = f"group size {one.scheme.group_size} in A, {other.scheme.group_size} in B"
-        problems.insert(0, Problem(CONFIG_FILENAME, "", "config", f"{sizes}; zero points and scales were not compared"))
     same = []
     for name in both:
         shapes = [f"K={each.size_k}, N={each.size_n}" for each in (side.opened.modules[name] for side in sides)]
@@ -126,6 +123,9 @@ def _modules(sides: Sides) -> tuple[list[str], list[Problem]]:
             same.append(name)
         else:
             problems.append(other.problem(_weight(other, name), "wrong-shape", f"{shapes[0]} in A, {shapes[1]} in B"))
+    if any(one.groups_of(name) != other.groups_of(name) for name in same):
+        sizes = f"group size {one.scheme.group_size} in A, {other.scheme.group_size} in B"
+        problems.insert(0, Problem(CONFIG_FILENAME, "", "config", f"{sizes}; zero points and scales were not compared"))
     return same, problems
 
 

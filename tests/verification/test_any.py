@@ -383,6 +383,19 @@ def test_other_bits_and_other_groups_are_told_once(made: Path, tmp_path: Path) -
     assert (len(result.differences.modules), result.differences.scales.compared) == (7, 0)
 
 
+def test_numbers_that_were_not_compared_are_none_in_the_table(made: Path, tmp_path: Path, run: Any) -> None:
+    write_checkpoint(tmp_path / "wide", recipe(group_size=32, seed=3))
+    _, _, err = run("verify", tmp_path / "wide", made / "compressed-tensors")
+    assert err.count("15, -, -\n") == 8  # seven modules, and all together
+
+
+def test_a_module_of_another_k_says_nothing_of_the_groups(made: Path, tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "short", plain({**MODULES, UP: (128, 512)}, WEIGHTS))
+    problems, _ = differences(tmp_path / "short", made / "compressed-tensors")
+    assert [problem.message for problem in problems if problem.file == "config.json"] == []
+    assert "K=128, N=512 in A, K=192, N=512 in B" in {problem.message for problem in problems}
+
+
 def test_other_shapes_of_a_module(made: Path, tmp_path: Path) -> None:
     modules = {**MODULES, UP: (192, 256)}
     write_checkpoint(tmp_path / "narrow", plain(modules, {**WEIGHTS, f"{UP}.bias": (256,)}))
