@@ -99,6 +99,22 @@ def test_where_two_kernels_differ_the_gap_of_the_two_best_is_told(script):
     assert not compare({**same, "rows": [far]}, same, torch.half)["own_ok"]
 
 
+def test_a_variant_must_give_the_same_bits_and_an_adapter_must_do_something(script):
+    compare = script("vllm_variants").compare
+    about = {"vllm": "0.33.0", "torch": "2.14.0", "gpu": "a GPU", "layers": {}}
+    plain = {**about, "rows": [{"tokens": [5, 6], "logprobs": [-0.5, -0.75]}]}
+    near = {**about, "rows": [{"tokens": [5, 6], "logprobs": [-0.5, -0.76]}]}
+    other = {**about, "rows": [{"tokens": [5, 7], "logprobs": [-0.5, -0.75]}]}
+    assert compare("sharded_state", plain, plain, {})["ok"]
+    assert not compare("sharded_state", near, plain, {})["ok"]
+    assert not compare("lora", plain, plain, {})["ok"]
+    assert compare("lora", other, plain, {})["ok"]
+    judged = {**about, "rows": [{"tokens": [5, 7], "logprobs": [-0.5, -0.8], "best": [-0.5, -0.7]}]}
+    found = compare("lora, dequantized", judged, plain, other)
+    assert (found["together_same_tokens"], found["ok"]) == (0, True)
+    assert compare("cpu offload", {"error": "no memory"}, plain, {})["error"] == "no memory"
+
+
 def test_the_serving_table_has_a_column_for_every_engine_that_ran(script):
     serving = script("serving")
     first = [[7, -0.25, 8, -1.0], [4, -0.5, 3, -0.625]]

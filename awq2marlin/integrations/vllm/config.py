@@ -27,6 +27,7 @@ from awq2marlin.integrations.kernel_choice import reason_without_own, setting
 from awq2marlin.integrations.vllm.contents import Contents
 from awq2marlin.integrations.vllm.inventory import Inventory, inventory_of, read_inventory, tensors_of
 from awq2marlin.integrations.vllm.needs import ALWAYS, EXPERTS, Need, missing_reason, untried_warning
+from awq2marlin.integrations.vllm.state import is_sharded_state, loads_sharded_state
 
 logger = init_logger("vllm.awq2marlin")
 
@@ -105,6 +106,8 @@ class MarlinNativeConfig(QuantizationConfig):  # type: ignore[misc]
                 raise refuse("unsupported-engine", message, tensor=min(inventory.zero_point_modules))
 
     def _read_inventory(self, model_name: str, hf_config: Any, revision: str | None) -> Inventory | None:
+        if is_sharded_state(Path(model_name)):
+            return None  # the files hold vLLM's names and one rank's shapes; vLLM itself misses what is not there
         if Path(model_name).is_dir():
             return read_inventory(Path(model_name), self.contents.quantization)
         from vllm.transformers_utils.config import get_safetensors_params_metadata
@@ -200,7 +203,17 @@ class MarlinNativeConfig(QuantizationConfig):  # type: ignore[misc]
         return contents.bits == 4 and contents.group_size != -1 and contents.has_zero_points(modules)
 
     def _vllm_awq_config(self) -> QuantizationConfig:
-        """Returns vLLM's own config of an AWQ checkpoint, for the modules that are kept in that layout."""
+        """Returns vLLM's own config of an AWQ checkpoint, for the modules that are kept in that layout.
+
+        Raises:
+            CheckpointError: if they come as vLLM had processed them, which it would do once more.
+        """
+        if loads_sharded_state():
+            message = (
+                "it has modules in AWQ layout, which vLLM's own code would process a second time in this load format. "
+                "Serve the converted checkpoint itself, or convert with --unaligned pad"
+            )
+            raise refuse("unsupported-engine", message, file=CONFIG_FILENAME)
         from vllm.model_executor.layers.quantization.auto_awq import AutoAWQConfig
 
         document = {

@@ -19,8 +19,9 @@ from awq2marlin.integrations.recut import plain_part
 from awq2marlin.integrations.vllm.contents import Contents, is_any_below
 from awq2marlin.integrations.vllm.finishing import pad_to, permute_bias, reorder_scales
 from awq2marlin.integrations.vllm.kernels import RECUT_NOTE, TAKES_ACTIVATION_ORDER, weight_type
+from awq2marlin.integrations.vllm.linear import finished_parameter
 from awq2marlin.integrations.vllm.record import LoadRecord
-from awq2marlin.integrations.vllm.state import are_weights_processed
+from awq2marlin.integrations.vllm.state import are_weights_processed, loads_sharded_state
 from awq2marlin.layout.marlin import GPTQ_MARLIN_TILE, is_aligned, is_single_group, num_groups
 from awq2marlin.layout.modules import QUANTIZED_PARTS, part_shape
 from awq2marlin.layout.torch_functions import replace_parameter
@@ -132,13 +133,15 @@ class MarlinNativeMoEMethod(AutoAWQMoEMethod):  # type: ignore[misc]
             "quant_method": FusedMoeWeightScaleSupported.GROUP.value,
             "weight_loader": self._watch(layer, extra_weight_attrs["weight_loader"]),
         }
+        is_finished = loads_sharded_state()
+        if is_finished:
+            self.tile, inner = GPTQ_MARLIN_TILE, int(self.padded_inner() or inner)
         for group in ("w13", "w2"):
             for part in self.parts:
-                dtype = params_dtype if part == "scales" else torch.int32
-                empty = torch.empty((num_experts, *self._shape(group, part, inner)), dtype=dtype)
-                parameter = torch.nn.Parameter(empty, requires_grad=False)
+                parameter = finished_parameter(part, (num_experts, *self._shape(group, part, inner)), params_dtype)
                 layer.register_parameter(f"{group}_{part}", parameter)
-                set_weight_attrs(parameter, attributes)
+                if not is_finished:
+                    set_weight_attrs(parameter, attributes)
         layer.input_dtype = self.input_dtype
         layer.num_groups_w13, layer.num_groups_w2 = num_groups(hidden, group_size), num_groups(inner, group_size)
 
@@ -192,7 +195,7 @@ class MarlinNativeMoEMethod(AutoAWQMoEMethod):  # type: ignore[misc]
         self.tile = 1 if self.is_awq or reason else GPTQ_MARLIN_TILE
         if self.tile != 1:
             return
-        if not self.is_awq:
+        if not self.is_awq and not loads_sharded_state():
             RECUT_NOTE.say(self.prefix, str(reason))
         for k, n in sizes:
             reason = inexact_awq_reason(k, [n], contents.bits, contents.group_size)

@@ -27,7 +27,7 @@ from awq2marlin.integrations.vllm.contents import Contents
 from awq2marlin.integrations.vllm.finishing import pad_to, reorder_scales
 from awq2marlin.integrations.vllm.kernels import RECUT_NOTE, LinearKernel, kernel_of
 from awq2marlin.integrations.vllm.record import LoadRecord, part_number, shard_of
-from awq2marlin.integrations.vllm.state import are_weights_processed
+from awq2marlin.integrations.vllm.state import are_weights_processed, loads_sharded_state
 from awq2marlin.layout.marlin import GPTQ_MARLIN_TILE, is_single_group, padded_shapes
 from awq2marlin.layout.modules import QUANTIZED_PARTS, part_shape
 from awq2marlin.layout.torch_functions import replace_parameter
@@ -95,6 +95,12 @@ class MarlinNativeLinearMethod(LinearMethodBase):  # type: ignore[misc]
         is_cut = (size_k, size_n) != (input_size, output_size)
         self._choose_layout(size_k, widths, is_cut)
 
+        if loads_sharded_state():
+            for part in self.parts:
+                shape = part_shape(part, *self._padded_sizes, self.contents.scheme, tile=GPTQ_MARLIN_TILE)
+                layer.register_parameter(part, finished_parameter(part, shape, params_dtype))
+            return
+
         contents = self.contents
         #: Whether the scales stand in the file in the order of a single group.
         self.was_single = is_single_group(max(input_size, self.loaded[0]), contents.group_size)
@@ -119,7 +125,7 @@ class MarlinNativeLinearMethod(LinearMethodBase):  # type: ignore[misc]
             CheckpointError: naming every tensor that was never loaded.
             KernelUnavailableError: if only ours can serve the layer, and it cannot be compiled or run here.
         """
-        padded_k, padded_n = padded_shapes([self.loaded], self.contents.group_size)[0]
+        padded_k, padded_n = self._padded_sizes
         if not are_weights_processed() and isinstance(layer.qweight, BasevLLMParameter):
             self.record.require(module_names(self.prefix, self.modules, self.width_count), self.parts)
             for part in self.parts:
@@ -157,7 +163,7 @@ class MarlinNativeLinearMethod(LinearMethodBase):  # type: ignore[misc]
                 self.loaded = padded_shapes([self.loaded], self.contents.group_size)[0]
             return
         self.tile = 1
-        if self._layouts != {"awq"}:
+        if self._layouts != {"awq"} and not loads_sharded_state():
             RECUT_NOTE.say(self.prefix, reason)
         reason = inexact_awq_reason(size_k, widths, self.contents.bits, self.contents.group_size)
         if reason:
@@ -173,6 +179,11 @@ class MarlinNativeLinearMethod(LinearMethodBase):  # type: ignore[misc]
         if is_cut:
             return "it is padded, and cut"
         return "it is padded, and joined with others" if len(widths) > 1 or len(self.modules) > 1 else None
+
+    @property
+    def _padded_sizes(self) -> tuple[int, int]:
+        """K and N of the finished tensors."""
+        return padded_shapes([self.loaded], self.contents.group_size)[0]
 
     @property
     def _layouts(self) -> set[str]:
@@ -246,6 +257,18 @@ def module_names(prefix: str, modules: list[str], width_count: int) -> list[str]
         width_count: how many widths there are.
     """
     return modules if len(modules) == width_count else [f"{prefix} (part {part})" for part in range(width_count)]
+
+
+def finished_parameter(part: str, shape: tuple[int, ...], scale_dtype: torch.dtype) -> torch.nn.Parameter:
+    """Returns an empty parameter for a tensor that is processed already: a plain one, which tells that.
+
+    Args:
+        part: ``qweight``, ``qzeros`` or ``scales``.
+        shape: as processing leaves it.
+        scale_dtype: fp16 or bf16.
+    """
+    empty = torch.empty(shape, dtype=scale_dtype if part == "scales" else torch.int32)
+    return torch.nn.Parameter(empty, requires_grad=False)
 
 
 def keep_ordered_bias(layer: Any, padded_n: int, kernel: LinearKernel) -> None:

@@ -7,9 +7,8 @@ from collections.abc import Callable, Hashable, Mapping
 from functools import wraps
 from typing import Any
 
-from vllm.config import get_current_vllm_config_or_none
-
 from awq2marlin.errors import CheckpointError, Problem
+from awq2marlin.integrations.vllm.state import load_format
 
 #: Ways of loading that fill the parameters behind the back of their weight loaders.
 _OTHER_LOAD_FORMATS = frozenset({"dummy", "sharded_state", "tensorizer", "runai_streamer_sharded", "bitsandbytes"})
@@ -41,9 +40,7 @@ class LoadRecord:
     def __init__(self) -> None:
         """Knows of nothing loaded yet."""
         self._loaded: dict[str, set[Hashable]] = defaultdict(set)
-        config = get_current_vllm_config_or_none()
-        load_format = str(getattr(config.load_config, "load_format", "")) if config is not None else ""
-        self._sees_everything = load_format not in _OTHER_LOAD_FORMATS
+        self._sees_everything = load_format() not in _OTHER_LOAD_FORMATS
 
     def watch(self, name: str, loader: Callable[..., Any]) -> Callable[..., Any]:
         """Returns a weight loader that does what ``loader`` does and remembers that it did.

@@ -5,11 +5,24 @@ them, and sets AWQ2MARLIN_REQUIRE_VLLM, with which their absence fails instead o
 """
 
 import importlib
+import logging
 import os
+import sys
 import warnings
 from unittest import mock
 
 import pytest
+
+from awq2marlin.integrations.kernel_choice import KERNEL_VARIABLE, KernelChoice
+
+
+@pytest.fixture(autouse=True)
+def new_process(monkeypatch):
+    """Has every test choose its kernel anew, as a process does."""
+    monkeypatch.delenv(KERNEL_VARIABLE, raising=False)
+    kernels = sys.modules.get("awq2marlin.integrations.vllm.kernels")
+    if kernels is not None:
+        monkeypatch.setattr(kernels, "CHOICE", KernelChoice("vLLM's Marlin", logging.getLogger("test")))
 
 
 @pytest.fixture(scope="session")

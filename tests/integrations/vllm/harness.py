@@ -71,6 +71,15 @@ def as_rank(rank, ranks):
         yield
 
 
+@contextmanager
+def load_format(name):
+    """Makes vLLM's layers believe that their model is loaded in some way."""
+    config = mock.Mock()
+    config.load_config.load_format = name
+    with mock.patch("awq2marlin.integrations.vllm.state.get_current_vllm_config_or_none", return_value=config):
+        yield
+
+
 def build(kind, model, prefix, *sizes, rank=0, ranks=1, **options):
     """Returns an empty layer of vLLM as one rank of several holds it.
 

@@ -1,7 +1,6 @@
 """The GEMM that serves a layer: which, with what arguments, and what it computes on a CPU."""
 
 import inspect
-import logging
 from unittest import mock
 
 import numpy as np
@@ -13,16 +12,6 @@ pytestmark = pytest.mark.usefixtures("harness")
 
 KERNELS = "awq2marlin.integrations.vllm.kernels"
 BIAS = {"mlp.down_proj.bias": (192,)}
-
-
-@pytest.fixture(autouse=True)
-def new_process(harness, monkeypatch):  # noqa: ARG001 - it decides whether vLLM is there
-    """Has this process choose its kernel anew."""
-    from awq2marlin.integrations.kernel_choice import KernelChoice
-    from awq2marlin.integrations.vllm import kernels
-
-    monkeypatch.delenv("AWQ2MARLIN_KERNEL", raising=False)
-    monkeypatch.setattr(kernels, "CHOICE", KernelChoice("vLLM's Marlin", logging.getLogger("test")))
 
 
 def row_layer(harness, model, size_k=320, size_n=192, **options):

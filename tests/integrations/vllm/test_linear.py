@@ -1,7 +1,5 @@
 """What follows loading a linear layer: padding, biases, processing once, completeness, layouts other than Marlin."""
 
-from unittest import mock
-
 import pytest
 
 from awq2marlin.errors import CheckpointError
@@ -244,9 +242,7 @@ def test_all_tensors_of_a_layer_that_was_not_loaded_are_named(harness, tmp_path)
 
 def test_random_weights_of_vllm_are_not_missed(harness, tmp_path):
     model = harness.Model(tmp_path, ATTENTION, heads=(8, 2))
-    config = mock.Mock()
-    config.load_config.load_format = "dummy"
-    with mock.patch("awq2marlin.integrations.vllm.record.get_current_vllm_config_or_none", return_value=config):
+    with harness.load_format("dummy"):
         layer = qkv_layer(harness, model)
     harness.finish(layer)
 
