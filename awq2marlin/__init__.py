@@ -1,4 +1,4 @@
-"""Convert AWQ checkpoints to the Marlin layout offline: streamed, verified, reversible byte for byte.
+"""Convert quantized checkpoints to the Marlin layout offline: streamed, verified, reversible byte for byte.
 
     from awq2marlin import convert, verify, revert, push, inspect
 

@@ -91,7 +91,8 @@ def convert(
 ) -> None:
     """Convert a checkpoint to Marlin's layout, or to another format.
 
-    It reads and writes AWQ, compressed-tensors and Marlin-native checkpoints.
+    It reads AWQ, GPTQ, AutoRound, compressed-tensors and Marlin-native checkpoints, and writes AWQ, compressed-tensors
+    and Marlin-native ones.
 
     If interrupted, run it again to continue.
     """
