@@ -269,6 +269,10 @@ def _notes(sides: Sides, modules: Sequence[str]) -> Iterator[str]:
     if pairs:
         left, right = pairs[0]
         yield f"scales of {len(pairs)} modules are {left} in A, {right} in B; they were compared as numbers"
+    for side in sides:
+        copies = sum(map(len, side.files.index.copies.values()))
+        if copies:
+            yield f"{copies} tensors of {side.label} do not count, as its index says, and were not compared"
 
 
 def _scale_type(side: Side, name: str) -> str:

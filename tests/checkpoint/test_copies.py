@@ -105,6 +105,16 @@ def test_what_counts_is_compared_and_so_is_the_copy(overlaid: tuple[Path, str], 
     assert verify(folder, tmp_path / "out").kind == "conversion"
 
 
+def test_two_checkpoints_are_compared_by_what_counts(overlaid: tuple[Path, str], tmp_path: Path) -> None:
+    folder, counting = overlaid
+    twin = alone(folder, counting, tmp_path / "twin")
+    held = unpack_tensors(twin / SHARD)
+    (twin / SHARD).write_bytes(pack_tensors({**held, "new": zeros("U8", 1)}, {"format": "pt"}))
+    result = verify(folder, twin)
+    assert (result.kind, result.modules_total) == ("checkpoints", 2)
+    assert "7 tensors of A do not count, as its index says, and were not compared" in result.notes
+
+
 def test_a_copy_of_another_shape_is_carried_over_and_told(parts: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     folder, tensors = parts
     strange = {f"{MODULE}.qweight": zeros("I32", 3, 5), f"{MODULE}.scales": zeros("F32", 1), "new": zeros("U8", 1)}
