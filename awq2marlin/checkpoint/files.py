@@ -181,7 +181,8 @@ def _shards_without_index(folder: Source, visible: Sequence[str], choice: Choice
         known = [name for name in top if name in choice.shards]
         if known:
             return known, []
-    kept = [name for name in top if choice.fate(name) != "leave" and not _why_left(name, Choice(), False)]
+    kept = [name for name in top if choice.fate(name) != "leave"]
+    kept = [name for name in kept if not _why_left(name, Choice(), False)] or kept  # the only form there is
     found = [name for name in kept if choice.fate(name) != "carry" and not _is_one(name, _ADAPTERS)] or kept
     for name in found:
         if not is_plain_name(name):
@@ -193,7 +194,8 @@ def _shards_without_index(folder: Source, visible: Sequence[str], choice: Choice
     _refuse_missing_numbers(found)
     if len(found) == 1:
         return found, []
-    others = [name for name in visible if name.endswith(".index.json") and "/" not in name]
+    others = [name for name in visible if name.endswith(".safetensors.index.json") and "/" not in name]
+    others = [name for name in others if name != INDEX_FILENAME]
     unread = f"; {_listed(map(printable, others))} is not read, engines know no index of this name" if others else ""
     return found, [
         f"there is no {INDEX_FILENAME}, so all {len(found)} .safetensors files of the folder are taken for the "

@@ -241,6 +241,12 @@ def test_a_stranger_s_file_beside_an_output_without_an_index_is_no_shard(awq: Pa
     assert files_of(tmp_path / "back") == files_of(awq)
 
 
+def test_weights_of_which_there_is_no_other_form_are_the_checkpoint(awq: Path, tmp_path: Path) -> None:
+    (awq / SHARD).rename(awq / "consolidated.safetensors")
+    assert [*convert(awq, tmp_path / "out").shards] == ["consolidated.safetensors"]
+    assert verify(awq, tmp_path / "out").kind == "conversion"
+
+
 def test_shards_without_an_index_are_a_checkpoint(awq: Path, tmp_path: Path) -> None:
     split(awq, "a-00001-of-00002.safetensors", "a-00002-of-00002.safetensors")
     (awq / "a.safetensors.index.json").write_text("{}")
