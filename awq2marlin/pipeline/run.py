@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from awq2marlin.errors import CheckpointError, DifferenceError, ExecutorError, Problem, difference
@@ -21,10 +21,13 @@ from awq2marlin.pipeline.output import OutputFolder
 from awq2marlin.pipeline.shard import ShardResult, ShardTask, rewrite_shard
 from awq2marlin.pipeline.sink import Sink
 from awq2marlin.pipeline.transfer import ShardPlan, Transfer
-from awq2marlin.progress import Progress, Stage
+from awq2marlin.progress import Progress, Silence, Stage
 
 #: How many shards an executor is given at once; its workers should never wait for the next.
 MAX_IN_FLIGHT = 64
+
+#: Files that are carried over have a stage of their own if they are larger than this, together.
+LARGE_BYTES = 50_000_000
 
 
 @dataclass(frozen=True)
@@ -70,11 +73,7 @@ def run(transfer: Transfer, sink: Sink, work: Work) -> dict[str, FileDigest]:
         DifferenceError: if a comparison finds a difference, or a file is not what was recorded.
         Awq2MarlinError: whatever else stops it; what is finished stays.
     """
-    made = _move_shards(transfer, sink, work)
-    for name, expected in transfer.carried.items():
-        found = _carry(name, expected, transfer.source, sink.out, work)
-        if found is not None:
-            made[name] = found
+    made = {**_move_shards(transfer, sink, work), **_carry_all(transfer, sink.out, work)}
     for name, data in transfer.texts.items():
         sink.out.write(name, data)
         made[name] = digest_of(data, sha256=work.with_sha256)
@@ -207,12 +206,28 @@ def _journal_entry(done: ShardResult, work: Work) -> FinishedFile:
     return FinishedFile(source, target, work.check)
 
 
+def _carry_all(transfer: Transfer, out: OutputFolder, work: Work) -> dict[str, FileDigest]:
+    """Copies all files that belong to the checkpoint unchanged; a stage of its own where that takes a while."""
+    source, progress = transfer.source, work.progress
+    total = sum(map(source.size, transfer.carried))
+    is_told = total >= LARGE_BYTES
+    if is_told:
+        progress.start("carry over", total)
+    work = work if is_told else replace(work, progress=Silence())
+    made = {name: _carry(name, expected, source, out, work) for name, expected in transfer.carried.items()}
+    if is_told:
+        progress.finish()
+    return {name: found for name, found in made.items() if found is not None}
+
+
 def _carry(name: str, expected: FileDigest | None, source: Source, out: OutputFolder, work: Work) -> FileDigest | None:
     """Copies a file that belongs to the checkpoint unchanged; returns None if the output cannot hold its name."""
-    promised, size, path = source.sha256(name), source.size(name), source.path(name)
+    promised, size, path = source.sha256(name), source.size(name), source.fetch(name, work.progress.advance)
     xxh3, sha256 = Xxh3(), hashlib.sha256() if work.with_sha256 or promised else None
     hashes = [each for each in (xxh3, sha256) if each]
-    rewrite_file(NamedPath(path, name), out.partial(name), copy_pieces(0, 0, size), target_hashes=hashes)
+    read = work.progress.advance if source.origin is None else None  # of a repository, what comes is counted
+    pieces = copy_pieces(0, 0, size)
+    rewrite_file(NamedPath(path, name), out.partial(name), pieces, target_hashes=hashes, progress=read)
     if sha256 and promised and sha256.hexdigest() != promised:
         out.partial(name).unlink()
         source.release(name)

@@ -89,6 +89,26 @@ def test_every_file_that_a_model_may_need_comes_along_and_back(awq: Path, tmp_pa
     assert files_of(tmp_path / "back") == files_of(awq)
 
 
+def test_large_files_that_are_carried_over_are_a_stage(awq: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    from awq2marlin.pipeline import run
+    from awq2marlin.progress import Silence
+
+    class Heard(Silence):
+        stages: list[list[Any]] = []  # noqa: RUF012
+
+        def start(self, what: str, total: int) -> None:
+            self.stages.append([what, total, 0])
+
+        def advance(self, count: int) -> None:
+            self.stages[-1][2] += count
+
+    add(awq, {"table.bin": bytes(5_000_000)})
+    monkeypatch.setattr(run, "LARGE_BYTES", 5_000_000)
+    convert(awq, tmp_path / "out", verify="none", progress=Heard())
+    assert [what for what, _, _ in Heard.stages] == ["convert", "carry over"]
+    assert Heard.stages[1][1] == Heard.stages[1][2] == 5_000_000 + (awq / "generation_config.json").stat().st_size
+
+
 def test_what_is_left_behind_is_told_with_its_bytes_everywhere(awq: Path, tmp_path: Path, capsys: Any) -> None:
     add(awq, {name: bytes(number + 1) for number, name in enumerate(LEFT)})
     sizes = {name: number + 1 for number, name in enumerate(LEFT)}
