@@ -128,11 +128,14 @@ def _refuse_contradictions(shards: Mapping[str, Header], weight_map: Mapping[str
     for shard, header in shards.items():
         for name in header.tensors:
             said = weight_map.get(name)
+            if said == shard:
+                continue
             if said is None and name in owner:
                 message = f"{owner[name]} holds a tensor of this name too, and the index does not say which counts"
                 problems.append(Problem(shard, name, "duplicate-tensor", message))
-            owner[name] = shard
-            if said is not None and said != shard and name not in shards[said].tensors:
+            if said is None:
+                owner[name] = shard
+            elif name not in shards[said].tensors:
                 message = f"the index says it lies in {said}; {_GO_BY_THE_FILES}"
                 problems.append(Problem(shard, name, "contradiction", message))
     for name, shard in weight_map.items():

@@ -231,8 +231,8 @@ class Format(ABC):
             return set()
         aside, plain = set(), set()
         for name in names:
-            module, _, suffix = name.rpartition(".")
-            if suffix == "weight":
+            if name == "weight" or name.endswith(".weight"):
+                module = name.rpartition(".")[0]
                 codes = self.tensor_name(module, "qweight")
                 if codes in listed:
                     aside.add(name)

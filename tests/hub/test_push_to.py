@@ -14,6 +14,7 @@ from awq2marlin import DifferenceError, HubError, OutputError, PushTarget, conve
 from awq2marlin.pipeline import run as pipeline
 
 from ..faults.helpers import WORK, contents, finished_shards, run_process, start, stop_when
+from ..hostile.hostile_files import pack_tensors, write_awq, zeros
 from .conftest import REPO, SHARDS, shard_names
 from .test_low_disk import NOTES, Steps, Watch, bytes_below, fetches, spoiling, wait_for
 
@@ -329,3 +330,14 @@ def test_errors_are_of_the_package(tmp_path):
         convert(REPO, tmp_path / "out", push_to=TARGET)
     with pytest.raises(HubError):
         convert(REPO, tmp_path / "out2", push_to="eve/x")
+
+
+def test_an_index_that_the_output_needs_and_carried_files_are_passed_on_too(hub, tmp_path):
+    source = write_awq(tmp_path / "awq")
+    (source / "mtp.safetensors").write_bytes(pack_tensors({"mtp.weight": zeros("F16", 8, 8)}))
+    (source / "spk.pt").write_bytes(b"bytes")
+    convert(source, tmp_path / "out", low_disk=True, push_to="org/new")
+    assert {"mtp.safetensors", "spk.pt", "model.safetensors.index.json"} < {*hub.repository("org/new").files()}
+    assert verify(source, "org/new").kind == "conversion"
+    revert("org/new", tmp_path / "back")
+    assert contents(tmp_path / "back") == contents(source)
