@@ -15,6 +15,7 @@ import pytest
 
 from awq2marlin import CheckpointError, DifferenceError, convert, inspect, revert, verify
 from awq2marlin.checkpoint.manifest import read_manifest
+from awq2marlin.errors import refuse
 from awq2marlin.io.folder import Folder
 from tests.hostile.hostile_files import (
     INDEX,
@@ -229,7 +230,7 @@ def refused_or_described(folder: Path) -> None:
     """Inspects a checkpoint; one of another kind is described, with why it is not converted."""
     found = inspect(folder)
     if found.reason:
-        raise refuse("foreign-format", found.reason)
+        raise refuse("foreign-format", found.reason, file="config.json")
 
 
 def test_every_value_of_the_config_is_checked(sound_awq, marlin, tmp_path, run) -> None:
