@@ -163,7 +163,7 @@ def _convert(job: Job, executor: Executor | None, progress: Progress) -> ItemRes
         progress.note("the repository holds this very conversion already")
         return job.result(EXIT_DONE, pushed=f"{HUB_PREFIX}{options.target.repo_id}")
     for warning in done.warnings:
-        progress.note(f"{job.item.source}: {warning}")
+        progress.note(warning)
     return job.result(
         EXIT_DONE,
         bytes=done.output_bytes,

@@ -134,7 +134,7 @@ def sort_files(folder: Source, choice: Choice) -> Files:
             reasons[name] = _UNWRITABLE
             left[name].append(name)
     others = [name for name in visible if name not in own]
-    warnings += [f"{option} speaks of no file that is there to choose" for option in choice.idle(others)]
+    warnings += [f"{option} matches no file that can be carried over or left behind" for option in choice.idle(others)]
     sizes = {group: sum(_size(folder, name) for name in members) for group, members in left.items()}
     return Files(weight_map, shards, side_files + cards[1:], cards[0] if cards else None, reasons, sizes, warnings)
 
@@ -148,11 +148,16 @@ def left_behind_warning(left_behind: Mapping[str, str], sizes: Mapping[str, int]
     """
     names = [name for name, reason in left_behind.items() if reason != _HIDDEN]
     if names:
-        shown = _listed(f"{printable(name)} ({sizes[name]:,} bytes, {left_behind[name]})" for name in names)
-        total = f", {sum(sizes[name] for name in names):,} bytes in all" if len(names) > 1 else ""
+        shown = _listed(f"{printable(name)} ({bytes_text(sizes[name])}, {left_behind[name]})" for name in names)
+        total = f", {bytes_text(sum(sizes[name] for name in names))} in all" if len(names) > 1 else ""
         by_name = all(left_behind[name] in _BY_NAME for name in names)
         advice = "rename it in a copy of the source" if by_name else "--carry GLOB takes a file along"
         yield f"left behind, so that 'revert' cannot give it back: {shown}{total}; {advice}"
+
+
+def bytes_text(count: int) -> str:
+    """Returns an exact number of bytes for people."""
+    return f"{count:,} byte{'' if count == 1 else 's'}"
 
 
 def _why_left(name: str, choice: Choice, has_index: bool) -> str:
@@ -226,7 +231,7 @@ def _refuse_missing(shards: Sequence[str], visible: Sequence[str], folder: Sourc
     if not missing:
         return
     there = [name for name in visible if name.endswith(_SAFETENSORS) and "/" not in name]
-    found = f"of {len(shards)} files that it names {len(missing)} are missing; "
+    found = f"{len(missing)} of the {len(shards)} files that it names are missing; "
     found += f"there are {_listed(map(printable, there))}" if there else "there is no .safetensors file at all"
     message = f"the index names this file, but it is not there ({found}); download it too"
     if any(name not in shards for name in there):

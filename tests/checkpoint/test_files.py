@@ -10,6 +10,7 @@ import pytest
 
 from awq2marlin import CheckpointError, convert, convert_many, inspect, revert, verify
 from awq2marlin.checkpoint.choice import Choice, matches
+from awq2marlin.checkpoint.files import bytes_text
 from awq2marlin.cli.app import main
 from awq2marlin.pipeline.plan import plan_conversion
 from tests.hostile.hostile_files import INDEX, MANIFEST, SHARD, pack_tensors, tree, unpack_tensors, write_awq, zeros
@@ -119,7 +120,7 @@ def test_what_is_left_behind_is_told_with_its_bytes_everywhere(awq: Path, tmp_pa
     assert warning.endswith(f" and 2 more, {sum(sizes.values()) - sizes['.gitattributes']} bytes in all; --carry GLOB "
                             "takes a file along")  # fmt: skip
     card = (tmp_path / "out" / "README.md").read_text()
-    assert all(f"* `{name}`: {sizes[name]} bytes, {reason}\n" in card for name, reason in LEFT.items())
+    assert all(f"* `{name}`: {bytes_text(sizes[name])}, {reason}\n" in card for name, reason in LEFT.items())
     assert "Every file but those that were left behind comes back byte for byte" in card
     assert main(["convert", str(awq), "--dry-run"]) == 0
     assert f"warning    {warning}" in capsys.readouterr().out
@@ -135,7 +136,7 @@ def test_options_decide_otherwise_and_everybody_knows_later(awq: Path, tmp_path:
     code, told, _ = report(capsys, "convert", awq, tmp_path / "out", *options)
     assert code == 0
     assert told["left_behind"] == {".env": "hidden", "assets/a.bin": "as --leave says", "b.txt": "as --leave says"}
-    assert "--carry .env speaks of no file that is there to choose" in told["warnings"]
+    assert "--carry .env matches no file that can be carried over or left behind" in told["warnings"]
     assert {"pytorch_model.bin", "old/optimizer.pt"} <= {*told["details"]["side_files"]}
     assert verify(awq, tmp_path / "out").notes[0].startswith("left behind, so that 'revert' cannot give it back: b.txt")
     revert(tmp_path / "out", tmp_path / "back")
@@ -194,7 +195,7 @@ def test_a_conversion_of_then_that_left_more_behind_still_equals_its_source(awq:
     (tmp_path / "out" / MANIFEST).write_text(json.dumps(document))
     result = verify(awq, tmp_path / "out")  # though the source alone could not be opened: stray.safetensors is none
     assert (result.kind, result.modules_total) == ("conversion", 1)
-    assert "spk_dict.pt (1 bytes, as --leave says)" in result.notes[0]
+    assert "spk_dict.pt (1 byte, as --leave says)" in result.notes[0]
 
 
 # --- without an index ----------------------------------------------------------------------------------------------
@@ -321,7 +322,7 @@ def test_an_index_left_over_from_another_checkpoint_is_told_from_a_download(awq:
     (awq / INDEX).write_text(json.dumps({"weight_map": wanted}))
     problems = refused(awq)
     assert [(each.code, each.file) for each in problems] == [("missing-file", name) for name in wanted.values()]
-    assert f"(of 2 files that it names 2 are missing; there are {SHARD}); download it too" in problems[0].message
+    assert f"(2 of the 2 files that it names are missing; there are {SHARD}); download it too" in problems[0].message
     assert f"go by the files alone: --leave {INDEX}" in problems[0].message
     result = convert(awq, tmp_path / "out", leave=[INDEX])
     assert (result.left_behind[INDEX], [*result.shards]) == ("as --leave says", [SHARD])
@@ -358,4 +359,4 @@ def test_what_the_index_names_is_neither_left_nor_carried(tmp_path: Path) -> Non
     name = "model-00001-of-00002.safetensors"
     result = convert(awq, tmp_path / "out", leave=[name])
     assert result.shards[name]
-    assert result.warnings == (f"--leave {name} speaks of no file that is there to choose",)
+    assert result.warnings == (f"--leave {name} matches no file that can be carried over or left behind",)
