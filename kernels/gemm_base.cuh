@@ -209,6 +209,8 @@ __device__ __forceinline__ void skip_finish(const GemmArguments& args) {
 // The second launch when the first left partial sums in the workspace: one thread for four columns of a row.
 template <class T>
 __device__ __forceinline__ void sum_splits(const GemmArguments& args) {
+  start_next_launch();
+  wait_for_last_launch();
   const i64 size = i64(args.size_m) * args.size_n;
   for (i64 i = 4 * (i64(blockIdx.x) * blockDim.x + threadIdx.x); i < size; i += i64(4) * gridDim.x * blockDim.x) {
     F32x4 sum = *reinterpret_cast<const F32x4*>(args.workspace + i);

@@ -1,13 +1,13 @@
-// The GEMM for few tokens (up to 8, or 16), where reading the weights is all the time there is.
+// The GEMM for few tokens (up to 8, 16, 24 or 32), where reading the weights is most of the time there is.
 //
-// The transposed weight is operand A of mma.m16n8k16, the tokens are its 8 columns. A warp owns one tile of 64 columns.
+// The transposed weight is operand A of mma.m16n8k16, eight tokens are its columns. A warp owns one tile of 64 columns.
 // It copies the weights of every step ahead to shared memory that no other warp looks at, and a lane reads from there
 // what the tensor core wants: many bytes in flight, few registers, no barrier. Few registers also leave room for the
 // blocks of the next launch, which may be set up meanwhile. The warps of a block share the rows, and so do the blocks
 // of a split; nothing is summed across warps before the end.
 //
-// Scales are not applied to weights but, in fp32, to a group's sum: cheaper, as a group has more rows than a lane has
-// sums.
+// Up to 16 tokens scales are not applied to weights but, in fp32, to a group's sum: cheaper, as a group has more rows
+// than a lane has sums. With more tokens there are no registers for two sets of sums, and nothing to gain.
 #pragma once
 
 #include "gemm_base.cuh"
@@ -20,9 +20,10 @@ class SmallGemm {
   using D = Decoder<T, kBits>;
 
   static_assert(kGroupSize == 32 || kGroupSize == 64 || kGroupSize == 128, "a single group is read as one of these");
-  static_assert(kTokenTiles == 1 || kTokenTiles == 2, "more tokens want shared weights: see gemm_portable.cuh");
+  static_assert(kTokenTiles <= 4, "more tokens want shared weights: see gemm_portable.cuh");
 
   static constexpr int kTokens = 8 * kTokenTiles;
+  static constexpr bool kScalesSums = kTokenTiles <= 2;
   static_assert(kStepRows == 64 || kStepRows == 128, "rows of a step, which must divide K");
   static_assert(kStages >= 2, "a step is on its way while another is multiplied");
   static constexpr int kStepTiles = kStepRows / kTileRows;
@@ -142,7 +143,7 @@ class SmallGemm {
     u32 act[kTokenTiles][4];  // operand B of two tiles
 #pragma unroll
     for (int i = 0; i < kStepTiles; ++i) {
-      if (i % kScaledTiles == 0) clear(partial);
+      if (kScalesSums && i % kScaledTiles == 0) clear(partial);
       if (i % 2 == 0) {
 #pragma unroll
         for (int t = 0; t < kTokenTiles; ++t) ldmatrix_x4(act[t], act_sh(slot, 8 * t + lane % 8, 2 * i + lane / 8));
@@ -154,11 +155,12 @@ class SmallGemm {
       for (int j = 0; j < kTileBlocks; ++j) {
         u32 weight[4];
         D::decode(weight, words + j * L::kBlockWords, D::offsets(groups.zeros(group, j)));
+        if (!kScalesSums) scale<T>(weight, low_twice(groups.scales(group, j)), high_twice(groups.scales(group, j)));
 #pragma unroll
         for (int t = 0; t < kTokenTiles; ++t)
-          mma(T{}, partial[t][j], weight, act[t][2 * (i % 2)], act[t][2 * (i % 2) + 1]);
+          mma(T{}, (kScalesSums ? partial : sums)[t][j], weight, act[t][2 * (i % 2)], act[t][2 * (i % 2) + 1]);
       }
-      if (i % kScaledTiles == kScaledTiles - 1) add_scaled(partial, group);
+      if (kScalesSums && i % kScaledTiles == kScaledTiles - 1) add_scaled(partial, group);
     }
   }
 

@@ -78,7 +78,9 @@ template <int kTokens>
 inline constexpr bool kHasWgmma = false;
 
 MARLIN_WGMMA(32, 16, 17, 18, 19, 20)
+MARLIN_WGMMA(48, 24, 25, 26, 27, 28)
 MARLIN_WGMMA(64, 32, 33, 34, 35, 36)
+MARLIN_WGMMA(96, 48, 49, 50, 51, 52)
 MARLIN_WGMMA(128, 64, 65, 66, 67, 68)
 
 }  // namespace marlin

@@ -111,13 +111,14 @@ def launch_gemm(
         config.grid(problem),
         config.threads,
         arguments,
-        cluster=config.num_splits if workspace is None else 1,
+        cluster=config.cluster,
         shared_bytes=config.shared_bytes,
         overlaps=problem.has_clusters,
     )
     if workspace is not None:
         blocks = min(-(-problem.size_m * problem.size_n // 1024), 1 << 16)
-        launch_kernel(sum_splits_source(problem.dtype), device, (blocks, 1, 1), 256, arguments)
+        source = sum_splits_source(problem.dtype)
+        launch_kernel(source, device, (blocks, 1, 1), 256, arguments, overlaps=problem.has_clusters)
     return out
 
 

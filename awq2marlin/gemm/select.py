@@ -11,16 +11,21 @@ from awq2marlin.gemm.families.base import ANY_NUMBER, DTYPES, Capability, GemmCo
 from awq2marlin.gemm.source import KernelSource, repack_source
 
 
-def family_of(problem: GemmProblem) -> type[GemmConfig]:
-    """Returns the family whose configs serve a problem: the most special one that takes it."""
-    return next(family for family in FAMILIES if family.serves(problem))
+def families_for(problem: GemmProblem) -> list[type[GemmConfig]]:
+    """Returns the families among whose configs one is picked for a problem."""
+    serving = [family for family in FAMILIES if family.serves(problem)]
+    return [family for family in serving if not family.is_fallback] or serving
+
+
+def candidates_for(problem: GemmProblem) -> list[GemmConfig]:
+    """Returns the unsplit configs among which one is picked for a problem."""
+    return [candidate for family in families_for(problem) for candidate in family.candidates(problem)]
 
 
 @functools.lru_cache(maxsize=1 << 14)
 def pick_config(problem: GemmProblem) -> GemmConfig:
-    """Picks the kernel and its parameters for a problem: of the family's launches the one with the least cost."""
-    candidates = family_of(problem).candidates(problem)
-    launches = (launch for candidate in candidates for launch in candidate.launches(problem))
+    """Picks the kernel and its parameters for a problem: of all launches the one with the least cost."""
+    launches = (launch for candidate in candidates_for(problem) for launch in candidate.launches(problem))
     return min(launches, key=lambda config: config.cost(problem))
 
 
@@ -44,7 +49,7 @@ def sources_up_to(largest: GemmProblem) -> dict[KernelSource, int]:
     """
     sources = {sum_splits_source(largest.dtype): 0}
     for problem in (replace(largest, size_m=size_m) for size_m in first_tokens() if size_m <= largest.size_m):
-        for config in family_of(problem).candidates(problem):
+        for config in candidates_for(problem):
             sources[config.source] = config.shared_bytes
     return sources
 

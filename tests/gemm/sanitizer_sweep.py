@@ -23,7 +23,7 @@ def main() -> None:
             layer = random_layer(
                 size_k, size_n, group_size, num_bits=num_bits, dtype=dtype, has_bias=True, device="cuda"
             )
-            for size_m in (1, 9, 33, 130):
+            for size_m in (1, 9, 17, 25, 33, 130):
                 a = random_tokens(size_m, layer)
                 tensors = GemmTensors(a, layer.qweight, layer.scales, layer.qzeros, layer.bias, num_bits)
                 problem = problem_of(tensors)

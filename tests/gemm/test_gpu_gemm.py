@@ -63,13 +63,13 @@ def test_every_kernel_gives_the_product(size_k, size_n, dtype, num_bits):
         layer = gpu_layer(
             size_k, size_n, group_size, num_bits=num_bits, dtype=DTYPES[dtype], has_zeros=has_zeros, has_bias=has_zeros
         )
-        for size_m in (1, 3, 8, 9, 16, 17, 65):
+        for size_m in (1, 3, 8, 9, 16, 17, 27, 65):
             a = random_tokens(size_m, layer)
             for config in variants(problem_of(size_m, layer)):
                 assert_product(run(config, a, layer), a, layer)
 
 
-@pytest.mark.parametrize("size_m", [*range(1, 18), 31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 257, 1000])
+@pytest.mark.parametrize("size_m", [*range(1, 18), 24, 25, 31, 32, 33, 48, 63, 64, 65, 127, 128, 129, 255, 257, 1000])
 def test_every_number_of_tokens(size_m):
     layer = gpu_layer(512, 320, 128, has_bias=True)
     a = random_tokens(size_m, layer)
@@ -84,7 +84,7 @@ def test_identity_returns_the_decoded_weight_bit_for_bit(group_size, has_zeros, 
     layer = gpu_layer(512, 320, group_size, num_bits=num_bits, dtype=DTYPES[dtype], has_zeros=has_zeros)
     eye = torch.eye(layer.size_k, dtype=DTYPES[dtype], device="cuda")
     decoded = layer.weight.to(DTYPES[dtype])
-    for size_m in (8, 16, 64, 512):
+    for size_m in (8, 16, 32, 64, 512):
         configs = list(variants(problem_of(size_m, layer)))
         for config in configs:
             rows = [run(config, eye[start : start + size_m], layer) for start in range(0, layer.size_k, size_m)]
@@ -111,7 +111,7 @@ def test_golden_layers_give_the_product(case):
 
 def test_two_runs_give_the_same_bits():
     layer = gpu_layer(4096, 1024, 128, has_bias=True)
-    for size_m in (1, 16, 64, 300):
+    for size_m in (1, 16, 24, 32, 64, 300):
         a = random_tokens(size_m, layer)
         for config in variants(problem_of(size_m, layer)):
             first = run(config, a, layer)

@@ -7,6 +7,7 @@ The generated source asserts that both sides count threads and shared memory ali
 from __future__ import annotations
 
 import functools
+import math
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
@@ -75,24 +76,27 @@ class GemmProblem:
         """The better way to sum the parts of a split tile."""
         return "cluster" if self.has_clusters else "workspace"
 
-    def may_split(self, num_splits: int) -> bool:
-        """Returns whether the parts' sums are small enough to go through a workspace, where there is no other way."""
-        workspace_bytes = 4 * num_splits * self.size_m * self.size_n
-        return num_splits == 1 or self.has_clusters or workspace_bytes <= MAX_WORKSPACE_BYTES
+    @property
+    def reading_microseconds(self) -> float:
+        """What an H100 takes to read the weights."""
+        return self.size_k * self.size_n * self.num_bits / 8 / 3e6
 
-    def blocks_at_once(self, resident_blocks: int, num_splits: int) -> int:
-        """Returns how many blocks run at the same time, when those that share K must start together.
+    @property
+    def shared_limit(self) -> int:
+        """The shared memory that a block can have, in bytes; 8.0 has more than is said here."""
+        return (227 if self.capability[0] in (9, 10) else 99) << 10
+
+    def blocks_at_once(self, resident_blocks: int, cluster: int) -> int:
+        """Returns how many blocks run at the same time.
 
         Args:
             resident_blocks: that a multiprocessor holds.
-            num_splits: blocks that share K.
+            cluster: how many must start together.
         """
         slots = self.multiprocessors * resident_blocks
-        if not self.has_clusters:
-            return slots
         # A cluster lies within one GPC, so that larger ones leave multiprocessors over, and more so when they hold a
         # block each (the shares were found by timing on an H200).
-        left_over = {1: 0.0, 2: 0.0, 3: 0.1}.get(num_splits, 0.17)
+        left_over = {1: 0.0, 2: 0.0, 3: 0.1}.get(cluster, 0.17)
         return int(slots * (1 - left_over * (1.0 if resident_blocks == 1 else 0.9)))
 
 
@@ -107,6 +111,7 @@ class GemmConfig(ABC):
         template: the class in it that is instantiated.
         token_ranges: numbers of tokens that the family takes, cut where its candidates change.
         capabilities: the first and the last compute capability that it runs on.
+        is_fallback: whether it is for problems only that no other family serves.
         dtype: the type of everything that is not packed.
         num_bits: 4 or 8.
         num_splits: blocks that share K.
@@ -117,6 +122,7 @@ class GemmConfig(ABC):
     template: ClassVar[str]
     token_ranges: ClassVar[tuple[range, ...]]
     capabilities: ClassVar[tuple[Capability, Capability]] = (MIN_CAPABILITY, NEWEST)
+    is_fallback: ClassVar[bool] = False
 
     dtype: Dtype
     num_bits: int
@@ -145,13 +151,15 @@ class GemmConfig(ABC):
         Each split has a stage of K, and all splits of a tile run at once.
         """
         for num_splits in range(1, MAX_SPLITS + 1):
-            runs_at_once = num_splits <= problem.blocks_at_once(self.resident_blocks, num_splits)
-            if num_splits * 64 <= problem.size_k and runs_at_once and problem.may_split(num_splits):
-                yield self.with_splits(num_splits)
+            launch = self.with_splits(num_splits)
+            runs_at_once = num_splits <= launch.blocks_at_once(problem)
+            fits = launch.cluster > 1 or num_splits == 1 or launch.workspace_bytes(problem) <= MAX_WORKSPACE_BYTES
+            if num_splits * 64 <= problem.size_k and runs_at_once and fits:
+                yield launch
 
     @abstractmethod
     def cost(self, problem: GemmProblem) -> float:
-        """Returns how bad the launch is, among the launches of the family's candidates; the least is picked."""
+        """Returns the microseconds that the launch is thought to take; of all launches the shortest is picked."""
 
     # ---- the kernel ------------------------------------------------------------------------------------------
 
@@ -211,26 +219,50 @@ extern "C" __global__ void __launch_bounds__({bounds}) {ENTRY_POINT}(MARLIN_GEMM
         columns, tokens = self.tile
         return self.num_splits, -(-problem.size_n // columns), -(-problem.size_m // tokens)
 
+    @property
+    def cluster(self) -> int:
+        """Blocks that form a cluster."""
+        return self.num_splits if self.reduction == "cluster" else 1
+
+    def blocks_at_once(self, problem: GemmProblem) -> int:
+        """Returns how many blocks of the launch run at the same time."""
+        return problem.blocks_at_once(self.resident_blocks, self.cluster)
+
+    def workspace_bytes(self, problem: GemmProblem) -> int:
+        """Returns what the parts' sums take where they go through global memory."""
+        return 4 * self.num_splits * problem.size_m * problem.size_n
+
 
 class StepTimes(NamedTuple):
-    """What a launch takes, in microseconds on an H200, fitted to sweeps over the shapes of ``benchmarks/gemm.py``.
+    """What a launch takes, in microseconds on an H100, fitted to sweeps over the shapes of ``benchmarks/gemm.py``.
 
     Attributes:
         step: for a step of 64 rows.
         ends: for the ends of a block.
-        sharing: for summing with the blocks that share K.
+        cluster: for summing with the blocks that share K, in a cluster.
+        workspace: for the same through a workspace, but for the traffic: mostly the second launch.
     """
 
     step: float
     ends: float
-    sharing: float
+    cluster: float
+    workspace: float
 
     def microseconds(self, config: GemmConfig, problem: GemmProblem) -> float:
         """Estimates a launch: waves of blocks, each with its steps and its ends."""
         splits, tiles_n, tiles_m = config.grid(problem)
-        waves = -(-tiles_n * tiles_m // (problem.blocks_at_once(config.resident_blocks, splits) // splits))
+        waves = -(-tiles_n * tiles_m // (config.blocks_at_once(problem) // splits))
         steps = -(-problem.size_k // (64 * splits))
-        return waves * (steps * self.step + self.ends + (self.sharing if splits > 1 else 0))
+        summing = 0.0
+        if splits > 1:
+            summing = self.workspace if config.reduction == "workspace" else waves * self.cluster
+        multiplying = waves * steps * self.step
+        return overlapped(multiplying, problem.reading_microseconds) + waves * self.ends + summing
+
+
+def overlapped(multiplying: float, reading: float) -> float:
+    """Returns the time for both: the longer one, and more the less they differ, as neither hides all of the other."""
+    return math.sqrt(math.hypot(multiplying**2, reading**2))
 
 
 def sum_bytes(columns: int, tokens: int) -> int:

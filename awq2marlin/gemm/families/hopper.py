@@ -7,25 +7,44 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from awq2marlin.gemm.families.base import ANY_NUMBER, HOPPER, GemmConfig, GemmProblem, StepTimes, sum_bytes
+from awq2marlin.gemm.families.base import (
+    ANY_NUMBER,
+    HOPPER,
+    MAX_WORKSPACE_BYTES,
+    GemmConfig,
+    GemmProblem,
+    StepTimes,
+    sum_bytes,
+)
 
 
 class _Candidate(NamedTuple):
-    """Template parameters for either number of bits, and what a launch takes."""
+    """Template parameters, and what a launch takes."""
 
+    num_bits: int
     tokens: int
     blocks: int
-    stages: dict[int, int]
+    stages: int
     times: StepTimes
 
 
 CANDIDATES = (
-    # tokens, blocks of a multiprocessor, stages for 4 and 8 bits, microseconds
-    _Candidate(32, 1, {4: 8, 8: 6}, StepTimes(step=0.59, ends=0.8, sharing=2.2)),
-    _Candidate(32, 2, {4: 8, 8: 5}, StepTimes(step=0.88, ends=2.4, sharing=4.1)),
-    _Candidate(64, 1, {4: 8, 8: 6}, StepTimes(step=0.58, ends=2.9, sharing=2.4)),
-    _Candidate(128, 1, {4: 8, 8: 6}, StepTimes(step=0.75, ends=2.0, sharing=3.0)),
+    # bits, tokens, blocks of a multiprocessor, stages, microseconds
+    _Candidate(4, 32, 1, 8, StepTimes(step=0.44, ends=3.0, cluster=1.8, workspace=2.4)),
+    _Candidate(4, 32, 2, 8, StepTimes(step=0.88, ends=2.4, cluster=4.1, workspace=4.1)),
+    _Candidate(4, 48, 1, 8, StepTimes(step=0.48, ends=3.3, cluster=2.1, workspace=2.4)),
+    _Candidate(4, 64, 1, 8, StepTimes(step=0.53, ends=3.3, cluster=2.4, workspace=2.4)),
+    _Candidate(4, 96, 1, 8, StepTimes(step=0.62, ends=3.0, cluster=3.7, workspace=2.4)),
+    _Candidate(4, 128, 1, 8, StepTimes(step=0.70, ends=2.8, cluster=4.5, workspace=2.4)),
+    _Candidate(8, 32, 1, 6, StepTimes(step=0.45, ends=3.1, cluster=2.2, workspace=2.1)),
+    _Candidate(8, 48, 1, 6, StepTimes(step=0.49, ends=3.4, cluster=2.5, workspace=2.1)),
+    _Candidate(8, 64, 1, 6, StepTimes(step=0.53, ends=3.5, cluster=2.7, workspace=2.1)),
+    _Candidate(8, 96, 1, 6, StepTimes(step=0.61, ends=3.4, cluster=4.1, workspace=2.1)),
+    _Candidate(8, 128, 1, 6, StepTimes(step=0.72, ends=3.3, cluster=4.6, workspace=2.1)),
 )
+
+#: What a megabyte of sums takes, in microseconds, on its way into a workspace and out of it.
+_MEGABYTE = 0.23
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,7 +60,7 @@ class HopperConfig(GemmConfig):
 
     header = "gemm_hopper.cuh"
     template = "HopperGemm"
-    token_ranges = (range(1, ANY_NUMBER),)
+    token_ranges = (range(17, ANY_NUMBER),)
     capabilities = (HOPPER, HOPPER)
 
     tokens: int
@@ -51,21 +70,26 @@ class HopperConfig(GemmConfig):
 
     @classmethod
     def candidates(cls, problem: GemmProblem) -> Iterator[GemmConfig]:
-        """Yields all of them for every problem."""
-        for tokens, blocks, stages, times in CANDIDATES:
-            yield cls(
-                dtype=problem.dtype,
-                num_bits=problem.num_bits,
-                reduction=problem.reduction,
-                tokens=tokens,
-                stages=stages[problem.num_bits],
-                blocks=blocks,
-                times=times,
-            )
+        """Yields those for the bits."""
+        for candidate in CANDIDATES:
+            if candidate.num_bits == problem.num_bits:
+                yield cls(dtype=problem.dtype, reduction=problem.reduction, **candidate._asdict())
+
+    def launches(self, problem: GemmProblem) -> Iterator[GemmConfig]:
+        """Yields it with every number of splits, as clusters and through a workspace.
+
+        Clusters are the faster way to sum, but leave multiprocessors over; blocks without one go anywhere.
+        """
+        for launch in super().launches(problem):
+            yield launch
+            if launch.num_splits > 1 and launch.workspace_bytes(problem) <= MAX_WORKSPACE_BYTES:
+                yield launch.with_splits(launch.num_splits, "workspace")
 
     def cost(self, problem: GemmProblem) -> float:
         """Returns the estimate in microseconds."""
-        return self.times.microseconds(self, problem)
+        through_memory = self.num_splits > 1 and self.reduction == "workspace"
+        megabytes = 2e-6 * self.workspace_bytes(problem) if through_memory else 0
+        return self.times.microseconds(self, problem) + _MEGABYTE * megabytes
 
     @property
     def tile(self) -> tuple[int, int]:

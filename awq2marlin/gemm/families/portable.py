@@ -20,8 +20,8 @@ class _Candidate(NamedTuple):
 
 CANDIDATES = (
     # eights of tokens, stages, microseconds
-    _Candidate(4, 4, StepTimes(step=0.85, ends=2.0, sharing=3.0)),
-    _Candidate(8, 4, StepTimes(step=1.05, ends=2.0, sharing=3.0)),
+    _Candidate(4, 4, StepTimes(step=0.85, ends=2.0, cluster=3.0, workspace=3.0)),
+    _Candidate(8, 4, StepTimes(step=1.05, ends=2.0, cluster=3.0, workspace=3.0)),
 )
 
 
@@ -38,6 +38,7 @@ class PortableConfig(GemmConfig):
     header = "gemm_portable.cuh"
     template = "PortableGemm"
     token_ranges = (range(1, ANY_NUMBER),)
+    is_fallback = True
 
     token_tiles: int
     stages: int

@@ -3,15 +3,40 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from awq2marlin.gemm.families.base import MAX_SPLITS, SHARED_BYTES, GemmConfig, GemmProblem, sum_bytes
+from awq2marlin.gemm.families.base import (
+    HOPPER,
+    MAX_SPLITS,
+    SHARED_BYTES,
+    GemmConfig,
+    GemmProblem,
+    overlapped,
+    sum_bytes,
+)
+
+
+class SmallTimes(NamedTuple):
+    """What a launch takes, in microseconds on an H100, fitted to a sweep over the shapes of ``benchmarks/gemm.py``.
+
+    Attributes:
+        alone: for a step of a block, however idle its multiprocessor.
+        each: what it takes of a multiprocessor's time, which the blocks there share.
+        ends: for the ends of a block.
+        sharing: for summing with the blocks that share K.
+    """
+
+    alone: float
+    each: float
+    ends: float
+    sharing: float
 
 
 class _Candidate(NamedTuple):
-    """Template parameters, and how many warps the registers of a multiprocessor hold."""
+    """Template parameters, how many warps the registers of a multiprocessor hold, and what a launch takes."""
 
     num_bits: int
     token_tiles: int
@@ -19,23 +44,35 @@ class _Candidate(NamedTuple):
     warps: int
     stages: int
     resident_warps: int
+    times: SmallTimes
 
 
-#: Long steps first, then short ones by more warps.
 CANDIDATES = (
-    # bits, eights of tokens, rows of a step, warps, stages, resident warps
-    _Candidate(4, 1, 128, 4, 2, 20),
-    _Candidate(4, 1, 64, 8, 2, 20),
-    _Candidate(4, 2, 128, 4, 2, 12),
-    _Candidate(4, 2, 64, 8, 2, 12),
-    _Candidate(8, 1, 64, 4, 3, 16),
-    _Candidate(8, 2, 64, 4, 3, 12),
+    # bits, eights of tokens, rows of a step, warps, stages, resident warps, microseconds
+    _Candidate(4, 1, 128, 8, 3, 20, SmallTimes(0.90, 0.50, 2.1, 1.3)),
+    _Candidate(4, 1, 128, 4, 2, 20, SmallTimes(0.68, 0.48, 2.4, 1.0)),
+    _Candidate(4, 1, 64, 8, 2, 20, SmallTimes(0.95, 0.20, 1.9, 0.8)),
+    _Candidate(4, 2, 128, 8, 2, 12, SmallTimes(1.04, 0.91, 2.0, 1.1)),
+    _Candidate(4, 2, 128, 2, 3, 12, SmallTimes(0.74, 0.31, 1.7, 2.8)),
+    _Candidate(4, 2, 64, 8, 2, 12, SmallTimes(0.69, 0.37, 1.9, 1.0)),
+    _Candidate(4, 3, 128, 8, 2, 8, SmallTimes(1.65, 0.76, 2.4, 1.1)),
+    _Candidate(4, 3, 64, 8, 2, 8, SmallTimes(0.93, 0.45, 2.0, 1.0)),
+    _Candidate(4, 4, 128, 8, 2, 8, SmallTimes(1.70, 1.01, 2.8, 1.3)),
+    _Candidate(4, 4, 64, 8, 2, 8, SmallTimes(1.11, 0.58, 2.1, 1.2)),
+    _Candidate(8, 1, 128, 8, 2, 20, SmallTimes(0.94, 0.63, 1.9, 0.6)),
+    _Candidate(8, 1, 64, 2, 2, 20, SmallTimes(0.60, 0.20, 1.9, 0.5)),
+    _Candidate(8, 1, 64, 8, 2, 20, SmallTimes(0.41, 0.61, 2.8, 0.0)),
+    _Candidate(8, 2, 128, 8, 2, 12, SmallTimes(1.01, 0.81, 2.5, 0.6)),
+    _Candidate(8, 2, 64, 2, 4, 12, SmallTimes(0.47, 0.20, 2.4, 1.9)),
+    _Candidate(8, 2, 64, 8, 2, 12, SmallTimes(0.74, 0.36, 2.1, 1.0)),
+    _Candidate(8, 3, 64, 8, 2, 8, SmallTimes(0.85, 0.56, 2.2, 0.9)),
+    _Candidate(8, 4, 64, 8, 2, 8, SmallTimes(1.15, 0.45, 2.3, 1.0)),
 )
 
 
 @dataclass(frozen=True, kw_only=True)
 class SmallConfig(GemmConfig):
-    """Few tokens want as many blocks as fit at once (swept on an H200, 4 bits, g = 128).
+    """The shortest estimate wins.
 
     Attributes:
         group_rows: the group size, or any that divides K when there is one group.
@@ -44,11 +81,12 @@ class SmallConfig(GemmConfig):
         warps: of a block; they share K.
         stages: steps in shared memory, one of which is being multiplied.
         resident_warps: what the registers of a multiprocessor hold.
+        times: what a launch takes.
     """
 
     header = "gemm_small.cuh"
     template = "SmallGemm"
-    token_ranges = (range(1, 9), range(9, 17))
+    token_ranges = (range(1, 9), range(9, 17), range(17, 25), range(25, 33))
 
     group_rows: int
     token_tiles: int
@@ -56,49 +94,53 @@ class SmallConfig(GemmConfig):
     warps: int
     stages: int
     resident_warps: int
+    times: SmallTimes
+
+    @classmethod
+    def serves(cls, problem: GemmProblem) -> bool:
+        """Returns whether the tokens are few; more than 16 were timed on Hopper only."""
+        return super().serves(problem) and (problem.size_m <= 16 or problem.capability == HOPPER)
 
     @classmethod
     def candidates(cls, problem: GemmProblem) -> Iterator[GemmConfig]:
-        """Yields the configs for these bits and tokens; long steps only where they lie within a group."""
+        """Yields those for the bits and tokens that the GPU holds; long steps only where they lie within a group."""
         is_single = problem.group_size == problem.size_k
-        for num_bits, token_tiles, step_rows, warps, stages, resident_warps in CANDIDATES:
-            if (num_bits, token_tiles) != (problem.num_bits, -(-problem.size_m // 8)):
+        for candidate in CANDIDATES:
+            if (candidate.num_bits, candidate.token_tiles) != (problem.num_bits, -(-problem.size_m // 8)):
                 continue
-            if step_rows == 128 and (problem.group_size < 128 or problem.size_k % 128):
+            if candidate.step_rows == 128 and (problem.group_size < 128 or problem.size_k % 128):
                 continue
-            yield cls(
+            config = cls(
                 dtype=problem.dtype,
-                num_bits=num_bits,
                 reduction=problem.reduction,
-                group_rows=step_rows if is_single else problem.group_size,
-                token_tiles=token_tiles,
-                step_rows=step_rows,
-                warps=warps,
-                stages=stages,
-                resident_warps=resident_warps,
+                group_rows=candidate.step_rows if is_single else problem.group_size,
+                **candidate._asdict(),
             )
+            if config.shared_bytes <= problem.shared_limit:
+                yield config
 
     def launches(self, problem: GemmProblem) -> Iterator[GemmConfig]:
-        """Yields one launch: split so that all blocks run at once, with a step for every warp of theirs."""
+        """Yields it whole, and with every number of splits whose blocks all run at once, a step for each warp."""
         tiles, steps = problem.size_n // self.tile[0], problem.size_k // self.step_rows
-
-        def fits(splits: int) -> bool:
-            at_once = problem.blocks_at_once(self.resident_blocks, splits)
-            return splits == 1 or (tiles * splits <= at_once and splits * self.warps <= steps)
-
-        def busiest(splits: int) -> int:
-            """Returns the steps of the busiest multiprocessor."""
-            return -(-tiles * splits // problem.multiprocessors) * -(-steps // (splits * self.warps))
-
-        possible = [splits for splits in range(MAX_SPLITS, 0, -1) if fits(splits)]
-        # With more than eight tokens arithmetic counts, too.
-        yield self.with_splits(possible[0] if self.token_tiles == 1 else min(possible, key=busiest))
+        for splits in range(1, MAX_SPLITS + 1):
+            launch = self.with_splits(splits)
+            if splits == 1 or (tiles * splits <= launch.blocks_at_once(problem) and splits * self.warps <= steps):
+                yield launch
 
     def cost(self, problem: GemmProblem) -> float:
-        """Returns 0 for a launch that fills the multiprocessors in one go, else 1."""
-        slots = problem.multiprocessors * self.resident_blocks
-        share = problem.size_n // self.tile[0] * self.num_splits / slots
-        return 0.0 if 0.9 < share <= 1 else 1.0
+        """Returns the estimate in microseconds.
+
+        Blocks of a multiprocessor hide each other's waiting, the better the more they are: neither what a block takes
+        alone nor what all take together is the time, but both count.
+        """
+        blocks = problem.size_n // self.tile[0] * self.num_splits
+        waves = -(-blocks // self.blocks_at_once(problem))
+        busiest = -(-blocks // problem.multiprocessors)
+        steps = -(-problem.size_k // (self.step_rows * self.warps * self.num_splits))
+        alone, each, ends, sharing = self.times
+        multiplying = steps * math.hypot(waves * alone, busiest * each)
+        summing = sharing if self.num_splits > 1 else 0
+        return overlapped(multiplying, problem.reading_microseconds) + waves * ends + summing
 
     @property
     def tile(self) -> tuple[int, int]:
