@@ -1,13 +1,16 @@
-"""Times the Marlin GEMM against fp16 matmul and against what the GPU could do at best.
+"""Times the Marlin GEMM against fp16 matmul, other W4A16 GEMMs, and what the GPU could do at best.
 
-    python benchmarks/gemm.py --output benchmarks/results/gemm_h200.json
-    python benchmarks/gemm_chart.py benchmarks/results/gemm_h200.json --output docs/gemm_h200.png
+    python benchmarks/gemm.py --output benchmarks/results/gemm_h100.json
+    python benchmarks/gemm_chart.py benchmarks/results/gemm_h100.json --output docs/gemm_h100.png
 
-For every layer shape of Llama-3 8B and 70B and every number of tokens M: our time, that of ``torch.matmul`` in
-fp16, and the floor, which is the larger of bytes over the read bandwidth and operations over the matrix rate, both
-measured here first. Weights are 4 bits, g = 128, with zero points, and rotate through more memory than the L2 cache
-holds; each time is the median of CUDA-graph replays. Every result is checked once, against float64, before it is
-timed.
+For every layer shape of Llama-3 8B and 70B and every number of tokens M: our time, that of ``torch.matmul`` in fp16,
+that of every peer that is installed (``gemm_peers.py``), and the floor, which is the larger of bytes over the read
+bandwidth and operations over the matrix rate, both measured here first. Weights are 4 bits, g = 128, with zero points,
+and rotate through more memory than the L2 cache holds; each time is the median of CUDA-graph replays, all in turn, so
+that clocks and heat hit all alike. Every result is checked once, against float64, before it is timed.
+
+``us`` is what a launch takes among others of its kind. Ours overlap, which in a model they do not: ``after_us`` is what
+a launch adds behind a kernel that writes its activations.
 """
 
 from __future__ import annotations
@@ -22,9 +25,12 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
+from gemm_peers import PEERS, LayerNumbers, Peer, pack_words
 
 from awq2marlin.gemm import jit, ops
 from awq2marlin.gemm.checks import GemmTensors
@@ -33,6 +39,8 @@ from awq2marlin.gemm.families.portable import PortableConfig
 from awq2marlin.gemm.launch import device_of, launch_gemm, launch_kernel, problem_of
 from awq2marlin.gemm.select import all_configs, pick_config
 from awq2marlin.gemm.source import ENTRY_POINT, KernelSource
+from awq2marlin.layout import torch_functions as layout
+from awq2marlin.layout.packing import AWQ_PACK_ORDER
 
 SHAPES = {  # name: (K, N)
     "8B qkv": (4096, 6144),
@@ -44,10 +52,11 @@ SHAPES = {  # name: (K, N)
     "70B gate+up": (8192, 57344),
     "70B down": (28672, 8192),
 }
-SIZES_M = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
+SIZES_M = (1, 8, 16, 24, 32, 48, 64, 96, 128, 256, 512, 1024, 2048, 4096)
 GROUP_SIZE = 128
 ROTATED_BYTES = 240 << 20  # several times the L2 of any GPU
-MAX_RELATIVE_ERROR = 1e-3  # fp16 results of fp16 inputs come to 2e-4 to 4e-4
+# fp16 results of fp16 inputs come to 2e-4 to 4e-4; Machete rounds -s z to fp16, which costs more.
+MAX_RELATIVE_ERROR = {"ours": 1e-3, "marlin": 1e-3, "humming": 3e-3, "machete": 3e-3}
 
 READ_KERNEL = f"""\
 using u32 = unsigned int;
@@ -67,8 +76,11 @@ extern "C" __global__ void __launch_bounds__(512) {ENTRY_POINT}(const uint4* fro
 """
 
 
-def median_us(launch: Callable[[int], object], launches: int, replays: int = 15) -> float:
-    """Returns microseconds per launch, the median over replays of a graph; ``launch(i)`` takes the i-th input."""
+Launch = Callable[[int], object]  # takes the i-th input
+
+
+def captured(launch: Launch, launches: int) -> torch.cuda.CUDAGraph:
+    """Returns a graph of so many launches, replayed once."""
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
         launch(0)
@@ -78,15 +90,27 @@ def median_us(launch: Callable[[int], object], launches: int, replays: int = 15)
         for i in range(launches):
             launch(i)
     graph.replay()
-    times = []
+    return graph
+
+
+def medians_us(launches_by_name: dict[str, Launch], launches: int, replays: int = 15) -> dict[str, float]:
+    """Returns microseconds per launch of each, the medians over replays of graphs, one after the other in turn."""
+    graphs = {name: captured(launch, launches) for name, launch in launches_by_name.items()}
+    times: dict[str, list[float]] = {name: [] for name in graphs}
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     for _ in range(replays):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end) * 1e3 / launches)
-    return statistics.median(times)
+        for name, graph in graphs.items():
+            start.record()
+            graph.replay()
+            end.record()
+            end.synchronize()
+            times[name].append(start.elapsed_time(end) * 1e3 / launches)
+    return {name: statistics.median(found) for name, found in times.items()}
+
+
+def median_us(launch: Launch, launches: int, replays: int = 15) -> float:
+    """Returns microseconds per launch of one."""
+    return medians_us({"": launch}, launches, replays)[""]
 
 
 def read_bandwidth() -> float:
@@ -111,71 +135,140 @@ def matrix_rate() -> float:
     return 2 * 8192**3 / median_us(lambda _: torch.matmul(a, b, out=out), 5) * 1e6
 
 
-def random_layer(size_k: int, size_n: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    def words(*shape: int) -> torch.Tensor:
-        return torch.randint(-(2**31), 2**31, shape, dtype=torch.int32, device="cuda")
+@dataclass
+class Layer:
+    """A random layer: in plain numbers, in Marlin's format, and its exact weight in some columns.
 
-    scales = torch.rand(size_k // GROUP_SIZE, size_n, device="cuda").mul_(0.02).add_(0.001).half()
-    return words(size_k // 16, size_n * 2), scales, words(size_k // GROUP_SIZE, size_n // 8)
+    Attributes:
+        q: 0..15 [K, N].
+        z: 6..9 [K/128, N].
+        s: fp16 [K/128, N].
+        marlin: qweight, scales, qzeros.
+        columns: the first and last that `exact` has.
+        exact: float64 [K, len(columns)].
+    """
+
+    q: torch.Tensor
+    z: torch.Tensor
+    s: torch.Tensor
+    marlin: tuple[torch.Tensor, ...]
+    columns: torch.Tensor
+    exact: torch.Tensor
+
+    @property
+    def packed_bytes(self) -> int:
+        """What must be read of it."""
+        return sum(tensor.nbytes for tensor in self.marlin)
+
+    def check(self, out: torch.Tensor, a: torch.Tensor, who: str) -> float:
+        """Returns the relative error of a product; stops the benchmark if it is not rounding."""
+        exact = a.double() @ self.exact
+        error = ((out[:, self.columns].double() - exact).norm() / exact.norm()).item()
+        if not error < MAX_RELATIVE_ERROR[who]:
+            sys.exit(f"{who}: wrong result at {tuple(a.shape)} by {out.shape[1]}: relative error {error}")
+        return error
 
 
-def check(out: torch.Tensor, a: torch.Tensor, layer: tuple[torch.Tensor, ...]) -> float:
-    """Returns the relative error of the first 2048 columns; stops the benchmark if it is not rounding."""
-    columns = min(2048, out.shape[1])
-    weight = ops.dequantize(layer[0][:, : columns * 2], layer[1][:, :columns], layer[2][:, : columns // 8])
-    exact = a.double() @ weight
-    error = ((out[:, :columns].double() - exact).norm() / exact.norm()).item()
-    if not error < MAX_RELATIVE_ERROR:
-        sys.exit(f"wrong result at {tuple(a.shape)} by {out.shape[1]}: relative error {error}")
-    return error
+def random_layer(size_k: int, size_n: int) -> Layer:
+    groups = size_k // GROUP_SIZE
+    q = torch.randint(0, 16, (size_k, size_n), dtype=torch.int32, device="cuda")
+    z = torch.randint(6, 10, (groups, size_n), dtype=torch.int32, device="cuda")
+    s = (torch.rand(groups, size_n, device="cuda") * 0.02 + 0.001).half()
+    marlin = (
+        ops.repack_awq(pack_words(q, 1, AWQ_PACK_ORDER[4])),
+        layout.marlin_permute_scales(s, size_k, size_n, GROUP_SIZE),
+        layout.awq_to_marlin_zero_points(pack_words(z, 1, AWQ_PACK_ORDER[4]), groups, size_n, 4),
+    )
+    half = min(1024, size_n // 2)
+    columns = torch.cat([torch.arange(half), torch.arange(size_n - half, size_n)]).cuda()
+    wide_z, wide_s = (each[:, columns].double().repeat_interleave(GROUP_SIZE, 0) for each in (z, s))
+    return Layer(q, z, s, marlin, columns, (q[:, columns].double() - wide_z) * wide_s)
 
 
-def time_shape(name: str, sizes_m: list[int], peaks: dict[str, float]) -> list[dict[str, object]]:
+def rotated(tensors: tuple[torch.Tensor, ...], count: int) -> list[tuple[torch.Tensor, ...]]:
+    return [tensors] + [tuple(tensor.clone() for tensor in tensors) for _ in range(count - 1)]
+
+
+def make_peers(layer: Layer, sizes_m: list[int], absent: dict[str, str]) -> dict[str, Peer]:
+    """Returns the peers that can be had here; notes why the others cannot."""
+    peers = {}
+    for name in PEERS.keys() - absent.keys():
+        try:
+            peers[name] = PEERS[name](LayerNumbers(layer.q, layer.z, layer.s, layer.marlin, tuple(sizes_m)))
+        except Exception as exc:  # a package that is not there, or has changed
+            absent[name] = f"{type(exc).__name__}: {exc}"
+    return peers
+
+
+def time_shape(name: str, sizes_m: list[int], peaks: dict[str, float], absent: dict[str, str]) -> list[dict]:
     """Times one layer shape at every M."""
     size_k, size_n = SHAPES[name]
-    packed_bytes = size_k * size_n // 2 + size_k // GROUP_SIZE * size_n * 5 // 2
-    count = max(2, -(-ROTATED_BYTES // packed_bytes))
-    layers = [random_layer(size_k, size_n) for _ in range(count)]
+    layer = random_layer(size_k, size_n)
+    peers = make_peers(layer, sizes_m, absent)
+    count = max(2, -(-ROTATED_BYTES // layer.packed_bytes))
+    ours = rotated(layer.marlin, count)
+    copies = {peer: ours if peer == "marlin" else rotated(each.tensors, count) for peer, each in peers.items()}
     dense = [torch.randn(size_n, size_k, dtype=torch.float16, device="cuda") for _ in range(max(2, -(-count // 4)))]
     rows = []
     for size_m in sizes_m:
-        a = torch.randn(size_m, size_k, dtype=torch.float16, device="cuda")
+        written = torch.randn(size_m, size_k, dtype=torch.float16, device="cuda")
+        a = written.clone()
         out = torch.empty(size_m, size_n, dtype=torch.float16, device="cuda")
-        problem = problem_of(GemmTensors(a, *layers[0]))
+        problem = problem_of(GemmTensors(a, *ours[0]))
         config = pick_config(problem)
         floor = 1e6 * max(
-            (packed_bytes + 2 * size_m * (size_k + size_n)) / peaks["read_bandwidth"],
+            (layer.packed_bytes + 2 * size_m * (size_k + size_n)) / peaks["read_bandwidth"],
             2 * size_m * size_k * size_n / peaks["matrix_rate"],
         )
 
         def launch(i: int, config=config, problem=problem, a=a, out=out) -> torch.Tensor:  # noqa: ANN001
-            return launch_gemm(config, problem, GemmTensors(a, *layers[i % count]), out)
+            return launch_gemm(config, problem, GemmTensors(a, *ours[i % count]), out)
 
-        error = check(launch(0), a, layers[0])
+        launchers: dict[str, Any] = {"ours": launch}
+        for peer, each in peers.items():
+            launchers[peer] = each.launcher(copies[peer], a)
+        errors = {who: layer.check(go(0), a, who) for who, go in launchers.items()}
+        launchers["matmul"] = lambda i, a=a, out=out: torch.matmul(a, dense[i % len(dense)].t(), out=out)
         launches = max(count, 8) if size_m <= 512 else count
+        us = medians_us(launchers, launches)
+        after = _behind_another(launchers, launches, lambda written=written, a=a: torch.mul(written, 1.0, out=a))
         row = {
             "shape": name,
             "K": size_k,
             "N": size_n,
             "M": size_m,
-            "us": median_us(launch, launches),
-            "matmul_us": median_us(
-                lambda i, a=a, out=out: torch.matmul(a, dense[i % len(dense)].t(), out=out), launches
-            ),
+            "us": us.pop("ours"),
+            "matmul_us": us.pop("matmul"),
             "floor_us": floor,
-            "relative_error": error,
+            "after_us": after.pop("ours"),
+            "matmul_after_us": after.pop("matmul"),
+            "peers_us": us,
+            "peers_after_us": after,
+            "relative_error": errors["ours"],
             "kernel": config.source.name,
             "splits": config.num_splits,
+            "reduction": config.reduction,
         }
         if size_m >= 1024:
-            row["portable_us"] = _portable_us(problem, a, layers, out)
+            row["portable_us"] = _portable_us(problem, a, ours, out, layer)
         rows.append(row)
         print(_line(row), flush=True)
     return rows
 
 
+def _behind_another(launchers: dict[str, Launch], launches: int, write: Callable[[], object]) -> dict[str, float]:
+    """Returns what a launch of each adds behind a kernel that writes its activations."""
+
+    def pair(launch: Launch) -> Launch:
+        return lambda i: (write(), launch(i))[1]
+
+    times = medians_us({name: pair(launch) for name, launch in launchers.items()}, launches)
+    alone = median_us(lambda _: write(), launches)
+    return {name: both - alone for name, both in times.items()}
+
+
 def _portable_us(
-    problem: GemmProblem, a: torch.Tensor, layers: list[tuple[torch.Tensor, ...]], out: torch.Tensor
+    problem: GemmProblem, a: torch.Tensor, layers: list[tuple[torch.Tensor, ...]], out: torch.Tensor, layer: Layer
 ) -> float:
     """Times the kernel that has no Hopper instruction, whole, as a GPU of compute capability 8.0 would run it."""
     config = [each for each in all_configs(problem) if isinstance(each, PortableConfig)][-1]
@@ -183,15 +276,16 @@ def _portable_us(
     def launch(i: int) -> torch.Tensor:
         return launch_gemm(config, problem, GemmTensors(a, *layers[i % len(layers)]), out)
 
-    check(launch(0), a, layers[0])
+    layer.check(launch(0), a, "ours")
     return median_us(launch, len(layers), replays=5)
 
 
 def _line(row: dict) -> str:
-    ours, dense, floor = row["us"], row["matmul_us"], row["floor_us"]
+    ours, after, dense, floor = row["us"], row["after_us"], row["matmul_us"], row["floor_us"]
+    peers = "".join(f" {name} {us:.1f}" for name, us in row["peers_us"].items())
     return (
-        f"{row['shape']:12} {row['K']:6} {row['N']:6} {row['M']:5} {ours:9.1f} {dense:9.1f} {floor:9.1f} "
-        f"{ours / floor:7.2f} {dense / ours:7.2f}  {row['kernel']} / {row['splits']}"
+        f"{row['shape']:12} {row['K']:6} {row['N']:6} {row['M']:5} {ours:9.1f} {after:9.1f} {dense:9.1f} {floor:9.1f} "
+        f"{ours / floor:7.2f} {dense / ours:7.2f}  {row['kernel']} / {row['splits']} {row['reduction']}{peers}"
     )
 
 
@@ -216,14 +310,28 @@ def summary(rows: list[dict]) -> list[dict[str, float]]:
             "M": size_m,
             "times_floor": _geometric_mean([row["us"] / row["floor_us"] for row in here]),
             "matmul_times_floor": _geometric_mean([row["matmul_us"] / row["floor_us"] for row in here]),
+            "after_times_floor": _geometric_mean([row["after_us"] / row["floor_us"] for row in here]),
             "speedup_over_matmul": _geometric_mean([row["matmul_us"] / row["us"] for row in here]),
             "tflops": _geometric_mean([ops_ / row["us"] / 1e6 for ops_, row in zip(operations, here, strict=True)]),
         }
+        mean |= _peer_means(here, "us", "") | _peer_means(here, "after_us", "after_")
         if "portable_us" in here[0]:
             rates = [ops_ / row["portable_us"] / 1e6 for ops_, row in zip(operations, here, strict=True)]
             mean["portable_tflops"] = _geometric_mean(rates)
         means.append(mean)
     return means
+
+
+def _peer_means(rows: list[dict], key: str, prefix: str) -> dict[str, float]:
+    """Returns the peers' times as multiples of the floor, and ours as multiples of the best peer's."""
+    if not rows[0][f"peers_{key}"]:
+        return {}
+    means = {
+        f"{name}_{prefix}times_floor": _geometric_mean([row[f"peers_{key}"][name] / row["floor_us"] for row in rows])
+        for name in rows[0][f"peers_{key}"]
+    }
+    ratios = [row[key] / min(row[f"peers_{key}"].values()) for row in rows]
+    return means | {f"{prefix}of_best_peer": _geometric_mean(ratios), f"{prefix}of_best_peer_worst": max(ratios)}
 
 
 def _geometric_mean(values: list[float]) -> float:
@@ -262,8 +370,13 @@ def main() -> None:
         **peaks,
     }
     print(", ".join(f"{key} {value}" for key, value in result.items()))
-    print("shape             K      N     M   ours us matmul us  floor us  /floor speedup  kernel / splits")
-    rows = [row for name in options.shapes for row in time_shape(name, options.tokens, peaks)]
+    print("shape             K      N     M   ours us  after us matmul us  floor us  /floor speedup  kernel, peers us")
+    absent: dict[str, str] = {}
+    rows = []
+    for name in options.shapes:
+        rows += time_shape(name, options.tokens, peaks, absent)
+        torch.cuda.empty_cache()
+    result["absent_peers"] = absent
     result["repack_bytes_per_second"] = {str(bits): time_repack(bits) for bits in (4, 8)}
     result["geometric_means"] = summary(rows)
     result["rows"] = rows

@@ -1,6 +1,6 @@
 """Draws the results of ``benchmarks/gemm.py``.
 
-python benchmarks/gemm_chart.py benchmarks/results/gemm_h200.json --output docs/gemm_h200.png
+python benchmarks/gemm_chart.py benchmarks/results/gemm_h100.json --output docs/gemm_h100.png
 """
 
 from __future__ import annotations
