@@ -91,7 +91,7 @@ def kinds_of_layers(model: Any) -> dict[str, int]:
     return found
 
 
-def make_engine(folder: Path, ranks: int, eager: bool) -> Any:
+def make_engine(folder: Path, ranks: int, eager: bool, **options: Any) -> Any:
     """Returns vLLM's engine on a checkpoint, with what makes its arithmetic the same every time."""
     from vllm import LLM
 
@@ -108,6 +108,7 @@ def make_engine(folder: Path, ranks: int, eager: bool) -> Any:
         attention_config={"backend": "TRITON_ATTN"},
         enable_prefix_caching=False,
         seed=0,
+        **options,
     )
 
 

@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from dense_models import dequantize
 from random_models import Model, write_model
-from vllm_tokens import DENSE_BOUND, ENVIRONMENT, agreement, answer, draw_prompts, judge, kinds_of_layers
+from vllm_tokens import DENSE_BOUND, ENVIRONMENT, agreement, answer, draw_prompts, judge, kinds_of_layers, make_engine
 
 MODEL = Model(hidden=1024, inner=2816, layers=4, heads=16, key_value_heads=4, vocabulary=4096)
 WORDS = {key: value for key, value in ENVIRONMENT.items() if key != "AWQ2MARLIN_KERNEL"}
@@ -71,23 +71,9 @@ def write_adapter(folder: Path) -> None:
 def run_variant(name: str, work: Path, ranks: int, out: Path) -> None:
     """Generates in this process and writes what came out."""
     import vllm
-    from vllm import LLM
 
     folder = work / {"sharded_state": "sharded", "lora, dequantized": "dense"}.get(name, "marlin")
-    engine = LLM(
-        model=str(folder),
-        tensor_parallel_size=ranks,
-        skip_tokenizer_init=True,
-        max_model_len=512,
-        max_num_seqs=16,
-        gpu_memory_utilization=0.1,
-        kv_cache_memory_bytes=1 << 29,
-        disable_custom_all_reduce=True,
-        attention_config={"backend": "TRITON_ATTN"},
-        enable_prefix_caching=False,
-        seed=0,
-        **VARIANTS[name],
-    )
+    engine = make_engine(folder, ranks, eager=False, **VARIANTS[name])
     prompts, _ = draw_prompts(MODEL.vocabulary)
     if name.startswith("lora"):
         from vllm.lora.request import LoRARequest

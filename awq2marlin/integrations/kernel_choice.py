@@ -153,7 +153,7 @@ class KernelChoice:
             get_ready()
         seconds = time.perf_counter() - begin
         if compiled:
-            folder = kernel_cache().folder
-            self._log.info("compiled %d kernels in %.1f s; they are looked for in %s", len(compiled), seconds, folder)
+            folder, count = kernel_cache().folder, "a kernel" if len(compiled) == 1 else f"{len(compiled)} kernels"
+            self._log.info("compiled %s in %.1f s; later starts look in %s", count, seconds, folder)
         elif seconds > _NOTICEABLE_SECONDS:
             self._log.info("the kernels were ready after %.1f s", seconds)

@@ -115,7 +115,7 @@ def test_the_log_says_how_long_compiling_took(choice, caplog, tmp_path, monkeypa
     ready = lambda: jit.build(repack_source(4), "sm_80")  # noqa: E731
     assert choice.kernel_for(HOPPER, ready) == "own"
     text = lines(caplog)[-1][1]
-    assert text.startswith("compiled 1 kernels in ")
+    assert text.startswith("compiled a kernel in ")
     assert str(tmp_path) in text
     count = len(caplog.records)
     choice.kernel_for(HOPPER, ready)
