@@ -17,15 +17,15 @@ SHARD = "model-00001-of-00002.safetensors"
 @contextmanager
 def corrupt(part):
     """Lets the repack of one part get its very last byte wrong."""
-    rewrite = Repack.rewrite
+    rewrite = Repack.rewrite_rows
 
-    def wrong_rewrite(self, source, target):
-        rewrite(self, source, target)
+    def wrong_rewrite(self, first, last, source, target):
+        rewrite(self, first, last, source, target)
         if self.target.part == part:
             target[-1] ^= 0x80
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Repack, "rewrite", wrong_rewrite)
+        patch.setattr(Repack, "rewrite_rows", wrong_rewrite)
         yield
 
 
@@ -67,14 +67,14 @@ def test_a_rerun_does_not_trust_the_shards_in_which_a_difference_was_found(sourc
 
 def test_a_wrong_value_restored_by_revert_is_named_and_never_becomes_loadable(made, run, tmp_path, monkeypatch):
     out = tmp_path / "out"
-    rewrite = Repack.rewrite
+    rewrite = Repack.rewrite_rows
 
-    def wrong_rewrite(self, source, target):
-        rewrite(self, source, target)
+    def wrong_rewrite(self, first, last, source, target):
+        rewrite(self, first, last, source, target)
         target[-1] ^= 0x80
 
     with monkeypatch.context() as patch:
-        patch.setattr(Repack, "rewrite", wrong_rewrite)
+        patch.setattr(Repack, "rewrite_rows", wrong_rewrite)
         error = refused(run("revert", made / "marlin", out), 3)
     assert error["code"] == "wrong-digest"
     assert error["file"].endswith("-of-00002.safetensors")
@@ -122,13 +122,13 @@ def test_a_shard_that_changes_after_planning_is_refused_by_name(
 def test_a_shard_cut_while_it_is_read_is_refused_by_name(run, tmp_path, monkeypatch, workers):
     source, out = make_source(tmp_path / "source", size_k=1024, size_n=4096, shards=1), tmp_path / "out"
     name = "model.safetensors"
-    rewrite = Repack.rewrite
+    rewrite = Repack.rewrite_rows
 
-    def rewrite_and_cut(self, given, made):
-        rewrite(self, given, made)
+    def rewrite_and_cut(self, first, last, given, made):
+        rewrite(self, first, last, given, made)
         os.truncate(source / name, 1 << 20)
 
-    monkeypatch.setattr(Repack, "rewrite", rewrite_and_cut)
+    monkeypatch.setattr(Repack, "rewrite_rows", rewrite_and_cut)
     error = refused(run("convert", source, out, "--workers", workers))
     assert (error["code"], error["file"]) == ("truncated", name)
     assert "became shorter while it was read" in error["message"]
