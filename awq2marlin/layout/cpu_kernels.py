@@ -849,18 +849,20 @@ class CompiledKernel(NamedTuple):
     code: bytes
 
 
-def compile_kernel(name: str, *, position_independent: bool) -> CompiledKernel:
+def compile_kernel(name: str) -> CompiledKernel:
     """Compiles a kernel for this processor.
 
     Args:
         name: which.
-        position_independent: whether the code may lie anywhere; else it is what llvmlite's linker likes best.
     """
     binding.initialize_native_target()
     binding.initialize_native_asmprinter()
-    model = {"codemodel": "small", "reloc": "pic"} if position_independent else {"codemodel": "jitdefault", "jit": True}
     machine = binding.Target.from_default_triple().create_target_machine(
-        cpu=binding.get_host_cpu_name(), features=binding.get_host_cpu_features().flatten(), opt=3, **model
+        cpu=binding.get_host_cpu_name(),
+        features=binding.get_host_cpu_features().flatten(),
+        opt=3,
+        codemodel="jitdefault",
+        jit=True,
     )
     function, elements = KERNELS[name]
     pointers = [types.CPointer(each) for each in elements]  # type: ignore[no-untyped-call]
