@@ -371,7 +371,7 @@ def _reshape(name: str, dtype: str, *shape: int) -> Any:
         (_reshape("model.norm.weight", "F16", 4, 4), "wrong-shape", "model.norm.weight"),
         (_reshape("model.norm.weight", "BF16", 16), "wrong-shape", "model.norm.weight"),
         (_reshape("model.norm.weight", "I32", 8), "wrong-shape", "model.norm.weight"),
-        (_reshape(QWEIGHT, "I32", 64, 16), "contradiction", f"{MODULE}.qweight"),
+        (_reshape(QWEIGHT, "I32", 32, 32), "contradiction", f"{MODULE}.scales"),
         (_reshape(QWEIGHT, "U32", 128, 8), "wrong-dtype", QWEIGHT),
         (_reshape(f"{KEPT}.qweight", "F32", 64, 6), "wrong-dtype", f"{KEPT}.qweight"),
     ],
