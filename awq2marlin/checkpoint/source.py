@@ -47,6 +47,7 @@ class SourceCheckpoint:
 def _refuse_other_tensors(checkpoint: Checkpoint) -> None:
     """Refuses a config that names one format beside tensors that are of another."""
     said, quantization = checkpoint.format, checkpoint.quantization
+    refuse_foreign_tensors(checkpoint.tensors, quantization.origin)
     shown = shown_by(checkpoint.tensors, quantization, checkpoint.shard_of, but=said)
     if shown is not None:
         message = (
@@ -54,7 +55,6 @@ def _refuse_other_tensors(checkpoint: Checkpoint) -> None:
             f"download the config that belongs to them, or correct it in a copy"
         )
         raise refuse("contradiction", message, file=quantization.origin)
-    refuse_foreign_tensors(checkpoint.tensors, quantization.origin)
 
 
 def _check_manifest(checkpoint: Checkpoint) -> None:

@@ -17,6 +17,7 @@ from awq2marlin.checkpoint.source import SourceCheckpoint
 from awq2marlin.checkpoint.tensor_parallel import ParallelSizes, parallel_sizes
 from awq2marlin.errors import CheckpointError
 from awq2marlin.formats.base import Format
+from awq2marlin.formats.names import MANIFEST_FILENAME
 from awq2marlin.formats.registry import DEFAULT_TARGET
 from awq2marlin.hub.repository import open_source
 from awq2marlin.io.safetensors import TensorIndex
@@ -125,7 +126,8 @@ def inspect(path: str | os.PathLike[str]) -> InspectResult:
     try:
         return _inspected(*open_with_manifest(folder))
     except CheckpointError as error:
-        described = describe(folder, error)
+        is_output = folder.exists(MANIFEST_FILENAME)  # then it is damaged, not of another kind
+        described = None if is_output else describe(folder, error)
         if described is None:
             raise
     return _unconvertible(described, folder)
