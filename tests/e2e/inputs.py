@@ -566,7 +566,6 @@ CASES = [
         (1, 2),
     ),
     Case("no_zero_points_and_no_qzeros", plain(SMOLLM, has_qzeros=False), (3, 4), (7, 0)),
-    Case("no_zero_points_yet_qzeros", plain(SMOLLM, zero_point=False), (3, 4), (7, 0)),
     Case("no_zero_points_in_eight_bits", plain(has_qzeros=False, bits=8, group_size=-1), (7, 0)),
     Case(
         "stray_safetensors_files",
