@@ -156,6 +156,7 @@ def name_in_link(link: str) -> HubName:
     words = [unquote(word) for word in path.split("/") if word]
     if words and words[0] in _OTHERS:
         raise _no_model(shown, words[0])
+    words[1:2] = [word.removesuffix(".git") for word in words[1:2]]  # as one clones it
     revision, inside = _revision_of(words[2:])
     name = _hub_name("/".join(words[:2]) + (f"@{revision}" if revision else "")) if len(words) > 1 else None
     if name is None:

@@ -38,6 +38,7 @@ def empty(tmp_path, monkeypatch):
         ("HTTPS://HuggingFace.co/org/name?library=vllm#readme", None),
         ("https://hf.co/org/name", None),
         ("huggingface.co/org/name", None),
+        ("https://huggingface.co/org/name.git", None),
         ("hf.co/org/name/tree/v1", "v1"),
         ("https://www.huggingface.co/org/name/tree/main", "main"),
         ("https://huggingface.co/org/name/tree/v1.0", "v1.0"),
