@@ -330,10 +330,17 @@ def test_inspect_tells_the_sizes_and_what_stops_the_next(folder, size, line, mad
     assert details["expert_parallel_sizes"] == []
 
 
-def test_what_vllm_refuses_is_told_by_the_plan_the_conversion_and_the_card(made, capsys):
-    expert = Recipe({"a.experts.0.up_proj": (128, 128)}, bits=8, config={"num_attention_heads": 2})
-    write_checkpoint(made / "experts", expert)
-    why = "8 bits with zero points, for which vLLM has no kernel of experts"
+@pytest.mark.parametrize(
+    ("name", "shape", "bits", "why"),
+    [
+        ("up_proj", (128, 128), 8, "8 bits with zero points, for which vLLM has no kernel of experts"),
+        ("up_proj", (160, 128), 4, "experts of hidden size 160, for vLLM's kernel not a multiple of 64"),
+        ("down_proj", (128, 160), 4, "experts of hidden size 160, for vLLM's kernel not a multiple of 64"),
+    ],
+)
+def test_what_vllm_refuses_is_told_by_the_plan_the_conversion_and_the_card(made, capsys, name, shape, bits, why):
+    config = {"num_attention_heads": 2}
+    write_checkpoint(made / "experts", Recipe({f"a.experts.0.{name}": shape}, bits=bits, group_size=32, config=config))
     note = f"note       vLLM cannot serve this output: {why}; Transformers can"
     for arguments in (["experts", "--dry-run"], ["experts", "again"]):
         assert main(["convert", *arguments]) == 0
@@ -345,7 +352,7 @@ def test_what_vllm_refuses_is_told_by_the_plan_the_conversion_and_the_card(made,
     assert "vllm serve" not in card
     assert main(["inspect", "experts"]) == 0
     said = capsys.readouterr().out.splitlines()
-    assert f"once converted, vLLM cannot load it: {why} (a.experts.*.up_proj)" in said
+    assert f"once converted, vLLM cannot load it: {why} (a.experts.*.{name})" in said
     assert main(["convert", "awq", "--dry-run"]) == 0
     assert "vLLM" not in capsys.readouterr().out
     for folder in ("marlin", "padded"):
