@@ -131,7 +131,7 @@ def run_job(
     started = time.perf_counter()
     job = replace(job, options=replace(job.options, workers=job.options.workers or workers))
     try:
-        result = _plan_only(job) if dry_run else _compare_finished(job, progress)
+        result = _plan_only(job, progress) if dry_run else _compare_finished(job, progress)
         result = result or _convert(job, executor, progress)
     except Awq2MarlinError as error:
         if isinstance(error, ExecutorError) and error.problems[0].code != "killed-workers":
@@ -177,10 +177,12 @@ def _convert(job: Job, executor: Executor | None, progress: Progress) -> ItemRes
     )
 
 
-def _plan_only(job: Job) -> ItemResult:
+def _plan_only(job: Job, progress: Progress) -> ItemResult:
     options = job.options
     checkpoint = open_checkpoint(open_source(job.item.source, follow_links=options.follow_links), options.choice)
     plan = plan_conversion(checkpoint, options.unaligned, target_named(options.to))
+    for warning in checkpoint.warnings:
+        progress.note(warning)
     needs = disk_needs(plan.transfer, job.output, stays=not options.passes_on, low_disk=options.low_disk)
     return job.result(
         EXIT_DONE,

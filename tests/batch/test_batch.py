@@ -17,6 +17,7 @@ from awq2marlin.batch import item as batch_item
 from awq2marlin.batch import record as batch_record
 from awq2marlin.batch.record import open_record, read_record
 from awq2marlin.checkpoint.synthetic import Recipe, write_checkpoint
+from awq2marlin.cli.app import main
 from awq2marlin.pipeline import run as pipeline
 from awq2marlin.pipeline.shard import rewrite_shard
 
@@ -40,6 +41,18 @@ def check_outputs(models, out):
     """Every sound model is converted as alone, and of the broken ones nothing is there."""
     found = {path.name.removesuffix("-marlin"): contents(path) for path in out.iterdir()}
     assert found == models.expected
+
+
+def test_what_is_left_behind_is_told_once_by_a_plan_too(tmp_path, capsys):
+    write_checkpoint(tmp_path / "a", Recipe({"m.up_proj": (128, 64)}, group_size=64))
+    (tmp_path / "a/pytorch_model.bin").write_bytes(b"12345")
+    (tmp_path / "list").write_text(f"{tmp_path / 'a'}\n")
+    for options in (["--dry-run"], []):
+        assert main(["batch", str(tmp_path / "list"), "--out-dir", str(tmp_path), *options]) == 0
+        (line,) = (line for line in capsys.readouterr().err.splitlines() if "pytorch_model.bin" in line)
+        assert line.startswith(
+            f"{tmp_path / 'a'}: left behind, so that 'revert' cannot give it back: pytorch_model.bin (5 bytes"
+        )
 
 
 # --- one after the other, and again -----------------------------------------------------------------------
