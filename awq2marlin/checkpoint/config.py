@@ -217,13 +217,13 @@ def _refuse_contradiction(format: Format, said: Quantization, first: Mapping[str
     place, content = other
     other_format = recognise(content, place)
     if other_format is not format:
-        message = f"it is {other_format.title} here but {format.title} in {said.origin}; remove the file that is wrong"
+        message = f"it is {other_format.title} here but {format.title} in {said.origin}; remove the one that is wrong"
         raise refuse("contradiction", message, file=place)
     found = format.read_config(content, place)
     if said.layout and found.layout and said.layout.layout_name != found.layout.layout_name:
         message = (
             f"the layout is that of {found.layout.title} here, of {said.layout.title} in {said.origin}; "
-            "remove the file that is wrong"
+            "remove the one that is wrong"
         )
         raise refuse("contradiction", message, file=place)
     key = format.zero_point_key
@@ -236,7 +236,7 @@ def _refuse_contradiction(format: Format, said: Quantization, first: Mapping[str
 
 
 def _contradiction(what: str, theirs: Any, ours: Any, said: Quantization, place: str) -> CheckpointError:
-    message = f"{what} is {theirs} here but {ours} in {said.origin}; remove the file that is wrong"
+    message = f"{what} is {theirs} here but {ours} in {said.origin}; remove the one that is wrong"
     return refuse("contradiction", message, file=place)
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
@@ -150,9 +150,15 @@ def left_behind_warning(left_behind: Mapping[str, str], sizes: Mapping[str, int]
     if names:
         shown = _listed(f"{printable(name)} ({bytes_text(sizes[name])}, {left_behind[name]})" for name in names)
         total = f", {bytes_text(sum(sizes[name] for name in names))} in all" if len(names) > 1 else ""
-        by_name = all(left_behind[name] in _BY_NAME for name in names)
-        advice = "rename it in a copy of the source" if by_name else "--carry GLOB takes a file along"
-        yield f"left behind, so that 'revert' cannot give it back: {shown}{total}; {advice}"
+        yield f"left behind, so that 'revert' cannot give it back: {shown}{total}{_advice({*left_behind.values()})}"
+
+
+def _advice(reasons: Set[str]) -> str:
+    """Returns what to do about files that are left behind; nothing where somebody asked for it."""
+    reasons = reasons - {_HIDDEN, _CHOSEN}
+    if reasons - {*_BY_NAME}:
+        return "; --carry GLOB takes a file along"
+    return "; rename it in a copy of the source" if reasons else ""
 
 
 def bytes_text(count: int) -> str:
@@ -199,11 +205,12 @@ def _shards_without_index(folder: Source, visible: Sequence[str], choice: Choice
     _refuse_missing_numbers(found)
     if len(found) == 1:
         return found, []
+    why = f"{INDEX_FILENAME} does not count" if INDEX_FILENAME in visible else f"there is no {INDEX_FILENAME}"
     others = [name for name in visible if name.endswith(".safetensors.index.json") and "/" not in name]
     others = [name for name in others if name != INDEX_FILENAME]
     unread = f"; {_listed(map(printable, others))} is not read, engines know no index of this name" if others else ""
     return found, [
-        f"there is no {INDEX_FILENAME}, so all {len(found)} .safetensors files of the folder are taken for the "
+        f"{why}, so all {len(found)} .safetensors files of the folder are taken for the "
         f"checkpoint, as engines do: {_listed(map(printable, found))}; the output gets an index{unread}"
     ]
 
@@ -211,7 +218,7 @@ def _shards_without_index(folder: Source, visible: Sequence[str], choice: Choice
 def _no_weights(folder: Source, visible: Sequence[str], top: Sequence[str]) -> CheckpointError:
     pickled = [name for name in visible if name.endswith(_PICKLE_SUFFIXES)]
     if top:
-        message = f"{_listed(map(printable, top))}: none of them counts, so that there are no weights; leave fewer"
+        message = f"--leave leaves no .safetensors file, but {_listed(map(printable, top))} would count; leave fewer"
         return refuse("no-weights", message, file=SINGLE_SHARD)
     refuse_only_gguf(folder)
     if pickled:

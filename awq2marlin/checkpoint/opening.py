@@ -128,8 +128,10 @@ def open_checkpoint(
     _refuse_clash([*OWN_FILENAMES, *files.shards, files.card or CARD_FILENAME], files.side_files)
     for name in files.side_files:
         folder.check(name)  # refuses what leads out of the folder before anything is written
+    carried = files.side_files
     if files.card is not None:
         _refuse_long_card(folder, files.card)
+        carried = [*carried, files.card]
     return Checkpoint(
         folder,
         config,
@@ -141,7 +143,7 @@ def open_checkpoint(
         files.card,
         files.left_behind,
         files.left_behind_bytes,
-        (*warnings, *files.warnings, *oddities, *doubtful(folder, files.side_files)),
+        (*warnings, *files.warnings, *oddities, *doubtful(folder, carried)),
     )
 
 

@@ -7,11 +7,13 @@ from dataclasses import dataclass
 
 from awq2marlin.checkpoint.manifest import read_manifest
 from awq2marlin.checkpoint.opening import Checkpoint
-from awq2marlin.errors import CheckpointError, article, refuse
+from awq2marlin.errors import CheckpointError, article, printable, refuse
 from awq2marlin.formats.base import StoredModule, require_modules
 from awq2marlin.formats.foreign import refuse_foreign_tensors
-from awq2marlin.formats.names import MANIFEST_FILENAME
+from awq2marlin.formats.names import INDEX_FILENAME, MANIFEST_FILENAME
 from awq2marlin.formats.registry import shown_by
+
+_MAX_NAMES_SHOWN = 8
 
 
 @dataclass(frozen=True)
@@ -40,6 +42,8 @@ class SourceCheckpoint:
         modules, problems = checkpoint.format.find(checkpoint.tensors, quantization, checkpoint.shard_of)
         if (problems or not modules) and not checkpoint.is_converted:
             _refuse_other_tensors(checkpoint)
+        if not (problems or modules):
+            _refuse_files_beside_the_index(checkpoint)
         require_modules(modules, problems, quantization)
         return cls(checkpoint, modules)
 
@@ -55,6 +59,19 @@ def _refuse_other_tensors(checkpoint: Checkpoint) -> None:
             f"download the config that belongs to them, or correct it in a copy"
         )
         raise refuse("contradiction", message, file=quantization.origin)
+
+
+def _refuse_files_beside_the_index(checkpoint: Checkpoint) -> None:
+    """Refuses an index of which no tensor is quantized, where files lie that it does not name: it may be another's."""
+    files = (*checkpoint.side_files, *checkpoint.left_behind)
+    beside = [printable(name) for name in files if name.endswith(".safetensors") and "/" not in name]
+    if checkpoint.has_index and beside:
+        message = (
+            "the config says that the checkpoint is quantized, but of the files that the index names no tensor is, and "
+            f"it does not name {', '.join(beside[:_MAX_NAMES_SHOWN])}. If the index is left over from the checkpoint "
+            f"before quantization, go by the files alone: --leave {INDEX_FILENAME}"
+        )
+        raise refuse("no-quantized-modules", message, file=INDEX_FILENAME)
 
 
 def _check_manifest(checkpoint: Checkpoint) -> None:

@@ -79,9 +79,10 @@ def test_other_pointers_and_pages_are_carried_over_and_told_of_everywhere(
 ) -> None:
     found = {
         "tokenizer.json": POINTER,
-        "assets/a.bin": POINTER,
+        "a/b.bin": POINTER,
         "spk.pt": PAGES["an HTML page"],
         "x.png": PAGES["JSON"],
+        "README.md": POINTER,
     }
     sound = {"page.html": PAGES["an HTML page"], "vocab.json": b'{"a": 1}', "b.bin": bytes(range(9)), "empty.bin": b"",
              "chat.xml": PAGES["an XML document"], "notes.md": b"# {\"a\": 1}"}  # fmt: skip
@@ -90,7 +91,7 @@ def test_other_pointers_and_pages_are_carried_over_and_told_of_everywhere(
     told = json.loads(capsys.readouterr().out)["warnings"]
     assert [each.partition("; ")[0] for each in told] == [
         "not the file itself but an HTML page, and carried over like that: page.json, spk.pt",
-        "not the file itself but a Git LFS pointer, and carried over like that: tokenizer.json, assets/a.bin",
+        "not the file itself but a Git LFS pointer, and carried over like that: tokenizer.json, a/b.bin, README.md",
         "not the file itself but JSON, and carried over like that: x.png",
     ]
     assert "'git lfs pull'" in told[1]

@@ -314,6 +314,11 @@ def test_without_an_index_the_numbers_of_shards_tell_what_is_missing(awq: Path) 
     assert "1 of 3 files are missing; download them too" in problem.message
 
 
+def test_leaving_every_file_of_tensors_is_refused(awq: Path) -> None:
+    with pytest.raises(CheckpointError, match=rf"--leave leaves no \.safetensors file, but {SHARD} would count"):
+        convert(awq, awq.with_name("out"), leave=["*"])
+
+
 # --- an index that does not fit ------------------------------------------------------------------------------------
 
 
@@ -329,6 +334,16 @@ def test_an_index_left_over_from_another_checkpoint_is_told_from_a_download(awq:
     assert verify(awq, tmp_path / "out").kind == "conversion"
 
 
+def test_an_index_and_a_shard_left_over_from_another_checkpoint_are_told_from_a_wrong_config(awq: Path) -> None:
+    name, tensor = "model-00001-of-00001.safetensors", "model.norm.weight"
+    (awq / name).write_bytes(pack_tensors({tensor: unpack_tensors(awq / SHARD)[tensor]}))
+    (awq / INDEX).write_text(json.dumps({"weight_map": {tensor: name}}))
+    (problem,) = refused(awq)
+    assert (problem.code, problem.file) == ("no-quantized-modules", INDEX)
+    assert f"it does not name {SHARD}. If the index is left over" in problem.message
+    assert problem.message.endswith(f"go by the files alone: --leave {INDEX}")
+
+
 def test_an_index_with_a_name_too_many_says_what_to_do(tmp_path: Path) -> None:
     awq = write_awq(tmp_path / "awq", shards=2)
     document = json.loads((awq / INDEX).read_text())
@@ -339,6 +354,9 @@ def test_an_index_with_a_name_too_many_says_what_to_do(tmp_path: Path) -> None:
     assert (problem.code, problem.file, problem.tensor) == ("missing-tensor", shard, "model.gone.weight")
     assert f"if the checkpoint is published so, go by the files alone: --leave {INDEX}" in problem.message
     result = convert(awq, tmp_path / "out", leave=[INDEX])
+    assert result.warnings[0].startswith(f"{INDEX} does not count, so all 2 .safetensors files of the folder are taken")
+    assert result.warnings[0].endswith("; the output gets an index")
+    assert result.warnings[1].endswith(f"{INDEX} ({(awq / INDEX).stat().st_size:,} bytes, as --leave says)")
     assert len(result.shards) == 2
     assert "model.gone.weight" not in json.loads((tmp_path / "out" / INDEX).read_text())["weight_map"]
     assert verify(awq, tmp_path / "out").kind == "conversion"
