@@ -38,8 +38,13 @@ def flag(document: Mapping[str, Any], key: str, place: str) -> bool:
 
 
 def method_of(document: Mapping[str, Any], place: str) -> str:
-    """Returns what the config calls its method; empty if it does not."""
-    return word(document, "quant_method", place) or word(document, "method", place)
+    """Returns what the config calls its method; empty if it does not.
+
+    The oldest ones of bitsandbytes do not, but no other tool has their keys.
+    """
+    said = word(document, "quant_method", place) or word(document, "method", place)
+    is_bitsandbytes = not said and any(document.get(key) is True for key in ("load_in_4bit", "load_in_8bit"))
+    return "bitsandbytes" if is_bitsandbytes else said
 
 
 def first_of(document: Mapping[str, Any], keys: Collection[str], place: str) -> Any:
@@ -52,7 +57,8 @@ def first_of(document: Mapping[str, Any], keys: Collection[str], place: str) -> 
     if not found:
         raise refuse("bad-config", f"the quantization config has none of {', '.join(keys)}", file=place)
     if len(set(map(repr, found.values()))) > 1:
-        raise refuse("contradiction", f"the quantization config says {printable(str(found))}", file=place)
+        said = ", but ".join(f"{key} is {printable(repr(value))}" for key, value in found.items())
+        raise refuse("contradiction", f"{said}; correct a copy of the config", file=place)
     return next(iter(found.values()))
 
 
@@ -66,14 +72,15 @@ def scheme_of(bits: Any, group_size: Any, zero_point: Any, place: str) -> Scheme
         raise refuse(
             "unsupported-bits",
             f"it is quantized to {printable(repr(bits))} bits; "
-            f"{' and '.join(map(str, AWQ_SUPPORTED_BITS))} are supported",
+            f"{' and '.join(map(str, AWQ_SUPPORTED_BITS))} are supported, so look for such a version of this model",
             file=place,
         )
     if type(group_size) is not int or group_size not in MARLIN_SUPPORTED_GROUP_SIZES:
         raise refuse(
             "unsupported-group-size",
             f"its group size is {printable(repr(group_size))}; "
-            f"{', '.join(map(str, MARLIN_SUPPORTED_GROUP_SIZES))} are supported",
+            f"{', '.join(map(str, MARLIN_SUPPORTED_GROUP_SIZES))} are supported, so look for such a version of this "
+            "model",
             file=place,
         )
     if not isinstance(zero_point, bool):

@@ -117,7 +117,7 @@ REFUSED: dict[str, tuple[Change, str, str, str]] = {
     "group_size_16": (say(group_size=16), "unsupported-group-size", "config.json", "16; -1, 32, 64, 128"),
     "no_bits": (say(remove=("bits",)), "bad-config", "config.json", "none of bits, w_bit"),
     "no_group_size": (say(remove=("group_size",)), "bad-config", "config.json", "none of group_size, q_group_size"),
-    "two_bits_said": (say(w_bit=8), "contradiction", "config.json", "'w_bit': 8"),
+    "two_bits_said": (say(w_bit=8), "contradiction", "config.json", "bits is 4, but w_bit is 8; correct"),
     "two_configs_that_differ": (
         old_config("quant_config.json", only=False, q_group_size=128),
         "contradiction",

@@ -42,6 +42,9 @@ CASES = {
     "bitsandbytes of 8 bits": (
         said(quant_method="bitsandbytes", load_in_8bit=True), DENSE, {}, ("bitsandbytes", 8, 0), "a bitsandbytes",
     ),
+    "bitsandbytes that does not say so": (
+        said(load_in_4bit=False, load_in_8bit=True), DENSE, {}, ("bitsandbytes", 8, 0), "a bitsandbytes checkpoint",
+    ),
     "FP8": (
         said(quant_method="fp8", weight_block_size=[128, 128]),
         {f"{LAYER}.weight": tensor("F8_E4M3", 8, 8), f"{LAYER}.weight_scale_inv": tensor("F32", 1, 1)},

@@ -189,7 +189,11 @@ def test_a_foreign_config_of_an_older_tool_is_told_of_beside_a_complete_one(awq,
 
 
 UNSUPPORTED = {
-    "3 bits": ({**AWQ, "bits": 3}, "unsupported-bits", "quantized to 3 bits; 4 and 8 are supported"),
+    "3 bits": (
+        {**AWQ, "bits": 3},
+        "unsupported-bits",
+        "to 3 bits; 4 and 8 are supported, so look for",
+    ),
     "2 bits": ({**AWQ, "bits": 2}, "unsupported-bits", "2 bits"),
     "bits as a string": ({**AWQ, "bits": "4"}, "unsupported-bits", "'4'"),
     "bits as a float": ({**AWQ, "bits": 4.0}, "unsupported-bits", "4.0"),
@@ -215,8 +219,8 @@ UNSUPPORTED = {
     "GEMV of 8 bits": ({**AWQ, "version": "gemv", "bits": 8}, "unsupported-bits", "AWQ gemv has 4 only"),
     "GEMV fast of 8 bits": ({**AWQ, "version": "gemv_fast", "bits": 8}, "unsupported-bits", "AWQ gemv_fast has 4 only"),
     "Marlin with zero points": ({**AWQ, "version": "marlin"}, "contradiction", "has no zero points"),
-    "two bits": ({**AWQ, "w_bit": 8}, "contradiction", "'bits': 4, 'w_bit': 8"),
-    "two group sizes": ({**AWQ, "q_group_size": 128}, "contradiction", "'group_size': 64, 'q_group_size': 128"),
+    "two bits": ({**AWQ, "w_bit": 8}, "contradiction", "bits is 4, but w_bit is 8; correct a copy"),
+    "two group sizes": ({**AWQ, "q_group_size": 128}, "contradiction", "group_size is 64, but q_group_size is 128"),
     "method a number": ({**AWQ, "quant_method": 0}, "bad-config", "quant_method must be a string, found 0"),
     "method a list": ({**AWQ, "quant_method": []}, "bad-config", "quant_method must be a string, found []"),
     "method false": ({**AWQ, "quant_method": False}, "bad-config", "quant_method must be a string"),
