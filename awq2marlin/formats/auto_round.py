@@ -54,6 +54,7 @@ class AutoRound(Gptq):
         data_type = word(document, "data_type", place) or "int"
         act_bits = document.get("act_bits")
         for wrong, what in (
+            (not packing, "its config does not say packing_format"),
             (packing not in _LAYOUTS, f"its packing_format is {printable(packing)!r}"),
             (not data_type.startswith("int"), f"its data_type is {printable(data_type)!r}"),
             (act_bits not in (None, 16, 32), f"its activations have act_bits {printable(repr(act_bits))}"),

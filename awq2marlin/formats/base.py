@@ -11,11 +11,13 @@ w[k, n] = (q[k, n] - z[k // g, n]) * s[k // g, n].
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import product
 from typing import Any, ClassVar
 
 import numpy as np
@@ -341,11 +343,15 @@ class Format(ABC):
             quantization: of the checkpoint.
         """
         del module
-        shapes = {part: self.shape(part, size_k, size_n, quantization.scheme) for part in self.suffixes}
-        for part, shape in {**shapes, "bias": (size_n,)}.items():
+        scheme = quantization.scheme
+        fits = _fitting_scheme(self, tensors, scheme)
+        said = f", as the config's {_kind(scheme)} and the module's other tensors mean"
+        said += f"; {_kind(fits)} would fit them all" if fits else ""
+        shapes = {part: (self.shape(part, size_k, size_n, scheme), said) for part in self.suffixes}
+        for part, (shape, why) in {**shapes, "bias": ((size_n,), " as the module's others say")}.items():
             tensor = tensors.get(part)
             if tensor is not None and tensor.shape != shape:
-                message = f"its shape is {list(tensor.shape)}, needed is {list(shape)} as the module's others say"
+                message = f"its shape is {list(tensor.shape)}, needed is {list(shape)}{why}"
                 yield tensor.name, "contradiction", message
 
     def loading(self, scheme: Scheme, place: str, ranks: Sequence[int] = (1,), unserved: str = "") -> str:  # noqa: ARG002
@@ -616,8 +622,31 @@ class _Kind:
 
     def __str__(self) -> str:
         """Returns it in words."""
-        groups = "one group" if -1 in self.group_sizes else f"groups of {min(self.group_sizes)}"
-        return f"{self.bits} bits in {groups}"
+        return _kind(Scheme(self.bits, min(self.group_sizes), zero_point=False))
+
+
+def _kind(scheme: Scheme) -> str:
+    """Returns bits and groups in words."""
+    groups = "one group" if scheme.group_size == -1 else f"groups of {scheme.group_size}"
+    return f"{scheme.bits} bits in {groups}"
+
+
+def _fitting_scheme(format: Format, tensors: Mapping[str, TensorInfo], scheme: Scheme) -> Scheme | None:
+    """Returns a scheme of other bits or groups that all shapes of a module agree with, if there is one.
+
+    Where several do, it is the one of the smallest groups.
+    """
+    found = {part: tensors[part] for part in format.suffixes if part in tensors}
+    for bits, group_size in product(AWQ_SUPPORTED_BITS, sorted(MARLIN_SUPPORTED_GROUP_SIZES, key=_rows_of_group)):
+        other = replace(scheme, bits=bits, group_size=group_size)
+        size_k, size_n = format.sizes(found, other)
+        if all(tensor.shape == format.shape(part, size_k, size_n, other) for part, tensor in found.items()):
+            return other
+    return None
+
+
+def _rows_of_group(group_size: int) -> float:
+    return math.inf if group_size == -1 else group_size
 
 
 def _type_faults(format: Format, found: Mapping[str, TensorInfo]) -> Iterator[Fault]:
@@ -639,6 +668,13 @@ def group_bytes(size_k: int, group_size: int) -> bytes:
         group_size: rows of a group; -1 for all.
     """
     return (np.arange(size_k, dtype="<i4") // (size_k if group_size == -1 else group_size)).astype("<i4").tobytes()
+
+
+#: What it means if rows are not in the order of their groups, and what to do.
+ORDERED_BY_ACTIVATIONS = (
+    "the rows of the weight are in another order (activation ordering), which is not converted; look for a version of "
+    "this model that was quantized without it"
+)
 
 
 def embedding_faults(module: str, tensor: TensorInfo) -> Iterator[Fault]:

@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from awq2marlin.errors import CheckpointError, Problem, printable, refuse
 from awq2marlin.formats.base import (
+    ORDERED_BY_ACTIVATIONS,
     DerivedTensor,
     Fault,
     Format,
@@ -39,8 +40,10 @@ _HEAD = "lm_head"
 
 #: What it means if a tensor that follows from a module's shape holds something else.
 _ODD_K = "K ends inside a word, or the shape is another than that of weight_packed; such a module is not converted"
-_ORDERED = "the rows of the weight are in another order (activation ordering), which is not converted"
-_ASYMMETRIC = "the config says symmetric, but the zero points are others"
+_ASYMMETRIC = (
+    "the config says symmetric (symmetric: true), but the zero points are not all in the middle; set it to false in a "
+    "copy of the config, if they count"
+)
 
 _STACKED = (
     "all experts of a layer are in this one tensor of three dimensions, which no loader has a place for; only experts "
@@ -194,7 +197,12 @@ class CompressedTensors(Format):
         derived = [
             DerivedTensor("weight_shape", "I64", (2,), partial(_shape_bytes, size_k, size_n), meaning=_ODD_K),
             DerivedTensor(
-                "weight_g_idx", "I32", (size_k,), partial(group_bytes, size_k, scheme.group_size), True, _ORDERED
+                "weight_g_idx",
+                "I32",
+                (size_k,),
+                partial(group_bytes, size_k, scheme.group_size),
+                True,
+                ORDERED_BY_ACTIVATIONS,
             ),
         ]
         if not scheme.zero_point:

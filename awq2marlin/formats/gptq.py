@@ -18,7 +18,15 @@ import numpy.typing as npt
 
 from awq2marlin.errors import CheckpointError, printable, refuse
 from awq2marlin.formats.awq import GPTQ_KEYS
-from awq2marlin.formats.base import DerivedTensor, Fault, Format, Quantization, embedding_faults, group_bytes
+from awq2marlin.formats.base import (
+    ORDERED_BY_ACTIVATIONS,
+    DerivedTensor,
+    Fault,
+    Format,
+    Quantization,
+    embedding_faults,
+    group_bytes,
+)
 from awq2marlin.formats.config import first_of, flag, method_of, scheme_of, word
 from awq2marlin.io.safetensors import TensorInfo
 from awq2marlin.layout.marlin import MAX_SIZE_N
@@ -32,8 +40,10 @@ from awq2marlin.layout.sequential import (
 )
 
 #: What it means if a tensor that follows from a module's shape holds something else.
-_ORDERED = "the rows of the weight are in another order (activation ordering), which is not converted"
-_ASYMMETRIC = "the config says symmetric (sym: true), but the zero points are not all in the middle"
+_ASYMMETRIC = (
+    "the config says symmetric (sym: true), but the zero points are not all in the middle; set sym to false in a copy "
+    "of the config, if they count"
+)
 
 _UNORDERED = "look for a version of this model that was quantized with desc_act: false"
 
@@ -113,7 +123,7 @@ class Gptq(Format):
     def derived(self, size_k: int, size_n: int, scheme: Scheme) -> Sequence[DerivedTensor]:
         """Returns the group of every row, which some tools write, and the zero points of a symmetric checkpoint."""
         groups = partial(group_bytes, size_k, scheme.group_size)
-        derived = [DerivedTensor("g_idx", "I32", (size_k,), groups, is_optional=True, meaning=_ORDERED)]
+        derived = [DerivedTensor("g_idx", "I32", (size_k,), groups, is_optional=True, meaning=ORDERED_BY_ACTIVATIONS)]
         if not scheme.zero_point:
             derived.append(self.middle_zero_points(size_k, size_n, scheme, _ASYMMETRIC))
         return derived

@@ -77,7 +77,8 @@ class Proven:
             at = int(np.argmax(found != expected)) if found.size == expected.size else min(found.size, expected.size)
             raise refuse(
                 "contradiction",
-                f"it does not hold what the module's shape implies (byte {at}), so the conversion could not be undone; "
+                f"it does not hold what the module's shape and the config mean (first at byte {at}), so the "
+                "conversion could not be undone; "
                 f"{self.meaning or 'the checkpoint is damaged or of another format'}",
                 file=self.file,
                 tensor=self.name,

@@ -319,6 +319,19 @@ def test_a_config_of_another_version_than_the_tensors_is_told_with_both(name, sa
     assert f"the tensors are those of {titles[shown]};" in problem.message
 
 
+@pytest.mark.parametrize(("version", "size"), [("gemv", 32), ("gemv_fast", 32), ("marlin", 32)])
+def test_groups_that_the_config_says_wrongly_are_told_with_those_that_fit(version, size, tmp_path):
+    shutil.copytree(checkpoint(f"{version}_g64"), tmp_path / "source")
+    document = peers.read_config(tmp_path / "source")
+    document["quantization_config"] |= {"group_size": size}
+    (tmp_path / "source" / "config.json").write_text(json.dumps(document), "utf-8")
+    with pytest.raises(CheckpointError) as caught:
+        inspect(tmp_path / "source")
+    for problem in caught.value.problems:
+        assert f"as the config's 4 bits in groups of {size} and the module's other tensors mean" in problem.message
+        assert problem.message.endswith("; 4 bits in groups of 64 would fit them all")
+
+
 def test_a_changed_zero_point_is_found_by_its_place(tmp_path):
     scale = peers.read_tensors(checkpoint("gemv_fast_g64"))[f"{O_PROJ}.scales"][1][1, 7]
     zero = int(numbers("gemv_fast_g64")[O_PROJ].zeros[1, 7])

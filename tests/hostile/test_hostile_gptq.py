@@ -75,7 +75,7 @@ UNCONVERTIBLE: dict[str, tuple[str, Callable[[Config], Any], str, str]] = {
     "a format that is none": (GPTQ, says(checkpoint_format=[]), "bad-config", "checkpoint_format must be a string"),
     "a packing to come": (AUTO, says(packing_format="auto_round:new"), "foreign-format", "'auto_round:new'"),
     "llm-compressor's": (AUTO, says(packing_format="auto_round:llm_compressor"), "foreign-format", "llm_compressor"),
-    "no packing": (AUTO, lambda config: config.pop("packing_format"), "foreign-format", "its packing_format is ''"),
+    "no packing": (AUTO, lambda config: config.pop("packing_format"), "foreign-format", "does not say packing_format."),
     "a packing of escapes": (AUTO, says(packing_format=NASTY), "foreign-format", r"x1b[31m"),
     "floats": (AUTO, says(data_type="mx_fp"), "foreign-format", "its data_type is 'mx_fp'"),
     "activations": (AUTO, says(act_bits=8), "foreign-format", "act_bits 8"),
@@ -253,11 +253,32 @@ def test_a_config_that_names_the_other_layout_is_told_with_both_sides(tmp_path: 
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"bits": 8}, "the config's 8 bits in groups of 64"),
+        ({"group_size": 128}, "the config's 4 bits in groups of 128"),
+        ({"group_size": -1}, "the config's 4 bits in one group"),
+    ],
+)
+def test_bits_and_groups_that_the_tensors_contradict_are_told_with_both_sides(source, tmp_path, run, change, said):
+    set_config(source, says(**change))
+    outcome = run("convert", source, tmp_path / "out")
+    assert outcome.codes == {"contradiction"}
+    assert said in outcome.err
+    assert "; 4 bits in groups of 64 would fit them all" in outcome.err
+    assert not (tmp_path / "out").exists()
+
+
 # --- what only the data tells ----------------------------------------------------------------------------------------
 
 
 LIES: dict[str, tuple[Callable[[Tensors], Any], str, str]] = {
-    "an order": (_put(f"{DOWN}.g_idx", "I32", np.arange(128)[::-1] // 64), f"{DOWN}.g_idx", "activation ordering"),
+    "an order": (
+        _put(f"{DOWN}.g_idx", "I32", np.arange(128)[::-1] // 64),
+        f"{DOWN}.g_idx",
+        "look for a version of",
+    ),
     "one row elsewhere": (_put(f"{DOWN}.g_idx", "I32", [1] + 63 * [0] + 64 * [1]), f"{DOWN}.g_idx", "byte 0"),
     "a group that is none": (_put(f"{DOWN}.g_idx", "I32", 127 * [0] + [-1]), f"{DOWN}.g_idx", "activation ordering"),
 }
@@ -273,7 +294,7 @@ def test_rows_in_another_order_are_refused_by_name(source: Path, tmp_path: Path,
 
 
 SYMMETRIC = {
-    "gptq/gptqmodel_v1_w8_sym_channel": "sym: true",
+    "gptq/gptqmodel_v1_w8_sym_channel": "set sym to false in a copy of the config, if they count",
     "gptq/gptqmodel_v2_w4_sym_g32": "sym: true",
     "auto_round/gptq_w4_sym_g32": "sym: true",
     "auto_round/awq_w4_sym_g64": "sym: true",
