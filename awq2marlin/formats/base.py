@@ -344,15 +344,19 @@ class Format(ABC):
         """
         del module
         scheme = quantization.scheme
-        fits = _fitting_scheme(self, tensors, scheme)
-        said = f", as the config's {_kind(scheme)} and the module's other tensors mean"
-        said += f"; {_kind(fits)} would fit them all" if fits else ""
-        shapes = {part: (self.shape(part, size_k, size_n, scheme), said) for part in self.suffixes}
-        for part, (shape, why) in {**shapes, "bias": ((size_n,), " as the module's others say")}.items():
+        shapes = {part: self.shape(part, size_k, size_n, scheme) for part in self.suffixes}
+        for part, shape in {**shapes, "bias": (size_n,)}.items():
             tensor = tensors.get(part)
             if tensor is not None and tensor.shape != shape:
+                why = " as the module's others say" if part == "bias" else self._why_that_shape(tensors, scheme)
                 message = f"its shape is {list(tensor.shape)}, needed is {list(shape)}{why}"
                 yield tensor.name, "contradiction", message
+
+    def _why_that_shape(self, tensors: Mapping[str, TensorInfo], scheme: Scheme) -> str:
+        """Returns who says what shape a tensor needs, and which bits and groups would fit instead."""
+        fits = _fitting_scheme(self, tensors, scheme)
+        advice = f"; {_kind(fits)} would fit them all" if fits else ""
+        return f", as the config's {_kind(scheme)} and the module's other tensors mean{advice}"
 
     def loading(self, scheme: Scheme, place: str, ranks: Sequence[int] = (1,), unserved: str = "") -> str:  # noqa: ARG002
         """Returns how an output is loaded, in Markdown, for its model card.
