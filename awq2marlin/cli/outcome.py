@@ -181,9 +181,10 @@ def _grouped(problems: Sequence[Problem]) -> Iterator[str]:
     alike: dict[tuple[str, str], list[Problem]] = {}
     for problem in problems:
         alike.setdefault((pattern(problem.tensor) or problem.file, problem.message), []).append(problem)
-    for (name, _), group in alike.items():
-        first = group[0]
-        yield str(first) if len(group) == 1 else f"{replace(first, file='', tensor=name)} ({len(group)} of them)"
+    for group in alike.values():
+        first, files = group[0], {problem.file for problem in group}
+        common = replace(first, tensor=pattern(first.tensor), file=first.file if len(files) == 1 else "")
+        yield str(first) if len(group) == 1 else f"{common} ({len(group)} of them)"
 
 
 def tell_usage_error(message: str, command: str, as_json: bool) -> int:

@@ -457,8 +457,8 @@ def test_what_all_layers_have_in_common_is_told_once(capsys: pytest.CaptureFixtu
     lines = err.splitlines()
     assert lines[0] == "error: 11 problems:"
     assert [line.partition(": unaligned")[0] for line in lines[1:]] == [
-        "model.layers.*.mlp.gate_proj",
-        "model.layers.*.mlp.up_proj",
+        "model.safetensors: model.layers.*.mlp.gate_proj",
+        "model.safetensors: model.layers.*.mlp.up_proj",
         "model.safetensors: model.layers.7.q_proj",
     ]
     assert [line.endswith(" (5 of them)") for line in lines[1:]] == [True, True, False]

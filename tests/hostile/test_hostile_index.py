@@ -135,11 +135,20 @@ def test_tensors_must_lie_where_the_index_says(tmp_path, run) -> None:
 
 
 def test_missing_tensors_are_all_named_sorted_and_capped(awq, run) -> None:
-    weight_map = dict.fromkeys([*unpack_tensors(awq / SHARD), *(f"gone.{i:03}" for i in range(100))], SHARD)
+    weight_map = dict.fromkeys([*unpack_tensors(awq / SHARD), *(f"gone{i:03}" for i in range(100))], SHARD)
     (awq / INDEX).write_text(json.dumps({"weight_map": weight_map}))
     outcome = run("inspect", awq)
-    outcome.refused("missing-tensor", "100 problems", "gone.000: the index says", "... and 80 more", file=SHARD)
-    assert [error["tensor"] for error in outcome.report["errors"]] == [f"gone.{i:03}" for i in range(100)]
+    outcome.refused("missing-tensor", "100 problems", "gone000: the index says", "... and 80 more", file=SHARD)
+    assert [error["tensor"] for error in outcome.report["errors"]] == [f"gone{i:03}" for i in range(100)]
+
+
+def test_tensors_of_many_layers_that_are_missing_are_told_in_one_line(awq, run) -> None:
+    weight_map = dict.fromkeys([*unpack_tensors(awq / SHARD), *(f"layers.{i}.gone" for i in range(100))], SHARD)
+    (awq / INDEX).write_text(json.dumps({"weight_map": weight_map}))
+    outcome = run("inspect", awq)
+    outcome.refused("missing-tensor", "100 problems", f"{SHARD}: layers.*.gone: the index says", " (100 of them)")
+    assert len(outcome.err.splitlines()) == 2
+    assert len(outcome.report["errors"]) == 100
 
 
 def test_a_tensor_in_two_shards_is_refused_unless_the_index_says_which_counts(tmp_path, run) -> None:
