@@ -59,7 +59,7 @@ def open_index(
         known: headers that were read already.
 
     Returns:
-        The headers, and oddities.
+        The headers, and oddities. Without an index a file that holds no tensor is no shard, as no index would name it.
 
     Raises:
         CheckpointError: if a header is malformed, or the files cannot be one checkpoint.
@@ -74,7 +74,7 @@ def open_index(
     headers = {name: known[name] if name in known else read[name] for name in shards}
     if weight_map is None:
         _refuse_clash(headers)
-        return TensorIndex(headers), []
+        return TensorIndex({name: header for name, header in headers.items() if header.tensors} or headers), []
     _refuse_contradictions(headers, weight_map)
     index = index_of(headers, weight_map, format)
     return index, [*_unlisted(index), *_copies(index)]
@@ -219,7 +219,9 @@ def converted_index(
 
 
 def target_weight_map(source: TensorIndex, target: Mapping[str, Header], counterparts: Counterparts) -> dict[str, str]:
-    """Returns the file of every converted tensor that counts: the one whose source counts.
+    """Returns the file of every converted tensor that counts: the one whose source counts, or which the index names.
+
+    It may name tensors that are set aside; a file that holds no others would be no shard without them.
 
     Args:
         source: the source's tensors.
@@ -232,5 +234,5 @@ def target_weight_map(source: TensorIndex, target: Mapping[str, Header], counter
         name: shard
         for shard, header in source.headers.items()
         for place, name in counterparts.names(shard, header)
-        if source.counts(shard, place)
+        if source.counts(shard, place) or source.weight_map.get(place) == shard
     }

@@ -125,10 +125,11 @@ def open_checkpoint(
     format, quantization, warnings = read_quantization(folder, config)
     files = sort_files(folder, choice)
     index, oddities = open_index(folder, files.shards, files.weight_map, format, known)
-    _refuse_clash([*OWN_FILENAMES, *files.shards, files.card or CARD_FILENAME], files.side_files)
-    for name in files.side_files:
+    side_files = [*files.side_files, *sorted(set(files.shards) - index.headers.keys())]
+    _refuse_clash([*OWN_FILENAMES, *index.headers, files.card or CARD_FILENAME], side_files)
+    for name in side_files:
         folder.check(name)  # refuses what leads out of the folder before anything is written
-    carried = files.side_files
+    carried = side_files
     if files.card is not None:
         _refuse_long_card(folder, files.card)
         carried = [*carried, files.card]
@@ -139,7 +140,7 @@ def open_checkpoint(
         quantization,
         index,
         files.weight_map is not None,
-        tuple(files.side_files),
+        tuple(side_files),
         files.card,
         files.left_behind,
         files.left_behind_bytes,

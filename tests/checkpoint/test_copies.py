@@ -156,6 +156,21 @@ def test_a_shard_that_was_taken_over_may_hold_the_weight_of_a_quantized_module(
     assert files_of(tmp_path / "back") == files_of(folder)
 
 
+def test_a_shard_of_which_no_tensor_counts_stays_one_where_the_tensors_get_other_names(
+    parts: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    folder, tensors = parts
+    old = {f"{MODULE}.weight": zeros("F8_E4M3", 64, 128)}
+    write(folder, old, tensors, {**dict.fromkeys(old, BASE), **dict.fromkeys(tensors, OVERLAY)})
+    convert(folder, tmp_path / "out", to="compressed-tensors")
+    assert json.loads((tmp_path / "out" / INDEX).read_text())["weight_map"][f"{MODULE}.weight"] == BASE
+    assert verify(folder, tmp_path / "out").kind == "conversion"
+    revert(tmp_path / "out", tmp_path / "back")
+    assert files_of(tmp_path / "back") == files_of(folder)
+    convert(tmp_path / "out", tmp_path / "marlin")
+    assert verify(tmp_path / "out", tmp_path / "marlin").kind == "conversion"
+
+
 def test_a_module_whose_weight_counts_is_none(parts: tuple[Path, dict[str, Any]], tmp_path: Path) -> None:
     folder, tensors = parts
     counts = {name: BASE for name in tensors if MODULE not in name} | {f"{MODULE}.weight": OVERLAY}

@@ -262,6 +262,16 @@ def test_a_stranger_s_file_beside_an_output_without_an_index_is_no_shard(awq: Pa
     assert files_of(tmp_path / "back") == files_of(awq)
 
 
+def test_a_file_without_tensors_is_no_shard_where_no_index_names_it(awq: Path, tmp_path: Path) -> None:
+    (awq / "a.safetensors").write_bytes(pack_tensors({}))
+    result = convert(awq, tmp_path / "out")
+    assert ([*result.shards], "a.safetensors" in result.files) == ([SHARD], True)
+    assert {*json.loads((tmp_path / "out" / INDEX).read_text())["weight_map"].values()} == {SHARD}
+    assert verify(awq, tmp_path / "out").kind == "conversion"
+    revert(tmp_path / "out", tmp_path / "back")
+    assert files_of(tmp_path / "back") == files_of(awq)
+
+
 def test_weights_of_which_there_is_no_other_form_are_the_checkpoint(awq: Path, tmp_path: Path) -> None:
     (awq / SHARD).rename(awq / "consolidated.safetensors")
     assert [*convert(awq, tmp_path / "out").shards] == ["consolidated.safetensors"]
