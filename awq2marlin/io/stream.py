@@ -1,6 +1,6 @@
 """One pass over a file: read, rewrite, digest and write it piece by piece, by several threads at once.
 
-The pieces are taken in order by whichever thread is free. Each is read, rewritten, written, and then waits for its
+The pieces are taken in order by whichever thread is free. Each is read, rewritten, and then waits for its
 turn at the digests, so that these see both files from the first byte to the last whatever the number of
 threads. Memory is two buffers a thread, and one for all of them where pieces need what several others read. Nothing
 here knows of AWQ or Marlin.
@@ -211,12 +211,14 @@ class _Rewriter:
                 _read_exactly(source, piece.read[0], found, self._source.name)
             if piece.rewrite is not None:
                 piece.rewrite(found, made)
-            if piece.write[1]:
-                _write_exactly(target, piece.write[0], made)
-                _start_writing_back(target, *piece.write)
-            with self._turnstile.turn(index):  # whoever comes next may use the buffer
+            from_shared = piece.step is not None and piece.rewrite is None  # whoever comes next may fill it again
+            if from_shared:
+                _write(target, piece, made)
+            with self._turnstile.turn(index):
                 _update(self._source_hashes, found[: piece.read[1]])
                 _update(self._target_hashes, made[: piece.write[1]])
+            if not from_shared:  # so that nobody waits for the disk
+                _write(target, piece, made)
             if self.progress is not None:
                 self.progress(piece.read[1])
 
@@ -301,6 +303,13 @@ def _write_exactly(stream: BinaryIO, offset: int, buffer: Bytes) -> None:
     view = buffer.data
     while view:
         view = view[stream.write(view) :]
+
+
+def _write(target: BinaryIO, piece: Piece, made: Bytes) -> None:
+    """Writes what a piece has made, if anything."""
+    if piece.write[1]:
+        _write_exactly(target, piece.write[0], made)
+        _start_writing_back(target, *piece.write)
 
 
 def _start_writing_back(stream: BinaryIO, offset: int, length: int) -> None:
