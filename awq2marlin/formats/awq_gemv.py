@@ -16,9 +16,9 @@ import numpy as np
 import numpy.typing as npt
 
 from awq2marlin.formats.awq import Awq
-from awq2marlin.formats.base import Fault, Quantization
+from awq2marlin.formats.base import Fault, Quantization, no_size
 from awq2marlin.io.safetensors import TensorInfo
-from awq2marlin.layout.marlin import MARLIN_SUPPORTED_GROUP_SIZES, MAX_SIZE_N, num_groups
+from awq2marlin.layout.marlin import MARLIN_SUPPORTED_GROUP_SIZES, num_groups
 from awq2marlin.layout.repack import PartLayout
 from awq2marlin.layout.scheme import Scheme
 from awq2marlin.layout.transposed import TransposedCodes, TransposedScales
@@ -49,8 +49,8 @@ def shown_groups(size_k: int, stored: int, scheme: Scheme) -> int | None:
 
 def size_fault(size_k: int, size_n: int, multiple_k: int, scheme: Scheme) -> str:
     """Returns why a layout of 4 bits that has no padding but for groups cannot be of a size; empty if it can."""
-    if size_k == 0 or size_n == 0 or size_n > MAX_SIZE_N:
-        return f"K={size_k}, N={size_n} is empty or has more than {MAX_SIZE_N} columns"
+    if reason := no_size(size_k, size_n):
+        return reason
     if size_k % multiple_k or size_n % _FACTOR:
         return f"K={size_k}, N={size_n} are no multiples of {multiple_k} and {_FACTOR}"
     if scheme.group_size != -1 and size_k % scheme.group_size:

@@ -12,10 +12,10 @@ from typing import Any, ClassVar
 
 from awq2marlin.errors import refuse
 from awq2marlin.formats.awq import Awq
-from awq2marlin.formats.base import Fault, Quantization
+from awq2marlin.formats.base import Fault, Quantization, no_size
 from awq2marlin.formats.marlin_tensors import MarlinTensors
 from awq2marlin.io.safetensors import TensorInfo
-from awq2marlin.layout.marlin import GPTQ_MARLIN_TILE, MARLIN_TILE_N, MAX_SIZE_N
+from awq2marlin.layout.marlin import GPTQ_MARLIN_TILE, MARLIN_TILE_N
 from awq2marlin.layout.scheme import Scheme
 
 
@@ -54,14 +54,18 @@ class AwqMarlin(MarlinTensors, Awq):
         self, module: str, tensors: Mapping[str, TensorInfo], size_k: int, size_n: int, quantization: Quantization
     ) -> Iterator[Fault]:
         """Yields a size that is none, and what contradicts ``qweight`` or the config."""
-        group_size = quantization.group_size
-        if size_k == 0 or size_n == 0 or size_n > MAX_SIZE_N:
-            reason = f"K={size_k}, N={size_n} is empty or has more than {MAX_SIZE_N} columns"
-        elif size_k % GPTQ_MARLIN_TILE or size_n % MARLIN_TILE_N:
-            reason = f"K={size_k}, N={size_n} are not whole tiles of {GPTQ_MARLIN_TILE} by {MARLIN_TILE_N}"
-        elif group_size != -1 and size_k % group_size:
-            reason = f"K={size_k} is not a multiple of the group size {group_size}"
-        else:
-            yield from super().faults(module, tensors, size_k, size_n, quantization)
+        if reason := _size_fault(size_k, size_n, quantization.group_size):
+            yield tensors["qweight"].name, "wrong-shape", reason
             return
-        yield tensors["qweight"].name, "wrong-shape", reason
+        yield from super().faults(module, tensors, size_k, size_n, quantization)
+
+
+def _size_fault(size_k: int, size_n: int, group_size: int) -> str:
+    """Returns why the layout, which has no padding, cannot be of a size; empty if it can."""
+    if reason := no_size(size_k, size_n):
+        return reason
+    if size_k % GPTQ_MARLIN_TILE or size_n % MARLIN_TILE_N:
+        return f"K={size_k}, N={size_n} are not whole tiles of {GPTQ_MARLIN_TILE} by {MARLIN_TILE_N}"
+    if group_size != -1 and size_k % group_size:
+        return f"K={size_k} is not a multiple of the group size {group_size}"
+    return ""

@@ -26,7 +26,7 @@ import numpy.typing as npt
 from awq2marlin.errors import CheckpointError, Problem, printable, refuse
 from awq2marlin.io.safetensors import TensorIndex, TensorInfo
 from awq2marlin.layout.derived import middle_zero_points
-from awq2marlin.layout.marlin import MARLIN_SUPPORTED_GROUP_SIZES, num_groups
+from awq2marlin.layout.marlin import MARLIN_SUPPORTED_GROUP_SIZES, MAX_SIZE_N, num_groups
 from awq2marlin.layout.modules import QUANTIZED_PARTS, SCALE_DTYPES, Linear, module_name
 from awq2marlin.layout.packing import AWQ_SUPPORTED_BITS
 from awq2marlin.layout.repack import PartLayout
@@ -690,6 +690,18 @@ def embedding_faults(module: str, tensor: TensorInfo) -> Iterator[Fault]:
     """
     if module.rpartition(".")[2] in _EMBEDDINGS:
         yield tensor.name, "foreign-format", "this is a quantized embedding; only linear layers are converted"
+
+
+def no_size(size_k: int, size_n: int) -> str:
+    """Returns why no module can be of a size, in words; empty if one can.
+
+    Args:
+        size_k: K.
+        size_n: N.
+    """
+    if size_k == 0 or size_n == 0 or size_n > MAX_SIZE_N:
+        return f"K={size_k}, N={size_n} is empty or has more than {MAX_SIZE_N} columns"
+    return ""
 
 
 def require_modules(modules: Mapping[str, Linear], problems: Sequence[Problem], quantization: Quantization) -> None:

@@ -26,10 +26,10 @@ from awq2marlin.formats.base import (
     StoredModule,
     embedding_faults,
     group_bytes,
+    no_size,
 )
 from awq2marlin.formats.config import method_of, scheme_of, word
 from awq2marlin.io.safetensors import TensorIndex, TensorInfo
-from awq2marlin.layout.marlin import MAX_SIZE_N
 from awq2marlin.layout.repack import PartLayout
 from awq2marlin.layout.scheme import Scheme
 from awq2marlin.layout.transposed import SignedZeroPoints, TransposedCodes, TransposedScales, TransposedZeroPoints
@@ -217,8 +217,8 @@ class CompressedTensors(Format):
         if embedding := list(embedding_faults(module, packed)):
             yield from embedding
             return
-        if size_k == 0 or size_n == 0 or size_n > MAX_SIZE_N:
-            yield packed.name, "wrong-shape", f"K={size_k}, N={size_n} is empty or has more than {MAX_SIZE_N} columns"
+        if reason := no_size(size_k, size_n):
+            yield packed.name, "wrong-shape", reason
             return
         yield from super().faults(module, tensors, size_k, size_n, quantization)
 

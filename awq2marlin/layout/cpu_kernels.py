@@ -143,7 +143,7 @@ def _swap(word: Any, shift: Any, mask: Any) -> Any:
 
 @njit(forceinline=True)
 def _smaller(one: Any, other: Any) -> Any:
-    """Returns the smaller; Python's own would leave code that may raise, which needs Python's libraries."""
+    """Returns the smaller; ``other`` where they cannot be compared."""
     return one if one < other else other
 
 
