@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 
 import awq2marlin
 from awq2marlin.checkpoint.manifest import Manifest, ManifestShard, SourceCard
@@ -117,8 +118,10 @@ def test_relative_links_resolve(path):
 
 def _options() -> dict[str, set[str]]:
     """The options of every command, as its ``--help`` shows them."""
-    commands = {"": app, **app.commands}
-    help_names = set(app.context_settings["help_option_names"])
+    group = typer.main.get_command(app)
+    assert hasattr(group, "commands")
+    commands = {"": group, **group.commands}
+    help_names = set(group.context_settings["help_option_names"])
     return {
         name: help_names | {option for each in command.params for option in each.opts if option.startswith("-")}
         for name, command in commands.items()

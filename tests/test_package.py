@@ -68,7 +68,7 @@ def test_importing_the_package_imports_no_torch_numpy_or_numba():
     out = run_python(
         "import sys, awq2marlin\n"
         "dir(awq2marlin), awq2marlin.__version__\n"
-        "print([name for name in ('torch', 'numpy', 'numba', 'click', 'safetensors') if name in sys.modules])\n"
+        "print([name for name in ('torch', 'numpy', 'numba', 'typer', 'safetensors') if name in sys.modules])\n"
         "print([name for name in sys.modules if name.startswith('awq2marlin.')])"
     )
     assert out.splitlines() == ["[]", "['awq2marlin._version']"]

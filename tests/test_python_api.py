@@ -19,7 +19,7 @@ def in_a_fresh_process(code: str) -> str:
 
 
 def test_importing_the_package_imports_no_torch_numpy_or_numba() -> None:
-    code = "import awq2marlin; print(sorted({'torch', 'numpy', 'numba', 'click', 'rich'} & set(sys.modules)))"
+    code = "import awq2marlin; print(sorted({'torch', 'numpy', 'numba', 'typer', 'rich'} & set(sys.modules)))"
     assert in_a_fresh_process(code) == "[]\n"
 
 

@@ -1,7 +1,7 @@
 """The commands: each reads its arguments and calls the library. No logic of its own.
 
-What a command needs is imported when it runs, so that ``awq2marlin --help`` is instant. Its options are made of all
-arguments that it does not name itself, so that a new one is not forgotten on the way.
+What a command needs is imported when it runs, so that ``awq2marlin --help`` is instant. Its options are made of its
+``locals()``, all arguments by name, so that a new one is not forgotten on the way.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-import click
+import typer
 
 from awq2marlin._version import __version__
 from awq2marlin.cli import options as opt
@@ -32,50 +32,63 @@ if TYPE_CHECKING:
     #: What a run would read, and the folders that it would write.
     _Folders = tuple[Sequence[Path | HubName], Sequence[Path]]
 
-
-class _InOrder(click.Group):
-    """Commands that the help lists as they stand here, the most used first."""
-
-    def list_commands(self, _context: click.Context) -> list[str]:
-        return [*self.commands]
-
-
-@click.group(
-    cls=_InOrder,
-    invoke_without_command=True,
-    subcommand_metavar="COMMAND [ARGS]...",
+app = typer.Typer(
+    name="awq2marlin",
     help="Convert quantized checkpoints to the Marlin layout: offline, streamed, verified, reversible byte for byte.",
     epilog="Exit codes: 0 done, 1 failed or refused, 2 usage, 3 a difference was found, 130 interrupted, "
     "143 terminated.",
-    context_settings={
-        "help_option_names": ["-h", "--help"],
-        "max_content_width": 100,
-        "show_default": True,
-    },
+    add_completion=False,
+    rich_markup_mode=None,  # which would take [@revision] for markup, and hide it
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
 )
-@opt.flag("--version", "Print the version and exit.")
-@click.pass_context
-def app(context: click.Context, version: bool) -> None:
-    """The command line."""
+
+#: The common base of the command line parser's usage errors.
+_UsageError: type[Exception] = typer.BadParameter.__mro__[1]
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+) -> None:
     if version:
         print(f"awq2marlin {__version__}", flush=True)
-        context.exit()
+        raise typer.Exit
     if context.invoked_subcommand is None:
         print(context.get_help(), flush=True)
-        context.exit(EXIT_USAGE)
+        raise typer.Exit(EXIT_USAGE)
 
 
 @app.command()
-@opt.source
-@click.argument(
-    "output", required=False, type=opt.path, help="Folder to write; by default ./<name>-marlin, or -awq or -ct."
-)
-@opt.flag("--dry-run", "Print the whole plan and write nothing.")
-@opt.conversion(
-    click.option("--push-to", metavar="ORG/NAME", help="Repository of the Hub that gets the result; made if needed.")
-)
-@opt.telling
-def convert(source: str, output: Path | None, dask: str | None, quiet: bool, as_json: bool, **given: Any) -> None:
+def convert(
+    source: opt.Source,
+    output: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="OUTPUT", parser=opt.path, help="Folder to write; by default ./<name>-marlin, or -awq or -ct."
+        ),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the whole plan and write nothing.")] = False,
+    to: opt.To = ConvertOptions.to,
+    unaligned: opt.Unaligned = ConvertOptions.unaligned,
+    workers: opt.Workers = None,
+    overwrite: opt.Overwrite = False,
+    verify: opt.Verify = ConvertOptions.verify,
+    device: opt.Device = None,
+    low_disk: opt.LowDisk = False,
+    carry: opt.Carry = opt.NO_PATTERNS,
+    leave: opt.Leave = opt.NO_PATTERNS,
+    follow_links: opt.FollowLinks = False,
+    push_to: opt.PushTo = None,
+    private: opt.Private = False,
+    revision: opt.Revision = None,
+    create_pr: opt.CreatePr = False,
+    commit_message: opt.CommitMessage = None,
+    dask: opt.Dask = None,
+    quiet: opt.Quiet = False,
+    as_json: opt.Json = False,
+) -> None:
     """Convert a checkpoint to Marlin's layout, or to another format.
 
     It reads AWQ, GPTQ, AutoRound, compressed-tensors and Marlin-native checkpoints, and writes AWQ, compressed-tensors
@@ -83,64 +96,67 @@ def convert(source: str, output: Path | None, dask: str | None, quiet: bool, as_
 
     If interrupted, run it again to continue.
     """
-    options = opt.made(ConvertOptions, given)
+    options = opt.made(ConvertOptions, locals())
 
     def work(progress: Progress | None) -> Any:
         from awq2marlin.commands.convert import convert
 
         folders = partial(_of_one_run, source, output)
-        with _executor(None if options.dry_run else dask, folders, progress) as executor:
+        with _executor(None if dry_run else dask, folders, progress) as executor:
             return convert(source, output, **vars(options), executor=executor, progress=progress)
 
     run("convert", work, [source, output or ""], quiet, as_json)
 
 
 @app.command()
-@click.argument(
-    "file",
-    help="One source a line, or YAML, JSON or JSONL with options for each item (.yaml, .jsonl); - for a list "
-    "of sources on standard input.",
-)
-@click.option("--out-dir", metavar="DIR", type=Path, help="Folder for the outputs; by default the working directory.")
-@click.option(
-    "--jobs",
-    metavar="N",
-    type=click.IntRange(1, 256),
-    default=1,
-    help="Conversions at the same time; they share --workers.",
-)
-@opt.part
-@opt.flag("--retry-failed", "Try again what failed in an earlier run.")
-@click.option(
-    "--record",
-    metavar="FILE",
-    type=Path,
-    help="JSONL file that records the result of each item; by default FILE.record.jsonl.",
-)
-@opt.flag("--dry-run", "Plan every item and write nothing.")
-@opt.conversion(
-    click.option(
-        "--push-to",
-        metavar="ORG",
-        help="Send every result to the Hub, to a repository under this owner, named like the output folder.",
-    )
-)
-@opt.telling
 def batch(
-    file: str,
-    out_dir: Path | None,
-    jobs: int,
-    part: tuple[int, int] | None,
-    retry_failed: bool,
-    record: Path | None,
-    dry_run: bool,
-    workers: int | None,
-    dask: str | None,
-    quiet: bool,
-    as_json: bool,
-    **of_items: Any,
+    file: Annotated[
+        Path,
+        typer.Argument(
+            metavar="FILE",
+            help="One source a line, or YAML, JSON or JSONL with options for each item (.yaml, .jsonl); - for a list "
+            "of sources on standard input.",
+        ),
+    ],
+    out_dir: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Folder for the outputs; by default the working directory.")
+    ] = None,
+    jobs: Annotated[int, typer.Option(min=1, max=256, help="Conversions at the same time; they share --workers.")] = 1,
+    part: opt.Part = None,
+    retry_failed: Annotated[
+        bool, typer.Option("--retry-failed", help="Try again what failed in an earlier run.")
+    ] = False,
+    record: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE", help="JSONL file that records the result of each item; by default FILE.record.jsonl."
+        ),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Plan every item and write nothing.")] = False,
+    to: opt.To = ConvertOptions.to,
+    unaligned: opt.Unaligned = ConvertOptions.unaligned,
+    workers: opt.Workers = None,
+    overwrite: opt.Overwrite = False,
+    verify: opt.Verify = ConvertOptions.verify,
+    device: opt.Device = None,
+    low_disk: opt.LowDisk = False,
+    carry: opt.Carry = opt.NO_PATTERNS,
+    leave: opt.Leave = opt.NO_PATTERNS,
+    follow_links: opt.FollowLinks = False,
+    push_to: opt.PushAllTo = None,
+    private: opt.Private = False,
+    revision: opt.Revision = None,
+    create_pr: opt.CreatePr = False,
+    commit_message: opt.CommitMessage = None,
+    dask: opt.Dask = None,
+    quiet: opt.Quiet = False,
+    as_json: opt.Json = False,
 ) -> None:
     """Convert many checkpoints; one failure stops no other. Run again, it does only what is left."""
+    given = locals()
+    from awq2marlin.batch.file import OPTIONS
+
+    of_items = {name: given[name] for name in OPTIONS if name in given and name != "workers"}
     opt.made(ConvertOptions, {name: value for name, value in of_items.items() if name not in ABOUT_TARGET})
 
     def work(progress: Progress | None) -> Any:
@@ -151,8 +167,8 @@ def batch(
         from awq2marlin.cli.text import print_failures
 
         of_list = {"out_dir": out_dir, "part": part, **of_items}
-        sources = lines_of(sys.stdin.buffer, "standard input") if file == "-" else Path(file)
-        if progress is not None and file == "-" and record is None and not dry_run:
+        sources = lines_of(sys.stdin.buffer, "standard input") if str(file) == "-" else file
+        if progress is not None and sources is not file and record is None and not dry_run:
             progress.note("no record is kept of what becomes of a list from standard input; --record FILE keeps one")
         with _executor(None if dry_run else dask, partial(batch_folders, sources, **of_list), progress) as executor:
             result = convert_many(
@@ -174,26 +190,31 @@ def batch(
 
 
 @app.command()
-@opt.source
-@click.argument("output", help="Its conversion, or any other checkpoint: folder or Hub repository, as for SOURCE.")
-@opt.modules
-@opt.layers
-@opt.workers
-@opt.device
-@click.option("--plot", metavar="FILE.png", type=Path, help="With --device: plot the GEMM error per layer.")
-@opt.follow_links
-@click.option("--report", metavar="FILE.html", type=Path, help="Write what was compared and found as one page.")
-@opt.telling
 def verify(
-    source: str, output: str, plot: Path | None, report: Path | None, quiet: bool, as_json: bool, **given: Any
+    source: opt.Source,
+    output: Annotated[
+        str,
+        typer.Argument(
+            metavar="OUTPUT", help="Its conversion, or any other checkpoint: folder or Hub repository, as for SOURCE."
+        ),
+    ],
+    modules: opt.Modules = None,
+    layers: opt.Layers = VerifyOptions.layers,
+    workers: opt.Workers = None,
+    device: opt.Device = None,
+    plot: opt.Picture = None,
+    follow_links: opt.FollowLinks = False,
+    report: opt.ReportFile = None,
+    quiet: opt.Quiet = False,
+    as_json: opt.Json = False,
 ) -> None:
     """Compare a conversion with its source, or any two checkpoints.
 
     Values are compared one by one. Exit code 3 if they differ.
     """
-    options = opt.made(VerifyOptions, given)
-    if plot is not None and options.device is None:
-        raise click.BadParameter("--plot needs --device: there is nothing to plot otherwise")
+    options = opt.made(VerifyOptions, locals())
+    if plot is not None and device is None:
+        raise typer.BadParameter("--plot needs --device: there is nothing to plot otherwise")
 
     def work(progress: Progress | None) -> Any:
         from awq2marlin.commands.verify import verify
@@ -216,61 +237,89 @@ def verify(
 
 
 @app.command()
-@click.argument("converted", help="Converted checkpoint: folder or Hub repository, org/name[@revision].")
-@click.argument("output", required=False, type=opt.path, help="Folder to write; by default ./<name>-reverted.")
-@opt.flag("--dry-run", "Print what would be restored and write nothing.")
-@opt.workers
-@opt.flag(
-    "--overwrite",
-    "Complete an earlier reversion: equal files stay as they are, others of the same name are refused.",
-)
-@opt.flag(
-    "--low-disk",
-    "Hub repositories only: delete each fetched shard once it is restored. Needs space for the output plus two shards.",
-)
-@opt.follow_links
-@opt.dask
-@opt.telling
-def revert(converted: str, output: Path | None, dask: str | None, quiet: bool, as_json: bool, **given: Any) -> None:
+def revert(
+    converted: Annotated[
+        str,
+        typer.Argument(
+            metavar="CONVERTED", help="Converted checkpoint: folder or Hub repository, org/name[@revision]."
+        ),
+    ],
+    output: Annotated[
+        Path | None,
+        typer.Argument(metavar="OUTPUT", parser=opt.path, help="Folder to write; by default ./<name>-reverted."),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be restored and write nothing.")] = False,
+    workers: opt.Workers = None,
+    overwrite: Annotated[
+        bool,
+        typer.Option(
+            "--overwrite",
+            help="Complete an earlier reversion: equal files stay as they are, others of the same name are refused.",
+        ),
+    ] = False,
+    low_disk: Annotated[
+        bool,
+        typer.Option(
+            "--low-disk",
+            help="Hub repositories only: delete each fetched shard once it is restored. Needs space for the output "
+            "plus two shards.",
+        ),
+    ] = False,
+    follow_links: opt.FollowLinks = False,
+    dask: opt.Dask = None,
+    quiet: opt.Quiet = False,
+    as_json: opt.Json = False,
+) -> None:
     """Restore what a checkpoint was converted from, byte for byte.
 
     Prints each file's SHA-256. If interrupted, run it again to continue.
     """
-    options = opt.made(RevertOptions, given)
+    options = opt.made(RevertOptions, locals())
 
     def work(progress: Progress | None) -> Any:
         from awq2marlin.commands.revert import revert
 
         folders = partial(_of_one_run, converted, output)
-        with _executor(None if options.dry_run else dask, folders, progress) as executor:
+        with _executor(None if dry_run else dask, folders, progress) as executor:
             return revert(converted, output, **vars(options), executor=executor, progress=progress)
 
     run("revert", work, [converted, output or ""], quiet, as_json)
 
 
 @app.command()
-@click.argument("folder", type=opt.path, help="Folder of the converted checkpoint.")
-@click.argument("repository", metavar="ORG/NAME", help="Repository on the Hub; made if needed.")
-@opt.flag("--private", "Create the repository as private; refuse one that exists and is public.")
-@click.option("--revision", metavar="BRANCH", help="Branch to commit to, made if needed; by default main.")
-@opt.flag("--create-pr", "Open a pull request instead of changing the branch.")
-@click.option("--commit-message", metavar="TEXT", help="First line of the commit's message.")
-@opt.flag("--overwrite", "Replace a checkpoint of another model or run that the repository holds.")
-@opt.flag("--dry-run", "Check the folder, look at the repository, and write nothing.")
-@click.option("--report", metavar="FILE.html", type=Path, help="A page that 'verify --report' wrote; it goes along.")
-@opt.telling
 def push(
-    folder: Path,
-    repository: str,
-    commit_message: str | None,
-    dry_run: bool,
-    report: Path | None,
-    quiet: bool,
-    as_json: bool,
-    **given: Any,
+    folder: Annotated[
+        Path, typer.Argument(metavar="FOLDER", parser=opt.path, help="Folder of the converted checkpoint.")
+    ],
+    repository: Annotated[str, typer.Argument(metavar="ORG/NAME", help="Repository on the Hub; made if needed.")],
+    private: Annotated[
+        bool, typer.Option("--private", help="Create the repository as private; refuse one that exists and is public.")
+    ] = False,
+    revision: Annotated[
+        str | None, typer.Option(metavar="BRANCH", help="Branch to commit to, made if needed; by default main.")
+    ] = None,
+    create_pr: Annotated[
+        bool, typer.Option("--create-pr", help="Open a pull request instead of changing the branch.")
+    ] = False,
+    commit_message: Annotated[
+        str | None, typer.Option(metavar="TEXT", help="First line of the commit's message.")
+    ] = None,
+    overwrite: Annotated[
+        bool,
+        typer.Option("--overwrite", help="Replace a checkpoint of another model or run that the repository holds."),
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Check the folder, look at the repository, and write nothing.")
+    ] = False,
+    report: Annotated[
+        Path | None,
+        typer.Option("--report", metavar="FILE.html", help="A page that 'verify --report' wrote; it goes along."),
+    ] = None,
+    quiet: opt.Quiet = False,
+    as_json: opt.Json = False,
 ) -> None:
     """Upload a converted checkpoint to the Hub, in one commit. If interrupted, run it again to continue."""
-    target = opt.made(PushTarget, {**given, "repo_id": repository})
+    target = opt.made(PushTarget, {**locals(), "repo_id": repository})
 
     def work(progress: Progress | None) -> Any:
         from awq2marlin.commands.push import push
@@ -288,9 +337,14 @@ def push(
 
 
 @app.command()
-@click.argument("path", help="The checkpoint: folder, or Hub repository, org/name[@revision].")
-@opt.telling
-def inspect(path: str, quiet: bool, as_json: bool) -> None:
+def inspect(
+    path: Annotated[
+        str,
+        typer.Argument(metavar="PATH", help="The checkpoint: folder, or Hub repository, org/name[@revision]."),
+    ],
+    quiet: opt.Quiet = False,
+    as_json: opt.Json = False,
+) -> None:
     """Show what a checkpoint is, and what of it Marlin can take.
 
     Lists format, bits, group size, and the modules with their shapes.
@@ -305,9 +359,14 @@ def inspect(path: str, quiet: bool, as_json: bool) -> None:
 
 
 @app.command()
-@click.argument("folder", required=False, type=Path, help="Where to leave the files; a temporary folder if not given.")
-@opt.telling
-def demo(folder: Path | None, quiet: bool, as_json: bool) -> None:
+def demo(
+    folder: Annotated[
+        Path | None,
+        typer.Argument(metavar="FOLDER", help="Where to leave the files; a temporary folder if not given."),
+    ] = None,
+    quiet: opt.Quiet = False,
+    as_json: opt.Json = False,
+) -> None:
     """Convert, verify and revert a small checkpoint made on the spot. Shows what happened."""
 
     def work(progress: Progress | None) -> Any:
@@ -319,8 +378,7 @@ def demo(folder: Path | None, quiet: bool, as_json: bool) -> None:
 
 
 @app.command()
-@opt.telling
-def doctor(quiet: bool, as_json: bool) -> None:
+def doctor(quiet: opt.Quiet = False, as_json: opt.Json = False) -> None:
     """Show what this machine has for running the Marlin GEMM. Tells how to install what is missing."""
 
     def work(_progress: Progress | None) -> Any:
@@ -360,14 +418,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _main(arguments: list[str]) -> int:
+    group: Any = typer.main.get_command(app)
     try:
-        with app.make_context("awq2marlin", arguments.copy()) as context:
-            app.invoke(context)
-    except click.exceptions.Exit as ended:
-        return ended.exit_code
-    except click.UsageError as error:
-        command = next((name for name in arguments[:1] if name in app.commands), "")
-        return tell_usage_error(error.format_message(), command, "--json" in arguments)
-    except KeyboardInterrupt as error:
+        code = group.main(args=arguments, prog_name="awq2marlin", standalone_mode=False)
+    except _UsageError as error:
+        command = next((name for name in arguments[:1] if name in group.commands), "")
+        return tell_usage_error(error.format_message(), command, "--json" in arguments)  # type: ignore[attr-defined]
+    except (KeyboardInterrupt, typer.Abort) as error:
         return how_interrupted(error)[0]
-    return EXIT_DONE
+    return code if isinstance(code, int) else EXIT_DONE

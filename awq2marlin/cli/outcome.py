@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TextIO
 
-import click
+import typer
 
 from awq2marlin.arguments import ArgumentError
 from awq2marlin.cli.options import option_of
@@ -60,7 +60,7 @@ def run(
         as_json: whether to print the JSON object.
 
     Raises:
-        click.exceptions.Exit: with the exit code, if it is not 0.
+        typer.Exit: with the exit code, if it is not 0.
     """
     from awq2marlin.cli.progress import ConsoleProgress
 
@@ -73,7 +73,7 @@ def run(
     except ArgumentError as error:  # what only the checkpoints show
         if progress is not None:
             progress.finish()
-        raise click.exceptions.Exit(tell_usage_error(error.spelled(option_of), command, as_json)) from None
+        raise typer.Exit(tell_usage_error(error.spelled(option_of), command, as_json)) from None
     except (Exception, KeyboardInterrupt) as error:
         code, problems = _meaning(error, command)
         is_ours = problems[0].code == "internal-error"
@@ -85,7 +85,7 @@ def run(
             _print_json(_report_of_error(error, command, where, started), code, problems)
         if is_ours:
             raise  # with its traceback
-        raise click.exceptions.Exit(code) from None
+        raise typer.Exit(code) from None
     _tell_result(result, started, quiet, as_json)
 
 
@@ -114,7 +114,7 @@ def _tell_result(result: Any, started: float, quiet: bool, as_json: bool) -> Non
 
         show(result)
     if code != EXIT_DONE:
-        raise click.exceptions.Exit(code)
+        raise typer.Exit(code)
 
 
 def _meaning(error: BaseException, command: str) -> tuple[int, Sequence[Problem]]:

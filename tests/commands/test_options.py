@@ -174,7 +174,7 @@ def test_a_type_says_what_an_argument_may_be() -> None:
 def test_options_import_nothing_heavy() -> None:
     code = (
         "import sys, awq2marlin.commands.options; "
-        "heavy = {'numpy', 'numba', 'torch', 'huggingface_hub', 'rich', 'tqdm', 'click', 'xxhash', 'yaml'}; "
+        "heavy = {'numpy', 'numba', 'torch', 'huggingface_hub', 'rich', 'tqdm', 'typer', 'xxhash', 'yaml'}; "
         "print(sorted(heavy & {*sys.modules}))"
     )
     root = str(Path(awq2marlin.__file__).parents[1])
