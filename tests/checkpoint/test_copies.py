@@ -197,7 +197,7 @@ def test_two_copies_of_which_the_index_names_none_are_refused(
 
 
 def test_the_vllm_loader_takes_the_copies_as_they_are_meant(overlaid: tuple[Path, str], tmp_path: Path) -> None:
-    from awq2marlin.integrations.vllm.inventory import read_inventory
+    from awq2marlin.integrations.serving.inventory import read_inventory
 
     folder, _ = overlaid
     convert(folder, tmp_path / "out")

@@ -18,7 +18,8 @@ from awq2marlin import CheckpointError, convert, inspect, revert, verify
 from awq2marlin.checkpoint.opening import open_checkpoint
 from awq2marlin.checkpoint.synthetic import llama_recipe, write_checkpoint
 from awq2marlin.gemm.check import GemmCheck, GemmRun
-from awq2marlin.integrations.vllm.needs import TRIED, minor_version
+from awq2marlin.integrations.serving.needs import numbers
+from awq2marlin.integrations.vllm.needs import TRIED
 from awq2marlin.pipeline.model_card import MAX_FRONT_MATTER, addressed, merge_front_matter, model_card, split_card
 from awq2marlin.pipeline.plan import plan_conversion
 
@@ -107,7 +108,7 @@ def test_the_warning_comes_first_and_the_commands_are_exact(awq: Path) -> None:
         r"```sh\npip install vllm==([\d.]+)\npip install \.  # in a clone of awq2marlin\nvllm serve THIS_MODEL\n```",
         text,
     )
-    assert minor_version(version) == TRIED[-1]
+    assert numbers(version, 2) == TRIED[-1]
     assert f"vLLM, from version {TRIED[0][0]}.{TRIED[0][1]} on, finds the loader" in text
     assert "pip install '.[transformers,cuda]'" in text
     assert 'AutoModelForCausalLM.from_pretrained("THIS_MODEL"' in text

@@ -24,9 +24,10 @@ from awq2marlin.formats.marlin_native import MARLIN_QUANT_METHOD
 from awq2marlin.formats.names import CONFIG_FILENAME
 from awq2marlin.formats.registry import MARLIN_NATIVE
 from awq2marlin.integrations.kernel_choice import reason_without_own, setting
-from awq2marlin.integrations.vllm.contents import Contents
-from awq2marlin.integrations.vllm.inventory import Inventory, inventory_of, read_inventory, tensors_of
-from awq2marlin.integrations.vllm.needs import ALWAYS, EXPERTS, Need, missing_reason, untried_warning
+from awq2marlin.integrations.serving.contents import Contents
+from awq2marlin.integrations.serving.inventory import Inventory, inventory_of, read_inventory, tensors_of
+from awq2marlin.integrations.serving.needs import Need
+from awq2marlin.integrations.vllm.needs import ALWAYS, EXPERTS, VLLM
 from awq2marlin.integrations.vllm.state import is_sharded_state, loads_sharded_state
 
 logger = init_logger("vllm.awq2marlin")
@@ -231,7 +232,7 @@ class MarlinNativeConfig(QuantizationConfig):  # type: ignore[misc]
 
 def _refuse_lacks(needs: tuple[Need, ...]) -> None:
     """Refuses a vLLM that lacks a name that the plugin uses."""
-    reason = missing_reason(needs, vllm.__version__)
+    reason = VLLM.missing_reason(needs, vllm.__version__)
     if reason:
         raise refuse("unsupported-engine", reason, file=CONFIG_FILENAME)
 
@@ -239,7 +240,7 @@ def _refuse_lacks(needs: tuple[Need, ...]) -> None:
 @cache
 def _warn_of_untried_version() -> None:
     """Says once in a process that nobody has tried this version of vLLM."""
-    warning = untried_warning(vllm.__version__)
+    warning = VLLM.untried_warning(vllm.__version__)
     if warning:
         logger.warning(warning)
 

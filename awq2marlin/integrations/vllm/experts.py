@@ -15,13 +15,13 @@ from vllm.model_executor.utils import set_weight_attrs
 
 from awq2marlin.checkpoint.tensor_parallel import inexact_awq_reason, inexact_reason
 from awq2marlin.errors import refuse
-from awq2marlin.integrations.recut import plain_part
-from awq2marlin.integrations.vllm.contents import Contents, is_any_below
-from awq2marlin.integrations.vllm.finishing import pad_to, permute_bias, reorder_scales
+from awq2marlin.integrations.serving.contents import Contents, is_any_below
+from awq2marlin.integrations.serving.finishing import pad_to, permute_bias, reorder_scales
+from awq2marlin.integrations.serving.record import LoadRecord
+from awq2marlin.integrations.serving.recut import plain_part
 from awq2marlin.integrations.vllm.kernels import RECUT_NOTE, TAKES_ACTIVATION_ORDER, weight_type
 from awq2marlin.integrations.vllm.linear import finished_parameter
-from awq2marlin.integrations.vllm.record import LoadRecord
-from awq2marlin.integrations.vllm.state import are_weights_processed, loads_sharded_state
+from awq2marlin.integrations.vllm.state import are_weights_processed, loads_by_weight_loaders, loads_sharded_state
 from awq2marlin.layout.marlin import GPTQ_MARLIN_TILE, is_aligned, is_single_group, num_groups
 from awq2marlin.layout.modules import QUANTIZED_PARTS, part_shape
 from awq2marlin.layout.torch_functions import replace_parameter
@@ -64,7 +64,7 @@ class MarlinNativeMoEMethod(AutoAWQMoEMethod):  # type: ignore[misc]
         is_batched = self.moe.moe_parallel_config.use_batched_activation_format
         self.wna16_moe_backend = WNA16MoEBackend.BATCHED_MARLIN if is_batched else WNA16MoEBackend.MARLIN
         (self.experts_cls,) = backend_to_kernel_cls(self.wna16_moe_backend)
-        self.record = LoadRecord()
+        self.record = LoadRecord(sees_everything=loads_by_weight_loaders())
         self._refuse_unserved(layer)
 
     def _refuse_unserved(self, layer: Any) -> None:

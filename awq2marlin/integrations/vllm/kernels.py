@@ -14,8 +14,8 @@ from vllm.scalar_type import ScalarType, scalar_types
 
 from awq2marlin.gemm.ops import marlin_gemm, warm_up
 from awq2marlin.integrations.kernel_choice import KERNEL_VARIABLE, KernelChoice
-from awq2marlin.integrations.recut import Note
-from awq2marlin.integrations.vllm.finishing import permute_bias
+from awq2marlin.integrations.serving.finishing import permute_bias
+from awq2marlin.integrations.serving.recut import Note
 from awq2marlin.layout.marlin import GPTQ_MARLIN_TILE
 
 logger = init_logger("vllm.awq2marlin")

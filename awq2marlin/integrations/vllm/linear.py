@@ -22,12 +22,12 @@ from vllm.model_executor.parameter import (
 
 from awq2marlin.checkpoint.tensor_parallel import inexact_awq_reason, inexact_reason
 from awq2marlin.errors import refuse
-from awq2marlin.integrations.recut import plain_part
-from awq2marlin.integrations.vllm.contents import Contents
-from awq2marlin.integrations.vllm.finishing import pad_to, reorder_scales
+from awq2marlin.integrations.serving.contents import Contents
+from awq2marlin.integrations.serving.finishing import pad_to, reorder_scales
+from awq2marlin.integrations.serving.record import LoadRecord, part_number, shard_of
+from awq2marlin.integrations.serving.recut import plain_part
 from awq2marlin.integrations.vllm.kernels import RECUT_NOTE, LinearKernel, kernel_of
-from awq2marlin.integrations.vllm.record import LoadRecord, part_number, shard_of
-from awq2marlin.integrations.vllm.state import are_weights_processed, loads_sharded_state
+from awq2marlin.integrations.vllm.state import are_weights_processed, loads_by_weight_loaders, loads_sharded_state
 from awq2marlin.layout.marlin import GPTQ_MARLIN_TILE, is_single_group, padded_shapes
 from awq2marlin.layout.modules import QUANTIZED_PARTS, part_shape
 from awq2marlin.layout.torch_functions import replace_parameter
@@ -54,7 +54,7 @@ class MarlinNativeLinearMethod(LinearMethodBase):  # type: ignore[misc]
         self.modules = modules
         has_zero_points = contents.has_zero_points(modules)
         self.parts = [part for part in QUANTIZED_PARTS if part != "qzeros" or has_zero_points]
-        self.record = LoadRecord()
+        self.record = LoadRecord(sees_everything=loads_by_weight_loaders())
         #: What multiplies; chosen when the weights are there.
         self.kernel: LinearKernel | None = None
 

@@ -1,66 +1,13 @@
-"""What the plugin uses of vLLM, which is internal there: looked up by name before a checkpoint is read.
-
-So a vLLM is judged by what it has, not by its number. What is missing is named; a version that nobody has tried gives
-one warning.
-"""
+"""What the plugin uses of vLLM, and on which versions it was tried."""
 
 from __future__ import annotations
 
-import inspect
-import re
-from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import cache
-from importlib import import_module
-from typing import Any
-
-from awq2marlin.errors import printable
+from awq2marlin.integrations.serving.needs import Engine, Need
 
 #: Versions on which the plugin's tests ran; docs/vllm.md says on which of them it ran on a GPU, and when.
 TRIED = ((0, 25), (0, 29), (0, 33))
 
-
-@dataclass(frozen=True)
-class Need:
-    """A name that the plugin uses.
-
-    Attributes:
-        module: where it is, below ``vllm``.
-        name: what it is called there, with dots for what is inside.
-        arguments: what it is called with, by name.
-        attributes: what must be in it.
-        optional: further arguments, which it gets where it takes them.
-    """
-
-    module: str
-    name: str
-    arguments: tuple[str, ...] = ()
-    attributes: tuple[str, ...] = ()
-    optional: tuple[str, ...] = ()
-
-    def lacks(self) -> list[str]:
-        """Returns what of it is not there, as a reader of vLLM's source would write it."""
-        place = f"vllm.{self.module}.{self.name}"
-        try:
-            found: Any = import_module(f"vllm.{self.module}")
-            for part in self.name.split("."):
-                found = getattr(found, part)
-        except (ImportError, AttributeError):
-            return [place]
-        lost = [f"{place}.{each}" for each in self.attributes if not hasattr(found, each)]
-        return lost + [f"{place}({each})" for each in self._misfits(found)] if self.arguments else lost
-
-    def _misfits(self, found: Any) -> Iterator[str]:
-        """Yields the arguments that it does not take, and those that it needs and does not get."""
-        takes = inspect.signature(found).parameters.values()
-        if not any(each.kind is each.VAR_KEYWORD for each in takes):
-            yield from (f"{name}=" for name in self.arguments if name not in {each.name for each in takes})
-        given = {*self.arguments, *self.optional}
-        for each in takes:
-            is_needed = each.default is each.empty and each.kind not in (each.VAR_KEYWORD, each.VAR_POSITIONAL)
-            if is_needed and each.name not in given:
-                yield f"without {each.name}="
-
+VLLM = Engine("vLLM", "vllm", TRIED)
 
 _LAYERS = "model_executor.layers"
 _PACKED = ("data", "output_dim", "packed_dim", "packed_factor", "weight_loader")
@@ -107,46 +54,3 @@ EXPERTS = (
     Need(f"{_LAYERS}.quantization.utils.quant_utils", "kInt8Static"),
     Need("model_executor.utils", "set_weight_attrs", ("weight", "weight_attrs")),
 )
-
-
-@cache
-def missing_reason(needs: tuple[Need, ...], version: str) -> str | None:
-    """Returns why the plugin does not run on this vLLM, in words, or None if all that it needs is there.
-
-    Args:
-        needs: what is looked up.
-        version: as ``vllm.__version__`` says.
-    """
-    lost = [each for need in needs for each in need.lacks()]
-    if not lost:
-        return None
-    return (
-        f"vLLM {printable(version)} lacks what this awq2marlin uses of it: {', '.join(lost)}. It was tried with "
-        f"{_tried()}; install one of those, or a newer awq2marlin, or take the AWQ checkpoint back with "
-        "'awq2marlin revert'"
-    )
-
-
-def untried_warning(version: str) -> str | None:
-    """Returns what to say of a version that nobody has tried; None for the others.
-
-    Args:
-        version: as ``vllm.__version__`` says.
-    """
-    if minor_version(version) in TRIED:
-        return None
-    return (
-        f"vLLM {printable(version)} was never tried with this awq2marlin; {_tried()} were. All that it uses of vLLM is "
-        "there; compare some answers with those of the AWQ checkpoint"
-    )
-
-
-def minor_version(version: str) -> tuple[int, int] | None:
-    """Returns (0, 25) for ``0.25.0``, ``0.25.1+cu130`` or ``0.25.0rc1``; None for what is no version."""
-    found = re.match(r"(\d+)\.(\d+)(?:[.+a-z]|$)", version)
-    return (int(found[1]), int(found[2])) if found else None
-
-
-def _tried() -> str:
-    *others, last = (f"{major}.{minor}" for major, minor in TRIED)
-    return f"{', '.join(others)} and {last}"

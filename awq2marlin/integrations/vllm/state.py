@@ -9,6 +9,9 @@ from vllm.config import get_current_vllm_config_or_none
 #: Load formats whose files hold what a rank had after processing.
 _SHARDED = frozenset({"sharded_state", "runai_streamer_sharded"})
 
+#: Load formats that fill parameters behind the back of their weight loaders.
+_WITHOUT_LOADERS = frozenset({"dummy", "tensorizer", "bitsandbytes"}) | _SHARDED
+
 #: What vLLM calls the files of a rank.
 _RANK_FILES = ("model-rank-*-part-*.safetensors", "model-pp-*-tp-*-part-*.safetensors")
 
@@ -26,6 +29,11 @@ def load_format() -> str:
     """Returns vLLM's name for the way in which the model under construction is loaded; empty if none is."""
     config = get_current_vllm_config_or_none()
     return str(getattr(config.load_config, "load_format", "")) if config is not None else ""
+
+
+def loads_by_weight_loaders() -> bool:
+    """Returns whether the model under construction is filled through the weight loaders of its parameters only."""
+    return load_format() not in _WITHOUT_LOADERS
 
 
 def loads_sharded_state() -> bool:

@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 
 from awq2marlin import convert
 from awq2marlin.checkpoint.synthetic import Recipe, write_checkpoint
+from awq2marlin.integrations.serving.inventory import read_inventory
 from awq2marlin.integrations.vllm.config import MarlinNativeConfig
-from awq2marlin.integrations.vllm.inventory import read_inventory
 from awq2marlin.layout import reference
 from tests.equality import assert_identical
 

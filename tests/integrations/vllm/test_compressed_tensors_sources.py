@@ -30,8 +30,8 @@ class Converted:
     """What a fixture is converted to, as `harness` needs a model; 16-bit floats are loaded as float16."""
 
     def __init__(self, folder, name, unaligned="keep"):
+        from awq2marlin.integrations.serving.inventory import read_inventory
         from awq2marlin.integrations.vllm.config import MarlinNativeConfig
-        from awq2marlin.integrations.vllm.inventory import read_inventory
         from tests.integrations.vllm.harness import PACKED
 
         source = peers.checkpoint(name)

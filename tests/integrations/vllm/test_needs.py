@@ -1,97 +1,31 @@
-"""Versions of vLLM: judged by what they have. Runs without vLLM, but for the last test."""
+"""What the plugin uses of vLLM is there, and all of it is looked up. The first test runs without vLLM."""
 
 import logging
-import sys
-from types import ModuleType
+from unittest import mock
 
 import pytest
 
-from awq2marlin.integrations.vllm.needs import (
-    ALWAYS,
-    EXPERTS,
-    TRIED,
-    Need,
-    minor_version,
-    missing_reason,
-    untried_warning,
-)
+from awq2marlin.integrations.serving.needs import numbers
+from awq2marlin.integrations.vllm.needs import ALWAYS, EXPERTS, TRIED
 
 
-@pytest.fixture
-def place(monkeypatch):
-    """A module ``vllm.made_up`` with a class and a function."""
+def test_registering_never_raises(caplog):
+    from awq2marlin.integrations.vllm import register
 
-    def multiply(x, weight, scale=1, *, bias=None):
-        return x, weight, scale, bias
-
-    module = ModuleType("vllm.made_up")
-    module.multiply, module.anything = multiply, lambda **options: options
-    module.Kinds = type("Kinds", (), {"MARLIN": 1})
-    monkeypatch.setitem(sys.modules, "vllm", ModuleType("vllm"))
-    monkeypatch.setitem(sys.modules, "vllm.made_up", module)
-
-
-@pytest.mark.usefixtures("place")
-@pytest.mark.parametrize(
-    ("need", "lost"),
-    [
-        (Need("made_up", "multiply", ("x", "weight", "bias")), []),
-        (Need("made_up", "multiply", ("x", "weight", "workspace")), ["vllm.made_up.multiply(workspace=)"]),
-        (Need("made_up", "multiply", ("x", "bias")), ["vllm.made_up.multiply(without weight=)"]),
-        (Need("made_up", "multiply", ("x",), optional=("weight", "order")), []),
-        (Need("made_up", "anything", ("x", "y")), []),
-        (Need("made_up", "Kinds.MARLIN"), []),
-        (Need("made_up", "Kinds", (), ("MARLIN", "BATCHED")), ["vllm.made_up.Kinds.BATCHED"]),
-        (Need("made_up", "divide", ("x",)), ["vllm.made_up.divide"]),
-        (Need("elsewhere", "multiply"), ["vllm.elsewhere.multiply"]),
-    ],
-)
-def test_what_is_missing_is_named(need, lost):
-    assert need.lacks() == lost
-
-
-@pytest.mark.usefixtures("place")
-def test_a_vllm_that_lacks_something_is_refused_with_all_of_it():
-    needs = (Need("made_up", "divide"), Need("made_up", "multiply", ("x", "weight")), Need("elsewhere", "Layer"))
-    assert missing_reason(needs, "0.40.0\x1b") == (
-        "vLLM 0.40.0\\x1b lacks what this awq2marlin uses of it: vllm.made_up.divide, vllm.elsewhere.Layer. It was "
-        "tried with 0.25, 0.29 and 0.33; install one of those, or a newer awq2marlin, or take the AWQ checkpoint back "
-        "with 'awq2marlin revert'"
-    )
-    assert missing_reason(needs[1:2], "0.40.0") is None
-
-
-@pytest.mark.parametrize(
-    ("version", "is_tried"), [("0.25.1", True), ("0.33.0rc1", True), ("0.30.0", False), ("dev", False)]
-)
-def test_a_version_that_nobody_tried_is_warned_of(version, is_tried):
-    warning = untried_warning(version)
-    assert (warning is None) == is_tried
-    if warning:
-        assert warning.startswith(f"vLLM {version} was never tried with this awq2marlin; 0.25, 0.29 and 0.33 were.")
-
-
-@pytest.mark.parametrize(
-    ("version", "minor"),
-    [
-        ("0.25.0", (0, 25)),
-        ("0.25.1+cu130", (0, 25)),
-        ("0.33.0rc1", (0, 33)),
-        ("1.2", (1, 2)),
-        ("dev", None),
-        ("v0.25.0", None),
-    ],
-)
-def test_a_version_is_read_up_to_its_second_number(version, minor):
-    assert minor_version(version) == minor
+    absent = {"vllm": None, "awq2marlin.integrations.vllm.config": None}  # importing them fails
+    with mock.patch.dict("sys.modules", absent):
+        register()
+    (record,) = caplog.records
+    assert "could not register" in record.message
+    assert record.levelname == "WARNING"
 
 
 @pytest.mark.usefixtures("harness")
 def test_the_installed_version_has_all_and_was_tried():
     import vllm
 
-    assert [each for need in (*ALWAYS, *EXPERTS) for each in need.lacks()] == []
-    assert minor_version(vllm.__version__) in TRIED
+    assert [each for need in (*ALWAYS, *EXPERTS) for each in need.lacks("vllm")] == []
+    assert numbers(vllm.__version__, 2) in TRIED
 
 
 @pytest.mark.usefixtures("harness")

@@ -38,9 +38,9 @@ def since_033(harness):  # noqa: ARG001 - it decides whether vLLM is there
     """For what the tests call of vLLM itself, in the shape that it has from 0.33 on."""
     import vllm
 
-    from awq2marlin.integrations.vllm.needs import minor_version
+    from awq2marlin.integrations.serving.needs import numbers
 
-    if minor_version(vllm.__version__) < (0, 33):
+    if numbers(vllm.__version__, 2) < (0, 33):
         pytest.skip(f"vLLM {vllm.__version__} has other insides; what it does is tested on 0.33.")
 
 

@@ -1,6 +1,6 @@
 """What the headers of a checkpoint say, for decisions that its config alone does not settle.
 
-Read once, when vLLM has parsed the config and before it builds the model, so that what is missing or cannot be
+Read once, when the engine has parsed the config and before it builds the model, so that what is missing or cannot be
 served is refused before any weight is loaded.
 """
 
@@ -25,7 +25,7 @@ from awq2marlin.io.safetensors import TensorInfo
 
 @dataclass(frozen=True)
 class Inventory:
-    """What the loader needs to know of a checkpoint's tensors. Picklable: it travels to vLLM's workers.
+    """What the loader needs to know of a checkpoint's tensors. Picklable: it travels to an engine's workers.
 
     Attributes:
         zero_point_modules: the modules that have ``qzeros``.
@@ -81,7 +81,7 @@ def tensors_of(metadata: Mapping[str, Any]) -> dict[str, TensorInfo]:
     """Returns the tensors of a repository, by name, without their places in its files.
 
     Args:
-        metadata: what vLLM reads of the repository's headers: for each tensor its ``dtype`` and ``shape``.
+        metadata: what the repository's headers say: for each tensor its ``dtype`` and ``shape``.
 
     Raises:
         CheckpointError: if a shape is none.

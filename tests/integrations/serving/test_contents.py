@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import replace
-from unittest import mock
 
 import pytest
 
@@ -12,8 +11,8 @@ from awq2marlin.errors import CheckpointError
 from awq2marlin.formats.base import Quantization
 from awq2marlin.formats.names import INDEX_FILENAME, MANIFEST_FILENAME
 from awq2marlin.formats.registry import MARLIN_NATIVE
-from awq2marlin.integrations.vllm.contents import Contents
-from awq2marlin.integrations.vllm.inventory import Inventory, inventory_of, read_inventory, tensors_of
+from awq2marlin.integrations.serving.contents import Contents
+from awq2marlin.integrations.serving.inventory import Inventory, inventory_of, read_inventory, tensors_of
 from awq2marlin.io.safetensors import TensorInfo
 from awq2marlin.layout.scheme import Scheme
 
@@ -219,17 +218,3 @@ def test_advice_names_the_largest_size_if_it_is_known():
     advice = Contents(said, Inventory(frozenset(), 4)).tensor_parallel_advice()
     assert advice.endswith("size that works is 4: serve it with --tensor-parallel-size 4")
     assert Contents(said, Inventory(frozenset(), 0)).tensor_parallel_advice() == "No tensor-parallel size works"
-
-
-# --- the entry point, without vLLM ------------------------------------------------------------------------
-
-
-def test_registering_never_raises(caplog):
-    from awq2marlin.integrations.vllm import register
-
-    absent = {"vllm": None, "awq2marlin.integrations.vllm.config": None}  # importing them fails
-    with mock.patch.dict("sys.modules", absent):
-        register()
-    (record,) = caplog.records
-    assert "could not register" in record.message
-    assert record.levelname == "WARNING"

@@ -1,4 +1,4 @@
-"""The little that is done to loaded tensors before vLLM's kernels take them: padding and changes of order.
+"""The little that is done to loaded tensors before kernels take them: padding and changes of order.
 
 Pure functions on tensors, with any number of leading dimensions (experts).
 """
@@ -51,7 +51,7 @@ def reorder_scales(scales: torch.Tensor, *, was_single: bool, is_single: bool) -
 
 
 def permute_bias(bias: torch.Tensor) -> torch.Tensor:
-    """Returns a bias [..., N], N a multiple of 32, as vLLM's kernel adds it: columns in the 32-wide order."""
+    """Returns a bias [..., N], N a multiple of 32, as vLLM's Marlin adds it: columns in the 32-wide order."""
     return _gather(bias, SCALE_PERM_SINGLE)
 
 

@@ -1,4 +1,4 @@
-"""What a checkpoint holds, as far as it decides how a layer is loaded; knows nothing of vLLM's classes."""
+"""What a checkpoint holds, as far as it decides how a layer is loaded; knows nothing of engines' classes."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Literal
 from awq2marlin.errors import printable, refuse
 from awq2marlin.formats.base import Quantization
 from awq2marlin.formats.names import CONFIG_FILENAME
-from awq2marlin.integrations.vllm.inventory import Inventory
+from awq2marlin.integrations.serving.inventory import Inventory
 from awq2marlin.layout.scheme import Scheme
 
 Layout = Literal["marlin", "awq", "none"]
@@ -22,7 +22,7 @@ class Contents:
     """A checkpoint, by its config and headers.
 
     Attributes:
-        quantization: what its config says, with the names that vLLM gives the modules.
+        quantization: what its config says, with the names that the engine gives the modules.
         inventory: what its headers say; None where they could not be read.
     """
 
@@ -53,7 +53,7 @@ class Contents:
         """Returns the same contents with other names of the modules.
 
         Args:
-            rename: from names in the file to those in a model of vLLM; leaves out what the model does not have.
+            rename: from names in the file to those in a model of the engine; leaves out what the model does not have.
         """
 
         def renamed(names: Collection[str]) -> frozenset[str]:
@@ -98,7 +98,7 @@ class Contents:
             )
             raise refuse(
                 "unsupported-engine",
-                f"vLLM puts these modules into one matrix, but {said}. Serve the AWQ checkpoint instead: "
+                f"the engine puts these modules into one matrix, but {said}. Serve the AWQ checkpoint instead: "
                 "'awq2marlin revert' gives it back",
                 file=CONFIG_FILENAME,
             )

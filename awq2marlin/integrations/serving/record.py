@@ -1,4 +1,4 @@
-"""Keeping account of what was loaded: vLLM does not notice when a quantized checkpoint lacks a tensor."""
+"""Keeping account of what was loaded: engines do not notice when a quantized checkpoint lacks a tensor."""
 
 from __future__ import annotations
 
@@ -8,12 +8,8 @@ from functools import wraps
 from typing import Any
 
 from awq2marlin.errors import CheckpointError, Problem
-from awq2marlin.integrations.vllm.state import load_format
 
-#: Ways of loading that fill the parameters behind the back of their weight loaders.
-_OTHER_LOAD_FORMATS = frozenset({"dummy", "sharded_state", "tensorizer", "runai_streamer_sharded", "bitsandbytes"})
-
-#: vLLM's names of the parts of a fused layer, where it does not number them.
+#: Engines' names of the parts of a fused layer, where it does not number them.
 _PART_NUMBERS = {"q": 0, "k": 1, "v": 2, "index_q": 3, "index_k": 4}
 
 _WHOLE = "whole"
@@ -30,24 +26,28 @@ def shard_of(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
 
 
 def part_number(part: Hashable) -> Hashable:
-    """Returns the number of a part by vLLM's name of it, or the name itself if it has none."""
+    """Returns the number of a part by the engine's name of it, or the name itself if it has none."""
     return _PART_NUMBERS.get(str(part), part)
 
 
 class LoadRecord:
     """Which parts of which parameters a layer's weight loader has been called for."""
 
-    def __init__(self) -> None:
-        """Knows of nothing loaded yet."""
+    def __init__(self, *, sees_everything: bool = True) -> None:
+        """Knows of nothing loaded yet.
+
+        Args:
+            sees_everything: whether the engine fills parameters through their weight loaders only.
+        """
         self._loaded: dict[str, set[Hashable]] = defaultdict(set)
-        self._sees_everything = load_format() not in _OTHER_LOAD_FORMATS
+        self._sees_everything = sees_everything
 
     def watch(self, name: str, loader: Callable[..., Any]) -> Callable[..., Any]:
         """Returns a weight loader that does what ``loader`` does and remembers that it did.
 
         Args:
             name: of the parameter, such as ``qweight``.
-            loader: vLLM's, taking the parameter, the tensor and perhaps the part of a fused layer.
+            loader: the engine's, taking the parameter, the tensor and perhaps the part of a fused layer.
         """
 
         @wraps(loader)
@@ -67,7 +67,7 @@ class LoadRecord:
         """Refuses a linear layer if a part of a parameter was never loaded.
 
         Args:
-            modules: the names of the checkpoint's modules that make up the layer, in vLLM's order.
+            modules: the names of the checkpoint's modules that make up the layer, in the engine's order.
             parameters: names of its parameters.
 
         Raises:
