@@ -1,8 +1,8 @@
-"""How this package is installed: from a clone, as long as there is no release. Nothing else says so."""
+"""Where this package and its documents are: in a clone, as long as there is no release. Nothing else says so."""
 
 from __future__ import annotations
 
-#: Where the command is run.
+#: Where the command is run, and the documents are.
 PLACE = "in a clone of awq2marlin"
 
 
@@ -18,3 +18,12 @@ def install_command(*extras: str) -> str:
 def how_to_install(*extras: str) -> str:
     """Returns the command and where it is run, for the end of a sentence; arguments as for `install_command`."""
     return f"{install_command(*extras)} ({PLACE})"
+
+
+def where_to_read(*pages: str) -> str:
+    """Returns documents by name and where they are, for the end of a sentence.
+
+    Args:
+        pages: their paths in the repository.
+    """
+    return f"{', '.join(pages)} ({PLACE})"

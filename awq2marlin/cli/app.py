@@ -18,6 +18,7 @@ import typer
 
 from awq2marlin._version import __version__
 from awq2marlin.cli import options as opt
+from awq2marlin.cli.help import Command, Group
 from awq2marlin.cli.outcome import guarded, how_interrupted, run, tell_usage_error, told_of_termination
 from awq2marlin.commands.options import ABOUT_TARGET, ConvertOptions, RevertOptions, VerifyOptions
 from awq2marlin.errors import EXIT_DONE, EXIT_USAGE
@@ -35,12 +36,10 @@ if TYPE_CHECKING:
 app = typer.Typer(
     name="awq2marlin",
     help="Convert quantized checkpoints to the Marlin layout: offline, streamed, verified, reversible byte for byte.",
-    epilog="Exit codes: 0 done, 1 failed or refused, 2 usage, 3 a difference was found, 130 interrupted, "
-    "143 terminated.",
-    add_completion=False,
+    cls=Group,
     rich_markup_mode=None,  # which would take [@revision] for markup, and hide it
     pretty_exceptions_enable=False,
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
 
 #: The common base of the command line parser's usage errors.
@@ -60,16 +59,18 @@ def _root(
         raise typer.Exit(EXIT_USAGE)
 
 
-@app.command()
+@app.command(cls=Command)
 def convert(
     source: opt.Source,
     output: Annotated[
         Path | None,
         typer.Argument(
-            metavar="OUTPUT", parser=opt.path, help="Folder to write; by default ./<name>-marlin, or -awq or -ct."
+            metavar="OUTPUT",
+            parser=opt.path,
+            help="Folder to write. By default ./<name>-marlin; with --to also -awq or -ct.",
         ),
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the whole plan and write nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")] = False,
     to: opt.To = ConvertOptions.to,
     unaligned: opt.Unaligned = ConvertOptions.unaligned,
     workers: opt.Workers = None,
@@ -91,8 +92,8 @@ def convert(
 ) -> None:
     """Convert a checkpoint to Marlin's layout, or to another format.
 
-    It reads AWQ, GPTQ, AutoRound, compressed-tensors and Marlin-native checkpoints, and writes AWQ, compressed-tensors
-    and Marlin-native ones.
+    Reads AWQ, GPTQ, AutoRound, compressed-tensors and Marlin-native checkpoints. Writes AWQ, compressed-tensors and
+    Marlin-native ones.
 
     If interrupted, run it again to continue.
     """
@@ -108,28 +109,30 @@ def convert(
     run("convert", work, [source, output or ""], quiet, as_json)
 
 
-@app.command()
+@app.command(cls=Command)
 def batch(
     file: Annotated[
         Path,
         typer.Argument(
             metavar="FILE",
-            help="One source a line, or YAML, JSON or JSONL with options for each item (.yaml, .jsonl); - for a list "
-            "of sources on standard input.",
+            help="List of sources: one a line, or with options for each item in .yaml, .json or .jsonl. - reads lines "
+            "from standard input.",
         ),
     ],
     out_dir: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Folder for the outputs; by default the working directory.")
+        Path | None, typer.Option(metavar="DIR", help="Folder for the outputs. By default the working directory.")
     ] = None,
-    jobs: Annotated[int, typer.Option(min=1, max=256, help="Conversions at the same time; they share --workers.")] = 1,
+    jobs: Annotated[
+        int, typer.Option(metavar="N", min=1, max=256, help="Conversions at the same time. They share --workers.")
+    ] = 1,
     part: opt.Part = None,
     retry_failed: Annotated[
-        bool, typer.Option("--retry-failed", help="Try again what failed in an earlier run.")
+        bool, typer.Option("--retry-failed", help="Also try again what failed in an earlier run.")
     ] = False,
     record: Annotated[
         Path | None,
         typer.Option(
-            metavar="FILE", help="JSONL file that records the result of each item; by default FILE.record.jsonl."
+            metavar="FILE", help="JSONL file that records the result of each item. By default FILE.record.jsonl."
         ),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Plan every item and write nothing.")] = False,
@@ -152,7 +155,10 @@ def batch(
     quiet: opt.Quiet = False,
     as_json: opt.Json = False,
 ) -> None:
-    """Convert many checkpoints; one failure stops no other. Run again, it does only what is left."""
+    """Convert many checkpoints. If one fails, the others go on.
+
+    If interrupted, run it again to continue: finished items are not repeated.
+    """
     given = locals()
     from awq2marlin.batch.file import OPTIONS
 
@@ -189,13 +195,13 @@ def batch(
     run("batch", work, [file], quiet, as_json)
 
 
-@app.command()
+@app.command(cls=Command)
 def verify(
     source: opt.Source,
     output: Annotated[
         str,
         typer.Argument(
-            metavar="OUTPUT", help="Its conversion, or any other checkpoint: folder or Hub repository, as for SOURCE."
+            metavar="OUTPUT", help="Its conversion, or any other checkpoint: folder or Hub repository, as SOURCE."
         ),
     ],
     modules: opt.Modules = None,
@@ -210,7 +216,7 @@ def verify(
 ) -> None:
     """Compare a conversion with its source, or any two checkpoints.
 
-    Values are compared one by one. Exit code 3 if they differ.
+    Compares all values one by one. The exit code is 3 if any differ.
     """
     options = opt.made(VerifyOptions, locals())
     if plot is not None and device is None:
@@ -236,17 +242,17 @@ def verify(
     run("verify", work, [source, output], quiet, as_json)
 
 
-@app.command()
+@app.command(cls=Command)
 def revert(
     converted: Annotated[
         str,
         typer.Argument(
-            metavar="CONVERTED", help="Converted checkpoint: folder or Hub repository, org/name[@revision]."
+            metavar="CONVERTED", help="Converted checkpoint: folder, or Hub repository as org/name[@revision]."
         ),
     ],
     output: Annotated[
         Path | None,
-        typer.Argument(metavar="OUTPUT", parser=opt.path, help="Folder to write; by default ./<name>-reverted."),
+        typer.Argument(metavar="OUTPUT", parser=opt.path, help="Folder to write. By default ./<name>-reverted."),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what would be restored and write nothing.")] = False,
     workers: opt.Workers = None,
@@ -254,14 +260,15 @@ def revert(
         bool,
         typer.Option(
             "--overwrite",
-            help="Complete an earlier reversion: equal files stay as they are, others of the same name are refused.",
+            help="Write into a folder that has files: equal ones stay as they are, different ones of the same name are "
+            "refused.",
         ),
     ] = False,
     low_disk: Annotated[
         bool,
         typer.Option(
             "--low-disk",
-            help="Hub repositories only: delete each fetched shard once it is restored. Needs space for the output "
+            help="Hub repositories only: delete each downloaded shard once it is restored. Needs space for the output "
             "plus two shards.",
         ),
     ] = False,
@@ -270,9 +277,9 @@ def revert(
     quiet: opt.Quiet = False,
     as_json: opt.Json = False,
 ) -> None:
-    """Restore what a checkpoint was converted from, byte for byte.
+    """Restore the checkpoint that another was converted from, byte for byte.
 
-    Prints each file's SHA-256. If interrupted, run it again to continue.
+    Prints the SHA-256 of each file. If interrupted, run it again to continue.
     """
     options = opt.made(RevertOptions, locals())
 
@@ -286,39 +293,42 @@ def revert(
     run("revert", work, [converted, output or ""], quiet, as_json)
 
 
-@app.command()
+@app.command(cls=Command)
 def push(
     folder: Annotated[
         Path, typer.Argument(metavar="FOLDER", parser=opt.path, help="Folder of the converted checkpoint.")
     ],
-    repository: Annotated[str, typer.Argument(metavar="ORG/NAME", help="Repository on the Hub; made if needed.")],
+    repository: Annotated[str, typer.Argument(metavar="ORG/NAME", help="Hub repository. It is created if needed.")],
     private: Annotated[
         bool, typer.Option("--private", help="Create the repository as private; refuse one that exists and is public.")
     ] = False,
     revision: Annotated[
-        str | None, typer.Option(metavar="BRANCH", help="Branch to commit to, made if needed; by default main.")
+        str | None, typer.Option(metavar="BRANCH", help="Branch to commit to, created if needed. By default main.")
     ] = None,
     create_pr: Annotated[
         bool, typer.Option("--create-pr", help="Open a pull request instead of changing the branch.")
     ] = False,
     commit_message: Annotated[
-        str | None, typer.Option(metavar="TEXT", help="First line of the commit's message.")
+        str | None, typer.Option(metavar="TEXT", help="First line of the commit message.")
     ] = None,
     overwrite: Annotated[
         bool,
-        typer.Option("--overwrite", help="Replace a checkpoint of another model or run that the repository holds."),
+        typer.Option("--overwrite", help="Replace a different checkpoint that the repository holds."),
     ] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check the folder, look at the repository, and write nothing.")
+        bool, typer.Option("--dry-run", help="Check the folder and the repository, and upload nothing.")
     ] = False,
     report: Annotated[
         Path | None,
-        typer.Option("--report", metavar="FILE.html", help="A page that 'verify --report' wrote; it goes along."),
+        typer.Option("--report", metavar="FILE.html", help="Also upload this page, written by 'verify --report'."),
     ] = None,
     quiet: opt.Quiet = False,
     as_json: opt.Json = False,
 ) -> None:
-    """Upload a converted checkpoint to the Hub, in one commit. If interrupted, run it again to continue."""
+    """Upload a converted checkpoint to the Hub, in one commit.
+
+    Checks every file first. If interrupted, run it again to continue.
+    """
     target = opt.made(PushTarget, {**locals(), "repo_id": repository})
 
     def work(progress: Progress | None) -> Any:
@@ -336,18 +346,18 @@ def push(
     run("push", work, [folder, repository], quiet, as_json)
 
 
-@app.command()
+@app.command(cls=Command)
 def inspect(
     path: Annotated[
         str,
-        typer.Argument(metavar="PATH", help="The checkpoint: folder, or Hub repository, org/name[@revision]."),
+        typer.Argument(metavar="PATH", help="Checkpoint: folder, or Hub repository as org/name[@revision]."),
     ],
     quiet: opt.Quiet = False,
     as_json: opt.Json = False,
 ) -> None:
     """Show what a checkpoint is, and what of it Marlin can take.
 
-    Lists format, bits, group size, and the modules with their shapes.
+    Prints format, bits, group size, and all modules with their shapes. Downloads no weights.
     """
 
     def work(_progress: Progress | None) -> Any:
@@ -358,16 +368,19 @@ def inspect(
     run("inspect", work, [path], quiet, as_json)
 
 
-@app.command()
+@app.command(cls=Command)
 def demo(
     folder: Annotated[
         Path | None,
-        typer.Argument(metavar="FOLDER", help="Where to leave the files; a temporary folder if not given."),
+        typer.Argument(metavar="FOLDER", help="Where to keep the files. By default they are removed at the end."),
     ] = None,
     quiet: opt.Quiet = False,
     as_json: opt.Json = False,
 ) -> None:
-    """Convert, verify and revert a small checkpoint made on the spot. Shows what happened."""
+    """Convert, verify and revert a small checkpoint of random weights.
+
+    Needs no model, no network and no GPU.
+    """
 
     def work(progress: Progress | None) -> Any:
         from awq2marlin.commands.demo import demo
@@ -377,9 +390,12 @@ def demo(
     run("demo", work, [], quiet, as_json)
 
 
-@app.command()
+@app.command(cls=Command)
 def doctor(quiet: opt.Quiet = False, as_json: opt.Json = False) -> None:
-    """Show what this machine has for running the Marlin GEMM. Tells how to install what is missing."""
+    """Show what this machine has for running the Marlin GEMM.
+
+    Reports what is missing and how to install it. convert, verify and revert need no GPU.
+    """
 
     def work(_progress: Progress | None) -> Any:
         from awq2marlin.commands.doctor import doctor

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
+from awq2marlin.cli.table import table_lines
+from awq2marlin.cli.terminal import width_of
 from awq2marlin.errors import MAX_PROBLEMS_SHOWN, Problem, printable
 
 if TYPE_CHECKING:
@@ -34,7 +37,7 @@ def differences_text(result: VerifyResult, differences: Differences) -> str:
         result: what was compared.
         differences: what was found.
     """
-    lines = ["error: the two checkpoints differ", *sides_text(result), ""]
+    lines = ["the two checkpoints differ", *sides_text(result), ""]
     differing, compared = len(differences.modules), len(result.modules)
     others = len(differences.others)
     beside = f"; {others} other difference{'' if others == 1 else 's'}" if others else ""
@@ -49,7 +52,7 @@ def differences_text(result: VerifyResult, differences: Differences) -> str:
 
 def _module_lines(differences: Differences) -> Iterator[str]:
     """Yields a table of how much differs in each module, and in all that were compared."""
-    rows: list[tuple[str, ...]] = [_HEADERS]
+    rows: list[tuple[str, ...]] = []
     for each in differences.modules[:MAX_PROBLEMS_SHOWN]:
         counts = each.values, each.zero_points, each.scales
         rows.append((printable(each.name), *map(_count_text, counts), f"{each.padding:,}", _largest_text(*counts)))
@@ -59,14 +62,7 @@ def _module_lines(differences: Differences) -> Iterator[str]:
     counts = differences.values, differences.zero_points, differences.scales
     padding = sum(each.padding for each in differences.modules)
     rows.append(("all compared modules", *map(_count_text, counts), f"{padding:,}", _largest_text(*counts)))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        cells = [cell.ljust(width) if at in (0, 5) else cell.rjust(width) for at, (cell, width) in _at(row, widths)]
-        yield "  ".join(cells).rstrip()
-
-
-def _at(row: Sequence[str], widths: Sequence[int]) -> enumerate[tuple[str, int]]:
-    return enumerate(zip(row, widths, strict=True))
+    yield from table_lines(_HEADERS, rows, numbers=_HEADERS[1:5], width=width_of(sys.stderr))
 
 
 def _count_text(count: Count) -> str:

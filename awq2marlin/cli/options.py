@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar, get_args
 
 import typer
 
@@ -60,10 +60,17 @@ def _part(value: str) -> tuple[int, int]:
     raise typer.BadParameter(f"{printable(value)!r} is not of the form 3/20, with a number from 1 to the count")
 
 
+def _formats(begun: str) -> list[str]:
+    """Returns the names of formats that begin so, for the shell's completion."""
+    from awq2marlin.formats.registry import FORMATS  # brings NumPy along
+
+    return [each.layout_name for each in FORMATS if each.is_target and each.layout_name.startswith(begun)]
+
+
 def path(value: str) -> Path:
     """Returns the path that an argument names; an empty one, which would be the working directory, is refused."""
     if not value:
-        raise typer.BadParameter("the name is empty")
+        raise typer.BadParameter("the path is empty")
     return Path(value)
 
 
@@ -71,18 +78,24 @@ Source = Annotated[
     str,
     typer.Argument(
         metavar="SOURCE",
-        help="Folder of the checkpoint, or a repository of the Hub: org/name[@revision], where there is no such "
-        "folder, hf://org/name[@revision], or its address, https://huggingface.co/org/name.",
+        help="Checkpoint folder, or Hub repository: org/name[@revision] (a folder of that name goes first), "
+        "hf://org/name[@revision], or https://huggingface.co/org/name.",
     ),
 ]
 Workers = Annotated[
-    int | None, typer.Option(min=1, max=MAX_WORKERS, help="Number of threads (default: one per CPU, at most 8).")
+    int | None,
+    typer.Option(metavar="N", min=1, max=MAX_WORKERS, help="Number of threads. By default one per CPU, but at most 8."),
 ]
-To = Annotated[str, typer.Option(metavar="FORMAT", help="Format to write: marlin, awq or compressed-tensors.")]
+To = Annotated[
+    str,
+    typer.Option(metavar="FORMAT", autocompletion=_formats, help="Format to write: marlin, awq or compressed-tensors."),
+]
 Unaligned = Annotated[
     modules.Unaligned,
     typer.Option(
-        help="Modules whose shapes Marlin cannot take: keep them in AWQ layout, pad them with zeros, or stop."
+        metavar="|".join(modules.UNALIGNED_CHOICES),
+        help="What to do with modules whose shapes Marlin cannot take: keep them in AWQ layout, pad them with zeros, "
+        "or stop.",
     ),
 ]
 #: No patterns: the default of the options, which the parser makes a list of.
@@ -92,18 +105,16 @@ Carry = Annotated[
     list[str],
     typer.Option(
         metavar="GLOB",
-        help="Carry these files over, unopened, though they would be left behind; may be repeated.",
+        help="Files to carry over that would otherwise be left behind. They are copied unopened. May be repeated.",
     ),
 ]
-Leave = Annotated[
-    list[str],
-    typer.Option(metavar="GLOB", help="Leave these files behind, as if they were not there; may be repeated."),
-]
+Leave = Annotated[list[str], typer.Option(metavar="GLOB", help="Files to leave behind. May be repeated.")]
 FollowLinks = Annotated[
     bool,
     typer.Option(
         "--follow-links",
-        help="Also follow links that lead out of the folder, to regular files only. Prints each with its end first.",
+        help="Also follow links that lead out of the folder, but only to regular files. Prints each link with its "
+        "target first.",
     ),
 ]
 Verify = Annotated[
@@ -111,7 +122,7 @@ Verify = Annotated[
     typer.Option(
         metavar="N|all|none",
         parser=_number_or("all", "none"),
-        help="Modules to compare with the source before the output becomes loadable.",
+        help="How many modules to compare with the source before the output can be loaded.",
     ),
 ]
 Modules = Annotated[
@@ -119,35 +130,40 @@ Modules = Annotated[
     typer.Option(
         metavar="N|all",
         parser=_number_or("all"),
-        help="Converted modules to compare value for value, by default all; everything else is always compared.",
+        help="How many converted modules to compare value for value. By default all. Everything else is always "
+        "compared.",
     ),
 ]
-Layers = Annotated[Any, typer.Option(metavar="N|all", parser=_number_or("all"), help="The earlier name of --modules.")]
+Layers = Annotated[Any, typer.Option(metavar="N|all", parser=_number_or("all"), help="Earlier name of --modules.")]
 Device = Annotated[
     sampling.Device | None,
-    typer.Option(help="Also run the compared modules through the Marlin GEMM: on a GPU, or the exact CPU reference."),
+    typer.Option(
+        metavar="|".join(get_args(sampling.Device)),
+        help="Also run the compared modules through the Marlin GEMM: on the GPU (cuda), in the exact CPU reference "
+        "(cpu), or wherever it can run (auto).",
+    ),
 ]
 Overwrite = Annotated[
-    bool, typer.Option("--overwrite", help="Replace an earlier conversion; only files that it wrote are removed.")
+    bool, typer.Option("--overwrite", help="Replace an earlier conversion. Removes only files that it wrote.")
 ]
 LowDisk = Annotated[
     bool,
     typer.Option(
         "--low-disk",
         help="Hub sources only: delete each source shard once it is converted and checked. Needs space for the output "
-        "plus two shards. With --push-to, for local sources too: send each finished shard at once and keep nothing. "
-        "Not with --device.",
+        "plus two shards. With --push-to, also for local sources: upload each finished shard at once and keep "
+        "nothing here. Not with --device.",
     ),
 ]
 PushTo = Annotated[
     str | None,
-    typer.Option(metavar="ORG/NAME", help="Repository of the Hub that gets the result; made if needed."),
+    typer.Option(metavar="ORG/NAME", help="Upload the result to this Hub repository. It is created if needed."),
 ]
 PushAllTo = Annotated[
     str | None,
     typer.Option(
         metavar="ORG",
-        help="Send every result to the Hub, to a repository under this owner, named like the output folder.",
+        help="Upload every result to the Hub, to a repository under this owner, named like the output folder.",
     ),
 ]
 Private = Annotated[
@@ -158,31 +174,33 @@ Private = Annotated[
 ]
 Revision = Annotated[
     str | None,
-    typer.Option(metavar="BRANCH", help="With --push-to: branch to commit to, made if needed; by default main."),
+    typer.Option(metavar="BRANCH", help="With --push-to: branch to commit to, created if needed. By default main."),
 ]
 CreatePr = Annotated[
     bool, typer.Option("--create-pr", help="With --push-to: open a pull request instead of changing the branch.")
 ]
 CommitMessage = Annotated[
-    str | None, typer.Option(metavar="TEXT", help="With --push-to: first line of the commits' messages.")
+    str | None, typer.Option(metavar="TEXT", help="With --push-to: first line of the commit messages.")
 ]
 Dask = Annotated[
     str | None,
     typer.Option(
         metavar="ADDRESS",
-        help="Spread the shards over a Dask cluster that shares the storage: tcp://HOST:8786, or its scheduler file.",
+        help="Spread the shards over a Dask cluster that shares the storage. Pass tcp://HOST:8786 or the scheduler "
+        "file.",
     ),
 ]
 Part = Annotated[
     Any,
-    typer.Option(metavar="I/N", parser=_part, help="Take only the I-th of N parts, one for each job of an array."),
+    typer.Option(metavar="I/N", parser=_part, help="Take only the I-th of N parts: one for each job of an array."),
 ]
 Picture = Annotated[Path | None, typer.Option(metavar="FILE.png", help="With --device: plot the GEMM error per layer.")]
 ReportFile = Annotated[
     Path | None,
-    typer.Option("--report", metavar="FILE.html", help="Write what was compared and found as one page."),
+    typer.Option("--report", metavar="FILE.html", help="Write what was compared and found to one HTML page."),
 ]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print nothing but errors.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print errors only.")]
 Json = Annotated[
-    bool, typer.Option("--json", help="Print one JSON object on standard output, all else on standard error.")
+    bool,
+    typer.Option("--json", help="Print one JSON object to standard output, and everything else to standard error."),
 ]

@@ -18,6 +18,7 @@ import typer
 
 from awq2marlin.arguments import ArgumentError
 from awq2marlin.cli.options import option_of
+from awq2marlin.cli.terminal import print_error
 from awq2marlin.errors import (
     EXIT_DONE,
     EXIT_FAILED,
@@ -80,7 +81,7 @@ def run(
         if not is_ours:
             if progress is not None:
                 progress.finish()
-            print(_problems_text(error, problems), file=sys.stderr, flush=True)
+            print_error(_problems_text(error, problems))
         if as_json:
             _print_json(_report_of_error(error, command, where, started), code, problems)
         if is_ours:
@@ -162,13 +163,13 @@ def told_of_termination() -> Iterator[None]:
 
 
 def _problems_text(error: BaseException, problems: Sequence[Problem]) -> str:
-    """Returns what went wrong, one line each, capped; their number heads the list if there are several."""
+    """Returns what went wrong, a line each, with their number if there are several; only the first are spelled out."""
     result = getattr(error, "result", None)
     if result is not None:
         from awq2marlin.cli.differences import differences_text
 
         return differences_text(result, result.differences)
-    head = "error: " if len(problems) == 1 else f"error: {len(problems)} problems:\n"
+    head = "" if len(problems) == 1 else f"{len(problems)} problems:\n"
     lines = list(_grouped(problems))
     hidden = len(lines) - MAX_PROBLEMS_SHOWN
     more = [f"... and {hidden} more of this kind"] if hidden > 0 else []
@@ -196,7 +197,7 @@ def tell_usage_error(message: str, command: str, as_json: bool) -> int:
         as_json: whether to print the JSON object.
     """
     message = printable(message)
-    print(f"usage error: {message}\nTry 'awq2marlin --help' or 'awq2marlin COMMAND --help'.", file=sys.stderr)
+    print_error(f"{message}\nTry '{' '.join(filter(None, ('awq2marlin', command)))} --help'.", "usage error")
     if as_json:
         from awq2marlin.cli.json import Report
 
@@ -225,7 +226,7 @@ def guarded(command_line: Callable[[], int]) -> int:
     except OSError as error:  # what the work met is told by now: this one is of telling it
         _silence(sys.stdout)
         reason = printable(error.strerror or str(error)).lower()
-        print(f"error: cannot write to standard output: {reason}", file=sys.stderr, flush=True)
+        print_error(f"cannot write to standard output: {reason}")
     else:
         return code
     return EXIT_FAILED

@@ -25,6 +25,13 @@ if TYPE_CHECKING:
 #: Seconds between two plain progress lines, where there is no terminal.
 PLAIN_INTERVAL = 5.0
 
+#: Seconds of a batch, and items or parts of one, from which on the time left can be guessed.
+_LEAST_ELAPSED = 1.0
+_LEAST_DONE = 0.01
+
+#: Columns of a terminal from which on there is room for bars.
+_ROOM_FOR_BARS = 80
+
 #: How often the table is drawn, a second.
 _REFRESH = 4
 
@@ -111,17 +118,85 @@ def batch_progress(stream: TextIO | None = None) -> BatchProgress:
     return LiveTable(stream) if stream.isatty() else BatchLines(stream)
 
 
-class _Counts:
-    """How many items there are, and how many of each outcome."""
+def _time_text(seconds: float) -> str:
+    """Returns a time that is only roughly known."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60:02} min"
+
+
+class _Share:
+    """How much of an item is done. Nobody knows how many stages it will have, nor how long each takes.
+
+    The first is by far the longest as a rule: it counts as nine tenths of the item, each later one as nine tenths of
+    what is left. So the share never goes back.
+    """
+
+    def __init__(self) -> None:
+        self.what, self.done, self.total = "plan", 0, 0
+        self._before, self._stage = 0.0, 0.0
+
+    def start(self, what: str, total: int) -> None:
+        self._before += self._stage
+        self._stage = 0.9 * (1 - self._before)
+        self.what, self.done, self.total = what, 0, total
+
+    @property
+    def value(self) -> float:
+        """The share, from 0 to 1."""
+        return self._before + self._stage * min(1.0, self.done / max(self.total, 1))
+
+
+class _Overall:
+    """How far a batch is: how many items of each outcome, what is under way, and how long the rest will take."""
 
     def __init__(self) -> None:
         self.total = 0
         self.by_status: Counter[str] = Counter()
+        self._earlier = 0
+        self._shares: dict[str, _Share] = {}
+        self._started = time.monotonic()
+
+    def start(self, total: int, earlier: Sequence[ItemResult]) -> None:
+        self.total, self._earlier = total, len(earlier)
+        self.by_status.update(result.status for result in earlier)
+
+    def item(self, output: str) -> _Share:
+        share = self._shares[output] = _Share()
+        return share
+
+    def done(self, result: ItemResult) -> None:
+        self._shares.pop(result.output, None)
+        self.by_status[result.status] += 1
+
+    @property
+    def share(self) -> float:
+        """How much of all items is done, from 0 to 1."""
+        return min(1.0, (self._ended + self._under_way) / max(self.total, 1))
+
+    @property
+    def seconds_left(self) -> float | None:
+        """How long the rest will take, at the pace of this run; None as long as nobody can tell."""
+        done = self._ended - self._earlier + self._under_way
+        elapsed = time.monotonic() - self._started
+        if elapsed < _LEAST_ELAPSED or done < _LEAST_DONE:
+            return None
+        return elapsed / done * max(0.0, self.total - self._earlier - done)
+
+    @property
+    def _ended(self) -> int:
+        return sum(self.by_status.values())
+
+    @property
+    def _under_way(self) -> float:
+        return sum(share.value for share in self._shares.values())
 
     def __str__(self) -> str:
-        ended = sum(self.by_status.values())
         told = ", ".join(f"{count} {status}" for status, count in sorted(self.by_status.items()))
-        return f"{ended} of {self.total}" + (f" ({told})" if told else "")
+        counts = f"{self._ended} of {self.total}" + (f" ({told})" if told else "")
+        left = self.seconds_left if self._ended < self.total else None
+        return counts if left is None else f"{counts}, about {_time_text(left)} left"
 
 
 class BatchLines:
@@ -131,7 +206,7 @@ class BatchLines:
         """Prints on ``stream``."""
         self._stream = stream
         self._lock = threading.Lock()
-        self._counts = _Counts()
+        self._overall = _Overall()
 
     def say(self, text: str) -> None:
         """Prints a line."""
@@ -140,20 +215,22 @@ class BatchLines:
 
     def start(self, total: int, earlier: Sequence[ItemResult]) -> None:
         """The batch begins."""
-        self._counts.total = total
-        self._counts.by_status.update(result.status for result in earlier)
+        self._overall.start(total, earlier)
         if earlier:
-            self.say(f"[{self._counts}] of earlier runs")
+            self.say(f"[{self._overall}] of earlier runs")
 
     def item(self, source: str, output: str) -> Progress:
         """An item begins."""
         self.say(f"begin {printable(source)} -> {printable(output)}")
-        return _ItemLines(self, printable(source))
+        with self._lock:
+            share = self._overall.item(output)
+        return _ItemLines(self, printable(source), share)
 
     def done(self, result: ItemResult) -> None:
         """An item has ended."""
-        self._counts.by_status[result.status] += 1
-        self.say(f"[{self._counts}] {outcome_text(result)}")
+        with self._lock:
+            self._overall.done(result)
+        self.say(f"[{self._overall}] {outcome_text(result)}")
 
     def finish(self) -> None:
         """The batch has ended."""
@@ -162,16 +239,19 @@ class BatchLines:
 class _ItemLines:
     """Plain lines of one item."""
 
-    def __init__(self, lines: BatchLines, name: str) -> None:
-        self._lines, self._name = lines, name
+    def __init__(self, lines: BatchLines, name: str, share: _Share) -> None:
+        self._lines, self._name, self._share = lines, name, share
         self._lock = threading.Lock()
         self._stage: PlainLines | None = None
 
     def start(self, what: str, total: int) -> None:
-        self._stage = PlainLines(self._lines.say, f"{self._name}: {what}", total)
+        with self._lock:
+            self._share.start(what, total)
+            self._stage = PlainLines(self._lines.say, f"{self._name}: {what}", total)
 
     def advance(self, count: int) -> None:
         with self._lock:
+            self._share.done += count
             if self._stage is not None:
                 self._stage.update(count)
 
@@ -192,7 +272,7 @@ class LiveTable:
 
         self._console = Console(file=stream, markup=False, highlight=False, emoji=False)
         self._lock = threading.Lock()
-        self._counts = _Counts()
+        self._overall = _Overall()
         self._rows: dict[str, _Row] = {}
         self._live = Live(
             get_renderable=self._table, console=self._console, refresh_per_second=_REFRESH, transient=True
@@ -200,22 +280,20 @@ class LiveTable:
 
     def start(self, total: int, earlier: Sequence[ItemResult]) -> None:
         """The batch begins."""
-        self._counts.total = total
-        self._counts.by_status.update(result.status for result in earlier)
+        self._overall.start(total, earlier)
         self._live.start()
 
     def item(self, source: str, output: str) -> Progress:
         """An item begins."""
-        row = _Row(self._say, printable(source))
         with self._lock:
-            self._rows[output] = row
+            row = self._rows[output] = _Row(self._say, printable(source), self._overall.item(output))
         return row
 
     def done(self, result: ItemResult) -> None:
         """An item has ended."""
         with self._lock:
             self._rows.pop(result.output, None)
-            self._counts.by_status[result.status] += 1
+            self._overall.done(result)
         self._say(outcome_text(result))
 
     def finish(self) -> None:
@@ -223,44 +301,60 @@ class LiveTable:
         with self._lock:
             self._rows.clear()
         self._live.stop()
-        self._say(str(self._counts))
+        self._say(str(self._overall))
 
     def _say(self, text: str) -> None:
         self._console.print(text, soft_wrap=True)
 
     def _table(self) -> Table:
-        from rich.progress_bar import ProgressBar
+        """Returns a row for each item under way, with one for all of them below."""
         from rich.table import Table
 
         with self._lock:
             rows = list(self._rows.values())
-        table = Table(box=None, pad_edge=False, expand=True, caption=str(self._counts), caption_justify="left")
-        table.add_column("source", ratio=2, no_wrap=True, overflow="ellipsis")
+            caption, share = str(self._overall), self._overall.share
+        bars = self._console.width >= _ROOM_FOR_BARS
+        table = Table(box=None, pad_edge=False, expand=bars, caption=caption, caption_justify="left")
+        table.add_column("source", ratio=2 if bars else None, no_wrap=True, overflow="ellipsis")
         table.add_column("stage", no_wrap=True)
-        table.add_column("", ratio=1)
         table.add_column("done", justify="right", no_wrap=True)
+        if bars:
+            table.add_column("", ratio=1)
         for row in rows:
-            done, total = row.done, row.total
-            bar: Any = ProgressBar(total=max(total, 1), completed=done)
-            table.add_row(row.name, row.what, bar, f"{size_text(done)} of {size_text(total)}" if total else "")
+            what, done, total = row.share.what, row.share.done, row.share.total
+            amount = f"{size_text(done)} of {size_text(total)}" if total else ""
+            table.add_row(
+                _end_of(row.name, self._console.width // 3), what, amount, *([_bar(done, total)] if bars else [])
+            )
+        table.add_row("all items", "", f"{int(share * 100)} %", *([_bar(share, 1)] if bars else []))
         return table
+
+
+def _bar(done: float, total: float) -> Any:
+    from rich.progress_bar import ProgressBar
+
+    return ProgressBar(total=max(total, 1), completed=done)
+
+
+def _end_of(name: str, length: int) -> str:
+    """Returns a path, or only its last component if it is long."""
+    return name if len(name) <= length else f"…/{name.rstrip('/').rpartition('/')[2]}"
 
 
 class _Row:
     """One item of the table."""
 
-    def __init__(self, say: Any, name: str) -> None:
-        self._say, self.name = say, name
+    def __init__(self, say: Callable[[str], None], name: str, share: _Share) -> None:
+        self._say, self.name, self.share = say, name, share
         self._lock = threading.Lock()
-        self.what, self.done, self.total = "plan", 0, 0
 
     def start(self, what: str, total: int) -> None:
         with self._lock:
-            self.what, self.done, self.total = what, 0, total
+            self.share.start(what, total)
 
     def advance(self, count: int) -> None:
         with self._lock:
-            self.done += count
+            self.share.done += count
 
     def finish(self) -> None:
         pass

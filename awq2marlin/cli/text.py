@@ -12,6 +12,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from awq2marlin.cli.by_type import ByType
+from awq2marlin.cli.terminal import coloured, print_error, width_of
 from awq2marlin.errors import EXIT_DONE, escaped, pattern, printable
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 _MAX_NAMES_SHOWN = 8
 
 #: Columns of tables that hold numbers, flush right.
-_NUMBERS = {"K", "N", "modules", "size", "max error", "mean error", "of bound"}
+_NUMBERS = {"K", "N", "g", "modules", "size", "max error", "mean error", "of bound"}
 
 
 def size_text(count: float) -> str:
@@ -48,7 +49,7 @@ show: ByType[None] = ByType()
 def print_failures(result: BatchResult) -> None:
     """Prints on standard error what failed."""
     for item in result.failed:
-        print(f"error: {outcome_text(item)}", file=sys.stderr, flush=True)
+        print_error(outcome_text(item))
 
 
 def _say(text: str = "") -> None:
@@ -56,28 +57,36 @@ def _say(text: str = "") -> None:
 
 
 def _table(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-    from rich.box import SIMPLE_HEAD
-    from rich.console import Console
-    from rich.table import Table
+    from awq2marlin.cli.table import table_lines  # which most commands do without
 
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
-    for header in headers:
-        table.add_column(
-            header,
-            overflow="fold",
-            justify="right" if header in _NUMBERS else "left",
-        )
-    for row in rows:
-        table.add_row(*map(printable, row))
-    console = Console(markup=False, highlight=False, emoji=False)
-    if not console.is_terminal:
-        console = Console(markup=False, highlight=False, emoji=False, width=160)
-    console.print(table)
+    escaped_rows = ([printable(cell) for cell in row] for row in rows)
+    for line in table_lines(headers, escaped_rows, numbers=_NUMBERS, width=width_of(sys.stdout)):
+        _say(line)
+
+
+def _of_alike(reason: str) -> str:
+    """Returns a reason that holds for many modules alike: without the number of a layer, and without K and N."""
+    return re.sub(r"\b([KN])=\d+", r"\1", re.sub(r"(?<=\.)\d+(?=\.)", "*", reason))
+
+
+def _noted(word: str, reasons: Iterable[str]) -> tuple[dict[str, str], list[str]]:
+    """Lets a table say only that something is so, and gives the reasons below it, each once.
+
+    Args:
+        word: what the table says.
+        reasons: of each row; empty where there is none.
+
+    Returns:
+        The cell of each reason, numbered if there are several, and the lines below the table.
+    """
+    different = [*dict.fromkeys(filter(None, reasons))]
+    cells = {each: f"{word} ({at})" if len(different) > 1 else word for at, each in enumerate(different, 1)}
+    return cells, [*(f"{cell}: {printable(reason)}" for reason, cell in cells.items()), *([""] if cells else [])]
 
 
 def _show_lists(left_behind: Mapping[str, str], warnings: Sequence[str]) -> None:
     for warning in warnings:
-        _say(f"warning    {escaped(warning)}")
+        _say(f"{coloured('warning', 'yellow', sys.stdout)}    {escaped(warning)}")
     shown = list(left_behind.items())[:_MAX_NAMES_SHOWN]
     names = [f"{printable(name)} ({printable(reason)})" for name, reason in shown]
     if names:
@@ -97,12 +106,15 @@ def _show_plan(result: ConvertResult) -> None:
         fate = "convert" if module.converted else "keep"
         if module.is_padded:
             fate = f"pad to {module.padded_k}x{module.padded_n}"
-        reason = re.sub(r"(?<=\.)\d+(?=\.)", "*", module.reason)
+        reason = _of_alike(module.reason)
         groups[pattern(module.name), str(module.size_k), str(module.size_n), fate, reason] += 1
+    marked, notes = _noted("keep", (why for *_, why in groups))
     _table(
-        ("module", "K", "N", "modules", "fate", "why"),
-        ((name, size_k, size_n, str(count), fate, why) for (name, size_k, size_n, fate, why), count in groups.items()),
+        ("module", "K", "N", "modules", "fate"),
+        ((*sizes, str(count), marked.get(why, fate)) for (*sizes, fate, why), count in groups.items()),
     )
+    for note in notes:
+        _say(note)
     _say(f"would read    {size_text(result.source_bytes)} from {printable(str(result.source))}")
     _say(f"would write   {size_text(result.output_bytes)} to {printable(str(result.output))}")
     kept = f", keep {len(result.kept)} in AWQ layout" if result.kept or result.to == "Marlin" else ""
@@ -205,7 +217,8 @@ def outcome_text(result: ItemResult) -> str:
 def _verification(result: VerifyResult) -> None:
     """Prints what a verification compared, and what it took the two checkpoints for."""
     kind = "converted modules" if result.kind == "conversion" else "modules"
-    _say(f"equal: {len(result.modules)} of {result.modules_total} {kind}, value for value")
+    equal = coloured("equal:", "green", sys.stdout)
+    _say(f"{equal} {len(result.modules)} of {result.modules_total} {kind}, value for value")
     _say(f"       {result.tensors} other tensors and {result.files} files, byte for byte")
     if result.kind == "conversion":
         _say(f"{printable(str(result.output))} is the conversion of {printable(str(result.source))}")
@@ -226,7 +239,8 @@ def _verification(result: VerifyResult) -> None:
 def _gemm(run: GemmRun) -> None:
     """Prints what the Marlin GEMM said of each module."""
     tokens = ", ".join(map(str, run.checks[0].sizes_m)) if run.checks else ""
-    _say(f"run on {printable(run.device_name)}, exact: identity inputs reproduced every weight bit for bit;")
+    exact = coloured("exact:", "green", sys.stdout)
+    _say(f"run on {printable(run.device_name)}, {exact} identity inputs reproduced every weight bit for bit;")
     _say(f"random inputs, M = {tokens}, against float64:")
     _table(
         ("module", "K", "N", "type", "max error", "mean error", "of bound"),
@@ -320,21 +334,23 @@ def _inspection(result: InspectResult) -> None:
     sizes: Counter[tuple[str, ...]] = Counter()
     for module in result.modules:
         padded = f" padded to {module.padded[0]}x{module.padded[1]}" if module.padded else ""
-        aligned = "yes" if module.aligned else f"no: {module.reason}"
         key = (
             pattern(module.name),
             str(module.size_k),
             str(module.size_n),
             str(module.group_size),
             module.layout + padded,
-            aligned,
+            "" if module.aligned else _of_alike(module.reason),
         )
         groups[key] += 1
         sizes[key] += module.bytes
+    marked, notes = _noted("no", (key[-1] for key in groups))
     _table(
         ("module", "K", "N", "g", "layout", "modules", "size", "aligned"),
-        ((*key[:5], str(count), size_text(sizes[key]), key[5]) for key, count in groups.items()),
+        ((*key[:5], str(count), size_text(sizes[key]), marked.get(key[5], "yes")) for key, count in groups.items()),
     )
+    for note in notes:
+        _say(note)
     _say(f"{len(result.modules)} quantized modules, {len(result.unquantized_modules)} in full precision")
     for line in _ranks_lines(result):
         _say(line)

@@ -89,41 +89,11 @@ def start(*arguments: object, **options: Any) -> subprocess.Popen[bytes]:
 
 # --- help and version ----------------------------------------------------------------------------------------------
 
-OPTIONS = {
-    "convert": "--dry-run --unaligned keep|pad|error --workers --overwrite --quiet --json --verify N|all|none SOURCE",
-    "verify": "--modules N|all --layers N|all --workers --quiet --json SOURCE OUTPUT",
-    "revert": "--dry-run --overwrite --low-disk --dask --workers --quiet --json CONVERTED OUTPUT",
-    "inspect": "--quiet --json PATH",
-    "demo": "--quiet --json FOLDER",
-}
-
-
-@pytest.mark.parametrize("command", COMMANDS)
-def test_help_names_every_option(command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    code, out, err = run(capsys, command, "--help")
-    assert (code, err) == (0, "")
-    assert [option for option in OPTIONS[command].split() if option not in out] == []
-    assert "[[" not in out
-    assert run(capsys, command, "-h")[1] == out
-
 
 def parameters(command: str) -> list[Any]:
     """The arguments and options of a command, as typer has them."""
     group: Any = typer.main.get_command(app)
     return [each for each in group.commands[command].params if each.name != "help"]
-
-
-@pytest.mark.parametrize("columns", ["60", "200"])
-@pytest.mark.parametrize("command", [*COMMANDS, "batch", "push", "doctor"])
-def test_help_shows_every_description_word_for_word(
-    command: str, columns: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("COLUMNS", columns)
-    shown = "".join(run(capsys, command, "--help")[1].split())
-    described = {each.name: each.help for each in parameters(command)}
-    assert [name for name, text in described.items() if not text or "".join(text.split()) not in shown] == []
-    named = {"source", "converted", "path"} & {*described}
-    assert [name for name in named if "org/name[@revision]" not in described[name]] == []
 
 
 @pytest.mark.parametrize(
@@ -142,16 +112,6 @@ def test_a_command_has_every_option_with_its_default(command: str, options: type
 def test_every_result_is_shown_and_reported() -> None:
     results = {name for name in awq2marlin.__all__ if name.endswith("Result")} - {"ItemResult"}
     assert show.names - {"GemmRun"} == report_of.names == results
-
-
-def test_help_names_every_command_and_exit_code(capsys: pytest.CaptureFixture[str]) -> None:
-    code, out, err = run(capsys, "--help")
-    assert (code, err) == (0, "")
-    assert [command for command in COMMANDS if f" {command} " not in out] == []
-    codes = (
-        "Exit codes: 0 done, 1 failed or refused, 2 usage, 3 a difference was found, 130 interrupted, 143 terminated."
-    )
-    assert codes in " ".join(out.split())
 
 
 def test_no_arguments_give_the_help_and_a_usage_code(capsys: pytest.CaptureFixture[str]) -> None:
@@ -419,6 +379,7 @@ def test_a_usage_error_exits_2(line: str, command: str, text: str, capsys: pytes
     assert (code, out) == (2, "")
     assert text in err or "unexpected extra" in err
     assert err.startswith("usage error: ")
+    assert err.endswith(f"\nTry 'awq2marlin {command} --help'.\n" if command else "\nTry 'awq2marlin --help'.\n")
     assert "\x1b" not in err
     code, out, _ = run(capsys, *line.split(" "), "--json")
     (error,) = read_json(out, command, 2)["errors"]
@@ -482,10 +443,10 @@ def test_dry_run_writes_nothing_and_tells_every_fate(made: Path, capsys: pytest.
     assert (code, err) == (0, "")
     assert list(Path().iterdir()) == []
     lines = [" ".join(line.split()) for line in out.splitlines()]
-    assert "module K N modules fate why" in lines
+    assert "module K N modules fate" in lines
     assert "model.layers.*.mlp.down_proj 512 192 1 convert" in lines
-    reason = "unaligned: K=192, N=64 is neither a multiple of (128, 64) nor of (64, 128)"
-    assert f"model.layers.*.self_attn.k_proj 192 64 1 keep {reason}" in lines
+    assert "model.layers.*.self_attn.k_proj 192 64 1 keep" in lines
+    assert lines.count("keep: unaligned: K, N is neither a multiple of (128, 64) nor of (64, 128)") == 1
     size = (made / "marlin" / SHARD).stat().st_size
     assert f"would write {size_text(size)} to output" in lines
     assert "would convert 3 modules, keep 4 in AWQ layout" in lines
@@ -586,8 +547,8 @@ def test_inspect_shows_a_table(
     assert (code, err) == (0, "")
     assert lines[0] == head
     assert f"model.layers.*.mlp.gate_proj 192 512 64 {row}" in lines
-    reason = "no: K=192, N=192 is neither a multiple of (128, 64) nor of (64, 128)"
-    assert f"model.layers.*.self_attn.q_proj 192 192 64 awq 1 19.9 kB {reason}" in lines
+    assert "model.layers.*.self_attn.q_proj 192 192 64 awq 1 19.9 kB no" in lines
+    assert lines.count("no: K, N is neither a multiple of (128, 64) nor of (64, 128)") == 1
     assert "7 quantized modules, 1 in full precision" in lines
 
 
@@ -596,11 +557,7 @@ def test_inspect_shows_padded_modules(made: Path, capsys: pytest.CaptureFixture[
     _, out, _ = run(capsys, "inspect", "output")
     lines = [" ".join(line.split()) for line in out.splitlines()]
     size = size_text(256 * 64 // 2 + 4 * 64 // 2 + 4 * 64 * 2)
-    reason = "no: K=192, N=64 is neither a multiple of (128, 64) nor of"
-    padded = [line for line in lines if line.startswith("model.layers.*.self_attn.k_proj")]
-    assert [line[: -len(" (64, 128)")] if line.endswith(")") else line for line in padded] == [
-        f"model.layers.*.self_attn.k_proj 192 64 64 marlin padded to 256x64 1 {size} {reason}"
-    ]
+    assert f"model.layers.*.self_attn.k_proj 192 64 64 marlin padded to 256x64 1 {size} no" in lines
 
 
 def test_verify_and_revert_tell_what_they_did(made: Path, capsys: pytest.CaptureFixture[str]) -> None:

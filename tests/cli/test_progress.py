@@ -5,6 +5,8 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
+
 from awq2marlin import ItemResult, Problem
 from awq2marlin.batch.run import BatchResult
 from awq2marlin.cli import progress as shown_progress
@@ -106,3 +108,57 @@ def test_the_summary_tells_what_was_left_alone(capsys):
     ]
     print_failures(result)
     assert capsys.readouterr().err.startswith("error: failed /m/\\x1b[2Jb -> /o/b: config.json")
+
+
+def test_the_whole_batch_has_a_bar_and_a_time_left(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
+    monkeypatch.setenv("TERM", "xterm")
+    clock = [0.0]
+    monkeypatch.setattr(shown_progress.time, "monotonic", lambda: clock[0])
+    table = LiveTable(Terminal())
+    table._overall.start(5, [replace(DONE, earlier=True)])
+    row = table.item("/models/of/somebody/with/many/folders/Llama-3-8B-AWQ", "/o/a")
+    row.start("convert", 1000)
+    row.advance(400)
+    with table._console.capture() as shown:
+        table._console.print(table._table())
+    *_, overall, counts = [line.rstrip() for line in shown.get().splitlines()]
+    assert re.match(r"all items +27 % .*━", overall), "one of five, and 0.9 * 400 / 1000 of the next"
+    assert "1 of 5 (1 done)  " in counts, "no guess in the first second"
+    clock[0] = 90.0
+    with table._console.capture() as shown:
+        table._console.print(table._table())
+    assert "1 of 5 (1 done), about 15 min left" in shown.get(), "0.36 items took 90 s; 3.64 are left"
+    assert "…/Llama-3-8B-AWQ " in shown.get()
+
+
+def test_lines_tell_the_time_left_of_the_whole_batch(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(shown_progress.time, "monotonic", lambda: clock[0])
+    stream = io.StringIO()
+    lines = BatchLines(stream)
+    lines.start(3, [])
+    lines.item("m/a", DONE.output)
+    clock[0] = 4000.0
+    lines.done(DONE)
+    assert stream.getvalue().splitlines()[-1].startswith("[1 of 3 (1 done), about 2 h 13 min left] done /m/a -> /o/a: ")
+    lines.done(DONE)
+    lines.done(FAILED)
+    assert "[3 of 3 (2 done, 1 failed)] failed" in stream.getvalue(), "nothing is left"
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(0.4, "0 s"), (89, "89 s"), (91, "2 min"), (5399, "1 h 30 min")])
+def test_a_guess_is_told_roughly(seconds, text):
+    assert shown_progress._time_text(seconds) == text
+
+
+def test_the_share_of_an_item_never_goes_back():
+    share, seen = shown_progress._Share(), [0.0]
+    for what, total in [("convert", 1000), ("verify", 10), ("upload", 0), ("check", 7)]:
+        share.start(what, total)
+        for _ in range(3):
+            share.done += total // 2
+            seen.append(share.value)
+    assert seen == sorted(seen)
+    assert seen[3] == pytest.approx(0.9)
+    assert seen[-1] < 1
