@@ -17,10 +17,10 @@ from awq2marlin.checkpoint.tensor_parallel import inexact_awq_reason, inexact_re
 from awq2marlin.errors import refuse
 from awq2marlin.integrations.serving.contents import Contents, is_any_below
 from awq2marlin.integrations.serving.finishing import pad_to, permute_bias, reorder_scales
+from awq2marlin.integrations.serving.linear import finished_parameter
 from awq2marlin.integrations.serving.record import LoadRecord
 from awq2marlin.integrations.serving.recut import plain_part
 from awq2marlin.integrations.vllm.kernels import RECUT_NOTE, TAKES_ACTIVATION_ORDER, weight_type
-from awq2marlin.integrations.vllm.linear import finished_parameter
 from awq2marlin.integrations.vllm.state import are_weights_processed, loads_by_weight_loaders, loads_sharded_state
 from awq2marlin.layout.marlin import GPTQ_MARLIN_TILE, is_aligned, is_single_group, num_groups
 from awq2marlin.layout.modules import QUANTIZED_PARTS, part_shape

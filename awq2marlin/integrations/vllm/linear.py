@@ -1,116 +1,41 @@
-"""How vLLM's linear layers hold quantized modules: loaded in slices as they lie in the file, then finished.
-
-What cannot be sliced so, and what lies in AWQ layout that vLLM's own code cannot load, is loaded in AWQ layout and
-repacked.
-"""
+"""vLLM's linear layers of Marlin weights: what is vLLM's about them."""
 
 from __future__ import annotations
 
-from functools import wraps
 from typing import Any
 
 import torch
 from torch.nn.functional import pad
+from vllm.model_executor import parameter
 from vllm.model_executor.layers.linear import LinearMethodBase, register_weight_loader_v2_supported_method
-from vllm.model_executor.parameter import (
-    BasevLLMParameter,
-    ChannelQuantScaleParameter,
-    GroupQuantScaleParameter,
-    PackedColumnParameter,
-    PackedvLLMParameter,
-)
 
-from awq2marlin.checkpoint.tensor_parallel import inexact_awq_reason, inexact_reason
-from awq2marlin.errors import refuse
 from awq2marlin.integrations.serving.contents import Contents
-from awq2marlin.integrations.serving.finishing import pad_to, reorder_scales
-from awq2marlin.integrations.serving.record import LoadRecord, part_number, shard_of
-from awq2marlin.integrations.serving.recut import plain_part
+from awq2marlin.integrations.serving.linear import MarlinLinear
+from awq2marlin.integrations.serving.record import LoadRecord
 from awq2marlin.integrations.vllm.kernels import RECUT_NOTE, LinearKernel, kernel_of
 from awq2marlin.integrations.vllm.state import are_weights_processed, loads_by_weight_loaders, loads_sharded_state
-from awq2marlin.layout.marlin import GPTQ_MARLIN_TILE, is_single_group, padded_shapes
-from awq2marlin.layout.modules import QUANTIZED_PARTS, part_shape
-from awq2marlin.layout.torch_functions import replace_parameter
-from awq2marlin.layout.torch_parts import marlin_part
 
 
 @register_weight_loader_v2_supported_method
-class MarlinNativeLinearMethod(LinearMethodBase):  # type: ignore[misc]
+class MarlinNativeLinearMethod(MarlinLinear, LinearMethodBase):  # type: ignore[misc]
     """Loads, finishes and applies one layer of Marlin weights."""
 
     #: vLLM 0.33: the tensors of a processed layer can be handed to another process as they are.
     supports_pre_processed_weights = True
 
-    def __init__(self, contents: Contents, prefix: str, modules: list[str]) -> None:
-        """Serves a layer.
+    engine = "vLLM"
+    parameters = parameter
+    note = RECUT_NOTE
 
-        Args:
-            contents: of the checkpoint.
-            prefix: the layer's full name.
-            modules: the checkpoint's modules that make it up, in vLLM's order, as far as the model tells.
-        """
-        self.contents = contents
-        self.prefix = prefix
-        self.modules = modules
-        has_zero_points = contents.has_zero_points(modules)
-        self.parts = [part for part in QUANTIZED_PARTS if part != "qzeros" or has_zero_points]
-        self.record = LoadRecord(sees_everything=loads_by_weight_loaders())
+    def __init__(self, contents: Contents, prefix: str, modules: list[str]) -> None:
+        """Serves a layer; see `MarlinLinear`."""
+        super().__init__(contents, prefix, modules, LoadRecord(sees_everything=loads_by_weight_loaders()))
         #: What multiplies; chosen when the weights are there.
         self.kernel: LinearKernel | None = None
 
-    def create_weights(
-        self,
-        layer: Any,
-        input_size_per_partition: int,
-        output_partition_sizes: list[int],
-        input_size: int,
-        output_size: int,
-        params_dtype: torch.dtype,
-        **extra_weight_attrs: Any,
-    ) -> None:
-        """Gives the layer empty parameters of one rank's shapes.
-
-        ``qweight`` int32 [K/t, N*t/f] with t = `tile`, ``scales`` [G, N], and ``qzeros`` int32 [G, N/f] where there
-        are zero points.
-
-        Args:
-            layer: of vLLM.
-            input_size_per_partition: K on this rank.
-            output_partition_sizes: the widths that are fused into N on this rank.
-            input_size: K of the whole layer.
-            output_size: N of the whole layer.
-            params_dtype: fp16 or bf16.
-            extra_weight_attrs: holds vLLM's ``weight_loader``.
-
-        Raises:
-            CheckpointError: if this rank's part cuts a group in two, or words of the source.
-        """
-        size_k, widths = input_size_per_partition, output_partition_sizes
-        size_n = sum(widths)
-        #: K and N on this rank, without padding.
-        self.sizes = (size_k, size_n)
-        #: K of the whole layer.
-        self.whole_k = input_size
-        self.width_count = len(widths)
-        is_cut = (size_k, size_n) != (input_size, output_size)
-        self._choose_layout(size_k, widths, is_cut)
-
-        if loads_sharded_state():
-            for part in self.parts:
-                shape = part_shape(part, *self._padded_sizes, self.contents.scheme, tile=GPTQ_MARLIN_TILE)
-                layer.register_parameter(part, finished_parameter(part, shape, params_dtype))
-            return
-
-        contents = self.contents
-        #: Whether the scales stand in the file in the order of a single group.
-        self.was_single = is_single_group(max(input_size, self.loaded[0]), contents.group_size)
-        #: One group over all of K cannot be cut by rows: every rank has all of it.
-        is_group_whole = contents.group_size == -1 and size_k != input_size
-        for part in self.parts:
-            shape = self._shape(part, *self.loaded)
-            loader = self.record.watch(part, self._reading(part, extra_weight_attrs["weight_loader"]))
-            parameter = self._parameter(part, shape, params_dtype, loader, is_group_whole)
-            layer.register_parameter(part, parameter)
+    def loads_finished(self) -> bool:
+        """Returns whether vLLM loads what `save_sharded_state` has written."""
+        return loads_sharded_state()
 
     def process_weights_after_loading(self, layer: Any) -> None:
         """Makes the loaded tensors what the kernels take, once, and chooses one.
@@ -125,16 +50,11 @@ class MarlinNativeLinearMethod(LinearMethodBase):  # type: ignore[misc]
             CheckpointError: naming every tensor that was never loaded.
             KernelUnavailableError: if only ours can serve the layer, and it cannot be compiled or run here.
         """
-        padded_k, padded_n = self._padded_sizes
-        if not are_weights_processed() and isinstance(layer.qweight, BasevLLMParameter):
-            self.record.require(module_names(self.prefix, self.modules, self.width_count), self.parts)
-            for part in self.parts:
-                padded = pad_to(getattr(layer, part).data, *self._shape(part, padded_k, padded_n))
-                # By a plain parameter, which tells that this is done.
-                replace_parameter(layer, part, self._for_kernel(part, padded, padded_k, padded_n))
+        if not are_weights_processed() and self.is_loaded(layer):
+            self.finish(layer)
         if self.kernel is None:
             self.kernel = kernel_of(layer, self.contents.bits, *self.sizes)
-        keep_ordered_bias(layer, padded_n, self.kernel)
+        keep_ordered_bias(layer, self.padded_sizes[1], self.kernel)
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """Returns ``x @ w + bias``.
@@ -149,126 +69,6 @@ class MarlinNativeLinearMethod(LinearMethodBase):  # type: ignore[misc]
         """
         assert self.kernel is not None, "process_weights_after_loading has chosen it"
         return self.kernel(layer, x, None if bias is None else layer.ordered_bias)
-
-    def _choose_layout(self, size_k: int, widths: list[int], is_cut: bool) -> None:
-        """Decides in which layout the layer is loaded, and in which sizes.
-
-        Sets `tile`, the rows of K that a row of ``qweight`` then has, and `loaded`, K and N. As it lies in the file, if
-        that is Marlin's layout and the slice is one of whole tiles; else in AWQ's, to be repacked.
-        """
-        reason = self._reason_to_recut(size_k, widths, is_cut)
-        self.tile, self.loaded = GPTQ_MARLIN_TILE, (size_k, sum(widths))
-        if not reason:
-            if self._padded:
-                self.loaded = padded_shapes([self.loaded], self.contents.group_size)[0]
-            return
-        self.tile = 1
-        if self._layouts != {"awq"} and not loads_sharded_state():
-            RECUT_NOTE.say(self.prefix, reason)
-        reason = inexact_awq_reason(size_k, widths, self.contents.bits, self.contents.group_size)
-        if reason:
-            advice = self.contents.tensor_parallel_advice() if is_cut else "vLLM does not serve its source either"
-            raise refuse("unsupported-engine", f"{reason}. {advice}", tensor=self.prefix)
-
-    def _reason_to_recut(self, size_k: int, widths: list[int], is_cut: bool) -> str | None:
-        """Returns why the layer cannot be loaded as it lies in the file, in words; None if it can."""
-        if self._layouts != {"marlin"}:
-            return "not all of it is in Marlin layout"
-        if not self._padded:
-            return inexact_reason(size_k, widths, self.contents.group_size)
-        if is_cut:
-            return "it is padded, and cut"
-        return "it is padded, and joined with others" if len(widths) > 1 or len(self.modules) > 1 else None
-
-    @property
-    def _padded_sizes(self) -> tuple[int, int]:
-        """K and N of the finished tensors."""
-        return padded_shapes([self.loaded], self.contents.group_size)[0]
-
-    @property
-    def _layouts(self) -> set[str]:
-        return {self.contents.layout([module]) for module in self.modules}
-
-    @property
-    def _padded(self) -> list[str]:
-        return [module for module in self.modules if module in self.contents.quantization.padded_modules]
-
-    def _reading(self, part: str, loader: Any) -> Any:
-        """Returns a weight loader that brings what lies in tiles to plain order, where the layer is to be repacked."""
-        if self.tile != 1 or self._layouts == {"awq"}:
-            return loader
-
-        @wraps(loader)
-        def plain_loader(param: Any, loaded_weight: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-            module = self._module_of(shard_of(args, kwargs))
-            if self.contents.layout([module]) == "marlin":
-                said = self.contents.quantization
-                loaded_weight = plain_part(part, loaded_weight, module, self.whole_k, said)
-            return loader(param, loaded_weight, *args, **kwargs)
-
-        return plain_loader
-
-    def _module_of(self, shard: Any) -> str:
-        """Returns the checkpoint's module that vLLM loads as a part of this layer."""
-        number = part_number(shard)
-        if isinstance(number, int) and len(self.modules) == self.width_count:
-            return self.modules[number]
-        return self.modules[0]
-
-    def _shape(self, part: str, size_k: int, size_n: int) -> tuple[int, int]:
-        return part_shape(part, size_k, size_n, self.contents.scheme, tile=self.tile)
-
-    def _parameter(
-        self, part: str, shape: tuple[int, int], scale_dtype: torch.dtype, loader: Any, is_group_whole: bool
-    ) -> Any:
-        """Returns an empty parameter whose class and attributes tell vLLM's loaders how to cut and join it."""
-        if part == "scales":
-            data = torch.empty(shape, dtype=scale_dtype)
-            if is_group_whole:
-                return ChannelQuantScaleParameter(data=data, output_dim=1, weight_loader=loader)
-            return GroupQuantScaleParameter(data=data, input_dim=0, output_dim=1, weight_loader=loader)
-        packed = {
-            "data": torch.empty(shape, dtype=torch.int32),
-            "output_dim": 1,
-            "packed_dim": 1,
-            "packed_factor": self.contents.pack_factor,
-            "weight_loader": loader,
-        }
-        if part == "qzeros" and is_group_whole:
-            return PackedColumnParameter(**packed)
-        return PackedvLLMParameter(input_dim=0, marlin_tile_size=self.tile if part == "qweight" else None, **packed)
-
-    def _for_kernel(self, part: str, tensor: torch.Tensor, size_k: int, size_n: int) -> torch.Tensor:
-        """Returns a loaded and padded tensor as the kernels take it."""
-        if self.tile == 1:
-            return marlin_part(part, tensor, size_k, size_n, self.contents.scheme)
-        if part != "scales":
-            return tensor
-        is_single = is_single_group(size_k, self.contents.group_size)
-        return reorder_scales(tensor, was_single=self.was_single, is_single=is_single)
-
-
-def module_names(prefix: str, modules: list[str], width_count: int) -> list[str]:
-    """Returns a name for each width that is fused into a layer: the file's, where that is known.
-
-    Args:
-        prefix: the layer's full name.
-        modules: the names of the checkpoint's modules that make it up, as far as the model tells.
-        width_count: how many widths there are.
-    """
-    return modules if len(modules) == width_count else [f"{prefix} (part {part})" for part in range(width_count)]
-
-
-def finished_parameter(part: str, shape: tuple[int, ...], scale_dtype: torch.dtype) -> torch.nn.Parameter:
-    """Returns an empty parameter for a tensor that is processed already: a plain one, which tells that.
-
-    Args:
-        part: ``qweight``, ``qzeros`` or ``scales``.
-        shape: as processing leaves it.
-        scale_dtype: fp16 or bf16.
-    """
-    empty = torch.empty(shape, dtype=scale_dtype if part == "scales" else torch.int32)
-    return torch.nn.Parameter(empty, requires_grad=False)
 
 
 def keep_ordered_bias(layer: Any, padded_n: int, kernel: LinearKernel) -> None:

@@ -24,6 +24,7 @@ ALWAYS = (
     Need(f"{_LAYERS}.linear", "UnquantizedLinearMethod"),
     Need(f"{_LAYERS}.linear", "register_weight_loader_v2_supported_method"),
     Need(f"{_LAYERS}.vocab_parallel_embedding", "ParallelLMHead"),
+    Need("model_executor", "parameter"),
     Need("model_executor.parameter", "BasevLLMParameter"),
     Need("model_executor.parameter", "ChannelQuantScaleParameter", ("data", "output_dim", "weight_loader")),
     Need("model_executor.parameter", "GroupQuantScaleParameter", ("data", "input_dim", "output_dim", "weight_loader")),
