@@ -46,6 +46,9 @@ if TYPE_CHECKING:
     from awq2marlin.gemm.check import GemmCheck as GemmCheck
     from awq2marlin.gemm.check import GemmRun as GemmRun
     from awq2marlin.gemm.config import AWQMarlinConfig as AWQMarlinConfig
+    from awq2marlin.gemm.experts.ops import marlin_experts as marlin_experts
+    from awq2marlin.gemm.experts.ops import marlin_moe_gemm as marlin_moe_gemm
+    from awq2marlin.gemm.experts.ops import warm_up_experts as warm_up_experts
     from awq2marlin.gemm.linear import AWQMarlinLinearMethod as AWQMarlinLinearMethod
     from awq2marlin.gemm.ops import marlin_gemm as marlin_gemm
     from awq2marlin.gemm.ops import repack_awq as repack_awq
@@ -133,6 +136,7 @@ _HOMES: dict[str, str] = {
         ],
         "commands.doctor": ["DoctorResult", "doctor"],
         "gemm.check": ["GemmCheck", "GemmRun"],
+        "gemm.experts.ops": ["marlin_experts", "marlin_moe_gemm", "warm_up_experts"],
         "gemm.linear": ["AWQMarlinLinearMethod"],
         "gemm.ops": ["marlin_gemm", "repack_awq", "warm_up"],
         "layout.modules": ["ModulePlan"],

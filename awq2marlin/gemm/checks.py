@@ -46,12 +46,10 @@ def check_gemm(tensors: GemmTensors) -> LayerShape:
         TypeError: a dtype does not fit.
         ValueError: anything else does not.
     """
-    factor = pack_factor(tensors.num_bits)
-    _check_types(tensors)
-    shape = _check_shapes(tensors, factor)
-    _check_layouts(tensors)
-    _check_devices(tensors)
-    return shape
+    a, qweight, scales, qzeros, bias, num_bits = tensors
+    pack_factor(num_bits)
+    check_activations("a", a)
+    return check_weights(Weights(qweight, scales, qzeros, bias), a.shape[1], ("a", a), num_bits)
 
 
 def check_repack(qweight: torch.Tensor, num_bits: int) -> tuple[int, int]:
@@ -63,11 +61,11 @@ def check_repack(qweight: torch.Tensor, num_bits: int) -> tuple[int, int]:
     """
     factor = pack_factor(num_bits)
     check_type("qweight", qweight, torch.int32)
-    check_two_dimensions("qweight", qweight, "[K, N/f]")
+    check_dimensions("qweight", qweight, 2, "[K, N/f]")
     size_k, size_n = qweight.shape[0], qweight.shape[1] * factor
     if size_k % GPTQ_MARLIN_TILE or size_n % MARLIN_TILE_N or not size_k or not size_n:
-        raise _shape_error("qweight", qweight, f"[K, N/{factor}] with K a multiple of 16 and N of 64")
-    _check_rows("qweight", qweight, 4)
+        raise shape_error("qweight", qweight, f"[K, N/{factor}] with K a multiple of 16 and N of 64")
+    check_rows("qweight", qweight, 4)
     return size_k, size_n
 
 
@@ -81,14 +79,14 @@ def check_type(name: str, tensor: torch.Tensor, *types: torch.dtype) -> None:
         raise TypeError(f"{name} must be {' or '.join(map(str, types))}, found {tensor.dtype}")
 
 
-def check_two_dimensions(name: str, tensor: torch.Tensor, shape: str) -> None:
-    """Checks that a tensor has rows and columns; ``shape`` is what the message calls them.
+def check_dimensions(name: str, tensor: torch.Tensor, count: int, shape: str) -> None:
+    """Checks how many dimensions a tensor has; ``shape`` is what the message calls them.
 
     Raises:
-        ValueError: it has not.
+        ValueError: it has more or fewer.
     """
-    if tensor.dim() != 2:
-        raise _shape_error(name, tensor, shape)
+    if tensor.dim() != count:
+        raise shape_error(name, tensor, shape)
 
 
 def check_addresses(**tensors: tuple[torch.Tensor | None, int]) -> None:
@@ -108,93 +106,169 @@ def check_addresses(**tensors: tuple[torch.Tensor | None, int]) -> None:
             )
 
 
-def _check_types(tensors: GemmTensors) -> None:
-    a, qweight, scales, qzeros, bias, _ = tensors
-    check_type("a", a, *ACTIVATION_TYPES)
-    check_type("qweight", qweight, torch.int32)
-    check_type("scales", scales, a.dtype)
-    if qzeros is not None:
-        check_type("qzeros", qzeros, torch.int32)
-    if bias is not None:
-        check_type("bias", bias, a.dtype)
+class Weights(NamedTuple):
+    """The tensors of one layer [K, N], or of all experts of a layer with E before every shape."""
+
+    qweight: torch.Tensor
+    scales: torch.Tensor
+    qzeros: torch.Tensor | None
+    bias: torch.Tensor | None
 
 
-def _check_shapes(tensors: GemmTensors, factor: int) -> LayerShape:
-    a, qweight, scales, qzeros, bias, _ = tensors
-    check_two_dimensions("a", a, "[M, K]")
-    check_two_dimensions("qweight", qweight, "[K/16, N*16/f]")
-    check_two_dimensions("scales", scales, "[G, N]")
-    size_k = a.shape[1]
-    if qweight.shape[0] * GPTQ_MARLIN_TILE != size_k:
-        raise _shape_error("qweight", qweight, f"[{size_k}/16, N*16/{factor}], as a has {list(a.shape)}")
-    size_n = qweight.shape[1] * factor // GPTQ_MARLIN_TILE
-    _check_aligned(qweight, size_n, size_k)
-    num_groups, columns = scales.shape
-    if columns != size_n:
-        raise _shape_error("scales", scales, f"[G, {size_n}], as qweight has {list(qweight.shape)}")
-    shape = LayerShape(size_n, size_k, _group_size(scales, size_k))
-    if qzeros is not None and tuple(qzeros.shape) != (num_groups, size_n // factor):
-        raise _shape_error("qzeros", qzeros, f"[{num_groups}, {size_n // factor}]")
-    if bias is not None and tuple(bias.shape) != (size_n,):
-        raise _shape_error("bias", bias, f"[{size_n}]")
+#: Of each of `Weights` its name, and the elements at multiples of which rows begin.
+_PLACES = tuple(zip(Weights._fields, (4, 8, 1, 4), strict=True))
+
+
+def check_weights(
+    weights: Weights,
+    size_k: int,
+    activations: tuple[str, torch.Tensor],
+    num_bits: int,
+    *,
+    prefix: str = "",
+    of_experts: bool = False,
+    size_k_of: tuple[str, torch.Tensor] | None = None,
+) -> LayerShape:
+    """Checks the tensors of a layer, or of all its experts, and returns what they say.
+
+    Args:
+        weights: the tensors; E is that of ``qweight``.
+        size_k: K.
+        activations: what messages call them, and they: of the type and on the device that is needed.
+        num_bits: 4 or 8.
+        prefix: what the arguments' names begin with.
+        of_experts: whether every shape begins with E.
+        size_k_of: the argument that K follows from, where the activations do not have it.
+
+    Raises:
+        TypeError: a dtype does not fit.
+        ValueError: anything else does not.
+    """
+    _check_weight_types(weights, activations[1].dtype, prefix)
+    shape = _check_weight_shapes(weights, size_k, size_k_of or activations, pack_factor(num_bits), prefix, of_experts)
+    for tensor, (name, multiple) in zip(weights, _PLACES, strict=True):
+        if tensor is not None:
+            check_rows(prefix + name, tensor, multiple)
+            check_device(prefix + name, tensor, activations)
     return shape
 
 
-def _check_aligned(qweight: torch.Tensor, size_n: int, size_k: int) -> None:
+def _check_weight_types(weights: Weights, dtype: torch.dtype, prefix: str) -> None:
+    check_type(f"{prefix}qweight", weights.qweight, torch.int32)
+    check_type(f"{prefix}scales", weights.scales, dtype)
+    if weights.qzeros is not None:
+        check_type(f"{prefix}qzeros", weights.qzeros, torch.int32)
+    if weights.bias is not None:
+        check_type(f"{prefix}bias", weights.bias, dtype)
+
+
+def _check_weight_shapes(
+    weights: Weights,
+    size_k: int,
+    size_k_of: tuple[str, torch.Tensor],
+    factor: int,
+    prefix: str,
+    of_experts: bool,
+) -> LayerShape:
+    qweight, scales, qzeros, bias = weights
+    dimensions, e = (3, "E, ") if of_experts else (2, "")
+    check_dimensions(f"{prefix}qweight", qweight, dimensions, f"[{e}K/16, N*16/f]")
+    check_dimensions(f"{prefix}scales", scales, dimensions, f"[{e}G, N]")
+    lead = tuple(qweight.shape[:-2])
+    e = f"{lead[0]}, " if lead else ""
+    if qweight.shape[-2] * GPTQ_MARLIN_TILE != size_k:
+        name, tensor = size_k_of
+        needed = f"[{e}{size_k}/16, N*16/{factor}], as {name} has {list(tensor.shape)}"
+        raise shape_error(f"{prefix}qweight", qweight, needed)
+    size_n = qweight.shape[-1] * factor // GPTQ_MARLIN_TILE
+    _check_aligned(f"{prefix}qweight", qweight, size_n, size_k)
+    num_groups = scales.shape[-2]
+    if (*scales.shape[:-2], scales.shape[-1]) != (*lead, size_n):
+        needed = f"[{e}G, {size_n}], as {prefix}qweight has {list(qweight.shape)}"
+        raise shape_error(f"{prefix}scales", scales, needed)
+    shape = LayerShape(size_n, size_k, _group_size(f"{prefix}scales", scales, size_k))
+    if qzeros is not None and tuple(qzeros.shape) != (*lead, num_groups, size_n // factor):
+        raise shape_error(f"{prefix}qzeros", qzeros, f"[{e}{num_groups}, {size_n // factor}]")
+    if bias is not None and tuple(bias.shape) != (*lead, size_n):
+        raise shape_error(f"{prefix}bias", bias, f"[{e}{size_n}]")
+    return shape
+
+
+def _check_aligned(name: str, qweight: torch.Tensor, size_n: int, size_k: int) -> None:
     is_aligned = any(size_k % multiple_k == size_n % multiple_n == 0 for multiple_k, multiple_n in ALIGNMENTS)
     if not is_aligned or not size_n or not size_k:
-        needed = "[K/16, N*16/f] with N a multiple of 64 and K of 128, or N of 128 and K of 64"
+        e = "E, " if qweight.dim() == 3 else ""
+        needed = f"[{e}K/16, N*16/f] with N a multiple of 64 and K of 128, or N of 128 and K of 64"
         raise ValueError(
-            f"qweight must have the shape {needed}, found {list(qweight.shape)}: K = {size_k}, N = {size_n}"
+            f"{name} must have the shape {needed}, found {list(qweight.shape)}: K = {size_k}, N = {size_n}"
         )
 
 
-def _group_size(scales: torch.Tensor, size_k: int) -> int:
-    num_groups = scales.shape[0]
+def _group_size(name: str, scales: torch.Tensor, size_k: int) -> int:
+    num_groups = scales.shape[-2]
     if num_groups == 1:
         return size_k
     if num_groups == 0 or size_k % num_groups or size_k // num_groups not in _GROUP_SIZES:
         rows = ", ".join(str(size_k // size) for size in _GROUP_SIZES if size_k % size == 0)
-        needed = f"[G, N] with G = 1, or one of {rows} (groups of 32, 64 or 128 in K = {size_k})"
-        raise _shape_error("scales", scales, needed)
+        e = "E, " if scales.dim() == 3 else ""
+        needed = f"[{e}G, N] with G = 1, or one of {rows} (groups of 32, 64 or 128 in K = {size_k})"
+        raise shape_error(name, scales, needed)
     return size_k // num_groups
 
 
-def _check_layouts(tensors: GemmTensors) -> None:
-    """Checks what the widest loads of the kernels need."""
-    a, qweight, scales, qzeros, bias, _ = tensors
-    _check_rows("a", a, 8)
+def check_activations(name: str, a: torch.Tensor) -> None:
+    """Checks that activations [M, K] have the type and lie in memory as the widest loads of the kernels need.
+
+    Raises:
+        TypeError: they have another type.
+        ValueError: anything else does not fit.
+    """
+    check_type(name, a, *ACTIVATION_TYPES)
+    check_dimensions(name, a, 2, "[M, K]")
+    check_rows(name, a, 8)
     if a.stride(0) > _MAX_TOKEN_STRIDE and a.shape[0] > 1:
-        raise ValueError(f"a must have a row stride of at most {_MAX_TOKEN_STRIDE}, found {a.stride(0)}")
-    _check_rows("qweight", qweight, 4)
-    _check_rows("scales", scales, 8)
-    if qzeros is not None:
-        _check_rows("qzeros", qzeros, 1)
-    if bias is not None:
-        _check_rows("bias", bias, 4)
+        raise ValueError(f"{name} must have a row stride of at most {_MAX_TOKEN_STRIDE}, found {a.stride(0)}")
 
 
-def _check_rows(name: str, tensor: torch.Tensor, multiple: int) -> None:
-    """Checks that rows are dense, and that they start where the widest load of a kernel may."""
-    if tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
+def check_rows(name: str, tensor: torch.Tensor, multiple: int) -> None:
+    """Checks that rows are dense, and that they start where the widest load of a kernel may.
+
+    Args:
+        name: the argument's.
+        tensor: with rows along its last dimension.
+        multiple: of the other strides and of the offset, in elements.
+
+    Raises:
+        ValueError: they are not.
+    """
+    strides, sizes, offset = tensor.stride(), tensor.shape, tensor.storage_offset()
+    if strides[-1] != 1 and sizes[-1] > 1:
+        raise ValueError(f"{name} must have a last stride of 1, found strides {strides}; nothing is copied silently")
+    is_placed = offset % multiple == 0
+    for dimension in range(len(strides) - 1):
+        if strides[dimension] % multiple and sizes[dimension] > 1:
+            is_placed = False
+    if not is_placed:
+        kind = "row strides" if len(strides) > 2 else "a row stride"
+        outer = zip(strides[:-1], sizes, strict=False)
+        found = ", ".join(str(stride if size > 1 else 0) for stride, size in outer) or "0"
         raise ValueError(
-            f"{name} must have a last stride of 1, found strides {tensor.stride()}; nothing is copied silently"
-        )
-    stride = tensor.stride(0) if tensor.dim() == 2 and tensor.shape[0] > 1 else 0
-    offset = tensor.storage_offset()
-    if stride % multiple or offset % multiple:
-        raise ValueError(
-            f"{name} must have a row stride and an offset that are multiples of {multiple}, as slices at multiples "
-            f"of 64 columns have, found {stride} and {offset}"
+            f"{name} must have {kind} and an offset that are multiples of {multiple}, as slices at multiples "
+            f"of 64 columns have, found {found} and {offset}"
         )
 
 
-def _check_devices(tensors: GemmTensors) -> None:
-    a, qweight, scales, qzeros, bias, _ = tensors
-    for name, tensor in (("qweight", qweight), ("scales", scales), ("qzeros", qzeros), ("bias", bias)):
-        if tensor is not None and tensor.device != a.device:
-            raise ValueError(f"{name} must be on the device of a, {a.device}, found {tensor.device}")
+def check_device(name: str, tensor: torch.Tensor, activations: tuple[str, torch.Tensor]) -> None:
+    """Checks that a tensor is where the activations are, of which messages know the name.
+
+    Raises:
+        ValueError: it is elsewhere.
+    """
+    first_name, first = activations
+    if tensor.device != first.device:
+        raise ValueError(f"{name} must be on the device of {first_name}, {first.device}, found {tensor.device}")
 
 
-def _shape_error(name: str, tensor: torch.Tensor, shape: str) -> ValueError:
+def shape_error(name: str, tensor: torch.Tensor, shape: str) -> ValueError:
+    """Returns what to raise for a tensor that has another shape than is needed."""
     return ValueError(f"{name} must have the shape {shape}, found {list(tensor.shape)}")

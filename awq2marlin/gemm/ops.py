@@ -16,9 +16,9 @@ from awq2marlin.gemm.checks import (
     ACTIVATION_TYPES,
     GemmTensors,
     check_addresses,
+    check_dimensions,
     check_gemm,
     check_repack,
-    check_two_dimensions,
     check_type,
 )
 from awq2marlin.gemm.launch import describe, device_of, launch_gemm, launch_repack, load_up_to
@@ -115,7 +115,7 @@ def warm_up(
         KernelUnavailableError: a kernel cannot be compiled or loaded.
     """
     check_type("scales", scales, *ACTIVATION_TYPES)
-    check_two_dimensions("qweight", qweight, "[K/16, N*16/f]")
+    check_dimensions("qweight", qweight, 2, "[K/16, N*16/f]")
     one_token = scales.new_empty((1, qweight.shape[0] * GPTQ_MARLIN_TILE))
     shape = check_gemm(GemmTensors(one_token, qweight, scales, qzeros, None, num_bits))
     if qweight.device.type != "cuda":
