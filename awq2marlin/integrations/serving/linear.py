@@ -9,11 +9,13 @@ from functools import wraps
 from typing import Any
 
 import torch
+from torch.nn.functional import pad
 
 from awq2marlin.checkpoint.tensor_parallel import inexact_awq_reason, inexact_reason
 from awq2marlin.errors import refuse
 from awq2marlin.integrations.serving.contents import Contents
 from awq2marlin.integrations.serving.finishing import pad_to, reorder_scales
+from awq2marlin.integrations.serving.kernels import LinearKernel
 from awq2marlin.integrations.serving.record import LoadRecord, part_number, shard_of
 from awq2marlin.integrations.serving.recut import Note, plain_part
 from awq2marlin.layout.marlin import GPTQ_MARLIN_TILE, is_single_group, padded_shapes
@@ -23,10 +25,10 @@ from awq2marlin.layout.torch_parts import marlin_part
 
 
 class MarlinLinear:
-    """Loads and finishes one layer of Marlin weights; an engine's plugin adds what multiplies.
+    """Loads, finishes and applies one layer of Marlin weights.
 
-    Engines have these of vLLM: the interface of a linear layer's method, and the classes of parameters that know how
-    they are cut and joined.
+    Other engines have these of vLLM: the interface of a linear layer's method, and the classes of parameters that
+    know how they are cut and joined.
     """
 
     #: The engine, as people call it.
@@ -51,6 +53,8 @@ class MarlinLinear:
         has_zero_points = contents.has_zero_points(modules)
         self.parts = [part for part in QUANTIZED_PARTS if part != "qzeros" or has_zero_points]
         self.record = record
+        #: What multiplies; chosen when the weights are there.
+        self.kernel: LinearKernel | None = None
 
     def create_weights(
         self,
@@ -110,23 +114,53 @@ class MarlinLinear:
         """Returns whether what the engine loads was finished before."""
         return False
 
-    def is_loaded(self, layer: Any) -> bool:
-        """Returns whether a layer holds what was loaded, not yet finished.
+    def comes_finished(self) -> bool:
+        """Returns whether what a layer holds was finished by another process."""
+        return False
 
-        Args:
-            layer: of the engine.
+    def kernel_of(self, layer: Any) -> LinearKernel:
+        """Returns what multiplies with a finished layer.
+
+        Raises:
+            KernelUnavailableError: if only ours can serve the layer, and it cannot be compiled or run here.
         """
-        return isinstance(layer.qweight, self.parameters.BasevLLMParameter)
+        raise NotImplementedError
 
-    def finish(self, layer: Any) -> None:
-        """Makes the loaded tensors what the kernels take: pads with zeros what their tiles do not divide.
+    def process_weights_after_loading(self, layer: Any) -> None:
+        """Makes the loaded tensors what the kernels take, once, and chooses one.
+
+        A slice that the kernels' tiles do not divide is padded with zeros. The bias stays as it was loaded; a copy in
+        the kernel's order lies beside it, and is not saved with the layer.
 
         Args:
             layer: one whose weights were loaded.
 
         Raises:
             CheckpointError: naming every tensor that was never loaded.
+            KernelUnavailableError: if only ours can serve the layer, and it cannot be compiled or run here.
         """
+        comes_finished = self.comes_finished()
+        if not comes_finished and isinstance(layer.qweight, self.parameters.BasevLLMParameter):
+            self._finish(layer)
+        if self.kernel is None:
+            self.kernel = self.kernel_of(layer)
+        keep_ordered_bias(layer, self.padded_sizes[1], self.kernel, is_another_s=comes_finished)
+
+    def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        """Returns ``x @ w + bias``.
+
+        Args:
+            layer: one whose weights are processed.
+            x: activations [..., K].
+            bias: the layer's own, or None.
+
+        Returns:
+            [..., N].
+        """
+        assert self.kernel is not None, "process_weights_after_loading has chosen it"
+        return self.kernel(layer, x, None if bias is None else layer.ordered_bias)
+
+    def _finish(self, layer: Any) -> None:
         padded_k, padded_n = self.padded_sizes
         self.record.require(module_names(self.prefix, self.modules, self.width_count), self.parts)
         for part in self.parts:
@@ -262,3 +296,23 @@ def finished_parameter(part: str, shape: tuple[int, ...], scale_dtype: torch.dty
     """
     empty = torch.empty(shape, dtype=scale_dtype if part == "scales" else torch.int32)
     return torch.nn.Parameter(empty, requires_grad=False)
+
+
+def keep_ordered_bias(layer: Any, padded_n: int, kernel: LinearKernel, *, is_another_s: bool) -> None:
+    """Keeps a copy of a layer's bias as a kernel adds it, in a buffer, unless the model adds the bias by itself.
+
+    Args:
+        layer: of the engine, with or without ``bias`` [N].
+        padded_n: N with padding.
+        kernel: whose order the copy takes.
+        is_another_s: whether the copy that may be there is another process's, and stays as it is.
+    """
+    bias = getattr(layer, "bias", None)
+    if bias is None or getattr(layer, "skip_bias_add", False):
+        return
+    ordered = kernel.ordered_bias(pad(bias.data, (0, padded_n - len(bias))))
+    kept = getattr(layer, "ordered_bias", None)
+    if kept is None or is_another_s:
+        layer.register_buffer("ordered_bias", ordered.clone(), persistent=False)
+    else:
+        kept.copy_(ordered)  # in place: captured graphs know where it lies

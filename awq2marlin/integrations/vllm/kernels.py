@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any, Protocol
+from typing import Any
 
 import torch
-from torch.nn.functional import pad
 from vllm import envs
 from vllm.logger import init_logger
 from vllm.model_executor.layers.quantization.utils.marlin_utils import apply_gptq_marlin_linear
 from vllm.scalar_type import ScalarType, scalar_types
 
-from awq2marlin.gemm.ops import marlin_gemm, warm_up
 from awq2marlin.integrations.kernel_choice import KERNEL_VARIABLE, KernelChoice
 from awq2marlin.integrations.serving.finishing import permute_bias
+from awq2marlin.integrations.serving.kernels import LinearKernel, chosen_kernel
 from awq2marlin.integrations.serving.recut import Note
-from awq2marlin.layout.marlin import GPTQ_MARLIN_TILE
 
 logger = init_logger("vllm.awq2marlin")
 
@@ -45,25 +43,6 @@ def weight_type(num_bits: int, zero_points: bool) -> ScalarType | None:
     return _WEIGHT_TYPES.get((num_bits, zero_points))
 
 
-class LinearKernel(Protocol):
-    """Multiplies activations with a layer's Marlin weight: ``qweight``, ``scales`` and perhaps ``qzeros``."""
-
-    def ordered_bias(self, bias: torch.Tensor) -> torch.Tensor:
-        """Returns a bias [padded N] in the order in which the kernel adds it."""
-
-    def __call__(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """Returns ``x @ w + bias``.
-
-        Args:
-            layer: holds the weight.
-            x: [..., K].
-            bias: [padded N] in the kernel's order, or None.
-
-        Returns:
-            [..., N].
-        """
-
-
 def kernel_of(layer: Any, num_bits: int, size_k: int, size_n: int) -> LinearKernel:
     """Returns the kernel that serves a finished layer. If it is ours, it is ready for a capture in CUDA graphs.
 
@@ -76,51 +55,15 @@ def kernel_of(layer: Any, num_bits: int, size_k: int, size_n: int) -> LinearKern
     Raises:
         KernelUnavailableError: if ours must serve it and cannot.
     """
-    qzeros, device = getattr(layer, "qzeros", None), layer.qweight.device
-
-    def get_ready() -> None:
-        if device.type == "cuda":  # on a CPU there is nothing to compile
-            warm_up(layer.qweight, layer.scales, qzeros, num_bits=num_bits)
-
-    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
-    wtype = weight_type(num_bits, qzeros is not None)
+    zero_points = hasattr(layer, "qzeros")
+    wtype = weight_type(num_bits, zero_points)
     # A graph that vLLM has compiled holds calls of the kernel, so its cache must know which.
     envs.environment_variables.setdefault(KERNEL_VARIABLE, lambda: CHOICE.kernel)
-    if CHOICE.kernel_for(capability, get_ready, only_own=wtype is None) == "own":
-        return OwnKernel(num_bits, qzeros is not None, size_k, size_n)
-    assert wtype is not None, "without a name of vLLM's only ours serves it"
-    return VllmMarlinKernel(wtype, qzeros is not None, size_k, size_n, device)
 
+    def vllm_s() -> LinearKernel:
+        return VllmMarlinKernel(wtype, zero_points, size_k, size_n, layer.qweight.device)
 
-class OwnKernel:
-    """``awq2marlin::marlin_gemm``: one operator to torch.compile."""
-
-    def __init__(self, num_bits: int, zero_points: bool, size_k: int, size_n: int) -> None:
-        """Serves a layer.
-
-        Args:
-            num_bits: 4 or 8.
-            zero_points: whether the layer has ``qzeros``.
-            size_k: K on this rank, without padding.
-            size_n: N on this rank, without padding.
-        """
-        self._num_bits, self._zero_points = num_bits, zero_points
-        self._size_k, self._size_n = size_k, size_n
-
-    def ordered_bias(self, bias: torch.Tensor) -> torch.Tensor:
-        """Returns the bias: plain order."""
-        return bias
-
-    def __call__(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """Returns ``x @ w + bias``; see `LinearKernel`."""
-        rows = x.reshape(-1, x.shape[-1])
-        missing = layer.qweight.shape[0] * GPTQ_MARLIN_TILE - self._size_k
-        rows = pad(rows, (0, missing)) if missing else rows.contiguous()
-        qzeros = layer.qzeros if self._zero_points else None
-        out = marlin_gemm(rows, layer.qweight, layer.scales, qzeros, bias, num_bits=self._num_bits)
-        if out.shape[-1] != self._size_n:
-            out = out[:, : self._size_n].contiguous()  # what follows may want a view of it
-        return out.view(*x.shape[:-1], self._size_n)
+    return chosen_kernel(CHOICE, layer, num_bits, (size_k, size_n), None if wtype is None else vllm_s)
 
 
 class VllmMarlinKernel:
