@@ -6,7 +6,19 @@ import numpy as np
 import pytest
 from hypothesis import settings
 
+from tests.skips import NO_REAL_MODEL, summary
+
 TESTS = Path(__file__).resolve().parent
+
+
+def pytest_terminal_summary(terminalreporter):
+    """Tells what was skipped: a line for each reason, not one for each place."""
+    lines = [*summary(terminalreporter.stats.get("skipped", ()))]
+    if lines:
+        terminalreporter.section("skipped tests")
+        for line in lines:
+            terminalreporter.line(line)
+
 
 # The first call of a compiled kernel takes a second or more: a deadline would fail it, and nothing else.
 settings.register_profile("awq2marlin", deadline=None, print_blob=True)
@@ -15,10 +27,10 @@ settings.load_profile("awq2marlin")
 
 @pytest.fixture(scope="session")
 def shared_dir():
-    """The folder of real inputs that lies beside a maintainer's checkout."""
+    """The folder of real inputs that may lie beside a checkout."""
     folder = TESTS.parent.parent / "shared"
     if not folder.is_dir():
-        pytest.skip("The real inputs in ../shared are not part of the repository and are not here.")
+        pytest.skip(NO_REAL_MODEL)
     return folder
 
 

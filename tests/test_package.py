@@ -16,6 +16,7 @@ import pytest
 
 import awq2marlin
 from awq2marlin.checkpoint.synthetic import llama_recipe, write_checkpoint
+from tests.skips import NOT_INSTALLED
 
 PACKAGE = Path(awq2marlin.__file__).parent
 MODULES = sorted(".".join(path.relative_to(PACKAGE).with_suffix("").parts) for path in PACKAGE.rglob("*.py"))
@@ -441,7 +442,7 @@ def test_the_version_is_written_once_and_is_the_distribution_s():
     try:
         installed = importlib.metadata.version("awq2marlin")
     except importlib.metadata.PackageNotFoundError:
-        pytest.skip("The package is not installed here, so it has no metadata to compare with.")
+        pytest.skip(NOT_INSTALLED)
     assert installed == version, "install the package again: its metadata is of another version"
 
 
@@ -467,7 +468,7 @@ def test_the_command_is_declared():
     try:
         points = importlib.metadata.distribution("awq2marlin").entry_points
     except importlib.metadata.PackageNotFoundError:
-        pytest.skip("The package is not installed here, so it has no metadata to compare with.")
+        pytest.skip(NOT_INSTALLED)
     assert [(point.group, point.name, point.value) for point in points] == [
         ("console_scripts", "awq2marlin", "awq2marlin.cli:main"),
         ("vllm.general_plugins", "awq2marlin", "awq2marlin.integrations.vllm:register"),

@@ -22,10 +22,11 @@ from awq2marlin.pipeline import run as pipeline
 from awq2marlin.pipeline.dask import dask_executor, unseen
 from awq2marlin.pipeline.shard import rewrite_shard
 from awq2marlin.progress import Silence
+from tests.skips import NO_DASK
 
 from ..faults.helpers import WORK, contents, run_here
 
-distributed = pytest.importorskip("distributed", reason="Dask is not installed: pip install '.[dask]'")
+distributed = pytest.importorskip("distributed", reason=NO_DASK)
 
 
 @pytest.fixture(scope="module")

@@ -12,12 +12,11 @@ import pytest
 
 from awq2marlin import convert, revert, verify
 from tests.e2e import oracle
+from tests.skips import NO_REAL_MODEL
 
 MODEL = Path(__file__).parents[3] / "shared" / "models" / "smollm2-135m-awq-g64"
 SHARD = "model.safetensors"
-pytestmark = pytest.mark.skipif(
-    not (MODEL / SHARD).exists(), reason="The real model lies beside the repository only on the project's machines."
-)
+pytestmark = pytest.mark.skipif(not (MODEL / SHARD).exists(), reason=NO_REAL_MODEL)
 SAMPLED = ("0.mlp.gate_proj", "14.mlp.down_proj", "29.mlp.up_proj", "7.self_attn.q_proj", "29.self_attn.v_proj")
 
 

@@ -24,6 +24,7 @@ from tests.e2e.inputs import (
     split_file,
     write_files,
 )
+from tests.skips import OTHER_FILE_SYSTEM
 
 Change = Callable[[Path], Any]
 Q_PROJ = "model.layers.0.self_attn.q_proj"
@@ -220,7 +221,7 @@ def test_names_that_differ_from_ours_only_in_case_are_refused(names: tuple[str, 
     write_checkpoint(tmp_path / "source", plain(layer()))
     write_files({name: name.encode() for name in names if name})(tmp_path / "source")
     if len(list((tmp_path / "source").iterdir())) < 5:
-        pytest.skip("This file system does not tell such names apart.")
+        pytest.skip(OTHER_FILE_SYSTEM)
     with pytest.raises(CheckpointError) as caught:
         convert(tmp_path / "source", tmp_path / "output")
     assert {problem.code for problem in caught.value.problems} == {"unsafe-name"}

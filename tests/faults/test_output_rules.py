@@ -7,6 +7,8 @@ import subprocess
 
 import pytest
 
+from tests.skips import NO_MOUNT
+
 from .helpers import MANIFEST, WORK, contents, digests, make_source, refused
 
 #: Each writes OUTPUT as a path for a source in ``tmp_path/models/source``; all are refused.
@@ -54,7 +56,7 @@ def test_a_second_mount_of_the_source_is_the_source(source, run, tmp_path):
     mount = tmp_path / "mount"
     mount.mkdir()
     if subprocess.run(["mount", "--bind", str(copy), str(mount)], capture_output=True, check=False).returncode:
-        pytest.skip("mounting a folder twice needs rights that this user has not")
+        pytest.skip(NO_MOUNT)
     try:
         for out in (mount, mount / "out", mount / "code"):
             assert refused(run("convert", copy, out))["code"] == "overlap"

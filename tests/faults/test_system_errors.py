@@ -12,6 +12,7 @@ import pytest
 
 from awq2marlin.io import folder, stream
 from awq2marlin.pipeline import output as output_module
+from tests.skips import IS_ROOT, NO_MOUNT
 
 from .helpers import (
     ENVIRONMENT,
@@ -50,7 +51,7 @@ def small_disk(tmp_path):
             check=False,
         )
         if done.returncode:
-            pytest.skip("mounting a small file system needs rights that this user has not")
+            pytest.skip(NO_MOUNT)
         mounted.append(path)
         return path
 
@@ -194,7 +195,7 @@ def test_a_folder_without_write_permission_is_told(source, run, tmp_path):
     closed.mkdir(mode=0o555)
     as_root = os.geteuid() == 0
     if as_root and subprocess.run(["chattr", "+i", str(closed)], capture_output=True, check=False).returncode:
-        pytest.skip("mode bits do not bind root, and this file system knows no immutable folders")
+        pytest.skip(IS_ROOT)
     try:
         error = refused(run("convert", source, closed / "out"))
     finally:

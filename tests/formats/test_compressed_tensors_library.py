@@ -18,6 +18,7 @@ from awq2marlin.checkpoint.synthetic import Recipe, write_checkpoint
 from tests.equality import assert_identical
 from tests.faults.helpers import contents
 from tests.formats import peers
+from tests.skips import NO_COMPRESSED_TENSORS
 
 MODULES = {
     "model.layers.0.self_attn.o_proj": (128, 64),
@@ -56,7 +57,7 @@ def library():
     except ImportError as error:
         if os.environ.get("AWQ2MARLIN_REQUIRE_VLLM") == "1":
             pytest.fail(f"compressed-tensors must be importable here, but: {error}")
-        pytest.skip("compressed-tensors is not installed here; CI installs it, and fails if these tests are skipped.")
+        pytest.skip(NO_COMPRESSED_TENSORS)
     return SimpleNamespace(
         dequantizer=convert.CompressedTensorsDequantizer,
         from_awq=converters.AutoAWQConverter,

@@ -7,6 +7,7 @@ from torch import nn
 from awq2marlin.gemm.config import AWQMarlinConfig
 from awq2marlin.layout import torch_functions as layout
 from awq2marlin.layout.marlin import SCALAR_TYPE_UINT4, SCALAR_TYPE_UINT8
+from tests.skips import NO_GPU
 
 # --- AWQMarlinConfig --------------------------------------------------------------------------------------
 
@@ -164,9 +165,7 @@ def test_the_workspace_on_a_gpu_is_one_zero_a_multiprocessor(monkeypatch):
     assert asked == [torch.device("cuda:1")] * 2
 
 
-@pytest.mark.skipif(
-    not torch.cuda.is_available(), reason="There is no GPU here whose multiprocessors could be counted."
-)
+@pytest.mark.skipif(not torch.cuda.is_available(), reason=NO_GPU)
 def test_the_workspace_on_the_gpu_here():
     workspace = layout.marlin_make_workspace("cuda")
     assert workspace.device.type == "cuda"

@@ -14,6 +14,7 @@ from awq2marlin.gemm.select import all_configs, pick_config
 from tests.gemm.gemm_cases import DTYPES, SMALL_SHAPES, Layer, assert_product, random_layer, random_tokens
 from tests.gemm.test_cpu_gemm import CASES, golden
 from tests.gemm.test_linear import loaded_layer
+from tests.skips import ONE_GPU
 
 pytestmark = pytest.mark.gpu
 
@@ -313,7 +314,7 @@ def test_refusals_leave_the_process_working():
 
 def test_every_device_has_its_own_kernels():
     if torch.cuda.device_count() < 2:
-        pytest.skip("There is one GPU only.")
+        pytest.skip(ONE_GPU)
     layer = gpu_layer(512, 256, 128)
     a = random_tokens(20, layer)
     moved = [tensor.to("cuda:1") for tensor in (a, layer.qweight, layer.scales, layer.qzeros)]

@@ -14,10 +14,11 @@ from awq2marlin.errors import KernelUnavailableError, UnavailableError
 from awq2marlin.gemm import compile_matrix, jit, machine, source
 from awq2marlin.gemm.source import KernelSource, repack_source
 from awq2marlin.io.code_cache import CACHE_VARIABLE
+from tests.skips import IS_ROOT, NO_COMPILER, NO_MODES
 
 needs_compiler = pytest.mark.skipif(
     machine.machine_facts().nvrtc_version is None,
-    reason="The run-time compiler is not installed: pip install '.[cuda]'.",
+    reason=NO_COMPILER,
 )
 
 
@@ -152,7 +153,7 @@ def test_a_device_name_ends_at_its_first_zero_byte():
     assert facts == machine.DeviceFacts(0, "NVIDIA H200", (9, 0), 1 << 37, 132, is_supported=True)
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="Root may write everywhere.")
+@pytest.mark.skipif(os.geteuid() == 0, reason=IS_ROOT)
 def test_machine_facts_tell_of_a_cache_that_cannot_be_written(tmp_path, monkeypatch):
     tmp_path.chmod(0o500)
     monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path / "cache"))
@@ -165,7 +166,7 @@ def test_machine_facts_tell_of_a_cache_that_is_no_folder(tmp_path, monkeypatch):
     assert any(str(tmp_path / "file") in lack.what for lack in machine.machine_facts().lacks)
 
 
-@pytest.mark.skipif(not hasattr(os, "geteuid"), reason="Files have no owner and mode here.")
+@pytest.mark.skipif(not hasattr(os, "geteuid"), reason=NO_MODES)
 def test_machine_facts_tell_of_a_cache_that_others_may_write(cache):
     cache.put("key", b"machine code")
     cache.folder.chmod(0o777)

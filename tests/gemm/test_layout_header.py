@@ -12,6 +12,7 @@ from awq2marlin.gemm.families.hopper import HopperConfig
 from awq2marlin.gemm.source import ENTRY_POINT, KernelSource, kernels_dir
 from awq2marlin.layout import marlin
 from awq2marlin.layout.packing import AWQ_PACK_ORDER
+from tests.skips import NO_COMPILER
 
 
 def header_constants():
@@ -32,7 +33,7 @@ def test_header_has_the_constants_of_the_python_package():
 
 def test_scale_positions_invert_the_permutations():
     """The compiler itself evaluates the header's functions, for every lane and column."""
-    pytest.importorskip("cuda.bindings", reason="The run-time compiler is not installed: pip install '.[cuda]'")
+    pytest.importorskip("cuda.bindings", reason=NO_COMPILER)
     lines = ['#include "marlin_layout.cuh"', "using namespace marlin;"]
     for lane in range(32):
         for m in range(8):
@@ -56,7 +57,7 @@ def test_lines_of_the_headers_are_no_longer_than_those_of_python():
 
 
 def test_a_number_of_tokens_without_its_instruction_is_refused_in_a_sentence():
-    pytest.importorskip("cuda.bindings", reason="The run-time compiler is not installed: pip install '.[cuda]'")
+    pytest.importorskip("cuda.bindings", reason=NO_COMPILER)
     problem = GemmProblem(64, 256, 256, 128, 4, "fp16")
     config = replace(next(iter(HopperConfig.candidates(problem))), tokens=80)
     with pytest.raises(KernelUnavailableError, match=r"wgmma\.cuh has no instruction of this width"):

@@ -10,6 +10,7 @@ from awq2marlin.gemm import jit
 from awq2marlin.gemm.source import repack_source
 from awq2marlin.integrations.kernel_choice import KERNEL_VARIABLE, KernelChoice, choose, reason_without_own, setting
 from awq2marlin.io.code_cache import CACHE_VARIABLE
+from tests.skips import NO_COMPILER
 
 HOPPER, ADA, TURING = (9, 0), (8, 9), (7, 5)
 
@@ -110,7 +111,7 @@ def test_a_layer_that_only_ours_knows_runs_on_ours_beside_others_that_do_not(cho
 
 
 def test_the_log_says_how_long_compiling_took(choice, caplog, tmp_path, monkeypatch, capsys):
-    pytest.importorskip("cuda.bindings.nvrtc", reason="The run-time compiler is not installed.")
+    pytest.importorskip("cuda.bindings.nvrtc", reason=NO_COMPILER)
     monkeypatch.setenv(CACHE_VARIABLE, str(tmp_path))
     ready = lambda: jit.build(repack_source(4), "sm_80")  # noqa: E731
     assert choice.kernel_for(HOPPER, ready) == "own"

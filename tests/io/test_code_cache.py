@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from awq2marlin.io.code_cache import CACHE_VARIABLE, CodeCache, cache_folder
+from tests.skips import NO_MODES
 
 
 @pytest.fixture
@@ -37,7 +38,7 @@ def test_a_truncated_entry_counts_as_absent(cache):
     assert cache.get("key") is None
 
 
-@pytest.mark.skipif(not hasattr(os, "geteuid"), reason="Files have no owner and mode here.")
+@pytest.mark.skipif(not hasattr(os, "geteuid"), reason=NO_MODES)
 def test_code_that_others_could_have_written_counts_as_absent(cache):
     cache.put("key", b"machine code")
     path = cache.folder / "key.code"

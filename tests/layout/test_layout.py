@@ -27,6 +27,7 @@ from awq2marlin.layout.repack import MarlinScales, MarlinWeight, MarlinZeroPoint
 from awq2marlin.layout.scheme import Scheme
 from tests.equality import assert_identical
 from tests.shapes import SMALL_SHAPES, UNALIGNED_SHAPES
+from tests.skips import NO_GPU
 
 # --- the three implementations behind one interface -------------------------------------------------------
 
@@ -798,7 +799,7 @@ def test_results_lie_on_the_input_s_device(name):
     assert (result.shape, result.dtype) == (expected.shape, expected.dtype)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="There is no GPU here to compare with the CPU.")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason=NO_GPU)
 @pytest.mark.parametrize("name", TORCH_MAPS)
 def test_results_on_a_gpu_are_the_cpu_s(name):
     tensor, function = torch_call(name)

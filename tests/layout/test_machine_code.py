@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from awq2marlin.io.code_cache import cache_folder
+from tests.skips import NO_MODES
 
 #: Repacks one tile of 4-bit words and prints a checksum, and whether Numba had to be imported.
 SCRIPT = """
@@ -66,7 +67,7 @@ def test_a_damaged_file_counts_as_missing_and_is_replaced(filled, tmp_path, dama
     assert run(tmp_path, expect_numba=False) == checksum
 
 
-@pytest.mark.skipif(not hasattr(os, "geteuid"), reason="File modes mean nothing on this system.")
+@pytest.mark.skipif(not hasattr(os, "geteuid"), reason=NO_MODES)
 def test_code_that_others_could_have_written_is_not_run(filled, tmp_path):
     file, checksum = filled
     copy = tmp_path / file.name

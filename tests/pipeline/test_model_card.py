@@ -14,9 +14,11 @@ from huggingface_hub import ModelCard, metadata_load
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import awq2marlin
 from awq2marlin import CheckpointError, convert, inspect, revert, verify
 from awq2marlin.checkpoint.opening import open_checkpoint
 from awq2marlin.checkpoint.synthetic import llama_recipe, write_checkpoint
+from awq2marlin.formats.registry import target_named
 from awq2marlin.gemm.check import GemmCheck, GemmRun
 from awq2marlin.integrations.serving.needs import numbers
 from awq2marlin.integrations.vllm.needs import TRIED
@@ -97,6 +99,21 @@ def test_values_stay_as_they_are_written(awq: Path) -> None:
     assert "\n- no\n" in card  # Norwegian, which YAML 1.1 takes for false
     assert "value: 0.850\n" in card
     assert "date: 2024-01-01\n" in card
+
+
+@pytest.mark.parametrize("to", ["marlin", "awq", "compressed-tensors"])
+@pytest.mark.parametrize("origin", [{}, {"repo_id": REPOSITORY, "revision": REVISION}], ids=["folder", "repository"])
+def test_a_card_says_what_made_it_and_links_only_what_exists(awq: Path, to: str, origin: dict[str, str]) -> None:
+    if to == "awq":
+        convert(awq, awq.parent / "source", to="compressed-tensors")
+        awq = awq.parent / "source"
+    plan = plan_conversion(open_checkpoint(awq), "keep", target_named(to))
+    card = model_card(plan, (), None, **origin).decode("utf-8")
+    assert f"Made by awq2marlin {awq2marlin.__version__}" in card
+    ours = f"https://huggingface.co/{REPOSITORY}"
+    linked = {link.rstrip(").,") for link in re.findall(r"https?://[^\s\])]+", card)}
+    assert linked == ({ours, f"{ours}/tree/{REVISION}"} if origin else set())
+    assert re.findall(r"\]\((?!https://)[^)]*\)", card) == [], "a card has no folder that a link could be relative to"
 
 
 def test_the_warning_comes_first_and_the_commands_are_exact(awq: Path) -> None:

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 import awq2marlin.integrations.transformers  # noqa: F401 - registers the format
 from awq2marlin import convert
 from tests.integrations.transformers.checkpoints import Format, write_awq, write_dense
+from tests.skips import why_no_gpu
 
 SIZES: dict[str, Any] = {
     "hidden_size": 128,
@@ -84,11 +85,8 @@ def quiet_transformers() -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    if not torch.cuda.is_available():
-        reason = "There is no CUDA device here, or torch was built without CUDA."
-    elif torch.cuda.get_device_capability() < (8, 0):
-        reason = "The kernels need compute capability 8.0; this GPU is older."
-    else:
+    reason = why_no_gpu()
+    if reason is None:
         return
     for item in items:
         if item.get_closest_marker("gpu"):

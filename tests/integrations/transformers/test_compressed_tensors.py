@@ -21,6 +21,7 @@ from transformers import AutoModelForCausalLM
 
 from awq2marlin import convert
 from tests.formats import peers
+from tests.skips import NO_COMPRESSED_TENSORS
 
 SYMMETRIC = ["tied", "llm_compressor_gptq", "llm_compressor_experts_sym"]
 ASYMMETRIC = ["llama", "llm_compressor_awq"]
@@ -36,7 +37,7 @@ def library() -> None:
     except ImportError as error:
         if os.environ.get("AWQ2MARLIN_REQUIRE_VLLM") == "1":
             pytest.fail(f"compressed-tensors must be importable here, but: {error}")
-        pytest.skip("compressed-tensors is not installed here; CI installs it, and fails if these tests are skipped.")
+        pytest.skip(NO_COMPRESSED_TENSORS)
 
 
 @pytest.fixture(scope="module")

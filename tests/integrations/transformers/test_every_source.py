@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, CompressedTensorsConfig
 
 from awq2marlin import convert
 from tests.formats import peers
+from tests.skips import NO_COMPRESSED_TENSORS
 
 #: Whole models that AutoRound exported, of every packing.
 NAMES = ["gptq_w4_sym_g32", "gptq_w8_sym_channel", "v2_w4_asym_g64", "awq_w4_sym_g64", "as_awq_sym", "as_awq_asym"]
@@ -38,7 +39,7 @@ def test_our_loader_gives_the_logits_of_the_dense_model(name: str, tmp_path: Pat
     assert apart.max() < 0.2 * exact.std()
 
 
-@pytest.mark.skipif(importlib.util.find_spec("compressed_tensors") is None, reason="compressed-tensors is not here.")
+@pytest.mark.skipif(importlib.util.find_spec("compressed_tensors") is None, reason=NO_COMPRESSED_TENSORS)
 @pytest.mark.parametrize("name", NAMES)
 def test_compressed_tensors_reads_what_we_write(name: str, tmp_path: Path) -> None:
     source = peers.ALL_DATA / "auto_round" / name / "checkpoint"

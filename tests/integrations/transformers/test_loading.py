@@ -24,6 +24,7 @@ from awq2marlin.integrations.transformers.experts import MarlinExperts
 from awq2marlin.integrations.transformers.versions import check_version
 from tests.integrations.transformers.checkpoints import Format, read_tensors, write_tensors
 from tests.integrations.transformers.conftest import ARCHITECTURES, Case
+from tests.skips import HAS_GPU
 
 MakeCase = Callable[..., Case]
 
@@ -311,7 +312,7 @@ def test_devices_without_kernels_are_refused(make_case: MakeCase) -> None:
         make_case("llama").load(device_map={"": "mps"})
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="This is about machines without a GPU.")
+@pytest.mark.skipif(torch.cuda.is_available(), reason=HAS_GPU)
 def test_a_gpu_that_is_not_there_is_refused_before_anything_is_read(make_case: MakeCase) -> None:
     from awq2marlin import KernelUnavailableError
 

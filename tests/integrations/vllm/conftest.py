@@ -14,6 +14,7 @@ from unittest import mock
 import pytest
 
 from awq2marlin.integrations.kernel_choice import KERNEL_VARIABLE, KernelChoice
+from tests.skips import NO_VLLM
 
 
 @pytest.fixture(autouse=True)
@@ -37,7 +38,7 @@ def harness():
     except ImportError as error:
         if os.environ.get("AWQ2MARLIN_REQUIRE_VLLM") == "1":
             pytest.fail(f"vLLM must be importable here, but: {error}")
-        pytest.skip("vLLM is not installed here; CI installs it, and fails if these tests are skipped.")
+        pytest.skip(NO_VLLM)
     # Before 0.33 vLLM's Marlin layers ask how large their workspace must be, which a CPU does not know.
     with mock.patch.object(type(platform), "num_compute_units", classmethod(lambda *_, **__: 108)):
         yield made

@@ -8,6 +8,7 @@ import pytest
 from awq2marlin.errors import CheckpointError
 from awq2marlin.layout import reference
 from tests.equality import assert_identical
+from tests.skips import OLD_VLLM
 
 PREFIX = "mlp.experts"
 COUNT, HIDDEN, INNER = 4, 256, 512
@@ -110,7 +111,7 @@ def test_processing_twice_changes_nothing_more(harness, experts, model):
 def test_tensors_of_another_process_are_taken_as_they_are(harness, experts, model):
     utils = pytest.importorskip("vllm.model_executor.utils")
     if not hasattr(utils, "weights_already_processed"):
-        pytest.skip("This vLLM hands no processed weights to other processes.")
+        pytest.skip(OLD_VLLM)
     layer = layer_of(harness, experts, model, 1, 4)
     experts.load_experts(layer, model, PREFIX)
     experts.finish_experts(layer)

@@ -5,6 +5,7 @@ import pytest
 from awq2marlin.errors import CheckpointError
 from awq2marlin.layout import reference
 from tests.equality import assert_identical
+from tests.skips import OLD_VLLM
 
 QKV = {"q": "attn.q_proj", "k": "attn.k_proj", "v": "attn.v_proj"}
 ATTENTION = {"attn.q_proj": (256, 512), "attn.k_proj": (256, 128), "attn.v_proj": (256, 128)}
@@ -87,7 +88,7 @@ def test_tensors_of_another_process_are_taken_as_they_are(harness, finished):
     """As vLLM 0.33 hands processed weights over: into fresh parameters, under weights_already_processed."""
     utils = pytest.importorskip("vllm.model_executor.utils")
     if not hasattr(utils, "weights_already_processed"):
-        pytest.skip("This vLLM hands no processed weights to other processes.")
+        pytest.skip(OLD_VLLM)
     model, layer = finished
     done = harness.tensors(layer)
     for keep_parameters in (True, False):

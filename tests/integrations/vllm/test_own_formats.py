@@ -14,6 +14,7 @@ import pytest
 from awq2marlin import convert
 from tests.equality import assert_identical
 from tests.formats import peers
+from tests.skips import OLD_VLLM
 
 LAYER = "model.layers.0"
 O_PROJ, DOWN_PROJ = f"{LAYER}.self_attn.o_proj", f"{LAYER}.mlp.down_proj"
@@ -41,7 +42,7 @@ def since_033(harness):  # noqa: ARG001 - it decides whether vLLM is there
     from awq2marlin.integrations.serving.needs import numbers
 
     if numbers(vllm.__version__, 2) < (0, 33):
-        pytest.skip(f"vLLM {vllm.__version__} has other insides; what it does is tested on 0.33.")
+        pytest.skip(OLD_VLLM)
 
 
 @pytest.fixture(scope="module")
