@@ -18,6 +18,7 @@ from typing import Any
 from awq2marlin.arguments import ArgumentError
 from awq2marlin.batch.jobs import PUSHING, Job
 from awq2marlin.batch.record import BatchRecord, ItemResult
+from awq2marlin.checkpoint.config import quantization_documents, read_config, without_quantization
 from awq2marlin.checkpoint.manifest import read_manifest
 from awq2marlin.checkpoint.opening import open_checkpoint
 from awq2marlin.commands.convert import convert
@@ -52,6 +53,7 @@ from awq2marlin.pipeline.output import tidy
 from awq2marlin.pipeline.plan import plan_conversion
 from awq2marlin.pipeline.preflight import disk_needs
 from awq2marlin.progress import Progress
+from awq2marlin.verification.headers import same_json
 
 
 def known(job: Job, record: BatchRecord, retry_failed: bool) -> ItemResult | None:
@@ -213,7 +215,7 @@ def _compare_finished(job: Job, progress: Progress) -> ItemResult | None:
     plan = plan_conversion(open_checkpoint(folder, options.choice), options.unaligned, target_named(options.to))
     progress.note(f"{job.output} is there already; it is compared with its source")
     try:
-        if Folder.at(job.output).read(CONFIG_FILENAME) != plan.transfer.config:
+        if not same_json(_said(read_config(Folder.at(job.output))), _said(plan.config())):
             raise difference("config", "its config is another one", file=CONFIG_FILENAME)
         if read_manifest(Folder.at(job.output)).files.keys() != plan.transfer.carried.keys():
             raise difference("manifest", "other files were carried over to it", file=MANIFEST_FILENAME)
@@ -263,6 +265,11 @@ def _check_recorded(output: Path, origin: RepoCommit) -> None:
     for name, expected in manifest.output_files.items():
         if not expected.is_of(digest_of_file(NamedPath(folder.path(name), name))):
             raise difference("manifest", "it is not the file that was written", file=name)
+
+
+def _said(config: Mapping[str, Any]) -> tuple[Any, Any]:
+    """Returns what a config says of the model, and of its quantization: all but what stops Transformers."""
+    return without_quantization(config), [each.content for each in quantization_documents(config)]
 
 
 def _not_this_one(output: Path, error: Awq2MarlinError) -> OutputError:

@@ -10,6 +10,7 @@ from awq2marlin.errors import CheckpointError, printable, refuse
 from awq2marlin.formats.base import Format, Quantization
 from awq2marlin.formats.foreign import MODELOPT_FILENAME, foreign_file, said_otherwise
 from awq2marlin.formats.names import CONFIG_FILENAME, LEGACY_CONFIG_FILENAMES
+from awq2marlin.formats.plain_transformers import with_stop, without_stop
 from awq2marlin.formats.registry import FORMER_CONFIG_KEYS, recognise
 from awq2marlin.io.source import Source
 from awq2marlin.io.strict_json import parse_json
@@ -240,28 +241,37 @@ def _contradiction(what: str, theirs: Any, ours: Any, said: Quantization, place:
     return refuse("contradiction", message, file=place)
 
 
-def without_quantization(config: Mapping[str, Any], replacement: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Returns a copy of a config without the source's quantization configs, wherever they stand.
+def written_config(config: Mapping[str, Any], format: Format, quantization: Quantization) -> dict[str, Any]:
+    """Returns the ``config.json`` of an output.
 
     Args:
-        config: the source's ``config.json``.
-        replacement: a quantization config to put at the top level, in the old one's place.
+        config: the source's.
+        format: of the output.
+        quantization: what the output's config has to say.
     """
-    result: dict[str, Any] = {}
-    for key, value in config.items():
-        if not _is_key(key):
+    document, result = format.write_config(quantization), {}
+    for key, value in without_stop(config).items():
+        if key == _KEY:
+            result[key] = document  # in the old one's place
+        elif not _is_key(key):
             result[key] = _stripped(value)
-        elif key == _KEY and replacement is not None:
-            result[key] = dict(replacement)
-    if replacement is not None:
-        result.setdefault(_KEY, dict(replacement))
-    return result
+    result.setdefault(_KEY, document)
+    return with_stop(result) if format.is_own else result
+
+
+def without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a copy of a config without what says how it is quantized, wherever it stands.
+
+    Args:
+        config: any ``config.json``, that of a conversion too.
+    """
+    return {key: _stripped(value) for key, value in without_stop(config).items() if not _is_key(key)}
 
 
 def _stripped(part: Any) -> Any:
     """Returns a part of a config without the quantization configs in it."""
     if isinstance(part, dict):
-        return {key: _stripped(value) for key, value in part.items() if not _is_key(key)}
+        return without_quantization(part)
     return [_stripped(each) for each in part] if isinstance(part, list) else part
 
 

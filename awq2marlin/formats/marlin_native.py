@@ -51,9 +51,9 @@ class MarlinNative(MarlinTensors):
     version = FORMAT_VERSION
 
     warning = (
-        "> **Load this checkpoint only with an engine that knows the format `marlin_native`.** Transformers without\n"
-        "> `awq2marlin` prints a warning, skips the quantized weights, and generates garbage. "
-        "vLLM and SGLang without it refuse."
+        "> **Load this checkpoint only with an engine that knows the format `marlin_native`.** vLLM, SGLang and\n"
+        "> Transformers from 4.52 on stop with an error without `awq2marlin`. Older Transformers only warn, skip the\n"
+        "> quantized weights, and generate garbage."
     )
     purpose = "the layout of the Marlin kernels, so that an engine need not repack them at every start."
     library_name = "awq2marlin"  # not transformers: the Hub would show commands that build garbage
@@ -68,7 +68,7 @@ class MarlinNative(MarlinTensors):
 Transformers, after `{install_command("transformers", "cuda")}` {PLACE}:
 
 ```python
-import awq2marlin.integrations.transformers  # without this line, the model is garbage
+import awq2marlin.integrations.transformers  # without this line, Transformers refuses it
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("{place}", device_map="auto")

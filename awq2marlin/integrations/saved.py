@@ -11,7 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from awq2marlin.checkpoint.config import without_quantization
+from awq2marlin.checkpoint.config import written_config
 from awq2marlin.checkpoint.converted import converted_modules
 from awq2marlin.checkpoint.manifest import Manifest, ManifestShard
 from awq2marlin.checkpoint.opening import Checkpoint, open_checkpoint
@@ -51,7 +51,7 @@ def complete_saved(root: Path, padded_modules: Mapping[str, tuple[int, int]]) ->
     )
     modules = converted_modules(MARLIN_NATIVE, checkpoint.tensors, quantization, checkpoint.shard_of)
     replace_file(root / MANIFEST_FILENAME, _manifest(checkpoint, modules).encode())
-    config = without_quantization(checkpoint.config, MARLIN_NATIVE.write_config(quantization))
+    config = written_config(checkpoint.config, MARLIN_NATIVE, quantization)
     replace_file(root / CONFIG_FILENAME, encode_json(config))
 
 
@@ -74,7 +74,7 @@ def _manifest(checkpoint: Checkpoint, modules: Mapping[str, ModulePlan]) -> Mani
         found = digest_of_file(NamedPath(checkpoint.folder.path(name), name))
         shards[name] = ManifestShard(source, None, found)
     said = replace(checkpoint.quantization, unquantized_modules=frozenset())  # most AWQ configs list none
-    documents = {CONFIG_FILENAME: without_quantization(checkpoint.config, AWQ_GEMM.write_config(said))}
+    documents = {CONFIG_FILENAME: written_config(checkpoint.config, AWQ_GEMM, said)}
     if checkpoint.has_index:
         documents[INDEX_FILENAME] = _awq_index(checkpoint, shards)
     texts = {name: encode_json(document).decode() for name, document in documents.items()}

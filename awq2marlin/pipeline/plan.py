@@ -15,7 +15,7 @@ from typing import Any
 
 from awq2marlin._version import __version__
 from awq2marlin.arguments import ArgumentError
-from awq2marlin.checkpoint.config import without_quantization
+from awq2marlin.checkpoint.config import written_config
 from awq2marlin.checkpoint.counterparts import Counterparts
 from awq2marlin.checkpoint.index import converted_index, made_index, target_weight_map
 from awq2marlin.checkpoint.opening import Checkpoint, needs_index
@@ -111,7 +111,7 @@ class Plan:
             padded_modules={each.name: (each.size_k, each.size_n) for each in self.converted if each.is_padded},
             quantized_modules=frozenset(self.modules),
         )
-        return without_quantization(self.checkpoint.config, self.target.write_config(quantization))
+        return written_config(self.checkpoint.config, self.target, quantization)
 
     def without(self, names: Collection[str], reason: str) -> Plan:
         """Returns the plan without some side files, which are left behind.

@@ -11,6 +11,7 @@ import pytest
 
 import awq2marlin
 from awq2marlin import CheckpointError, convert, convert_many, inspect, revert, verify
+from awq2marlin.io.strict_json import encode_json
 
 from .helpers import (
     COMMIT,
@@ -59,9 +60,12 @@ def written(name):
 
 def converted(folder, name):
     """The files of a conversion of today without its card, which is for people: its front matter, and the source's own
-    text in it, are those of then, and it names what was left behind.
+    text in it, are those of then, and it names what was left behind; and without what stops Transformers in its config.
     """
     files = contents(folder)
+    config = json.loads(files["config.json"])
+    assert config.pop("transformers_weights").startswith("marlin_native: ")
+    files["config.json"] = encode_json(config)
     now, then = (card.decode() for card in (files.pop(CARD), (DATA / name / CARD).read_bytes()))
     assert now.split("---\n")[1] == then.split("---\n")[1]
     own = "*What follows is the card of the source."

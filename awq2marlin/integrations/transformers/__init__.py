@@ -3,8 +3,8 @@
     import awq2marlin.integrations.transformers
     model = AutoModelForCausalLM.from_pretrained("Llama-3-8B-AWQ-marlin")
 
-The import registers the quantization method ``marlin_native``. Without it Transformers only warns of an unknown
-method, skips the weights, and builds a model that writes garbage.
+The import registers the quantization method ``marlin_native``. Without it Transformers stops, from 4.52 on; see
+`awq2marlin.formats.plain_transformers`.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from awq2marlin.errors import KernelUnavailableError, Problem, UnavailableError, refuse
 from awq2marlin.formats.marlin_native import MARLIN_QUANT_METHOD
 from awq2marlin.formats.names import CONFIG_FILENAME
+from awq2marlin.formats.plain_transformers import WEIGHTS_KEY, is_stop, without_stop
 from awq2marlin.formats.registry import MARLIN_NATIVE
 from awq2marlin.gemm.machine import machine_facts
 from awq2marlin.gemm.module_repack import awq_to_marlin, marlin_to_awq
@@ -78,6 +79,19 @@ class MarlinNativeQuantizer(HfQuantizer):
             if lacks:
                 told = "\n".join(f"{lack.what} {lack.remedy}" for lack in lacks)
                 raise KernelUnavailableError(f"Marlin kernels cannot run on a GPU here:\n{told}")
+
+    def update_attn_implementation(self, config: Any) -> Any:
+        """Returns the model's config without what stops Transformers where this loader is not there.
+
+        Transformers hands a quantizer the config here, before it looks for the files; about attention we say nothing.
+        """
+        said = getattr(config, WEIGHTS_KEY, None)
+        if is_stop(said):
+            delattr(config, WEIGHTS_KEY)
+            vars(config).update(without_stop({WEIGHTS_KEY: said}))  # a name that the source's config gives
+        return config
+
+    update_tp_plan = update_attn_implementation  # what 5.17 calls in that place
 
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """Returns the dtype that was asked for, if the kernels take it.

@@ -53,6 +53,9 @@ NEEDED: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("utils.quantization_config", "QuantizationConfigMixin", ()),
 )
 
+#: Either will do, with the model's config: 5.17 has the second, later versions the first.
+CONFIG_HOOKS = ("HfQuantizer.update_attn_implementation", "HfQuantizer.update_tp_plan")
+
 
 def check_version() -> None:
     """Checks that the installed Transformers has what this loader uses; warns of a version that was never tried.
@@ -69,18 +72,25 @@ def check_version() -> None:
         raise ImportError(message) from None
     numbers = tuple(int(part) if part.isdigit() else -1 for part in found.split(".")[:2])
     is_old = numbers < FIRST_TRIED
-    lacks = [f"a version from {tried[0]} on"] if is_old else [lack for each in NEEDED for lack in lacks_of(*each)]
+    lacks = [f"a version from {tried[0]} on"] if is_old else list(_all_lacks())
     if lacks:
         raise ImportError(
             f"Transformers {found} is installed, but this loader needs {', '.join(dict.fromkeys(lacks))}. Versions "
-            f"{' to '.join(tried)} have all of it: {advice}. Without a loader Transformers builds garbage from a "
-            "Marlin-native checkpoint"
+            f"{' to '.join(tried)} have all of it: {advice}"
         )
     if numbers > LAST_TRIED:
         logger.warning(
             "Transformers %s has all that this loader uses, but it was never tried with it; %s to %s were",
             found, *tried,
         )  # fmt: skip
+
+
+def _all_lacks() -> Iterator[str]:
+    for each in NEEDED:
+        yield from lacks_of(*each)
+    hooks = [list(lacks_of("quantizers.base", name, ("config",))) for name in CONFIG_HOOKS]
+    if all(hooks):
+        yield hooks[0][0]
 
 
 def lacks_of(module: str, name: str, parameters: tuple[str, ...]) -> Iterator[str]:

@@ -10,6 +10,7 @@ from unittest import mock
 import pytest
 
 import awq2marlin
+from awq2marlin.checkpoint.synthetic import Recipe, write_checkpoint
 from awq2marlin.errors import CheckpointError
 
 pytestmark = pytest.mark.usefixtures("harness")
@@ -35,6 +36,22 @@ def on_a_gpu(monkeypatch):
     from vllm import platforms
 
     monkeypatch.setattr(type(platforms.current_platform), "is_cuda", lambda _: True)
+
+
+# --- read -------------------------------------------------------------------------------------------------
+
+
+def test_what_stops_plain_transformers_is_nothing_to_vllm(tmp_path):
+    from vllm.transformers_utils.config import get_config, get_safetensors_params_metadata
+
+    write_checkpoint(tmp_path / "awq", Recipe(MODULES, group_size=64, shards=2, config={"model_type": "llama"}))
+    awq2marlin.convert(tmp_path / "awq", tmp_path / "marlin")
+    config = get_config(str(tmp_path / "marlin"), trust_remote_code=False)
+    assert config.transformers_weights.startswith("marlin_native: ")
+    assert config.quantization_config["quant_method"] == "marlin_native"
+    source, headers = (get_safetensors_params_metadata(str(tmp_path / name)) for name in ("awq", "marlin"))
+    assert headers
+    assert headers.keys() == source.keys()
 
 
 # --- registered -------------------------------------------------------------------------------------------
