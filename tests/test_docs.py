@@ -227,6 +227,8 @@ def test_json_document_lists_the_keys_of_every_command(capsys):
     inspect = run("inspect", "model-marlin")
     assert _table("json.md", "inspect modules") == list(inspect["modules"][0])
     assert _table("json.md", "inspect details") == list(inspect["details"])
+    for each in (*convert["details"]["serving"], *inspect["details"]["serving"]):
+        assert _table("json.md", "serving") == list(each)
     Path("list.txt").write_text("model-awq\n")
     batch = run("batch", "list.txt", "--out-dir", "many")
     assert _table("json.md", "batch details") == list(batch["details"])

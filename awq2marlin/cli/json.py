@@ -138,6 +138,7 @@ def _conversion(result: ConvertResult) -> Report:
             **_gemm(result.gemm),
             "pushed": report_of(result.pushed).details if result.pushed is not None else None,
             "unserved": result.unserved or None,
+            "serving": [asdict(each) for each in result.serving],
         },
     )
 
@@ -274,6 +275,7 @@ def _inspection(result: InspectResult) -> Report:
             "unquantized_modules": list(result.unquantized_modules),
             "side_files": list(result.files),
             "left_behind_bytes": dict(result.left_behind_bytes),
+            "serving": [asdict(each) for each in result.serving],
         },
     )
 

@@ -9,6 +9,7 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import zip_longest
 from typing import TYPE_CHECKING
 
 from awq2marlin.cli.by_type import ByType
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from awq2marlin.commands.inspect import InspectResult
     from awq2marlin.commands.revert import RevertResult
     from awq2marlin.commands.verify import VerifyResult
+    from awq2marlin.formats.serving import Serving
     from awq2marlin.gemm.check import GemmRun
     from awq2marlin.hub.identity import PushResult
 
@@ -122,6 +124,21 @@ def _show_plan(result: ConvertResult) -> None:
     _show_lists(result.left_behind, result.warnings)
     for note in _conversion_notes(result):
         _say(f"note       {note}")
+    _show_serving(result.serving, "it would be served by")
+
+
+def _show_serving(serving: Sequence[Serving], title: str) -> None:
+    """Prints what serves a checkpoint: a command of each engine to be copied, or why one cannot."""
+    installs = {each.install: each.where for each in serving if each.install}
+    if serving:
+        _say(title)
+    for each in serving:
+        lines = [f"cannot: {each.reason}"] if each.reason else each.command.splitlines()
+        for label, line in zip_longest([each.engine], filter(None, [*lines, each.note]), fillvalue=""):
+            _say(f"  {label:<13} {escaped(line)}")
+    for install, where in installs.items():
+        engines = " and ".join(each.engine for each in serving if each.install == install)
+        _say(f"  {'to install':<13} {install}{where and f', {where}'}: for {engines}")
 
 
 def _show_conversion(result: ConvertResult) -> None:
@@ -148,6 +165,7 @@ def _show_conversion(result: ConvertResult) -> None:
     _show_lists(result.left_behind, result.warnings)
     for note in _conversion_notes(result):
         _say(f"note       {note}")
+    _show_serving(result.serving, "it is served by")
 
 
 def _verified_text(result: ConvertResult) -> str:
@@ -164,8 +182,6 @@ def _conversion_notes(result: ConvertResult) -> Iterator[str]:
         helps = any(module.reason.startswith("unaligned:") for module in result.kept)
         advice = "; --unaligned pad converts what does not fit" if helps else ""
         yield f"no module could be converted, so this checkpoint gains nothing{advice}"
-    if result.unserved:
-        yield f"vLLM cannot serve this output: {result.unserved}; Transformers can"
 
 
 @show.register
@@ -355,6 +371,14 @@ def _inspection(result: InspectResult) -> None:
     for line in _ranks_lines(result):
         _say(line)
     _show_lists(result.left_behind, result.warnings)
+    if result.format == _own_format():
+        _show_serving(result.serving, "it is served by")
+
+
+def _own_format() -> str:
+    from awq2marlin.formats.registry import DEFAULT_TARGET  # loaded long ago, where there is a result
+
+    return DEFAULT_TARGET.name
 
 
 def _description(result: InspectResult) -> None:
@@ -371,11 +395,9 @@ def _description(result: InspectResult) -> None:
 
 def _ranks_lines(result: InspectResult) -> Iterator[str]:
     """Yields over how many GPUs vLLM can cut a checkpoint, and why not over more."""
-    from awq2marlin.formats.registry import DEFAULT_TARGET  # loaded long ago, where there is a result
-
     found = result.parallel_sizes
     where = f" ({printable(pattern(found.limit.module))})" if found.limit.module else ""
-    once = "" if result.format == DEFAULT_TARGET.name else "once converted, "
+    once = "" if result.format == _own_format() else "once converted, "
     if not found.sizes:
         yield f"{once}vLLM cannot load it: {found.limit.reason}{where}"
         return

@@ -20,6 +20,7 @@ from awq2marlin.checkpoint.opening import open_checkpoint
 from awq2marlin.commands.options import ConvertOptions, Verify, check_helpers
 from awq2marlin.formats.names import CARD_FILENAME, MANIFEST_FILENAME
 from awq2marlin.formats.registry import target_named
+from awq2marlin.formats.serving import Serving
 from awq2marlin.layout.modules import ModulePlan, Unaligned
 from awq2marlin.pipeline.checks import Checks
 from awq2marlin.pipeline.model_card import model_card
@@ -72,6 +73,7 @@ class ConvertResult:
         unserved: why vLLM cannot serve the output, in words; empty if it can.
         lacks: what the output's file system cannot do, and what that means.
         left_behind_bytes: bytes of the files that are not carried over, by name.
+        serving: how each engine serves the output, or why it cannot.
     """
 
     source: Path | str
@@ -94,6 +96,7 @@ class ConvertResult:
     unserved: str = ""
     lacks: tuple[str, ...] = ()
     left_behind_bytes: Mapping[str, int] = field(default_factory=dict)
+    serving: tuple[Serving, ...] = ()
 
     @property
     def written_bytes(self) -> int:
@@ -204,7 +207,8 @@ def convert(
     refuse_overlap(folder.root, root)
     publication = None if target is None else open_target(target, plan, root, overwrite)
     ignored = [LOW_DISK_IGNORED] if low_disk and folder.origin is None and target is None else []
-    result = _planned(plan, root, ignored)
+    place = target.repo_id if target and low_disk else str(root)
+    result = _planned(plan, root, ignored, place)
     if not dry_run:
         checks = Checks(plan, root, 0 if verify == "none" else verify, device, workers, progress)
         work = Work(progress, workers, executor, low_disk)
@@ -222,7 +226,7 @@ def convert(
             sink.commit(plan.transfer.config)
             pushed = _pushed(sink, publication, commit_message, progress)
         result = replace(
-            _planned(plan, root, ignored),
+            _planned(plan, root, ignored, place),
             dry_run=False,
             resumed=tuple(resumed),
             verified=checks.chosen_names,
@@ -256,8 +260,8 @@ def _card(plan: Plan, checks: Checks, gemm: GemmRun | None) -> bytes:
     return model_card(plan, checks.chosen_names, gemm, repo_id=repo_id, revision=revision)
 
 
-def _planned(plan: Plan, root: Path, ignored: Sequence[str]) -> ConvertResult:
-    """Returns the result of a dry run: what would be done, and which options do nothing."""
+def _planned(plan: Plan, root: Path, ignored: Sequence[str], place: str) -> ConvertResult:
+    """Returns the result of a dry run: what would be done, which options do nothing, and how to serve it."""
     checkpoint = plan.checkpoint
     return ConvertResult(
         source=checkpoint.folder.where,
@@ -278,4 +282,5 @@ def _planned(plan: Plan, root: Path, ignored: Sequence[str]) -> ConvertResult:
         layout=plan.target.layout_name,
         unserved=plan.parallel_sizes.unserved if plan.parallel_sizes else "",
         left_behind_bytes=checkpoint.left_behind_bytes,
+        serving=plan.serving(place),
     )

@@ -19,12 +19,15 @@ from awq2marlin.errors import CheckpointError
 from awq2marlin.formats.base import Format
 from awq2marlin.formats.names import MANIFEST_FILENAME
 from awq2marlin.formats.registry import DEFAULT_TARGET
+from awq2marlin.formats.serving import Serving
+from awq2marlin.hub.name import parse_source
 from awq2marlin.hub.repository import open_source
 from awq2marlin.io.safetensors import TensorIndex
 from awq2marlin.io.source import Source
 from awq2marlin.layout.modules import ModulePlan
 from awq2marlin.pipeline.journal import refuse_unfinished
-from awq2marlin.pipeline.plan import plan_modules
+from awq2marlin.pipeline.plan import plan_modules, served
+from awq2marlin.pipeline.preflight import default_output
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,8 @@ class InspectResult:
         title: the format's name for people.
         reason: why it cannot be converted, and what to do; empty if it can. Then nothing is known of its modules.
         dtypes: how many tensors there are of each type.
+        serving: how each engine serves it, or why it cannot; of one that is not Marlin-native, once it is converted
+            with the default options.
         parallel_sizes: all numbers of GPUs over which vLLM can cut it, and what stands in the way of more.
         left_behind_bytes: bytes of the files that do not belong to it, by name.
     """
@@ -104,6 +109,7 @@ class InspectResult:
     left_behind_bytes: Mapping[str, int] = field(default_factory=dict)
     reason: str = ""
     dtypes: Mapping[str, int] = field(default_factory=dict)
+    serving: tuple[Serving, ...] = ()
 
     @property
     def is_convertible(self) -> bool:
@@ -124,7 +130,7 @@ def inspect(path: str | os.PathLike[str]) -> InspectResult:
     folder = open_source(path)
     refuse_unfinished(folder)
     try:
-        return _inspected(*open_with_manifest(folder))
+        return _inspected(*open_with_manifest(folder), path)
     except CheckpointError as error:
         is_output = folder.exists(MANIFEST_FILENAME)  # then it is damaged, not of another kind
         described = None if is_output else describe(folder, error)
@@ -133,12 +139,14 @@ def inspect(path: str | os.PathLike[str]) -> InspectResult:
     return _unconvertible(described, folder)
 
 
-def _inspected(checkpoint: Checkpoint, manifest: Manifest | None) -> InspectResult:
-    quantization = checkpoint.quantization
+def _inspected(checkpoint: Checkpoint, manifest: Manifest | None, path: str | os.PathLike[str]) -> InspectResult:
+    quantization, origin = checkpoint.quantization, checkpoint.folder.origin
     if checkpoint.is_converted:
+        place = origin.repo_id if origin else os.fspath(path)
         fates = ConvertedCheckpoint.of(checkpoint, manifest or read_manifest(checkpoint.folder)).counterparts
         modules = [_module_info(fate, checkpoint, fates.layout_of(fate)) for fate in fates.modules.values()]
     else:
+        place = str(default_output(parse_source(path)))
         fates = plan_modules(SourceCheckpoint.of(checkpoint))
         modules = [_module_info(fate, checkpoint, fates.source_layout_of(fate)) for fate in fates.modules.values()]
     sizes = parallel_sizes(fates.modules.values(), quantization.bits, quantization.group_size, checkpoint.config)
@@ -162,6 +170,7 @@ def _inspected(checkpoint: Checkpoint, manifest: Manifest | None) -> InspectResu
         warnings=checkpoint.warnings,
         left_behind_bytes=checkpoint.left_behind_bytes,
         dtypes=_dtypes(checkpoint.index),
+        serving=served(DEFAULT_TARGET, quantization.scheme, sizes, place),
     )
 
 

@@ -18,6 +18,7 @@ import numpy.typing as npt
 from awq2marlin.errors import Problem
 from awq2marlin.formats.awq import Awq
 from awq2marlin.formats.base import DerivedTensor, Fault, Quantization, StoredModule, find_modules
+from awq2marlin.formats.serving import Serving, in_sglang, in_transformers, in_vllm
 from awq2marlin.io.safetensors import DTYPE_BITS, TensorInfo
 from awq2marlin.layout.marlin import MARLIN_SUPPORTED_GROUP_SIZES, MAX_SIZE_N, num_groups
 from awq2marlin.layout.modules import module_name, part_shape
@@ -45,21 +46,30 @@ class AwqGemm(Awq):
 
     purpose = "AWQ's layout, which engines read without a plugin."
 
-    def loading(self, scheme: Scheme, place: str, ranks: Sequence[int] = (1,), unserved: str = "") -> str:
+    def serving(
+        self, scheme: Scheme, place: str, ranks: Sequence[int] = (1,), unserved: str = ""
+    ) -> tuple[Serving, ...]:
         """Returns the plain commands, and which engines take these bits."""
         del ranks, unserved
         if scheme.bits != 4:
+            advice = "In compressed-tensors it takes 8 bits, if all zero points are 128"
+            reason = f"it takes AWQ checkpoints of 4 bits only. {advice}"
             return (
-                "vLLM and SGLang take AWQ checkpoints of 4 bits only, so they refuse this one. "
-                "In compressed-tensors they take 8 bits, if all zero points are 128."
+                Serving("vLLM", reason=reason),
+                Serving("SGLang", reason=reason),
+                Serving("Transformers", reason="nobody has tried AWQ checkpoints of 8 bits there"),
             )
-        commands = f"vLLM and SGLang know the format:\n\n```sh\nvllm serve {place}\n```"
-        if scheme.group_size == -1:
-            commands += (
-                "\n\nOne group spans all of K: vLLM 0.33 cuts such layers over several GPUs by columns only, "
-                "and loads no mixture of experts that has them."
-            )
-        return commands
+        note = (
+            "One group spans all of K: vLLM 0.33 cuts such layers over several GPUs by columns only, and loads no "
+            "mixture of experts that has them"
+        )
+        return (
+            Serving("vLLM", in_vllm(place), note=note if scheme.group_size == -1 else ""),
+            Serving("SGLang", in_sglang(place)),
+            Serving(
+                "Transformers", in_transformers(place), language="python", install="pip install transformers gptqmodel"
+            ),
+        )
 
     def target_scheme(self, scheme: Scheme) -> Scheme:
         """Returns the scheme with zero points: engines leave absent ones uninitialised."""

@@ -24,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from awq2marlin.errors import CheckpointError, Problem, printable, refuse
+from awq2marlin.formats.serving import Serving
 from awq2marlin.io.safetensors import TensorIndex, TensorInfo
 from awq2marlin.layout.derived import middle_zero_points
 from awq2marlin.layout.marlin import MARLIN_SUPPORTED_GROUP_SIZES, MAX_SIZE_N, num_groups
@@ -358,16 +359,22 @@ class Format(ABC):
         advice = f"; {_kind(fits)} would fit them all" if fits else ""
         return f", as the config's {_kind(scheme)} and the module's other tensors mean{advice}"
 
-    def loading(self, scheme: Scheme, place: str, ranks: Sequence[int] = (1,), unserved: str = "") -> str:  # noqa: ARG002
-        """Returns how an output is loaded, in Markdown, for its model card.
+    def serving(
+        self,
+        scheme: Scheme,  # noqa: ARG002
+        place: str,  # noqa: ARG002
+        ranks: Sequence[int] = (1,),  # noqa: ARG002
+        unserved: str = "",  # noqa: ARG002
+    ) -> tuple[Serving, ...]:
+        """Returns how each engine serves an output, or why it cannot; nothing of a format that is only read.
 
         Args:
             scheme: of the output.
-            place: what stands for the folder or repository.
-            ranks: of an own format, the tensor-parallel sizes in which vLLM serves it.
-            unserved: of an own format, why vLLM does not serve it, in words; empty if it does.
+            place: its folder or repository.
+            ranks: of an own format, the tensor-parallel sizes in which engines serve it.
+            unserved: of an own format, why engines that cut it do not serve it, in words; empty if they do.
         """
-        return ""
+        return ()
 
     # --- which modules it can hold
 

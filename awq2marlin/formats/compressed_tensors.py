@@ -9,6 +9,7 @@ signed values. Source: compressed-tensors 0.20, ``compressors/pack_quantized/bas
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, ClassVar
@@ -29,6 +30,7 @@ from awq2marlin.formats.base import (
     no_size,
 )
 from awq2marlin.formats.config import method_of, scheme_of, word
+from awq2marlin.formats.serving import Serving, in_sglang, in_transformers, in_vllm
 from awq2marlin.io.safetensors import TensorIndex, TensorInfo
 from awq2marlin.layout.repack import PartLayout
 from awq2marlin.layout.scheme import Scheme
@@ -50,25 +52,13 @@ _STACKED = (
     "one by one are converted"
 )
 
-_LOADS = """Transformers, after `pip install transformers compressed-tensors`:
-
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("{place}", device_map="auto")
-tokenizer = AutoTokenizer.from_pretrained("{place}")
-```"""
+_INSTALL = "pip install transformers compressed-tensors"
 # It gives packed zero points a wrong size, unless it unpacks the weights at once.
-_LOADS_ZERO_POINTS = """Transformers 5.23, after `pip install transformers compressed-tensors`, loads zero points
-only of dense models, and unpacked:
-
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer, CompressedTensorsConfig
+_LOADS_ZERO_POINTS = """from transformers import AutoModelForCausalLM, AutoTokenizer, CompressedTensorsConfig
 
 unpacked = CompressedTensorsConfig(dequantize=True)
-model = AutoModelForCausalLM.from_pretrained("{place}", quantization_config=unpacked, device_map="auto")
-tokenizer = AutoTokenizer.from_pretrained("{place}")
-```"""
+model = AutoModelForCausalLM.from_pretrained({place}, quantization_config=unpacked, device_map="auto")
+tokenizer = AutoTokenizer.from_pretrained({place})"""
 
 _WHAT_TO_DO = "Only weights of 4 or 8 bits in groups or channels are converted; look for such a version of this model"
 
@@ -99,13 +89,28 @@ class CompressedTensors(Format):
         "scales": TransposedScales,
     }
 
-    def loading(self, scheme: Scheme, place: str, ranks: Sequence[int] = (1,), unserved: str = "") -> str:
+    def serving(
+        self, scheme: Scheme, place: str, ranks: Sequence[int] = (1,), unserved: str = ""
+    ) -> tuple[Serving, ...]:
         """Returns the plain commands, and which engines take these bits."""
         del ranks, unserved
-        commands = (_LOADS_ZERO_POINTS if scheme.zero_point else _LOADS).format(place=place)
         if scheme.bits == 8 and scheme.zero_point:
-            return f"{commands}\n\nvLLM has no Marlin kernel for 8 bits with zero points."
-        return f"vLLM and SGLang know the format:\n\n```sh\nvllm serve {place}\n```\n\n{commands}"
+            reason = "it has no Marlin kernel for 8 bits with zero points"
+            engines = (Serving("vLLM", reason=reason), Serving("SGLang", reason=reason))
+        else:
+            engines = (Serving("vLLM", in_vllm(place)), Serving("SGLang", in_sglang(place)))
+        if not scheme.zero_point:
+            return (*engines, Serving("Transformers", in_transformers(place), language="python", install=_INSTALL))
+        return (
+            *engines,
+            Serving(
+                "Transformers",
+                _LOADS_ZERO_POINTS.format(place=json.dumps(place)),
+                language="python",
+                install=_INSTALL,
+                note="Transformers 5.23 loads zero points only of dense models, and unpacked",
+            ),
+        )
 
     def claims(self, document: Mapping[str, Any], place: str) -> bool:
         """Returns whether the config names the method and, at the top or in a group, the packed format."""

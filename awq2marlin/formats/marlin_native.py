@@ -6,7 +6,7 @@ listed in the config, so that loaders know two layouts and no more.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -16,6 +16,7 @@ from awq2marlin.formats.base import Fault, Quantization, StoredModule, find_modu
 from awq2marlin.formats.config import first_of, method_of, scheme_of
 from awq2marlin.formats.marlin_tensors import MarlinTensors
 from awq2marlin.formats.names import CONFIG_FILENAME, MANIFEST_FILENAME
+from awq2marlin.formats.serving import Serving, choice, in_sglang, in_transformers, in_vllm
 from awq2marlin.installing import PLACE, install_command
 from awq2marlin.io.safetensors import TensorInfo
 from awq2marlin.layout.marlin import padded_shapes, paddings, unaligned_reason
@@ -24,17 +25,6 @@ from awq2marlin.layout.scheme import Scheme
 
 MARLIN_QUANT_METHOD = "marlin_native"
 FORMAT_VERSION = 1
-
-
-_LOADS_IN_VLLM = """vLLM, from version 0.25 on, finds the loader by itself, once it is installed beside it:
-
-```sh
-pip install vllm==0.33.0
-{install}  # {where}
-vllm serve {place}
-```
-
-{ranks}"""
 
 
 class MarlinNative(MarlinTensors):
@@ -58,22 +48,33 @@ class MarlinNative(MarlinTensors):
     purpose = "the layout of the Marlin kernels, so that an engine need not repack them at every start."
     library_name = "awq2marlin"  # not transformers: the Hub would show commands that build garbage
 
-    def loading(self, scheme: Scheme, place: str, ranks: Sequence[int] = (1,), unserved: str = "") -> str:
-        """Returns the commands for Transformers and, if it serves the checkpoint, for vLLM."""
+    def serving(
+        self, scheme: Scheme, place: str, ranks: Sequence[int] = (1,), unserved: str = ""
+    ) -> tuple[Serving, ...]:
+        """Returns the commands of vLLM and SGLang, unless they cannot serve it, and the lines for Transformers."""
         del scheme
-        served = _LOADS_IN_VLLM.format(place=place, ranks=_ranks(ranks), install=install_command(), where=PLACE)
-        first = f"vLLM cannot serve this checkpoint: {unserved}." if unserved else served
-        return f"""{first}
+        several, first = [size for size in ranks if size > 1], min(ranks, default=1)
 
-Transformers, after `{install_command("transformers", "cuda")}` {PLACE}:
+        def cutting(engine: str, versions: str, serve: Callable[[str, str], str], option: str) -> Serving:
+            if unserved:
+                return Serving(engine, reason=unserved)
+            note = f"Over several GPUs: {option} {choice(several)}" if several else "It cannot be cut for several GPUs"
+            command = serve(place, f" {option} {first}" if first > 1 else "")
+            return Serving(engine, command, install=install_command(), where=PLACE, versions=versions, note=note)
 
-```python
-import awq2marlin.integrations.transformers  # without this line, Transformers refuses it
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("{place}", device_map="auto")
-tokenizer = AutoTokenizer.from_pretrained("{place}")
-```"""
+        imported = "import awq2marlin.integrations.transformers  # without this line, Transformers refuses it\n"
+        return (
+            cutting("vLLM", "0.25 or newer", in_vllm, "--tensor-parallel-size"),
+            cutting("SGLang", "0.5.23 or newer", in_sglang, "--tp-size"),
+            Serving(
+                "Transformers",
+                in_transformers(place, imported),
+                language="python",
+                install=install_command("transformers", "cuda"),
+                where=PLACE,
+                versions="5.17 or newer",
+            ),
+        )
 
     def claims(self, document: Mapping[str, Any], place: str) -> bool:
         """Returns whether the config names the method."""
@@ -197,15 +198,6 @@ def _missing_from_lists(
         if module_name(module, "weight") not in tensors:
             message = "unquantized_modules names it, but no file holds it; download the checkpoint again, completely"
             yield Problem(CONFIG_FILENAME, module_name(module, "weight"), "missing-tensor", message)
-
-
-def _ranks(sizes: Sequence[int]) -> str:
-    """Returns over how many GPUs vLLM can cut a checkpoint, in a sentence."""
-    several = [f"`{size}`" for size in sizes if size > 1]
-    if not several:
-        return "On one GPU: it cannot be cut for several."
-    choices = " or ".join(filter(None, (", ".join(several[:-1]), several[-1])))
-    return f"On several GPUs: `--tensor-parallel-size` {choices}."
 
 
 def _is_shape(value: Any) -> bool:

@@ -15,6 +15,7 @@ from awq2marlin._version import __version__
 from awq2marlin.checkpoint.files import bytes_text
 from awq2marlin.checkpoint.opening import Checkpoint
 from awq2marlin.errors import article, escaped, printable
+from awq2marlin.formats.serving import Serving
 from awq2marlin.pipeline.plan import Plan
 
 if TYPE_CHECKING:
@@ -111,10 +112,18 @@ def _what(plan: Plan, repo_id: str | None, revision: str | None) -> str:
 
 
 def _how_to_load(plan: Plan) -> str:
-    sizes = plan.parallel_sizes
-    served = (sizes.sizes, sizes.unserved) if sizes else ()
-    commands = plan.target.loading(plan.counterparts.target_scheme, PLACEHOLDER, *served)
-    return f"## How to load it\n\n{_HINT}{commands}\n\n"
+    ways = "\n\n".join(map(_how_one_loads_it, plan.serving(PLACEHOLDER)))
+    return f"## How to load it\n\n{_HINT}{ways}\n\n"
+
+
+def _how_one_loads_it(serving: Serving) -> str:
+    """Returns how one engine loads a checkpoint, or why it cannot, in Markdown."""
+    engine = f"{serving.engine} {serving.versions}".rstrip()
+    if serving.reason:
+        return f"{engine} cannot serve this checkpoint: {serving.reason}."
+    after = f", after `{serving.install}`{serving.where and f' {serving.where}'}" if serving.install else ""
+    note = f"\n\n{serving.note}." if serving.note else ""
+    return f"{engine}{after}:\n\n```{serving.language}\n{serving.command}\n```{note}"
 
 
 def _what_was_checked(plan: Plan, verified: Sequence[str], gemm: GemmRun | None) -> str:

@@ -25,10 +25,12 @@ from awq2marlin.errors import CheckpointError, Problem, refuse
 from awq2marlin.formats.base import Format, Quantization
 from awq2marlin.formats.names import CARD_FILENAME, CONFIG_FILENAME, INDEX_FILENAME, MANIFEST_FILENAME
 from awq2marlin.formats.registry import DEFAULT_TARGET, KEPT
+from awq2marlin.formats.serving import Serving
 from awq2marlin.io.safetensors import Header, TensorIndex
 from awq2marlin.io.strict_json import encode_json
 from awq2marlin.layout.marlin import fusion_group
 from awq2marlin.layout.modules import UNALIGNED_CHOICES, Linear, ModulePlan, Unaligned, module_name
+from awq2marlin.layout.scheme import Scheme
 from awq2marlin.pipeline.transfer import ShardPlan, Transfer, spans_of
 
 
@@ -100,6 +102,14 @@ class Plan:
             return None
         scheme = self.counterparts.target_scheme
         return parallel_sizes(self.modules.values(), scheme.bits, scheme.group_size, self.checkpoint.config)
+
+    def serving(self, place: str) -> tuple[Serving, ...]:
+        """Returns how each engine serves the output, or why it cannot.
+
+        Args:
+            place: the output's folder or repository.
+        """
+        return served(self.target, self.counterparts.target_scheme, self.parallel_sizes, place)
 
     def config(self) -> dict[str, Any]:
         """Returns the output's ``config.json``."""
@@ -195,6 +205,18 @@ class Plan:
 
 def _sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
+
+
+def served(target: Format, scheme: Scheme, sizes: ParallelSizes | None, place: str) -> tuple[Serving, ...]:
+    """Returns how each engine serves an output of a format, or why it cannot.
+
+    Args:
+        target: the format.
+        scheme: of the output.
+        sizes: over how many GPUs engines can cut it; None of a format that needs no loader of ours.
+        place: the output's folder or repository.
+    """
+    return target.serving(scheme, place, sizes.sizes, sizes.unserved) if sizes else target.serving(scheme, place)
 
 
 def plan_conversion(checkpoint: Checkpoint, unaligned: Unaligned = "keep", target: Format = DEFAULT_TARGET) -> Plan:

@@ -333,37 +333,44 @@ def test_inspect_tells_the_sizes_and_what_stops_the_next(folder, size, line, mad
 @pytest.mark.parametrize(
     ("name", "shape", "bits", "why"),
     [
-        ("up_proj", (128, 128), 8, "8 bits with zero points, for which vLLM has no kernel of experts"),
-        ("up_proj", (160, 128), 4, "experts of hidden size 160, for vLLM's kernel not a multiple of 64"),
-        ("down_proj", (128, 160), 4, "experts of hidden size 160, for vLLM's kernel not a multiple of 64"),
+        ("up_proj", (128, 128), 8, "8 bits with zero points, for which it has no kernel of experts"),
+        ("up_proj", (160, 128), 4, "experts of hidden size 160, which for its kernel must be a multiple of 64"),
+        ("down_proj", (128, 160), 4, "experts of hidden size 160, which for its kernel must be a multiple of 64"),
     ],
 )
-def test_what_vllm_refuses_is_told_by_the_plan_the_conversion_and_the_card(made, capsys, name, shape, bits, why):
+def test_what_engines_refuse_is_told_by_the_plan_the_conversion_and_the_card(made, capsys, name, shape, bits, why):
     config = {"num_attention_heads": 2}
     write_checkpoint(made / "experts", Recipe({f"a.experts.0.{name}": shape}, bits=bits, group_size=32, config=config))
-    note = f"note       vLLM cannot serve this output: {why}; Transformers can"
-    for arguments in (["experts", "--dry-run"], ["experts", "again"]):
-        assert main(["convert", *arguments]) == 0
-        assert capsys.readouterr().out.splitlines()[-1] == note
+    refusals = [f"  vLLM          cannot: {why}", f"  SGLang        cannot: {why}"]
+    for arguments in (["convert", "experts", "--dry-run"], ["convert", "experts", "again"], ["inspect", "again"]):
+        assert main(arguments) == 0
+        said = capsys.readouterr().out
+        assert [line for line in said.splitlines() if "cannot: " in line] == refusals
+        assert "\n  Transformers  import awq2marlin.integrations.transformers" in said
     assert main(["convert", "experts", "--dry-run", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["details"]["unserved"] == why
+    details = json.loads(capsys.readouterr().out)["details"]
+    assert details["unserved"] == why
+    assert [(each["engine"], each["reason"]) for each in details["serving"]] == [
+        ("vLLM", why), ("SGLang", why), ("Transformers", "")
+    ]  # fmt: skip
     card = (made / "again/README.md").read_text()
-    assert f"vLLM cannot serve this checkpoint: {why}.\n\nTransformers, after" in card
+    for engine in "vLLM", "SGLang":
+        assert f"\n\n{engine} cannot serve this checkpoint: {why}.\n\n" in card
+    assert "\n\nTransformers 5.17 or newer, after" in card
     assert "vllm serve" not in card
     assert main(["inspect", "experts"]) == 0
     said = capsys.readouterr().out.splitlines()
     assert f"once converted, vLLM cannot load it: {why} (a.experts.*.{name})" in said
-    assert main(["convert", "awq", "--dry-run"]) == 0
-    assert "vLLM" not in capsys.readouterr().out
     for folder in ("marlin", "padded"):
         card = (made / folder / "README.md").read_text()
-        assert "vllm serve THIS_MODEL\n```\n\nOn several GPUs: `--tensor-parallel-size` `2` or `4`.\n" in card
+        assert "vllm serve THIS_MODEL\n```\n\nOver several GPUs: --tensor-parallel-size 2 or 4.\n" in card
+        assert "--model-path THIS_MODEL\n```\n\nOver several GPUs: --tp-size 2 or 4.\n" in card
 
 
 def test_a_card_offers_one_gpu_where_nothing_can_be_cut(tmp_path):
     write_checkpoint(tmp_path / "awq", Recipe({"a.down_proj": (128, 128)}, config={"num_attention_heads": 2}))
     convert(tmp_path / "awq", tmp_path / "out")
-    assert "On one GPU: it cannot be cut for several.\n" in (tmp_path / "out/README.md").read_text()
+    assert "\n\nIt cannot be cut for several GPUs.\n" in (tmp_path / "out/README.md").read_text()
 
 
 def test_padding_is_advised_only_where_it_helps(tmp_path, capsys):

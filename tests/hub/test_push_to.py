@@ -97,6 +97,7 @@ def test_a_local_source_passes_through_little_disk_too_and_stays(hub, tmp_path, 
     result = convert(source, tmp_path / "out", low_disk=True, push_to=TARGET)
     assert contents(source) == before
     assert not (tmp_path / "out").exists()
+    assert result.serving[0].command == f"vllm serve {TARGET}"  # nothing else is left to be served
     assert result.pushed.created
     assert "config.json" in on_the_hub(hub)
 
