@@ -13,6 +13,7 @@ HAS_GPU = "There is a GPU here, and these tests are about machines without one."
 NO_COMPILER = "The run-time compiler of the kernels is not installed; pip install '.[cuda]' brings it."
 NO_DASK = "Dask is not installed; pip install '.[dask]' brings it."
 NO_VLLM = "vLLM is not installed; CI installs it, as .ci/run shows, and then fails if these tests are skipped."
+NO_SGLANG = "SGLang is not installed; CI installs it, as .ci/run shows, and then fails if these tests are skipped."
 OLD_VLLM = "The vLLM here is older, and what these tests call came later."
 NO_COMPRESSED_TENSORS = (
     "compressed-tensors is not installed; CI installs it, as .ci/run shows, and then fails if these tests are skipped."

@@ -469,8 +469,9 @@ def test_the_command_is_declared():
         points = importlib.metadata.distribution("awq2marlin").entry_points
     except importlib.metadata.PackageNotFoundError:
         pytest.skip(NOT_INSTALLED)
-    assert [(point.group, point.name, point.value) for point in points] == [
+    assert sorted((point.group, point.name, point.value) for point in points) == [
         ("console_scripts", "awq2marlin", "awq2marlin.cli:main"),
+        ("sglang.srt.plugins", "awq2marlin", "awq2marlin.integrations.sglang:register"),
         ("vllm.general_plugins", "awq2marlin", "awq2marlin.integrations.vllm:register"),
     ]
     for point in points:

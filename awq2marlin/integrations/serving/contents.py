@@ -68,7 +68,12 @@ class Contents:
                 unquantized_modules=renamed(old.unquantized_modules),
                 padded_modules=padded,
             ),
-            inventory and replace(inventory, zero_point_modules=renamed(inventory.zero_point_modules)),
+            inventory
+            and replace(
+                inventory,
+                zero_point_modules=renamed(inventory.zero_point_modules),
+                modules=renamed(inventory.modules),
+            ),
         )
 
     def is_listed(self, module: str) -> bool:

@@ -30,10 +30,12 @@ class Inventory:
     Attributes:
         zero_point_modules: the modules that have ``qzeros``.
         largest_tensor_parallel_size: see `checkpoint.tensor_parallel.largest_tensor_parallel_size`.
+        modules: the quantized modules.
     """
 
     zero_point_modules: frozenset[str]
     largest_tensor_parallel_size: int
+    modules: frozenset[str] = frozenset()
 
 
 def read_inventory(path: Path, quantization: Quantization) -> Inventory:
@@ -74,7 +76,46 @@ def inventory_of(
     modules = converted_modules(MARLIN_NATIVE, tensors, quantization, shard_of or dict.fromkeys(tensors, "")).values()
     with_zeros = frozenset(module.name for module in modules if "qzeros" in module.parts)
     size = largest_tensor_parallel_size(modules, quantization.bits, quantization.group_size, config)
-    return Inventory(with_zeros, size)
+    return Inventory(with_zeros, size, frozenset(module.name for module in modules))
+
+
+def cached_folder(repository: str, revision: str | None, cache: str | None) -> Path | None:
+    """Returns where a repository of the Hub lies that can only be loaded from the cache; None if it can be downloaded.
+
+    Args:
+        repository: its name.
+        revision: branch, tag or commit; None for the main branch.
+        cache: folder of the cache; None for the Hub's own.
+    """
+    import huggingface_hub
+
+    if not huggingface_hub.constants.HF_HUB_OFFLINE:
+        return None
+    try:
+        found = huggingface_hub.snapshot_download(repository, revision=revision, cache_dir=cache, local_files_only=True)
+    except Exception:  # it is not there: whoever loads it will say so
+        return None
+    return Path(found)
+
+
+def hub_metadata(repository: str, revision: str | None) -> dict[str, Any] | None:
+    """Returns what the headers of a repository of the Hub say of its tensors, by name; None if they cannot be read.
+
+    Args:
+        repository: its name.
+        revision: branch, tag or commit; None for the main branch.
+    """
+    import huggingface_hub
+
+    try:
+        files = huggingface_hub.get_safetensors_metadata(repository, revision=revision).files_metadata
+    except Exception:  # no network, no such repository, another site's name: whoever loads it will say so
+        return None
+    return {
+        name: {"dtype": tensor.dtype, "shape": tensor.shape}
+        for file in files.values()
+        for name, tensor in file.tensors.items()
+    }
 
 
 def tensors_of(metadata: Mapping[str, Any]) -> dict[str, TensorInfo]:

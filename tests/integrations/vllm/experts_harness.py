@@ -2,7 +2,6 @@
 
 from unittest import mock
 
-import numpy as np
 import torch
 from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
@@ -11,19 +10,23 @@ from vllm.model_executor.layers.fused_moe.expert_map_manager import ExpertMapMan
 from vllm.model_executor.layers.fused_moe.experts.marlin_moe import MarlinExpertsBase
 
 from awq2marlin.integrations.vllm.experts import MarlinNativeMoEMethod
-from awq2marlin.layout import reference
-from tests.integrations.vllm.harness import words
+from tests.integrations.serving.harness import SHARDS, expert_values
+from tests.integrations.vllm.harness import as_rank
 
-SHARDS = {"w1": "gate_proj", "w2": "down_proj", "w3": "up_proj"}
+__all__ = ["MarlinExpertsBase", "RoutedExperts", "expert_values", "experts_layer", "finish_experts", "load_experts"]
 
 
 def experts_layer(
-    model, prefix, experts, hidden, inner, rank=0, ranks=1, local=None, dtype=torch.half, moe=(), **options
+    model, prefix, experts, hidden, inner, rank=0, ranks=1, local=None, apart=1, dtype=torch.half, moe=(), **options
 ):
     """Returns an empty `RoutedExperts` of one rank, which holds the experts ``local``, by default all.
 
+    With ``apart`` above 1 they are this rank's of as many that share out whole experts.
+
     ``dtype`` is the model's; ``moe`` are further attributes of vLLM's `FusedMoEConfig`.
     """
+    if apart > 1:
+        local, rank = list(range(experts))[rank * experts // apart : (rank + 1) * experts // apart], 0
     local = range(experts) if local is None else local
     parallel = FusedMoEParallelConfig(
         tp_size=ranks, pcp_size=1, dp_size=1, ep_size=1, tp_rank=rank, pcp_rank=0, dp_rank=0, ep_rank=0, sp_size=1,
@@ -38,7 +41,8 @@ def experts_layer(
     manager.local_num_experts, manager.placement_strategy = len(local), "linear"
     manager.expert_map = manager.expert_mask = manager.routing_tables = None
     manager.map_global_to_local = lambda expert: local.index(expert) if expert in local else -1
-    with mock.patch.object(MarlinExpertsBase, "_supports_current_device", return_value=True):
+    device = mock.patch.object(MarlinExpertsBase, "_supports_current_device", return_value=True)
+    with as_rank(rank, ranks), device:
         return RoutedExperts(
             layer_name=prefix, params_dtype=dtype, moe_config=config, quant_config=model.config,
             expert_map_manager=manager, **options,
@@ -68,12 +72,3 @@ def finish_experts(layer):
     with mock.patch.object(MarlinNativeMoEMethod, "_setup_kernel") as setup:
         layer.quant_method.process_weights_after_loading(layer)
     return setup.call_count
-
-
-def expert_values(layer, group, expert, bits):
-    """Returns (q, z, s) that one expert's ``w13`` or ``w2`` stands for to vLLM's kernel, in plain order."""
-    q = reference.unpack_marlin_qweight(words(getattr(layer, f"{group}_qweight").data[expert]), bits)
-    zeros = getattr(layer, f"{group}_qzeros", None)
-    z = None if zeros is None else reference.unpack_marlin_qzeros(words(zeros.data[expert]), bits)
-    scales = getattr(layer, f"{group}_scales").data[expert].numpy()
-    return q, z, reference.unpermute_columns(np.ascontiguousarray(scales), single_group=len(scales) == 1)

@@ -13,13 +13,11 @@ GATE_UP = {0: "mlp.gate_proj", 1: "mlp.up_proj"}
 
 
 @pytest.fixture
-def notes(harness, monkeypatch):  # noqa: ARG001 - it decides whether vLLM is there
+def notes(harness, monkeypatch):
     """Returns what the process says of modules that are brought back to plain order."""
-    from awq2marlin.integrations.vllm.kernels import RECUT_NOTE
-
     log = mock.Mock()
-    monkeypatch.setattr(RECUT_NOTE, "_log", log)
-    monkeypatch.setattr(RECUT_NOTE, "_is_said", False)
+    monkeypatch.setattr(harness.RECUT_NOTE, "_log", log)
+    monkeypatch.setattr(harness.RECUT_NOTE, "_is_said", False)
     return lambda: [call.args[0] % call.args[1:] for call in log.info.call_args_list]
 
 

@@ -1,0 +1,235 @@
+"""SGLang's layers of experts: what is SGLang's about them."""
+
+from __future__ import annotations
+
+from functools import wraps
+from typing import Any
+
+import torch
+from sglang.srt.layers.moe.fused_moe_triton import FusedMoeWeightScaleSupported
+from sglang.srt.layers.moe.moe_runner import MoeRunner
+from sglang.srt.layers.moe.moe_runner.marlin import MarlinMoeQuantInfo
+from sglang.srt.layers.moe.utils import MoeRunnerBackend, get_moe_a2a_backend, get_moe_runner_backend
+from sglang.srt.layers.quantization.base_config import FusedMoEMethodBase
+
+from awq2marlin.integrations.serving.experts import GROUPS, MarlinExperts
+from awq2marlin.integrations.serving.record import LoadRecord
+from awq2marlin.integrations.sglang.kernels import RECUT_NOTE, weight_type
+
+#: What files call the matrices of an expert; without a gate ``w1`` is the one of the way up.
+_PROJECTIONS: dict[str, tuple[str, ...]] = {
+    "w1": ("gate_proj", "w1"),
+    "w3": ("up_proj", "w3"),
+    "w2": ("down_proj", "w2"),
+}
+_WITHOUT_GATE = {**_PROJECTIONS, "w1": ("up_proj", "w1", "w3")}
+
+#: What SGLang's Marlin experts can compute between the two products, with a gate and without.
+_ACTIVATIONS = {True: ("silu", "situ"), False: ("silu", "relu2")}
+
+#: Tiles of SGLang's Marlin experts: K of 64 and N of 128.
+_TILE_K, _TILE_N = 64, 128
+
+
+class MarlinNativeMoEMethod(MarlinExperts, FusedMoEMethodBase):  # type: ignore[misc]
+    """Loads, finishes and applies the experts of one layer."""
+
+    note = RECUT_NOTE
+
+    def __init__(self, config: Any, layer: Any, prefix: str) -> None:
+        """Serves the experts of a layer.
+
+        Args:
+            config: the checkpoint's `MarlinNativeConfig`; SGLang's models look for it here.
+            layer: SGLang's, not yet built.
+            prefix: the experts' parent in the checkpoint.
+
+        Raises:
+            CheckpointError: if SGLang's Marlin experts do not run in this configuration.
+        """
+        self.hold(config.contents, prefix, LoadRecord(sees_everything=config.by_weight_loaders))
+        self.quant_config = config
+        self._refuse_unserved(layer.moe_runner_config)
+
+    def _refuse_unserved(self, wanted: Any) -> None:
+        if weight_type(self.contents.bits, "qzeros" in self.parts) is None:
+            self.refuse(
+                "8 bits with zero points: SGLang's Marlin experts know 8 bits only without them. Serve the checkpoint "
+                "with Transformers, or look for a 4-bit one of this model"
+            )
+        backend, between_gpus = get_moe_runner_backend(), get_moe_a2a_backend()
+        if not (backend.is_auto() or backend.is_marlin()):
+            self.refuse(
+                f"--moe-runner-backend is {backend.value}, but the experts are laid out for Marlin kernels. Leave it "
+                "out"
+            )
+        if not between_gpus.is_none():
+            self.refuse(
+                f"--moe-a2a-backend is {between_gpus.value}, which SGLang's Marlin experts do not work with. Leave it "
+                "out"
+            )
+        if wanted.activation not in _ACTIVATIONS[wanted.is_gated]:
+            self.refuse(f"SGLang's Marlin experts do not compute the activation {wanted.activation!r}")
+        if wanted.apply_router_weight_on_input:
+            self.refuse("the model weighs the inputs of its experts, which SGLang's Marlin experts do not do")
+
+    def create_weights(
+        self,
+        layer: Any,
+        num_experts: int,
+        hidden_size: int,
+        intermediate_size_per_partition: int,
+        params_dtype: torch.dtype,
+        with_bias: bool = False,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        """Gives the layer empty parameters for all experts of this rank; see `MarlinExperts.register_parameters`.
+
+        Args:
+            layer: SGLang's container of the experts.
+            num_experts: E on this rank.
+            hidden_size: H.
+            intermediate_size_per_partition: I on this rank.
+            params_dtype: fp16 or bf16.
+            with_bias: whether the experts have biases.
+            extra_weight_attrs: holds SGLang's ``weight_loader``.
+
+        Raises:
+            CheckpointError: if this rank's part cuts a group in two, or words of the source, or SGLang's Marlin
+                experts do not take the shapes.
+        """
+        if with_bias:
+            self.refuse("its experts have biases, which this plugin does not load")
+        inner, shards = intermediate_size_per_partition, 2 if layer.moe_runner_config.is_gated else 1
+        self.plan(num_experts, hidden_size, inner, shards, inner * int(layer.moe_tp_size))
+        if self.padded_inner() is None:
+            self.refuse(f"hidden size {hidden_size} is not a multiple of {_TILE_N}, which SGLang's Marlin experts need")
+        attributes = {
+            "weight_loader": extra_weight_attrs["weight_loader"],
+            "is_transposed": True,
+            "quant_method": FusedMoeWeightScaleSupported.GROUP.value,
+        }
+        self.register_parameters(layer, params_dtype, attributes)
+        # Below SGLang's way from experts of the model to those of this rank, of which there are several.
+        layer._weight_loader_impl = self._watch(layer, layer._weight_loader_impl)
+
+    def process_weights_after_loading(self, layer: Any) -> None:
+        """Makes the loaded tensors what SGLang's Marlin experts take, once.
+
+        Args:
+            layer: one whose weights were loaded.
+
+        Raises:
+            CheckpointError: naming every tensor that was never loaded.
+        """
+        if self.is_loaded(layer):
+            self._require_complete(layer)
+            self.finish(layer)
+        empty = torch.empty((self.num_local_experts, 0), dtype=torch.int32, device=layer.w13_qweight.device)
+        #: SGLang's kernel wants an order of rows, of which there is none.
+        self.no_order = empty
+
+    def restore_weights_before_loading(self, layer: Any) -> None:  # noqa: ARG002 - SGLang's interface
+        """Refuses to load other weights into a running engine.
+
+        Raises:
+            CheckpointError: always.
+        """
+        self.refuse("weights in Marlin layout cannot be replaced while SGLang runs; start it with the new checkpoint")
+
+    def create_moe_runner(self, layer: Any, moe_runner_config: Any) -> None:  # noqa: ARG002 - SGLang's interface
+        """Chooses what multiplies: SGLang's Marlin experts.
+
+        Args:
+            layer: SGLang's container of the experts.
+            moe_runner_config: how the model's experts are computed.
+        """
+        self.runner = MoeRunner(MoeRunnerBackend.MARLIN, moe_runner_config)
+
+    def apply(self, layer: Any, dispatch_output: Any) -> Any:
+        """Returns what the experts of this rank make of the tokens that are sent to them.
+
+        Args:
+            layer: one whose weights are processed.
+            dispatch_output: tokens, and the experts of each.
+        """
+        # Under expert parallelism, which experts are on this rank.
+        local = getattr(layer.dispatcher, "local_expert_mapping", None)
+        weights = MarlinMoeQuantInfo(
+            w13_qweight=layer.w13_qweight,
+            w2_qweight=layer.w2_qweight,
+            w13_scales=layer.w13_scales,
+            w2_scales=layer.w2_scales,
+            w13_g_idx_sort_indices=self.no_order,
+            w2_g_idx_sort_indices=self.no_order,
+            weight_bits=self.contents.bits,
+            w13_qzeros=getattr(layer, "w13_qzeros", None),
+            w2_qzeros=getattr(layer, "w2_qzeros", None),
+            expert_map=local,
+            global_num_experts=-1 if local is None else layer.dispatcher.num_experts,
+        )
+        return self.runner.run(dispatch_output, weights)
+
+    def padded_inner(self) -> int | None:
+        """Returns the inner size that SGLang's Marlin experts can take, at least the own; None if there is none."""
+        hidden, inner, shards = self.sizes
+        multiple = max(_TILE_K, _TILE_N // shards, self.contents.group_size)
+        return None if hidden % _TILE_N else -(-inner // multiple) * multiple
+
+    def _watch(self, layer: Any, loader: Any) -> Any:
+        """Returns SGLang's loader of one tensor of one local expert, which keeps account of it.
+
+        It copies what no rank may cut, and, where experts are to be repacked, brings what lies in tiles to plain order.
+        """
+
+        @wraps(loader)
+        def recording_loader(
+            param: torch.nn.Parameter, loaded_weight: torch.Tensor, weight_name: str, shard_id: str, expert_id: int
+        ) -> None:
+            name = next((name for name in self._names() if getattr(layer, name) is param), "")
+            if name:
+                shard = "w1" if shard_id == "w3" and self.sizes[2] == 1 else shard_id
+                self.record.note(name, (expert_id, shard))
+                loaded_weight = self.plain(name, loaded_weight, self._padded_module(shard), shard)
+                if self.is_whole_everywhere(name):
+                    param.data[expert_id].copy_(loaded_weight)
+                    return
+            loader(
+                param=param, loaded_weight=loaded_weight, weight_name=weight_name, shard_id=shard_id,
+                expert_id=expert_id,
+            )  # fmt: skip
+
+        return recording_loader
+
+    def _names(self) -> list[str]:
+        return [f"{group}_{part}" for group in GROUPS for part in self.parts]
+
+    def _require_complete(self, layer: Any) -> None:
+        """Refuses the layer if a tensor of a local expert was never loaded."""
+        local_number = layer._map_global_expert_id_to_local_expert_id
+        number_of = {local_number(expert): expert for expert in range(layer.num_experts)}
+        self.record.require_parts(
+            {
+                f"{self._module(number_of.get(local, local), shard)}.{part}": (f"{group}_{part}", (local, shard))
+                for group, shards in (("w13", ("w1", "w3")[: self.sizes[2]]), ("w2", ("w2",)))
+                for part in self.parts
+                for local in range(self.num_local_experts)
+                for shard in shards
+            }
+        )
+
+    def _module(self, expert: int, shard: str) -> str:
+        """Returns the name of an expert's module in the file, as far as it is known."""
+        candidates = [f"{self.prefix}.{expert}.{name}" for name in self._projections[shard]]
+        return next((name for name in candidates if self.quant_config.names.find(name)), candidates[0])
+
+    def _padded_module(self, shard: str) -> str:
+        """Returns a padded module of the experts; all of a kind are padded alike."""
+        padded = self.contents.quantization.padded_modules
+        ends = tuple(f".{name}" for name in self._projections[shard])
+        found = (name for name in padded if name.startswith(f"{self.prefix}.") and name.endswith(ends))
+        return next(found, "")
+
+    @property
+    def _projections(self) -> dict[str, tuple[str, ...]]:
+        return _PROJECTIONS if self.sizes[2] == 2 else _WITHOUT_GATE
