@@ -213,7 +213,7 @@ def launch_kernel(
         if not jit.is_loaded(source, device.index) and torch.cuda.is_current_stream_capturing():
             raise KernelUnavailableError(
                 f"{source.name} is not loaded yet, and a CUDA graph capture forbids loading. "
-                "Before the capture, call awq2marlin.warm_up(qweight, scales, qzeros) for the layer."
+                "Before the capture, call awq2marlin.warm_up for the layer, or warm_up_experts for one of experts."
             )
         _bind_thread(device.index)
         kernel = jit.load(source, device.index, device.capability, shared_bytes)

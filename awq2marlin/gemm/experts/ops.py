@@ -59,7 +59,7 @@ def marlin_moe_gemm(
         ValueError: shapes that do not fit, a layout that would have to be copied, tensors on several devices.
         NotImplementedError: an argument requires a gradient.
         KernelUnavailableError: the kernel cannot be compiled or run here, or a CUDA graph capture met a
-            kernel that is not loaded yet (call `warm_up_experts` before the capture).
+            kernel that is not loaded yet (call this once before the capture).
     """
     return torch.ops.awq2marlin.marlin_moe_gemm(  # type: ignore[no-any-return]
         a, qweight, scales, qzeros, topk_ids, topk_weights, bias, num_bits
@@ -111,7 +111,7 @@ def marlin_experts(
         TypeError: as for `marlin_moe_gemm`.
         ValueError: as for `marlin_moe_gemm`, or an activation that is not known.
         NotImplementedError: as for `marlin_moe_gemm`.
-        KernelUnavailableError: as for `marlin_moe_gemm`.
+        KernelUnavailableError: as for `marlin_moe_gemm`; `warm_up_experts` loads all that a layer needs.
     """
     return torch.ops.awq2marlin.marlin_experts(  # type: ignore[no-any-return]
         *(hidden, w13_qweight, w13_scales, w13_qzeros, w2_qweight, w2_scales, w2_qzeros, topk_ids, topk_weights),
@@ -132,10 +132,10 @@ def warm_up_experts(
     num_bits: int = 4,
     max_tokens: int = 1 << 16,
 ) -> int:
-    """Compiles and loads every kernel that the experts of a layer may use, up to ``max_tokens``.
+    """Compiles and loads every kernel that `marlin_experts` may use for a layer, up to ``max_tokens``.
 
-    That is for `marlin_experts`, and for `marlin_moe_gemm` with either weight. Call it once per kind of layer before a
-    CUDA graph capture, which forbids loading.
+    Call it once per kind of layer before a CUDA graph capture, which forbids loading. `marlin_moe_gemm` has kernels of
+    its own: call it once for every number of tokens that is to be captured.
 
     Args:
         w13_qweight: as for `marlin_experts`, on a CUDA device.
