@@ -144,3 +144,41 @@ def test_the_load_summary_takes_medians_and_compares_tokens(script):
         "awq": {"error": "no"}, "marlin": {"ready_seconds": 3.0}, "vllm": "0.25.0", "same_tokens": True,
     }  # fmt: skip
     assert not summary({"awq": [{**run, "tokens": [1, 3]}], "marlin": [run]})["same_tokens"]
+
+
+def test_the_benchmark_of_experts_compares_the_operators_with_float64(script, monkeypatch):
+    experts = script("experts")
+    monkeypatch.setattr(experts, "DEVICE", "cpu")
+    model = experts.Model(experts=6, topk=2, hidden=256, inter=128)
+    for weights, routing in (("zp128", "uniform"), ("sym128", "zipf"), ("zp32", "uniform")):
+        layer = experts.Experts(model, weights)
+        point = experts.Point(model, 5, routing, launches=2)
+        assert [ids.shape for ids in point.ids] == [(5, 2), (5, 2)]
+        parts, tokens = experts.parts_of_ours(point, [layer.marlin()]), [0, 4]
+        exact = layer.exact(point, tokens)
+        assert max(experts.check_ours(parts, point, exact, tokens).values()) < 5e-4
+        off = 1.01 * parts["w2"](0)
+        with pytest.raises(SystemExit, match="wrong result"):
+            experts.check_ours({"w2": lambda _, off=off: off}, point, exact, tokens)
+        with pytest.raises(SystemExit, match="away from Marlin"):
+            experts._refuse_other_results("marlin", float("nan"), point)
+
+
+def test_the_tables_of_experts_name_means_the_best_peer_and_what_is_slower(script, capsys):
+    experts = script("experts")
+    floor = {"block": 10.0, "w13": 6.0, "w2": 4.0}
+
+    def times(block):
+        return {"block": block, "w13": block / 2, "w2": block / 4}
+
+    rows = [
+        {"model": name, "weights": "zp128", "routing": "uniform", "M": 4, "floor_us": floor, "us": us}
+        for name, us in (
+            ("one", {"ours": times(20.0), "marlin": times(40.0), "humming": times(32.0)}),
+            ("two", {"ours": times(45.0), "marlin": times(40.0), "humming": times(50.0)}),
+        )
+    ]
+    experts.print_tables(rows)
+    lines = capsys.readouterr().out.splitlines()
+    assert "| 4 | 3.00 | 4.00 | 4.00 | 3.58 | 0.84 (1.12) | 0.75 (1.12) |" in lines
+    assert "| 4 | 20.0 us: 2.00, 0.62, 0.50 | 45.0 us: 4.50, 1.12 !, 1.12 !! |" in lines
