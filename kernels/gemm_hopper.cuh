@@ -14,17 +14,34 @@
 
 namespace marlin {
 
-template <class T, int kBits, int kTokens, int kStages, int kResidentBlocks>
-class HopperGemm {
-  using L = Layout<kBits>;
+// The threads of a block, and which registers they have. A multiprocessor has 65536: 168 for each of 384 threads, in
+// multiples of 8, or 80 when it holds two blocks. Few sums leave room for two, whose decoding hides each other's waiting.
+template <int kResidentBlocks>
+struct HopperRegisters {
+  static_assert(kResidentBlocks == 1 || kResidentBlocks == 2, "the shares are counted for these");
+  static constexpr int kEntry = kResidentBlocks == 2 ? 80 : 168;
+  static constexpr int kCopy = kResidentBlocks == 2 ? 32 : 56;
+  static constexpr int kMath = kResidentBlocks == 2 ? 104 : 224;
+  static_assert(kCopy + 2 * kMath == 3 * kEntry, "what one warpgroup gives is what the two others take");
+};
+
+// A tile of 256 columns by kTokens tokens: how stages are copied and multiplied, whoever says which.
+template <class T, int kBits, int kTokens, int kRingStages>
+class HopperTile {
   using D = Decoder<T, kBits>;
 
+ public:
+  using L = Layout<kBits>;
+
+  static constexpr int kStages = kRingStages;
   static constexpr int kWarpgroups = 2;
   static constexpr int kWarpgroupWarps = 4;
   static constexpr int kMathWarps = kWarpgroups * kWarpgroupWarps;
   static constexpr int kMathThreads = kMathWarps * kWarpLanes;
   static constexpr int kCopyWarps = kWarpgroupWarps;
   static constexpr int kCopyThreads = kCopyWarps * kWarpLanes;
+  static constexpr int kThreads = (kMathWarps + kCopyWarps) * kWarpLanes;
+  static_assert(kThreads == 384, "the shares of registers are counted for three warpgroups");
   static constexpr int kColumns = kWarpgroupWarps * kTileColumns;
   static constexpr int kBlocks = kTileBlocks / kWarpgroups;      // blocks j of a warpgroup
   static constexpr int kWords = L::kLaneWords / kWarpgroups;     // a lane's words in them
@@ -40,72 +57,24 @@ class HopperGemm {
 
   static constexpr int kRowChunks = kStageRows / 8;              // of 16 bytes, XOR-swizzled as wgmma wants
   static constexpr int kRoundTokens = kCopyThreads / kRowChunks;
-  static constexpr int kActLoads = kTokens / kRoundTokens;       // cp.async of a copying thread in a stage
+  static constexpr int kActLoads = (kTokens + kRoundTokens - 1) / kRoundTokens;  // cp.async of a thread in a stage
   static_assert(kRoundTokens % 8 == 0, "the swizzle of a thread's chunk is the same in every round");
   static constexpr int kActBytes = kTokens * kStageRows * 2;
   static constexpr int kWeightBytes = kStageTiles * kWarpgroupWarps * L::kTileWords * 4;
   static constexpr int kStageBytes = kActBytes + kWeightBytes;
-  static constexpr int kSumBytes = SumTile<kColumns>::bytes(kTokens);
-  static constexpr int kBarriersOffset = kStages * kStageBytes > kSumBytes ? kStages * kStageBytes : kSumBytes;
   static_assert(kStageBytes % 1024 == 0 && kActBytes % 1024 == 0, "a swizzle pattern starts on 1024 bytes");
   static_assert(kStages >= 3, "a stage must be on its way while one is multiplied and another not yet released");
+  static constexpr int kBarrierBytes = 2 * kStages * 8;
 
- public:
-  static constexpr int kThreads = (kMathWarps + kCopyWarps) * kWarpLanes;
-  // A multiprocessor has 65536 registers: 168 for each of these threads, in multiples of 8, or 80 when it holds two
-  // blocks. Few sums leave room for two, whose decoding hides each other's waiting.
-  static_assert(kResidentBlocks == 1 || (kResidentBlocks == 2 && kTokens == 32), "the sums must fit the registers");
-  static constexpr int kEntryRegisters = kResidentBlocks == 2 ? 80 : 168;
-  static constexpr int kCopyRegisters = kResidentBlocks == 2 ? 32 : 56;
-  static constexpr int kMathRegisters = kResidentBlocks == 2 ? 104 : 224;
-  static_assert(kCopyThreads * kCopyRegisters + kMathThreads * kMathRegisters == kThreads * kEntryRegisters,
-                "what some give is what others take");
-  static_assert(kThreads == 384, "the shares of registers are counted for three warpgroups");
-  static constexpr int kSharedBytes = kBarriersOffset + 2 * kStages * 8;
+  const int warp, lane, warpgroup;
 
-  // grid: (splits, tiles of 256 columns, tiles of tokens); without a workspace the splits of a tile form a cluster.
-  static __device__ __forceinline__ void run(const GemmArguments& args) {
-    extern __shared__ __align__(1024) unsigned char shared[];
-    HopperGemm gemm(args, shared);
-    gemm.init_barriers();
-    start_next_launch();
-    wait_for_last_launch();
-    __syncthreads();
-    const StepRange range = split_steps(args.size_k / kStageRows, blockIdx.x, args.num_splits);
-    const SumTile<kColumns> tile{reinterpret_cast<float*>(shared)};
-    if (gemm.warp >= kMathWarps) {
-      give_registers<kCopyRegisters>();
-      gemm.copy(range);
-      skip_finish(args);
-    } else {
-      take_registers<kMathRegisters>();
-      Sums sums;
-      gemm.multiply(sums, range);
-      barrier_some<kMathThreads>();  // the sums go where the stages were
-      gemm.deposit(sums, tile);
-      barrier_some<kMathThreads>();
-      finish_tile<T, kColumns>(args, tile, blockIdx.x, gemm.first_token, kTokens, blockIdx.y * kColumns, kMathThreads);
-    }
-  }
-
- private:
-  struct Sums {
-    float v[kBlocks][kSums] = {};
-  };
-
-  // What turns a word of one block into weights.
-  struct Constants {
-    typename D::Offsets offsets[kBlocks];
-    u32 scales[kBlocks][2];
-  };
-
-  __device__ __forceinline__ HopperGemm(const GemmArguments& args, unsigned char* shared)
-      : args(args),
-        shared(shared_address(shared)),
-        warp(__shfl_sync(0xffffffffu, threadIdx.x / kWarpLanes, 0)),  // the same in all lanes, and the compiler knows
+  // The stages lie where the block's shared memory begins, on 1024 bytes.
+  __device__ __forceinline__ HopperTile(unsigned char* stages, u32 barriers)
+      : warp(__shfl_sync(0xffffffffu, threadIdx.x / kWarpLanes, 0)),  // the same in all lanes, and the compiler knows
         lane(threadIdx.x % kWarpLanes),
         warpgroup(warp / kWarpgroupWarps),
-        first_token(blockIdx.z * kTokens) {}
+        shared(shared_address(stages)),
+        barriers(barriers) {}
 
   __device__ __forceinline__ void init_barriers() const {
     if (threadIdx.x == 0)
@@ -128,84 +97,127 @@ class HopperGemm {
 
   // What one copying thread fetches for every stage. Pointers move on; nothing is computed twice.
   struct Copier {
-    const u16* act_gl_rd;             // its chunk of the block's first token
-    int token_offsets[kActLoads];     // from there to its tokens
+    const u16* act_gl_rd;             // its chunk of row 0
+    u32 token_offsets[kActLoads];     // from there to its tokens, in chunks of eight numbers
     const u32* weights_gl_rd;         // the warp's tile
-    u32 act_sh_wr, weights_sh_wr;     // in slot 0
   };
 
-  __device__ __forceinline__ Copier make_copier(StepRange range) const {
+  // `offset_of` a token in numbers, a multiple of 8; what lies past the last token is a column that nobody stores.
+  template <class OffsetOf>
+  __device__ __forceinline__ Copier make_copier(const u16* act_gl_rd, const u32* weights_gl_rd,
+                                                OffsetOf offset_of) const {
     const int thread = threadIdx.x - kMathThreads, chunk = thread % kRowChunks, first = thread / kRowChunks;
-    const int w = warp - kMathWarps;
     Copier copier;
-    copier.act_gl_rd = args.a + i64(first_token) * args.a_stride + i64(range.begin) * kStageRows + 8 * chunk;
+    copier.act_gl_rd = act_gl_rd + 8 * chunk;
+    copier.weights_gl_rd = weights_gl_rd;
 #pragma unroll
-    for (int i = 0; i < kActLoads; ++i)
-      // Tokens past the last repeat it: they are columns of the product that nobody stores.
-      copier.token_offsets[i] = min(first + i * kRoundTokens, args.size_m - 1 - first_token) * int(args.a_stride);
-    copier.weights_gl_rd = args.qweight + i64(range.begin) * kStageTiles * args.qweight_stride +
-                           i64(tile_n(w)) * L::kTileWords;
-    copier.act_sh_wr = shared + (first * kRowChunks + (chunk ^ (first % 8))) * 16;
-    copier.weights_sh_wr = tile_sh(0, 0, w);
+    for (int i = 0; i < kActLoads; ++i) copier.token_offsets[i] = u32(offset_of(first + i * kRoundTokens) / 8);
     return copier;
   }
 
-  __device__ __forceinline__ void copy(StepRange range) const {
-    Copier copier = make_copier(range);
-    Place place;
-#pragma unroll 1  // there are few registers here
-    for (int step = range.begin; step < range.end; ++step) {
-      if (step >= range.begin + kStages) mbarrier_wait(empty(place.slot), place.parity ^ 1);
-      copy_stage(copier, place.slot * kStageBytes);
-      mbarrier_arrive_after_copies(full(place.slot));
-      place.advance();
-    }
-    cp_async_wait_all();  // a block must not leave while copies to it are under way
+  // A slot that was never used counts as empty.
+  __device__ __forceinline__ void wait_empty(const Place& place) const {
+    mbarrier_wait(empty(place.slot), place.parity ^ 1);
   }
 
-  __device__ __forceinline__ void copy_stage(Copier& copier, u32 slot_offset) const {
+  __device__ __forceinline__ void copy_stage(Copier& copier, const Place& place, i64 qweight_stride) const {
+    const int thread = threadIdx.x - kMathThreads, chunk = thread % kRowChunks, first = thread / kRowChunks;
+    const u32 stage = shared + place.slot * kStageBytes;
+    const u32 act_sh_wr = stage + (first * kRowChunks + (chunk ^ (first % 8))) * 16;
 #pragma unroll
     for (int i = 0; i < kActLoads; ++i)
-      cp_async_16(copier.act_sh_wr + slot_offset + i * (kRoundTokens * kRowChunks * 16),
-                  copier.act_gl_rd + copier.token_offsets[i]);
+      if (kTokens % kRoundTokens == 0 || first + i * kRoundTokens < kTokens)
+        cp_async_16(act_sh_wr + i * (kRoundTokens * kRowChunks * 16),
+                    copier.act_gl_rd + 8 * i64(copier.token_offsets[i]));
     copier.act_gl_rd += kStageRows;
 #pragma unroll
     for (int i = 0; i < kStageTiles; ++i) {
-      copy_tile<kBits>(copier.weights_sh_wr + slot_offset + i * (kWarpgroupWarps * L::kTileWords * 4),
-                       copier.weights_gl_rd, lane);
-      copier.weights_gl_rd += args.qweight_stride;
+      copy_tile<kBits>(tile_sh(place.slot, i, warp - kMathWarps), copier.weights_gl_rd, lane);
+      copier.weights_gl_rd += qweight_stride;
     }
+    mbarrier_arrive_after_copies(full(place.slot));
   }
 
   // ---- the multiplying warps ----------------------------------------------------------------------------------------
 
-  __device__ __forceinline__ void multiply(Sums& sums, StepRange range) const {
-    const GroupReader<T, kBits> groups(args, tile_n(warp % kWarpgroupWarps), lane);
-    const int first_row = range.begin * kStageRows, last_group = (args.size_k - 1) / args.group_size;
-    int group = first_row / args.group_size;
-    int rows_left = 0;                                                // of the group whose constants we hold
-    int next_rows = args.group_size - first_row % args.group_size;    // of the group that is on its way
-    LaneGroup<kBits> next_group;
-    groups.read(next_group, min(group, last_group), lane);
+  struct Sums {
+    float v[kBlocks][kSums] = {};
+  };
+
+  // What turns a word of one block into weights.
+  struct Constants {
+    typename D::Offsets offsets[kBlocks];
+    u32 scales[kBlocks][2];
+
+    __device__ __forceinline__ void set(int b, u32 pair_of_scales, u32 pair_of_zeros) {
+      offsets[b] = D::offsets(pair_of_zeros);
+      scales[b][0] = low_twice(pair_of_scales);
+      scales[b][1] = high_twice(pair_of_scales);
+    }
+  };
+
+  // Which blocks a warp multiplies: those of its warpgroup, blocks 0 and 1 or 2 and 3 of one tile.
+  class OwnBlocks {
+   public:
+    using Group = LaneGroup<kBits>;
+
+    __device__ __forceinline__ OwnBlocks(const GemmArguments& args, const HopperTile& core, int tile_n)
+        : groups(args, tile_n, core.lane), core(core) {}
+
+    __device__ __forceinline__ void read(Group& into, int group) const { groups.read(into, group, core.lane); }
+    __device__ __forceinline__ void prepare(Constants& constants, const Group& group) const {
+#pragma unroll
+      for (int b = 0; b < kBlocks; ++b)
+        constants.set(b, core.warpgroup == 0 ? groups.scales(group, b) : groups.scales(group, kBlocks + b),
+                      core.warpgroup == 0 ? groups.zeros(group, b) : groups.zeros(group, kBlocks + b));
+    }
+    // Where the lane's words lie in a row of tiles.
+    __device__ __forceinline__ u32 words_place() const {
+      return (core.warp % kWarpgroupWarps * L::kTileWords + core.lane * L::kLaneWords + core.warpgroup * kWords) * 4;
+    }
+    __device__ __forceinline__ void load_words(u32 (&words)[kWords], u32 row_sh) const { load_shared(words, row_sh); }
+    __device__ __forceinline__ float final_scale(int b, int half) const {
+      return groups.final_scale(core.lane, 2 * (kBlocks * core.warpgroup + b) + half);
+    }
+    // The column of its block b, of the block's 256.
+    __device__ __forceinline__ int first_column(int b) const {
+      return core.warp % kWarpgroupWarps * kTileColumns + (kBlocks * core.warpgroup + b) * kBlockColumns;
+    }
+
+   private:
+    const GroupReader<T, kBits> groups;
+    const HopperTile& core;
+  };
+
+  // Adds the product of a range of stages, from `place` on.
+  template <class Blocks>
+  __device__ __forceinline__ void multiply(Sums& sums, Place& place, const Blocks& blocks, int group_size, int size_k,
+                                           StepRange range) const {
+    const int first_row = range.begin * kStageRows, last_group = (size_k - 1) / group_size;
+    int group = first_row / group_size;
+    int rows_left = 0;                                      // of the group whose constants we hold
+    int next_rows = group_size - first_row % group_size;    // of the group that is on its way
+    typename Blocks::Group next_group;
+    blocks.read(next_group, min(group, last_group));
     Constants constants;
 
     u32 weight[kBatches][kBatchTiles][kBlocks][4];  // one batch is multiplied while the next is decoded
-    const u32 words_sh = words_place();
-    Place place;
+    const u32 words_sh = blocks.words_place();
     int released = 0;
     for (int step = range.begin; step < range.end; ++step) {
       mbarrier_wait(full(place.slot), place.parity);
       fence_proxy_async();
       u32 words[kStageTiles][kWords];
-      load_words(words, place.slot, words_sh);
+#pragma unroll
+      for (int i = 0; i < kStageTiles; ++i) blocks.load_words(words[i], tile_sh(place.slot, i, 0) + words_sh);
       const u64 act = wgmma_descriptor(shared + place.slot * kStageBytes);
 #pragma unroll
       for (int batch = 0; batch < kBatches; ++batch) {
         if (rows_left == 0) {
-          constants = prepare(groups, next_group);
+          blocks.prepare(constants, next_group);
           rows_left = next_rows;
-          next_rows = args.group_size;
-          groups.read(next_group, min(++group, last_group), lane);
+          next_rows = group_size;
+          blocks.read(next_group, min(++group, last_group));
         }
         rows_left -= kBatchRows;
         decode_batch(weight[batch], words + batch * kBatchTiles, constants);
@@ -227,18 +239,29 @@ class HopperGemm {
       place.advance();
     }
     wgmma_wait<0>();
+    if (range.begin < range.end && lane == 0) mbarrier_arrive(empty(released));
   }
 
-  // Where the lane's words of its warpgroup's blocks lie in a row of tiles.
-  __device__ __forceinline__ u32 words_place() const {
-    return (warp % kWarpgroupWarps * L::kTileWords + lane * L::kLaneWords + warpgroup * kWords) * 4;
-  }
-
-  __device__ __forceinline__ void load_words(u32 (&words)[kStageTiles][kWords], int slot, u32 place) const {
+  // Puts the sums where any thread can read them. Lane l holds columns l/4 and l/4 + 8 of a block, tokens 8 t + 2 (l mod
+  // 4) and + 1.
+  template <class Blocks>
+  __device__ __forceinline__ void deposit(const Sums& sums, const Blocks& blocks, const SumTile<kColumns>& tile) const {
 #pragma unroll
-    for (int i = 0; i < kStageTiles; ++i) load_shared(words[i], tile_sh(slot, i, 0) + place);
+    for (int b = 0; b < kBlocks; ++b)
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float scale = blocks.final_scale(b, half);
+#pragma unroll
+        for (int t = 0; t < kTokens / 8; ++t)
+#pragma unroll
+          for (int i = 0; i < 2; ++i)
+            tile.at(8 * t + 2 * (lane % 4) + i, blocks.first_column(b) + lane / 4 + 8 * half) =
+                scale * sums.v[b][4 * t + 2 * half + i];
+      }
   }
 
+ private:
+ private:
   static __device__ __forceinline__ void decode_batch(u32 (&weight)[kBatchTiles][kBlocks][4],
                                                       const u32 (*words)[kWords], const Constants& constants) {
 #pragma unroll
@@ -250,54 +273,85 @@ class HopperGemm {
       }
   }
 
-  __device__ __forceinline__ Constants prepare(const GroupReader<T, kBits>& groups,
-                                               const LaneGroup<kBits>& group) const {
-    Constants constants;
-#pragma unroll
-    for (int b = 0; b < kBlocks; ++b) {
-      const u32 scales = warpgroup == 0 ? groups.scales(group, b) : groups.scales(group, kBlocks + b);
-      const u32 zeros = warpgroup == 0 ? groups.zeros(group, b) : groups.zeros(group, kBlocks + b);
-      constants.offsets[b] = D::offsets(zeros);
-      constants.scales[b][0] = low_twice(scales);
-      constants.scales[b][1] = high_twice(scales);
-    }
-    return constants;
-  }
-
-  // Lane l holds columns l/4 + 8 m of its warp's tile, tokens 8 t + 2 (l mod 4) and + 1.
-  __device__ __forceinline__ void deposit(const Sums& sums, const SumTile<kColumns>& tile) const {
-    const int w = warp % kWarpgroupWarps;
-    const GroupReader<T, kBits> groups(args, tile_n(w), lane);
-#pragma unroll
-    for (int b = 0; b < kBlocks; ++b)
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int m = 2 * (kBlocks * warpgroup + b) + half;
-        const float scale = groups.final_scale(lane, m);
-#pragma unroll
-        for (int t = 0; t < kTokens / 8; ++t)
-#pragma unroll
-          for (int i = 0; i < 2; ++i)
-            tile.at(8 * t + 2 * (lane % 4) + i, w * kTileColumns + lane / 4 + 8 * m) =
-                scale * sums.v[b][4 * t + 2 * half + i];
-      }
-  }
-
   // ---- where things are ---------------------------------------------------------------------------------------------
 
-  // Tiles past the last column repeat the last: what comes of them is not stored.
-  __device__ __forceinline__ int tile_n(int w) const {
-    return min(int(blockIdx.y) * kWarpgroupWarps + w, args.size_n / kTileColumns - 1);
-  }
   __device__ __forceinline__ u32 tile_sh(int slot, int tile, int w) const {
     return shared + slot * kStageBytes + kActBytes + (tile * kWarpgroupWarps + w) * (L::kTileWords * 4);
   }
-  __device__ __forceinline__ u32 full(int slot) const { return shared + kBarriersOffset + 8 * slot; }
-  __device__ __forceinline__ u32 empty(int slot) const { return shared + kBarriersOffset + 8 * (kStages + slot); }
+  __device__ __forceinline__ u32 full(int slot) const { return barriers + 8 * slot; }
+  __device__ __forceinline__ u32 empty(int slot) const { return barriers + 8 * (kStages + slot); }
 
-  const GemmArguments& args;
-  const u32 shared;
-  const int warp, lane, warpgroup, first_token;
+  const u32 shared, barriers;
+};
+
+template <class T, int kBits, int kTokens, int kStages, int kResidentBlocks>
+class HopperGemm {
+  using Core = HopperTile<T, kBits, kTokens, kStages>;
+  static constexpr int kColumns = Core::kColumns;
+  static constexpr int kSumBytes = SumTile<kColumns>::bytes(kTokens);
+  static constexpr int kRingBytes = kStages * Core::kStageBytes;
+  static constexpr int kBarriersOffset = kRingBytes > kSumBytes ? kRingBytes : kSumBytes;
+  static_assert(kResidentBlocks == 1 || kTokens == 32, "the sums must fit the registers");
+  using Registers = HopperRegisters<kResidentBlocks>;
+
+ public:
+  static constexpr int kThreads = Core::kThreads;
+  static constexpr int kSharedBytes = kBarriersOffset + Core::kBarrierBytes;
+
+  // grid: (splits, tiles of 256 columns, tiles of tokens); without a workspace the splits of a tile form a cluster.
+  static __device__ __forceinline__ void run(const GemmArguments& args) {
+    extern __shared__ __align__(1024) unsigned char shared[];
+    const Core core(shared, shared_address(shared) + kBarriersOffset);
+    core.init_barriers();
+    start_next_launch();
+    wait_for_last_launch();
+    __syncthreads();
+    const StepRange range = split_steps(args.size_k / Core::kStageRows, blockIdx.x, args.num_splits);
+    if (core.warp >= Core::kMathWarps) {
+      give_registers<Registers::kCopy>();
+      copy(args, core, range);
+      skip_finish(args);
+    } else {
+      take_registers<Registers::kMath>();
+      multiply(args, core, range, {reinterpret_cast<float*>(shared)});
+    }
+  }
+
+ private:
+  // Tiles past the last column repeat the last: what comes of them is not stored.
+  static __device__ __forceinline__ int tile_n(const GemmArguments& args, int w) {
+    return min(int(blockIdx.y) * Core::kWarpgroupWarps + w, args.size_n / kTileColumns - 1);
+  }
+
+  static __device__ __forceinline__ void copy(const GemmArguments& args, const Core& core, StepRange range) {
+    const int first_token = blockIdx.z * kTokens;
+    typename Core::Copier copier = core.make_copier(
+        args.a + i64(first_token) * args.a_stride + i64(range.begin) * Core::kStageRows,
+        args.qweight + i64(range.begin) * Core::kStageTiles * args.qweight_stride +
+            i64(tile_n(args, core.warp - Core::kMathWarps)) * Core::L::kTileWords,
+        [&](int token) { return min(token, args.size_m - 1 - first_token) * args.a_stride; });
+    typename Core::Place place;
+#pragma unroll 1  // there are few registers here
+    for (int step = range.begin; step < range.end; ++step) {
+      core.wait_empty(place);
+      core.copy_stage(copier, place, args.qweight_stride);
+      place.advance();
+    }
+    cp_async_wait_all();  // a block must not leave while copies to it are under way
+  }
+
+  static __device__ __forceinline__ void multiply(const GemmArguments& args, const Core& core, StepRange range,
+                                                  const SumTile<kColumns>& tile) {
+    const typename Core::OwnBlocks blocks(args, core, tile_n(args, core.warp % Core::kWarpgroupWarps));
+    typename Core::Sums sums;
+    typename Core::Place place;
+    core.multiply(sums, place, blocks, args.group_size, args.size_k, range);
+    barrier_some<Core::kMathThreads>();  // the sums go where the stages were
+    core.deposit(sums, blocks, tile);
+    barrier_some<Core::kMathThreads>();
+    finish_tile<T, kColumns>(args, tile, blockIdx.x, blockIdx.z * kTokens, kTokens, blockIdx.y * kColumns,
+                             Core::kMathThreads);
+  }
 };
 
 }  // namespace marlin

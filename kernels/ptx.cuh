@@ -54,6 +54,12 @@ __device__ __forceinline__ void ldmatrix_x4(u32 (&v)[4], u32 address) {
                : "r"(address)
                : "memory");
 }
+__device__ __forceinline__ void ldmatrix_x4_transposed(u32 (&v)[4], u32 address) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
+               : "r"(address)
+               : "memory");
+}
 __device__ __forceinline__ void load_shared(u32 (&v)[4], u32 address) {
   asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
                : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
@@ -170,6 +176,11 @@ __device__ __forceinline__ F32x4 load_cluster(u32 address) {
                : "memory");
   return v;
 }
+__device__ __forceinline__ int load_cluster_word(u32 address) {
+  int v;
+  asm volatile("ld.shared::cluster.s32 %0, [%1];" : "=r"(v) : "r"(address) : "memory");
+  return v;
+}
 
 // That a block of the cluster runs at all must be known before its memory is written: say so early, ask late.
 __device__ __forceinline__ void cluster_arrive() {
@@ -214,6 +225,23 @@ __device__ __forceinline__ void mbarrier_wait(u32 barrier, u32 parity) {
       "r"(parity)
       : "memory");
 }
+// Stores four 8 x 8 fragments of 16-bit numbers transposed: lane l says where row l % 8 of fragment l / 8 goes.
+__device__ __forceinline__ void stmatrix_x4_transposed(u32 address, const u32 (&v)[4]) {
+  asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(v[0]),
+               "r"(v[1]), "r"(v[2]), "r"(v[3])
+               : "memory");
+}
+// Copies from shared to global memory behind the thread's back: addresses and size are multiples of 16 bytes. What was
+// written there must have passed fence_proxy_async and a barrier.
+__device__ __forceinline__ void bulk_store(void* to, u32 from, u32 bytes) {
+  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to), "r"(from), "r"(bytes)
+               : "memory");
+}
+__device__ __forceinline__ void bulk_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+// Until this thread's copies have read their shared memory; or until they are complete.
+__device__ __forceinline__ void bulk_wait_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
+__device__ __forceinline__ void bulk_wait() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
+
 // What this thread wrote to shared memory, or saw written, becomes visible to its wgmma, which read through another
 // proxy.
 __device__ __forceinline__ void fence_proxy_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }

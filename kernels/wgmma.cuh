@@ -37,6 +37,7 @@ __device__ __forceinline__ u64 wgmma_descriptor(u32 address) {
 // PTX names every register, so an instruction for n tokens lists the n/2 sums of a thread: as places in its text, and
 // as operands behind it.
 #define MARLIN_PLACES_8 "%0, %1, %2, %3, %4, %5, %6, %7"
+#define MARLIN_PLACES_12 MARLIN_PLACES_8 ", %8, %9, %10, %11"
 #define MARLIN_PLACES_16 MARLIN_PLACES_8 ", %8, %9, %10, %11, %12, %13, %14, %15"
 #define MARLIN_PLACES_24 MARLIN_PLACES_16 ", %16, %17, %18, %19, %20, %21, %22, %23"
 #define MARLIN_PLACES_32 MARLIN_PLACES_24 ", %24, %25, %26, %27, %28, %29, %30, %31"
@@ -44,11 +45,13 @@ __device__ __forceinline__ u64 wgmma_descriptor(u32 address) {
 #define MARLIN_PLACES_48 MARLIN_PLACES_40 ", %40, %41, %42, %43, %44, %45, %46, %47"
 #define MARLIN_PLACES_56 MARLIN_PLACES_48 ", %48, %49, %50, %51, %52, %53, %54, %55"
 #define MARLIN_PLACES_64 MARLIN_PLACES_56 ", %56, %57, %58, %59, %60, %61, %62, %63"
+#define MARLIN_PLACES_72 MARLIN_PLACES_64 ", %64, %65, %66, %67, %68, %69, %70, %71"
 
 #define MARLIN_EIGHT_SUMS(i)                                                                          \
   "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]),         \
       "+f"(d[i + 6]), "+f"(d[i + 7])
 #define MARLIN_SUMS_8 MARLIN_EIGHT_SUMS(0)
+#define MARLIN_SUMS_12 MARLIN_SUMS_8, "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11])
 #define MARLIN_SUMS_16 MARLIN_SUMS_8, MARLIN_EIGHT_SUMS(8)
 #define MARLIN_SUMS_24 MARLIN_SUMS_16, MARLIN_EIGHT_SUMS(16)
 #define MARLIN_SUMS_32 MARLIN_SUMS_24, MARLIN_EIGHT_SUMS(24)
@@ -56,6 +59,7 @@ __device__ __forceinline__ u64 wgmma_descriptor(u32 address) {
 #define MARLIN_SUMS_48 MARLIN_SUMS_40, MARLIN_EIGHT_SUMS(40)
 #define MARLIN_SUMS_56 MARLIN_SUMS_48, MARLIN_EIGHT_SUMS(48)
 #define MARLIN_SUMS_64 MARLIN_SUMS_56, MARLIN_EIGHT_SUMS(56)
+#define MARLIN_SUMS_72 MARLIN_SUMS_64, MARLIN_EIGHT_SUMS(64)
 
 #define MARLIN_WGMMA_OF(Type, type, tokens, sums, a0, a1, a2, a3, b_place)                                            \
   __device__ __forceinline__ void wgmma(Type, float (&d)[sums], const u32 (&a)[4], u64 b) {                           \
@@ -77,10 +81,16 @@ __device__ __forceinline__ u64 wgmma_descriptor(u32 address) {
 template <int kTokens>
 inline constexpr bool kHasWgmma = false;
 
+MARLIN_WGMMA(16, 8, 9, 10, 11, 12)
+MARLIN_WGMMA(24, 12, 13, 14, 15, 16)
 MARLIN_WGMMA(32, 16, 17, 18, 19, 20)
 MARLIN_WGMMA(48, 24, 25, 26, 27, 28)
 MARLIN_WGMMA(64, 32, 33, 34, 35, 36)
+MARLIN_WGMMA(80, 40, 41, 42, 43, 44)
 MARLIN_WGMMA(96, 48, 49, 50, 51, 52)
+MARLIN_WGMMA(112, 56, 57, 58, 59, 60)
 MARLIN_WGMMA(128, 64, 65, 66, 67, 68)
+MARLIN_WGMMA(144, 72, 73, 74, 75, 76)
+
 
 }  // namespace marlin

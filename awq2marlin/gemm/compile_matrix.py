@@ -1,8 +1,9 @@
 """Compiles every kernel for every kind of GPU, without one: ``python -m awq2marlin.gemm.compile_matrix``.
 
-Every instantiation for compute capability 8.0 and 9.0, and one of each kernel for 8.6, 8.9, 10.0 and 12.0 (``--full``:
-every one for all). A register spilled to memory, a stack frame, or matrix instructions that the assembler had to
-serialize are failures: each would cost more than any tuning gains.
+Every instantiation of the dense kernels for compute capability 8.0 and 9.0, those of the experts' for the usual type
+and some of the others, and one of each kernel for 8.6, 8.9, 10.0 and 12.0 (``--full``: every one for all). A register
+spilled to memory, a stack frame, or matrix instructions that the assembler had to serialize are failures: each would
+cost more than any tuning gains.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from multiprocessing import get_context
 
 from awq2marlin.errors import KernelUnavailableError
 from awq2marlin.gemm import jit
+from awq2marlin.gemm.experts import select as experts
 from awq2marlin.gemm.jit import Resources
 from awq2marlin.gemm.select import all_sources
 from awq2marlin.gemm.source import KernelSource
@@ -27,9 +29,13 @@ SAMPLED = ((8, 6), (8, 9), (10, 0), (12, 0))
 
 def matrix(*, full: bool = False) -> list[tuple[KernelSource, str]]:
     """Returns what there is to compile: sources and architectures."""
-    jobs = [(source, jit.arch_of(capability)) for capability in COMPLETE for source in all_sources(capability)]
+    jobs = [
+        (source, jit.arch_of(capability))
+        for capability in COMPLETE
+        for source in (*all_sources(capability), *experts.all_sources(capability, full=full))
+    ]
     for capability in SAMPLED:
-        sources = all_sources(capability)
+        sources = all_sources(capability) + experts.all_sources(capability, full=full)
         chosen = sources if full else _one_of_each(sources)
         jobs += [(source, jit.arch_of(capability)) for source in chosen]
     return jobs

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, cast
 
@@ -22,7 +22,7 @@ from awq2marlin.layout.marlin import GPTQ_MARLIN_TILE, MARLIN_TILE_N
 if TYPE_CHECKING:
     from cuda.core import LaunchConfig, Stream
 
-_DTYPES: dict[torch.dtype, Dtype] = {torch.float16: "fp16", torch.bfloat16: "bf16"}
+DTYPES: dict[torch.dtype, Dtype] = {torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 _int = ctypes.c_int
 
@@ -67,7 +67,7 @@ def describe(shape: LayerShape, size_m: int, dtype: torch.dtype, num_bits: int, 
         shape.size_k,
         shape.group_size,
         num_bits,
-        _DTYPES[dtype],
+        DTYPES[dtype],
         device.capability,
         device.multiprocessors,
     )
@@ -176,11 +176,20 @@ def load_up_to(largest: GemmProblem, device: Device) -> int:
         KernelUnavailableError: one cannot be compiled or loaded.
     """
     sources = sources_up_to(largest)
+    load_kernels(sources, device)
+    return len(sources)
+
+
+def load_kernels(sources: Mapping[KernelSource, int], device: Device) -> None:
+    """Compiles and loads kernels, each with the shared memory in bytes that its launches ask for.
+
+    Raises:
+        KernelUnavailableError: one cannot be compiled or loaded.
+    """
     with torch.cuda.device(device.index):
         _bind_thread(device.index)
         for source, shared_bytes in sources.items():
             jit.load(source, device.index, device.capability, shared_bytes)
-    return len(sources)
 
 
 def launch_kernel(

@@ -13,6 +13,7 @@ import torch
 from awq2marlin.gemm.checks import ACTIVATION_TYPES, check_addresses, check_dimensions, check_type
 from awq2marlin.gemm.experts import cpu
 from awq2marlin.gemm.experts.checks import BlockTensors, ExpertTensors, check_block, check_gemm
+from awq2marlin.gemm.experts.launch import launch_experts, launch_gemm, load_up_to
 from awq2marlin.layout.marlin import GPTQ_MARLIN_TILE
 
 _GEMM = "awq2marlin::marlin_moe_gemm"
@@ -168,9 +169,7 @@ def warm_up_experts(
         raise ValueError(
             f"w13_qweight must be on a CUDA device, the only kind that needs a warm-up, found {w13_qweight.device}"
         )
-    from awq2marlin.gemm.experts.launch import load_up_to  # type: ignore[import-untyped,import-not-found,unused-ignore]
-
-    return load_up_to(block, max_tokens)  # type: ignore[no-any-return,unused-ignore]
+    return load_up_to(block, max_tokens)
 
 
 # ---- the grouped GEMM as an operator ------------------------------------------------------------------------
@@ -205,9 +204,7 @@ def _gemm_cuda(*arguments: Any) -> torch.Tensor:
     check_addresses(topk_ids=(topk_ids, topk_ids.element_size()), topk_weights=(topk_weights, 4))
     if shape.num_tokens == 0:
         return a.new_empty((0, shape.top_k, shape.size_n))
-    from awq2marlin.gemm.experts.launch import launch_gemm  # type: ignore[import-untyped,import-not-found,unused-ignore]
-
-    return launch_gemm(tensors, shape)  # type: ignore[no-any-return,unused-ignore]
+    return launch_gemm(tensors, shape)
 
 
 # ---- a block of experts as an operator ----------------------------------------------------------------------
@@ -253,9 +250,7 @@ def _block_cuda(*arguments: Any) -> torch.Tensor:
     )
     if shape.num_tokens == 0:
         return tensors.hidden.new_empty((0, shape.hidden))
-    from awq2marlin.gemm.experts.launch import launch_experts  # type: ignore[import-untyped,import-not-found,unused-ignore]
-
-    return launch_experts(tensors)  # type: ignore[no-any-return,unused-ignore]
+    return launch_experts(tensors)
 
 
 # ---- no gradients -------------------------------------------------------------------------------------------

@@ -39,7 +39,7 @@ MAX_WORKSPACE_BYTES = 64 << 20
 #: Shared memory of a multiprocessor of compute capability 9.0.
 SHARED_BYTES = 228 << 10
 
-_CPP_TYPES = {"fp16": "Half", "bf16": "Bfloat16"}
+CPP_TYPES = {"fp16": "Half", "bf16": "Bfloat16"}
 
 
 @dataclass(frozen=True)
@@ -191,7 +191,7 @@ class GemmConfig(ABC):
     @functools.cached_property
     def source(self) -> KernelSource:
         """The instantiation that it runs."""
-        arguments = ", ".join(map(str, (_CPP_TYPES[self.dtype], *self.template_arguments)))
+        arguments = ", ".join(map(str, (CPP_TYPES[self.dtype], *self.template_arguments)))
         implementation = f"{self.template}<{arguments}>"
         bounds = f"{self.threads}, {self.resident_blocks}"
         return KernelSource(
@@ -274,12 +274,12 @@ def sum_bytes(columns: int, tokens: int) -> int:
 def sum_splits_source(dtype: Dtype) -> KernelSource:
     """Returns the kernel that sums the workspace of a split GEMM, adds the bias and rounds."""
     return KernelSource(
-        f"sum_splits<{_CPP_TYPES[dtype]}>",
+        f"sum_splits<{CPP_TYPES[dtype]}>",
         f"""\
 #include "gemm_base.cuh"
 using namespace marlin;
 extern "C" __global__ void __launch_bounds__(256) {ENTRY_POINT}(MARLIN_GEMM_PARAMETERS) {{
-  sum_splits<{_CPP_TYPES[dtype]}>(MARLIN_GEMM_ARGUMENTS);
+  sum_splits<{CPP_TYPES[dtype]}>(MARLIN_GEMM_ARGUMENTS);
 }}
 """,
     )

@@ -1,0 +1,256 @@
+"""Which kernels serve a layer of experts.
+
+Nobody on the host knows how many rows an expert gets: that would take a wait for the router. What is known is their
+mean, and that routers spread tokens about evenly. The shapes below were the fastest of a sweep on an H100 (2026-11-26)
+over five models' layers and 1 to 4096 tokens, or within a few percent of it.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import product
+from typing import NamedTuple, get_args
+
+from awq2marlin.gemm.experts.kernels import (
+    ALIGN_BLOCKS,
+    DIRECT_PAIRS,
+    ExpertsConfig,
+    HopperExpertsConfig,
+    SmallExpertsConfig,
+    align_source,
+    sum_source,
+)
+from awq2marlin.gemm.experts.problem import Activation, ExpertProblem
+from awq2marlin.gemm.families.base import DTYPES, HOPPER, MAX_SPLITS, Capability
+from awq2marlin.gemm.source import KernelSource
+
+#: Heights of tiles on Hopper, and on other GPUs.
+_HOPPER_ROWS = (8, 16, 24, 32, 48, 64, 80, 96, 112, 128, 144)
+_OTHER_ROWS = (8, 16, 24, 32)
+
+#: The largest height of `SmallExperts`.
+_MAX_SMALL_ROWS = 32
+
+#: 8-bit weights leave no registers for more sums.
+_MAX_ROWS = {4: 144, 8: 128}
+
+
+class Launch(NamedTuple):
+    """A kernel, and how many blocks share K or a token's pairs."""
+
+    config: ExpertsConfig
+    num_splits: int = 1
+
+
+class _Shape(NamedTuple):
+    """Parameters of `SmallExpertsConfig` that were swept."""
+
+    warps: int
+    stages: int
+    step_rows: int
+    tiles: int
+    resident_warps: int
+
+
+# ---- the height of tiles -------------------------------------------------------------------------------------
+
+
+def tile_rows_for(problem: ExpertProblem) -> int:
+    """Returns how many rows of an expert are multiplied together.
+
+    The smallest height that nearly all experts' rows fit, as a second tile reads their weights again; where there is
+    none, the one whose tiles together take the least time. A product with one token has one row an expert.
+    """
+    if problem.num_pairs == problem.top_k:
+        return 8
+    mean = problem.mean_rows
+    likely = mean + 2 * math.sqrt(mean)
+    heights = _heights(problem)
+    large = [rows for rows in heights if rows >= 96] or heights[-1:]
+    best = min(large, key=lambda rows: _expected_tiles(mean, rows) * _stage_time(rows))
+    return next((rows for rows in heights if rows >= likely), best)
+
+
+def _heights(problem: ExpertProblem) -> tuple[int, ...]:
+    heights = _HOPPER_ROWS if problem.capability == HOPPER else _OTHER_ROWS
+    return tuple(rows for rows in heights if rows <= _MAX_ROWS[problem.num_bits])
+
+
+def _expected_tiles(mean: float, rows: int) -> float:
+    """Returns the mean number of tiles of an expert, with its rows normally distributed about their mean."""
+    last = math.ceil((mean + 6 * math.sqrt(mean)) / rows)
+    return sum(math.erfc((tiles * rows - mean) / math.sqrt(2 * mean)) / 2 for tiles in range(last + 1))
+
+
+def _stage_time(rows: int) -> float:
+    """Returns the microseconds of a stage of 64 rows of K with tiles of that height, on an H100."""
+    return 0.16 + 0.0055 * rows
+
+
+# ---- the kernels ---------------------------------------------------------------------------------------------
+
+
+def is_direct(problem: ExpertProblem) -> bool:
+    """Returns whether warps look at the choices themselves, so that no list of work is needed."""
+    return problem.num_pairs <= DIRECT_PAIRS and tile_rows_for(problem) <= _MAX_SMALL_ROWS
+
+
+def sums_in_cluster(problem: ExpertProblem) -> bool:
+    """Returns whether the cluster that multiplies a token's rows also sums them: one token only."""
+    is_one_token = problem.num_pairs == problem.top_k
+    return problem.sums_tokens and is_one_token and problem.capability >= HOPPER and 1 < problem.top_k <= MAX_SPLITS
+
+
+@functools.lru_cache(maxsize=1 << 14)
+def pick_launch(problem: ExpertProblem, tile_rows: int, *, has_list: bool) -> Launch:
+    """Picks the kernel for a problem.
+
+    Args:
+        problem: what is multiplied.
+        tile_rows: the height of tiles, of which the products of a block have the same.
+        has_list: whether there is a list of work, without which only few rows can be multiplied.
+    """
+    candidates = list(_candidates(problem, tile_rows, is_one_token=problem.num_pairs == problem.top_k))
+    large = [config for config in candidates if isinstance(config, HopperExpertsConfig)]
+    if has_list and large and (len(large) == len(candidates) or large[0].blocks(problem) >= problem.multiprocessors):
+        return Launch(large[0])
+    config = _by_waves([config for config in candidates if isinstance(config, SmallExpertsConfig)], problem)
+    return Launch(config, problem.top_k if config.sums_pairs else _splits(config, problem))
+
+
+def all_configs(largest: ExpertProblem) -> list[ExpertsConfig]:
+    """Returns every kernel that may be picked for a layer.
+
+    Args:
+        largest: its product for the largest number of tokens to come.
+    """
+    found: dict[ExpertsConfig, None] = {}
+    one = replace(largest, num_pairs=largest.top_k)
+    found.update(dict.fromkeys(_candidates(one, 8, is_one_token=True)))
+    for rows in _heights(largest):
+        found.update(
+            dict.fromkeys(_candidates(replace(largest, num_pairs=2 * largest.top_k), rows, is_one_token=False))
+        )
+        if rows >= tile_rows_for(largest) and rows < 96:
+            break
+    return list(found)
+
+
+def _candidates(problem: ExpertProblem, rows: int, *, is_one_token: bool) -> Iterator[ExpertsConfig]:
+    """Yields the configs of a height. They depend on the layer, and of the tokens only on whether it is one."""
+    if problem.capability == HOPPER and (rows > 16 or (rows == 16 and problem.size_k <= 512)):
+        yield _hopper(problem, rows)
+    if rows <= _MAX_SMALL_ROWS:
+        shapes = _gated_shapes(rows) if problem.is_gated else _plain_shapes(problem, rows, is_one_token=is_one_token)
+        for shape in shapes:
+            yield _small(problem, rows, shape, sums_pairs=is_one_token and sums_in_cluster(problem))
+
+
+def _hopper(problem: ExpertProblem, rows: int) -> HopperExpertsConfig:
+    """Returns the config with as many stages as find room; two blocks share a multiprocessor where the sums are few."""
+    blocks = 2 if rows <= 32 else 1
+    room = (113 if blocks == 2 else 227) << 10
+    config = HopperExpertsConfig(
+        dtype=problem.dtype,
+        num_bits=problem.num_bits,
+        activation=problem.activation,
+        tokens=rows,
+        stages=8,
+        blocks_at_once=blocks,
+    )
+    while config.shared_bytes > room:
+        config = replace(config, stages=config.stages - 1)
+    return config
+
+
+def _gated_shapes(rows: int) -> tuple[_Shape, ...]:
+    if rows == 8:
+        return _Shape(4, 2, 128, 2, 8), _Shape(2, 2, 128, 2, 8)
+    return (_Shape(2, 2, 128 if rows == 16 else 64, 2, 8),)
+
+
+def _plain_shapes(problem: ExpertProblem, rows: int, *, is_one_token: bool) -> tuple[_Shape, ...]:
+    size_k = problem.size_k
+    if rows == 8 and is_one_token:
+        if size_k >= 8192:
+            return (_Shape(8, 3, 128, 1, 8),)
+        return (_Shape(2, 3, 128, 1, 10) if size_k >= 1024 else _Shape(2, 3, 64, 1, 12),)
+    if rows == 8:
+        if size_k >= 8192:
+            return (_Shape(4, 2, 128, 1, 16),)
+        return (_Shape(2, 2, 128, 1, 16) if size_k >= 512 else _Shape(2, 2, 64, 2, 12),)
+    return ({16: _Shape(2, 2, 128, 2, 8), 24: _Shape(4, 2, 64, 2, 8), 32: _Shape(2, 3, 64, 1, 8)}[rows],)
+
+
+def _small(problem: ExpertProblem, rows: int, shape: _Shape, *, sums_pairs: bool) -> SmallExpertsConfig:
+    """Returns the config of a shape, with shorter steps or fewer warps where the layer or the GPU wants them."""
+    has_long_steps = problem.num_bits == 4 and problem.group_size >= 128 and problem.size_k % 128 == 0
+    step_rows = shape.step_rows if has_long_steps else 64
+    config = SmallExpertsConfig(
+        dtype=problem.dtype,
+        num_bits=problem.num_bits,
+        activation=problem.activation,
+        group_rows=step_rows if problem.group_size == problem.size_k else problem.group_size,
+        token_tiles=rows // 8,
+        sums_pairs=sums_pairs,
+        **shape._replace(step_rows=step_rows)._asdict(),
+    )
+    while config.shared_bytes > problem.shared_limit:
+        config = replace(config, stages=2) if config.stages > 2 else replace(config, warps=config.warps // 2)
+    return config
+
+
+def _by_waves(configs: list[SmallExpertsConfig], problem: ExpertProblem) -> SmallExpertsConfig:
+    """Returns the first config, or a later one if that alone runs all blocks at once."""
+    for config in configs:
+        if config.blocks(problem) <= problem.multiprocessors * config.resident_blocks:
+            return config
+    return configs[0]
+
+
+def _splits(config: SmallExpertsConfig, problem: ExpertProblem) -> int:
+    """Returns how many blocks share K: as many as find room at once, each with a step for every warp."""
+    if problem.capability < HOPPER or config.token_tiles > 1:
+        return 1
+    # Clusters leave multiprocessors over; how many was found by timing: see GemmProblem.blocks_at_once.
+    room = {1: 1.0, 2: 1.0, 3: 0.91}
+    slots, steps = problem.multiprocessors * config.resident_blocks, problem.size_k // config.step_rows
+    fitting = [
+        splits
+        for splits in range(1, MAX_SPLITS + 1)
+        if config.blocks(problem) * splits <= slots * room.get(splits, 0.85) and splits * config.warps <= steps
+    ]
+    return max(fitting, default=1)
+
+
+def all_sources(capability: Capability, *, full: bool = True) -> list[KernelSource]:
+    """Returns every kernel that a GPU of that compute capability can be asked for.
+
+    Args:
+        capability: the GPU's compute capability.
+        full: whether for every type, width and group size; or each kernel for the usual one, and few for the others.
+    """
+    sources = {align_source(1), *map(sum_source, DTYPES)}
+    if capability >= HOPPER:
+        sources.add(align_source(ALIGN_BLOCKS))
+    kinds = product(DTYPES, (4, 8), (32, 64, 128), get_args(Activation))
+    for dtype, num_bits, group_size, activation in kinds:
+        is_usual_weight, is_usual_gate = (
+            (dtype, num_bits, group_size) == ("fp16", 4, 128),
+            activation in ("none", "silu"),
+        )
+        if not (full or is_usual_weight or is_usual_gate):
+            continue
+        is_usual = is_usual_weight and is_usual_gate
+        for size_k in (256, 1024, 8192) if full or is_usual else (256,):
+            tokens = 1 << 20 if full or is_usual else 16
+            sums_tokens = activation == "none"
+            problem = ExpertProblem(
+                8 * tokens, 8, 128, 512, size_k, group_size, num_bits, dtype, activation, sums_tokens, capability, 132
+            )
+            configs = all_configs(problem)
+            sources |= {config.source for config in (configs if full or is_usual else configs[-1:])}
+    return sorted(sources, key=lambda source: source.name)

@@ -1,0 +1,263 @@
+// What the kernels of a layer of experts share: the arguments, the list of work, and the way a row of a result leaves.
+//
+// A token's router chooses top_k experts; each choice is a pair, number token * top_k + choice. A kernel multiplies the
+// activations of pairs that chose the same expert with that expert's weights, so many pairs at a time as its tiles have
+// rows. Which pairs go together is the list of work that align_experts writes. For up to 32 pairs there is none: every
+// warp reads the choices and sees for itself (DirectWork).
+#pragma once
+
+#include "gemm_base.cuh"
+
+namespace marlin {
+
+constexpr int kDirectPairs = kWarpLanes;  // the most that a warp sees at once
+
+// What a product is multiplied with before it leaves.
+enum class Activation { kNone, kSilu, kGelu, kGeluTanh };
+
+// Strides count elements of the tensor (words for packed ones); *_expert is the way from one expert to the next.
+struct ExpertArguments {
+  const u16* a;              // [num_pairs / a_pairs, size_k]: a row serves a_pairs pairs that follow each other
+  const u32* qweight;        // [num_experts, size_k / 16, size_n * 16 / f]
+  const u16* scales;         // [num_experts, num_groups, size_n]
+  const u32* qzeros;         // [num_experts, num_groups, size_n / f], or null
+  const u16* bias;           // [num_experts, size_n], or null
+  const float* topk_weights; // [num_pairs]: what a pair's row is multiplied with, or null
+  const void* topk_ids;      // [num_pairs], int32 or int64; outside 0 .. num_experts - 1: nobody's
+  const int* work;           // what align_experts wrote, or null: up to kDirectPairs pairs, seen by every warp itself
+  u16* out;                  // [num_pairs, columns], or [num_pairs / top_k, size_n] where a cluster sums a token's pairs
+  int num_pairs, a_pairs, top_k, num_experts, size_n, size_k, group_size;
+  int num_splits;            // blocks of a cluster that share K, or have a token's pair each
+  int has_long_ids;          // int64
+  i64 a_stride, qweight_stride, scales_stride, qzeros_stride, qweight_expert, scales_expert, qzeros_expert, bias_expert;
+};
+
+#define MARLIN_EXPERT_PARAMETERS                                                                                     \
+  const u16 *a, const u32 *qweight, const u16 *scales, const u32 *qzeros, const u16 *bias, const float *topk_weights, \
+      const void *topk_ids, const int *work, u16 *out, int num_pairs, int a_pairs, int top_k, int num_experts,        \
+      int size_n, int size_k, int group_size, int num_splits, int has_long_ids, i64 a_stride, i64 qweight_stride,     \
+      i64 scales_stride, i64 qzeros_stride, i64 qweight_expert, i64 scales_expert, i64 qzeros_expert, i64 bias_expert
+#define MARLIN_EXPERT_ARGUMENTS                                                                                      \
+  ExpertArguments {                                                                                                  \
+    a, qweight, scales, qzeros, bias, topk_weights, topk_ids, work, out, num_pairs, a_pairs, top_k, num_experts,     \
+        size_n, size_k, group_size, num_splits, has_long_ids, a_stride, qweight_stride, scales_stride,               \
+        qzeros_stride, qweight_expert, scales_expert, qzeros_expert, bias_expert                                     \
+  }
+
+// The expert that a pair chose, or -1 if it is nobody's here.
+__device__ __forceinline__ int expert_of(const void* ids, int has_long_ids, int pair, int num_experts) {
+  const i64 id = has_long_ids ? static_cast<const i64*>(ids)[pair] : i64(static_cast<const int*>(ids)[pair]);
+  return id >= 0 && id < num_experts ? int(id) : -1;
+}
+
+// Up to a tile's height of pairs that chose one expert.
+struct WorkItem {
+  int expert, first, count;  // `first`: of the list's rows
+};
+
+// The list of work in memory: how many items, the items as four words each, and the rows, expert by expert.
+struct WorkList {
+  static constexpr int kHeaderWords = 4, kItemWords = 4, kRowWords = 2;
+  const int* words;
+  int max_items;
+
+  // A row of a product: the pair that it belongs to, and what it is multiplied with before a token's are summed.
+  struct Row {
+    int pair;
+    float weight;
+  };
+
+  __device__ __forceinline__ int num_items() const { return words[0]; }
+  __device__ __forceinline__ WorkItem item(int i) const {
+    const int4 v = *reinterpret_cast<const int4*>(words + kHeaderWords + kItemWords * i);
+    return {v.x, v.y, v.z};
+  }
+  __device__ __forceinline__ Row row(int i) const {
+    const int2 v = *reinterpret_cast<const int2*>(words + kHeaderWords + kItemWords * max_items + kRowWords * i);
+    return {v.x, __int_as_float(v.y)};
+  }
+};
+
+// Never more than so many items of a tile's height: each expert that is chosen at all has one that is not full.
+__host__ __device__ constexpr int max_work_items(int num_pairs, int num_experts, int tile_rows) {
+  return (num_pairs < num_experts ? num_pairs : num_experts) + num_pairs / tile_rows;
+}
+
+// An expert's weights as the dense kernels know them.
+__device__ __forceinline__ GemmArguments expert_weights(const ExpertArguments& args, int expert) {
+  GemmArguments one{};
+  one.qweight = args.qweight + expert * args.qweight_expert;
+  one.scales = args.scales + expert * args.scales_expert;
+  one.qzeros = args.qzeros ? args.qzeros + expert * args.qzeros_expert : nullptr;
+  one.size_n = args.size_n, one.size_k = args.size_k, one.group_size = args.group_size;
+  one.qweight_stride = args.qweight_stride;
+  one.scales_stride = args.scales_stride;
+  one.qzeros_stride = args.qzeros_stride;
+  return one;
+}
+
+template <class T>
+__device__ __forceinline__ F32x4 load_quad(const u16* p) {
+  const uint2 v = *reinterpret_cast<const uint2*>(p);
+  return {low_float(T{}, v.x), high_float(T{}, v.x), low_float(T{}, v.y), high_float(T{}, v.y)};
+}
+
+template <class T>
+__device__ __forceinline__ void put_quad(u16* p, F32x4 v) {
+  *reinterpret_cast<uint2*>(p) = make_uint2(pack2(T{}, v.x, v.y), pack2(T{}, v.z, v.w));
+}
+
+__device__ __forceinline__ F32x4 times(F32x4 v, float factor) {
+  return {v.x * factor, v.y * factor, v.z * factor, v.w * factor};
+}
+
+template <Activation kActivation>
+__device__ __forceinline__ float activate(float x) {
+  if constexpr (kActivation == Activation::kSilu) return __fdividef(x, 1.f + __expf(-x));
+  if constexpr (kActivation == Activation::kGelu) return 0.5f * x * (1.f + erff(x * 0.70710678f));
+  if constexpr (kActivation == Activation::kGeluTanh)
+    return 0.5f * x * (1.f + tanhf(0.79788456f * (x + 0.044715f * x * x * x)));
+  return x;
+}
+
+template <Activation kActivation>
+__device__ __forceinline__ F32x4 gated(F32x4 gate, F32x4 up) {
+  return {activate<kActivation>(gate.x) * up.x, activate<kActivation>(gate.y) * up.y,
+          activate<kActivation>(gate.z) * up.z, activate<kActivation>(gate.w) * up.w};
+}
+
+template <class T>
+__device__ __forceinline__ void add_bias(F32x4& sum, const ExpertArguments& args, int expert, int column) {
+  if (args.bias) accumulate(sum, load_quad<T>(args.bias + expert * args.bias_expert + column));
+}
+
+__device__ __forceinline__ float weight_of(const ExpertArguments& args, int pair) {
+  return args.topk_weights ? args.topk_weights[pair] : 1.f;
+}
+
+// ---- the list of work, and what its blocks say to each other -----------------------------------------------------------------------------------------------
+
+template <int kBlocks>
+__device__ __forceinline__ void all_blocks() {
+#if MARLIN_HAS_CLUSTERS
+  if (kBlocks > 1) return cluster_sync();
+#endif
+  __syncthreads();
+}
+
+template <int kBlocks>
+__device__ __forceinline__ int count_of_block(const int* count, int block) {
+#if MARLIN_HAS_CLUSTERS
+  if (kBlocks > 1) return load_cluster_word(cluster_address(shared_address(count), block));
+#endif
+  return *count;
+}
+
+struct AlignArguments {
+  const void* topk_ids;
+  const float* topk_weights;  // or null: 1
+  int* work;
+  int num_pairs, num_experts, tile_rows, max_items, has_long_ids;
+};
+
+constexpr int kMaxExperts = 1024;
+
+// Writes the list of work: one block, or a cluster whose blocks share the pairs. Counts, places and then lists the pairs
+// of each expert. In which order an expert's pairs come is up to chance and does not matter: a row's numbers are the same
+// wherever in a tile it is.
+template <int kThreads, int kBlocks>
+__device__ __forceinline__ void align_experts(const AlignArguments& args) {
+  constexpr int kWarps = kThreads / kWarpLanes;
+  __shared__ int counts[kMaxExperts], places[kMaxExperts];  // this block's pairs of an expert; where its next goes
+  __shared__ int warp_pairs[kWarps], warp_items[kWarps];
+  const int warp = threadIdx.x / kWarpLanes, lane = threadIdx.x % kWarpLanes;
+  const int first_pair = blockIdx.x * kThreads + threadIdx.x;
+  start_next_launch();
+  for (int e = threadIdx.x; e < args.num_experts; e += kThreads) counts[e] = 0;
+  wait_for_last_launch();
+  __syncthreads();
+  for (int p = first_pair; p < args.num_pairs; p += kThreads * kBlocks) {
+    const int expert = expert_of(args.topk_ids, args.has_long_ids, p, args.num_experts);
+    if (expert >= 0) atomicAdd(counts + expert, 1);
+  }
+  all_blocks<kBlocks>();
+
+  // Experts in order, a thread each: the sums of all before it say where its pairs and items begin.
+  int pairs_done = 0, items_done = 0;
+  for (int base = 0; base < args.num_experts; base += kThreads) {
+    const int expert = base + threadIdx.x;
+    int pairs = 0, of_earlier_blocks = 0;
+    if (expert < args.num_experts)
+      for (int block = 0; block < kBlocks; ++block) {
+        if (block == int(blockIdx.x)) of_earlier_blocks = pairs;
+        pairs += count_of_block<kBlocks>(counts + expert, block);
+      }
+    const int items = (pairs + args.tile_rows - 1) / args.tile_rows;
+    int pairs_to_here = pairs, items_to_here = items;
+#pragma unroll
+    for (int distance = 1; distance < kWarpLanes; distance *= 2) {
+      const int p = __shfl_up_sync(0xffffffffu, pairs_to_here, distance);
+      const int i = __shfl_up_sync(0xffffffffu, items_to_here, distance);
+      if (lane >= distance) pairs_to_here += p, items_to_here += i;
+    }
+    if (lane == kWarpLanes - 1) warp_pairs[warp] = pairs_to_here, warp_items[warp] = items_to_here;
+    __syncthreads();
+    int pairs_before = pairs_done, items_before = items_done;
+    for (int w = 0; w < kWarps; ++w) {
+      if (w < warp) pairs_before += warp_pairs[w], items_before += warp_items[w];
+      pairs_done += warp_pairs[w], items_done += warp_items[w];
+    }
+    const int place = pairs_before + pairs_to_here - pairs;
+    if (expert < args.num_experts) places[expert] = place + of_earlier_blocks;
+    int item = items_before + items_to_here - items;
+    for (int done = 0; done < pairs; done += args.tile_rows, ++item)
+      if (item % kBlocks == int(blockIdx.x))
+        *reinterpret_cast<int4*>(args.work + WorkList::kHeaderWords + WorkList::kItemWords * item) =
+            make_int4(expert, place + done, min(args.tile_rows, pairs - done), 0);
+    __syncthreads();
+  }
+  if (blockIdx.x == 0 && threadIdx.x == 0) args.work[0] = items_done;
+  int2* rows = reinterpret_cast<int2*>(args.work + WorkList::kHeaderWords + WorkList::kItemWords * args.max_items);
+  for (int p = first_pair; p < args.num_pairs; p += kThreads * kBlocks) {
+    const int expert = expert_of(args.topk_ids, args.has_long_ids, p, args.num_experts);
+    const float weight = args.topk_weights ? args.topk_weights[p] : 1.f;
+    if (expert >= 0) rows[atomicAdd(places + expert, 1)] = make_int2(p, __float_as_int(weight));
+  }
+  all_blocks<kBlocks>();  // a block's counts must outlive their readers
+}
+
+// ---- the sum over a token's experts -----------------------------------------------------------------------------------
+
+struct SumArguments {
+  const u16* rows;  // [num_tokens * top_k, size_n]: multiplied with their weights already
+  const void* topk_ids;
+  u16* out;         // [num_tokens, size_n]
+  int num_tokens, top_k, num_experts, size_n, has_long_ids;
+};
+
+// Adds up each token's rows in the order of its choices, in fp32: a thread for eight columns. Rows that are nobody's
+// were never written.
+template <class T>
+__device__ __forceinline__ void sum_experts(const SumArguments& args) {
+  start_next_launch();
+  wait_for_last_launch();
+  const int chunks = args.size_n / 8;
+  const i64 size = i64(args.num_tokens) * chunks;
+  for (i64 i = i64(blockIdx.x) * blockDim.x + threadIdx.x; i < size; i += i64(gridDim.x) * blockDim.x) {
+    const int token = int(i / chunks), column = 8 * int(i % chunks);
+    F32x4 low = {0.f, 0.f, 0.f, 0.f}, high = low;
+#pragma unroll 4
+    for (int choice = 0; choice < args.top_k; ++choice) {
+      const int pair = token * args.top_k + choice;
+      if (expert_of(args.topk_ids, args.has_long_ids, pair, args.num_experts) < 0) continue;
+      const U32x4 v = *reinterpret_cast<const U32x4*>(args.rows + i64(pair) * args.size_n + column);
+      accumulate(low, {low_float(T{}, v.x), high_float(T{}, v.x), low_float(T{}, v.y), high_float(T{}, v.y)});
+      accumulate(high, {low_float(T{}, v.z), high_float(T{}, v.z), low_float(T{}, v.w), high_float(T{}, v.w)});
+    }
+    u16* out = args.out + i64(token) * args.size_n + column;
+    *reinterpret_cast<U32x4*>(out) = {pack2(T{}, low.x, low.y), pack2(T{}, low.z, low.w), pack2(T{}, high.x, high.y),
+                                      pack2(T{}, high.z, high.w)};
+  }
+}
+
+}  // namespace marlin

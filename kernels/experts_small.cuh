@@ -1,0 +1,385 @@
+// A layer of experts for few tokens an expert (tiles of 8, 16, 24 or 32 rows), where reading weights is the work.
+//
+// As in gemm_small.cuh a warp copies what it will multiply to shared memory of its own, the transposed weight is
+// operand A of mma.m16n8k16, and up to 16 rows scales are applied to a group's sum. Different is that a warp may own two
+// tiles of 64 columns, so that activations are fetched once for both: neighbours, or the gate's and the up projection's,
+// whose product then leaves in place of both. And rows are gathered: those of the pairs that chose the block's expert.
+//
+// The blocks of a cluster share K; or, where a token's pairs are summed, each takes one of them.
+#pragma once
+
+#include "experts.cuh"
+
+namespace marlin {
+
+// kSumsPairs: block r of a cluster multiplies choice r of a token, and the cluster writes the token's sum.
+template <class T, int kBits, int kGroupSize, int kTokenTiles, int kStepRows, int kWarps, int kStages, int kTiles,
+          Activation kActivation, bool kSumsPairs>
+class SmallExperts {
+  using L = Layout<kBits>;
+  using D = Decoder<T, kBits>;
+
+  static constexpr bool kGated = kActivation != Activation::kNone;
+  static_assert(kGroupSize == 32 || kGroupSize == 64 || kGroupSize == 128, "a single group is read as one of these");
+  static_assert(kTokenTiles <= 4 && kTiles <= 2, "sums of a lane must fit its registers");
+  static_assert(!kGated || kTiles == 2, "the gate's columns and the up projection's");
+  static_assert(!kSumsPairs || (kTokenTiles == 1 && !kGated), "one row, not gated");
+  static_assert(kStepRows == 64 || kStepRows == 128, "rows of a step, which must divide K");
+  static_assert(kStages >= 2, "a step is on its way while another is multiplied");
+
+  static constexpr int kTokens = 8 * kTokenTiles;
+  static constexpr bool kScalesSums = kTokenTiles <= 2;
+  static constexpr int kStepTiles = kStepRows / kTileRows;
+  static constexpr int kScaledRows = kGroupSize < kStepRows ? kGroupSize : kStepRows;
+  static constexpr int kScaledTiles = kScaledRows / kTileRows;
+  static constexpr int kStepGroups = kStepRows / kScaledRows;
+
+  static constexpr int kRowChunks = kStepRows / 8;
+  static constexpr int kActBytes = kTokens * kStepRows * 2;
+  static constexpr int kActLoads = kTokens * kRowChunks / kWarpLanes;
+  static constexpr int kWeightBytes = kStepTiles * L::kTileWords * 4;
+  static constexpr int kStageBytes = kActBytes + kTiles * kWeightBytes;
+  static constexpr int kSumBytes = kTiles * SumTile<kTileColumns>::bytes(kTokens);
+  static constexpr int kWarpBytes = kStages * kStageBytes > kSumBytes ? kStages * kStageBytes : kSumBytes;
+  static constexpr int kQuads = kTileColumns / 4;
+  static constexpr int kMaxSplits = 8;
+  // Splits send each other their parts of few rows only: with more there are blocks enough.
+  static constexpr int kReceivedBytes = kTokenTiles == 1 ? (kTokens * kQuads + kMaxSplits) * kTiles * 16 : 0;
+  static_assert(kTokens * kRowChunks % kWarpLanes == 0, "the lanes of a warp copy whole rounds of chunks");
+
+ public:
+  static constexpr int kThreads = kWarps * kWarpLanes;
+  static constexpr int kSharedBytes = kWarps * kWarpBytes + kReceivedBytes + kTokens * 4;
+
+  // grid: (splits * steps of columns, items, 1), where an item is one of the list, a pair, or (kSumsPairs) a token.
+  static __device__ __forceinline__ void run(const ExpertArguments& args) {
+    extern __shared__ __align__(128) unsigned char shared[];
+    const int warp = threadIdx.x / kWarpLanes, lane = threadIdx.x % kWarpLanes;
+    const int split = blockIdx.x % args.num_splits, step = blockIdx.x / args.num_splits;
+    const bool is_cluster = kReceivedBytes > 0 && args.num_splits > 1;
+#if MARLIN_HAS_CLUSTERS
+    if (is_cluster) cluster_arrive();
+#endif
+    if (kGated) wait_for_last_launch();
+    // Whoever comes next may be set up, but not before what chose the experts is through: it reads the choices at once.
+    start_next_launch();
+    const Rows rows = kSumsPairs ? rows_of_pair(args, split) : args.work ? listed_rows(args, lane) : seen_rows(args, lane);
+    int* pairs_sh = reinterpret_cast<int*>(shared + kWarps * kWarpBytes + kReceivedBytes);
+    if (rows.count == 0 && !is_cluster) {
+      if (!kGated) wait_for_last_launch();
+      return;
+    }
+    if (warp == 0 && lane < kTokens) pairs_sh[lane] = rows.pair;
+    SmallExperts product(args, rows, shared + warp * kWarpBytes, step, lane);
+    product.sum_rows(warp, kSumsPairs ? 0 : split, kSumsPairs ? 1 : args.num_splits);
+    product.deposit();
+    __syncthreads();
+    finish(args, rows, shared, pairs_sh, step, split, is_cluster);
+  }
+
+ private:
+  // The pairs whose rows this block multiplies, and their expert. Lane r of a warp holds the r-th pair.
+  struct Rows {
+    int expert, count, pair;
+  };
+  struct Groups {
+    LaneGroup<kBits> of[kTiles][kStepGroups];
+  };
+
+  static __device__ __forceinline__ Rows rows_of_pair(const ExpertArguments& args, int choice) {
+    const int pair = blockIdx.y * args.top_k + choice;
+    const int expert = expert_of(args.topk_ids, args.has_long_ids, pair, args.num_experts);
+    return {expert, expert >= 0, pair};
+  }
+
+  static __device__ __forceinline__ Rows listed_rows(const ExpertArguments& args, int lane) {
+    const WorkList list{args.work, max_work_items(args.num_pairs, args.num_experts, kTokens)};
+    if (int(blockIdx.y) >= list.num_items()) return {-1, 0, 0};
+    const WorkItem item = list.item(blockIdx.y);
+    return {item.expert, item.count, list.row(item.first + min(lane, item.count - 1)).pair};
+  }
+
+  // Without a list: a pair leads if so many whole tiles of its expert's pairs come before it.
+  static __device__ __forceinline__ Rows seen_rows(const ExpertArguments& args, int lane) {
+    const int own = lane < args.num_pairs ? expert_of(args.topk_ids, args.has_long_ids, lane, args.num_experts) : -1;
+    const int expert = __shfl_sync(0xffffffffu, own, blockIdx.y);
+    u32 same = __ballot_sync(0xffffffffu, own == expert);
+    const int before = __popc(same & ((1u << blockIdx.y) - 1));
+    if (expert < 0 || before % kTokens != 0) return {-1, 0, 0};
+    same &= ~((1u << blockIdx.y) - 1);
+    const int count = min(__popc(same), kTokens);
+    int pair = blockIdx.y;
+    for (int row = 0; row < count; ++row, same &= same - 1)
+      if (row <= lane) pair = __ffs(same) - 1;
+    return {expert, count, pair};
+  }
+
+  __device__ __forceinline__ SmallExperts(const ExpertArguments& args, const Rows& rows, unsigned char* warp_shared,
+                                          int step, int lane)
+      : args(args),
+        weights(expert_weights(args, max(rows.expert, 0))),
+        count(rows.count),
+        shared(warp_shared),
+        lane(lane) {
+#pragma unroll
+    for (int p = 0; p < kTiles; ++p) tiles[p] = tile_of(args, step, p);
+#pragma unroll
+    for (int i = 0; i < kActLoads; ++i) {
+      const int token = (lane + i * kWarpLanes) / kRowChunks;
+      const u32 pair = __shfl_sync(0xffffffffu, rows.pair, token);
+      rows_gl_rd[i] = u32(pair / u32(args.a_pairs) * args.a_stride / 8);
+    }
+  }
+
+  // Tiles past the last repeat it: what comes of them is not stored.
+  static __device__ __forceinline__ int tile_of(const ExpertArguments& args, int step, int p) {
+    const int num_tiles = args.size_n / kTileColumns;
+    if (kGated) return step + p * (num_tiles / 2);
+    return min(step * kTiles + p, num_tiles - 1);
+  }
+
+  __device__ __forceinline__ void sum_rows(int warp, int split, int num_splits) {
+    const StepRange range = split_steps(args.size_k / kStepRows, split, num_splits);
+    const int end = count ? range.end : range.begin;
+    int step = range.begin + warp;
+    // The weights of the first steps need not wait for who computes the activations.
+#pragma unroll
+    for (int i = 0; i < kStages - 1; ++i) fetch_weights(step + i * kWarps, end, i);
+    Groups now, next;
+    if (step < end) read_groups(next, step);
+    if (!kGated) wait_for_last_launch();
+#pragma unroll
+    for (int i = 0; i < kStages - 1; ++i) {
+      fetch_activations(step + i * kWarps, end, i);
+      cp_async_commit();
+    }
+    for (int slot = 0; step < end; step += kWarps) {
+      now = next;
+      if (step + kWarps < end) read_groups(next, step + kWarps);
+      cp_async_wait<kStages - 2>();
+      __syncwarp();
+      const int ahead = step + (kStages - 1) * kWarps, free = slot == 0 ? kStages - 1 : slot - 1;
+      fetch_weights(ahead, end, free);
+      fetch_activations(ahead, end, free);
+      cp_async_commit();
+      multiply(slot, now);
+      slot = slot == kStages - 1 ? 0 : slot + 1;
+    }
+    cp_async_wait<0>();
+    __syncwarp();  // the sums go where the steps were
+  }
+
+  __device__ __forceinline__ void read_groups(Groups& into, int step) const {
+#pragma unroll
+    for (int p = 0; p < kTiles; ++p) {
+      const GroupReader<T, kBits> groups(weights, tiles[p], lane);
+#pragma unroll
+      for (int i = 0; i < kStepGroups; ++i)
+        groups.read(into.of[p][i], (step * kStepRows + i * kScaledRows) / kGroupSize, lane);
+    }
+  }
+
+  __device__ __forceinline__ void fetch_weights(int step, int end, int slot) const {
+    if (step >= end) return;
+#pragma unroll
+    for (int p = 0; p < kTiles; ++p) {
+      const u32* tile_gl_rd =
+          weights.qweight + i64(tiles[p]) * L::kTileWords + i64(step) * kStepTiles * args.qweight_stride;
+#pragma unroll
+      for (int i = 0; i < kStepTiles; ++i) {
+        copy_tile<kBits>(tile_sh(slot, p, i), tile_gl_rd, lane);
+        tile_gl_rd += args.qweight_stride;
+      }
+    }
+  }
+
+  __device__ __forceinline__ void fetch_activations(int step, int end, int slot) const {
+    if (step >= end) return;
+#pragma unroll
+    for (int i = 0; i < kActLoads; ++i) {
+      const int token = (lane + i * kWarpLanes) / kRowChunks, chunk = (lane + i * kWarpLanes) % kRowChunks;
+      // Absent rows are columns of the product that nobody stores: whatever lies there may stay.
+      if (token < count)
+        cp_async_16(act_sh(slot, token, chunk), args.a + 8 * (i64(rows_gl_rd[i]) + step * kRowChunks + chunk));
+    }
+  }
+
+  __device__ __forceinline__ void multiply(int slot, const Groups& step_groups) {
+#pragma unroll
+    for (int p = 0; p < kTiles; ++p) multiply_tiles(slot, p, step_groups.of[p], sums[p]);
+  }
+
+  __device__ __forceinline__ void multiply_tiles(int slot, int p, const LaneGroup<kBits> (&step_groups)[kStepGroups],
+                                                 float (&sums)[kTokenTiles][kTileBlocks][4]) const {
+    const GroupReader<T, kBits> groups(weights, tiles[p], lane);
+    float partial[kTokenTiles][kTileBlocks][4];
+    u32 act[kTokenTiles][4];  // operand B of two tiles
+#pragma unroll
+    for (int i = 0; i < kStepTiles; ++i) {
+      if (kScalesSums && i % kScaledTiles == 0)
+#pragma unroll
+        for (int v = 0; v < kTokenTiles * kTileBlocks * 4; ++v) (&partial[0][0][0])[v] = 0.f;
+      if (i % 2 == 0) {
+#pragma unroll
+        for (int t = 0; t < kTokenTiles; ++t) ldmatrix_x4(act[t], act_sh(slot, 8 * t + lane % 8, 2 * i + lane / 8));
+      }
+      u32 words[L::kLaneWords];
+      load_lane_words<kBits>(words, tile_sh(slot, p, i), lane);
+      const LaneGroup<kBits>& group = step_groups[i / kScaledTiles];
+#pragma unroll
+      for (int j = 0; j < kTileBlocks; ++j) {
+        u32 weight[4];
+        D::decode(weight, words + j * L::kBlockWords, D::offsets(groups.zeros(group, j)));
+        if (!kScalesSums) scale<T>(weight, low_twice(groups.scales(group, j)), high_twice(groups.scales(group, j)));
+#pragma unroll
+        for (int t = 0; t < kTokenTiles; ++t)
+          mma(T{}, (kScalesSums ? partial : sums)[t][j], weight, act[t][2 * (i % 2)], act[t][2 * (i % 2) + 1]);
+      }
+      if (kScalesSums && i % kScaledTiles == kScaledTiles - 1)
+#pragma unroll
+        for (int j = 0; j < kTileBlocks; ++j) {
+          const u32 scales = groups.scales(group, j);
+          const float first = low_float(T{}, scales), second = high_float(T{}, scales);
+#pragma unroll
+          for (int t = 0; t < kTokenTiles; ++t)
+#pragma unroll
+            for (int v = 0; v < 4; ++v) sums[t][j][v] += partial[t][j][v] * (v < 2 ? first : second);
+        }
+    }
+  }
+
+  // Lane l holds columns l/4 + 8 m, rows 8 t + 2 (l mod 4) and + 1.
+  __device__ __forceinline__ void deposit() const {
+#pragma unroll
+    for (int p = 0; p < kTiles; ++p) {
+      const GroupReader<T, kBits> groups(weights, tiles[p], lane);
+      const SumTile<kTileColumns> tile = sum_tile(shared, p);
+#pragma unroll
+      for (int m = 0; m < kLaneColumns; ++m) {
+        const float scale = groups.final_scale(lane, m);
+#pragma unroll
+        for (int t = 0; t < kTokenTiles; ++t)
+#pragma unroll
+          for (int i = 0; i < 2; ++i)
+            tile.at(8 * t + 2 * (lane % 4) + i, lane / 4 + 8 * m) = scale * sums[p][t][m / 2][2 * (m % 2) + i];
+      }
+    }
+  }
+
+  static __device__ __forceinline__ SumTile<kTileColumns> sum_tile(unsigned char* warp_shared, int p) {
+    return {reinterpret_cast<float*>(warp_shared + p * SumTile<kTileColumns>::bytes(kTokens))};
+  }
+
+  // Four columns of a row, of each of the block's tiles.
+  struct Quads {
+    F32x4 of[kTiles];
+  };
+
+  static __device__ __forceinline__ Quads sum_warps(unsigned char* shared, int row, int column) {
+    Quads quads{};
+#pragma unroll
+    for (int warp = 0; warp < kWarps; ++warp)
+#pragma unroll
+      for (int p = 0; p < kTiles; ++p)
+        accumulate(quads.of[p], sum_tile(shared + warp * kWarpBytes, p).quad(row, column));
+    return quads;
+  }
+
+  // Everything is summed in the order of K, or of a token's choices, whoever comes first.
+  static __device__ __forceinline__ void finish(const ExpertArguments& args, const Rows& rows, unsigned char* shared,
+                                                const int* pairs_sh, int step, int split, bool is_cluster) {
+    const int quads = (kSumsPairs ? 1 : rows.count) * kQuads;
+#if MARLIN_HAS_CLUSTERS
+    if (is_cluster) {
+      unsigned char* received_sh = shared + kWarps * kWarpBytes;
+      const u32 received = shared_address(received_sh);
+      const int quads_each = (quads + args.num_splits - 1) / args.num_splits;
+      cluster_wait();
+      for (int i = threadIdx.x; i < quads; i += kThreads) {
+        Quads sum = sum_warps(shared, i / kQuads, 4 * (i % kQuads));
+        if (kSumsPairs)
+#pragma unroll
+          for (int p = 0; p < kTiles; ++p)
+            sum.of[p] = weighted(args, rows.expert, rows.pair, tile_of(args, step, p), 4 * (i % kQuads), sum.of[p]);
+#pragma unroll
+        for (int p = 0; p < kTiles; ++p)
+          store_cluster(cluster_address(received + ((split * quads_each + i / args.num_splits) * kTiles + p) * 16,
+                                        i % args.num_splits),
+                        sum.of[p]);
+      }
+      cluster_sync();
+      for (int i = threadIdx.x; i * args.num_splits + split < quads; i += kThreads) {
+        Quads sum{};
+        for (int rank = 0; rank < args.num_splits; ++rank)
+#pragma unroll
+          for (int p = 0; p < kTiles; ++p)
+            accumulate(sum.of[p], reinterpret_cast<const F32x4*>(received_sh)[(rank * quads_each + i) * kTiles + p]);
+        const int quad = i * args.num_splits + split, column = 4 * (quad % kQuads);
+        if (kSumsPairs)
+          store_sum(args, step, column, sum);
+        else
+          store(args, rows.expert, pairs_sh[quad / kQuads], step, column, sum);
+      }
+      return;
+    }
+#endif
+    for (int i = threadIdx.x; i < quads; i += kThreads) {
+      const int row = i / kQuads, column = 4 * (i % kQuads);
+      store(args, rows.expert, pairs_sh[row], step, column, sum_warps(shared, row, column));
+    }
+  }
+
+  // (sum + bias) * the pair's weight; nothing for a pair that is nobody's.
+  static __device__ __forceinline__ F32x4 weighted(const ExpertArguments& args, int expert, int pair, int tile,
+                                                   int column, F32x4 sum) {
+    if (expert < 0) return {0.f, 0.f, 0.f, 0.f};
+    add_bias<T>(sum, args, expert, tile * kTileColumns + column);
+    return times(sum, weight_of(args, pair));
+  }
+
+  static __device__ __forceinline__ void store(const ExpertArguments& args, int expert, int pair, int step, int column,
+                                               Quads sum) {
+    if constexpr (kGated) {
+      const int inner = args.size_n / 2, place = step * kTileColumns + column;
+      add_bias<T>(sum.of[0], args, expert, place);
+      add_bias<T>(sum.of[1], args, expert, inner + place);
+      put_quad<T>(args.out + i64(pair) * inner + place, gated<kActivation>(sum.of[0], sum.of[1]));
+    } else {
+#pragma unroll
+      for (int p = 0; p < kTiles; ++p) {
+        const int tile = step * kTiles + p;
+        if (tile * kTileColumns < args.size_n)
+          put_quad<T>(args.out + i64(pair) * args.size_n + tile * kTileColumns + column,
+                      weighted(args, expert, pair, tile, column, sum.of[p]));
+      }
+    }
+  }
+
+  static __device__ __forceinline__ void store_sum(const ExpertArguments& args, int step, int column,
+                                                   const Quads& sum) {
+#pragma unroll
+    for (int p = 0; p < kTiles; ++p) {
+      const int tile = step * kTiles + p;
+      if (tile * kTileColumns < args.size_n)
+        put_quad<T>(args.out + i64(blockIdx.y) * args.size_n + tile * kTileColumns + column, sum.of[p]);
+    }
+  }
+
+  __device__ __forceinline__ u32 act_sh(int slot, int token, int chunk) const {
+    return shared_address(shared) + slot * kStageBytes + (token * kRowChunks + (chunk ^ (token % 8))) * 16;
+  }
+  __device__ __forceinline__ u32 tile_sh(int slot, int p, int tile) const {
+    return shared_address(shared) + slot * kStageBytes + kActBytes + p * kWeightBytes + tile * (L::kTileWords * 4);
+  }
+
+  const ExpertArguments& args;
+  const GemmArguments weights;
+  const int count;
+  unsigned char* shared;
+  const int lane;
+  int tiles[kTiles];
+  u32 rows_gl_rd[kActLoads];  // in units of eight numbers
+  float sums[kTiles][kTokenTiles][kTileBlocks][4] = {};
+};
+
+}  // namespace marlin
