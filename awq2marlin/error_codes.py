@@ -27,8 +27,8 @@ class Advice(NamedTuple):
 #: By code, in the order of the alphabet.
 ERROR_CODES: Mapping[str, Advice] = {
     "already-converted": Advice(
-        "`convert`: the source is of the format to write. `convert`, `verify`: it holds a `marlin_manifest.json` that "
-        "is no manifest",
+        "`convert`: the source is of the format to write. `convert`, `verify`: it holds a "
+        "`marlin_manifest.json` that is not a manifest",
         "pass another checkpoint, or choose another format; remove that file",
     ),
     "bad-batch": Advice(
@@ -41,7 +41,7 @@ ERROR_CODES: Mapping[str, Advice] = {
     "bad-header": Advice("a safetensors header breaks the format's rules", "download the file again"),
     "bad-index": Advice("the index holds no object `weight_map`", "download the index again"),
     "bad-journal": Advice(
-        "the journal of an unfinished output folder is damaged", "remove that output folder and start anew"
+        "the journal of an unfinished output folder is damaged", "remove that output folder and start again"
     ),
     "bad-json": Advice("a file is not UTF-8, not JSON, or nested too deeply", "download the file again"),
     "bad-manifest": Advice(
@@ -50,11 +50,11 @@ ERROR_CODES: Mapping[str, Advice] = {
     ),
     "bad-name": Advice(
         "the name of a quantized tensor begins with a dot, so its module has no name",
-        "rename it, or look for a sound copy",
+        "rename it, or look for another copy",
     ),
     "bad-offsets": Advice("tensors of a shard overlap or leave a hole", "download the shard again"),
     "bad-record": Advice(
-        "a line of a batch's record cannot be read as one", "name another file with `--record`, or remove this one"
+        "a line of the batch record cannot be read", "pass another file with `--record`, or remove this one"
     ),
     "broken-executor": Advice(
         "`--dask`, or Python: a worker of the executor died, or the executor was shut down",
@@ -64,9 +64,9 @@ ERROR_CODES: Mapping[str, Advice] = {
         "a shard changed between planning and reading", "let nothing write to the source; run the command again"
     ),
     "config": Advice(
-        "the output's config is not the one that the source implies; or two checkpoints have other "
-        "bits or groups; exit code 1 or 3",
-        "convert again; two checkpoints of other bits or groups hold other numbers",
+        "the output's config is not the one that the source implies; or two checkpoints have "
+        "different bits or groups; exit code 1 or 3",
+        "convert again; two checkpoints of different bits or groups hold different numbers",
     ),
     "contradiction": Advice(
         "config, index, tensors or lists say two different things; exit code 1 or 3",
@@ -88,7 +88,7 @@ ERROR_CODES: Mapping[str, Advice] = {
         "two shards hold a tensor of the same name, and no index says which counts", "download the checkpoint again"
     ),
     "error-page": Advice(
-        "an HTML page, JSON or text lies in the place of a file: a server's answer to a download",
+        "an HTML page, JSON or text is in place of a file: a server's answer to a download",
         "download the file again",
     ),
     "extra-tensor": Advice(
@@ -97,11 +97,12 @@ ERROR_CODES: Mapping[str, Advice] = {
         "convert again",
     ),
     "file-too-large": Advice(
-        "the file system or a limit does not take a file of this size",
+        "the file system or a limit does not allow a file of this size",
         "raise the limit (`ulimit -f`) or write elsewhere",
     ),
     "foreign-format": Advice(
-        "the checkpoint is quantized, but in no format that is read", "see the message; look for another of this model"
+        "the checkpoint is quantized, but in no format that is read",
+        "see the message; look for another version of this model",
     ),
     "gemm-difference": Advice(
         "`--device`: under identity activations the GEMM does not give the source's weight back; exit code 3",
@@ -115,24 +116,24 @@ ERROR_CODES: Mapping[str, Advice] = {
         "a shard's header differs from the source's in metadata or the order of names; exit code 3", "convert again"
     ),
     "header-too-long": Advice(
-        "a shard claims a header above 100 MB", "it is damaged or no safetensors file; download it again"
+        "a shard claims a header above 100 MB", "it is damaged, or not a safetensors file; download it again"
     ),
     "hub-bad-answer": Advice(
-        "the Hub sent an invalid answer: a commit, a name, a size or a digest that cannot be",
-        "run the command again; report it if it stays",
+        "the Hub sent an invalid answer: an impossible commit, name, size or digest",
+        "run the command again; report it if it happens again",
     ),
     "hub-bad-card": Advice("the Hub refused the front matter of `README.md`", "correct it there, as the message says"),
     "hub-bad-name": Advice("not a valid repository name", "it must be like `org/name`"),
-    "hub-conflict": Advice("somebody else changes the repository", "run the command again"),
+    "hub-conflict": Advice("somebody else is changing the repository", "run the command again"),
     "hub-disabled": Advice("the Hub has disabled the repository", "choose another"),
     "hub-failed": Advice(
-        "the client of the Hub failed in a way that this table does not know", "see the message; run the command again"
+        "the Hub client failed in a way that this table does not list", "see the message; run the command again"
     ),
-    "hub-forbidden": Advice("the token may not do this", "make one that may, in the settings of your account"),
+    "hub-forbidden": Advice("the token may not do this", "create one that may, in your account settings"),
     "hub-gated": Advice("the repository is gated", "ask for access on its page, then log in with `hf auth login`"),
     "hub-incomplete": Advice(
         "`push`: after the commit the repository does not hold what was sent",
-        "look at its `.gitignore`, and whether somebody else writes to it",
+        "check its `.gitignore`, and whether somebody else writes to it",
     ),
     "hub-no-file": Advice("a file is not in the repository", "run the command again"),
     "hub-no-revision": Advice("the repository has no such branch, tag or commit", "check the revision"),
@@ -141,21 +142,22 @@ ERROR_CODES: Mapping[str, Advice] = {
     ),
     "hub-offline": Advice("`HF_HUB_OFFLINE` is set, and what is needed is not in the cache", "unset it"),
     "hub-quota": Advice(
-        "the storage or the plan of the account does not suffice", "free storage, or ask the owner of the account"
+        "payment required: the storage quota or plan of the account is exceeded",
+        "free storage, or ask the owner of the account",
     ),
     "hub-rate-limit": Advice("too many requests", "wait, then run the same command again; it resumes"),
     "hub-refused": Advice("the Hub refused a request", "see the message"),
     "hub-short-answer": Advice("the Hub sent fewer bytes than were asked for", "run the command again"),
     "hub-unauthorized": Advice(
-        "the Hub wants a token, or rejected this one", "log in with `hf auth login`, or set `HF_TOKEN`"
+        "the Hub rejected the token, or there is none", "log in with `hf auth login`, or set `HF_TOKEN`"
     ),
     "hub-unavailable": Advice("the Hub failed", "wait, then run the same command again; it resumes"),
     "hub-unreachable": Advice(
-        "no connection with the Hub", "check network and proxy, then run the same command again; it resumes"
+        "no connection to the Hub", "check network and proxy, then run the same command again; it resumes"
     ),
-    "in-use": Advice("another process writes this output folder", "wait for it, or choose another folder"),
+    "in-use": Advice("another process is writing to this output folder", "wait for it, or choose another folder"),
     "internal-error": Advice(
-        "a fault of awq2marlin; a command shows the traceback on standard error", "report it, with the traceback"
+        "a bug in awq2marlin; a command shows the traceback on standard error", "report it, with the traceback"
     ),
     "interrupted": Advice(
         "you interrupted the command; exit code 130",
@@ -164,10 +166,10 @@ ERROR_CODES: Mapping[str, Advice] = {
     "io-error": Advice("the device or the network file system failed", "check the disk, then run the command again"),
     "killed-workers": Advice(
         "`--dask`: several workers died of the same shard, one after the other",
-        "give the workers more memory; run the command again, it resumes",
+        "give the workers more memory; run the command again; it resumes",
     ),
     "lfs-pointer": Advice(
-        "a Git LFS pointer lies in the place of a file, as after a clone without Git LFS",
+        "a Git LFS pointer is in place of a file, as after a clone without Git LFS",
         "run `git lfs install` and `git lfs pull` in its folder, or download the file",
     ),
     "manifest": Advice(
@@ -175,11 +177,11 @@ ERROR_CODES: Mapping[str, Advice] = {
         "convert again",
     ),
     "missing-file": Advice("one of the two checkpoints lacks a file; exit code 1 or 3", "download or convert it again"),
-    "missing-tensor": Advice("a tensor that must be there is not; exit code 1 or 3", "download the shard again"),
+    "missing-tensor": Advice("a tensor is missing; exit code 1 or 3", "download the shard again"),
     "moved-tensor": Advice(
-        "a tensor lies in another shard, or in another order, than in the source; exit code 1 or 3", "convert again"
+        "a tensor is in another shard, or in another order, than in the source; exit code 1 or 3", "convert again"
     ),
-    "name-too-long": Advice("the file system does not take a name of this length", "write to a shorter path"),
+    "name-too-long": Advice("the file system does not allow a name of this length", "write to a shorter path"),
     "no-cluster": Advice(
         "`--dask`: no scheduler answers at this address", "check the address, and that the scheduler runs"
     ),
@@ -205,18 +207,18 @@ ERROR_CODES: Mapping[str, Advice] = {
         "the config does not belong to these shards; download both again",
     ),
     "no-torch": Advice("`doctor`: PyTorch cannot be imported", "install PyTorch, or repair the installation"),
-    "no-weights": Advice("the folder holds no safetensors file", "download the checkpoint completely"),
+    "no-weights": Advice("the folder holds no safetensors file", "download the complete checkpoint"),
     "no-workers": Advice("`--dask`: the cluster has no workers", "start some"),
     "not-a-file": Advice("something that must be a file is a folder, a pipe or a device", "put the file there"),
     "not-a-folder": Advice("something that must be a folder is a file", "pass a folder"),
-    "not-converted": Advice("`revert`, `push`: no conversion wrote this checkpoint", "pass the converted checkpoint"),
+    "not-converted": Advice(
+        "`revert`, `push`: awq2marlin did not convert this checkpoint", "pass the converted checkpoint"
+    ),
     "not-empty": Advice(
         "the output folder holds foreign files or a finished conversion",
         "choose another folder, or use `--overwrite` for an earlier conversion",
     ),
-    "not-found": Advice(
-        "there is no such file or folder, or a link leads to none", "check the name; fetch the file again"
-    ),
+    "not-found": Advice("no such file or folder, or a link points to none", "check the name; fetch the file again"),
     "not-quantized": Advice("the checkpoint has no quantization config", "pass one that is quantized"),
     "not-shared": Advice(
         "`--dask`, or Python: a worker of the executor wrote its shard where this process does not see it",
@@ -225,7 +227,7 @@ ERROR_CODES: Mapping[str, Advice] = {
     "os-error": Advice("another error of the operating system", "see the message"),
     "other-plan": Advice(
         "the output folder holds an unfinished run of another source, with other options, or of another version",
-        "finish that one, or start anew in another folder; for `convert`, `--overwrite` starts anew in this one",
+        "finish that one, or start again in another folder; for `convert`, `--overwrite` starts again in this one",
     ),
     "other-version": Advice(
         "`--dask`, or Python: a worker of the executor has another version of this package",
@@ -236,7 +238,7 @@ ERROR_CODES: Mapping[str, Advice] = {
         "use fewer `--workers`; free the GPU, or use `--device cpu`",
     ),
     "overlap": Advice(
-        "source and output are the same folder, or one lies in the other", "choose another output folder"
+        "source and output are the same folder, or one is inside the other", "choose another output folder"
     ),
     "pickled-weights": Advice("the weights are pickled", "look for a safetensors version of the model"),
     "read-only": Advice("the file system is mounted read-only", "write elsewhere"),
@@ -245,7 +247,7 @@ ERROR_CODES: Mapping[str, Advice] = {
         "a tensor's shape and type need another number of bytes than it has", "download the shard again"
     ),
     "target-finished": Advice(
-        "`convert --push-to`: the repository holds this very conversion already", "nothing, or use `--overwrite`"
+        "`convert --push-to`: the repository already holds this conversion", "nothing, or use `--overwrite`"
     ),
     "target-public": Advice(
         "`push --private`: the repository exists and is public", "make it private in its settings, or choose another"
@@ -273,7 +275,7 @@ ERROR_CODES: Mapping[str, Advice] = {
         "use `--unaligned keep` or `--unaligned pad`; otherwise convert again",
     ),
     "unexpected-error": Advice(
-        "`batch`: a fault of awq2marlin in one item", "report it, with what `awq2marlin convert` prints for its source"
+        "`batch`: a bug in awq2marlin, in one item", "report it, with what `awq2marlin convert` prints for its source"
     ),
     "unfinished": Advice(
         "the conversion into this folder, or the way back, is not finished", "run the same command again first"
@@ -287,9 +289,12 @@ ERROR_CODES: Mapping[str, Advice] = {
         "the config of a converted checkpoint lists a module that the source does not have quantized; exit code 1 or 3",
         "convert again",
     ),
-    "unknown-picture": Advice("`--plot`: the file's ending names no format of pictures", "end the name in `.png`"),
+    "unknown-picture": Advice(
+        "`--plot`: the file name does not end like a picture's", "use a name that ends in `.png`"
+    ),
     "unknown-report": Advice(
-        "`verify --report`: the file is no `.html`, or would lie in a checkpoint; `push --report`: it is no report",
+        "`verify --report`: the file is not `.html`, or would be inside a checkpoint; `push "
+        "--report`: it is not a report",
         "see the message",
     ),
     "unsafe-link": Advice(
@@ -322,15 +327,15 @@ ERROR_CODES: Mapping[str, Advice] = {
         "see `awq2marlin COMMAND --help`",
     ),
     "wrong-digest": Advice(
-        "`revert`, `push`: a file is not the one that the manifest recorded; exit code 3. Elsewhere: it is not what "
-        "the Hub, or the name under which its cache keeps it, says",
+        "`revert`, `push`: a file is not the one that the manifest recorded; exit code 3. Elsewhere: "
+        "it differs from what the Hub, or its name in the Hub's cache, says",
         "download the checkpoint again, or convert again",
     ),
     "wrong-dtype": Advice(
-        "a tensor of a quantized module has a type that is not taken, such as fp32 scales; exit code 1 or 3",
+        "a tensor of a quantized module has an unsupported type, such as fp32 scales; exit code 1 or 3",
         "look for a checkpoint with fp16 or bf16 scales",
     ),
-    "wrong-shape": Advice("a tensor has not the shape it must have; exit code 1 or 3", "download or convert again"),
+    "wrong-shape": Advice("a tensor has the wrong shape; exit code 1 or 3", "download or convert again"),
 }
 
 

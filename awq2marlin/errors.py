@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import errno
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -63,6 +63,12 @@ def article(noun: str) -> str:
     return f"{'an' if noun[0] in 'AEIOU' else 'a'} {noun}"
 
 
+def enumerated(names: Sequence[str]) -> str:
+    """Returns names as a sentence lists them: ``a, b and c``."""
+    *most, last = names
+    return f"{', '.join(most)} and {last}" if most else last
+
+
 def escaped(text: str) -> str:
     """Returns ``text`` as `printable` does, but whole: a sentence of ours, whose foreign names are cut already."""
     if text.isprintable():
@@ -91,7 +97,7 @@ class Problem:
 
     def __post_init__(self) -> None:
         """Makes sure that scripts find the code in docs/json.md."""
-        assert self.code in ERROR_CODES, f"no error code {self.code!r} stands in error_codes.py"
+        assert self.code in ERROR_CODES, f"no error code {self.code!r} is in error_codes.py"
 
     def __str__(self) -> str:
         """Returns ``file: tensor: message`` without the parts that are empty, escaped."""
@@ -113,7 +119,6 @@ class Awq2MarlinError(Exception):
     exit_code = EXIT_FAILED
 
     def __init__(self, problems: Problem | Iterable[Problem]) -> None:
-        """Takes one problem or several."""
         found = (problems,) if isinstance(problems, Problem) else tuple(sorted(problems))
         self.problems: tuple[Problem, ...] = found
         super().__init__(self.problems)
@@ -139,7 +144,6 @@ class BatchError(Awq2MarlinError):
     """The list of a batch, or its record, cannot be used; the problems stand in the list's order."""
 
     def __init__(self, problems: Problem | Iterable[Problem]) -> None:
-        """Takes one problem or several."""
         in_order = (problems,) if isinstance(problems, Problem) else tuple(problems)
         super().__init__(in_order)
         self.problems = in_order
@@ -182,7 +186,6 @@ class DifferenceError(Awq2MarlinError):
     exit_code = EXIT_DIFFERENCE
 
     def __init__(self, problems: Problem | Iterable[Problem], result: Any = None) -> None:
-        """Takes one problem or several, and the result of a comparison."""
         super().__init__(problems)
         self.result = result
 
@@ -200,13 +203,13 @@ def difference(code: str, message: str, *, file: str = "", tensor: str = "") -> 
 _ADVICE = {
     errno.ENOSPC: (
         "disk-full",
-        "the disk is full; free some space and run the same command again, it resumes",
+        "the disk is full; free some space and run the same command again; it resumes",
     ),
     errno.EDQUOT: (
         "disk-full",
-        "your disk quota is used up; free some and run the same command again, it resumes",
+        "your disk quota is used up; free some and run the same command again; it resumes",
     ),
-    errno.EFBIG: ("file-too-large", "the file system or a limit (ulimit -f) does not take a file this large"),
+    errno.EFBIG: ("file-too-large", "the file system or a limit (ulimit -f) does not allow a file this large"),
     errno.EACCES: ("no-permission", "permission denied; check who owns it and its mode"),
     errno.EPERM: ("no-permission", "the operation is not permitted; check who owns it and its mode"),
     errno.EROFS: ("read-only", "the file system is mounted read-only; choose another place"),
@@ -214,11 +217,11 @@ _ADVICE = {
         "io-error",
         "the device reported an input/output error; check the disk, then run the command again",
     ),
-    errno.ENOENT: ("not-found", "there is no such file or folder"),
+    errno.ENOENT: ("not-found", "no such file or folder"),
     errno.ENOTDIR: ("not-a-folder", "a part of this path is a file, not a folder"),
     errno.EISDIR: ("not-a-file", "it is a folder where a file is needed"),
     errno.ELOOP: ("unsafe-link", "too many symbolic links, or a link where a plain file is needed"),
-    errno.ENAMETOOLONG: ("name-too-long", "the file system does not take a name this long"),
+    errno.ENAMETOOLONG: ("name-too-long", "the file system does not allow a name this long"),
     errno.EMFILE: (
         "too-many-files",
         "too many open files; raise the limit (ulimit -n) or use fewer --workers",
@@ -236,7 +239,7 @@ def internal_error(error: BaseException, evidence: str, code: str) -> Problem:
         code: which of the error codes for a fault of ours.
     """
     what = f"{type(error).__name__}: {error}"
-    return Problem("", "", code, f"a fault of awq2marlin: please report it with {evidence}: {what}")
+    return Problem("", "", code, f"a bug in awq2marlin; please report it with {evidence}: {what}")
 
 
 def problem_from_os_error(error: OSError) -> Problem:

@@ -64,13 +64,13 @@ class Silence:
     """Says nothing."""
 
     def start(self, what: str, total: int) -> None:
-        """Does nothing."""
+        pass
 
     def advance(self, count: int) -> None:
-        """Does nothing."""
+        pass
 
     def finish(self) -> None:
-        """Does nothing."""
+        pass
 
     def note(self, text: str) -> None:
-        """Does nothing."""
+        pass

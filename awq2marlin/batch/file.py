@@ -62,11 +62,11 @@ def read_batch_file(path: Path) -> list[BatchItem]:
     """
     problems: list[Problem] = []
     if path.is_dir():
-        advice = "'ls -d FOLDER/* | awq2marlin batch -' makes one of what is in it"
-        raise BatchError(_problem(str(path), f"it is a folder, not a list of sources; {advice}"))
+        advice = "'ls -d FOLDER/* | awq2marlin batch -' converts everything in it"
+        raise BatchError(_problem(str(path), f"this is a folder, not a list of sources; {advice}"))
     items = _checked(_entries(path, problems), str(path), problems)
     if not items and not problems:
-        problems.append(_problem(str(path), "it names no source"))
+        problems.append(_problem(str(path), "the list is empty"))
     if problems:
         raise BatchError(problems)
     return items
@@ -85,7 +85,7 @@ def lines_of(stream: BinaryIO, name: str) -> list[str]:
     entries = [line.strip() for line in _text_of(stream, name).split("\n")]
     sources = [line for line in entries if line and not line.startswith("#")]
     if not sources:
-        raise BatchError(_problem(name, "it names no source"))
+        raise BatchError(_problem(name, "the list is empty"))
     return sources
 
 
@@ -115,7 +115,7 @@ def check_options(options: Mapping[str, Any], place: str) -> Iterator[str]:
     for name, value in options.items():
         if name not in OPTIONS:
             known = ", ".join(OPTIONS)
-            yield f"{place}: there is no option {printable(str(name))!r}; the options are {known}"
+            yield f"{place}: unknown option {printable(str(name))!r}; the options are {known}"
             continue
         try:
             OPTIONS[name].check(name, value)
@@ -220,4 +220,4 @@ def _yaml_entries(text: str, file: str, problems: list[Problem]) -> Iterator[Ent
 
 def _yaml_problem(error: Any, file: str) -> Problem:
     place = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
-    return _problem(file, f"{place}it is not YAML that this command takes: {error.problem or error.context}")
+    return _problem(file, f"{place}it is not YAML that this command reads: {error.problem or error.context}")

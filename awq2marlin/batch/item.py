@@ -142,7 +142,7 @@ def run_job(
     except OSError as error:
         result = job.result(EXIT_FAILED, errors=(problem_from_os_error(error),))
     except MemoryError:
-        problem = Problem("", "", "out-of-memory", "there is not enough memory; use fewer --workers or --jobs")
+        problem = Problem("", "", "out-of-memory", "out of memory; use fewer --workers or --jobs")
         result = job.result(EXIT_FAILED, errors=(problem,))
     except ArgumentError as error:  # an option that does not fit the item's source
         result = job.result(EXIT_FAILED, errors=(Problem("", "", "usage", str(error)),))
@@ -162,7 +162,7 @@ def _convert(job: Job, executor: Executor | None, progress: Progress) -> ItemRes
     except HubError as error:
         if options.target is None or error.problems[0].code != "target-finished":
             raise
-        progress.note("the repository holds this very conversion already")
+        progress.note("the repository already holds this conversion")
         return job.result(EXIT_DONE, pushed=f"{HUB_PREFIX}{options.target.repo_id}")
     for warning in done.warnings:
         progress.note(warning)
@@ -213,12 +213,12 @@ def _compare_finished(job: Job, progress: Progress) -> ItemResult | None:
     options = job.options
     folder = open_source(job.item.source, follow_links=options.follow_links)
     plan = plan_conversion(open_checkpoint(folder, options.choice), options.unaligned, target_named(options.to))
-    progress.note(f"{job.output} is there already; it is compared with its source")
+    progress.note(f"{job.output} already exists; comparing it with its source")
     try:
         if not same_json(_said(read_config(Folder.at(job.output))), _said(plan.config())):
-            raise difference("config", "its config is another one", file=CONFIG_FILENAME)
+            raise difference("config", "its config differs", file=CONFIG_FILENAME)
         if read_manifest(Folder.at(job.output)).files.keys() != plan.transfer.carried.keys():
-            raise difference("manifest", "other files were carried over to it", file=MANIFEST_FILENAME)
+            raise difference("manifest", "other files were carried over", file=MANIFEST_FILENAME)
         if options.low_disk and folder.origin is not None:
             verified = 0  # the source is not fetched again for that: its commit says that it is the same
             _check_recorded(job.output, folder.origin)
@@ -264,7 +264,7 @@ def _check_recorded(output: Path, origin: RepoCommit) -> None:
         raise difference("manifest", f"it was made from {manifest.repo_id}@{manifest.revision}")
     for name, expected in manifest.output_files.items():
         if not expected.is_of(digest_of_file(NamedPath(folder.path(name), name))):
-            raise difference("manifest", "it is not the file that was written", file=name)
+            raise difference("manifest", "the file differs from the one that was written", file=name)
 
 
 def _said(config: Mapping[str, Any]) -> tuple[Any, Any]:
@@ -275,6 +275,6 @@ def _said(config: Mapping[str, Any]) -> tuple[Any, Any]:
 def _not_this_one(output: Path, error: Awq2MarlinError) -> OutputError:
     message = (
         f"the folder holds a different finished conversion ({error.problems[0]}); "
-        "use --overwrite to replace it, or choose another"
+        "use --overwrite to replace it, or choose another folder"
     )
     return OutputError(Problem(str(output), "", "not-empty", message))

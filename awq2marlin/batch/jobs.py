@@ -198,7 +198,7 @@ def _clashes(jobs: Sequence[Job]) -> Iterator[str]:
         if other is not job:
             yield (
                 f"{job.item.place}: its output {printable(str(job.output))} is that of {other.item.place} too; "
-                "give one of them an 'output' of its own"
+                "give one of them its own 'output'"
             )
     targets: dict[tuple[str, str], Job] = {}
     for job in jobs:
@@ -210,11 +210,11 @@ def _clashes(jobs: Sequence[Job]) -> Iterator[str]:
     sources = {Path(job.source): job for job in jobs if not job.source.startswith(HUB_PREFIX)}
     for job in jobs:
         for what, path, others in (
-            ("its output lies in the output", job.output, outputs),
-            ("its output lies in the source", job.output, sources),
-            ("its source lies in the output", Path(job.source), outputs),
+            ("its output is inside the output", job.output, outputs),
+            ("its output is inside the source", job.output, sources),
+            ("its source is inside the output", Path(job.source), outputs),
         ):
             for folder in (path, *path.parents):
                 other = others.get(folder, job)
-                if other.item is not job.item and not (folder == path and "output lies in the output" in what):
+                if other.item is not job.item and not (folder == path and "output is inside the output" in what):
                     yield f"{job.item.place}: {what} of {other.item.place}; choose another"

@@ -126,7 +126,7 @@ def open_record(path: Path) -> Iterator[BatchRecord]:
     try:
         lock.acquire()
     except HeldError as error:
-        message = "another process is running this batch; wait for it, or name another --record"
+        message = "another process is running this batch; wait for it, or pass another --record FILE"
         message += f" ({error})" if str(error) else ""
         raise OutputError(Problem(str(path), "", "in-use", message)) from None
     except OSError as error:
@@ -139,9 +139,7 @@ def open_record(path: Path) -> Iterator[BatchRecord]:
 
 def _unwritable(path: Path, error: OSError) -> OutputError:
     problem = problem_from_os_error(error)
-    message = (
-        f"the record of the batch cannot be written there: {problem.message}; name another file with --record FILE"
-    )
+    message = f"the batch record cannot be written there: {problem.message}; pass another file with --record FILE"
     return OutputError(Problem(str(path), "", problem.code, message))
 
 
@@ -171,7 +169,7 @@ def _parse(text: bytes, number: int, path: Path) -> ItemResult:
     try:
         return _result(parse_json(text, path.name))
     except (CheckpointError, AttributeError, KeyError, TypeError, ValueError):
-        message = f"line {number} is not one of a batch's record; name another file with --record, or remove this one"
+        message = f"line {number} is not a batch record; pass another file with --record, or remove this one"
         raise BatchError(Problem(str(path), "", "bad-record", message)) from None
 
 

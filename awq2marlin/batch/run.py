@@ -48,17 +48,16 @@ class _Silence:
     """Says nothing of a batch."""
 
     def start(self, total: int, earlier: Sequence[ItemResult]) -> None:
-        """Does nothing."""
+        pass
 
     def item(self, source: str, output: str) -> Progress:  # noqa: ARG002 - the protocol's
-        """Returns what says nothing of an item."""
         return Silence()
 
     def done(self, result: ItemResult) -> None:
-        """Does nothing."""
+        pass
 
     def finish(self) -> None:
-        """Does nothing."""
+        pass
 
 
 @dataclass(frozen=True)
@@ -225,19 +224,15 @@ class _Watched:
         self._progress, self._report = progress, report
 
     def start(self, what: str, total: int) -> None:
-        """A stage begins."""
         self._report(0)
         self._progress.start(what, total)
 
     def advance(self, count: int) -> None:
-        """So many bytes are done."""
         self._report(count)
         self._progress.advance(count)
 
     def finish(self) -> None:
-        """The stage is done."""
         self._progress.finish()
 
     def note(self, text: str) -> None:
-        """Something worth a line."""
         self._progress.note(text)

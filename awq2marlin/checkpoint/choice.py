@@ -67,7 +67,7 @@ class Recorded(Choice):
         carried: files that were carried over.
         left: files, and folders, that were left behind.
         converted: files that hold the tensors.
-        is_of_output: whether it speaks of the files that a conversion wrote.
+        is_of_output: whether it describes the files that a conversion wrote.
     """
 
     carried: Set[str] = frozenset()

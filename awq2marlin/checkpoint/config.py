@@ -41,7 +41,7 @@ def read_config(folder: Source) -> dict[str, Any]:
         refuse_only_gguf(folder)
         raise refuse(
             "no-config",
-            f"there is no config.json; {checkpoints_below(folder) or 'name a complete checkpoint'}",
+            f"there is no config.json; {checkpoints_below(folder) or 'pass a complete checkpoint folder'}",
             file=CONFIG_FILENAME,
         )
     return _object(folder.read_json(CONFIG_FILENAME, constants=True), CONFIG_FILENAME)
@@ -81,7 +81,7 @@ def read_quantization(folder: Source, config: Mapping[str, Any]) -> tuple[Format
         refuse_only_gguf(folder)
         raise refuse(
             "not-quantized",
-            "there is no quantization config: this checkpoint is not quantized. Name one that is",
+            "there is no quantization config: this checkpoint is not quantized. Pass one that is",
             file=CONFIG_FILENAME,
         )
     first, *others = documents
@@ -193,7 +193,7 @@ def _is_text(data: bytes) -> bool:
 
 
 def _unused(name: str, reason: str) -> str:
-    return f"{name} is not used, {CONFIG_FILENAME} says how the checkpoint is quantized ({printable(reason)})"
+    return f"{name} is ignored: {CONFIG_FILENAME} says how the checkpoint is quantized ({printable(reason)})"
 
 
 def _compare_older(format: Format, said: Quantization, first: Document, other: Document) -> Iterator[str]:
@@ -205,12 +205,12 @@ def _compare_older(format: Format, said: Quantization, first: Document, other: D
         found = recognise(other.content, other.place)
         found.read_config(other.content, other.place)
     except CheckpointError as error:
-        yield _unused(other.place, error.problems[0].message if other.content else "it says nothing")
+        yield _unused(other.place, error.problems[0].message if other.content else "it is empty")
         return
     if found is format:
         _refuse_contradiction(format, said, first.content, other)
     else:
-        yield _unused(other.place, f"it speaks of {found.title}")
+        yield _unused(other.place, f"it describes {found.title}")
 
 
 def _refuse_contradiction(format: Format, said: Quantization, first: Mapping[str, Any], other: Document) -> None:

@@ -203,7 +203,7 @@ def refuse_lost(checkpoint: Checkpoint, manifest: Manifest) -> None:
     source, format, quantization = _source(manifest, checkpoint)
     counterparts = counterparts_of(source, format, quantization, checkpoint)
     there = {name for header in checkpoint.shards.values() for name in header.tensors}
-    message = "the manifest knows it, but no file holds it; download the checkpoint again, completely"
+    message = "the manifest lists it, but no file holds it; download the complete checkpoint again"
     lost = [
         Problem(file, tensor.name, "missing-tensor", message)
         for file, tensors in expected_tensors(source, counterparts).items()
@@ -221,12 +221,12 @@ def _source_format(manifest: Manifest, index: TensorIndex, target: Format | None
     format = recognise(content, where)
     if target and format.name == target.name:
         message = (
-            f"it is of a conversion from {format.title}, which this checkpoint is too, so it belongs to another: "
-            "remove it, or download the checkpoint again"
+            f"it is of a conversion from {format.title}, but so is this checkpoint: it belongs to another "
+            "one. Remove it, or download the checkpoint again"
         )
         raise refuse("bad-manifest", message, file=MANIFEST_FILENAME)
     if not format.is_source:
-        message = f"the source's config that it keeps is {format.title}, which no conversion reads; download it again"
+        message = f"the source config in it is {format.title}, which cannot be converted; download it again"
         raise refuse("bad-manifest", message, file=MANIFEST_FILENAME)
     quantization = format.as_recorded(format.read_config(content, where), manifest.version)
     return format.variant(index), quantization
@@ -246,7 +246,7 @@ def _source_document(manifest: Manifest) -> Document:
             if not isinstance(content, dict):
                 raise refuse("bad-config", "it must hold a JSON object", file=_in_manifest(name))
             return Document(name, content)
-    message = "the source's config that it keeps says nothing of a quantization; download the checkpoint again"
+    message = "the source config in it has no quantization config; download the checkpoint again"
     raise refuse("bad-manifest", message, file=MANIFEST_FILENAME)
 
 

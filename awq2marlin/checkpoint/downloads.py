@@ -43,8 +43,8 @@ def refuse_unfinished(visible: Iterable[str], weight_map: Mapping[str, str] | No
         shard = found[1]
         if shard in shards if shards is not None else "/" not in shard:
             message = (
-                f"it says that the download of {printable(shard)} is not finished; finish it and run the command "
-                "again, or remove this file if you know that the other one is whole"
+                f"this file means that the download of {printable(shard)} is not finished; finish it and "
+                "run the command again, or remove this file if you know that the other one is complete"
             )
             problems.append(Problem(name, "", "unfinished-download", message))
     if problems:
@@ -64,10 +64,10 @@ def doubtful(folder: Source, names: Collection[str]) -> Iterator[str]:
         if what is not None:
             found[what].append(name)
     for what, members in found.items():
-        yield f"not the file itself but {what.what}, and carried over like that: {_listed(members)}; {what.remedy}"
+        yield f"{what.what} instead of the file itself, carried over as it is: {_listed(members)}; {what.remedy}"
     unfinished = [name for name in names if _UNFINISHED.fullmatch(name)]
     if unfinished:
-        yield f"downloads that are not finished lie beside the checkpoint: {_listed(unfinished)}; finish or remove them"
+        yield f"unfinished downloads beside the checkpoint: {_listed(unfinished)}; finish or remove them"
 
 
 def _impostor(folder: Source, name: str) -> Impostor | None:

@@ -54,7 +54,7 @@ _NOT_NAMED = "not named by the index"
 _FIRST_READ = f"{_NOT_NAMED}, but some engines would read it first"
 _NOT_OF_THE_CONVERSION = "no part of the conversion"
 _CHOSEN = "as --leave says"
-_HOSTILE = "is absolute, has '..', or characters that a terminal acts on"
+_HOSTILE = "is absolute, has '..', or control characters"
 _UNWRITABLE = "its name means something else on other systems"
 CANNOT_HOLD = "the output's file system cannot hold its name"
 
@@ -129,7 +129,7 @@ def sort_files(folder: Source, choice: Choice) -> Files:
         elif is_safe_name(name):
             side_files.append(name)
         elif is_hostile_name(name):
-            raise refuse("unsafe-name", f"this file's name {_HOSTILE}; rename it, or take it away", file=name)
+            raise refuse("unsafe-name", f"this file's name {_HOSTILE}; rename or remove it", file=name)
         else:
             reasons[name] = _UNWRITABLE
             left[name].append(name)
@@ -150,14 +150,14 @@ def left_behind_warning(left_behind: Mapping[str, str], sizes: Mapping[str, int]
     if names:
         shown = _listed(f"{printable(name)} ({bytes_text(sizes[name])}, {left_behind[name]})" for name in names)
         total = f", {bytes_text(sum(sizes[name] for name in names))} in all" if len(names) > 1 else ""
-        yield f"left behind, so that 'revert' cannot give it back: {shown}{total}{_advice({*left_behind.values()})}"
+        yield f"left behind, so 'revert' cannot restore it: {shown}{total}{_advice({*left_behind.values()})}"
 
 
 def _advice(reasons: Set[str]) -> str:
     """Returns what to do about files that are left behind; nothing where somebody asked for it."""
     reasons = reasons - {_HIDDEN, _CHOSEN}
     if reasons - {*_BY_NAME}:
-        return "; --carry GLOB takes a file along"
+        return "; --carry GLOB carries a file over"
     return "; rename it in a copy of the source" if reasons else ""
 
 
@@ -197,7 +197,7 @@ def _shards_without_index(folder: Source, visible: Sequence[str], choice: Choice
     found = [name for name in kept if choice.fate(name) != "carry" and not _is_one(name, _ADAPTERS)] or kept
     for name in found:
         if not is_plain_name(name):
-            raise refuse("unsafe-name", "a file of tensors cannot be called so everywhere; rename it", file=name)
+            raise refuse("unsafe-name", "not every system allows this file name; rename it", file=name)
     if not found and folder.exists(SINGLE_SHARD) and choice.fate(SINGLE_SHARD) is None:
         return [SINGLE_SHARD], []  # a folder of this name, of which reading it will tell
     if not found:
@@ -205,30 +205,30 @@ def _shards_without_index(folder: Source, visible: Sequence[str], choice: Choice
     _refuse_missing_numbers(found)
     if len(found) == 1:
         return found, []
-    why = f"{INDEX_FILENAME} does not count" if INDEX_FILENAME in visible else f"there is no {INDEX_FILENAME}"
+    why = f"{INDEX_FILENAME} is not used" if INDEX_FILENAME in visible else f"there is no {INDEX_FILENAME}"
     others = [name for name in visible if name.endswith(".safetensors.index.json") and "/" not in name]
     others = [name for name in others if name != INDEX_FILENAME]
-    unread = f"; {_listed(map(printable, others))} is not read, engines know no index of this name" if others else ""
+    unread = f"; {_listed(map(printable, others))} is ignored, as engines know no index of this name" if others else ""
     return found, [
-        f"{why}, so all {len(found)} .safetensors files of the folder are taken for the "
-        f"checkpoint, as engines do: {_listed(map(printable, found))}; the output gets an index{unread}"
+        f"{why}, so all {len(found)} .safetensors files in the folder count as the checkpoint, as "
+        f"they do for engines: {_listed(map(printable, found))}; the output gets an index{unread}"
     ]
 
 
 def _no_weights(folder: Source, visible: Sequence[str], top: Sequence[str]) -> CheckpointError:
     pickled = [name for name in visible if name.endswith(_PICKLE_SUFFIXES)]
     if top:
-        message = f"--leave leaves no .safetensors file, but {_listed(map(printable, top))} would count; leave fewer"
+        message = f"--leave excludes every .safetensors file: {_listed(map(printable, top))} would count; exclude fewer"
         return refuse("no-weights", message, file=SINGLE_SHARD)
     refuse_only_gguf(folder)
     if pickled:
         return refuse(
             "pickled-weights",
-            "the weights are pickled, which can run code when opened and is never read here; "
-            "look for a safetensors version of this model",
+            "the weights are pickled, which can run code when opened, so they are never read; look "
+            "for a safetensors version of this model",
             file=pickled[0],
         )
-    advice = weights_below(folder) or "download the checkpoint completely"
+    advice = weights_below(folder) or "download the complete checkpoint"
     return refuse("no-weights", f"there is no .safetensors file; {advice}", file=SINGLE_SHARD)
 
 
@@ -238,12 +238,12 @@ def _refuse_missing(shards: Sequence[str], visible: Sequence[str], folder: Sourc
     if not missing:
         return
     there = [name for name in visible if name.endswith(_SAFETENSORS) and "/" not in name]
-    found = f"{len(missing)} of the {len(shards)} files that it names are missing; "
+    found = f"{len(missing)} of the {len(shards)} files that it lists are missing; "
     found += f"there are {_listed(map(printable, there))}" if there else "there is no .safetensors file at all"
-    message = f"the index names this file, but it is not there ({found}); download it too"
+    message = f"the index lists this file, but it is missing ({found}); download it too"
     if any(name not in shards for name in there):
         message += (
-            ". If the index is another checkpoint's, such as the one before quantization, go by the files alone: "
+            ". If the index is another checkpoint's, such as the one before quantization, ignore it: "
             f"--leave {INDEX_FILENAME}"
         )
     raise CheckpointError(Problem(name, "", "missing-file", message) for name in missing)
@@ -262,8 +262,8 @@ def _refuse_missing_numbers(names: Sequence[str]) -> None:
         if missing:
             message = (
                 f"there is no {INDEX_FILENAME}, and by the names of {_listed(map(printable, names))} "
-                f"{len(missing)} of {count} files are missing; download them too, or say with --leave which do not "
-                "belong to the checkpoint"
+                f"{len(missing)} of {count} files are missing; download them too, or exclude with "
+                "--leave what does not belong to the checkpoint"
             )
             raise refuse("missing-file", message, file=f"{prefix}{missing[0]:05}-of-{count:05}{_SAFETENSORS}")
 

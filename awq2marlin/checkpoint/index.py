@@ -14,7 +14,7 @@ from awq2marlin.io.safetensors import Header, TensorIndex
 from awq2marlin.io.source import Source
 
 #: What to do about an index that the files contradict, where nobody can download a better one.
-_GO_BY_THE_FILES = f"if the checkpoint is published so, go by the files alone: --leave {INDEX_FILENAME}"
+_GO_BY_THE_FILES = f"if the checkpoint was published like this, ignore the index: --leave {INDEX_FILENAME}"
 
 #: What is wrong with a file that is no safetensors file, or none any more.
 _UNREADABLE = ("truncated", "header-too-long", "bad-header", "bad-json")
@@ -29,7 +29,9 @@ def read_index(folder: Source) -> dict[str, str]:
     document = folder.read_json(INDEX_FILENAME)
     weight_map = document.get("weight_map") if isinstance(document, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
-        raise refuse("bad-index", "it must hold an object 'weight_map' from tensor names to files", file=INDEX_FILENAME)
+        raise refuse(
+            "bad-index", "it must hold an object 'weight_map' that maps tensor names to files", file=INDEX_FILENAME
+        )
     named = {each if isinstance(each, str) else check_name(each, INDEX_FILENAME) for each in weight_map.values()}
     for shard in sorted(named):
         check_name(shard, INDEX_FILENAME)
@@ -99,8 +101,8 @@ def _not_one(shards: Sequence[str], why: str) -> CheckpointError:
     return refuse(
         "no-index",
         f"there are {len(shards)} .safetensors files but no {INDEX_FILENAME} that says which tensors they hold, and "
-        f"they are not one checkpoint: {why}. The files are {names}. Download the index, or say which file does not "
-        "belong to it: --leave FILE, or --carry FILE to take it along as it is",
+        f"they are not one checkpoint: {why}. The files are {names}. Download the index, or exclude "
+        "the file that does not belong: --leave FILE, or --carry FILE to copy it as it is",
         file=INDEX_FILENAME,
     )
 
@@ -131,16 +133,18 @@ def _refuse_contradictions(shards: Mapping[str, Header], weight_map: Mapping[str
             if said == shard:
                 continue
             if said is None and name in owner:
-                message = f"{owner[name]} holds a tensor of this name too, and the index does not say which counts"
+                message = f"{owner[name]} also holds a tensor of this name, and the index does not say which one counts"
                 problems.append(Problem(shard, name, "duplicate-tensor", message))
             if said is None:
                 owner[name] = shard
             elif name not in shards[said].tensors:
-                message = f"the index says it lies in {said}; {_GO_BY_THE_FILES}"
+                message = f"the index says it is in {said}; {_GO_BY_THE_FILES}"
                 problems.append(Problem(shard, name, "contradiction", message))
     for name, shard in weight_map.items():
         if name not in shards[shard].tensors:
-            message = f"the index says it lies here, but it does not; download the file again, or {_GO_BY_THE_FILES}"
+            message = (
+                f"the index says it is in this file, but it is not; download the file again, or {_GO_BY_THE_FILES}"
+            )
             problems.append(Problem(shard, name, "missing-tensor", message))
     if problems:
         raise CheckpointError(problems)
@@ -149,7 +153,7 @@ def _refuse_contradictions(shards: Mapping[str, Header], weight_map: Mapping[str
 def _unlisted(index: TensorIndex) -> Iterator[str]:
     unlisted = sorted(index.tensors.keys() - index.weight_map.keys())
     if unlisted:
-        yield f"{len(unlisted)} tensors are not in the index, the first is {printable(unlisted[0])}"
+        yield f"{len(unlisted)} tensors are missing from the index; the first is {printable(unlisted[0])}"
 
 
 def _copies(index: TensorIndex) -> Iterator[str]:
@@ -159,9 +163,9 @@ def _copies(index: TensorIndex) -> Iterator[str]:
     other = [each for each in copies if each[0] in index.tensors and not is_like(index, *each)]
     beside = [each for each in copies if each[0] not in index.tensors]
     for found, what in (
-        (same, "lie in a second file, which engines read too; the copy is converted alike"),
-        (other, "lie in a second file with another type or shape; the copy is carried over as it is"),
-        (beside, "do not count, as their module is quantized or not by what the index lists; they are carried over"),
+        (same, "are in a second file too, which engines also read; the copy is converted as well"),
+        (other, "are in a second file too, with another type or shape; the copy is carried over as it is"),
+        (beside, "do not count, as the index lists their module in another form; they are carried over"),
     ):
         if found:
             name, shard = min(found)

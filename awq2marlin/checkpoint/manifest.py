@@ -156,8 +156,8 @@ class Manifest:
 def _unreadable(what: str) -> CheckpointError:
     return refuse(
         "too-large",
-        f"the manifest has to hold the headers of the shards, the config's text and the model card, but {what}, so "
-        "that 'revert' could not read it; shorten the metadata of the shards, or the card",
+        "the manifest must hold the headers of the shards, the config's text and the model card, but "
+        f"{what}, and 'revert' could not read it; shorten the metadata of the shards, or the card",
         file=MANIFEST_FILENAME,
     )
 
@@ -198,7 +198,7 @@ def read_manifest(folder: Source) -> Manifest:
     if not folder.exists(MANIFEST_FILENAME):
         raise refuse(
             "no-manifest",
-            "it is missing, so the source cannot be told from this folder alone; download the checkpoint completely",
+            "it is missing, and without it the original cannot be restored; download the complete checkpoint",
             file=MANIFEST_FILENAME,
         )
     return decode_manifest(folder.read(MANIFEST_FILENAME))
@@ -226,23 +226,23 @@ def decode_manifest(data: bytes) -> Manifest:
     files = {check_name(name, MANIFEST_FILENAME, plain=False): entry.file() for name, entry in entries}
     made = {name: entry.file() for name, entry in document.entries_or_none("made")}
     if made.keys() - {INDEX_FILENAME}:
-        document.bad(f"made may name {INDEX_FILENAME} only")
+        document.bad(f"made may list {INDEX_FILENAME} only")
     texts: dict[str, str] = {}
     for name, text in document.get("texts", dict).items():
         if not isinstance(text, str) or any("\ud800" <= char <= "\udfff" for char in text):
-            document.bad(f"the text of {printable(name)!r} is not a string of whole characters")
+            document.bad(f"the text of {printable(name)!r} is not a valid string")
         if check_name(name, MANIFEST_FILENAME) not in _TEXT_NAMES:
             document.bad(f"texts holds {printable(name)!r}; only {', '.join(_TEXT_NAMES)} are restored from a text")
         texts[name] = text
     text_digests = {name: entry.file() for name, entry in document.entries("text_digests")}
     if text_digests.keys() != texts.keys():
-        document.bad("texts and text_digests name different files")
+        document.bad("texts and text_digests list different files")
     if CONFIG_FILENAME not in texts or not shards:
-        document.bad("it names no shards, or has no text of config.json")
+        document.bad("it lists no shards, or has no text of config.json")
     card = _card(document)
     clash = find_clash([*shards, *made, *{MANIFEST_FILENAME, *texts}, card.name if card else CARD_FILENAME], files)
     if clash:
-        document.bad(f"it names {printable(clash[0])!r} twice, or as a file and as a folder")
+        document.bad(f"it lists {printable(clash[0])!r} twice, or both as a file and as a folder")
     left_behind = document.get("left_behind", dict)
     if not all(isinstance(reason, str) for reason in left_behind.values()):
         document.bad("left_behind must map names to reasons")

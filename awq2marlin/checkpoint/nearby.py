@@ -29,8 +29,8 @@ def checkpoints_below(folder: Source) -> str:
     shown = ", ".join(_named(folder, name) for name in names[:_MAX_NAMES_SHOWN])
     more = f" and {len(names) - _MAX_NAMES_SHOWN} more" if len(names) > _MAX_NAMES_SHOWN else ""
     if len(names) == 1:
-        return f"the checkpoint lies one folder further down; {_advice(folder)} {shown}"
-    return f"the checkpoints lie one folder further down; {_advice(folder)} one of {shown}{more}"
+        return f"the checkpoint is one folder deeper; {_advice(folder)} {shown}"
+    return f"the checkpoints are one folder deeper; {_advice(folder)} one of {shown}{more}"
 
 
 def weights_below(folder: Source) -> str:
@@ -42,14 +42,12 @@ def weights_below(folder: Source) -> str:
     found = sorted(_folders(folder))
     whole = [name for name, files in found if CONFIG_FILENAME in files and _has_weights(files)]
     if whole:
-        return (
-            f"there is a checkpoint with weights one folder further down; {_advice(folder)} {_named(folder, whole[0])}"
-        )
+        return f"there is a checkpoint with weights one folder deeper; {_advice(folder)} {_named(folder, whole[0])}"
     names = [printable(name) for name, files in found if _has_weights(files)]
     if not names:
         return ""
     shown = ", ".join(names[:_MAX_NAMES_SHOWN])
-    return f"there are some one folder further down, in {shown}; move them beside config.json"
+    return f"there are some one folder deeper, in {shown}; move them beside config.json"
 
 
 def _has_weights(files: set[str]) -> bool:
@@ -57,7 +55,7 @@ def _has_weights(files: set[str]) -> bool:
 
 
 def _advice(folder: Source) -> str:
-    return "name" if folder.origin is None else "only whole repositories are read, so download and name"
+    return "pass" if folder.origin is None else "only whole repositories are read, so download it and pass"
 
 
 def _named(folder: Source, name: str) -> str:

@@ -152,12 +152,12 @@ def _refuse_clash(names: list[str], side_files: list[str]) -> None:
     """Refuses what could be taken for a file of ours on other file systems."""
     clash = find_clash(names, side_files)
     if clash:
-        raise refuse(
-            "unsafe-name",
-            f"this name and {printable(clash[1])!r} differ only in case, or one is inside the other, so that "
-            "some file systems cannot hold both; rename or remove one",
-            file=clash[0],
+        first, second = clash
+        why = "differ only in case" if first.casefold() == second.casefold() else "are a folder and a file inside it"
+        message = (
+            f"this name and {printable(second)!r} {why}, so some file systems cannot hold both; rename or remove one"
         )
+        raise refuse("unsafe-name", message, file=first)
 
 
 def _refuse_long_card(folder: Source, name: str) -> None:

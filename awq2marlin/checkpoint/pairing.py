@@ -111,12 +111,12 @@ def _same_files(expected: Mapping[str, list[TensorInfo]], converted: Checkpoint)
     for name in sorted(needed):
         if needed[name] != there[name]:
             places = " and ".join(map(printable, needed[name]))
-            raise refuse("moved-tensor", f"in the source it lies in {places}", file=there[name][0], tensor=name)
+            raise refuse("moved-tensor", f"in the source it is in {places}", file=there[name][0], tensor=name)
     for shard in sorted({*expected, *converted.shards}):
         if shard not in expected or shard not in converted.shards:
             raise refuse("missing-file", "only one of source and converted checkpoint has this file", file=shard)
         if [tensor.name for tensor in expected[shard]] != [tensor.name for tensor in converted.shards[shard].by_offset]:
-            raise refuse("moved-tensor", "the tensors lie in another order than in the source", file=shard)
+            raise refuse("moved-tensor", "the tensors are in a different order than in the source", file=shard)
 
 
 def _same_shapes(expected: Mapping[str, list[TensorInfo]], converted: Checkpoint, *, same_files: bool) -> None:
@@ -150,15 +150,15 @@ def _known_modules(converted: Checkpoint, modules: Mapping[str, ModulePlan]) -> 
     """Refuses lists of the config that name what is not there, or not what is."""
     quantization = converted.quantization
     for key, known, what in (
-        ("awq_modules", set(modules), "quantized"),
-        ("padded_modules", set(modules), "quantized"),
-        ("unquantized_modules", set(converted.unquantized_modules), "in full precision"),
+        ("awq_modules", set(modules), "quantized module"),
+        ("padded_modules", set(modules), "quantized module"),
+        ("unquantized_modules", set(converted.unquantized_modules), "module in full precision"),
     ):
         unknown = sorted(set(getattr(quantization, key)) - known)
         if unknown:
             raise refuse(
                 "unknown-module",
-                f"{key} names {printable(unknown[0])}, which is not there {what}",
+                f"{key} lists {printable(unknown[0])}, but the checkpoint has no such {what}",
                 file=CONFIG_FILENAME,
                 tensor=unknown[0],
             )
@@ -166,7 +166,7 @@ def _known_modules(converted: Checkpoint, modules: Mapping[str, ModulePlan]) -> 
     if forgotten:
         raise refuse(
             "contradiction",
-            "the module is in full precision, but unquantized_modules does not name it",
+            "the module is in full precision, but unquantized_modules does not list it",
             file=CONFIG_FILENAME,
             tensor=forgotten[0],
         )
@@ -174,7 +174,7 @@ def _known_modules(converted: Checkpoint, modules: Mapping[str, ModulePlan]) -> 
     if both:
         raise refuse(
             "contradiction",
-            "both awq_modules and padded_modules name it",
+            "both awq_modules and padded_modules list it",
             file=CONFIG_FILENAME,
             tensor=both[0],
         )

@@ -67,9 +67,9 @@ def _refuse_files_beside_the_index(checkpoint: Checkpoint) -> None:
     beside = [printable(name) for name in files if name.endswith(".safetensors") and "/" not in name]
     if checkpoint.has_index and beside:
         message = (
-            "the config says that the checkpoint is quantized, but of the files that the index names no tensor is, and "
-            f"it does not name {', '.join(beside[:_MAX_NAMES_SHOWN])}. If the index is left over from the checkpoint "
-            f"before quantization, go by the files alone: --leave {INDEX_FILENAME}"
+            "the config says that the checkpoint is quantized, but no tensor in the files that the index "
+            f"lists is, and it does not list {', '.join(beside[:_MAX_NAMES_SHOWN])}. If the index is left "
+            f"over from the checkpoint before quantization, ignore it: --leave {INDEX_FILENAME}"
         )
         raise refuse("no-quantized-modules", message, file=INDEX_FILENAME)
 
@@ -81,7 +81,7 @@ def _check_manifest(checkpoint: Checkpoint) -> None:
     except CheckpointError as error:
         raise refuse(
             "already-converted",
-            f"{article(checkpoint.format.title)} checkpoint must not hold a file of this name that is no manifest; "
-            f"remove it, if it is none ({error.problems[0].message})",
+            f"{article(checkpoint.format.title)} checkpoint must not hold a file of this name that is "
+            f"not a valid manifest; remove it ({error.problems[0].message})",
             file=MANIFEST_FILENAME,
         ) from None

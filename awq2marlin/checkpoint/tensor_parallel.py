@@ -230,7 +230,7 @@ class _Kind(NamedTuple):
     def obstacle(self, ranks: int, bits: int, group_size: int, heads: Heads) -> str | None:
         """Returns why a module of this kind cannot be cut in so many parts, in words, or None if it can."""
         if bits == 8 and self.has_zero_points and self.is_expert:
-            return "8 bits with zero points, for which it has no kernel of experts"
+            return "8 bits with zero points, for which it has no expert kernel"
         hidden_size = self.size_n if self.name in ROW_PARALLEL_NAMES else self.size_k
         if self.is_expert and hidden_size % MARLIN_TILE_N:
             return f"experts of hidden size {hidden_size}, which for its kernel must be a multiple of {MARLIN_TILE_N}"

@@ -175,7 +175,7 @@ def batch(
         of_list = {"out_dir": out_dir, "part": part, **of_items}
         sources = lines_of(sys.stdin.buffer, "standard input") if str(file) == "-" else file
         if progress is not None and sources is not file and record is None and not dry_run:
-            progress.note("no record is kept of what becomes of a list from standard input; --record FILE keeps one")
+            progress.note("no record is kept for a list from standard input; pass --record FILE to keep one")
         with _executor(None if dry_run else dask, partial(batch_folders, sources, **of_list), progress) as executor:
             result = convert_many(
                 sources,

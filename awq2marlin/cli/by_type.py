@@ -17,7 +17,6 @@ class ByType(Generic[_Out]):
     """
 
     def __init__(self) -> None:
-        """Knows no class yet."""
         self._implementations: dict[str, Callable[[Any], _Out]] = {}
 
     def register(self, function: Callable[[_In], _Out]) -> Callable[[_In], _Out]:

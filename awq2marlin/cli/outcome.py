@@ -125,9 +125,9 @@ def _meaning(error: BaseException, command: str) -> tuple[int, Sequence[Problem]
     if isinstance(error, OSError):
         return EXIT_FAILED, [problem_from_os_error(error)]
     if isinstance(error, MemoryError):
-        return EXIT_FAILED, [Problem("", "", "out-of-memory", "there is not enough memory; use fewer --workers")]
+        return EXIT_FAILED, [Problem("", "", "out-of-memory", "out of memory; use fewer --workers")]
     if isinstance(error, KeyboardInterrupt):
-        resumes = "; the same command resumes where it stopped" if command in _RESUMING else ""
+        resumes = "; run the same command again to continue" if command in _RESUMING else ""
         code, word = how_interrupted(error)
         return code, [Problem("", "", "interrupted", f"{word}{resumes}")]
     return EXIT_FAILED, [internal_error(error, "the traceback", "internal-error")]

@@ -47,7 +47,6 @@ class ConsoleProgress:
         self._plain: PlainLines | None = None
 
     def start(self, what: str, total: int) -> None:
-        """A stage begins."""
         with self._lock:
             if self._stream.isatty():
                 from tqdm import tqdm
@@ -65,7 +64,6 @@ class ConsoleProgress:
                 self._plain = PlainLines(self._say, what, total)
 
     def advance(self, count: int) -> None:
-        """So many bytes are done."""
         with self._lock:
             if self._bar is not None:
                 self._bar.update(count)
@@ -73,14 +71,12 @@ class ConsoleProgress:
                 self._plain.update(count)
 
     def finish(self) -> None:
-        """The stage is done."""
         with self._lock:
             if self._bar is not None:
                 self._bar.close()
             self._bar = self._plain = None
 
     def note(self, text: str) -> None:
-        """Something worth a line."""
         with self._lock:
             self._say(printable(text))
 
@@ -98,7 +94,6 @@ class PlainLines:
         self._started = self._told = time.monotonic()
 
     def update(self, count: int) -> None:
-        """So many bytes are done."""
         self._done += count
         now = time.monotonic()
         if now - self._told < PLAIN_INTERVAL:
@@ -203,37 +198,32 @@ class BatchLines:
     """A line when an item begins, one when it has ended, and one every few seconds in between."""
 
     def __init__(self, stream: TextIO) -> None:
-        """Prints on ``stream``."""
         self._stream = stream
         self._lock = threading.Lock()
         self._overall = _Overall()
 
     def say(self, text: str) -> None:
-        """Prints a line."""
         with self._lock:
             print(text, file=self._stream, flush=True)
 
     def start(self, total: int, earlier: Sequence[ItemResult]) -> None:
-        """The batch begins."""
         self._overall.start(total, earlier)
         if earlier:
             self.say(f"[{self._overall}] of earlier runs")
 
     def item(self, source: str, output: str) -> Progress:
-        """An item begins."""
         self.say(f"begin {printable(source)} -> {printable(output)}")
         with self._lock:
             share = self._overall.item(output)
         return _ItemLines(self, printable(source), share)
 
     def done(self, result: ItemResult) -> None:
-        """An item has ended."""
         with self._lock:
             self._overall.done(result)
         self.say(f"[{self._overall}] {outcome_text(result)}")
 
     def finish(self) -> None:
-        """The batch has ended."""
+        pass
 
 
 class _ItemLines:
@@ -279,25 +269,22 @@ class LiveTable:
         )
 
     def start(self, total: int, earlier: Sequence[ItemResult]) -> None:
-        """The batch begins."""
         self._overall.start(total, earlier)
         self._live.start()
 
     def item(self, source: str, output: str) -> Progress:
-        """An item begins."""
         with self._lock:
             row = self._rows[output] = _Row(self._say, printable(source), self._overall.item(output))
         return row
 
     def done(self, result: ItemResult) -> None:
-        """An item has ended."""
         with self._lock:
             self._rows.pop(result.output, None)
             self._overall.done(result)
         self._say(outcome_text(result))
 
     def finish(self) -> None:
-        """The batch has ended; the table goes, and the counts stay."""
+        """The batch has ended: the table goes, and the counts stay."""
         with self._lock:
             self._rows.clear()
         self._live.stop()

@@ -107,7 +107,7 @@ def check_report(file: Path, folders: Sequence[str], device: Device | None) -> N
 
     Raises:
         UnavailableError: if there is a picture to draw, and Matplotlib is not installed.
-        CheckpointError: if the file's ending is not that of a page, or it would lie in one of the checkpoints.
+        CheckpointError: if the file's ending is not that of a page, or it would be inside one of the checkpoints.
         OSError: if there is no folder for the file.
     """
     if file.suffix.lower() not in _ENDINGS:
@@ -116,8 +116,8 @@ def check_report(file: Path, folders: Sequence[str], device: Device | None) -> N
     inside = next((folder for folder in folders if file.parent.resolve().is_relative_to(Path(folder).resolve())), None)
     if inside is not None:
         message = (
-            f"it would lie in {printable(inside)} and become a part of that checkpoint; write it elsewhere. "
-            "'awq2marlin push --report FILE.html' takes it along"
+            f"it would be inside {printable(inside)} and become a part of that checkpoint; write it elsewhere. "
+            "'awq2marlin push --report FILE.html' uploads it with the checkpoint"
         )
         raise refuse("unknown-report", message, file=str(file))
     if device is not None:

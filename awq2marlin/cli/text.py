@@ -156,7 +156,7 @@ def _show_conversion(result: ConvertResult) -> None:
     if result.gemm is not None:
         show(result.gemm)
     rate = f", {size_text(result.written_bytes / result.seconds)}/s" if result.seconds else ""
-    before = f"; {len(result.resumed)} of {len(result.shards)} shards were there" if result.resumed else ""
+    before = f"; {len(result.resumed)} of {len(result.shards)} shards were already there" if result.resumed else ""
     _say(f"wrote      {size_text(result.written_bytes)} in {result.seconds:.1f} s{rate}{before}")
     if result.pushed is not None:
         _say(f"pushed     {printable(result.pushed.url)}")
@@ -171,7 +171,7 @@ def _show_conversion(result: ConvertResult) -> None:
 def _verified_text(result: ConvertResult) -> str:
     """Returns how much was compared with the source, and what compares the rest."""
     if not result.verified:
-        return "nothing, as --verify none asks; 'awq2marlin verify' compares everything"
+        return "nothing (--verify none); 'awq2marlin verify' compares everything"
     some = "; 'awq2marlin verify' compares everything" if len(result.verified) < len(result.converted) else ""
     return f"{len(result.verified)} modules value for value{some}"
 
@@ -307,7 +307,7 @@ def _reversion(result: RevertResult) -> None:
         _say(f"would restore {files} to {printable(str(result.output))}")
     else:
         by_files = result.restores == "files"
-        told = "all digests match" if by_files else "the tensors of the original; its files are not known"
+        told = "all digests match" if by_files else "the original tensors; the original files are not known"
         _say(f"restored {files} in {result.seconds:.1f} s, {told}")
         _say(f"output   {printable(str(result.output))}")
     _show_lists(result.left_behind, ())
@@ -327,7 +327,7 @@ def _push(result: PushResult) -> None:
         removed = "would remove" if result.dry_run else "removed"
         _say(f"{removed:<10} {len(result.removed)} files of an earlier checkpoint")
     if not sent and not result.removed:
-        _say("nothing had to be committed")
+        _say("nothing to commit")
     elif not result.dry_run:
         _say(f"committed  {result.commit} in {result.seconds:.1f} s")
     _say(f"see        {printable(result.url)}")
@@ -423,4 +423,4 @@ def _demonstration(result: DemoResult) -> None:
     if result.kept:
         _say(f"left in {printable(str(result.folder))}: awq/, marlin/, reverted/")
     else:
-        _say("the files are gone again; 'awq2marlin demo FOLDER' keeps them")
+        _say("the files were removed; 'awq2marlin demo FOLDER' keeps them")

@@ -61,7 +61,7 @@ def demo(folder: str | os.PathLike[str] | None = None, *, progress: Progress | N
         else:
             root = Path(folder)
             if root.exists() and (not root.is_dir() or any(root.iterdir())):
-                raise OutputError(Problem(str(root), "", "not-empty", "the folder is not empty; name another"))
+                raise OutputError(Problem(str(root), "", "not-empty", "the folder is not empty; choose another"))
         source, marlin, back = root / "awq", root / "marlin", root / "reverted"
         write_checkpoint(source, llama_recipe(576, 1536, 4, 192, 4096, group_size=64, shards=2))
         progress.note(f"made an AWQ checkpoint of random weights in {source}")
@@ -84,5 +84,5 @@ def _count_identical(source: Path, back: Path) -> int:
     names = {path.name for folder in (source, back) for path in folder.iterdir()}
     for name in sorted(names):
         if not (back / name).is_file() or (source / name).read_bytes() != (back / name).read_bytes():
-            raise difference("different-bytes", "the file that came back is not the one that was made", file=name)
+            raise difference("different-bytes", "the restored file differs from the original", file=name)
     return len(names)

@@ -77,9 +77,9 @@ class ConvertOptions(Checked):
 
             target_named(self.to)
             if self.device is not None:
-                raise ArgumentError("{device} runs Marlin weights; it does not go with {to}")
+                raise ArgumentError("{device} runs Marlin weights, so it cannot be used with {to}")
             if self.unaligned != "keep":
-                raise ArgumentError("{unaligned} is about Marlin's shapes; it does not go with {to}")
+                raise ArgumentError("{unaligned} is about Marlin's shapes, so it cannot be used with {to}")
         target = self.target  # refuses what is no name of a repository
         if self.device is not None and self.verify in ("none", 0):
             raise ArgumentError("{device} needs {verify}: it runs the modules that are compared")
@@ -89,8 +89,8 @@ class ConvertOptions(Checked):
             raise _needs_target("commit_message")
         if self.follow_links and target is not None:
             raise ArgumentError(
-                "{follow_links} takes files from anywhere on this machine; it does not go with {push_to}: look at the "
-                "output first, then use 'push'"
+                "{follow_links} may read files from anywhere on this machine, so it cannot be used "
+                "with {push_to}: check the output first, then use 'push'"
             )
 
     @property
@@ -194,5 +194,5 @@ def check_helpers(executor: Executor | None, progress: Progress | None) -> None:
 
 
 def _needs_target(name: str) -> ArgumentError:
-    hint = "; a revision of the source is written behind its name: org/name@REVISION" if name == "revision" else ""
+    hint = "; for a revision of the source, write org/name@REVISION" if name == "revision" else ""
     return ArgumentError(f"{{{name}}} needs {{push_to}}{hint}")

@@ -81,7 +81,7 @@ def push(
     target = PushTarget(repo_id, private, revision, create_pr, overwrite)
     if os.fspath(folder) == "":
         raise OutputError(
-            Problem("", "", "not-found", "the name of the folder is empty; name the converted checkpoint's")
+            Problem("", "", "not-found", "the folder's name is empty; pass the folder of the converted checkpoint")
         )
     _refuse_unfinished(Path(folder))
     beside = {} if report is None else {REPORT_FILENAME: _page(Path(report))}
@@ -158,14 +158,14 @@ def _page(file: Path) -> bytes:
     with file.open("rb") as page:
         data = page.read(_MAX_REPORT_BYTES + 1)
     if len(data) > _MAX_REPORT_BYTES or not data.startswith(REPORT_BEGINNING):
-        message = "it is no report of awq2marlin; 'awq2marlin verify ... --report FILE.html' writes one"
+        message = "it is not a report of awq2marlin; 'awq2marlin verify ... --report FILE.html' writes one"
         raise refuse("unknown-report", message, file=str(file))
     return data
 
 
 def _finished_checkpoint(root: Path) -> ConvertedCheckpoint:
     """Opens a folder that `convert` has finished, and checks everything that headers and configs say."""
-    otherwise = "no conversion wrote this checkpoint; convert it first, with 'awq2marlin convert'"
+    otherwise = "awq2marlin did not convert this checkpoint; convert it first, with 'awq2marlin convert'"
     converted = ConvertedCheckpoint.open(Folder.at(root), otherwise)
     _check_config(converted.checkpoint, converted.manifest)
     return converted
@@ -178,8 +178,8 @@ def _check_config(checkpoint: Checkpoint, manifest: Manifest) -> None:
     if _canonical(known) != _canonical(without_quantization(checkpoint.config)):
         raise difference(
             "config",
-            "a key other than quantization_config differs from the source's, which the manifest keeps: convert again, "
-            "or edit the config on the Hub if you mean it",
+            "a key other than quantization_config differs from the source's, which is in the "
+            "manifest: convert again, or edit the config on the Hub if you want the change",
             file=CONFIG_FILENAME,
         )
 
@@ -193,9 +193,7 @@ def _contents(checkpoint: Checkpoint, manifest: Manifest, repo_id: str) -> dict[
     folder = checkpoint.folder
     missing = sorted(name for name in manifest.files if not folder.exists(name))
     if missing:
-        raise refuse(
-            "missing-file", "the manifest names this file, but it is not there; convert again", file=missing[0]
-        )
+        raise refuse("missing-file", "the manifest lists this file, but it is missing; convert again", file=missing[0])
     index = [INDEX_FILENAME] if checkpoint.has_index else []
     carried = {*checkpoint.side_files, *manifest.files} - {INDEX_FILENAME}
     names = [*checkpoint.shards, *sorted(carried), *index, CONFIG_FILENAME, MANIFEST_FILENAME]
@@ -209,7 +207,7 @@ def _card(card: bytes, repo_id: str) -> bytes:
     try:
         card.decode("utf-8")
     except UnicodeDecodeError as error:
-        message = f"it is not UTF-8 (byte {error.start}), and the Hub takes no other model card; save it as UTF-8"
+        message = f"it is not UTF-8 (byte {error.start}), but the Hub requires UTF-8 for model cards; save it as UTF-8"
         raise refuse("hub-bad-card", message, file=CARD_FILENAME) from None
     return addressed(card, repo_id)
 
@@ -230,8 +228,8 @@ def _sound_files(manifest: Manifest, files: Mapping[str, Content], progress: Pro
         identities[name] = identity
         if not recorded.get(name, found).is_of(found):
             message = (
-                f"it is not the file that the conversion wrote (recorded {recorded[name]}; found {found}): it was "
-                "changed or damaged since; convert again"
+                f"it differs from the file that the conversion wrote (recorded {recorded[name]}; found "
+                f"{found}): it was changed or damaged afterwards; convert again"
             )
             problems.append(Problem(name, "", "wrong-digest", message))
         progress.advance(identity.size)

@@ -123,14 +123,14 @@ def revert(
     folder, pinned = open_source_of_run(
         converted, root, overwrite=overwrite, low_disk=low_disk, progress=progress, follow_links=follow_links
     )
-    source = ConvertedCheckpoint.open(folder, "no conversion wrote this checkpoint; there is nothing to revert")
+    source = ConvertedCheckpoint.open(folder, "awq2marlin did not convert this checkpoint; there is nothing to revert")
     transfer = plan_reversion(source)
     refuse_overlap(folder.root, root)
     if low_disk and folder.origin is None:
         progress.note(LOW_DISK_IGNORED)
     restores = source.manifest.restores
     if restores == "tensors":
-        progress.note("an engine saved this checkpoint: the tensors of the original come back, not its files")
+        progress.note("an engine saved this checkpoint: the original tensors are restored, but not the original files")
     result = _planned(source, transfer, root)
     if not dry_run:
         kept = _kept_files(root, transfer, recorded_files(source, transfer), overwrite, progress)
@@ -152,8 +152,8 @@ def _without(result: RevertResult, names: Sequence[str]) -> RevertResult:
     if not names:
         return result
     lack = (
-        "the output's file system cannot hold some names, so these files did not come back: "
-        f"{', '.join(map(printable, names))}; choose another disk to have them too"
+        "the output's file system does not allow some names, so these files were not restored: "
+        f"{', '.join(map(printable, names))}; choose another disk to get them too"
     )
     left = {**result.left_behind, **dict.fromkeys(names, CANNOT_HOLD)}
     return replace(result, left_behind=left, lacks=(*result.lacks, lack))
@@ -207,8 +207,8 @@ def _compared(root: Path, name: str, recorded: FileDigest, progress: Progress) -
 
 def _another(root: Path, name: str) -> OutputError:
     message = (
-        f"it holds a file {printable(name)} that is not the one that comes back, so it is not replaced; choose "
-        "another folder"
+        f"it holds a file {printable(name)} that differs from the one to be restored, and it is never "
+        "replaced; choose another folder"
     )
     return OutputError(Problem(str(root), "", "not-empty", message))
 

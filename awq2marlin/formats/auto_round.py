@@ -54,7 +54,7 @@ class AutoRound(Gptq):
         data_type = word(document, "data_type", place) or "int"
         act_bits = document.get("act_bits")
         for wrong, what in (
-            (not packing, "its config does not say packing_format"),
+            (not packing, "its config has no packing_format"),
             (packing not in _LAYOUTS, f"its packing_format is {printable(packing)!r}"),
             (not data_type.startswith("int"), f"its data_type is {printable(data_type)!r}"),
             (act_bits not in (None, 16, 32), f"its activations have act_bits {printable(repr(act_bits))}"),
@@ -67,7 +67,6 @@ class AutoRound(Gptq):
         return Quantization(scheme, origin=place, layout=_LAYOUTS[packing])
 
     def title_of(self, quantization: Quantization) -> str:
-        """Returns the title, whatever the packing."""
         del quantization
         return self.title
 
@@ -83,7 +82,7 @@ class AutoRound(Gptq):
 def _unsupported(what: str, place: str) -> CheckpointError:
     known = ", ".join(map(repr, _LAYOUTS))
     message = (
-        f"this is an AutoRound checkpoint, but {what}. Only integers of 4 or 8 bits in the packings {known} are "
-        "converted; look for such a version of this model"
+        f"this is an AutoRound checkpoint, but {what}. Only 4-bit and 8-bit integers in the packings {known} are "
+        "converted; look for another version of this model"
     )
     return refuse("foreign-format", message, file=place)

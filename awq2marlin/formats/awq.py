@@ -37,7 +37,7 @@ def awq_layout(document: Mapping[str, Any], place: str) -> str | None:
     layouts = {layout for layout in named.values() if layout}
     if len(layouts) > 1:
         said = ", ".join(f"{key} {printable(layout)!r}" for key, layout in named.items() if layout)
-        raise refuse("contradiction", f"it names several layouts of AWQ: {said}", file=place)
+        raise refuse("contradiction", f"it names several AWQ layouts: {said}", file=place)
     return next(iter(layouts), "gemm")
 
 
@@ -67,7 +67,7 @@ class Awq(Format):
         zero_point = document.get("zero_point")
         scheme = scheme_of(bits, group_size, self.zero_point_if_unsaid if zero_point is None else zero_point, place)
         if self.only_bits and scheme.bits not in self.only_bits:
-            message = f"it is quantized to {scheme.bits} bits, but {self.title} has 4 only"
+            message = f"it is quantized to {scheme.bits} bits, but {self.title} supports 4 bits only"
             raise refuse("unsupported-bits", message, file=place)
         if self.has_always_zero_points:
             scheme = replace(scheme, zero_point=True)

@@ -28,7 +28,7 @@ from awq2marlin.layout.scheme import Scheme
 #: What it means if zero points that the config denies are not in the middle.
 _DENIED = (
     "the config says that there are no zero points (zero_point: false, or sym: true), but these are not all in the "
-    "middle; set it to the contrary in a copy of the config, if they count"
+    "middle; if they count, reverse that setting in a copy of the config"
 )
 
 
@@ -161,11 +161,11 @@ class AwqGemm(Awq):
             )
         qzeros, expected = tensors.get("qzeros"), (scales.shape[0], qweight.shape[1])
         if qzeros is not None and qzeros.shape != expected:
-            message = f"its shape is {list(qzeros.shape)}, needed is {list(expected)} as scales and qweight say"
+            message = f"its shape is {list(qzeros.shape)}, expected {list(expected)} to match scales and qweight"
             yield qzeros.name, "contradiction", message
         bias = tensors.get("bias")
         if bias is not None and bias.shape != (size_n,):
-            yield bias.name, "contradiction", f"its shape is {list(bias.shape)}, needed is {[size_n]}"
+            yield bias.name, "contradiction", f"its shape is {list(bias.shape)}, expected {[size_n]}"
 
     def refusal(self, module: str, size_k: int, size_n: int, scheme: Scheme) -> str:
         """Returns that whole words are needed."""

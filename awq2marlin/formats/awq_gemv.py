@@ -52,7 +52,7 @@ def size_fault(size_k: int, size_n: int, multiple_k: int, scheme: Scheme) -> str
     if reason := no_size(size_k, size_n):
         return reason
     if size_k % multiple_k or size_n % _FACTOR:
-        return f"K={size_k}, N={size_n} are no multiples of {multiple_k} and {_FACTOR}"
+        return f"K={size_k}, N={size_n} are not multiples of {multiple_k} and {_FACTOR}"
     if scheme.group_size != -1 and size_k % scheme.group_size:
         return f"K={size_k} is not a multiple of the group size {scheme.group_size}"
     return ""

@@ -23,7 +23,7 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from awq2marlin.errors import CheckpointError, Problem, printable, refuse
+from awq2marlin.errors import CheckpointError, Problem, enumerated, printable, refuse
 from awq2marlin.formats.serving import Serving
 from awq2marlin.io.safetensors import TensorIndex, TensorInfo
 from awq2marlin.layout.derived import middle_zero_points
@@ -350,7 +350,7 @@ class Format(ABC):
             tensor = tensors.get(part)
             if tensor is not None and tensor.shape != shape:
                 why = " as the module's others say" if part == "bias" else self._why_that_shape(tensors, scheme)
-                message = f"its shape is {list(tensor.shape)}, needed is {list(shape)}{why}"
+                message = f"its shape is {list(tensor.shape)}, expected {list(shape)}{why}"
                 yield tensor.name, "contradiction", message
 
     def _why_that_shape(self, tensors: Mapping[str, TensorInfo], scheme: Scheme) -> str:
@@ -533,7 +533,7 @@ def _module_faults(
     missing = [part for part in required if format.suffixes[part] not in parts]
     for part in missing:
         why = f" ({format.zero_points_said})" if part == "qzeros" else ""
-        message = f"it is missing, but the module's {sorted(parts)} are there{why}; download the file again"
+        message = f"it is missing, but the module has {enumerated(sorted(parts))}{why}; download the file again"
         yield format.tensor_name(module, part), "missing-tensor", message
     found = _tensors_of(format, module, parts, tensors)
     unfit = list(_type_faults(format, found))
@@ -555,10 +555,10 @@ def _derived_faults(
         tensor = tensors.get(name)
         if tensor is None:
             if not each.is_optional:
-                yield name, "missing-tensor", "it is missing, but the module's other tensors are there"
+                yield name, "missing-tensor", "it is missing, but the module has its other tensors"
         elif (tensor.dtype, tensor.shape) != (each.dtype, each.shape):
             found, needed = (f"{one.dtype} {list(one.shape)}" for one in (tensor, each))
-            yield name, "contradiction", f"it is {found}, needed is {needed} as the module's other tensors say"
+            yield name, "contradiction", f"it is {found}, expected {needed} like the module's other tensors"
 
 
 def _lonely(
@@ -568,7 +568,7 @@ def _lonely(
     for name in sorted(tensors):
         module, _, suffix = name.rpartition(".")
         if suffix in format.companions and module not in modules:
-            message = f"it is missing, but the module's {suffix} is there; download the file again"
+            message = f"it is missing, but the module has {suffix}; download the file again"
             yield Problem(shard_of[name], format.tensor_name(module, "qweight"), "missing-tensor", message)
 
 
@@ -600,7 +600,7 @@ def _with_mixed(
     tensor = format.tensor_name(odd, "qweight")
     message = (
         f"this module has {kinds[odd]}, but {printable(usual)} has {kinds[usual]}; only checkpoints with "
-        "one kind of quantization for all modules are converted, so look for such a version of this model"
+        "one kind of quantization for all modules are converted; look for another version of this model"
     )
     others = [problem for problem in problems if problem.code != "contradiction"]
     return [Problem(shard_of[tensor], tensor, "foreign-format", message), *others]
@@ -666,9 +666,9 @@ def _type_faults(format: Format, found: Mapping[str, TensorInfo]) -> Iterator[Fa
         if tensor is None:
             continue
         if tensor.dtype not in dtypes:
-            yield tensor.name, "wrong-dtype", f"its type is {tensor.dtype}, needed is {' or '.join(dtypes)}"
+            yield tensor.name, "wrong-dtype", f"its dtype is {tensor.dtype}, expected {' or '.join(dtypes)}"
         elif len(tensor.shape) != 2:
-            yield tensor.name, "wrong-shape", f"its shape is {list(tensor.shape)}, needed are two dimensions"
+            yield tensor.name, "wrong-shape", f"expected a 2-D tensor, found shape {list(tensor.shape)}"
 
 
 def group_bytes(size_k: int, group_size: int) -> bytes:

@@ -41,15 +41,15 @@ PACKED = "pack-quantized"
 _HEAD = "lm_head"
 
 #: What it means if a tensor that follows from a module's shape holds something else.
-_ODD_K = "K ends inside a word, or the shape is another than that of weight_packed; such a module is not converted"
+_ODD_K = "K ends inside a word, or the shape differs from that of weight_packed; such modules are not converted"
 _ASYMMETRIC = (
-    "the config says symmetric (symmetric: true), but the zero points are not all in the middle; set it to false in a "
-    "copy of the config, if they count"
+    "the config says symmetric (symmetric: true), but the zero points are not all in the middle; if they "
+    "count, set it to false in a copy of the config"
 )
 
 _STACKED = (
-    "all experts of a layer are in this one tensor of three dimensions, which no loader has a place for; only experts "
-    "one by one are converted"
+    "all experts of a layer are in this one 3-D tensor, which no loader supports; only checkpoints with "
+    "tensors for each expert are converted"
 )
 
 _INSTALL = "pip install transformers compressed-tensors"
@@ -60,7 +60,7 @@ unpacked = CompressedTensorsConfig(dequantize=True)
 model = AutoModelForCausalLM.from_pretrained({place}, quantization_config=unpacked, device_map="auto")
 tokenizer = AutoTokenizer.from_pretrained({place})"""
 
-_WHAT_TO_DO = "Only weights of 4 or 8 bits in groups or channels are converted; look for such a version of this model"
+_WHAT_TO_DO = "Only weights of 4 or 8 bits in groups or channels are converted; look for another version of this model"
 
 
 class CompressedTensors(Format):

@@ -72,15 +72,15 @@ def scheme_of(bits: Any, group_size: Any, zero_point: Any, place: str) -> Scheme
         raise refuse(
             "unsupported-bits",
             f"it is quantized to {printable(repr(bits))} bits; "
-            f"{' and '.join(map(str, AWQ_SUPPORTED_BITS))} are supported, so look for such a version of this model",
+            f"{' and '.join(map(str, AWQ_SUPPORTED_BITS))} are supported; look for another version of this model",
             file=place,
         )
     if type(group_size) is not int or group_size not in MARLIN_SUPPORTED_GROUP_SIZES:
         raise refuse(
             "unsupported-group-size",
             f"its group size is {printable(repr(group_size))}; "
-            f"{', '.join(map(str, MARLIN_SUPPORTED_GROUP_SIZES))} are supported, so look for such a version of this "
-            "model",
+            f"{', '.join(map(str, MARLIN_SUPPORTED_GROUP_SIZES))} are supported; look for another "
+            "version of this model",
             file=place,
         )
     if not isinstance(zero_point, bool):

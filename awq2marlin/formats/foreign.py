@@ -27,10 +27,10 @@ class Foreign(NamedTuple):
     why: str = ""
 
 
-_FLOATS_OF_8 = "its weights are floating-point numbers of 8 bits, not whole numbers"
-_FLOATS_OF_4 = "its weights are floating-point numbers of 4 bits with scales of 8 bits, not whole numbers"
-_CODEBOOKS = "its weights are vectors from codebooks, not whole numbers with scales"
-_INPUTS = "its weights are whole numbers of 8 bits for inputs that are quantized too"
+_FLOATS_OF_8 = "its weights are 8-bit floating-point numbers, not integers"
+_FLOATS_OF_4 = "its weights are 4-bit floating-point numbers with 8-bit scales, not integers"
+_CODEBOOKS = "its weights are vectors from codebooks, not integers with scales"
+_INPUTS = "its weights are 8-bit integers for inputs that are quantized too"
 
 _METHODS = {
     "aqlm": Foreign("aqlm", "an AQLM checkpoint", _CODEBOOKS),
@@ -39,11 +39,11 @@ _METHODS = {
     "bitsandbytes": Foreign(
         "bitsandbytes",
         "a bitsandbytes checkpoint",
-        "its weights are places in a table of numbers, or rounded while the model runs, without groups along K",
+        "its weights are indices into a table, or are quantized at run time, without groups along K",
     ),
     "eetq": Foreign("eetq", "an EETQ checkpoint", "its weights are packed for one kind of kernel"),
     "exl2": Foreign("exl2", "an EXL2 checkpoint", "it mixes bits within every tensor, and orders rows by activations"),
-    "exl3": Foreign("exl3", "an EXL3 checkpoint", "its codes are paths through a trellis, not whole numbers"),
+    "exl3": Foreign("exl3", "an EXL3 checkpoint", "its codes are paths through a trellis, not integers"),
     "fbgemm_fp8": Foreign("fp8", "an FP8 checkpoint", _FLOATS_OF_8),
     "fp8": Foreign("fp8", "an FP8 checkpoint", _FLOATS_OF_8),
     "fp_quant": Foreign("fp_quant", "an FP-Quant checkpoint", _FLOATS_OF_4),
@@ -54,18 +54,20 @@ _METHODS = {
     "llm-awq": Foreign(
         "llm-awq",
         "a checkpoint of the llm-awq repository",
-        "its zero points are scaled, and its words lie in an order of their own",
+        "its zero points are scaled, and its words are in an order of their own",
     ),
     "marlin": Foreign("marlin", "an old GPTQ-Marlin checkpoint"),
     "mlx": Foreign(
-        "mlx", "an MLX checkpoint", "its scales have biases beside them that are no products with zero points"
+        "mlx", "an MLX checkpoint", "it stores biases beside the scales, and they are not products with zero points"
     ),
-    "modelopt": Foreign("modelopt", "a ModelOpt checkpoint", "its weights lie in bytes beside scales of inputs"),
+    "modelopt": Foreign("modelopt", "a ModelOpt checkpoint", "its weights are bytes, with scales for the inputs"),
     "mxfp4": Foreign("mxfp4", "an MXFP4 checkpoint", _FLOATS_OF_4),
     "nvfp4": Foreign("nvfp4", "an NVFP4 checkpoint", _FLOATS_OF_4),
-    "quanto": Foreign("quanto", "a quanto checkpoint", "its shifts are floating-point numbers, its words its own"),
+    "quanto": Foreign(
+        "quanto", "a quanto checkpoint", "its shifts are floating-point numbers, and its packing is its own"
+    ),
     "quip": Foreign("quip", "a QuIP# checkpoint", _CODEBOOKS),
-    "spqr": Foreign("spqr", "an SpQR checkpoint", "some of its weights are kept apart in more bits"),
+    "spqr": Foreign("spqr", "an SpQR checkpoint", "it keeps some weights separately in more bits"),
     "tensorrt-llm": Foreign("tensorrt-llm", "a TensorRT-LLM checkpoint", "it is packed for one kind of GPU"),
     "torchao": Foreign("torchao", "a torchao checkpoint", "its tensors are packed by classes of torchao"),
     "vptq": Foreign("vptq", "a VPTQ checkpoint", _CODEBOOKS),
@@ -93,7 +95,7 @@ _LAYOUTS = {
 _COMPRESSED_TENSORS = {
     "float-quantized": _FLOATS_OF_8,
     "int-quantized": _INPUTS,
-    "marlin-24": "two of four of its weights are zero and not stored",
+    "marlin-24": "two of every four weights are zero and not stored",
     "mxfp4-pack-quantized": _FLOATS_OF_4,
     "naive-quantized": _INPUTS,
     "nvfp4-pack-quantized": _FLOATS_OF_4,
@@ -122,7 +124,7 @@ MODELOPT_FILENAME = "hf_quant_config.json"
 
 _WHAT_TO_DO = (
     "Only AWQ (versions gemm, gemv, gemv_fast and marlin), GPTQ of format 'gptq' or 'gptq_v2', AutoRound's packings of "
-    "these, and compressed-tensors of format 'pack-quantized' are converted; look for such a version of this model"
+    "these, and compressed-tensors of format 'pack-quantized' are converted; look for another version of this model"
 )
 
 

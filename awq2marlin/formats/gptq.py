@@ -41,8 +41,8 @@ from awq2marlin.layout.sequential import (
 
 #: What it means if a tensor that follows from a module's shape holds something else.
 _ASYMMETRIC = (
-    "the config says symmetric (sym: true), but the zero points are not all in the middle; set sym to false in a copy "
-    "of the config, if they count"
+    "the config says symmetric (sym: true), but the zero points are not all in the middle; if they count, "
+    "set sym to false in a copy of the config"
 )
 
 _UNORDERED = "look for a version of this model that was quantized with desc_act: false"

@@ -156,7 +156,7 @@ class MarlinNative(MarlinTensors):
         if not reason and qweight.shape != self.shape("qweight", size_k, size_n, scheme):
             reason = f"a row of {qweight.shape[1]} words does not hold whole columns"
         if reason:
-            message = f"{list(qweight.shape)} is no Marlin weight of {scheme.bits} bits: {reason}"
+            message = f"{list(qweight.shape)} is not a Marlin weight of {scheme.bits} bits: {reason}"
             yield qweight.name, "wrong-shape", message
             return
         true_sizes = quantization.padded_modules.get(module)
@@ -168,7 +168,7 @@ class MarlinNative(MarlinTensors):
         for part, shape in shapes.items():
             tensor = tensors.get(part)
             if tensor is not None and tensor.shape != shape:
-                message = f"its shape is {list(tensor.shape)}, needed is {list(shape)} as qweight says"
+                message = f"its shape is {list(tensor.shape)}, expected {list(shape)} to match qweight"
                 yield tensor.name, "wrong-shape", message
 
     def refusal(self, module: str, size_k: int, size_n: int, scheme: Scheme) -> str:
@@ -192,11 +192,11 @@ def _missing_from_lists(
     for key in ("awq_modules", "padded_modules"):
         for module in getattr(quantization, key):
             if module not in found:
-                message = f"{key} names its module, but no file holds it; download the checkpoint again, completely"
+                message = f"{key} lists its module, but no file holds it; download the complete checkpoint again"
                 yield Problem(CONFIG_FILENAME, module_name(module, "qweight"), "missing-tensor", message)
     for module in quantization.unquantized_modules:
         if module_name(module, "weight") not in tensors:
-            message = "unquantized_modules names it, but no file holds it; download the checkpoint again, completely"
+            message = "unquantized_modules lists it, but no file holds it; download the complete checkpoint again"
             yield Problem(CONFIG_FILENAME, module_name(module, "weight"), "missing-tensor", message)
 
 

@@ -89,8 +89,8 @@ def pick_device(device: str) -> str:
         return "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cuda" and not torch.cuda.is_available():
         message = (
-            "--device cuda needs a GPU that PyTorch can use; 'awq2marlin doctor' tells what is missing, and "
-            "--device cpu uses the exact CPU reference"
+            "--device cuda needs a GPU that PyTorch can use; 'awq2marlin doctor' reports what is missing, "
+            "and --device cpu uses the exact CPU reference"
         )
         raise UnavailableError(Problem("", "", "no-gpu", message))
     return device
@@ -133,7 +133,7 @@ def check_modules(
         except KernelUnavailableError as error:
             raise UnavailableError(Problem("", module.name, "no-kernel", str(error))) from None
         except torch.cuda.OutOfMemoryError as error:
-            message = f"{name} has not enough memory to run it: {str(error).splitlines()[0]}"
+            message = f"{name} does not have enough memory to run it: {str(error).splitlines()[0]}"
             raise UnavailableError(Problem("", module.name, "out-of-memory", message)) from None
         progress.advance(_qweight_bytes(module, counterparts, source))
     progress.finish()

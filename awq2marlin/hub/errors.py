@@ -23,21 +23,21 @@ BY_NAME = {
     "DisabledRepoError": ("hub-disabled", "the Hub has disabled this repository; nobody can read or write it"),
     "RepositoryNotFoundError": (
         "hub-not-found",
-        "there is no such model on {host}, or it is private and {token} may not see it: check the name, and log in "
+        "no such model on {host}, or it is private and {token} may not see it: check the name, and log in "
         "with 'hf auth login' or set HF_TOKEN",
     ),
-    "RevisionNotFoundError": ("hub-no-revision", "it has no such branch, tag or commit; see {url}/tree/main"),
-    "EntryNotFoundError": ("hub-no-file", "a file is not there, or not any more: run the command again"),
-    "HFValidationError": ("hub-bad-name", "this is no name of a repository; it must be like org/name"),
+    "RevisionNotFoundError": ("hub-no-revision", "no such branch, tag or commit; see {url}/tree/main"),
+    "EntryNotFoundError": ("hub-no-file", "a file is missing or was removed; run the command again"),
+    "HFValidationError": ("hub-bad-name", "not a valid repository name; expected org/name"),
     "LocalTokenNotFoundError": ("hub-unauthorized", "log in with 'hf auth login', or set HF_TOKEN"),
     "OfflineModeIsEnabled": (
         "hub-offline",
-        "HF_HUB_OFFLINE forbids to ask the Hub, and what is needed is not in its cache; unset it",
+        "HF_HUB_OFFLINE is set, and the cache lacks what is needed; unset it",
     ),
-    "TimeoutException": ("hub-unreachable", "{host} does not answer in time; {network}"),
-    "TransportError": ("hub-unreachable", "the connection with {host} failed; {network}"),
-    "RequestException": ("hub-unreachable", "the connection with {host} failed; {network}"),
-    "ConnectionError": ("hub-unreachable", "the connection with {host} failed; {network}"),
+    "TimeoutException": ("hub-unreachable", "{host} did not answer in time; {network}"),
+    "TransportError": ("hub-unreachable", "the connection to {host} failed; {network}"),
+    "RequestException": ("hub-unreachable", "the connection to {host} failed; {network}"),
+    "ConnectionError": ("hub-unreachable", "the connection to {host} failed; {network}"),
 }
 
 #: Answers of the Hub without an exception of their own: code and advice.
@@ -45,27 +45,27 @@ BY_STATUS = {
     400: ("hub-refused", "the Hub refused the request{said}"),
     401: (
         "hub-unauthorized",
-        "the Hub wants a token and {token} is not one it knows: log in with 'hf auth login' or set HF_TOKEN{said}",
+        "the Hub rejected {token}: log in with 'hf auth login' or set HF_TOKEN{said}",
     ),
-    402: ("hub-quota", "the Hub wants payment: the storage or the plan of the account does not suffice{said}"),
+    402: ("hub-quota", "payment required: storage quota or plan exceeded{said}"),
     403: (
         "hub-forbidden",
-        "{token} may not do this: make one that may read or write this repository at {settings}{said}",
+        "{token} may not do this: create one that may read or write this repository at {settings}{said}",
     ),
-    409: ("hub-conflict", "somebody else changes the repository right now; run the command again{said}"),
-    412: ("hub-conflict", "somebody else has committed to the repository meanwhile; run the command again{said}"),
-    413: ("hub-quota", "the Hub does not take files this large{said}"),
-    429: ("hub-rate-limit", "too many requests; wait {wait} and run the command again, it resumes{said}"),
+    409: ("hub-conflict", "somebody else is changing the repository right now; run the command again{said}"),
+    412: ("hub-conflict", "somebody else committed to the repository in the meantime; run the command again{said}"),
+    413: ("hub-quota", "the Hub does not accept files this large{said}"),
+    429: ("hub-rate-limit", "too many requests; wait {wait} and run the command again; it resumes{said}"),
     507: ("hub-quota", "the storage of the account is full{said}"),
 }
 #: Answers from 500 on.
 SERVER_FAILED = (
     "hub-unavailable",
-    "the Hub failed (status {status}); wait and run the command again, it resumes{said}",
+    "the Hub failed (status {status}); wait and run the command again; it resumes{said}",
 )
 #: What the Hub says of a model card.
 BAD_CARD = ("hub-bad-card", "the Hub refused the front matter of README.md; correct it there{said}")
-_NETWORK = "check the network, HTTPS_PROXY and HF_ENDPOINT, then run the command again, it resumes"
+_NETWORK = "check the network, HTTPS_PROXY and HF_ENDPOINT, then run the command again; it resumes"
 _TOKEN = re.compile(r"hf_[A-Za-z0-9_]{6,}")
 _CLIENT_ERRORS = (OSError, RuntimeError, ValueError)
 
@@ -92,7 +92,7 @@ def as_hub_errors(repo_id: str, revision: str | None = None) -> Iterator[None]:
     try:
         yield
     except _MALFORMED:
-        message = f"{hub_url()} does not answer as the Hub does; check HF_ENDPOINT"
+        message = f"{hub_url()} is not a Hugging Face Hub; check HF_ENDPOINT"
         raise HubError(Problem(repo_id, "", "hub-failed", message)) from None
     except (library_errors, *_CLIENT_ERRORS) as error:
         problem = hub_problem(error, repo_id, revision)
@@ -119,7 +119,7 @@ def hub_problem(error: BaseException, repo_id: str, revision: str | None = None)
         if code:
             return Problem(place, "", code, without_token(advice.format_map(_words(each, repo_id))))
     told = str(error).strip().partition("\n")[0] or type(error).__name__
-    return Problem(place, "", "hub-failed", without_token(f"the client of the Hub failed: {told}"))
+    return Problem(place, "", "hub-failed", without_token(f"the Hub client failed: {told}"))
 
 
 def without_token(text: str) -> str:

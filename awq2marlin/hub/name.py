@@ -33,7 +33,7 @@ _OTHERS = {
 }
 #: What follows the repository's name in the address of a page, with a revision behind it.
 _PAGES = ("tree", "blob", "resolve", "raw", "blame", "commits", "commit")
-_HOW = f"name it org/name or {HUB_PREFIX}org/name, or by its address, https://huggingface.co/org/name"
+_HOW = f"write org/name or {HUB_PREFIX}org/name, or its address, https://huggingface.co/org/name"
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def parse_source(source: str | os.PathLike[str]) -> Path | HubName:
     if not isinstance(source, str):
         return Path(source)
     if not source:
-        raise refuse("not-found", "the name of the checkpoint is empty; name a folder, or a repository of the Hub")
+        raise refuse("not-found", "the checkpoint's name is empty; pass a folder or a Hub repository")
     if source.startswith(HUB_PREFIX):
         return _prefixed(source)
     if _LINK.match(source):
@@ -125,7 +125,7 @@ def _prefixed(source: str) -> HubName:
         raise _no_model(source, told.partition("/")[0])
     name = _hub_name(told)
     if name is None:
-        raise refuse("hub-bad-name", f"a repository of the Hub is named {HUB_PREFIX}org/name[@revision]", file=source)
+        raise refuse("hub-bad-name", f"write a Hub repository as {HUB_PREFIX}org/name[@revision]", file=source)
     return name
 
 
@@ -142,7 +142,7 @@ def name_in_link(link: str) -> HubName:
         parts = urlsplit(link)
         host, path = _host(parts), parts.path
     except ValueError:
-        raise refuse("hub-bad-name", f"this is no address; {_HOW}", file=link.rpartition("@")[2]) from None
+        raise refuse("hub-bad-name", f"this is not a valid address; {_HOW}", file=link.rpartition("@")[2]) from None
     shown = f"{parts.scheme}://{host}{path}"
     if host not in _SITES:
         from huggingface_hub import constants
@@ -150,7 +150,7 @@ def name_in_link(link: str) -> HubName:
         endpoint = urlsplit(constants.ENDPOINT)
         above = endpoint.path.rstrip("/") + "/"
         if host != _host(endpoint) or not path.startswith(above):
-            message = "this is the address of another site than the Hub; download the checkpoint and name its folder"
+            message = "this address is not on the Hub; download the checkpoint and pass its folder"
             raise refuse("hub-bad-name", message, file=shown)
         path = path.removeprefix(above)
     words = [unquote(word) for word in path.split("/") if word]
@@ -163,8 +163,8 @@ def name_in_link(link: str) -> HubName:
         raise refuse("hub-bad-name", f"this is not the address of a model; {_HOW}", file=shown)
     if inside:
         message = (
-            f"this is the address of the folder {printable(inside)} in {name}; only whole repositories are read, so "
-            "download that folder and name it"
+            f"this is the address of the folder {printable(inside)} in {name}; only whole repositories are "
+            "read, so download that folder and pass it"
         )
         raise refuse("hub-bad-name", message, file=shown)
     return name

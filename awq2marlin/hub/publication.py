@@ -243,7 +243,7 @@ class Publication:
             raise _refused(
                 self.repo_id,
                 "hub-unauthorized",
-                "pushing needs a token that may write: make one at "
+                "pushing needs a token with write access: create one at "
                 f"{hub_url()}/settings/tokens, then log in with 'hf auth login' or set HF_TOKEN",
             )
 
@@ -326,7 +326,7 @@ class Publication:
                 self.repo_id,
                 "hub-incomplete",
                 f"after the commit the repository does not hold {len(lost)} files as they were sent, the first is "
-                f"{printable(lost[0])}: look whether its .gitignore names them, or whether somebody else writes to it",
+                f"{printable(lost[0])}: check whether its .gitignore lists them, or whether somebody else writes to it",
             )
 
     @contextmanager

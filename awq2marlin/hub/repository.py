@@ -288,8 +288,8 @@ def _is_offline() -> bool:
 
 def _not_as_promised(path: Path, found: str, promised: str) -> str:
     return (
-        f"the file that was fetched has {found}, the Hub says {promised}; "
-        f"remove {path} if it is there and run the command again, it fetches it anew"
+        f"the downloaded file has {found}, the Hub says {promised}; "
+        f"remove {path} and run the command again to download it"
     )
 
 
@@ -377,7 +377,7 @@ def _hints(name: HubName, commit: str | None, error: HubError) -> Iterator[str]:
     if name.is_bare:
         yield f" (there is no folder {name} here either)"
     if error.problems[0].code in _WITHOUT_ANSWER and _is_cached(name, commit):
-        yield "; the cache has this repository: set HF_HUB_OFFLINE=1 to use it as it is there"
+        yield "; the cache has this repository: set HF_HUB_OFFLINE=1 to use that copy"
 
 
 def _opened(name: HubName, commit: str | None, place: Path | None) -> Repository:
@@ -421,7 +421,7 @@ def _checked_listing(name: HubName, entries: Iterable[Any]) -> dict[str, RemoteF
 
 
 def _impossible(name: HubName, what: str) -> CheckpointError:
-    return refuse("hub-bad-answer", f"the Hub's answer cannot be: {printable(what)}", file=str(name))
+    return refuse("hub-bad-answer", f"the Hub sent an invalid answer: {printable(what)}", file=str(name))
 
 
 def hub_cache() -> Path:
@@ -446,8 +446,8 @@ def _open_cached(name: HubName, commit: str | None) -> Repository:
                 str(name),
                 "",
                 "hub-offline",
-                "HF_HUB_OFFLINE is set, and the cache does not have this repository or this revision; unset it, or "
-                "fetch it first where there is a network",
+                "HF_HUB_OFFLINE is set, and the cache does not have this repository or this revision; "
+                "unset it, or download it first where there is a network",
             )
         )
     root = Path(cached).parent

@@ -90,7 +90,7 @@ def check_name(name: Any, file: str, *, plain: bool = True) -> str:
     if not isinstance(name, str) or not (is_plain_name(name) if plain else is_safe_name(name)):
         raise refuse(
             "unsafe-name",
-            f"it names {printable(str(name))!r}; only plain relative paths inside the folder are taken",
+            f"it names {printable(str(name))!r}; only plain relative paths inside the folder are allowed",
             file=file,
         )
     return name
@@ -183,7 +183,7 @@ class Folder:
         if not root.is_dir():
             raise refuse(
                 "not-a-folder",
-                "a checkpoint is a folder with config.json and .safetensors files; name the folder "
+                "a checkpoint is a folder with config.json and .safetensors files; pass the folder "
                 f"{printable(str(given.parent))}",
                 file=str(given),
             )
@@ -214,9 +214,9 @@ class Folder:
         if not self._allows(name, resolved):
             raise refuse(
                 "unsafe-link",
-                f"it is a link that leads out of the checkpoint's folder, to {printable(str(resolved))}; copy the file "
-                "there if it belongs to the checkpoint; or, if you know all of the folder's links, use convert, verify "
-                "or revert with --follow-links",
+                "it is a link that leads out of the checkpoint's folder, to "
+                f"{printable(str(resolved))}; copy the file there if it belongs to the checkpoint; or, "
+                "if you trust the folder's links, use convert, verify or revert with --follow-links",
                 file=name,
             )
         if not stat.S_ISREG(mode):
@@ -228,7 +228,7 @@ class Folder:
         problem, path = problem_from_os_error(error), self.root / name
         if isinstance(error, FileNotFoundError) and path.is_symlink():
             end = printable(os.path.realpath(path))
-            message = f"it is a dangling link: it leads to {end}, which is not there; fetch the file again"
+            message = f"it is a dangling link: it leads to {end}, which is missing; download the file again"
             return refuse("not-found", message, file=name)
         return refuse(problem.code, problem.message, file=name)
 
@@ -423,7 +423,7 @@ def _default_snapshot(root: Path) -> Path:
         return snapshots / commit
     names = sorted(entry.name for entry in snapshots.iterdir() if entry.is_dir())
     found = (
-        f"name one of its snapshots: {', '.join(map(printable, names[:_MAX_NAMES_SHOWN]))}" if names else "it is empty"
+        f"pass one of its snapshots: {', '.join(map(printable, names[:_MAX_NAMES_SHOWN]))}" if names else "it is empty"
     )
     message = f"this folder of the Hub's cache has no snapshot of the default branch (refs/main); {found}"
     raise refuse("not-found", message, file=str(root))
@@ -449,8 +449,8 @@ def other_contents(name: str, path: Path, found: str, promised: str) -> Checkpoi
     """
     return refuse(
         "wrong-digest",
-        f"its SHA-256 is {found}, and the Hub, or the name under which its cache keeps it, says {promised}; "
-        f"remove {printable(str(path))} if it is there and run the same command again, or fetch it anew",
+        f"its SHA-256 is {found}, but the Hub, or its name in the Hub's cache, says {promised}; "
+        f"remove {printable(str(path))} and run the same command again, or download it again",
         file=name,
     )
 

@@ -68,8 +68,8 @@ class Lock:
         except Timeout:
             self.release()
             raise HeldError(
-                f"there are no locks on this file system, so {printable(str(self._owner))} stands for one, of "
-                f"{self._owner_text()}; if that one is gone, remove the file"
+                f"this file system has no locks, and the lock file {printable(str(self._owner))} belongs to "
+                f"{self._owner_text()}; if that process is gone, remove the file"
             ) from None
 
     def _acquire(self, lock: BaseFileLock, patience: float) -> None:
@@ -80,7 +80,7 @@ class Lock:
         try:
             process, host, *_ = self._owner.read_text(encoding="utf-8", errors="replace").split("\n")
         except (OSError, ValueError):
-            return "a process that has not said who it is"
+            return "an unknown process"
         return f"process {printable(process)} on {printable(host)}"
 
     def release(self, *, remove: bool = False) -> None:

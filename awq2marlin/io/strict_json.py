@@ -42,7 +42,7 @@ def parse_json(text: bytes, file: str, *, constants: bool = False) -> Any:
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found = dict(pairs)
         if len(found) != len(pairs):
-            raise refuse("duplicate-key", f"the key {printable(_twice(pairs))!r} stands there twice", file=file)
+            raise refuse("duplicate-key", f"the key {printable(_twice(pairs))!r} appears twice", file=file)
         return found
 
     def no_constant(name: str) -> NoReturn:
@@ -87,12 +87,12 @@ def _refuse_much(text: bytes, file: str) -> None:
     """Refuses what would take much memory, before it is parsed."""
     values = text.count(b",") + text.count(b"[") + text.count(b"{")
     if values > MAX_VALUES:
-        message = f"it holds about {values} values, and at most {MAX_VALUES} are read; download it again, or shorten it"
+        message = f"it holds about {values} values, but at most {MAX_VALUES} are read; download it again, or shorten it"
         raise refuse("too-large", message, file=file)
     if len(text) > _MAX_UNICODE_BYTES and not text.isascii():
         message = (
-            f"it has {len(text)} bytes, and above {_MAX_UNICODE_BYTES} only ASCII is read; write other characters "
-            "as \\uNNNN, as Python does by itself"
+            f"it has {len(text)} bytes, and above {_MAX_UNICODE_BYTES} only ASCII is read; write other "
+            "characters as \\uNNNN, as Python's json does by default"
         )
         raise refuse("too-large", message, file=file)
 

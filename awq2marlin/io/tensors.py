@@ -28,7 +28,6 @@ class TensorFiles:
 
     @classmethod
     def of(cls, folder: Source, headers: Mapping[str, Header]) -> TensorFiles:
-        """Makes it from the headers, by file name."""
         return cls(folder, TensorIndex(headers))
 
     @property

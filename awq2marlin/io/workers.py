@@ -145,15 +145,15 @@ def run_on_executor(
 def _told(error: Exception) -> ExecutorError | None:
     """Returns in words what went wrong with the executor itself; None if the error is the task's own."""
     name = type(error).__name__
-    resumes = "what is finished is kept: run the same command again, it resumes"
+    resumes = "what is finished is kept: run the same command again to continue"
     if isinstance(error, (BrokenExecutor, CancelledError)):
-        message = f"a worker died, perhaps for want of memory, or the executor was shut down ({name}); {resumes}"
+        message = f"a worker died, possibly out of memory, or the executor was shut down ({name}); {resumes}"
         return ExecutorError(Problem("", "", "broken-executor", message))
     if name == "KilledWorker":  # Dask's; nothing of Dask is imported here
-        message = f"several workers died of the same shard, one after the other, perhaps for want of memory; {resumes}"
+        message = f"several workers died of the same shard, one after the other, possibly out of memory; {resumes}"
         return ExecutorError(Problem("", "", "killed-workers", message))
     if isinstance(error, ModuleNotFoundError) and (error.name or "").startswith("awq2marlin"):
-        message = f"a worker has no awq2marlin, or an older one ({error}); install the same version for all of them"
+        message = f"a worker has no awq2marlin, or an older one ({error}); install the same version on all of them"
         return ExecutorError(Problem("", "", "other-version", message))
     return None
 

@@ -56,7 +56,7 @@ class ProductZeroPoints(PartLayout):
         """
         scales = self._scales_of(data, plain)
         if any(((each & _EXPONENT) == _EXPONENT).any() for each in (scales, data.view(np.uint16))):
-            raise StrayBitsError("a product, or a scale that it was made with, is infinite or no number")
+            raise StrayBitsError("a product, or a scale that it was made with, is infinite or NaN")
         self._apply("zeros_of_products", data, plain, scales)
         plain[scales.size // 2 :] = 0
         again = np.empty_like(data)

@@ -45,8 +45,8 @@ _MAX_SHOWN = 3
 _ADDRESS = re.compile(r"^[a-z]+://|:[0-9]+$")
 
 _SILENT = (
-    f"no Dask scheduler answers within {CONNECT_SECONDS:.0f} s; check the address, that it runs, and that no firewall "
-    "stands between"
+    f"no Dask scheduler answers within {CONNECT_SECONDS:.0f} s; check the address, that it runs, and that "
+    "no firewall blocks it"
 )
 
 #: What every worker must see: paths with the bytes that are there.
@@ -96,11 +96,11 @@ def _connect(address: str) -> Any:
     client: Any = distributed.Client  # its own signature has no types
     is_file = Path(address).is_file()
     if not is_file and not _ADDRESS.search(address):
-        message = "there is no scheduler file of this name, and it is not an address like tcp://HOST:8786"
+        message = "no such scheduler file, and not an address like tcp://HOST:8786"
         raise _failed("no-cluster", address, message)
     found = _address_in(Path(address)) if is_file else address
     if not found:
-        message = "this is no scheduler file: it names no address; 'dask scheduler --scheduler-file FILE' writes one"
+        message = "this is not a scheduler file: it has no address; 'dask scheduler --scheduler-file FILE' writes one"
         raise _failed("no-cluster", address, message)
     try:
         host, port = comm.get_address_host_port(found)
@@ -140,10 +140,10 @@ def _knock(address: str, host: str, port: int) -> None:
     try:
         socket.create_connection((host, port), timeout=CONNECT_SECONDS).close()
     except ConnectionRefusedError:
-        message = "nobody listens at this address; check it, or start a scheduler there ('dask scheduler')"
+        message = "nothing listens at this address; check it, or start a scheduler there ('dask scheduler')"
         raise _failed("no-cluster", address, message) from None
     except socket.gaierror:
-        raise _failed("no-cluster", address, "there is no host of this name") from None
+        raise _failed("no-cluster", address, "no such host") from None
     except OSError:
         raise _failed("no-cluster", address, _SILENT) from None
 
@@ -202,7 +202,7 @@ def _check_versions(versions: Mapping[str, Any]) -> None:
         else:
             continue
         problems.append(
-            Problem(worker, "", "other-version", f"{found}; install {__version__}, which is here, for all of them")
+            Problem(worker, "", "other-version", f"{found}; install {__version__}, the version here, on all of them")
         )
     if problems:
         raise ExecutorError(problems)
@@ -270,8 +270,8 @@ def _check_shared(answers: Mapping[str, Any]) -> None:
         elif missing:
             shown = ", ".join(missing[:_MAX_SHOWN]) + (", ..." if len(missing) > _MAX_SHOWN else "")
             message = (
-                f"this worker does not see {shown} as it is here; source and output must lie on storage that all "
-                "workers share, under the same path"
+                f"this worker does not see {shown} as it is here; source and output must be on storage "
+                "that all workers share, under the same path"
             )
             problems.append(Problem(worker, "", "not-shared", message))
     if problems:

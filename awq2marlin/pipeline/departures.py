@@ -101,7 +101,6 @@ class Departures:
         ]
 
     def close(self) -> None:
-        """Sends nothing more."""
         self._pool.shutdown(wait=True, cancel_futures=True)
 
 
@@ -163,7 +162,6 @@ class Relay:
         self.out.discard()
 
     def close(self) -> None:
-        """Sends nothing more."""
         self._departures.close()
 
     def result(self) -> PushResult:

@@ -45,14 +45,14 @@ _MAX_NAMES_SHOWN = 5
 _CANNOT_NAME = {errno.EINVAL, errno.EILSEQ, errno.ENAMETOOLONG, errno.EEXIST, errno.ENOTDIR, errno.EISDIR}
 _NOT_ON_WINDOWS = re.compile(r'[<>:"|?*]|[. ](?=/|$)')
 _NO_SYNC = (
-    "the output's file system cannot make the names of files durable; should the machine lose power soon after the "
-    "end, check the output with 'awq2marlin verify'"
+    "the output's file system cannot sync folders; if the machine loses power soon after the run, check "
+    "the output with 'awq2marlin verify'"
 )
 _NO_LOCK = (
-    "the output's file system has no locks, so a file stands for one; after a run that was killed on another machine, "
-    "the next one asks you to remove that file"
+    "the output's file system has no locks, so a lock file is used; if a run is killed on another "
+    "machine, the next one asks you to remove that file"
 )
-_START_ANEW = "choose another folder, or use --overwrite, to start anew"
+_START_ANEW = "choose another folder, or use --overwrite to start again"
 
 #: Answers which files of an earlier conversion a run may remove; None if the folder must be empty or its own.
 Owned = Callable[[], Iterable[str] | None]
@@ -80,9 +80,9 @@ def refuse_overlap(source: Path, output: Path) -> None:
     if _is_same(resolved, source):
         raise _refused("overlap", output, "the output folder is the source; choose another")
     if any(_is_same(folder, protected) for folder in (resolved, *resolved.parents)):
-        raise _refused("overlap", output, "the output folder lies inside the source; choose one outside it")
+        raise _refused("overlap", output, "the output folder is inside the source; choose one outside it")
     if any(_is_same(folder, resolved) for folder in source.parents):
-        raise _refused("overlap", output, "the source lies inside the output folder; choose another")
+        raise _refused("overlap", output, "the source is inside the output folder; choose another")
 
 
 def _real(path: Path) -> Path:
@@ -211,15 +211,15 @@ class OutputFolder:
                     "other-plan",
                     self.root,
                     "the folder holds an unfinished conversion of another source: "
-                    f"{printable(name)} has other contents now; {_START_ANEW}",
+                    f"{printable(name)} has changed; {_START_ANEW}",
                 )
-            note(f"{printable(name)} has other contents now; it is made again")
+            note(f"{printable(name)} has changed; it is written again")
             self.forget(name)
             return False
         final = self.final(name)
         if final.is_file() and digest_of_file(NamedPath(final.resolve(), name), also) == entry.target:
             return True
-        note(f"{printable(name)} was finished by an earlier run but is damaged now; it is made again")
+        note(f"{printable(name)} was finished by an earlier run but is damaged now; it is written again")
         self.forget(name)
         return False
 
@@ -360,7 +360,7 @@ def _locked(root: Path) -> Iterator[Lock]:
 
 
 def _in_use(root: Path, who: str = "") -> OutputError:
-    message = "another process is writing this folder; wait for it or choose another"
+    message = "another process is writing to this folder; wait for it, or choose another folder"
     return _refused("in-use", root, f"{message} ({who})" if who else message)
 
 
@@ -408,12 +408,14 @@ def _holds_nothing(root: Path) -> bool:
 
 def _refuse_unusable(root: Path) -> None:
     if os.path.lexists(root) and not root.is_dir():
-        raise _refused("not-a-folder", root, "there is a file of this name; choose another output folder")
+        raise _refused("not-a-folder", root, "a file of this name exists; choose another output folder")
     work = root / WORK_DIRECTORY
     if work.is_symlink() or (work.exists() and not work.is_dir()):
-        raise _refused("unsafe-link", work, "it must be a folder of the converter's own; remove it")
+        raise _refused("unsafe-link", work, "awq2marlin needs this name for a folder of its own; remove it")
     if (work / FETCHED_DIRECTORY).is_symlink():
-        raise _refused("unsafe-link", work / FETCHED_DIRECTORY, "it must be a folder of the converter's own; remove it")
+        raise _refused(
+            "unsafe-link", work / FETCHED_DIRECTORY, "awq2marlin needs this name for a folder of its own; remove it"
+        )
 
 
 def _refuse_foreign(root: Path, owned: Iterable[str] | None) -> None:
@@ -447,8 +449,8 @@ def _open_journal(
         raise _refused(
             "other-plan",
             root,
-            "the folder holds an unfinished conversion of another source, other options or "
-            f"another version; finish that one, {_START_ANEW}",
+            "the folder holds an unfinished conversion of another source, other options or another "
+            f"version; finish that one, {_START_ANEW}",
         )
     _remove_leftovers(root / WORK_DIRECTORY)
     ours = {*(owned or ()), *(journal.names if journal else ())}
@@ -472,7 +474,9 @@ def _refuse_clashes(root: Path, names: Sequence[str], ours: set[str]) -> None:
         taken += [name] if os.path.lexists(root / name) else []
         foreign = [printable(each) for each in taken if each not in ours]
         if foreign:
-            raise _refused("not-empty", root, f"it holds {foreign[0]}, which is not ours; choose another folder")
+            raise _refused(
+                "not-empty", root, f"it holds {foreign[0]}, which awq2marlin did not write; choose another folder"
+            )
 
 
 def _remove(root: Path, names: set[str]) -> None:

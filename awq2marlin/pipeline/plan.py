@@ -237,7 +237,7 @@ def plan_conversion(checkpoint: Checkpoint, unaligned: Unaligned = "keep", targe
         choices = ", ".join(map(repr, UNALIGNED_CHOICES))
         raise ValueError(f"unaligned must be one of {choices}, found {unaligned!r}")
     if checkpoint.format is target and not target.is_own:
-        raise ArgumentError("{to} is {name}, and so is the source already", name=repr(target.layout_name))
+        raise ArgumentError("{to} is {name}, but the source already is", name=repr(target.layout_name))
     if checkpoint.format is target:
         raise refuse(
             "already-converted",
@@ -254,7 +254,7 @@ def plan_conversion(checkpoint: Checkpoint, unaligned: Unaligned = "keep", targe
     shards = tuple(_plan_shard(name, counterparts, checkpoint.index) for name in checkpoint.shards)
     emptied = [shard.name for shard in shards if shard.source.tensors and not shard.target.tensors]
     if emptied:  # the output's index could not name it, so that it would be lost on the way back
-        message = f"nothing of this file is left in {target.title}, so that the conversion could not be undone"
+        message = f"no tensor of this file remains in {target.title}, so the conversion could not be undone"
         raise CheckpointError(Problem(name, "", "contradiction", message) for name in emptied)
     return Plan(checkpoint, counterparts, unaligned, shards)
 
@@ -373,7 +373,7 @@ def _refuse_denied_zero_points(counterparts: Counterparts, checkpoint: Checkpoin
             name = counterparts.source_layout_of(module).tensor_name(module.name, "qzeros")
             message = (
                 f"the config says that there are no zero points, and in {target.title} these would not be read; "
-                "set zero_point to true in a copy of the config, if they count"
+                "if they count, set zero_point to true in a copy of the config"
             )
             problems.append(Problem(checkpoint.shard_of[name], name, "contradiction", message))
     if problems:

@@ -48,7 +48,7 @@ def output_folder(
         CheckpointError: if the source's is.
     """
     if output == "":
-        raise OutputError(Problem("", "", "not-found", "the name of the output folder is empty; name a folder"))
+        raise OutputError(Problem("", "", "not-found", "the output folder's name is empty; pass a folder"))
     return Path(output) if output is not None else default_output(parse_source(source), suffix)
 
 
@@ -104,8 +104,8 @@ def open_source_of_run(
     pinned = journal.pinned if journal else None
     if pinned and pinned.name == str(name) and pinned.commit != folder.commit:
         progress.note(
-            f"{name} has moved on to {folder.commit}; this run goes on with {pinned.commit}, which it began with "
-            "(--overwrite begins anew)"
+            f"{name} has moved on to {folder.commit}; this run continues with {pinned.commit}, which "
+            "it began with (--overwrite starts again)"
         )
         folder = open_hub(name, commit=pinned.commit, place=place)
     return folder, Pinned(str(name), folder.commit)
@@ -138,7 +138,7 @@ def open_target(target: PushTarget, plan: Plan, root: Path, overwrite: bool) -> 
                 publication.repo_id,
                 "",
                 "target-finished",
-                "the repository holds this very conversion already; use --overwrite to do it again",
+                "the repository already holds this conversion; use --overwrite to do it again",
             )
         )
     return publication
@@ -176,7 +176,7 @@ def owned_files(root: Path, overwrite: bool) -> list[str] | None:
                 str(root),
                 "",
                 "not-empty",
-                "the folder holds a finished conversion; use --overwrite to replace it, or choose another",
+                "the folder holds a finished conversion; use --overwrite to replace it, or choose another folder",
             )
         )
     if not overwrite:

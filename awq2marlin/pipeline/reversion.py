@@ -72,9 +72,7 @@ def _carried_files(manifest: Manifest, checkpoint: Checkpoint) -> Mapping[str, F
         return dict.fromkeys(name for name in checkpoint.side_files if name not in manifest.texts)
     for name in manifest.files:
         if not checkpoint.folder.exists(name):
-            raise refuse(
-                "missing-file", "the manifest names this file, but it is not there; download it too", file=name
-            )
+            raise refuse("missing-file", "the manifest lists this file, but it is missing; download it too", file=name)
         checkpoint.folder.check(name)
     return manifest.files
 
@@ -89,8 +87,8 @@ def _checked_texts(manifest: Manifest) -> dict[str, bytes]:
         if not recorded[name].is_of(digest_of(data)):
             raise difference(
                 "wrong-digest",
-                "the text that the manifest keeps is not the one it recorded; the "
-                "manifest was changed or damaged since the conversion: fetch it again",
+                "the text in the manifest does not match its digest; the manifest was changed or "
+                "damaged after the conversion: download it again",
                 file=name,
             )
     return texts

@@ -174,14 +174,14 @@ def _refuse_unexpected(done: ShardResult, transfer: Transfer) -> None:
     if not expected.source.is_of(done.source):
         raise difference(
             "wrong-digest",
-            f"this converted file is not the one that the conversion wrote (recorded {expected.source}; found "
-            f"{done.source}); it was changed or damaged since: fetch it again",
+            f"this file differs from the one that the conversion wrote (recorded {expected.source}; found "
+            f"{done.source}); it was changed or damaged afterwards: download it again",
             file=done.name,
         )
     if expected.target is not None and not expected.target.is_of(done.target):
         raise difference(
             "wrong-digest",
-            f"the restored file is not the original: recorded {expected.target}; restored {done.target}",
+            f"the restored file differs from the original: recorded {expected.target}; restored {done.target}",
             file=done.name,
         )
 
@@ -195,7 +195,7 @@ def _publish(done: ShardResult, out: OutputFolder) -> None:
                 "",
                 "not-shared",
                 f"a worker wrote {done.partial}, but this process does not see it; "
-                "the output folder must lie on storage that all workers share",
+                "the output folder must be on storage that all workers share",
             )
         )
     out.publish(done.name, done.partial)
@@ -236,7 +236,8 @@ def _carry(name: str, expected: FileDigest | None, source: Source, out: OutputFo
     if expected is not None and not expected.is_of(found):
         raise difference(
             "wrong-digest",
-            f"the file is not the original: recorded {expected}; found {found}; it was changed since the conversion",
+            f"the file differs from the original: recorded {expected}; found {found}; it was changed "
+            "after the conversion",
             file=name,
         )
     named = out.publish_unless_unnameable(name)

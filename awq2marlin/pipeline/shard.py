@@ -117,8 +117,8 @@ def _check_version(task: ShardTask) -> None:
                 task.plan.name,
                 "",
                 "other-version",
-                f"a worker has awq2marlin {__version__}, this conversion was begun with {task.version}; "
-                "install the same version for all of them",
+                f"a worker has awq2marlin {__version__}, but this conversion was started with {task.version}; "
+                "install the same version on all of them",
             )
         )
 
@@ -131,8 +131,8 @@ def _check_seen(task: ShardTask) -> None:
                     str(path),
                     "",
                     "not-shared",
-                    f"it is gone, or this worker ({socket.gethostname()}) does not see it; source and output must "
-                    "lie on storage that all workers share, under the same path",
+                    f"it is gone, or this worker ({socket.gethostname()}) does not see it; source and "
+                    "output must be on storage that all workers share, under the same path",
                 )
             )
 
@@ -144,8 +144,8 @@ def _check_unchanged(task: ShardTask) -> None:
         if size != task.plan.source.file_size or stream.read(len(prefix)) != prefix:
             raise refuse(
                 "changed",
-                "the file changed after it was planned with; nothing may write to the source "
-                "during a conversion. Run the command again",
+                "the file changed during the conversion; make sure that nothing writes to the source, "
+                "and run the command again",
                 file=task.plan.name,
             )
 

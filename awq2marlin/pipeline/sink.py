@@ -64,13 +64,13 @@ class Stay:
         return False
 
     def begin(self, advance: Callable[[int], None]) -> None:
-        """Nothing has to be made ready."""
+        pass
 
     def finished(self, name: str) -> None:
         """The shard is where it belongs."""
 
     def wait(self) -> None:
-        """There is nothing to wait for."""
+        pass
 
     def commit(self, config: bytes) -> None:
         """Writes ``config.json`` once all else is durable."""

@@ -221,7 +221,7 @@ def _compare_derived(side: Side, name: str, derived: DerivedTensor) -> Problem |
     if side.files.read(name, 0, side.files.info(name).size).tobytes() == derived.data():
         return None
     meaning = f": {derived.meaning}" if derived.meaning else ""
-    message = f"in {side.label} it does not hold what follows from its module's shape{meaning}"
+    message = f"in {side.label} its content does not match its module's shape{meaning}"
     return side.problem(name, "different-value", message)
 
 
@@ -263,7 +263,7 @@ def _notes(sides: Sides, modules: Sequence[str]) -> Iterator[str]:
     keys = sorted(key for key in {*one, *other} if not same_json(one.get(key), other.get(key)))
     if keys:
         more = f" and {len(keys) - 8} more" if len(keys) > 8 else ""
-        yield f"{CONFIG_FILENAME}: A and B say other things under {', '.join(map(printable, keys[:8]))}{more}"
+        yield f"{CONFIG_FILENAME}: A and B differ in {', '.join(map(printable, keys[:8]))}{more}"
     types = [[_scale_type(side, name) for name in modules] for side in sides]
     pairs = [(left, right) for left, right in zip(*types, strict=True) if left != right]
     if pairs:

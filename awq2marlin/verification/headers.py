@@ -62,7 +62,7 @@ def compare_headers(source: Checkpoint, output: Checkpoint, counterparts: Counte
         if expected.get("__metadata__") != found.get("__metadata__"):
             raise difference("header", "the header's metadata is not the source's", file=name)
         if list(expected) != list(found):
-            raise difference("header", "the header's names stand in another order than in the source", file=name)
+            raise difference("header", "the header's names are in a different order than in the source", file=name)
 
 
 def compare_configs(source: Checkpoint, output: Checkpoint, modules: Collection[ModulePlan], *, whole: bool) -> None:
@@ -124,14 +124,14 @@ def _compare_manifest(source: Checkpoint, manifest: Manifest, files: Sequence[st
     for recorded, there in ((manifest.shards, source.shards), (manifest.files, files), (manifest.texts, texts)):
         for name in sorted(set(recorded) ^ set(there)):
             which = "the manifest" if name in recorded else "the source"
-            raise difference("manifest", f"only {which} has it, so it would not come back as it was", file=name)
+            raise difference("manifest", f"only {which} has it, so 'revert' would not restore it", file=name)
     _compare_card(source, manifest)
     for name, shard in manifest.shards.items():
         if shard.source_header.text != source.shards[name].text:
-            raise difference("manifest", "the header that the manifest keeps is not the source's", file=name)
+            raise difference("manifest", "the header in the manifest is not the source's", file=name)
     for name, text in manifest.texts.items():
         if text.encode("utf-8", "surrogatepass") != source.folder.read(name):
-            raise difference("manifest", "the text that the manifest keeps is not the source's", file=name)
+            raise difference("manifest", "the text in the manifest is not the source's", file=name)
 
 
 def _compare_card(source: Checkpoint, manifest: Manifest) -> None:
@@ -139,9 +139,9 @@ def _compare_card(source: Checkpoint, manifest: Manifest) -> None:
     recorded = manifest.card.name if manifest.card else None
     if source.card != recorded:
         which = "the manifest" if recorded else "the source"
-        raise difference("manifest", f"only {which} has it, so it would not come back as it was", file=CARD_FILENAME)
+        raise difference("manifest", f"only {which} has it, so 'revert' would not restore it", file=CARD_FILENAME)
     if source.card is not None and manifest.card is not None and source.folder.read(source.card) != manifest.card.data:
-        raise difference("manifest", "the model card that the manifest keeps is not the source's", file=source.card)
+        raise difference("manifest", "the model card in the manifest is not the source's", file=source.card)
 
 
 def _compare_files(old: Source, new: Source, name: str) -> None:

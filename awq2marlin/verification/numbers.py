@@ -132,7 +132,7 @@ class _Found:
         if count:
             row, column = _first(odd)
             there = _shown(part, held[row, column])
-            self._tell(part, f"padding at row {first_row + row}, column {column}: {there}, needed is 0")
+            self._tell(part, f"padding at row {first_row + row}, column {column}: {there}, expected 0")
         self.padding += count
         return own
 

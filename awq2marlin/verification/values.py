@@ -118,7 +118,7 @@ class Comparison:
         def job() -> None:
             found = files.read(tensor.name, 0, files.info(tensor.name).size)
             if found.tobytes() != data():
-                message = "it does not hold what follows from its module's shape"
+                message = "its content does not match its module's shape"
                 raise difference("different-value", message, file=files.shard_of[tensor.name], tensor=tensor.name)
 
         return job

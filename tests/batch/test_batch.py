@@ -51,7 +51,7 @@ def test_what_is_left_behind_is_told_once_by_a_plan_too(tmp_path, capsys):
         assert main(["batch", str(tmp_path / "list"), "--out-dir", str(tmp_path), *options]) == 0
         (line,) = (line for line in capsys.readouterr().err.splitlines() if "pytorch_model.bin" in line)
         assert line.startswith(
-            f"{tmp_path / 'a'}: left behind, so that 'revert' cannot give it back: pytorch_model.bin (5 bytes"
+            f"{tmp_path / 'a'}: left behind, so 'revert' cannot restore it: pytorch_model.bin (5 bytes"
         )
 
 
@@ -222,7 +222,7 @@ def test_other_options_ask_for_another_output(tmp_path, monkeypatch):
     assert convert_many(["model"], record="r").items[0].kept == 1
     (failed,) = convert_many(["model"], record="r", unaligned="pad").items
     assert (failed.status, failed.errors[0].code) == ("failed", "not-empty")
-    assert "its config is another one" in failed.errors[0].message
+    assert "its config differs" in failed.errors[0].message
     (done,) = convert_many(["model"], record="r", unaligned="pad", overwrite=True).items
     assert (done.status, done.converted, done.earlier) == ("done", 1, False), "other options: tried again"
     assert convert_many(["model"], record="r", unaligned="pad").items[0].earlier
@@ -292,7 +292,7 @@ def test_interrupted_it_exits_130_and_leaves_everything_resumable(models, listed
     process = start("batch", listed, "--out-dir", "out", "--jobs", jobs)
     outcome = stop_when(process, lambda: len(list((tmp_path / "out").glob("*"))) > 4, signal.SIGINT)
     assert outcome.code == 130, outcome.err
-    assert "error: interrupted; the same command resumes where it stopped" in outcome.err
+    assert "error: interrupted; run the same command again to continue" in outcome.err
     assert "Traceback" not in outcome.err
     assert run_process("batch", listed, "--out-dir", "out").code == 1
     check_outputs(models, tmp_path / "out")
@@ -318,7 +318,7 @@ def test_a_file_that_is_no_record_is_refused_and_left_alone(models, tmp_path, mo
     newer = good.replace('"version": 1', '"version": 2')
     for bad in ("not mine", "[]", "{}", newer, coded, good.replace("[]", '["x"]')):
         record.write_text(f"{bad}\n")
-        with pytest.raises(BatchError, match=r"line 1 is not one of a batch's record") as caught:
+        with pytest.raises(BatchError, match=r"line 1 is not a batch record") as caught:
             convert_many(models.sources[:1], record=record)
         assert caught.value.problems[0].code == "bad-record"
         assert record.read_text() == f"{bad}\n"
@@ -374,7 +374,7 @@ def test_processes_do_the_shards_and_a_killed_one_stops_the_batch_which_then_res
     with ProcessPoolExecutor(2, mp_context=context) as pool, pytest.raises(ExecutorError) as caught:
         go(executor=pool)
     assert caught.value.problems[0].code == "broken-executor"
-    assert "run the same command again, it resumes" in str(caught.value)
+    assert "run the same command again to continue" in str(caught.value)
     assert [line["status"] for line in lines("record.jsonl")] == ["done", "done"], "no item counts as failed"
     with ProcessPoolExecutor(2, mp_context=context) as pool:
         result = go(executor=pool, jobs=2)

@@ -63,7 +63,7 @@ def test_every_problem_is_told_at_once_in_the_list_s_order(tmp_path):
         *['{"source": "a", "overwrite": "yes"}'] * 5,
     ]
     messages = refusals(tmp_path / "models.jsonl", "\n".join(lines))
-    assert messages[0].startswith("line 1: there is no option 'verfy'; the options are output, unaligned")
+    assert messages[0].startswith("line 1: unknown option 'verfy'; the options are output, unaligned")
     assert [message.split(":")[0] for message in messages] == [
         f"line {number}" for number in (1, 2, 3, 4, 5, 5, 5, 5, 7, 8, 9, 10, 11)
     ]
@@ -81,10 +81,10 @@ def test_every_problem_is_told_at_once_in_the_list_s_order(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("- a\n- {source: b, source: c}\n", "line 2: it is not YAML that this command takes: it names 'source' twice"),
+        ("- a\n- {source: b, source: c}\n", "line 2: it is not YAML that this command reads: it names 'source' twice"),
         ("a: b\n", "it must be a list"),
         ("- [a, b\n", "line 2: it is not YAML"),
-        ("- source: !!python/object:os.system x\n", "line 1: it is not YAML that this command takes: could not det"),
+        ("- source: !!python/object:os.system x\n", "line 1: it is not YAML that this command reads: could not det"),
         ("- 2024-01-01\n", "source must be a folder"),
         ("- ''\n", "source must be a folder"),
         ("- source: a\n  output: no\n", "output must be a path, found False"),
@@ -98,13 +98,13 @@ def test_bad_yaml_is_refused_in_words(tmp_path, text, message):
 
 
 def test_a_folder_is_no_list(tmp_path):
-    with pytest.raises(BatchError, match="it is a folder, not a list of sources; 'ls -d FOLDER/") as caught:
+    with pytest.raises(BatchError, match="this is a folder, not a list of sources; 'ls -d FOLDER/") as caught:
         read_batch_file(tmp_path)
     assert caught.value.problems[0].file == str(tmp_path)
 
 
 def test_an_empty_or_binary_list_is_refused(tmp_path):
-    assert refusals(tmp_path / "models.txt", "# nothing\n") == ["it names no source"]
+    assert refusals(tmp_path / "models.txt", "# nothing\n") == ["the list is empty"]
     assert refusals(tmp_path / "models.json", "{}") == ["it must be a list"]
     (tmp_path / "binary").write_bytes(b"\xff\xfe")
     with pytest.raises(BatchError, match="not UTF-8"):
@@ -145,7 +145,7 @@ def test_two_items_with_one_output_are_refused_by_their_places(tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     (message,) = clashes("x/model", "y/model")
     assert message.startswith("item 2: its output ")
-    assert "is that of item 1 too; give one of them an 'output' of its own" in message
+    assert "is that of item 1 too; give one of them its own 'output'" in message
     (tmp_path / "link").symlink_to(tmp_path)
     assert len(clashes({"source": "a", "output": "o"}, {"source": "b", "output": "link/o"})) == 1
     assert list(tmp_path.iterdir()) == [tmp_path / "link"]
@@ -154,17 +154,17 @@ def test_two_items_with_one_output_are_refused_by_their_places(tmp_path, monkeyp
 def test_an_output_inside_another_output_or_source_is_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (message,) = clashes({"source": "a", "output": "o"}, {"source": "b", "output": "o/p"})
-    assert message == "item 2: its output lies in the output of item 1; choose another"
+    assert message == "item 2: its output is inside the output of item 1; choose another"
     (message,) = clashes("a", {"source": "b", "output": "a/p"})
-    assert message == "item 2: its output lies in the source of item 1; choose another"
-    assert "item 2: its source lies in the output of item 1; choose another" in clashes(
+    assert message == "item 2: its output is inside the source of item 1; choose another"
+    assert "item 2: its source is inside the output of item 1; choose another" in clashes(
         {"source": "a", "output": "o"}, "o"
     )
 
 
 def test_wrong_options_of_all_items_are_refused(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    assert "there is no option 'verfy'" in clashes("a", verfy=3)[0]
+    assert "unknown option 'verfy'" in clashes("a", verfy=3)[0]
     assert "use out_dir" in clashes("a", output="b")[0]
     assert "device needs verify" in clashes({"source": "a", "device": "cpu"}, verify="none")[0]
     assert clashes({"source": "a", "private": True}) == ["item 1: private needs push_to"]

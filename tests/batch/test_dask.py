@@ -153,16 +153,16 @@ def test_an_address_where_nobody_listens_is_refused_at_once(run, made, tmp_path)
     error = refused(run, made, tmp_path, f"tcp://127.0.0.1:{port}")
     assert time.monotonic() - started < 5
     assert (error["code"], error["file"]) == ("no-cluster", f"tcp://127.0.0.1:{port}")
-    assert "nobody listens at this address" in error["message"]
+    assert "nothing listens at this address" in error["message"]
 
 
 @pytest.mark.parametrize(
     ("address", "said"),
     [
-        ("nonsense", "there is no scheduler file of this name, and it is not an address like tcp://HOST:8786"),
-        ("/shared/dask.json", "there is no scheduler file of this name"),
+        ("nonsense", "no such scheduler file, and not an address like tcp://HOST:8786"),
+        ("/shared/dask.json", "no such scheduler file"),
         ("tcp://host", "neither the address of a Dask scheduler"),
-        ("file", "this is no scheduler file: it names no address"),
+        ("file", "this is not a scheduler file: it has no address"),
     ],
 )
 def test_what_is_no_address_is_refused(run, made, tmp_path, address, said):
@@ -215,7 +215,7 @@ def test_a_worker_of_another_version_or_without_the_package_is_refused(dask, run
     monkeypatch.setattr(cluster, "__version__", "0.0.7")
     outcome = run("convert", made / "source", tmp_path / "out", "--dask", dask.scheduler_address)
     assert [error["code"] for error in outcome.report["errors"]] == ["other-version"] * 2
-    assert "install 0.0.7, which is here, for all of them" in outcome.err
+    assert "install 0.0.7, the version here, on all of them" in outcome.err
     with pytest.raises(ExecutorError, match="this worker has no awq2marlin"):
         cluster._check_versions({"tcp://a:1": ModuleNotFoundError("No module named 'awq2marlin'")})
     assert not (tmp_path / "out").exists()
@@ -231,7 +231,7 @@ def test_workers_that_see_other_files_are_refused(dask, run, made, tmp_path, mon
     monkeypatch.setattr(cluster, "unseen", _sees_nothing)
     outcome = run("convert", made / "source", tmp_path / "out", "--dask", dask.scheduler_address)
     assert [error["code"] for error in outcome.report["errors"]] == ["not-shared"] * 2
-    assert "must lie on storage that all workers share, under the same path" in outcome.err
+    assert "must be on storage that all workers share, under the same path" in outcome.err
     assert sorted(tmp_path.iterdir()) == [path]
 
 
@@ -248,7 +248,7 @@ def test_a_worker_that_joins_later_and_sees_other_files_is_told(made, tmp_path, 
             shutil.move(tmp_path / "gone", tmp_path / "out" / WORK)
 
     monkeypatch.setattr(pipeline, "rewrite_shard", elsewhere)
-    with ThreadPoolExecutor(1) as pool, pytest.raises(ExecutorError, match="lie on storage that all workers") as caught:
+    with ThreadPoolExecutor(1) as pool, pytest.raises(ExecutorError, match="be on storage that all workers") as caught:
         convert(made / "source", tmp_path / "out", executor=pool)
     assert caught.value.problems[0].code == "not-shared"
 

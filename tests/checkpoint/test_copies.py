@@ -70,7 +70,7 @@ def test_both_copies_are_converted_alike_and_come_back(
     folder, counting = overlaid
     out = tmp_path / "out"
     result = convert(folder, out, **options)
-    assert any("7 tensors lie in a second file, which engines read too; the copy is converted alike" in each
+    assert any("7 tensors are in a second file too, which engines also read; the copy is converted as well" in each
                for each in result.warnings)  # fmt: skip
     for shard in (BASE, OVERLAY):  # each file holds what a conversion of its tensors alone gives
         convert(alone(folder, shard, tmp_path / shard), tmp_path / f"{shard}-out", **options)
@@ -122,7 +122,9 @@ def test_a_copy_of_another_shape_is_carried_over_and_told(parts: tuple[Path, dic
     result = convert(folder, tmp_path / "out")
     assert unpack_tensors(tmp_path / "out" / OVERLAY) == strange
     (warning,) = result.warnings
-    assert warning.startswith("2 tensors lie in a second file with another type or shape; the copy is carried over")
+    assert warning.startswith(
+        "2 tensors are in a second file too, with another type or shape; the copy is carried over"
+    )
     assert warning.endswith(f"the first is {MODULE}.qweight in {OVERLAY}")
     assert warning in (tmp_path / "out" / "README.md").read_text()
     assert verify(folder, tmp_path / "out").modules_total == 1
@@ -147,7 +149,7 @@ def test_a_shard_that_was_taken_over_may_hold_the_weight_of_a_quantized_module(
         folder = tmp_path / "marlin"
     result = convert(folder, tmp_path / "out", to=to)
     assert MODULE in {module.name for module in result.modules}
-    told = [each for each in result.warnings if "do not count, as their module is quantized" in each]
+    told = [each for each in result.warnings if "do not count, as the index lists their module in another form" in each]
     assert told[0].endswith(f"the first is {MODULE}.weight in {BASE}")
     assert {name: unpack_tensors(tmp_path / "out" / BASE)[name] for name in old} == old
     assert f"{MODULE}.weight" not in inspect(tmp_path / "out").unquantized_modules

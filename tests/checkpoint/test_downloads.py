@@ -90,9 +90,9 @@ def test_other_pointers_and_pages_are_carried_over_and_told_of_everywhere(
     assert main(["convert", str(awq), str(tmp_path / "out"), "--json"]) == 0
     told = json.loads(capsys.readouterr().out)["warnings"]
     assert [each.partition("; ")[0] for each in told] == [
-        "not the file itself but an HTML page, and carried over like that: page.json, spk.pt",
-        "not the file itself but a Git LFS pointer, and carried over like that: tokenizer.json, a/b.bin, README.md",
-        "not the file itself but JSON, and carried over like that: x.png",
+        "an HTML page instead of the file itself, carried over as it is: page.json, spk.pt",
+        "a Git LFS pointer instead of the file itself, carried over as it is: tokenizer.json, a/b.bin, README.md",
+        "JSON instead of the file itself, carried over as it is: x.png",
     ]
     assert "'git lfs pull'" in told[1]
     assert all(f"* {each}" in (tmp_path / "out" / "README.md").read_text() for each in told)

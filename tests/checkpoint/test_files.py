@@ -117,8 +117,8 @@ def test_what_is_left_behind_is_told_with_its_bytes_everywhere(awq: Path, tmp_pa
     assert (code, told["left_behind"], told["details"]["left_behind_bytes"]) == (0, LEFT, sizes)
     (warning,) = told["warnings"]
     assert "consolidated.safetensors (3 bytes, the same weights in another form)" in warning
-    assert warning.endswith(f" and 2 more, {sum(sizes.values()) - sizes['.gitattributes']} bytes in all; --carry GLOB "
-                            "takes a file along")  # fmt: skip
+    total = sum(sizes.values()) - sizes[".gitattributes"]
+    assert warning.endswith(f" and 2 more, {total} bytes in all; --carry GLOB carries a file over")
     card = (tmp_path / "out" / "README.md").read_text()
     assert all(f"* `{name}`: {bytes_text(sizes[name])}, {reason}\n" in card for name, reason in LEFT.items())
     assert "Every file but those that were left behind comes back byte for byte" in card
@@ -138,7 +138,7 @@ def test_options_decide_otherwise_and_everybody_knows_later(awq: Path, tmp_path:
     assert told["left_behind"] == {".env": "hidden", "assets/a.bin": "as --leave says", "b.txt": "as --leave says"}
     assert "--carry .env matches no file that can be carried over or left behind" in told["warnings"]
     assert {"pytorch_model.bin", "old/optimizer.pt"} <= {*told["details"]["side_files"]}
-    assert verify(awq, tmp_path / "out").notes[0].startswith("left behind, so that 'revert' cannot give it back: b.txt")
+    assert verify(awq, tmp_path / "out").notes[0].startswith("left behind, so 'revert' cannot restore it: b.txt")
     revert(tmp_path / "out", tmp_path / "back")
     assert files_of(tmp_path / "back").keys() == files_of(awq).keys() - {".env", "assets/a.bin", "b.txt"}
 
@@ -205,7 +205,9 @@ def test_a_second_file_without_an_index_is_of_the_checkpoint(awq: Path, tmp_path
     (awq / "mtp.safetensors").write_bytes(pack_tensors({"mtp.fc.weight": zeros("F16", 8, 8)}))
     result = convert(awq, tmp_path / "out")
     assert [*result.shards] == [SHARD, "mtp.safetensors"]
-    assert result.warnings[0].startswith(f"there is no {INDEX}, so all 2 .safetensors files of the folder are taken")
+    assert result.warnings[0].startswith(
+        f"there is no {INDEX}, so all 2 .safetensors files in the folder count as the checkpoint"
+    )
     weight_map = json.loads((tmp_path / "out" / INDEX).read_text())["weight_map"]
     assert weight_map["mtp.fc.weight"] == "mtp.safetensors"
     assert weight_map.keys() == plan_conversion_tensors(awq)
@@ -282,7 +284,7 @@ def test_shards_without_an_index_are_a_checkpoint(awq: Path, tmp_path: Path) -> 
     split(awq, "a-00001-of-00002.safetensors", "a-00002-of-00002.safetensors")
     (awq / "a.safetensors.index.json").write_text("{}")
     result = convert(awq, tmp_path / "out", to="compressed-tensors")
-    assert "a.safetensors.index.json is not read, engines know no index of this name" in result.warnings[0]
+    assert "a.safetensors.index.json is ignored, as engines know no index of this name" in result.warnings[0]
     weight_map = json.loads((tmp_path / "out" / INDEX).read_text())["weight_map"]
     held = {name: path.name for path in (tmp_path / "out").glob("*.safetensors") for name in unpack_tensors(path)}
     assert weight_map == held
@@ -325,7 +327,7 @@ def test_without_an_index_the_numbers_of_shards_tell_what_is_missing(awq: Path) 
 
 
 def test_leaving_every_file_of_tensors_is_refused(awq: Path) -> None:
-    with pytest.raises(CheckpointError, match=rf"--leave leaves no \.safetensors file, but {SHARD} would count"):
+    with pytest.raises(CheckpointError, match=rf"--leave excludes every \.safetensors file: {SHARD} would count"):
         convert(awq, awq.with_name("out"), leave=["*"])
 
 
@@ -337,8 +339,8 @@ def test_an_index_left_over_from_another_checkpoint_is_told_from_a_download(awq:
     (awq / INDEX).write_text(json.dumps({"weight_map": wanted}))
     problems = refused(awq)
     assert [(each.code, each.file) for each in problems] == [("missing-file", name) for name in wanted.values()]
-    assert f"(2 of the 2 files that it names are missing; there are {SHARD}); download it too" in problems[0].message
-    assert f"go by the files alone: --leave {INDEX}" in problems[0].message
+    assert f"(2 of the 2 files that it lists are missing; there are {SHARD}); download it too" in problems[0].message
+    assert f"ignore it: --leave {INDEX}" in problems[0].message
     result = convert(awq, tmp_path / "out", leave=[INDEX])
     assert (result.left_behind[INDEX], [*result.shards]) == ("as --leave says", [SHARD])
     assert verify(awq, tmp_path / "out").kind == "conversion"
@@ -350,8 +352,8 @@ def test_an_index_and_a_shard_left_over_from_another_checkpoint_are_told_from_a_
     (awq / INDEX).write_text(json.dumps({"weight_map": {tensor: name}}))
     (problem,) = refused(awq)
     assert (problem.code, problem.file) == ("no-quantized-modules", INDEX)
-    assert f"it does not name {SHARD}. If the index is left over" in problem.message
-    assert problem.message.endswith(f"go by the files alone: --leave {INDEX}")
+    assert f"it does not list {SHARD}. If the index is left over" in problem.message
+    assert problem.message.endswith(f"ignore it: --leave {INDEX}")
 
 
 def test_an_index_with_a_name_too_many_says_what_to_do(tmp_path: Path) -> None:
@@ -362,9 +364,11 @@ def test_an_index_with_a_name_too_many_says_what_to_do(tmp_path: Path) -> None:
     (awq / INDEX).write_text(json.dumps(document))
     (problem,) = refused(awq)
     assert (problem.code, problem.file, problem.tensor) == ("missing-tensor", shard, "model.gone.weight")
-    assert f"if the checkpoint is published so, go by the files alone: --leave {INDEX}" in problem.message
+    assert f"if the checkpoint was published like this, ignore the index: --leave {INDEX}" in problem.message
     result = convert(awq, tmp_path / "out", leave=[INDEX])
-    assert result.warnings[0].startswith(f"{INDEX} does not count, so all 2 .safetensors files of the folder are taken")
+    assert result.warnings[0].startswith(
+        f"{INDEX} is not used, so all 2 .safetensors files in the folder count as the checkpoint"
+    )
     assert result.warnings[0].endswith("; the output gets an index")
     assert result.warnings[1].endswith(f"{INDEX} ({(awq / INDEX).stat().st_size:,} bytes, as --leave says)")
     assert len(result.shards) == 2

@@ -333,7 +333,7 @@ def test_inspect_tells_the_sizes_and_what_stops_the_next(folder, size, line, mad
 @pytest.mark.parametrize(
     ("name", "shape", "bits", "why"),
     [
-        ("up_proj", (128, 128), 8, "8 bits with zero points, for which it has no kernel of experts"),
+        ("up_proj", (128, 128), 8, "8 bits with zero points, for which it has no expert kernel"),
         ("up_proj", (160, 128), 4, "experts of hidden size 160, which for its kernel must be a multiple of 64"),
         ("down_proj", (128, 160), 4, "experts of hidden size 160, which for its kernel must be a multiple of 64"),
     ],

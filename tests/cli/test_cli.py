@@ -290,7 +290,7 @@ FAILURES = {
 
 @pytest.mark.parametrize("command", FAILURES)
 def test_a_failure_is_told_on_both_streams_and_exits_1(command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    message = "nowhere: cannot open it as a checkpoint: there is no such file or folder"
+    message = "nowhere: cannot open it as a checkpoint: no such file or folder"
     assert run(capsys, *FAILURES[command]) == (1, "", f"error: {message}\n")
     assert run(capsys, *FAILURES[command], "--quiet") == (1, "", f"error: {message}\n")
     code, out, err = run(capsys, *FAILURES[command], "--json")
@@ -305,7 +305,7 @@ def test_a_failed_demo_exits_1(capsys: pytest.CaptureFixture[str]) -> None:
     Path("full", "x").touch()
     code, out, err = run(capsys, "demo", "full", "--json")
     (error,) = read_json(out, "demo", 1)["errors"]
-    assert (code, error["code"], err) == (1, "not-empty", "error: full: the folder is not empty; name another\n")
+    assert (code, error["code"], err) == (1, "not-empty", "error: full: the folder is not empty; choose another\n")
 
 
 def test_a_difference_exits_3(made: Path, damaged: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -356,7 +356,11 @@ USAGE = [
     ("convert a --device cpu --low-disk", "convert", "--device needs the whole source, which --low-disk removes"),
     ("batch a --device cpu --verify 0", "batch", "--device needs --verify: it runs the modules"),
     ("convert a --private", "convert", "--private needs --push-to"),
-    ("convert a --revision x", "convert", "--revision needs --push-to; a revision of the source is written behind"),
+    (
+        "convert a --revision x",
+        "convert",
+        "--revision needs --push-to; for a revision of the source, write org/name@REVISION",
+    ),
     ("convert a --commit-message x", "convert", "--commit-message needs --push-to"),
     ("convert a --push-to verify", "convert", "'verify' is not a repository name (org/name)"),
     ("push a b/c --create-pr --revision x", "push", "a pull request is opened on main; drop --revision"),
@@ -657,10 +661,10 @@ def test_an_error_on_a_terminal_stands_on_a_line_of_its_own(made: Path, damaged:
 
 MISTAKES = {
     "a_file_as_source": ("convert {made}/awq/config.json", "a checkpoint is a folder"),
-    "a_file_as_output": ("convert {made}/awq {made}/file", "there is a file of this name"),
+    "a_file_as_output": ("convert {made}/awq {made}/file", "a file of this name exists"),
     "the_source_as_output": ("convert {made}/awq {made}/awq", "the output folder is the source"),
-    "inside_the_source": ("convert {made}/awq {made}/awq/x", "lies inside the source"),
-    "above_the_source": ("convert {made}/awq {made}", "the source lies inside the output folder"),
+    "inside_the_source": ("convert {made}/awq {made}/awq/x", "is inside the source"),
+    "above_the_source": ("convert {made}/awq {made}", "the source is inside the output folder"),
     "finished_already": ("convert {made}/awq {made}/marlin", "use --overwrite to replace it"),
     "converted_already": ("convert {made}/marlin x", "already Marlin-native"),
     "unaligned_refused": ("convert {made}/awq x --unaligned error", "use --unaligned keep or pad"),
@@ -668,7 +672,7 @@ MISTAKES = {
     "not_converted": ("revert {made}/awq x", "there is nothing to revert"),
     "over_the_source": ("revert {made}/marlin {made}/awq", "the folder is not empty"),
     "not_a_checkpoint": ("inspect {made}", "there is no config.json"),
-    "a_very_long_name": ("inspect {long}", "does not take a name this long"),
+    "a_very_long_name": ("inspect {long}", "does not allow a name this long"),
 }
 
 
@@ -692,7 +696,7 @@ def test_a_picture_that_cannot_be_drawn_is_refused_before_the_work(
     code, out, err = run(capsys, *arguments, "errors.xyz")
     assert (code, out) == (1, "")
     assert "errors.xyz: a picture's name must end in .png" in err
-    assert run(capsys, *arguments, "none/errors.png")[2] == "error: none: there is no such file or folder\n"
+    assert run(capsys, *arguments, "none/errors.png")[2] == "error: none: no such file or folder\n"
 
 
 FULL = "error: cannot write to standard output: no space left on device\n"
@@ -706,7 +710,7 @@ FULL = "error: cannot write to standard output: no space left on device\n"
         ("inspect {made}/awq", ""),
         (
             "inspect {made}/none --json",
-            "error: {made}/none: cannot open it as a checkpoint: there is no such file or folder\n",
+            "error: {made}/none: cannot open it as a checkpoint: no such file or folder\n",
         ),
         ("revert {made}/marlin back --quiet --json", ""),
         ("--help", ""),

@@ -50,8 +50,8 @@ def say(made, capsys):  # noqa: ARG001 - in whose folder commands run
 @pytest.mark.parametrize(
     ("asked", "told"),
     [
-        ("none", "nothing, as --verify none asks; 'awq2marlin verify' compares everything"),
-        ("0", "nothing, as --verify none asks; 'awq2marlin verify' compares everything"),
+        ("none", "nothing (--verify none); 'awq2marlin verify' compares everything"),
+        ("0", "nothing (--verify none); 'awq2marlin verify' compares everything"),
         ("2", "2 modules value for value; 'awq2marlin verify' compares everything"),
         ("all", "6 modules value for value"),
     ],
@@ -101,7 +101,7 @@ def test_after_a_resume_only_what_was_written_counts(half_done, say):
     shutil.copytree("awq-marlin", "copy")
     told = say("convert", "awq").out
     assert f"wrote      {size_text(half_done)} in " in told
-    assert "; 2 of 4 shards were there" in told
+    assert "; 2 of 4 shards were already there" in told
     details = json.loads(say("convert", "awq", "copy", "--json").out)["details"]
     assert details["written_bytes"] == half_done
     assert len(details["resumed"]) == 2
@@ -178,11 +178,11 @@ def test_a_minus_is_standard_input(made, say, monkeypatch):
     monkeypatch.setattr(sys, "stdin", text)
     told = say("batch", "-", "--out-dir", "out", code=1)
     assert "2 items: 1 done, 1 failed\nrun the same command again to try what failed again\n" in told.out
-    assert "no record is kept of what becomes of a list from standard input; --record FILE keeps one" in told.err
+    assert "no record is kept for a list from standard input; pass --record FILE to keep one" in told.err
     assert sorted(path.name for path in made.iterdir()) == ["awq", "out"]
     assert (made / "out/awq-marlin/config.json").is_file()
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\n")))
-    assert "standard input: it names no source" in say("batch", "-", code=1).err
+    assert "standard input: the list is empty" in say("batch", "-", code=1).err
 
 
 def test_a_failure_is_told_once(say):
@@ -221,8 +221,8 @@ def test_a_list_where_no_record_can_be_written_is_told_of_the_option(say, monkey
     with monkeypatch.context() as patch:
         patch.setattr(batch_record.Lock, "acquire", denied)
         told = say("batch", "list", code=1).err
-    assert "list.record.jsonl: the record of the batch cannot be written there: " in told
-    assert "name another file with --record FILE" in told
+    assert "list.record.jsonl: the batch record cannot be written there: " in told
+    assert "pass another file with --record FILE" in told
     assert say("batch", "list", "--record", "elsewhere").out
 
 
@@ -238,7 +238,7 @@ def test_a_termination_is_told_like_an_interruption(tmp_path):
         signal.SIGTERM,
     )
     assert outcome.code == 143
-    told = "terminated (SIGTERM); the same command resumes where it stopped"
+    told = "terminated (SIGTERM); run the same command again to continue"
     assert outcome.err.splitlines()[-1] == f"error: {told}"
     assert (outcome.report["status"], outcome.error["message"]) == ("interrupted", told)
     assert not (out / "config.json").exists()

@@ -18,7 +18,7 @@ from awq2marlin.arguments import ArgumentError, Checked, kind_of
 from awq2marlin.commands.options import TARGET_OPTIONS, ConvertOptions, RevertOptions, Unaligned, VerifyOptions
 from awq2marlin.pipeline import plan
 
-SOURCE = "; a revision of the source is written behind its name: org/name@REVISION"
+SOURCE = "; for a revision of the source, write org/name@REVISION"
 
 WRONG: dict[str, dict[str, Any]] = {
     "unaligned must be 'keep', 'pad' or 'error', found 'maybe'": {"unaligned": "maybe"},

@@ -108,7 +108,9 @@ def test_a_file_that_is_not_the_one_that_comes_back_is_never_replaced(made, orig
     data[-1] ^= 1
     (original / name).write_bytes(data if same_size else data + b"x")
     before = digests(original)
-    with pytest.raises(OutputError, match="that is not the one that comes back, so it is not replaced") as caught:
+    with pytest.raises(
+        OutputError, match=("that differs from the one to be restored, and it is never replaced")
+    ) as caught:
         revert(made / "model-marlin", original, overwrite=True)
     assert caught.value.problems[0].code == "not-empty"
     assert name in str(caught.value)
@@ -119,7 +121,7 @@ def test_a_finished_conversion_is_never_replaced(made, tmp_path):
     out = tmp_path / "out"
     convert(made / "model-awq", out)
     before = digests(out)
-    with pytest.raises(OutputError, match="not replaced"):
+    with pytest.raises(OutputError, match="never replaced"):
         revert(made / "model-marlin", out, overwrite=True)
     assert digests(out) == before
 
@@ -191,9 +193,9 @@ def test_a_stopped_overwrite_gives_no_later_run_a_file_of_the_user(made, origina
     (original / SHARD).unlink()
     stopped(made, original, monkeypatch)
     before = states(original)
-    with pytest.raises(OutputError, match="which is not ours"):
+    with pytest.raises(OutputError, match="which awq2marlin did not write"):
         convert(tmp_path / "other", original, overwrite=True)
-    with pytest.raises(OutputError, match="not the one that comes back"):
+    with pytest.raises(OutputError, match="differs from the one to be restored"):
         revert(tmp_path / "other-marlin", original, overwrite=True)
     assert states(original) == before
 
@@ -205,7 +207,7 @@ def test_what_the_user_edits_after_a_stopped_overwrite_is_not_replaced(made, ori
     config = original / "config.json"
     config.write_bytes(config.read_bytes() + b"\n")
     before = states(original)
-    with pytest.raises(OutputError, match="not the one that comes back"):
+    with pytest.raises(OutputError, match="differs from the one to be restored"):
         revert(made / "model-marlin", original, overwrite=overwrite)
     assert states(original) == before
 

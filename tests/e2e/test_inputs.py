@@ -150,4 +150,4 @@ def test_the_output_does_not_depend_on_workers_time_or_path(name: str, tmp_path:
 def test_an_unlisted_tensor_is_a_warning_and_is_carried_over(tmp_path: Path) -> None:
     source = by_name("an_index_that_forgets_a_tensor").write(tmp_path / "source")
     result = convert(source, tmp_path / "output")
-    assert result.warnings == ("1 tensors are not in the index, the first is model.norm.weight",)
+    assert result.warnings == ("1 tensors are missing from the index; the first is model.norm.weight",)

@@ -136,7 +136,7 @@ REFUSED: dict[str, tuple[Change, str, str, str]] = {
         edit_header(lambda h: h[f"{Q_PROJ}.scales"].update(dtype="F32", shape=[1, 128])),
         "wrong-dtype",
         SINGLE,
-        "its type is F32, needed is F16 or BF16",
+        "its dtype is F32, expected F16 or BF16",
     ),
     "the_config_says_other_bits": (say(bits=8), "contradiction", SINGLE, "that fits 4 bits, the config says 8"),
     "the_config_says_another_group_size": (
@@ -172,7 +172,7 @@ REFUSED: dict[str, tuple[Change, str, str, str]] = {
         add_tensors({f"{Q_PROJ}.bias": ("F16", [64], bytes(128))}),
         "contradiction",
         SINGLE,
-        "needed is [128]",
+        "expected [128]",
     ),
     "gptq_shapes": (
         reshape(f"{Q_PROJ}.qweight", [16, 128]),
@@ -187,7 +187,7 @@ REFUSED: dict[str, tuple[Change, str, str, str]] = {
         lambda folder: (folder / SINGLE).unlink(),
         "no-weights",
         SINGLE,
-        "download the checkpoint completely",
+        "download the complete checkpoint",
     ),
     "no_quantized_modules": (
         edit_header(lambda h: [h.update({n.replace(".q", ".w"): h.pop(n)}) for n in list(h) if ".q" in n]),

@@ -13,12 +13,12 @@ from .helpers import check_rerun, contents, finished_shards, make_source, run_pr
 def check_interrupted(outcome):
     assert outcome.code == 130
     assert "Traceback" not in outcome.err
-    assert outcome.err.splitlines()[-1] == "error: interrupted; the same command resumes where it stopped"
+    assert outcome.err.splitlines()[-1] == "error: interrupted; run the same command again to continue"
     assert outcome.error == {
         "file": "",
         "tensor": "",
         "code": "interrupted",
-        "message": "interrupted; the same command resumes where it stopped",
+        "message": "interrupted; run the same command again to continue",
     }
 
 

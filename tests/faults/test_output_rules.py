@@ -144,7 +144,7 @@ def test_a_foreign_file_of_a_name_that_we_need_is_refused_before_anything_is_rem
     before = digests(out)
     error = refused(run("convert", copy, out, "--overwrite"))
     assert error["code"] == "not-empty"
-    assert "it holds vocab.txt, which is not ours; choose another folder" in error["message"]
+    assert "it holds vocab.txt, which awq2marlin did not write; choose another folder" in error["message"]
     assert digests(out) == before
     assert not (out / WORK).exists()
 
@@ -157,7 +157,10 @@ def test_a_foreign_file_where_we_need_a_folder_is_refused_before_anything_is_rem
     (copy / "assets").mkdir()
     (copy / "assets" / "logo.svg").write_text("the model's")
     before = digests(out)
-    assert "it holds assets, which is not ours" in refused(run("convert", copy, out, "--overwrite"))["message"]
+    assert (
+        "it holds assets, which awq2marlin did not write"
+        in refused(run("convert", copy, out, "--overwrite"))["message"]
+    )
     assert digests(out) == before
 
 

@@ -26,7 +26,7 @@ from .helpers import (
 )
 
 NO_SYNC = "the output's file system cannot make the names of files durable"
-NO_LOCK = "the output's file system has no locks, so a file stands for one"
+NO_LOCK = "the output's file system has no locks, so a lock file is used"
 NO_LOCKS = ("ENOLCK", "EOPNOTSUPP", "ENOSYS")
 
 
@@ -117,7 +117,7 @@ def test_without_locks_a_second_run_is_refused_and_told_who_has_it(poor, tmp_pat
     path = tmp_path / "lock"
     first, second = Lock(path), Lock(path)
     first.acquire()
-    with pytest.raises(HeldError, match=rf"process {os.getpid()} on .*if that one is gone, remove the file"):
+    with pytest.raises(HeldError, match=rf"process {os.getpid()} on .*if that process is gone, remove the file"):
         second.acquire()
     first.release(remove=True)
     second.acquire()
@@ -177,7 +177,7 @@ def test_a_file_that_names_nobody_may_be_a_live_process_s(poor, tmp_path):
     """The process was killed between making the file and writing into it, or is about to write."""
     poor(flock="ENOLCK")
     (tmp_path / "lock.owner").touch()
-    with pytest.raises(HeldError, match="a process that has not said who it is; if that one is gone, remove the file"):
+    with pytest.raises(HeldError, match="an unknown process; if that process is gone, remove the file"):
         Lock(tmp_path / "lock").acquire()
 
 
@@ -191,7 +191,7 @@ def test_a_process_of_another_machine_is_taken_for_alive_and_the_message_says_wh
     owned_by(out / WORK / "lock", 4711, f"not-{socket.gethostname()}")
     error = refused(run("convert", source, out))
     assert error["code"] == "in-use"
-    assert f"process 4711 on not-{socket.gethostname()}; if that one is gone, remove the file" in error["message"]
+    assert f"process 4711 on not-{socket.gethostname()}; if that process is gone, remove the file" in error["message"]
     assert str(out / WORK / "lock.owner") in error["message"]
     (out / WORK / "lock.owner").unlink()
     assert run("convert", source, out).code == 0

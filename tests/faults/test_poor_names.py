@@ -60,7 +60,7 @@ def test_a_conversion_leaves_them_behind_and_says_so_everywhere(named, tmp_path,
     assert report["left_behind"] == dict.fromkeys(left, REASON)
     assert not left & {*report["details"]["side_files"], *(each["name"] for each in report["files"])}
     (warning,) = report["warnings"]
-    assert warning.startswith("left behind, so that 'revert' cannot give it back: ")
+    assert warning.startswith("left behind, so 'revert' cannot restore it: ")
     assert f"fig:1.txt (9 bytes, {REASON})" in warning
     assert warning.endswith("rename it in a copy of the source")
     assert f"* `license`: 7 bytes, {REASON}" in (out / "README.md").read_text()
@@ -79,7 +79,7 @@ def test_the_way_back_leaves_them_behind_and_says_so(named, tmp_path, capsys, st
     left = {"fig:1.txt", "license", "x" * 200, "parts: 2/d.txt"}
     assert outcome.report["left_behind"] == dict.fromkeys(left, REASON)
     (warning,) = outcome.report["warnings"]
-    assert warning.startswith("the output's file system cannot hold some names, so these files did not come back: ")
+    assert warning.startswith("the output's file system does not allow some names, so these files were not restored: ")
     back = {name: data for name, data in contents(named).items() if name not in left}
     assert contents(tmp_path / "back") == back
     assert {each["name"] for each in outcome.report["files"]} == back.keys()

@@ -46,7 +46,7 @@ def test_a_damaged_finished_shard_is_made_again(unfinished, source, expected, ru
     damage(unfinished / SECOND)
     outcome = run("convert", source, unfinished)
     assert outcome.report["details"]["resumed"] == [FIRST]
-    assert f"{SECOND} was finished by an earlier run but is damaged now; it is made again" in outcome.err
+    assert f"{SECOND} was finished by an earlier run but is damaged now; it is written again" in outcome.err
     assert (unfinished / FIRST).stat().st_ino == kept
     assert contents(unfinished) == expected
 

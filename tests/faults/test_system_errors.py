@@ -29,7 +29,7 @@ from .helpers import (
 )
 
 MESSAGES = {
-    "ENOSPC": ("disk-full", "the disk is full; free some space and run the same command again, it resumes"),
+    "ENOSPC": ("disk-full", "the disk is full; free some space and run the same command again; it resumes"),
     "EIO": ("io-error", "the device reported an input/output error"),
     "EACCES": ("no-permission", "permission denied"),
     "EROFS": ("read-only", "the file system is mounted read-only"),

@@ -136,7 +136,7 @@ def test_json_names_the_layout_that_was_written(tmp_path: Path, capsys: pytest.C
 def test_zero_points_that_the_config_denies_must_all_be_in_the_middle(tmp_path: Path, to: str) -> None:
     recipe = Recipe({f"{PART}.o_proj": (128, 64)}, {}, group_size=32, has_qzeros=True, zero_point=False)
     write_checkpoint(tmp_path / "awq", recipe)
-    with pytest.raises(CheckpointError, match="these are not all in the middle; set it to the contrary") as caught:
+    with pytest.raises(CheckpointError, match="these are not all in the middle; if they count, reverse") as caught:
         convert(tmp_path / "awq", tmp_path / "out", to=to)
     assert [(each.tensor, each.code) for each in caught.value.problems] == [(f"{PART}.o_proj.qzeros", "contradiction")]
     assert not (tmp_path / "out" / "config.json").exists()
@@ -161,7 +161,7 @@ def test_a_file_of_which_nothing_would_be_left_is_refused(tmp_path: Path) -> Non
         peers.write_tensors(tmp_path / "ct" / file, mine)
     index = tmp_path / "ct" / "model.safetensors.index.json"
     index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}), "utf-8")
-    with pytest.raises(CheckpointError, match=r"b\.safetensors: nothing of this file is left in AWQ"):
+    with pytest.raises(CheckpointError, match=r"b\.safetensors: no tensor of this file remains in AWQ"):
         convert(tmp_path / "ct", tmp_path / "out", to="awq")
     assert not (tmp_path / "out").exists()
 
@@ -173,7 +173,7 @@ def test_an_item_of_a_batch_that_is_of_the_format_to_write_is_told_so(tmp_path: 
         sources = [str(tmp_path / "awq"), str(tmp_path / "ct")]
         refused, done = convert_many(sources, out_dir=tmp_path / "out", to="awq", dry_run=dry_run).items
         assert [(each.code, each.message) for each in refused.errors] == [
-            ("usage", "to is 'awq', and so is the source already")
+            ("usage", "to is 'awq', but the source already is")
         ]
         assert done.exit_code == 0
 

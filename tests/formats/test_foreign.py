@@ -50,7 +50,7 @@ CASES = {
         {f"{LAYER}.weight": tensor("F8_E4M3", 8, 8), f"{LAYER}.weight_scale_inv": tensor("F32", 1, 1)},
         {},
         ("fp8", 0, 0),
-        "floating-point numbers of 8 bits",
+        "8-bit floating-point numbers",
     ),
     "NVFP4 of compressed-tensors": (
         said(
@@ -61,14 +61,14 @@ CASES = {
         {},
         {},
         ("compressed-tensors", 4, 64),
-        "of format 'nvfp4-pack-quantized', which is not converted: its weights are floating-point numbers of 4 bits",
+        "of format 'nvfp4-pack-quantized', which is not converted: its weights are 4-bit floating-point numbers",
     ),
     "NVFP4 of ModelOpt": (
         {"model_type": "llama"},
         {f"{LAYER}.weight": tensor("U8", 8, 4), f"{LAYER}.weight_scale_2": tensor("F32")},
         {"hf_quant_config.json": {"quantization": {"quant_algo": "NVFP4", "group_size": 16}}},
         ("modelopt", 0, 16),
-        "a ModelOpt checkpoint (NVFP4), which is not converted: its weights are floating-point numbers of 4 bits",
+        "a ModelOpt checkpoint (NVFP4), which is not converted: its weights are 4-bit floating-point numbers",
     ),
     "AWQ of ModelOpt": (
         {"model_type": "llama"},
@@ -196,7 +196,7 @@ def test_what_is_said_of_it_on_the_screen_and_in_json(tmp_path, capsys):
     assert lines[1].endswith(f"1 file(s) of weights, 3 tensors, {(source / 'model.safetensors').stat().st_size} B")
     assert lines[2] == "types      2 U8, 1 F16"
     assert lines[3].startswith("it cannot be converted: this is a bitsandbytes checkpoint, which is not converted: its")
-    assert lines[3].endswith("look for such a version of this model")
+    assert lines[3].endswith("look for another version of this model")
     assert main(["inspect", str(source), "--json"]) == 0
     report = json.loads(capsys.readouterr().out)
     assert (report["status"], report["modules"], report["errors"]) == ("done", [], [])

@@ -214,7 +214,7 @@ def test_a_file_of_an_older_tool_that_speaks_of_another_format_is_told_of(made, 
     _, toy = made()
     (toy / "quant_config.json").write_text('{"quant_method": "awq", "bits": 4, "group_size": 64}')
     result = convert(toy, tmp_path / "out")
-    said = "quant_config.json is not used, config.json says how the checkpoint is quantized (it speaks of AWQ)"
+    said = "quant_config.json is ignored: config.json says how the checkpoint is quantized (it describes AWQ)"
     assert result.warnings == (said,)
     assert not (tmp_path / "out/quant_config.json").exists()
 

@@ -282,7 +282,7 @@ def test_a_symmetric_module_without_its_codes_is_not_carried_over_in_silence(tmp
 def test_experts_in_one_tensor_are_refused_by_name(source: Path, tmp_path: Path, run, name: str) -> None:
     set_tensors(source, _put(f"model.layers.0.{name}", "I32", np.zeros((2, 16, 16), np.int32)))
     outcome = run("convert", source, tmp_path / "out")
-    outcome.refused("foreign-format", "three dimensions", file=SHARD, tensor=f"model.layers.0.{name}")
+    outcome.refused("foreign-format", "this one 3-D tensor", file=SHARD, tensor=f"model.layers.0.{name}")
 
 
 @pytest.mark.parametrize("to", ["marlin", "awq"])

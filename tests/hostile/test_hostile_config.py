@@ -115,7 +115,7 @@ def test_beside_a_complete_config_it_is_told_of_and_comes_back(awq, tmp_path, ru
         return
     (warning,) = outcome.report["warnings"]
     said = part if content else "it is empty"
-    assert warning.startswith("quant_config.json is not used, config.json says how the checkpoint is quantized (")
+    assert warning.startswith("quant_config.json is ignored: config.json says how the checkpoint is quantized (")
     assert said in warning
     assert not (tmp_path / "out/quant_config.json").exists()
     assert run("verify", awq, tmp_path / "out").code == 0
@@ -154,7 +154,7 @@ FOREIGN = {
 def test_a_foreign_format_is_refused_by_name_with_advice(awq, refused, name: str) -> None:
     document, part = FOREIGN[name]
     set_config(awq, document)
-    refused("foreign-format", part, "which is not converted", "look for such a version of this model")
+    refused("foreign-format", part, "which is not converted", "look for another version of this model")
 
 
 def test_a_config_under_the_old_key_of_compressed_tensors_is_read(awq, refused) -> None:
@@ -182,7 +182,7 @@ def test_a_foreign_format_is_refused_wherever_it_stands(awq, refused) -> None:
 def test_a_foreign_config_of_an_older_tool_is_told_of_beside_a_complete_one(awq, run) -> None:
     (awq / "quantize_config.json").write_text(json.dumps({"bits": 4, "group_size": 64, "desc_act": True}))
     (warning,) = run("convert", awq, "--dry-run").report["warnings"]
-    assert "quantize_config.json is not used" in warning
+    assert "quantize_config.json is ignored" in warning
     assert "this is a GPTQ checkpoint" in warning
     (awq / "quantize_config.json").write_text(json.dumps({NASTY: NASTY}))
     assert len(run("inspect", awq).report["warnings"]) == 1
@@ -192,7 +192,7 @@ UNSUPPORTED = {
     "3 bits": (
         {**AWQ, "bits": 3},
         "unsupported-bits",
-        "to 3 bits; 4 and 8 are supported, so look for",
+        "to 3 bits; 4 and 8 are supported; look for",
     ),
     "2 bits": ({**AWQ, "bits": 2}, "unsupported-bits", "2 bits"),
     "bits as a string": ({**AWQ, "bits": "4"}, "unsupported-bits", "'4'"),
@@ -216,8 +216,12 @@ UNSUPPORTED = {
         "contradiction",
         "version 'gemm', format 'gemv_fast'",
     ),
-    "GEMV of 8 bits": ({**AWQ, "version": "gemv", "bits": 8}, "unsupported-bits", "AWQ gemv has 4 only"),
-    "GEMV fast of 8 bits": ({**AWQ, "version": "gemv_fast", "bits": 8}, "unsupported-bits", "AWQ gemv_fast has 4 only"),
+    "GEMV of 8 bits": ({**AWQ, "version": "gemv", "bits": 8}, "unsupported-bits", "AWQ gemv supports 4 bits only"),
+    "GEMV fast of 8 bits": (
+        {**AWQ, "version": "gemv_fast", "bits": 8},
+        "unsupported-bits",
+        "AWQ gemv_fast supports 4 bits only",
+    ),
     "Marlin with zero points": ({**AWQ, "version": "marlin"}, "contradiction", "has no zero points"),
     "two bits": ({**AWQ, "w_bit": 8}, "contradiction", "bits is 4, but w_bit is 8; correct a copy"),
     "two group sizes": ({**AWQ, "q_group_size": 128}, "contradiction", "group_size is 64, but q_group_size is 128"),
@@ -270,12 +274,12 @@ def test_all_three_configs_are_compared(awq, refused) -> None:
 
 def test_a_checkpoint_without_quantization_is_refused(awq, refused) -> None:
     (awq / "config.json").write_text('{"model_type": "llama"}')
-    refused("not-quantized", "not quantized", "Name one that is")
+    refused("not-quantized", "not quantized", "Pass one that is")
 
 
 def test_a_missing_config_is_refused(awq, refused) -> None:
     (awq / "config.json").unlink()
-    refused("no-config", "there is no config.json; name a complete checkpoint")
+    refused("no-config", "there is no config.json; pass a complete checkpoint folder")
 
 
 def test_pickled_weights_are_refused_unopened(awq, refused) -> None:
@@ -290,7 +294,7 @@ def test_no_weights_and_weights_without_an_index_are_refused(awq, refused) -> No
     refused("no-index", "there are 2 .safetensors files but no", file=INDEX)
     (awq / "a.safetensors").unlink()
     (awq / "b.safetensors").unlink()
-    refused("no-weights", "download the checkpoint completely", file=SHARD)
+    refused("no-weights", "download the complete checkpoint", file=SHARD)
 
 
 def test_an_already_converted_checkpoint_is_refused(marlin, tmp_path, run) -> None:
@@ -311,8 +315,8 @@ CONTRADICTIONS = {
     "no group size fits": ({}, {"scales": zeros("F16", 3, 64)}, SCALES, "fits no supported group size"),
     "transposed": ({}, {"scales": zeros("F16", 64, 2)}, SCALES, "perhaps it is packed in another layout"),
     "3 bits in truth": ({}, {"qweight": zeros("I32", 128, 6)}, SCALES, "qweight [128, 6] and 4 bits mean N=48"),
-    "one zero point for all": ({}, {"qzeros": zeros("I32", 1, 8)}, QZEROS, "its shape is [1, 8], needed is [2, 8]"),
-    "a short bias": ({}, {"bias": zeros("F16", 63)}, f"{MODULE}.bias", "its shape is [63], needed is [64]"),
+    "one zero point for all": ({}, {"qzeros": zeros("I32", 1, 8)}, QZEROS, "its shape is [1, 8], expected [2, 8]"),
+    "a short bias": ({}, {"bias": zeros("F16", 63)}, f"{MODULE}.bias", "its shape is [63], expected [64]"),
     "a weight besides": ({}, {"weight": zeros("F16", 64, 128)}, f"{MODULE}.weight", "both a qweight and a weight"),
 }
 
@@ -336,19 +340,24 @@ def test_a_config_that_says_awq_of_plain_tensors_is_refused(awq, refused) -> Non
 
 
 MODULE_FAULTS = {
-    "fp32 scales": ({"scales": zeros("F32", 2, 64)}, "wrong-dtype", SCALES, "its type is F32, needed is F16 or BF16"),
+    "fp32 scales": ({"scales": zeros("F32", 2, 64)}, "wrong-dtype", SCALES, "its dtype is F32, expected F16 or BF16"),
     "fp8 scales": ({"scales": zeros("F8_E4M3", 2, 64)}, "wrong-dtype", SCALES, "F8_E4M3"),
-    "int64 qweight": ({"qweight": zeros("I64", 128, 8)}, "wrong-dtype", QWEIGHT, "its type is I64, needed is I32"),
-    "unsigned qweight": ({"qweight": zeros("U32", 128, 8)}, "wrong-dtype", QWEIGHT, "needed is I32"),
-    "fp16 qzeros": ({"qzeros": zeros("F16", 2, 8)}, "wrong-dtype", QZEROS, "needed is I32"),
-    "flat qweight": ({"qweight": zeros("I32", 1024)}, "wrong-shape", QWEIGHT, "[1024], needed are two dimensions"),
-    "stacked qweight": ({"qweight": zeros("I32", 1, 128, 8)}, "wrong-shape", QWEIGHT, "two dimensions"),
-    "scalar scales": ({"scales": zeros("F16")}, "wrong-shape", SCALES, "[], needed are two dimensions"),
+    "int64 qweight": ({"qweight": zeros("I64", 128, 8)}, "wrong-dtype", QWEIGHT, "its dtype is I64, expected I32"),
+    "unsigned qweight": ({"qweight": zeros("U32", 128, 8)}, "wrong-dtype", QWEIGHT, "expected I32"),
+    "fp16 qzeros": ({"qzeros": zeros("F16", 2, 8)}, "wrong-dtype", QZEROS, "expected I32"),
+    "flat qweight": (
+        {"qweight": zeros("I32", 1024)},
+        "wrong-shape",
+        QWEIGHT,
+        "expected a 2-D tensor, found shape [1024]",
+    ),
+    "stacked qweight": ({"qweight": zeros("I32", 1, 128, 8)}, "wrong-shape", QWEIGHT, "expected a 2-D tensor"),
+    "scalar scales": ({"scales": zeros("F16")}, "wrong-shape", SCALES, "expected a 2-D tensor, found shape []"),
     "empty K": ({"qweight": zeros("I32", 0, 8)}, "wrong-shape", QWEIGHT, "K=0, N=64 is empty"),
     "empty N": ({"qweight": zeros("I32", 128, 0)}, "wrong-shape", QWEIGHT, "K=128, N=0 is empty"),
     "qzeros missing": ({"qzeros": None}, "missing-tensor", QZEROS, "(zero_point is true)"),
     "scales missing": ({"scales": None}, "missing-tensor", SCALES, "it is missing"),
-    "qweight missing": ({"qweight": None}, "missing-tensor", QWEIGHT, "['qzeros', 'scales'] are there"),
+    "qweight missing": ({"qweight": None}, "missing-tensor", QWEIGHT, "the module has qzeros and scales"),
     "GPTQ's g_idx": ({"g_idx": zeros("I32", 128)}, "foreign-format", f"{MODULE}.g_idx", "a GPTQ module"),
 }
 

@@ -75,7 +75,7 @@ UNCONVERTIBLE: dict[str, tuple[str, Callable[[Config], Any], str, str]] = {
     "a format that is none": (GPTQ, says(checkpoint_format=[]), "bad-config", "checkpoint_format must be a string"),
     "a packing to come": (AUTO, says(packing_format="auto_round:new"), "foreign-format", "'auto_round:new'"),
     "llm-compressor's": (AUTO, says(packing_format="auto_round:llm_compressor"), "foreign-format", "llm_compressor"),
-    "no packing": (AUTO, lambda config: config.pop("packing_format"), "foreign-format", "does not say packing_format."),
+    "no packing": (AUTO, lambda config: config.pop("packing_format"), "foreign-format", "has no packing_format."),
     "a packing of escapes": (AUTO, says(packing_format=NASTY), "foreign-format", r"x1b[31m"),
     "floats": (AUTO, says(data_type="mx_fp"), "foreign-format", "its data_type is 'mx_fp'"),
     "activations": (AUTO, says(act_bits=8), "foreign-format", "act_bits 8"),
@@ -146,21 +146,26 @@ WRONG_TENSORS: dict[str, tuple[Callable[[Tensors], Any], str, str, str]] = {
         _drop(f"{DOWN}.qweight", f"{DOWN}.qzeros", f"{DOWN}.scales"),
         "missing-tensor",
         f"{DOWN}.qweight",
-        "the module's g_idx is there",
+        "the module has g_idx",
     ),
     "scales of fp32": (_put(f"{DOWN}.scales", "F32", np.ones((2, 32))), "wrong-dtype", f"{DOWN}.scales", "F32"),
     "scales of another N": (
         _put(f"{DOWN}.scales", "F16", np.ones((2, 24))),
         "contradiction",
         f"{DOWN}.scales",
-        "needed is [2, 32]",
+        "expected [2, 32]",
     ),
-    "flat codes": (_put(f"{DOWN}.qweight", "I32", np.ones(512)), "wrong-shape", f"{DOWN}.qweight", "two dimensions"),
+    "flat codes": (
+        _put(f"{DOWN}.qweight", "I32", np.ones(512)),
+        "wrong-shape",
+        f"{DOWN}.qweight",
+        "expected a 2-D tensor",
+    ),
     "groups of another length": (
         _put(f"{DOWN}.g_idx", "I32", np.zeros(64)),
         "contradiction",
         f"{DOWN}.g_idx",
-        "needed is I32 [128]",
+        "expected I32 [128]",
     ),
     "groups of 64 bits": (_put(f"{DOWN}.g_idx", "I64", np.zeros(128)), "contradiction", f"{DOWN}.g_idx", "I64 [128]"),
     "columns that end inside a word": (
@@ -294,7 +299,7 @@ def test_rows_in_another_order_are_refused_by_name(source: Path, tmp_path: Path,
 
 
 SYMMETRIC = {
-    "gptq/gptqmodel_v1_w8_sym_channel": "set sym to false in a copy of the config, if they count",
+    "gptq/gptqmodel_v1_w8_sym_channel": "if they count, set sym to false in a copy of the config",
     "gptq/gptqmodel_v2_w4_sym_g32": "sym: true",
     "auto_round/gptq_w4_sym_g32": "sym: true",
     "auto_round/awq_w4_sym_g64": "sym: true",

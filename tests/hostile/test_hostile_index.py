@@ -109,7 +109,7 @@ def test_a_malformed_index_is_refused(awq, run, name: str) -> None:
 def test_a_file_that_the_index_names_must_be_there(awq, tmp_path, run) -> None:
     (awq / INDEX).write_text(json.dumps({"weight_map": {f"{MODULE}.qweight": "gone.safetensors"}}))
     run("convert", awq, tmp_path / "out").refused(
-        "missing-file", "the index names this file", "download it", file="gone.safetensors"
+        "missing-file", "the index lists this file", "download it", file="gone.safetensors"
     )
     assert not (tmp_path / "out").exists()
 
@@ -164,7 +164,7 @@ def test_a_tensor_in_two_shards_is_refused_unless_the_index_says_which_counts(tm
     outcome = run("inspect", folder)
     assert outcome.code == 1
     assert "duplicate-tensor" in outcome.codes
-    assert f"{second}: {twice}: {first} holds a tensor of this name too" in outcome.err
+    assert f"{second}: {twice}: {first} also holds a tensor of this name" in outcome.err
 
 
 def test_a_tensor_that_the_index_forgets_is_noted(tmp_path) -> None:
@@ -172,7 +172,7 @@ def test_a_tensor_that_the_index_forgets_is_noted(tmp_path) -> None:
     weight_map = _two_shards(folder)
     del weight_map["model.norm.weight"]
     (folder / INDEX).write_text(json.dumps({"weight_map": weight_map}))
-    assert open_checkpoint(folder).warnings == ("1 tensors are not in the index, the first is model.norm.weight",)
+    assert open_checkpoint(folder).warnings == ("1 tensors are missing from the index; the first is model.norm.weight",)
 
 
 def test_a_huge_index_of_one_entry_each_is_refused_in_time(awq, run) -> None:
@@ -220,7 +220,7 @@ def test_side_files_of_harmless_names_are_carried_shown_escaped_and_given_back(a
 )
 def test_a_side_file_of_a_hostile_name_is_refused(awq, tmp_path, run, name: str) -> None:
     (awq / name).write_text("x")
-    run("convert", awq, tmp_path / "out").refused("unsafe-name", "rename it")
+    run("convert", awq, tmp_path / "out").refused("unsafe-name", "rename or remove it")
     assert not (tmp_path / "out").exists()
 
 

@@ -94,7 +94,7 @@ def test_a_source_that_is_a_loop_or_a_file_is_refused(awq, tmp_path, run) -> Non
     (tmp_path / "loop").symlink_to("loop")
     run("inspect", tmp_path / "loop").refused("not-found", "loop")
     run("inspect", tmp_path / "gone").refused("not-found")
-    run("inspect", awq / SHARD).refused("not-a-folder", "name the folder")
+    run("inspect", awq / SHARD).refused("not-a-folder", "pass the folder")
 
 
 def test_a_hidden_or_stray_link_is_not_even_followed(awq, private, tmp_path) -> None:
@@ -320,7 +320,7 @@ def test_a_blob_must_be_what_its_name_says(farm, tmp_path, run, name: str) -> No
     other.write_bytes(data)
     unlink_and_link(farm / name, other)
     outcome = run("convert", farm, tmp_path / "out")
-    outcome.refused("wrong-digest", "its SHA-256 is", "the name under which its cache keeps it", file=name)
+    outcome.refused("wrong-digest", "its SHA-256 is", "its name in the Hub's cache", file=name)
     assert not (tmp_path / "out/config.json").exists()
     assert not (tmp_path / "out" / name).exists()
 
@@ -354,7 +354,7 @@ def test_a_dangling_link_is_called_one(awq, tmp_path, run, name: str) -> None:
     unlink_and_link(awq / name, tmp_path / "gone" / name)
     outcome = run("convert", awq, tmp_path / "out")
     outcome.refused(
-        "not-found", "a dangling link", f"it leads to {tmp_path}/gone/{name}", "fetch the file again", file=name
+        "not-found", "a dangling link", f"it leads to {tmp_path}/gone/{name}", "download the file again", file=name
     )
 
 
@@ -397,8 +397,11 @@ def test_links_on_the_user_s_word_do_not_go_with_a_push(awq, private, tmp_path, 
     (awq / "tokenizer.json").symlink_to(private)
     outcome = run("convert", awq, tmp_path / "out", "--follow-links", "--push-to", "org/name")
     assert outcome.code == 2
-    assert "--follow-links takes files from anywhere on this machine; it does not go with --push-to" in outcome.err
-    with pytest.raises(ValueError, match="follow_links takes files from anywhere"):
+    assert (
+        "--follow-links may read files from anywhere on this machine, so it cannot be used with "
+        "--push-to" in outcome.err
+    )
+    with pytest.raises(ValueError, match="follow_links may read files from anywhere"):
         convert(awq, tmp_path / "out", follow_links=True, push_to="org/name")
     assert not (tmp_path / "out").exists()
 

@@ -83,7 +83,7 @@ def test_a_malformed_manifest_is_refused(marlin, refused, name: str) -> None:
 
 def test_a_missing_or_huge_manifest_is_refused(marlin, refused) -> None:
     (marlin / MANIFEST).unlink()
-    refused("no-manifest", "download the checkpoint completely")
+    refused("no-manifest", "download the complete checkpoint")
     with (marlin / MANIFEST).open("wb") as stream:
         stream.truncate(256_000_001)
     refused("too-large", "it has 256000001 bytes, more than the 256000000 that are read; download it again")
@@ -142,7 +142,7 @@ def test_no_file_is_named_twice_or_inside_another(marlin, refused, key: str, nam
     document = document_of(marlin)
     document[key][name] = next(iter(document[key].values()))
     set_manifest(marlin, document)
-    refused("bad-manifest", "twice, or as a file and as a folder")
+    refused("bad-manifest", "twice, or both as a file and as a folder")
 
 
 @pytest.mark.parametrize(
@@ -388,7 +388,7 @@ def test_tensors_in_another_order_are_refused(marlin, refused) -> None:
             position += size
 
     _edit_header(marlin, swap)
-    refused("moved-tensor", "another order", file=SHARD)
+    refused("moved-tensor", "a different order", file=SHARD)
 
 
 def test_shards_that_are_not_there_or_not_named_are_refused(marlin, refused) -> None:
@@ -407,7 +407,7 @@ def test_a_file_that_the_manifest_names_must_be_there(marlin, refused) -> None:
     document = document_of(marlin)
     document["files"]["gone.txt"] = document["files"]["generation_config.json"]
     set_manifest(marlin, document)
-    refused("missing-file", "the manifest names this file", "download it", file="gone.txt", commands="revert")
+    refused("missing-file", "the manifest lists this file", "download it", file="gone.txt", commands="revert")
 
 
 @pytest.mark.parametrize(
@@ -416,8 +416,8 @@ def test_a_file_that_the_manifest_names_must_be_there(marlin, refused) -> None:
         ("{", "bad-json", "not valid JSON"),
         ("[" * 5000 + "]" * 5000, "bad-json", "nested too deeply"),
         ('{"a": 1, "a": 2}', "duplicate-key", "'a'"),
-        ("[]", "bad-manifest", "says nothing of a quantization"),
-        ("{}", "bad-manifest", "says nothing of a quantization"),
+        ("[]", "bad-manifest", "has no quantization config"),
+        ("{}", "bad-manifest", "has no quantization config"),
         ('{"quantization_config": 3}', "bad-config", "must hold a JSON object, found int"),
         ('{"quantization_config": {"quant_method": "fp8"}}', "foreign-format", "FP8"),
         ('{"quantization_config": {"quant_method": "marlin_native"}}', "bad-manifest", "it belongs to another"),
@@ -468,7 +468,7 @@ def test_a_wrong_sha256_is_a_difference(marlin, tmp_path, run) -> None:
     document["shards"][SHARD]["source"]["digests"].append("sha256:" + "0" * 64)
     set_manifest(marlin, document)
     run("revert", marlin, tmp_path / "back").differs(
-        "wrong-digest", "the restored file is not the original", "sha256:000", file=SHARD
+        "wrong-digest", "the restored file differs from the original", "sha256:000", file=SHARD
     )
     assert _no_config(tmp_path / "back")
 
@@ -508,7 +508,7 @@ def test_changed_data_is_a_difference(sound_awq, marlin, tmp_path, run) -> None:
     content = bytearray((marlin / SHARD).read_bytes())
     content[-1] ^= 1
     (marlin / SHARD).write_bytes(content)
-    run("revert", marlin, tmp_path / "back").differs("wrong-digest", "changed or damaged since", file=SHARD)
+    run("revert", marlin, tmp_path / "back").differs("wrong-digest", "changed or damaged afterwards", file=SHARD)
     assert _no_config(tmp_path / "back")
     run("verify", sound_awq, marlin).differs("different-bytes", file=SHARD)
 
@@ -524,7 +524,7 @@ def _quantization(folder: Path, **changes: Any) -> None:
 def test_unknown_modules_in_the_lists_are_refused(sound_awq, marlin, refused, run, key: str) -> None:
     listed = json.loads((marlin / "config.json").read_text("utf-8"))["quantization_config"][key]
     _quantization(marlin, **{key: [*listed, "model.gone\x1b[31m"]})
-    refused("unknown-module", f"{key} names", file="config.json", tensor="model.gone\x1b[31m")
+    refused("unknown-module", f"{key} lists", file="config.json", tensor="model.gone\x1b[31m")
     run("verify", sound_awq, marlin).differs("unknown-module", file="config.json")
     _quantization(marlin, **{key: [*listed, *listed]})
     refused("bad-config", f"{key} names a module twice", file="config.json")
@@ -545,7 +545,7 @@ def test_a_converted_module_called_kept_is_refused(marlin, refused) -> None:
 @pytest.mark.parametrize(
     ("padded_modules", "code", "part"),
     [
-        ({"model.gone": [64, 64]}, "unknown-module", "padded_modules names model.gone"),
+        ({"model.gone": [64, 64]}, "unknown-module", "padded_modules lists model.gone"),
         ({MODULE: [128, 65]}, "contradiction", "padded_modules says [128, 65], the source has [128, 64]"),
         ({MODULE: [64, 128]}, "contradiction", "padded_modules says"),
         ({KEPT: [64, 48]}, "contradiction", "both awq_modules and padded_modules"),

@@ -42,7 +42,7 @@ def test_a_lost_record_is_made_up_for_by_the_commit_where_disk_is_scarce(hub, re
     shard.write_bytes(data)
     (item,) = convert_many(entries).items
     assert (item.status, item.errors[0].code) == ("failed", "not-empty")
-    assert "it is not the file that was written" in item.errors[0].message
+    assert "the file differs from the one that was written" in item.errors[0].message
     (item,) = convert_many(entries, overwrite=True).items
     assert item.status == "done"
     assert contents(Path("model-awq-marlin")) == whole

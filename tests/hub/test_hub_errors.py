@@ -123,7 +123,7 @@ def test_something_else_at_the_endpoint(hub):
     hub.misbehave("/api/models/*", status=200, times=None)  # whose body is not what belongs there
     problem = read()
     assert problem.code == "hub-failed"
-    assert f"{hub.endpoint} does not answer as the Hub does" in problem.message
+    assert f"{hub.endpoint} is not a Hugging Face Hub" in problem.message
 
 
 def test_a_short_body(hub):

@@ -64,7 +64,7 @@ def test_the_endpoint_is_a_site_of_the_hub(monkeypatch):
     monkeypatch.setattr(constants, "ENDPOINT", "https://me:secret@mirror.example:8443/hub")
     assert parse_source("https://mirror.example:8443/hub/org/name/tree/v1") == HubName("org/name", "v1")
     for link in ("https://mirror.example/hub/org/name", "https://mirror.example:8443/hubs/org/name"):
-        with pytest.raises(CheckpointError, match="another site than the Hub"):
+        with pytest.raises(CheckpointError, match="this address is not on the Hub"):
             parse_source(link)
 
 
@@ -73,9 +73,9 @@ def test_what_is_pushed_to_is_named_like_a_source():
         assert PushTarget(named, revision="v1") == PushTarget("org/name", revision="v1")
     for wrong, said in (
         ("https://huggingface.co/datasets/org/name", "this is the address of a data set"),
-        ("https://example.com/org/name", "another site than the Hub"),
+        ("https://example.com/org/name", "this address is not on the Hub"),
         ("https://huggingface.co/org/name/tree/v1", "names the branch v1; give it as"),
-        ("hf://name", "a repository of the Hub is named"),
+        ("hf://name", "write a Hub repository as"),
     ):
         with pytest.raises(ValueError, match=said):
             PushTarget(wrong)
@@ -84,21 +84,21 @@ def test_what_is_pushed_to_is_named_like_a_source():
 @pytest.mark.parametrize(
     ("link", "said"),
     [
-        ("https://huggingface.co/datasets/org/name", "the address of a data set, not of a model; name it org/name"),
+        ("https://huggingface.co/datasets/org/name", "the address of a data set, not of a model; write org/name"),
         ("https://huggingface.co/spaces/org/name/tree/main", "the address of a space"),
         ("hf://datasets/org/name", "the address of a data set"),
         ("hf://spaces/org/name", "the address of a space"),
         ("https://huggingface.co/collections/org/x", "the address of a collection"),
         ("https://huggingface.co/api/models/org/name", "the Hub's interface for programs"),
-        ("https://huggingface.co/gpt2", "not the address of a model; name it org/name or hf://org/name"),
+        ("https://huggingface.co/gpt2", "not the address of a model; write org/name or hf://org/name"),
         ("https://huggingface.co/", "not the address of a model"),
         ("https://huggingface.co/org/na%20me", "not the address of a model"),
         ("https://huggingface.co/org/name/tree/..%2f..%2fx", "not the address of a model"),
         ("https://huggingface.co/org/name/tree/main/sub/dir", "the folder sub/dir in org/name@main; only whole"),
-        ("https://example.com/org/name", "another site than the Hub; download the checkpoint"),
-        ("https://huggingface.co.example.com/org/name", "another site"),
-        ("https://[::1/org/name", "no address"),
-        ("https://me:hf_secret@example.com/org/name", "another site"),
+        ("https://example.com/org/name", "this address is not on the Hub; download the checkpoint"),
+        ("https://huggingface.co.example.com/org/name", "not on the Hub"),
+        ("https://[::1/org/name", "not a valid address"),
+        ("https://me:hf_secret@example.com/org/name", "not on the Hub"),
     ],
 )
 def test_other_addresses_are_refused_in_words(run, hub, link, said):
@@ -129,7 +129,7 @@ def test_a_path_with_a_typo_is_not_sent_to_the_hub(run, hub, source, tmp_path):
         assert (outcome.code, outcome.error["code"]) == (1, "not-found"), outcome.err
         message = outcome.error["message"]
         assert message == (
-            "cannot open it as a checkpoint: there is no such file or folder (did you mean models/llama-awq?); it is "
+            "cannot open it as a checkpoint: no such file or folder (did you mean models/llama-awq?); it is "
             "taken for a path, as models is a folder here: hf://models/lama-awq is the Hub's"
         )
     assert hub.requests() == []
@@ -150,7 +150,7 @@ def test_every_error_of_a_bare_name_says_that_there_is_no_such_folder(run, hub, 
 
 
 def test_without_a_network_the_cache_is_offered_if_it_suffices(run, hub, monkeypatch):
-    offer = "the cache has this repository: set HF_HUB_OFFLINE=1 to use it as it is there"
+    offer = "the cache has this repository: set HF_HUB_OFFLINE=1 to use that copy"
     assert run("inspect", REPO).code == 0  # brings the config, but no weights
     monkeypatch.setattr(constants, "ENDPOINT", "http://no-such-host.invalid")
     outcome = run("inspect", REPO)
@@ -168,14 +168,14 @@ def test_without_a_network_the_cache_is_offered_if_it_suffices(run, hub, monkeyp
 def test_an_empty_name_is_refused(run, command):
     outcome = run(*command)
     assert (outcome.code, outcome.error["code"]) == (1, "not-found")
-    assert outcome.error["message"].startswith("the name of the checkpoint is empty")
+    assert outcome.error["message"].startswith("the checkpoint's name is empty")
 
 
 def test_an_empty_output_is_refused(run, source, tmp_path):
     for function in (convert, revert):
-        with pytest.raises(OutputError, match="the name of the output folder is empty"):
+        with pytest.raises(OutputError, match="the output folder's name is empty"):
             function(source, "")
-    with pytest.raises(OutputError, match="the name of the folder is empty"):
+    with pytest.raises(OutputError, match="the folder's name is empty"):
         push("", "org/name")
     for command in (["convert", source, ""], ["revert", source, ""], ["push", "", "org/name"]):
         outcome = run(*command)
@@ -232,7 +232,7 @@ def test_without_it_the_snapshots_are_named(cached, repository, text):
         Folder.at(cached)
     (problem,) = caught.value.problems
     assert problem.code == "not-found"
-    assert f"no snapshot of the default branch (refs/main); name one of its snapshots: {repository.commit().oid}" in (
+    assert f"no snapshot of the default branch (refs/main); pass one of its snapshots: {repository.commit().oid}" in (
         problem.message
     )
     shutil.rmtree(cached / "snapshots" / repository.commit().oid)
@@ -250,13 +250,11 @@ def test_a_folder_of_models_says_which_are_in_it(run, source, tmp_path, cached):
     error = run("convert", "models").error
     names = ", ".join(str(tmp_path / "models" / name) for name in ("one", "other"))
     assert error["code"] == "no-config"
-    assert (
-        error["message"] == f"there is no config.json; the checkpoints lie one folder further down; name one of {names}"
-    )
+    assert error["message"] == f"there is no config.json; the checkpoints are one folder deeper; pass one of {names}"
     shutil.rmtree(tmp_path / "models/one")
-    assert run("inspect", "models").error["message"].endswith(f"further down; name {tmp_path / 'models/other'}")
+    assert run("inspect", "models").error["message"].endswith(f"deeper; pass {tmp_path / 'models/other'}")
     assert str(cached) in run("inspect", cached.parent).error["message"]  # the cache itself
-    assert "name a complete checkpoint" in run("inspect", "models/empty").error["message"]
+    assert "pass a complete checkpoint folder" in run("inspect", "models/empty").error["message"]
 
 
 def test_weights_one_folder_further_down_are_named(run, source, tmp_path):
@@ -267,9 +265,9 @@ def test_weights_one_folder_further_down_are_named(run, source, tmp_path):
     (folder / "model.safetensors.index.json").unlink()
     error = run("inspect", folder).error
     assert error["code"] == "no-weights"
-    assert error["message"].endswith("there are some one folder further down, in weights; move them beside config.json")
+    assert error["message"].endswith("there are some one folder deeper, in weights; move them beside config.json")
     shutil.copy(folder / "config.json", folder / "weights")
-    assert run("inspect", folder).error["message"].endswith(f"one folder further down; name {folder / 'weights'}")
+    assert run("inspect", folder).error["message"].endswith(f"one folder deeper; pass {folder / 'weights'}")
 
 
 def test_a_repository_of_models_says_so(hub, run, source, tmp_path):
@@ -278,7 +276,7 @@ def test_a_repository_of_models_says_so(hub, run, source, tmp_path):
     error = run("inspect", "org/all").error
     assert error["code"] == "no-config"
     assert error["message"].endswith(
-        "one folder further down; only whole repositories are read, so download and name int4"
+        "one folder deeper; only whole repositories are read, so download it and pass int4"
     )
 
 
@@ -287,9 +285,9 @@ def test_a_file_of_a_checkpoint_names_its_folder(run, source, tmp_path):
     for name in ("config.json", shard_names(source)[0]):
         error = run("inspect", f"models/llama/{name}").error
         assert error["code"] == "not-a-folder"
-        assert error["message"].endswith("; name the folder models/llama")
+        assert error["message"].endswith("; pass the folder models/llama")
     shutil.copy(source / "config.json", tmp_path)
-    assert run("inspect", "config.json").error["message"].endswith("; name the folder .")
+    assert run("inspect", "config.json").error["message"].endswith("; pass the folder .")
 
 
 def test_an_unfinished_output_says_how_far_it_is(run, hub, source):

@@ -129,7 +129,7 @@ def test_what_comes_between_the_look_and_the_first_commit_is_not_overwritten(hub
     publication = Publication.open(target, NAMES)
     repository.add({CONFIG: b"theirs"})
     publication.create()
-    with pytest.raises(HubError, match="somebody else has committed"):
+    with pytest.raises(HubError, match="somebody else committed"):
         send(publication, CONFIG)
     assert repository.files()[CONFIG].read() == b"theirs"
 
@@ -137,7 +137,7 @@ def test_what_comes_between_the_look_and_the_first_commit_is_not_overwritten(hub
 def test_a_repository_that_appears_between_the_look_and_its_making_is_a_conflict(hub, target):
     publication = Publication.open(target, NAMES)
     hub.add_repository("org/new", {CONFIG: b"theirs"})
-    with pytest.raises(HubError, match="somebody else changes the repository"):
+    with pytest.raises(HubError, match="somebody else is changing the repository"):
         publication.create()
     assert hub.repository("org/new").files()[CONFIG].read() == b"theirs"
 

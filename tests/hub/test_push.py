@@ -333,7 +333,7 @@ def damage(path, at=-1):
 @pytest.mark.parametrize("name", [SHARD, "generation_config.json", "code/one.py"])
 def test_a_damaged_file_is_not_published(hub, marlin, name):
     damage(marlin / name)
-    assert f"{name}: it is not the file that the conversion wrote" in refused("wrong-digest", marlin, "org/new")
+    assert f"{name}: it differs from the file that the conversion wrote" in refused("wrong-digest", marlin, "org/new")
     assert hub.repositories() == []
     assert {each.method for each in hub.requests()} == {"GET"}
 
@@ -510,7 +510,7 @@ def test_the_command_tells_what_it_did(hub, marlin, capsys):
     assert f"committed  {hub.repository('org/new').commit().oid} in " in out
     assert f"see        {hub.endpoint}/org/new\n" in out
     assert main(["push", str(marlin), "org/new"]) == 0
-    assert "nothing had to be committed\n" in capsys.readouterr().out
+    assert "nothing to commit\n" in capsys.readouterr().out
     assert main(["push", str(marlin), "org/dry", "--dry-run"]) == 0
     assert "would upload 9 files" in capsys.readouterr().out
     assert main(["push", str(marlin), "org/new", "--quiet"]) == 0
@@ -575,7 +575,7 @@ def test_an_interrupted_command_says_that_it_resumes(hub, marlin):
     process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=60)
     assert process.returncode == 130
-    assert "error: interrupted; the same command resumes where it stopped" in err
+    assert "error: interrupted; run the same command again to continue" in err
     assert "Traceback" not in out + err
     assert hub.token not in out + err
     assert hub.repository("org/new").history() == []

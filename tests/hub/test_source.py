@@ -204,7 +204,7 @@ def test_a_branch_that_moves_is_followed_to_where_it_was(hub, run, repository):
     new = repository.add({"config.json": b"{}\n"}, "breaks it").oid
     outcome = run("convert", REPO, "out")
     assert outcome.code == 0, outcome.err
-    assert f"{REPO} has moved on to {new}; this run goes on with {old}" in outcome.err
+    assert f"{REPO} has moved on to {new}; this run continues with {old}" in outcome.err
     assert len(outcome.report["details"]["resumed"]) == 3
     assert contents(Path("out")) == contents(expected)
     assert run("convert", REPO, "out", "--overwrite").error["code"] == "not-quantized"

@@ -156,7 +156,7 @@ def test_wrong_contents_are_found_by_their_sha256(hub, run, converted, options, 
     assert not Path("out", name).exists()
     file.path.write_bytes(whole)
     if not options:  # the cache is the user's: he is told which file to remove
-        path = Path(message.split("remove ")[1].split(" if it is there")[0])
+        path = Path(message.split("remove ")[1].split(" and run")[0])
         assert path.is_relative_to(os.environ["HF_HOME"])
         assert refused(hub, run("convert", REPO, "out"), "wrong-digest")
         path.unlink()
@@ -177,7 +177,7 @@ def test_a_carried_file_of_other_contents_is_found_by_its_sha256(hub, run, optio
     assert not Path("out", "assets/table.bin").exists()
     stored.path.write_bytes(whole)
     if not options:
-        Path(message.split("remove ")[1].split(" if it is there")[0]).unlink()
+        Path(message.split("remove ")[1].split(" and run")[0]).unlink()
     assert run("convert", REPO, "out", *options).code == 0
     assert Path("out", "assets/table.bin").read_bytes() == bytes(1000)
 

@@ -28,7 +28,7 @@ def test_a_document_is_what_python_says(document):
     [('{"a": 1, "b": 2, "b": 3, "a": 4}', "b"), ('{"x": {"k": 1, "k": 1}}', "k"), ('{"": 1, "": 2}', "")],
 )
 def test_the_first_key_that_stands_twice_is_named(text, key):
-    assert refused(text.encode()) == ("duplicate-key", f"the key {key!r} stands there twice")
+    assert refused(text.encode()) == ("duplicate-key", f"the key {key!r} appears twice")
 
 
 @pytest.mark.parametrize("text", ["-0", '{"-0": -0}', "[1, -0]"])
@@ -43,7 +43,7 @@ def test_a_document_of_too_many_values_is_refused_before_it_is_parsed(monkeypatc
     for text in (f"[{','.join('1' * 101)}]", f"[{','.join(['[]'] * 60)}]", "{" * 101):
         code, message = refused(text.encode())
         assert code == "too-large"
-        assert "values, and at most 100 are read; download it again, or shorten it" in message
+        assert "values, but at most 100 are read; download it again, or shorten it" in message
 
 
 def test_a_long_document_must_be_ascii(monkeypatch):

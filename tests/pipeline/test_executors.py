@@ -130,7 +130,7 @@ def test_a_killed_process_is_told_in_words_and_the_same_call_resumes(made, tmp_p
     out = tmp_path / "out"
     with (
         ProcessPoolExecutor(2, mp_context=get_context("spawn")) as pool,
-        pytest.raises(ExecutorError, match="run the same command again, it resumes") as caught,
+        pytest.raises(ExecutorError, match="run the same command again to continue") as caught,
     ):
         convert(made / "source", out, executor=pool)
     assert caught.value.problems[0].code == "broken-executor"
@@ -168,7 +168,7 @@ def test_a_worker_that_sees_other_files_is_told(made, tmp_path, monkeypatch):
 
 def test_a_worker_of_another_version_is_told(made, tmp_path, monkeypatch):
     monkeypatch.setattr(pipeline, "ShardTask", partial(ShardTask, version="0.0.1"))
-    with ThreadPoolExecutor(1) as pool, pytest.raises(ExecutorError, match=r"begun with 0\.0\.1"):
+    with ThreadPoolExecutor(1) as pool, pytest.raises(ExecutorError, match=r"started with 0\.0\.1"):
         convert(made / "source", tmp_path / "out", executor=pool)
 
 

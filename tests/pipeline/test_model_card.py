@@ -253,7 +253,7 @@ def test_a_damaged_card_in_the_manifest_is_not_given_back(awq: Path, tmp_path: P
     document = json.loads(path.read_text())
     document["source_card"]["digests"] = ["xxh3_128:" + "0" * 32]
     path.write_text(json.dumps(document))
-    with pytest.raises(Exception, match=r"README.md: the text that the manifest keeps is not the one it recorded"):
+    with pytest.raises(Exception, match=r"README.md: the text in the manifest does not match its digest"):
         revert(tmp_path / "out", tmp_path / "back")
     assert not (tmp_path / "back").exists()
     document["source_card"]["name"] = "config.txt"

@@ -229,7 +229,7 @@ def test_other_keys_of_the_config_are_a_note(made: Path, tmp_path: Path) -> None
     other = copy(made / "awq", tmp_path / "other")
     edit_json("config.json", lambda config: config.update(rope_theta=1, model_type="gpt2"))(other)
     assert verify(made / "compressed-tensors", other).notes == (
-        "config.json: A and B say other things under model_type, rope_theta",
+        "config.json: A and B differ in model_type, rope_theta",
     )
 
 
@@ -294,7 +294,7 @@ def test_padding_must_be_zero(made: Path, tmp_path: Path, part: str) -> None:
     (problem,), result = differences(made / "compressed-tensors", padded)
     assert (problem.tensor, problem.code) == (f"{Q_PROJ}.{part}", "different-value")
     assert problem.message.startswith("padding at row ")
-    assert problem.message.endswith(" in B, needed is 0")
+    assert problem.message.endswith(" in B, expected 0")
     assert result.differences is not None
     assert [(each.padding, each.values.differing) for each in result.differences.modules] == [(1, 0)]
 
@@ -363,7 +363,7 @@ def test_a_derived_tensor_that_does_not_follow(made: Path, tmp_path: Path) -> No
     edit_tensor(changed, f"{UP}.weight_shape", flip(0, 1))
     (problem,), _ = differences(made / "awq", changed)
     assert (problem.tensor, problem.code) == (f"{UP}.weight_shape", "different-value")
-    assert problem.message.startswith("in B it does not hold what follows from its module's shape: K ends inside")
+    assert problem.message.startswith("in B its content does not match its module's shape: K ends inside")
 
 
 # --- many ----------------------------------------------------------------------------------------------------------
@@ -637,7 +637,7 @@ def test_a_manifest_of_another_conversion_is_no_way_back(made: Path, tmp_path: P
     convert(made / "source", tmp_path / "marlin")
     stray = copy(made / "source", tmp_path / "stray")
     shutil.copy(tmp_path / "marlin" / "marlin_manifest.json", stray)
-    with pytest.raises(CheckpointError, match="which this checkpoint is too, so it belongs to another"):
+    with pytest.raises(CheckpointError, match="but so is this checkpoint: it belongs to another one"):
         revert(stray, tmp_path / "back")
 
 

@@ -257,13 +257,13 @@ CONFIG_CHANGES: dict[str, tuple[Callable[[Path], None], str, str]] = {
     "an_unknown_module": (
         edit_quantization(lambda q: q["awq_modules"].append("model.x")),
         "unknown-module",
-        "awq_modules names model.x",
+        "awq_modules lists model.x",
     ),
     "awq_modules_not_sorted": (edit_quantization(lambda q: q["awq_modules"].reverse()), "config", "in awq_modules"),
     "an_unquantized_module_forgotten": (
         edit_quantization(lambda q: q["unquantized_modules"].pop()),
         "contradiction",
-        "unquantized_modules does not name it",
+        "unquantized_modules does not list it",
     ),
     "false_padded_modules": (
         edit_quantization(lambda q: q.update(padded_modules={UP: [192, 500]})),
@@ -487,7 +487,7 @@ def test_a_manifest_whose_source_header_is_another(pair: tuple[Path, Path], tmp_
 
 def test_a_missing_manifest_is_told(pair: tuple[Path, Path]) -> None:
     (pair[1] / MANIFEST).unlink()
-    with pytest.raises(CheckpointError, match="it is missing, so the source cannot be told"):
+    with pytest.raises(CheckpointError, match="it is missing, and without it the original cannot be restored"):
         verify(*pair)
 
 

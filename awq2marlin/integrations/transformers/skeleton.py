@@ -48,7 +48,7 @@ def read_headers(paths: Iterable[str]) -> TensorIndex:
     for file, header in headers.items():
         for name in header.tensors:
             if index.shard_of[name] != file:
-                message = f"{index.shard_of[name]} holds a tensor of this name too"
+                message = f"{index.shard_of[name]} also holds a tensor of this name"
                 raise refuse("duplicate-tensor", message, file=file, tensor=name)
     return index
 
@@ -205,7 +205,7 @@ class Skeleton:
             if name not in reached and not any(pattern.search(name) for pattern in optional)
         ]
         if missing:
-            message = "the model needs it, but no file of the checkpoint holds it; download the checkpoint completely"
+            message = "the model needs it, but no file of the checkpoint holds it; download the complete checkpoint"
             raise CheckpointError(Problem("", name, "missing-tensor", message) for name in missing)
 
 
