@@ -109,6 +109,29 @@ def test_commands_on_a_cpu_import_no_torch_and_no_client_of_the_hub(tmp_path):
     assert (back / "model.safetensors").read_bytes() == (source / "model.safetensors").read_bytes()
 
 
+CONVERSION = """
+import sys
+before = {*sys.modules}
+from awq2marlin.cli import main
+code = main(["convert", *sys.argv[1:], "--quiet"])
+loaded = {*sys.modules} - before
+print(code, *sorted({name.partition(".")[0] for name in loaded} - sys.stdlib_module_names))
+print(*sorted(name.rpartition(".")[2] for name in loaded if name.startswith("awq2marlin.formats.")))
+print(*sorted(loaded & {"importlib.metadata", "awq2marlin.cli.text", "awq2marlin.cli.json", "awq2marlin.cli.progress"}))
+"""
+
+
+def test_a_conversion_imports_what_it_needs_and_no_more(tmp_path):
+    """Importing is nine tenths of the time of a tiny conversion, and a second of every command if nobody looks."""
+    write_checkpoint(tmp_path / "source", llama_recipe(128, 256, 1, 64, 32, group_size=64))
+    run_python(CONVERSION, tmp_path / "source", tmp_path / "first")  # which may have to compile the kernels
+    assert run_python(CONVERSION, tmp_path / "source", tmp_path / "second").splitlines() == [
+        "0 awq2marlin click filelock llvmlite numpy xxhash",
+        "awq awq_gemm base config foreign marlin_native marlin_tensors names registry",
+        "",
+    ]
+
+
 PLAIN_CONVERSION = """
 import sys
 from awq2marlin.cli import main

@@ -63,10 +63,8 @@ def run(
     Raises:
         typer.Exit: with the exit code, if it is not 0.
     """
-    from awq2marlin.cli.progress import ConsoleProgress
-
     started = time.perf_counter()
-    progress = None if quiet else ConsoleProgress()
+    progress = None if quiet else _console_progress()
     try:
         result = work(progress)
     except BrokenPipeError:
@@ -88,6 +86,12 @@ def run(
             raise  # with its traceback
         raise typer.Exit(code) from None
     _tell_result(result, started, quiet, as_json)
+
+
+def _console_progress() -> Progress:
+    from awq2marlin.cli.progress import ConsoleProgress  # which a quiet command does not wait for
+
+    return ConsoleProgress()
 
 
 def _report_of_error(error: BaseException, command: str, where: Sequence[object], started: float) -> Report:

@@ -79,6 +79,9 @@ class AutoRound(Gptq):
         return super().find(tensors, quantization, shard_of)
 
 
+AUTO_ROUND = AutoRound()
+
+
 def _unsupported(what: str, place: str) -> CheckpointError:
     known = ", ".join(map(repr, _LAYOUTS))
     message = (

@@ -119,3 +119,6 @@ class AwqGemv(Awq):
         from awq2marlin.layout.reference import split_fields  # a conversion that compares nothing does not need it
 
         return split_fields(np.ascontiguousarray(rows, np.uint32), scheme.bits).T
+
+
+AWQ_GEMV = AwqGemv()

@@ -114,3 +114,6 @@ class AwqGemvFast(Awq):
             again = -(scales.astype(np.float64) * zeros).astype(np.float16)
         fits = np.isfinite(products) & np.isfinite(scales) & (again == products)
         return np.where(fits, zeros, _NO_ZERO_POINT).astype(np.uint8)
+
+
+AWQ_GEMV_FAST = AwqGemvFast()

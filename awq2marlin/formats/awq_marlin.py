@@ -60,6 +60,9 @@ class AwqMarlin(MarlinTensors, Awq):
         yield from super().faults(module, tensors, size_k, size_n, quantization)
 
 
+AWQ_MARLIN = AwqMarlin()
+
+
 def _size_fault(size_k: int, size_n: int, group_size: int) -> str:
     """Returns why the layout, which has no padding, cannot be of a size; empty if it can."""
     if reason := no_size(size_k, size_n):

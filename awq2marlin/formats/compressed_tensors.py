@@ -280,6 +280,7 @@ class OldCompressedTensors(CompressedTensors):
         return (rows.T.astype(np.int16) + scheme.middle).astype(np.uint8)
 
 
+COMPRESSED_TENSORS = CompressedTensors()
 OLD_COMPRESSED_TENSORS = OldCompressedTensors()
 
 

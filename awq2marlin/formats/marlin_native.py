@@ -185,6 +185,9 @@ class MarlinNative(MarlinTensors):
         return padded_shapes(sizes, scheme.group_size)
 
 
+MARLIN_NATIVE = MarlinNative()
+
+
 def _missing_from_lists(
     found: set[str], tensors: Mapping[str, TensorInfo], quantization: Quantization
 ) -> Iterator[Problem]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 from pathlib import Path
 
-from filelock import BaseFileLock, FileLock, SoftFileLock, Timeout
+from filelock import BaseFileLock, FileLock, Timeout
 
 from awq2marlin.errors import printable
 
@@ -63,6 +63,8 @@ class Lock:
             self._acquire_by_file()
 
     def _acquire_by_file(self) -> None:
+        from filelock import SoftFileLock  # a third of the library, which hardly anybody needs
+
         try:
             self._acquire(SoftFileLock(self._owner), _PATIENCE)
         except Timeout:

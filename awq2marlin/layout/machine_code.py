@@ -18,7 +18,6 @@ import sys
 import threading
 from collections.abc import Callable
 from functools import cache
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -88,13 +87,15 @@ def _key(name: str) -> str:
 
 @cache
 def _identity() -> str:
-    """Returns a digest of everything on which machine code depends."""
-    from llvmlite import binding
+    """Returns a digest of everything on which machine code depends.
+
+    A version of Numba wants one of llvmlite, so that one stands for both: looking Numba's up takes 10 ms.
+    """
+    from llvmlite import __version__, binding
 
     identity = [
         *(hashlib.sha256(file.read_bytes()).hexdigest() for file in (_KERNELS_FILE, Path(__file__))),
-        version("numba"),
-        version("llvmlite"),
+        __version__,
         sys.version_info[:2],
         platform.machine(),
         binding.get_default_triple(),

@@ -15,12 +15,12 @@ from hypothesis import strategies as st
 from awq2marlin import CheckpointError, convert, convert_many, inspect, revert, verify
 from awq2marlin.checkpoint.manifest import read_manifest
 from awq2marlin.checkpoint.synthetic import CompressedTensorsRecipe, Recipe, write_checkpoint
-from awq2marlin.formats import registry
+from awq2marlin.formats.registry import formats
 from awq2marlin.io.folder import Folder
 from tests.faults.helpers import contents, run_here
 from tests.formats import peers
 
-TARGETS = [format.layout_name for format in registry.FORMATS if format.is_target]
+TARGETS = [format.layout_name for format in formats() if format.is_target]
 
 #: (K, N): two that Marlin takes as they are, and some that it takes padded only, the last with one word of columns.
 SIZES = st.sampled_from([(128, 64), (64, 128), (128, 72), (192, 64), (64, 8)])

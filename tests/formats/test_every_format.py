@@ -21,7 +21,7 @@ from awq2marlin.checkpoint.opening import open_checkpoint
 from awq2marlin.checkpoint.part_rows import PartRows
 from awq2marlin.checkpoint.source import SourceCheckpoint
 from awq2marlin.errors import article
-from awq2marlin.formats.registry import FORMATS
+from awq2marlin.formats.registry import formats
 from awq2marlin.io.folder import Folder
 from awq2marlin.io.tensors import TensorFiles
 from tests.equality import assert_identical
@@ -36,7 +36,7 @@ FIXTURES = sorted(
     for folder in peers.ALL_DATA.glob("*/*/checkpoint")
     if folder.parts[-3] != "compressed_tensors" or folder.parts[-2] in SOME
 )
-TARGETS = [format for format in FORMATS if format.is_target]
+TARGETS = [format for format in formats() if format.is_target]
 
 
 def named(folder: Path) -> str:
@@ -201,7 +201,7 @@ def test_the_fixtures_are_of_every_kind() -> None:
         found = inspect(folder)
         kinds.setdefault(found.format, set()).add((found.bits, found.zero_point, found.group_size))
         kinds[found.format] |= {module.layout for module in found.modules}
-    sources = {format.name for format in FORMATS if format.is_source and not format.is_own}
+    sources = {format.name for format in formats() if format.is_source and not format.is_own}
     assert kinds.keys() == sources
     assert {"gptq", "gptq_v2", (4, True, 32), (4, False, 128), (8, True, 64), (8, False, -1)} <= kinds["gptq"]
     assert {"awq", "gptq", "gptq_v2", (4, True, 64), (4, False, 32), (8, False, -1)} <= kinds["auto-round"]

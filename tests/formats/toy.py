@@ -14,7 +14,7 @@ import numpy as np
 
 from awq2marlin.formats.base import DerivedTensor, Format, Quantization
 from awq2marlin.formats.config import first_of, method_of, scheme_of
-from awq2marlin.formats.registry import FORMATS
+from awq2marlin.formats.registry import REGISTERED
 from awq2marlin.layout import reference
 from awq2marlin.layout.repack import PartLayout, StrayBitsError
 
@@ -188,4 +188,4 @@ class MaskedToy(Toy):
 
 TOY, MASKED = Toy(), MaskedToy()
 if os.environ.get("AWQ2MARLIN_TEST_TOY"):
-    FORMATS.insert(0, TOY)
+    REGISTERED.insert(0, TOY)
