@@ -10,9 +10,8 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from types import NoneType, UnionType
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from awq2marlin.errors import printable
 
@@ -54,8 +53,7 @@ class ArgumentError(ValueError):
         return re.sub(r"\{(\w+)\}", lambda name: self._found.get(name[1]) or spell(name[1]), self._sentence)
 
 
-@dataclass(frozen=True)
-class Kind:
+class Kind(NamedTuple):
     """What an argument may be.
 
     Attributes:

@@ -9,8 +9,8 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
-from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import NamedTuple
 
 from awq2marlin.checkpoint.choice import Choice
 from awq2marlin.checkpoint.config import refuse_only_gguf
@@ -68,8 +68,7 @@ _NUMBERED = re.compile(r"(.*-)([0-9]{1,6})-of-([0-9]{1,6})\.safetensors")
 _MAX_NAMES_SHOWN = 8
 
 
-@dataclass(frozen=True)
-class Files:
+class Files(NamedTuple):
     """The files of a folder, sorted out by their names.
 
     Attributes:

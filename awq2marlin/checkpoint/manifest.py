@@ -11,7 +11,7 @@ import json
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal, NamedTuple, NoReturn
 
 from awq2marlin._version import __version__
 from awq2marlin.errors import CheckpointError, printable, refuse
@@ -43,8 +43,7 @@ Restores = Literal["files", "tensors"]
 _TEXT_NAMES = (CONFIG_FILENAME, *LEGACY_CONFIG_FILENAMES, INDEX_FILENAME, MANIFEST_FILENAME)
 
 
-@dataclass(frozen=True)
-class ManifestShard:
+class ManifestShard(NamedTuple):
     """One safetensors file.
 
     Attributes:
@@ -58,8 +57,7 @@ class ManifestShard:
     target: FileDigest
 
 
-@dataclass(frozen=True)
-class SourceCard:
+class SourceCard(NamedTuple):
     """The source's own model card, which need not be UTF-8; the output has one of ours.
 
     Attributes:

@@ -36,8 +36,7 @@ _COMMON_SIZES = (1, 2, 4, 8, 16, 32, 64)
 _MOST_RANKS = 1024
 
 
-@dataclass(frozen=True)
-class Heads:
+class Heads(NamedTuple):
     """The attention heads of a model.
 
     Attributes:
@@ -121,8 +120,7 @@ class Limit:
     reason: str
 
 
-@dataclass(frozen=True)
-class ParallelSizes:
+class ParallelSizes(NamedTuple):
     """Over how many ranks vLLM can cut a checkpoint.
 
     Attributes:

@@ -62,9 +62,9 @@ def _part(value: str) -> tuple[int, int]:
 
 def _formats(begun: str) -> list[str]:
     """Returns the names of formats that begin so, for the shell's completion."""
-    from awq2marlin.formats.registry import FORMATS  # brings NumPy along
+    from awq2marlin.formats.registry import formats  # brings NumPy along
 
-    return [each.layout_name for each in FORMATS if each.is_target and each.layout_name.startswith(begun)]
+    return [each.layout_name for each in formats() if each.is_target and each.layout_name.startswith(begun)]
 
 
 def path(value: str) -> Path:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import product
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -94,8 +94,7 @@ class StoredModule(Linear):
     stored_n: int
 
 
-@dataclass(frozen=True)
-class DerivedTensor:
+class DerivedTensor(NamedTuple):
     """A tensor of a module that holds nothing but what follows from the module's shape.
 
     Attributes:
@@ -606,8 +605,7 @@ def _with_mixed(
     return [Problem(shard_of[tensor], tensor, "foreign-format", message), *others]
 
 
-@dataclass(frozen=True)
-class _Kind:
+class _Kind(NamedTuple):
     """Bits and groups, as the shapes of a module show them.
 
     Attributes:

@@ -21,7 +21,7 @@ from awq2marlin.formats.marlin_native import MARLIN_NATIVE as MARLIN_NATIVE
 from awq2marlin.io.safetensors import TensorInfo
 
 #: File and name of each format, in the order in which they are asked whether a config is theirs.
-_HOMES = (
+HOMES = (
     ("marlin_native", "MARLIN_NATIVE"),
     ("awq_gemm", "AWQ_GEMM"),
     ("awq_gemv", "AWQ_GEMV"),
@@ -48,7 +48,7 @@ DEFAULT_TARGET: Format = MARLIN_NATIVE
 def formats() -> Iterator[Format]:
     """Yields every format, in the order in which they are asked."""
     yield from tuple(REGISTERED)
-    for file, name in _HOMES:
+    for file, name in HOMES:
         yield getattr(import_module(f"awq2marlin.formats.{file}"), name)
 
 

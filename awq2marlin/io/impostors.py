@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from awq2marlin.errors import CheckpointError, printable, refuse
 
@@ -14,8 +14,7 @@ _PAGES = ((b"<!doctype html", "an HTML page"), (b"<html", "an HTML page"), (b"<?
 _JSON = "JSON"
 
 
-@dataclass(frozen=True)
-class Impostor:
+class Impostor(NamedTuple):
     """What a file is, that should be another.
 
     Attributes:

@@ -14,7 +14,6 @@ import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, Protocol
 
@@ -56,8 +55,7 @@ class Hash(Protocol):
         """Returns the digest of all bytes so far."""
 
 
-@dataclass(frozen=True)
-class Step:
+class Step(NamedTuple):
     """A piece's part in filling or emptying the buffer that the pass has for all its pieces.
 
     Some pieces that follow one another read and write nothing: together they fill the buffer. The pieces after them
@@ -75,8 +73,7 @@ class Step:
     at: int = 0
 
 
-@dataclass(frozen=True)
-class Piece:
+class Piece(NamedTuple):
     """A piece of a rewrite; offsets are in the files, in bytes.
 
     Attributes:

@@ -7,7 +7,6 @@ columns are words along K, as in `transposed`.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
@@ -24,7 +23,6 @@ COLUMNS_IN_TURN = 4
 CODES_IN_TURN = 64
 
 
-@dataclass(frozen=True)
 class InterleavedCodes(Transposed):
     """Codes int16 [N / 4, K]; K is a multiple of 64, N of 4."""
 

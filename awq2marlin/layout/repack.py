@@ -229,7 +229,6 @@ class PartLayout:
             )
 
 
-@dataclass(frozen=True)
 class MarlinWeight(PartLayout):
     """Codes in Marlin's tiles of 16 rows by 64 columns; pictured in kernels/README.md."""
 
@@ -257,7 +256,6 @@ class MarlinWeight(PartLayout):
         kernel(name)(address(source), address(target), address(scratch), tile_rows, row_words)
 
 
-@dataclass(frozen=True)
 class _Permuted(PartLayout):
     """Rows whose columns stand in another order."""
 
@@ -277,7 +275,6 @@ class _Permuted(PartLayout):
         raise NotImplementedError
 
 
-@dataclass(frozen=True)
 class MarlinZeroPoints(_Permuted):
     """Zero points in Marlin's order: columns permuted in blocks of 64, then interleaved in each word."""
 

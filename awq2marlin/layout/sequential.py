@@ -6,7 +6,6 @@ zero points lies along N, as AWQ's does, in another order; the oldest version st
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
@@ -19,7 +18,6 @@ from awq2marlin.layout.tiles import Words, rows_to_words, tiles_to_words, words_
 _SWAPS: dict[int, tuple[tuple[int, int], ...]] = {4: ((4, 0x00F000F0), (8, 0x0000FF00)), 8: ((8, 0x0000FF00),)}
 
 
-@dataclass(frozen=True)
 class SequentialCodes(PartLayout):
     """Codes int32 [K / f, N], packed along K: field i of word n of row r is row r * f + i of column n."""
 
@@ -64,7 +62,6 @@ class SequentialCodes(PartLayout):
         return data.view(np.uint32).reshape(-1, self.columns)
 
 
-@dataclass(frozen=True)
 class SequentialZeroPoints(PartLayout):
     """Zero points int32 [G, N / f], packed along N: field i of a word is its i-th column. GPTQ v2 writes them so."""
 
@@ -93,7 +90,6 @@ class SequentialZeroPoints(PartLayout):
         return words
 
 
-@dataclass(frozen=True)
 class BorrowingZeroPoints(SequentialZeroPoints):
     """The same with 1 less in every field, taken from the word as a whole: a zero point of 0 borrows from the next.
 
@@ -112,7 +108,6 @@ class BorrowingZeroPoints(SequentialZeroPoints):
         return np.uint32(0xFFFFFFFF // ((1 << self.bits) - 1))
 
 
-@dataclass(frozen=True)
 class LowerZeroPoints(BorrowingZeroPoints):
     """The same with 1 less in every field, taken from each: GPTQ's first version, whoever wrote it.
 

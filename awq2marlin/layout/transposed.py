@@ -7,7 +7,6 @@ column, is zero in every tensor that is written; one that has anything else ther
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
@@ -24,7 +23,6 @@ Bytes = npt.NDArray[np.uint8]
 _LINE_BYTES = 64
 
 
-@dataclass(frozen=True)
 class Transposed(PartLayout):
     """A tensor that holds columns one after the other."""
 
@@ -81,7 +79,6 @@ class Transposed(PartLayout):
         return count
 
 
-@dataclass(frozen=True)
 class TransposedCodes(Transposed):
     """Codes int32 [N, ceil(K / f)], packed along K: field i of word w of row n is row w * f + i of column n."""
 
@@ -133,7 +130,6 @@ class TransposedCodes(Transposed):
         return table[:, first // factor : -(-(first + count) // factor)].T
 
 
-@dataclass(frozen=True)
 class TransposedZeroPoints(Transposed):
     """Zero points int32 [ceil(N / f), G], packed along N: field i of word g of row w is group g of column w * f + i."""
 
@@ -168,7 +164,6 @@ class TransposedZeroPoints(Transposed):
         turn(address(source), address(target), 0, self.row_bytes // 4, count, self.rows)
 
 
-@dataclass(frozen=True)
 class SignedZeroPoints(Transposed):
     """Zero points int8 [N, G], not packed: z - 2^(b-1)."""
 
@@ -206,7 +201,6 @@ class SignedZeroPoints(Transposed):
         return TransposedZeroPoints(self.part, self.bits, count, self.columns)
 
 
-@dataclass(frozen=True)
 class TransposedScales(Transposed):
     """Scales [N, G], 16 bits each."""
 

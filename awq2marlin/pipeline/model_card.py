@@ -36,7 +36,7 @@ _MAX_FILES_SHOWN = 100
 
 _FRONT_MATTER = re.compile(r"\A\s*---[ \t]*\r?\n(.*?)^---[ \t]*(?:\r?\n|\Z)", re.DOTALL | re.MULTILINE)
 _YAML = "tag:yaml.org,2002:"
-_WORD = re.compile(r"(?!(?:null|true|false|yes|no|on|off|y|n)\Z)[a-z][a-z0-9_-]*|[0-9]-bit", re.IGNORECASE)
+_WORD = r"(?i)(?!(?:null|true|false|yes|no|on|off|y|n)\Z)[a-z][a-z0-9_-]*|[0-9]-bit"  # compiled where it is needed
 _TAGS = {_YAML + kind for kind in ("str", "int", "float", "bool", "null", "timestamp", "map", "seq")}
 _HINT = f"(`{PLACEHOLDER}` is this folder's path, or the repository's name.)\n\n"
 _HUB = "https://huggingface.co"
@@ -256,7 +256,7 @@ def merge_front_matter(source: str, own: dict[str, str | list[str]]) -> tuple[st
 
 def _is_word(value: str | list[str]) -> bool:
     """Returns whether YAML needs no quotes for a text, or for every text of a list, and takes it for text."""
-    return all(_WORD.fullmatch(each) for each in ([value] if isinstance(value, str) else value))
+    return all(re.fullmatch(_WORD, each) for each in ([value] if isinstance(value, str) else value))
 
 
 def _lines(own: dict[str, str | list[str]]) -> Iterator[str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Set
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from awq2marlin.checkpoint.counterparts import Row
 from awq2marlin.formats.names import CONFIG_FILENAME
@@ -18,8 +18,7 @@ from awq2marlin.io.source import Source
 from awq2marlin.layout.repack import Place, Repack, Rewrite
 
 
-@dataclass(frozen=True, slots=True)
-class Span:
+class Span(NamedTuple):
     """A run of a shard's data and what is done with it; offsets are into the data, in bytes.
 
     Attributes:
@@ -56,8 +55,7 @@ class ShardPlan:
         return [place for place in places if place is not None and place.file != self.name]
 
 
-@dataclass(frozen=True)
-class Expected:
+class Expected(NamedTuple):
     """What a shard has to be: digests that were recorded when it was converted.
 
     Attributes:
