@@ -12,6 +12,7 @@ import torch
 from transformers.core_model_loading import revert_weight_conversion
 
 from awq2marlin.integrations.saved import complete_saved
+from awq2marlin.integrations.transformers.experts import separate_experts
 from awq2marlin.layout.modules import ModulePlan
 
 #: Options of ``push_to_hub`` that ``save_pretrained`` passes on.
@@ -56,7 +57,8 @@ def save_pretrained(model: Any, *args: Any, **kwargs: Any) -> None:
     extra = given.get("kwargs", {})
     to_hub = {name: extra.pop(name) for name in _HUB_OPTIONS if name in extra}
     to_hub |= {name: given[name] for name in ("token", "max_shard_size") if name in given}
-    original(*call.args, **call.kwargs)
+    with separate_experts(model):
+        original(*call.args, **call.kwargs)
     if not given.get("is_main_process", True):
         return
     root = Path(given["save_directory"])

@@ -18,7 +18,7 @@ from awq2marlin.formats.base import Quantization
 from awq2marlin.formats.names import INDEX_FILENAME
 from awq2marlin.formats.registry import MARLIN_NATIVE
 from awq2marlin.gemm.linear import MarlinLinear
-from awq2marlin.integrations.transformers.experts import MarlinExperts
+from awq2marlin.integrations.transformers.experts import MarlinExperts, activation_of
 from awq2marlin.integrations.transformers.names import ExpertsPlan, Renamings, find_places
 from awq2marlin.io.folder import Folder, read_header_of
 from awq2marlin.io.safetensors import TensorIndex
@@ -94,7 +94,7 @@ class Skeleton:
         self._dtypes = {name: parameter.dtype for name, parameter in self._model.named_parameters()}
 
     def finish(self) -> None:
-        """Brings the loaded model to the types it was built with, and freezes the packed layers.
+        """Brings the loaded model to the types it was built with, freezes packed layers and moves experts together.
 
         Some versions of Transformers load a tensor that was renamed in the type of the file.
         """
@@ -105,6 +105,8 @@ class Skeleton:
         for module in self._model.modules():
             if isinstance(module, MarlinLinear):
                 module.requires_grad_(False)
+            if isinstance(module, MarlinExperts):
+                module.stack()
 
     def _replace_linear(self, name: str, plan: ModulePlan) -> list[Problem]:
         old = self._model.get_submodule(name)
@@ -166,7 +168,8 @@ class Skeleton:
         activate = old._apply_gate if old.has_gate else old.act_fn
         for parameter in list(old._parameters):  # only its activation lives on
             delattr(old, parameter)
-        setattr(self._model.get_submodule(parent), child, MarlinExperts(layers, roles, activate))
+        new = MarlinExperts(layers, roles, activate, activation_of(old))
+        setattr(self._model.get_submodule(parent), child, new)
         return []
 
     def _expert_problems(self, name: str, plan: ExpertsPlan) -> Iterator[Problem]:

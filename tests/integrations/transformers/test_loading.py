@@ -201,11 +201,19 @@ def test_compiles_as_a_whole(make_case: MakeCase, prompt: torch.Tensor) -> None:
         assert torch.equal(compiled(prompt).logits.float(), expected)
 
 
-def test_experts_compile_with_a_break(make_case: MakeCase, prompt: torch.Tensor) -> None:
-    model = make_case("mixtral").load()
+@pytest.mark.parametrize("architecture", ["mixtral", "qwen2 moe"])
+def test_experts_compile_as_a_whole(make_case: MakeCase, prompt: torch.Tensor, architecture: str) -> None:
+    model = make_case(architecture).load(device_map="cpu")
     expected = logits(model, prompt)
     with torch.no_grad():
-        assert torch.equal(torch.compile(model, backend="eager")(prompt).logits.float(), expected)
+        assert torch.equal(torch.compile(model, backend="eager", fullgraph=True)(prompt).logits.float(), expected)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch.compile looks at it
+def test_experts_that_need_gradients_compile_with_a_break(make_case: MakeCase, prompt: torch.Tensor) -> None:
+    model = make_case("mixtral").load()
+    expected = model(prompt).logits
+    assert torch.equal(torch.compile(model, backend="eager")(prompt).logits, expected)
 
 
 @pytest.mark.parametrize("architecture", ["unaligned", "qwen3 moe"])
