@@ -42,9 +42,6 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-#: The common base of the command line parser's usage errors.
-_UsageError: type[Exception] = typer.BadParameter.__mro__[1]
-
 
 @app.callback(invoke_without_command=True)
 def _root(
@@ -220,7 +217,7 @@ def verify(
     """
     options = opt.made(VerifyOptions, locals())
     if plot is not None and device is None:
-        raise typer.BadParameter("--plot needs --device: there is nothing to plot otherwise")
+        raise opt.UsageError("--plot needs --device: there is nothing to plot otherwise")
 
     def work(progress: Progress | None) -> Any:
         from awq2marlin.commands.verify import verify
@@ -437,7 +434,7 @@ def _main(arguments: list[str]) -> int:
     group: Any = typer.main.get_command(app)
     try:
         code = group.main(args=arguments, prog_name="awq2marlin", standalone_mode=False)
-    except _UsageError as error:
+    except opt.UsageError as error:
         command = next((name for name in arguments[:1] if name in group.commands), "")
         return tell_usage_error(error.format_message(), command, "--json" in arguments)  # type: ignore[attr-defined]
     except (KeyboardInterrupt, typer.Abort) as error:

@@ -19,6 +19,9 @@ from awq2marlin.verification import sampling
 
 _Options = TypeVar("_Options", bound=Checked)
 
+#: What is wrong with a command line as a whole: the common base of the parser's usage errors.
+UsageError: type[Exception] = typer.BadParameter.__mro__[1]
+
 
 def option_of(name: str) -> str:
     """Returns how the command line spells an argument."""
@@ -33,12 +36,12 @@ def made(kind: type[_Options], given: Mapping[str, Any]) -> _Options:
         given: the command's arguments by name; what is no option of the class is left aside.
 
     Raises:
-        typer.BadParameter: if they are wrong, or do not go together.
+        UsageError: if they are wrong, or cannot be used together.
     """
     try:
         return kind.of(given)
     except ArgumentError as error:
-        raise typer.BadParameter(error.spelled(option_of)) from None
+        raise UsageError(error.spelled(option_of)) from None
 
 
 def _number_or(*words: str) -> Callable[[object], int | str]:

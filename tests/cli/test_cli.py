@@ -382,6 +382,7 @@ def test_a_usage_error_exits_2(line: str, command: str, text: str, capsys: pytes
     code, out, err = run(capsys, *line.split(" "))
     assert (code, out) == (2, "")
     assert text in err or "unexpected extra" in err
+    assert "Invalid value: " not in err
     assert err.startswith("usage error: ")
     assert err.endswith(f"\nTry 'awq2marlin {command} --help'.\n" if command else "\nTry 'awq2marlin --help'.\n")
     assert "\x1b" not in err

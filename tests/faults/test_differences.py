@@ -91,10 +91,10 @@ def change_header(path):
 
 
 CHANGES = {
-    "its header changed": (change_header, "changed", "the file changed after it was planned with"),
+    "its header changed": (change_header, "changed", "the file changed during the conversion"),
     "it became shorter": (lambda path: os.truncate(path, path.stat().st_size - 1), "changed", "the file changed"),
     "it became longer": (lambda path: path.write_bytes(path.read_bytes() + b"x"), "changed", "the file changed"),
-    "it went away": (lambda path: path.unlink(), "not-found", "there is no such file"),
+    "it went away": (lambda path: path.unlink(), "not-found", "no such file"),
 }
 
 

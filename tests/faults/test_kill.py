@@ -147,6 +147,6 @@ def test_a_second_process_is_refused_and_the_first_finishes(large, tmp_path):
         assert refused.code == 1
         assert refused.error["code"] == "in-use"
         assert refused.error["file"] == str(out)
-        assert "another process is writing this folder" in refused.err
+        assert "another process is writing to this folder" in refused.err
     assert finish(first).code == 0
     assert contents(out) == contents(large / "marlin")

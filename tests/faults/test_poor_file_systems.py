@@ -25,7 +25,7 @@ from .helpers import (
     start,
 )
 
-NO_SYNC = "the output's file system cannot make the names of files durable"
+NO_SYNC = "the output's file system cannot sync folders"
 NO_LOCK = "the output's file system has no locks, so a lock file is used"
 NO_LOCKS = ("ENOLCK", "EOPNOTSUPP", "ENOSYS")
 

@@ -72,7 +72,7 @@ def test_a_source_with_other_values_under_the_same_header_is_refused(unfinished,
     error = refused(run("convert", other, unfinished))
     assert error["code"] == "other-plan"
     assert error["file"] == str(unfinished)
-    assert f"{SECOND} has other contents now" in error["message"]
+    assert f"{SECOND} has changed" in error["message"]
     assert [digests(unfinished)[name] for name in kept] == before
 
 

@@ -231,7 +231,7 @@ def test_output_that_is_a_file_is_refused(source, run, tmp_path):
     out.write_text("mine")
     error = refused(run("convert", source, out))
     assert (error["code"], error["file"]) == ("not-a-folder", str(out))
-    assert "there is a file of this name" in error["message"]
+    assert "a file of this name exists" in error["message"]
     assert out.read_text() == "mine"
 
 
