@@ -108,7 +108,7 @@ def hub_metadata(repository: str, revision: str | None) -> dict[str, Any] | None
     import huggingface_hub
 
     try:
-        files = huggingface_hub.get_safetensors_metadata(repository, revision=revision).files_metadata
+        files = huggingface_hub.HfApi().get_safetensors_metadata(repository, revision=revision).files_metadata
     except Exception:  # no network, no such repository, another site's name: whoever loads it will say so
         return None
     return {

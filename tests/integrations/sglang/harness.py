@@ -1,5 +1,6 @@
 """Layers and models of SGLang, built as one rank of several; only their kernels are not, which need a GPU."""
 
+import sys
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from unittest import mock
@@ -14,7 +15,7 @@ from sglang.srt.model_loader.loader import get_model_loader
 from sglang.srt.plugins.hook_registry import HookRegistry
 from sglang.srt.runtime_context import get_context, get_parallel
 
-from awq2marlin.integrations.sglang import hooks  # noqa: F401 - registers the method, as an SGLang process does
+from awq2marlin.integrations.sglang import hooks, kernels  # noqa: F401 - registers the method, as an SGLang process does
 from awq2marlin.integrations.sglang.config import MarlinNativeConfig
 from awq2marlin.integrations.sglang.kernels import RECUT_NOTE
 from tests.integrations.serving import harness
@@ -36,12 +37,41 @@ from tests.integrations.serving.harness import (
 )
 
 __all__ = [
-    "PACKED", "RECUT_NOTE", "Model", "apart", "as_rank", "assert_holds", "assert_same", "build", "columns",
-    "expert_values", "experts_layer", "finish", "finish_experts", "kernel_sizes", "load", "load_experts", "load_format",
-    "load_model", "loaded_values", "plain_bias", "replace", "rows", "side_by_side", "tensors", "torch", "words",
+    "ENGINE_KERNEL",
+    "PACKED",
+    "RECUT_NOTE",
+    "Model",
+    "apart",
+    "as_rank",
+    "assert_holds",
+    "assert_same",
+    "build",
+    "columns",
+    "expert_values",
+    "experts_layer",
+    "finish",
+    "finish_experts",
+    "kernel_sizes",
+    "kernels",
+    "load",
+    "load_experts",
+    "load_format",
+    "load_model",
+    "loaded_values",
+    "plain_bias",
+    "replace",
+    "rows",
+    "side_by_side",
+    "tensors",
+    "torch",
+    "words",
 ]  # fmt: skip
 
 HookRegistry.apply_hooks()
+
+
+#: The plugin's class of the engine's own kernel.
+ENGINE_KERNEL = "SglangMarlinKernel"
 
 
 class Model(harness.Model):
@@ -147,7 +177,8 @@ def load_model(folder, rank=0, ranks=1, dtype="float16", **options):
     The options are those of SGLang's `LoadConfig`.
     """
     gatherer = mock.patch("sglang.srt.layers.logits_processor.triton_symm_mem_ag.MultimemAllGatherer")
-    with as_rank(rank, ranks), on_a_gpu(), gatherer:
+    rotation = mock.patch.dict(sys.modules, {"vllm._custom_ops": mock.Mock()})  # of positions, where there is no GPU
+    with as_rank(rank, ranks), on_a_gpu(), gatherer, rotation:
         model_config = ModelConfig(str(folder), dtype=dtype)
         load_config = LoadConfig(**options)
         loader = get_model_loader(load_config, model_config)

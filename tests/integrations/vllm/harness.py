@@ -8,6 +8,7 @@ import torch
 import vllm.model_executor.layers.linear as vllm_linear
 import vllm.model_executor.parameter as vllm_parameter
 
+from awq2marlin.integrations.vllm import kernels
 from awq2marlin.integrations.vllm.config import MarlinNativeConfig
 from awq2marlin.integrations.vllm.kernels import RECUT_NOTE
 from awq2marlin.layout import reference
@@ -28,10 +29,34 @@ from tests.integrations.serving.harness import (
 )
 
 __all__ = [
-    "PACKED", "RECUT_NOTE", "Model", "apart", "as_rank", "assert_holds", "assert_same", "build", "columns", "finish",
-    "kernel_sizes", "load", "load_format", "loaded_values", "plain_bias", "replace", "rows", "side_by_side", "tensors",
-    "torch", "words",
+    "ENGINE_KERNEL",
+    "PACKED",
+    "RECUT_NOTE",
+    "Model",
+    "apart",
+    "as_rank",
+    "assert_holds",
+    "assert_same",
+    "build",
+    "columns",
+    "finish",
+    "kernel_sizes",
+    "kernels",
+    "load",
+    "load_format",
+    "loaded_values",
+    "plain_bias",
+    "replace",
+    "rows",
+    "side_by_side",
+    "tensors",
+    "torch",
+    "words",
 ]  # fmt: skip
+
+
+#: The plugin's class of the engine's own kernel.
+ENGINE_KERNEL = "VllmMarlinKernel"
 
 
 class Model(harness.Model):
