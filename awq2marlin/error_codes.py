@@ -311,8 +311,8 @@ ERROR_CODES: Mapping[str, Advice] = {
     ),
     "unsupported-dtype": Advice("a loader: the model would be neither fp16 nor bf16", "pass `dtype`"),
     "unsupported-engine": Advice(
-        "in vLLM: this vLLM, or these settings of it, cannot serve the checkpoint",
-        "see the message, and [vllm.md](vllm.md)",
+        "in vLLM or SGLang: this version, or these settings of it, cannot serve the checkpoint",
+        "see the message, and [vllm.md](vllm.md) or [sglang.md](sglang.md)",
     ),
     "unsupported-format": Advice("`format_version` is not 1", "install a newer awq2marlin"),
     "unsupported-group-size": Advice(
