@@ -62,18 +62,20 @@ def test_generates_the_dense_model_s_tokens(make_case: MakeCase, prompt: torch.T
 
 
 @pytest.mark.filterwarnings("default")  # torch.compile warns of its own old parts
-def test_compiles_with_the_default_backend(make_case: MakeCase, prompt: torch.Tensor) -> None:
-    model = make_case("unaligned").load(device_map="cuda")
+@pytest.mark.parametrize("architecture", ["unaligned", "mixtral"])
+def test_compiles_with_the_default_backend(make_case: MakeCase, prompt: torch.Tensor, architecture: str) -> None:
+    model = make_case(architecture).load(device_map="cuda")
     expected = logits(model, prompt)
     compiled = torch.compile(model, fullgraph=True)
     assert (logits(compiled, prompt) - expected).abs().max() < 0.02 * expected.std()
 
 
 @pytest.mark.filterwarnings("default")  # torch.compile warns of its own old parts
+@pytest.mark.parametrize("architecture", ["unaligned", "mixtral"])
 def test_generates_with_a_static_cache_which_compiles_with_cuda_graphs(
-    make_case: MakeCase, prompt: torch.Tensor
+    make_case: MakeCase, prompt: torch.Tensor, architecture: str
 ) -> None:
-    model, tokens = make_case("unaligned").load(device_map="cuda"), prompt[:1].cuda()
+    model, tokens = make_case(architecture).load(device_map="cuda"), prompt[:1].cuda()
     options = {**GREEDY, "attention_mask": torch.ones_like(tokens)}
     expected = model.generate(tokens, **options)
     assert torch.equal(model.generate(tokens, cache_implementation="static", **options), expected)
