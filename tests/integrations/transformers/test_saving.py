@@ -177,7 +177,7 @@ def test_revert_refuses_a_saved_file_that_was_changed(saved: Path, tmp_path: Pat
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
     path.write_bytes(data)
-    with pytest.raises(DifferenceError, match="this converted file is not the one"):
+    with pytest.raises(DifferenceError, match="this file differs from the one that the conversion wrote"):
         revert(saved, tmp_path / "awq")
 
 
