@@ -45,7 +45,7 @@ class MarlinNative(MarlinTensors):
         "> Transformers from 4.52 on stop with an error without `awq2marlin`. Older Transformers only warn, skip the\n"
         "> quantized weights, and generate garbage."
     )
-    purpose = "the layout of the Marlin kernels, so that an engine need not repack them at every start."
+    purpose = "the layout of the Marlin kernels, so engines need not repack them at every start."
     library_name = "awq2marlin"  # not transformers: the Hub would show commands that build garbage
 
     def serving(

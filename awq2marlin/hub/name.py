@@ -112,7 +112,8 @@ def folder_at(source: str | os.PathLike[str], *, follow_links: bool = False) -> 
         if problem.code == "not-found" and isinstance(source, str) and _hub_name(source):
             parent = printable(source.partition("/")[0])
             hint = (
-                f"; it is taken for a path, as {parent} is a folder here: {HUB_PREFIX}{printable(source)} is the Hub's"
+                f"; this is read as a path, as {parent} is a folder here; for the Hub repository, pass "
+                f"{HUB_PREFIX}{printable(source)}"
             )
             raise CheckpointError(replace(problem, message=problem.message + hint)) from None
         raise

@@ -106,7 +106,8 @@ def _what(plan: Plan, repo_id: str | None, revision: str | None) -> str:
     return (
         f"The weights of {source} ({quantization.bits} bits, {groups}, {points}), with its quantized layers in "
         f"{target.purpose} No weight was changed: "
-        f"the same integers, scales and zero points stand in another order. Made by awq2marlin {__version__}{version}."
+        "the integers, scales and zero points are the same, in a different order. Made by awq2marlin "
+        f"{__version__}{version}."
         "\n\n"
     )
 
@@ -167,8 +168,8 @@ def _what_to_know(checkpoint: Checkpoint) -> str:
         shown = list(left)[:_MAX_FILES_SHOWN]
         lines = [f"* {_code(name)}: {bytes_text(checkpoint.left_behind_bytes[name])}, {left[name]}\n" for name in shown]
         more = f"* and {len(left) - len(shown)} more\n" if len(left) > len(shown) else ""
-        parts.append(f"These files of the source were left behind, and cannot be given back:\n\n{''.join(lines)}{more}")
-    return "## What to know of the source\n\n" + "\n".join(parts) + "\n" if parts else ""
+        parts.append(f"These files of the source were left behind and cannot be restored:\n\n{''.join(lines)}{more}")
+    return "## What to know about the source\n\n" + "\n".join(parts) + "\n" if parts else ""
 
 
 def _plain(sentence: str) -> str:
@@ -185,9 +186,9 @@ def _code(name: str) -> str:
 
 def _how_to_check_and_revert(repo_id: str | None, revision: str | None, plan: Plan) -> str:
     format, left = plan.checkpoint.title, plan.checkpoint.left_behind
-    every = "Every file but those that were left behind" if left else "Every file"
+    every = "Every file except those left behind" if left else "Every file"
     source = f"{repo_id}@{revision}" if repo_id and revision else repo_id or "SOURCE"
-    return f"""Everything is compared with the source, by whoever wants to know, with:
+    return f"""To compare everything with the source:
 
 ```sh
 awq2marlin verify {source} {PLACEHOLDER}
@@ -195,7 +196,7 @@ awq2marlin verify {source} {PLACEHOLDER}
 
 ## How to get the {format} checkpoint back
 
-{every} comes back byte for byte, this card's source included; the command prints each file's SHA-256:
+{every} is restored byte for byte, the source's card included; the command prints each file's SHA-256:
 
 ```sh
 awq2marlin revert {PLACEHOLDER} OUTPUT
@@ -208,7 +209,7 @@ def _source_card(front_matter: str, problem: str, body: str, format: str) -> str
     """Returns the source's own card, with its front matter where that could not be merged."""
     if not front_matter and not body.strip():
         return "The source has no card of its own.\n"
-    parts = [f"---\n\n*What follows is the card of the source. It speaks of the {format} checkpoint.*\n\n"]
+    parts = [f"---\n\n*What follows is the card of the source. It describes the {format} checkpoint.*\n\n"]
     if front_matter:
         longest = max((len(run) for run in re.findall("`+", front_matter)), default=0)
         fence = "`" * max(3, longest + 1)

@@ -90,7 +90,7 @@ def open_source_of_run(
     name = parse_source(source)
     if not isinstance(name, HubName):
         if is_ambiguous(source):
-            progress.note(f"{source} is a folder here and is taken; {HUB_PREFIX}{source} is the one on the Hub")
+            progress.note(f"{source} is a folder here, and is used; for the Hub repository, pass {HUB_PREFIX}{source}")
         found = folder_at(source, follow_links=follow_links)
         for line in links_text(found):
             progress.note(line)

@@ -85,7 +85,7 @@ def test_every_file_that_a_model_may_need_comes_along_and_back(awq: Path, tmp_pa
     assert {name: len(data) for name, data in NEEDED.items()}.items() <= result.files.items()
     assert {name: (tmp_path / "out" / name).read_bytes() for name in NEEDED} == NEEDED
     assert verify(awq, tmp_path / "out").files == len(result.files)
-    assert "What to know of the source" not in (tmp_path / "out" / "README.md").read_text()
+    assert "What to know about the source" not in (tmp_path / "out" / "README.md").read_text()
     revert(tmp_path / "out", tmp_path / "back")
     assert files_of(tmp_path / "back") == files_of(awq)
 
@@ -121,7 +121,7 @@ def test_what_is_left_behind_is_told_with_its_bytes_everywhere(awq: Path, tmp_pa
     assert warning.endswith(f" and 2 more, {total} bytes in all; --carry GLOB carries a file over")
     card = (tmp_path / "out" / "README.md").read_text()
     assert all(f"* `{name}`: {bytes_text(sizes[name])}, {reason}\n" in card for name, reason in LEFT.items())
-    assert "Every file but those that were left behind comes back byte for byte" in card
+    assert "Every file except those left behind is restored byte for byte" in card
     assert main(["convert", str(awq), "--dry-run"]) == 0
     assert f"warning    {warning}" in capsys.readouterr().out
     for command in (["verify", awq, tmp_path / "out"], ["inspect", awq]):

@@ -129,8 +129,8 @@ def test_a_path_with_a_typo_is_not_sent_to_the_hub(run, hub, source, tmp_path):
         assert (outcome.code, outcome.error["code"]) == (1, "not-found"), outcome.err
         message = outcome.error["message"]
         assert message == (
-            "cannot open it as a checkpoint: no such file or folder (did you mean models/llama-awq?); it is "
-            "taken for a path, as models is a folder here: hf://models/lama-awq is the Hub's"
+            "cannot open it as a checkpoint: no such file or folder (did you mean models/llama-awq?); "
+            "this is read as a path, as models is a folder here; for the Hub repository, pass hf://models/lama-awq"
         )
     assert hub.requests() == []
     batch = run("inspect", "models/nothing-like-it").error["message"]

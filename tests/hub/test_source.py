@@ -186,7 +186,7 @@ def test_a_folder_of_that_name_wins_and_the_command_says_so(hub, run, source):
     shutil.copytree(source, REPO)
     outcome = run("convert", REPO, "out")
     assert outcome.code == 0
-    assert f"{REPO} is a folder here and is taken; hf://{REPO} is the one on the Hub" in outcome.err
+    assert f"{REPO} is a folder here, and is used; for the Hub repository, pass hf://{REPO}" in outcome.err
     assert hub.requests() == []
     assert run("convert", f"hf://{REPO}", "out2").code == 0
     assert hub.requests() != []
