@@ -87,12 +87,12 @@ def cached_folder(repository: str, revision: str | None, cache: str | None) -> P
         revision: branch, tag or commit; None for the main branch.
         cache: folder of the cache; None for the Hub's own.
     """
-    import huggingface_hub
+    from huggingface_hub import constants, snapshot_download
 
-    if not huggingface_hub.constants.HF_HUB_OFFLINE:
+    if not constants.HF_HUB_OFFLINE:
         return None
     try:
-        found = huggingface_hub.snapshot_download(repository, revision=revision, cache_dir=cache, local_files_only=True)
+        found = snapshot_download(repository, revision=revision, cache_dir=cache, local_files_only=True)
     except Exception:  # it is not there: whoever loads it will say so
         return None
     return Path(found)
@@ -105,10 +105,10 @@ def hub_metadata(repository: str, revision: str | None) -> dict[str, Any] | None
         repository: its name.
         revision: branch, tag or commit; None for the main branch.
     """
-    import huggingface_hub
+    from huggingface_hub import HfApi
 
     try:
-        files = huggingface_hub.HfApi().get_safetensors_metadata(repository, revision=revision).files_metadata
+        files = HfApi().get_safetensors_metadata(repository, revision=revision).files_metadata
     except Exception:  # no network, no such repository, another site's name: whoever loads it will say so
         return None
     return {
