@@ -29,18 +29,19 @@ struct ExpertArguments {
   int num_pairs, a_pairs, top_k, num_experts, size_n, size_k, group_size;
   int num_splits;            // blocks of a cluster that share K, or have a token's pair each
   int has_long_ids;          // int64
+  int reads_early;           // what was launched before wrote activations only: weights and choices may be read at once
   i64 a_stride, qweight_stride, scales_stride, qzeros_stride, qweight_expert, scales_expert, qzeros_expert, bias_expert;
 };
 
 #define MARLIN_EXPERT_PARAMETERS                                                                                     \
   const u16 *a, const u32 *qweight, const u16 *scales, const u32 *qzeros, const u16 *bias, const float *topk_weights, \
       const void *topk_ids, const int *work, u16 *out, int num_pairs, int a_pairs, int top_k, int num_experts,        \
-      int size_n, int size_k, int group_size, int num_splits, int has_long_ids, i64 a_stride, i64 qweight_stride,     \
+      int size_n, int size_k, int group_size, int num_splits, int has_long_ids, int reads_early, i64 a_stride, i64 qweight_stride,     \
       i64 scales_stride, i64 qzeros_stride, i64 qweight_expert, i64 scales_expert, i64 qzeros_expert, i64 bias_expert
 #define MARLIN_EXPERT_ARGUMENTS                                                                                      \
   ExpertArguments {                                                                                                  \
     a, qweight, scales, qzeros, bias, topk_weights, topk_ids, work, out, num_pairs, a_pairs, top_k, num_experts,     \
-        size_n, size_k, group_size, num_splits, has_long_ids, a_stride, qweight_stride, scales_stride,               \
+        size_n, size_k, group_size, num_splits, has_long_ids, reads_early, a_stride, qweight_stride, scales_stride,               \
         qzeros_stride, qweight_expert, scales_expert, qzeros_expert, bias_expert                                     \
   }
 

@@ -60,13 +60,13 @@ class SmallExperts {
 #if MARLIN_HAS_CLUSTERS
     if (is_cluster) cluster_arrive();
 #endif
-    if (kGated) wait_for_last_launch();
-    // Whoever comes next may be set up, but not before what chose the experts is through: it reads the choices at once.
+    if (!args.reads_early) wait_for_last_launch();
+    // Whoever comes next may be set up, but not before what chose the experts is through: it may read the choices at once.
     start_next_launch();
     const Rows rows = kSumsPairs ? rows_of_pair(args, split) : args.work ? listed_rows(args, lane) : seen_rows(args, lane);
     int* pairs_sh = reinterpret_cast<int*>(shared + kWarps * kWarpBytes + kReceivedBytes);
     if (rows.count == 0 && !is_cluster) {
-      if (!kGated) wait_for_last_launch();
+      wait_for_last_launch();
       return;
     }
     if (warp == 0 && lane < kTokens) pairs_sh[lane] = rows.pair;
@@ -147,7 +147,7 @@ class SmallExperts {
     for (int i = 0; i < kStages - 1; ++i) fetch_weights(step + i * kWarps, end, i);
     Groups now, next;
     if (step < end) read_groups(next, step);
-    if (!kGated) wait_for_last_launch();
+    wait_for_last_launch();
 #pragma unroll
     for (int i = 0; i < kStages - 1; ++i) {
       fetch_activations(step + i * kWarps, end, i);

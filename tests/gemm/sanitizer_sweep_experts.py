@@ -16,7 +16,7 @@ def main() -> None:
     calls = 0
     for num_bits, dtype, groups in ((4, torch.float16, (64, 32)), (8, torch.bfloat16, (-1, 64))):
         block = random_block(
-            5, 192, 64, groups, num_bits=num_bits, dtype=dtype, has_bias=True, has_zeros=num_bits == 4, device="cuda"
+            5, 192, 128, groups, num_bits=num_bits, dtype=dtype, has_bias=True, has_zeros=num_bits == 4, device="cuda"
         )
         for tokens, top_k in ((1, 2), (1, 8), (3, 3), (9, 2), (33, 2), (70, 3), (130, 4), (300, 2)):
             for kind in ("uniform", "foreign", "one"):

@@ -374,6 +374,7 @@ def test_a_launch_sees_what_the_kernel_before_it_wrote():
             shares, ids = (x @ router).float().softmax(-1).topk(4)
             wait()
             x = block(x, ids, shares)
+            x = x / x.abs().amax()  # four layers of random weights would overflow
             wait()
         return x
 

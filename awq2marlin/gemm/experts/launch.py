@@ -167,10 +167,10 @@ def run_block(
     run_product(plan.launches[0], first, hidden, w13, choices, work, inner)
     out = hidden.new_empty((hidden.shape[0], second.size_n))
     if plan.launches[1].config.sums_pairs:
-        run_product(plan.launches[1], second, inner, w2, choices, work, out)
+        run_product(plan.launches[1], second, inner, w2, choices, work, out, reads_early=True)
         return out
     rows = hidden.new_empty((num_pairs, second.size_n))
-    run_product(plan.launches[1], second, inner, w2, choices, work, rows)
+    run_product(plan.launches[1], second, inner, w2, choices, work, rows, reads_early=True)
     sum_rows(second, rows, choices, out)
     return out
 
@@ -213,8 +213,13 @@ def run_product(
     choices: Choices,
     work: torch.Tensor | None,
     out: torch.Tensor,
+    *,
+    reads_early: bool = False,
 ) -> None:
-    """Launches one grouped product of rows ``a``, [M, K] or [M * k, K], into ``out``, a row a pair (or a token)."""
+    """Launches one grouped product of rows ``a``, [M, K] or [M * k, K], into ``out``, a row a pair (or a token).
+
+    With ``reads_early`` the stream's last launch has written nothing but ``a``.
+    """
     config, num_splits = launch
     qweight, scales, qzeros, bias = weights
     arguments = (
@@ -236,6 +241,7 @@ def run_product(
         _int(problem.group_size),
         _int(num_splits),
         _int(choices.has_long_ids),
+        _int(reads_early),
         a.stride(0),
         qweight.stride(1),
         scales.stride(1),
