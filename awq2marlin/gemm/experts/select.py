@@ -144,7 +144,7 @@ def _candidates(problem: ExpertProblem, rows: int, *, is_one_token: bool) -> Ite
     if problem.capability == HOPPER and (rows > 16 or (rows == 16 and problem.size_k <= 512)):
         yield _hopper(problem, rows)
     if rows <= _MAX_SMALL_ROWS:
-        shapes = _gated_shapes(rows) if problem.is_gated else _plain_shapes(problem, rows, is_one_token=is_one_token)
+        shapes = _gated_shapes(problem, rows) if problem.is_gated else _plain_shapes(problem, rows, is_one_token=is_one_token)
         for shape in shapes:
             yield _small(problem, rows, shape, sums_pairs=is_one_token and sums_in_cluster(problem))
 
@@ -166,9 +166,10 @@ def _hopper(problem: ExpertProblem, rows: int) -> HopperExpertsConfig:
     return config
 
 
-def _gated_shapes(rows: int) -> tuple[_Shape, ...]:
+def _gated_shapes(problem: ExpertProblem, rows: int) -> tuple[_Shape, ...]:
     if rows == 8:
-        return _Shape(4, 2, 128, 2, 8), _Shape(2, 2, 128, 2, 8)
+        shapes = _Shape(4, 2, 128, 2, 8), _Shape(2, 2, 128, 2, 8)
+        return shapes if problem.out_columns > 1024 else shapes[::-1]
     return (_Shape(2, 2, 128 if rows == 16 else 64, 2, 8),)
 
 
@@ -181,7 +182,7 @@ def _plain_shapes(problem: ExpertProblem, rows: int, *, is_one_token: bool) -> t
     if rows == 8:
         if size_k >= 8192:
             return (_Shape(4, 2, 128, 1, 16),)
-        return (_Shape(2, 2, 128, 1, 16) if size_k >= 512 else _Shape(2, 2, 64, 2, 12),)
+        return (_Shape(2, 2, 128, 1, 16) if size_k >= 512 else _Shape(2, 2, 64, 2, 14),)
     return ({16: _Shape(2, 2, 128, 2, 8), 24: _Shape(4, 2, 64, 2, 8), 32: _Shape(2, 3, 64, 1, 8)}[rows],)
 
 
