@@ -144,8 +144,7 @@ def _candidates(problem: ExpertProblem, rows: int, *, is_one_token: bool) -> Ite
     if problem.capability == HOPPER and (rows > 16 or (rows == 16 and problem.size_k <= 512)):
         yield _hopper(problem, rows)
     if rows <= _MAX_SMALL_ROWS:
-        shapes = _gated_shapes(problem, rows) if problem.is_gated else _plain_shapes(problem, rows, is_one_token=is_one_token)
-        for shape in shapes:
+        for shape in _shapes(problem, rows, is_one_token=is_one_token):
             yield _small(problem, rows, shape, sums_pairs=is_one_token and sums_in_cluster(problem))
 
 
@@ -166,23 +165,20 @@ def _hopper(problem: ExpertProblem, rows: int) -> HopperExpertsConfig:
     return config
 
 
-def _gated_shapes(problem: ExpertProblem, rows: int) -> tuple[_Shape, ...]:
-    if rows == 8:
-        shapes = _Shape(4, 2, 128, 2, 8), _Shape(2, 2, 128, 2, 8)
-        return shapes if problem.out_columns > 1024 else shapes[::-1]
-    return (_Shape(2, 2, 128 if rows == 16 else 64, 2, 8),)
-
-
-def _plain_shapes(problem: ExpertProblem, rows: int, *, is_one_token: bool) -> tuple[_Shape, ...]:
-    size_k = problem.size_k
+def _shapes(problem: ExpertProblem, rows: int, *, is_one_token: bool) -> tuple[_Shape, ...]:
+    """Returns the swept shapes of a height: the first is picked, or the first later one that alone runs in one go."""
+    size_k, is_wide = problem.size_k, problem.out_columns > 1024
+    if problem.is_gated and rows == 8:
+        large, small = _Shape(4, 2, 128, 2, 8), _Shape(2, 2, 128, 2, 8)
+        return (large, small) if is_wide else (small, large)
+    if problem.is_gated:
+        return (_Shape(2, 2, 128 if rows == 16 else 64, 2, 8),)
+    if rows == 8 and size_k >= 8192:
+        return (_Shape(8, 3, 128, 1, 8) if is_one_token else _Shape(4, 2, 128, 1, 16),)
     if rows == 8 and is_one_token:
-        if size_k >= 8192:
-            return (_Shape(8, 3, 128, 1, 8),)
         return (_Shape(2, 3, 128, 1, 10) if size_k >= 1024 else _Shape(2, 3, 64, 1, 12),)
     if rows == 8:
-        if size_k >= 8192:
-            return (_Shape(4, 2, 128, 1, 16),)
-        return (_Shape(2, 2, 128, 1, 16) if size_k >= 512 else _Shape(2, 2, 64, 2, 14),)
+        return (_Shape(2, 2, 128, 1, 16) if size_k >= 512 else _Shape(2, 2, 64, 2, 12),)
     return ({16: _Shape(2, 2, 128, 2, 8), 24: _Shape(4, 2, 64, 2, 8), 32: _Shape(2, 3, 64, 1, 8)}[rows],)
 
 
