@@ -34,6 +34,9 @@ _OTHER_ROWS = (8, 16, 24, 32)
 #: The largest height of `SmallExperts`.
 _MAX_SMALL_ROWS = 32
 
+#: Columns of a result up to which an expert has few blocks.
+_FEW_COLUMNS = 1024
+
 #: 8-bit weights leave no registers for more sums.
 _MAX_ROWS = {4: 144, 8: 128}
 
@@ -117,7 +120,10 @@ def pick_launch(problem: ExpertProblem, tile_rows: int, *, has_list: bool) -> La
     large = [config for config in candidates if isinstance(config, HopperExpertsConfig)]
     if has_list and large and (len(large) == len(candidates) or large[0].blocks(problem) >= problem.multiprocessors):
         return Launch(large[0])
-    config = _by_waves([config for config in candidates if isinstance(config, SmallExpertsConfig)], problem)
+    small = [config for config in candidates if isinstance(config, SmallExpertsConfig)]
+    if has_list and problem.out_columns <= _FEW_COLUMNS:
+        small.reverse()  # smaller blocks: there are few of an expert
+    config = _by_waves(small, problem)
     return Launch(config, problem.top_k if config.sums_pairs else _splits(config, problem))
 
 
@@ -167,10 +173,9 @@ def _hopper(problem: ExpertProblem, rows: int) -> HopperExpertsConfig:
 
 def _shapes(problem: ExpertProblem, rows: int, *, is_one_token: bool) -> tuple[_Shape, ...]:
     """Returns the swept shapes of a height: the first is picked, or the first later one that alone runs in one go."""
-    size_k, is_wide = problem.size_k, problem.out_columns > 1024
+    size_k = problem.size_k
     if problem.is_gated and rows == 8:
-        large, small = _Shape(4, 2, 128, 2, 8), _Shape(2, 2, 128, 2, 8)
-        return (large, small) if is_wide else (small, large)
+        return _Shape(4, 2, 128, 2, 8), _Shape(2, 2, 128, 2, 8)
     if problem.is_gated:
         return (_Shape(2, 2, 128 if rows == 16 else 64, 2, 8),)
     if rows == 8 and size_k >= 8192:
