@@ -187,7 +187,7 @@ class Counterparts:
             if derived is None or (tensor.dtype, tensor.shape) != (derived.dtype, derived.shape):  # a bias, or a copy
                 yield TensorInfo(tensor.name, tensor.dtype, tensor.shape, position, position + tensor.size), None
             else:
-                yield None, Proven(file, tensor.name, tensor.size, derived.data, derived.meaning)
+                yield None, Proven(file, tensor.name, tensor.size, derived.data, derived.meaning, derived.is_telling)
             return
         layout, repack = self.layout_of(module), self.repack(module, part, file, tensor.name)
         shape = _shape(layout, part, module.padded_k, module.padded_n, self.scheme)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from awq2marlin.checkpoint.counterparts import Counterparts
@@ -26,21 +27,31 @@ def read_index(folder: Source) -> dict[str, str]:
     Raises:
         CheckpointError: if it is malformed, or names what is no safetensors file inside the folder.
     """
-    document = folder.read_json(INDEX_FILENAME)
-    weight_map = document.get("weight_map") if isinstance(document, dict) else None
-    if not isinstance(weight_map, dict) or not weight_map:
-        raise refuse(
-            "bad-index", "it must hold an object 'weight_map' that maps tensor names to files", file=INDEX_FILENAME
-        )
-    named = {each if isinstance(each, str) else check_name(each, INDEX_FILENAME) for each in weight_map.values()}
-    for shard in sorted(named):
-        check_name(shard, INDEX_FILENAME)
+    try:
+        weight_map = _weight_map(folder)
+    except CheckpointError as error:
+        advice = f"download it again; {_GO_BY_THE_FILES}"
+        raise CheckpointError(replace(each, message=f"{each.message}; {advice}") for each in error.problems) from None
+    for shard in sorted({*weight_map.values()}):
         if not shard.endswith(".safetensors"):
             raise refuse(
                 "pickled-weights",
                 f"it names {printable(shard)!r}; only .safetensors files are read",
                 file=INDEX_FILENAME,
             )
+    return weight_map
+
+
+def _weight_map(folder: Source) -> dict[str, str]:
+    """Returns the index's map from tensors to files, all names of which are safe."""
+    document = folder.read_json(INDEX_FILENAME)
+    weight_map = document.get("weight_map") if isinstance(document, dict) else None
+    if not isinstance(weight_map, dict) or not weight_map:
+        message = "it must hold an object 'weight_map' that maps tensor names to files"
+        raise refuse("bad-index", message, file=INDEX_FILENAME)
+    named = {each if isinstance(each, str) else check_name(each, INDEX_FILENAME) for each in weight_map.values()}
+    for shard in sorted(named):
+        check_name(shard, INDEX_FILENAME)
     return weight_map
 
 

@@ -204,7 +204,8 @@ def _batch(result: BatchResult) -> None:
         how = "with --retry-failed" if result.record else "again"  # without a record nobody knows what failed
         _say(f"run the same command {how} to try what failed again")
     wrote = sum(item.written for item in result.items if not item.earlier)
-    _say(f"{'would write' if result.dry_run else 'wrote'} {size_text(wrote)} in {result.seconds:.1f} s")
+    took = "" if result.dry_run else f" in {result.seconds:.1f} s"
+    _say(f"{'would write' if result.dry_run else 'wrote'} {size_text(wrote)}{took}")
     for disk in result.disks:
         enough = "" if disk.needed <= disk.free else ": not enough"
         _say(

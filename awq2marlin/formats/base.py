@@ -104,6 +104,7 @@ class DerivedTensor(NamedTuple):
         data: returns its bytes; picklable.
         is_optional: whether a source may lack it; a target never writes it then.
         meaning: what it means if it holds something else, for messages.
+        is_telling: whether it says what the shapes of the other tensors leave open.
     """
 
     suffix: str
@@ -112,6 +113,7 @@ class DerivedTensor(NamedTuple):
     data: Callable[[], bytes]
     is_optional: bool = False
     meaning: str = ""
+    is_telling: bool = False
 
 
 class Format(ABC):

@@ -200,7 +200,14 @@ class CompressedTensors(Format):
     def derived(self, size_k: int, size_n: int, scheme: Scheme) -> Sequence[DerivedTensor]:
         """Returns what follows from a module's shape: the shape, and what some versions write besides."""
         derived = [
-            DerivedTensor("weight_shape", "I64", (2,), partial(_shape_bytes, size_k, size_n), meaning=_ODD_K),
+            DerivedTensor(
+                "weight_shape",
+                "I64",
+                (2,),
+                partial(_shape_bytes, size_k, size_n),
+                meaning=_ODD_K,
+                is_telling=scheme.group_size == -1,
+            ),
             DerivedTensor(
                 "weight_g_idx",
                 "I32",

@@ -393,8 +393,14 @@ def _make_folder(root: Path) -> bool:
     """Makes a folder and those above it, durably; returns whether it was not there before."""
     missing = [folder for folder in (root, *root.parents) if not folder.exists()]
     root.mkdir(parents=True, exist_ok=True)
-    for folder in missing:
-        sync_folder(folder.parent)
+    try:
+        for folder in missing:
+            sync_folder(folder.parent)
+    except OSError:
+        for folder in missing:
+            with suppress(OSError):  # not empty: another process has begun there
+                folder.rmdir()
+        raise
     return root in missing
 
 

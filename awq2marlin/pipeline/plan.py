@@ -13,6 +13,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any
 
+import numpy as np
+
 from awq2marlin._version import __version__
 from awq2marlin.arguments import ArgumentError
 from awq2marlin.checkpoint.config import written_config
@@ -28,6 +30,7 @@ from awq2marlin.formats.registry import DEFAULT_TARGET, KEPT
 from awq2marlin.formats.serving import Serving
 from awq2marlin.io.safetensors import Header, TensorIndex
 from awq2marlin.io.strict_json import encode_json
+from awq2marlin.layout.derived import Proven
 from awq2marlin.layout.marlin import fusion_group
 from awq2marlin.layout.modules import UNALIGNED_CHOICES, Linear, ModulePlan, Unaligned, module_name
 from awq2marlin.layout.scheme import Scheme
@@ -236,15 +239,15 @@ def plan_conversion(checkpoint: Checkpoint, unaligned: Unaligned = "keep", targe
     if unaligned not in UNALIGNED_CHOICES:
         choices = ", ".join(map(repr, UNALIGNED_CHOICES))
         raise ValueError(f"unaligned must be one of {choices}, found {unaligned!r}")
-    if checkpoint.format is target and not target.is_own:
-        raise ArgumentError("{to} is {name}, but the source already is", name=repr(target.layout_name))
-    if checkpoint.format is target:
+    if checkpoint.format is target and target.is_own:
         raise refuse(
             "already-converted",
             f"this checkpoint is already {target.title}; 'awq2marlin revert' gives the original back",
             file=CONFIG_FILENAME,
         )
-    source = SourceCheckpoint.of(checkpoint)
+    source = SourceCheckpoint.of(checkpoint)  # first of all, whether the config says of which format it is
+    if checkpoint.format is target:
+        raise ArgumentError("{to} is {name}, but the source already is", name=repr(target.layout_name))
     counterparts = plan_modules(source, unaligned, target)
     if unaligned == "error":
         _refuse_unaligned(counterparts, checkpoint)
@@ -254,8 +257,12 @@ def plan_conversion(checkpoint: Checkpoint, unaligned: Unaligned = "keep", targe
     shards = tuple(_plan_shard(name, counterparts, checkpoint.index) for name in checkpoint.shards)
     emptied = [shard.name for shard in shards if shard.source.tensors and not shard.target.tensors]
     if emptied:  # the output's index could not name it, so that it would be lost on the way back
-        message = f"no tensor of this file remains in {target.title}, so the conversion could not be undone"
+        message = (
+            f"no tensor of this file remains in {target.title}, so the conversion could not be undone; put its tensors "
+            "into another file of a copy, and correct the index if there is one"
+        )
         raise CheckpointError(Problem(name, "", "contradiction", message) for name in emptied)
+    _refuse_what_is_told_otherwise(shards, checkpoint)
     return Plan(checkpoint, counterparts, unaligned, shards)
 
 
@@ -376,6 +383,26 @@ def _refuse_denied_zero_points(counterparts: Counterparts, checkpoint: Checkpoin
                 "if they count, set zero_point to true in a copy of the config"
             )
             problems.append(Problem(checkpoint.shard_of[name], name, "contradiction", message))
+    if problems:
+        raise CheckpointError(problems)
+
+
+def _refuse_what_is_told_otherwise(shards: Sequence[ShardPlan], checkpoint: Checkpoint) -> None:
+    """Proves tensors that say what the headers leave open: one for each answer; the others follow while they stream."""
+    problems: list[Problem] = []
+    seen: set[bytes] = set()
+    for shard in shards:
+        for span in shard.spans:
+            rewrite = span.rewrite
+            if not isinstance(rewrite, Proven) or not rewrite.is_telling or rewrite.data() in seen:
+                continue
+            seen.add(rewrite.data())
+            begin, end = (shard.source.data_start + offset for offset in span.source)
+            found = np.frombuffer(checkpoint.folder.read_range(shard.name, begin, end), np.uint8)
+            try:
+                rewrite.rewrite(found, found[:0])
+            except CheckpointError as error:
+                problems += error.problems
     if problems:
         raise CheckpointError(problems)
 

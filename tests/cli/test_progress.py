@@ -102,7 +102,7 @@ def test_the_summary_tells_what_was_left_alone(capsys):
     show(replace(result, items=(DONE,), dry_run=True, disks=disks))
     assert capsys.readouterr().out.splitlines() == [
         "1 item: 1 could be done, 0 failed",
-        "would write 2.0 MB in 2.0 s",
+        "would write 2.0 MB",
         "would need 3.0 MB on the disk of /m, which has 2.0 MB free: not enough",
         "would need 3 B on the disk of /o, which has 2.0 MB free",
     ]

@@ -75,8 +75,8 @@ def test_a_sound_file_system_is_not_spoken_of(source, run, tmp_path):
 
 def test_a_sync_that_fails_for_another_reason_still_fails(source, poor, run, tmp_path):
     poor(folder_sync="EIO")
-    assert refused(run("convert", source, tmp_path / "out"))["code"] == "io-error"
-    assert not (tmp_path / "out" / "config.json").exists()
+    assert refused(run("convert", source, tmp_path / "new" / "out"))["code"] == "io-error"
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_lock_that_fails_for_another_reason_still_fails(source, poor, run, tmp_path):

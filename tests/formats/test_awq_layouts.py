@@ -319,6 +319,15 @@ def test_a_config_of_another_version_than_the_tensors_is_told_with_both(name, sa
     assert f"the tensors are those of {titles[shown]};" in problem.message
 
 
+def test_whether_the_config_says_the_truth_is_asked_before_whether_the_source_is_of_the_target(tmp_path):
+    shutil.copytree(checkpoint("gemv_g64"), tmp_path / "source")
+    document = peers.read_config(tmp_path / "source")
+    document["quantization_config"] |= {"version": "gemm"}
+    (tmp_path / "source" / "config.json").write_text(json.dumps(document), "utf-8")
+    with pytest.raises(CheckpointError, match="the tensors are those of AWQ gemv;"):
+        convert(tmp_path / "source", tmp_path / "out", to="awq")
+
+
 @pytest.mark.parametrize(("version", "size"), [("gemv", 32), ("gemv_fast", 32), ("marlin", 32)])
 def test_groups_that_the_config_says_wrongly_are_told_with_those_that_fit(version, size, tmp_path):
     shutil.copytree(checkpoint(f"{version}_g64"), tmp_path / "source")

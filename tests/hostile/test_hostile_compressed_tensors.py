@@ -202,6 +202,14 @@ def test_what_could_not_be_given_back_is_refused_by_name(source: Path, tmp_path:
     assert not (tmp_path / "out" / "config.json").exists()
 
 
+@pytest.mark.parametrize("name", sorted(peers.ODD_ROWS))
+def test_k_that_ends_inside_a_word_is_refused_before_a_byte_is_written(tmp_path: Path, run, name: str) -> None:
+    outcome = run("convert", peers.checkpoint(name), tmp_path / "out", "--unaligned", "pad", "--dry-run")
+    outcome.refused("contradiction", "K ends inside a word", tensor=f"{O_PROJ}.weight_shape")
+    run("convert", peers.checkpoint(name), tmp_path / "out", "--unaligned", "pad")
+    assert not (tmp_path / "out").exists()
+
+
 def test_bits_past_the_last_column_are_refused_by_name(tmp_path: Path, run) -> None:
     shutil.copytree(peers.checkpoint("odd_n_w4"), tmp_path / "source")
     name = f"{O_PROJ}.weight_zero_point"

@@ -83,6 +83,7 @@ def test_an_index_names_only_safetensors(awq, tmp_path, run, name: str) -> None:
 def test_an_index_is_an_object_with_a_map(awq, run, document: object) -> None:
     (awq / INDEX).write_text(json.dumps(document))
     run("inspect", awq).refused("bad-index", "weight_map", file=INDEX)
+    run("inspect", awq).refused("bad-index", f"ignore the index: --leave {INDEX}", file=INDEX)
 
 
 MALFORMED = {
