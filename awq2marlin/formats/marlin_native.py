@@ -26,6 +26,8 @@ from awq2marlin.layout.scheme import Scheme
 MARLIN_QUANT_METHOD = "marlin_native"
 FORMAT_VERSION = 1
 
+_SGLANG_CAVEAT = "The plugin was tested on a CPU, not run on a GPU"
+
 
 class MarlinNative(MarlinTensors):
     """The Marlin-native format, version 1."""
@@ -55,17 +57,21 @@ class MarlinNative(MarlinTensors):
         del scheme
         several, first = [size for size in ranks if size > 1], min(ranks, default=1)
 
-        def cutting(engine: str, versions: str, serve: Callable[[str, str], str], option: str) -> Serving:
+        def cutting(
+            engine: str, versions: str, serve: Callable[[str, str], str], option: str, caveat: str = ""
+        ) -> Serving:
             if unserved:
                 return Serving(engine, reason=unserved)
             note = f"Over several GPUs: {option} {choice(several)}" if several else "It cannot be cut for several GPUs"
             command = serve(place, f" {option} {first}" if first > 1 else "")
-            return Serving(engine, command, install=install_command(), where=PLACE, versions=versions, note=note)
+            return Serving(
+                engine, command, install=install_command(), where=PLACE, versions=versions, note=note + caveat
+            )
 
         imported = "import awq2marlin.integrations.transformers  # without this line, Transformers refuses it\n"
         return (
             cutting("vLLM", "0.25 or newer", in_vllm, "--tensor-parallel-size"),
-            cutting("SGLang", "0.5.23 or newer", in_sglang, "--tp-size"),
+            cutting("SGLang", "0.5.23 or newer", in_sglang, "--tp-size", f". {_SGLANG_CAVEAT}"),
             Serving(
                 "Transformers",
                 in_transformers(place, imported),

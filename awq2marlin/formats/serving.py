@@ -44,7 +44,7 @@ def in_vllm(place: str, options: str = "") -> str:
 
 def in_sglang(place: str, options: str = "") -> str:
     """Returns the command with which SGLang serves a checkpoint; arguments as for `in_vllm`."""
-    return f"python -m sglang.launch_server --model-path {_argument(place)}{options}"
+    return f"sglang serve --model-path {_argument(place)}{options}"
 
 
 def in_transformers(place: str, first: str = "") -> str:

@@ -123,7 +123,7 @@ def test_the_warning_comes_first_and_the_commands_are_exact(awq: Path) -> None:
     first = f"{TRIED[0][0]}.{TRIED[0][1]}"
     after = "after `pip install .` in a clone of awq2marlin"
     assert f"vLLM {first} or newer, {after}:\n\n```sh\nvllm serve THIS_MODEL\n```\n" in text
-    assert "```sh\npython -m sglang.launch_server --model-path THIS_MODEL\n```\n" in text
+    assert "```sh\nsglang serve --model-path THIS_MODEL\n```\n" in text
     assert "Transformers 5.17 or newer, after `pip install '.[transformers,cuda]'`" in text
     assert 'AutoModelForCausalLM.from_pretrained("THIS_MODEL"' in text
     assert "awq2marlin verify SOURCE THIS_MODEL\n" in text
