@@ -83,7 +83,7 @@ def reason_without_own(capability: Capability | None) -> str | None:
         return f"{KERNEL_VARIABLE}=engine leaves it to the engine's kernels, which do not know it; unset the variable"
     if capability is not None and capability < MIN_CAPABILITY:
         needed, found = _dotted(MIN_CAPABILITY), _dotted(capability)
-        return f"only awq2marlin's GEMM knows it, which needs compute capability {needed}; this GPU has {found}"
+        return f"only awq2marlin's GEMM supports it, and that needs compute capability {needed}; this GPU has {found}"
     return None
 
 
@@ -132,7 +132,7 @@ class KernelChoice:
             if only_own or setting() == "own":
                 raise
             self._made = Choice("engine", "awq2marlin's GEMM is unavailable")
-            self._log.warning("awq2marlin's GEMM is left for %s: %s", self._names["engine"], error)
+            self._log.warning("%s is used instead of awq2marlin's GEMM: %s", self._names["engine"], error)
             return "engine"
         return "own"
 

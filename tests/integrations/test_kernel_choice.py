@@ -91,7 +91,9 @@ def test_a_compiler_that_fails_costs_one_warning_and_then_the_engine_s_is_taken(
     assert ready.call_count == 1
     assert choice.kernel == "engine"
     warnings = [text for level, text in lines(caplog) if level == "WARNING"]
-    assert warnings == ["awq2marlin's GEMM is left for vLLM's Marlin: NVRTC is missing. To install it: pip install x"]
+    assert warnings == [
+        "vLLM's Marlin is used instead of awq2marlin's GEMM: NVRTC is missing. To install it: pip install x"
+    ]
 
 
 def test_whoever_asks_for_ours_is_told_if_it_cannot_be_had(choice, monkeypatch):

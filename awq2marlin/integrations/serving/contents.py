@@ -133,7 +133,7 @@ class Contents:
     def tensor_parallel_advice(self) -> str:
         """Returns what to do about a layer that the number of ranks does not cut exactly, in a sentence."""
         if self.inventory is None:
-            return "Serve it on fewer GPUs; 'awq2marlin inspect' tells the largest tensor-parallel size that works"
+            return "Serve it on fewer GPUs; 'awq2marlin inspect' reports the largest tensor-parallel size that works"
         size = self.inventory.largest_tensor_parallel_size
         if not size:
             return "No tensor-parallel size works"

@@ -54,7 +54,8 @@ class MarlinNativeMoEMethod(MarlinExperts, FusedMoEMethodBase):  # type: ignore[
     def _refuse_unserved(self, wanted: Any) -> None:
         if weight_type(self.contents.bits, "qzeros" in self.parts) is None:
             self.refuse(
-                "8 bits with zero points: SGLang's Marlin experts know 8 bits only without them. Serve the checkpoint "
+                "8 bits with zero points: SGLang's Marlin experts support 8 bits only without them. "
+                "Serve the checkpoint "
                 "with Transformers, or look for a 4-bit one of this model"
             )
         backend, between_gpus = get_moe_runner_backend(), get_moe_a2a_backend()
@@ -71,7 +72,9 @@ class MarlinNativeMoEMethod(MarlinExperts, FusedMoEMethodBase):  # type: ignore[
         if wanted.activation not in _ACTIVATIONS[wanted.is_gated]:
             self.refuse(f"SGLang's Marlin experts do not compute the activation {wanted.activation!r}")
         if wanted.apply_router_weight_on_input:
-            self.refuse("the model weighs the inputs of its experts, which SGLang's Marlin experts do not do")
+            self.refuse(
+                "the model applies router weights to expert inputs, which SGLang's Marlin experts do not support"
+            )
 
     def create_weights(
         self,

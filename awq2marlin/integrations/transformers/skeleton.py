@@ -111,7 +111,7 @@ class Skeleton:
     def _replace_linear(self, name: str, plan: ModulePlan) -> list[Problem]:
         old = self._model.get_submodule(name)
         if not isinstance(old, torch.nn.Linear):
-            return [self._unfit(plan, f"the model's {name} is a {type(old).__name__}, no linear layer")]
+            return [self._unfit(plan, f"the model's {name} is a {type(old).__name__}, not a linear layer")]
         unfit = self._size_problems(plan, name, old.in_features, old.out_features)
         if unfit:
             return unfit
@@ -216,7 +216,7 @@ def _missing_experts(plan: ExpertsPlan, num_experts: int, needed: Iterable[str])
     """Returns a problem for every projection of an expert that is not there packed."""
     some = next(member for members in plan.members.values() for member in members.values())
     parent_in_file = some.name.rsplit(".", 2)[0]
-    message = "the other experts of its layer are packed, and this one is not there packed; all of them are needed"
+    message = "the other experts of its layer are packed, but this one is not; all of them must be"
     return [
         Problem("", f"{parent_in_file}.{number}.{projection}", "missing-tensor", message)
         for number in range(num_experts)

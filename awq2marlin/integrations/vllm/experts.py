@@ -23,7 +23,7 @@ from awq2marlin.layout.torch_functions import replace_parameter
 
 #: Why vLLM cannot serve a kind of experts that Transformers can.
 WITHOUT_KERNEL = (
-    "8 bits with zero points: vLLM's Marlin experts know 8 bits only without them. Serve the checkpoint with "
+    "8 bits with zero points: vLLM's Marlin experts support 8 bits only without them. Serve the checkpoint with "
     "Transformers, or look for a 4-bit one of this model"
 )
 
@@ -72,7 +72,7 @@ class MarlinNativeMoEMethod(MarlinExperts, AutoAWQMoEMethod):  # type: ignore[mi
         if not is_served:
             self.refuse(f"vLLM's Marlin experts do not serve it: {reason}")
         if getattr(layer, "apply_router_weight_on_input", False):
-            self.refuse("the model weighs the inputs of its experts, which vLLM's Marlin experts do not do")
+            self.refuse("the model applies router weights to expert inputs, which vLLM's Marlin experts do not support")
 
     def create_weights(
         self,

@@ -214,7 +214,7 @@ def test_every_list_takes_the_model_s_names_and_loses_what_the_model_does_not_ha
 
 def test_advice_names_the_largest_size_if_it_is_known():
     said = quantization()
-    assert "'awq2marlin inspect' tells" in Contents(said).tensor_parallel_advice()
+    assert "'awq2marlin inspect' reports" in Contents(said).tensor_parallel_advice()
     advice = Contents(said, Inventory(frozenset(), 4)).tensor_parallel_advice()
     assert advice.endswith("size that works is 4: serve it with --tensor-parallel-size 4")
     assert Contents(said, Inventory(frozenset(), 0)).tensor_parallel_advice() == "No tensor-parallel size works"

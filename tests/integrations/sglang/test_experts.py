@@ -114,7 +114,7 @@ def test_sglang_s_marlin_experts_get_our_tensors(harness, experts, tmp_path, has
 def test_8_bits_with_zero_points_are_refused(harness, experts, tmp_path):
     (problem,) = refusal(layer_of, experts, make_model(harness, tmp_path, bits=8))
     assert problem.tensor == PREFIX
-    assert "SGLang's Marlin experts know 8 bits only without them" in problem.message
+    assert "SGLang's Marlin experts support 8 bits only without them" in problem.message
 
 
 def test_a_hidden_size_that_sglang_s_experts_cannot_take_is_refused(harness, experts, tmp_path):
@@ -127,7 +127,7 @@ def test_a_hidden_size_that_sglang_s_experts_cannot_take_is_refused(harness, exp
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"apply_router_weight_on_input": True}, "weighs the inputs of its experts"),
+        ({"apply_router_weight_on_input": True}, "applies router weights to expert inputs"),
         ({"activation": "gelu"}, "do not compute the activation 'gelu'"),
         ({"activation": "relu2"}, "do not compute the activation 'relu2'"),
         ({"with_bias": True}, "experts have biases"),

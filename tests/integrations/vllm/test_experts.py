@@ -100,7 +100,7 @@ def test_8_bits_with_zero_points_are_refused(harness, experts, tmp_path):
     model = make_model(harness, tmp_path, bits=8)
     (problem,) = refusal(layer_of, experts, model)
     assert problem.tensor == PREFIX
-    assert "vLLM's Marlin experts know 8 bits only without them" in problem.message
+    assert "vLLM's Marlin experts support 8 bits only without them" in problem.message
 
 
 def test_a_hidden_size_that_vllm_s_experts_cannot_take_is_refused(harness, experts, tmp_path):
@@ -113,7 +113,7 @@ def test_a_hidden_size_that_vllm_s_experts_cannot_take_is_refused(harness, exper
 def test_models_that_weigh_the_inputs_of_their_experts_are_refused(harness, experts, tmp_path):
     model = make_model(harness, tmp_path)
     (problem,) = refusal(layer_of, experts, model, apply_router_weight_on_input=True)
-    assert "weighs the inputs of its experts" in problem.message
+    assert "applies router weights to expert inputs" in problem.message
 
 
 def test_another_backend_that_the_user_asks_for_is_refused(harness, experts, tmp_path):
