@@ -234,11 +234,16 @@ class MarlinLinear:
         return plain_loader
 
     def _module_of(self, shard: Any) -> str:
-        """Returns the checkpoint's module that the engine loads as a part of this layer."""
+        """Returns the checkpoint's module that the engine loads as a part of this layer.
+
+        Where two modules make up more widths, as query, key, value and a gate do, the last one is the second's.
+        """
         number = part_number(shard)
-        if isinstance(number, int) and len(self.modules) == self.width_count:
+        if not isinstance(number, int):
+            return self.modules[0]
+        if len(self.modules) == self.width_count:
             return self.modules[number]
-        return self.modules[0]
+        return self.modules[-1 if number == self.width_count - 1 else 0]
 
     def _shape(self, part: str, size_k: int, size_n: int) -> tuple[int, int]:
         return part_shape(part, size_k, size_n, self.contents.scheme, tile=self.tile)

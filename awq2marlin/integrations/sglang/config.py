@@ -108,6 +108,11 @@ class MarlinNativeConfig(QuantizationConfig):  # type: ignore[misc]
         """Returns no names: the weights need no activation to be scaled."""
         return []
 
+    @staticmethod
+    def get_cache_scale(name: str) -> str | None:  # noqa: ARG004 - SGLang's interface
+        """Returns None: no tensor is a scale of the cache. Some of SGLang's models ask for it without a check."""
+        return None
+
     @classmethod
     def from_config(cls, config: Mapping[str, Any]) -> MarlinNativeConfig:
         """Returns the config that a ``quantization_config`` describes.
@@ -140,7 +145,7 @@ class MarlinNativeConfig(QuantizationConfig):  # type: ignore[misc]
         if not self.by_weight_loaders:
             return  # the files may hold other names, one rank's shapes, or nothing
         inventory = self._read_inventory(model_config, load_config)
-        self.contents = replace(self.contents, inventory=inventory)
+        self._take(replace(self.contents, inventory=inventory))
         if inventory is not None and self.contents.bits == 8 and inventory.zero_point_modules:
             reason = reason_without_own(_capability())
             if reason:
@@ -167,8 +172,11 @@ class MarlinNativeConfig(QuantizationConfig):  # type: ignore[misc]
         Args:
             hf_to_sglang_mapper: SGLang's mapping from names in the file to its own.
         """
-        self.contents = self.contents.renamed(hf_to_sglang_mapper.apply_list)
-        self.__dict__.pop("names", None)
+        self._take(self.contents.renamed(hf_to_sglang_mapper.apply_list))
+
+    def _take(self, contents: Contents) -> None:
+        self.contents = contents
+        self.__dict__.pop("names", None)  # those of other contents
 
     def can_fuse_shared_expert(self) -> bool:
         """Returns whether SGLang may put the shared experts among the others, where it can do that for the model."""

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from awq2marlin import convert
 from awq2marlin.checkpoint.synthetic import Recipe, write_checkpoint
+from awq2marlin.errors import CheckpointError
 from tests.equality import assert_identical
 
 HIDDEN, INNER, VOCABULARY = 256, 512, 128
@@ -107,8 +108,17 @@ DEEPSEEK = Kind(
         "self_attn.kv_a_layernorm.weight": (128,),
     },
 )  # fmt: skip
-KINDS = {"llama": LLAMA, "qwen2": QWEN2, "qwen3_moe": QWEN3_MOE, "qwen2_moe": QWEN2_MOE, "mixtral": MIXTRAL,
-         "deepseek": DEEPSEEK}  # fmt: skip
+PHI3 = Kind(
+    "Phi3ForCausalLM", {"model_type": "phi3", "pad_token_id": 0},
+    {
+        "self_attn.qkv_proj": (HIDDEN, 512), "self_attn.o_proj": (256, HIDDEN), "mlp.gate_up_proj": (HIDDEN, 2 * INNER),
+        "mlp.down_proj": (INNER, HIDDEN),
+    },
+)  # fmt: skip
+KINDS = {
+    "llama": LLAMA, "qwen2": QWEN2, "qwen3_moe": QWEN3_MOE, "qwen2_moe": QWEN2_MOE, "mixtral": MIXTRAL,
+    "deepseek": DEEPSEEK, "phi3": PHI3,
+}  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -155,39 +165,47 @@ def held_layers(model):
             yield name, layer
 
 
-def share(harness, layer, values, rank, ranks):
-    """Returns a rank's part of a module's (q, z, s) in a linear layer of SGLang."""
-    kind = type(layer).__name__
+def shares(harness, made, layer, rank, ranks):
+    """Returns a rank's part of (q, z, s) of each of the modules that make up a linear layer of SGLang."""
+    whole = [harness.Model.values(made, module) for module in layer.quant_method.modules]
+    kind, widths = type(layer).__name__, getattr(layer, "output_sizes", ())
     if kind == "ReplicatedLinear":
-        return values
+        return whole
     if kind == "RowParallelLinear":
-        return harness.rows(values, 64, rank, ranks)
-    return harness.columns(values, rank, ranks)
+        return [harness.rows(values, 64, rank, ranks) for values in whole]
+    if len(whole) < len(widths):  # joined in the file
+        whole = harness.apart(whole[0], widths)
+    return [harness.columns(values, rank, ranks) for values in whole]
+
+
+def projections(made, layer, expert):
+    """Returns the names of the modules of an expert: gate, up and down."""
+    parent = f"{layer.quant_method.prefix}.{expert}."
+    if expert >= layer.num_experts - layer.num_fused_shared_experts:
+        parent = f"{layer.quant_method.prefix.rpartition('.')[0]}.shared_experts."
+    return [module for module in made.recipe.modules if module.startswith(parent)]
+
+
+def assert_expert_holds(harness, made, layer, expert, rank, ranks):
+    gate, up, down = (harness.Model.values(made, module) for module in projections(made, layer, expert))
+    halves = (harness.columns(half, rank, ranks) for half in (gate, up))
+    for group, wanted in (("w13", harness.side_by_side(*halves)), ("w2", harness.rows(down, 64, rank, ranks))):
+        found = harness.expert_values(layer, group, expert, made.recipe.bits)
+        for part, one, other in zip("qzs", found, wanted, strict=True):
+            assert_identical(one, other, f"{group} {part} of expert {expert}")
 
 
 def assert_model_holds(harness, model, made, rank=0, ranks=1):
     """Fails unless every layer holds the source's values, and every quantized module is in some layer."""
-    values = harness.Model.values
     seen = set()
-    for name, layer in held_layers(model):
-        method = layer.quant_method
+    for _, layer in held_layers(model):
         if hasattr(layer, "w13_qweight"):
-            down, *_ = [m for m in made.recipe.modules if m.startswith(f"{method.prefix}.0.")][::-1]
             for expert in range(layer.num_experts):
-                projections = [m for m in made.recipe.modules if m.startswith(f"{method.prefix}.{expert}.")]
-                gate, up, down = (values(made, module) for module in projections)
-                halves = (harness.columns(half, rank, ranks) for half in (gate, up))
-                for group, wanted in (
-                    ("w13", harness.side_by_side(*halves)), ("w2", harness.rows(down, 64, rank, ranks)),
-                ):  # fmt: skip
-                    found = harness.expert_values(layer, group, expert, made.recipe.bits)
-                    for part, one, other in zip("qzs", found, wanted, strict=True):
-                        assert_identical(one, other, f"{name} {group} {part} of expert {expert}")
-                seen |= {*projections}
+                assert_expert_holds(harness, made, layer, expert, rank, ranks)
+                seen |= {*projections(made, layer, expert)}
         else:
-            parts = [share(harness, layer, values(made, m), rank, ranks) for m in method.modules]
-            harness.assert_holds(layer, made, harness.side_by_side(*parts))
-            seen |= {*method.modules}
+            harness.assert_holds(layer, made, harness.side_by_side(*shares(harness, made, layer, rank, ranks)))
+            seen |= {*layer.quant_method.modules}
     assert seen == made.recipe.modules.keys()
 
 
@@ -198,6 +216,39 @@ def test_every_module_comes_to_its_place(harness, tmp_path, kind, rank, ranks):
     model = harness.load_model(made.folder, rank, ranks)
     assert type(model).__name__ == KINDS[kind].architecture
     assert_model_holds(harness, model, made, rank, ranks)
+
+
+def test_shared_experts_are_put_among_the_others_where_sglang_does_that(harness, tmp_path):
+    """For DeepSeek-V3's 256 experts, and on a GPU; here SGLang is told that it may."""
+    from sglang.srt.models.deepseek_common.utils import quant_blocks_shared_experts_fusion
+    from sglang.srt.models.deepseek_v2 import DeepseekV2ForCausalLM
+
+    made = make(DEEPSEEK, tmp_path)
+
+    def reason(_cls, _config, quant_config):
+        return "kept" if quant_blocks_shared_experts_fusion(quant_config) else None
+
+    with mock.patch.object(DeepseekV2ForCausalLM, "shared_experts_fusion_disable_reason", classmethod(reason)):
+        model = harness.load_model(made.folder)
+    assert model.model.layers[0].mlp.experts.num_experts == 5
+    assert_model_holds(harness, model, made)
+
+
+def test_what_is_lost_on_the_way_is_named(harness, tmp_path):
+    """The headers have all, but SGLang's loader does not hand a tensor on."""
+    made = make(QWEN3_MOE, tmp_path)
+    lost = ("model.layers.0.mlp.experts.2.up_proj.scales", "model.layers.0.self_attn.k_proj.qzeros")
+    from sglang.srt.model_loader.loader import DefaultModelLoader
+
+    whole = DefaultModelLoader._get_weights_iterator
+
+    def without(self, *arguments):
+        return ((name, tensor) for name, tensor in whole(self, *arguments) if name not in lost)
+
+    changed = mock.patch.object(DefaultModelLoader, "_get_weights_iterator", without)
+    with changed, pytest.raises(CheckpointError) as refused:
+        harness.load_model(made.folder)
+    assert [problem.tensor for problem in refused.value.problems] == [lost[1]], "the first layer that is finished"
 
 
 @pytest.mark.parametrize(("rank", "ranks"), [(0, 1), (1, 2)])
