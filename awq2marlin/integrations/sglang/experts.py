@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import wraps
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from sglang.srt.layers.moe.fused_moe_triton import FusedMoeWeightScaleSupported
@@ -31,6 +31,54 @@ _ACTIVATIONS = {True: ("silu", "situ"), False: ("silu", "relu2")}
 _TILE_K, _TILE_N = 64, 128
 
 
+class ExpertsKernel(Protocol):
+    """Runs tokens through the Marlin experts of a layer."""
+
+    def __call__(self, layer: Any, dispatch_output: Any) -> Any:
+        """Returns what the experts of this rank make of the tokens that are sent to them."""
+
+
+def kernel_of(layer: Any, num_bits: int, runner: Any) -> ExpertsKernel:
+    """Returns what multiplies with the finished experts of a layer: SGLang's Marlin experts.
+
+    Args:
+        layer: holds the weights.
+        num_bits: 4 or 8.
+        runner: SGLang's, of Marlin experts.
+    """
+    return SglangMarlinExperts(layer, num_bits, runner)
+
+
+class SglangMarlinExperts:
+    """SGLang's ``fused_marlin_moe``, behind the runner that knows how its models compute experts."""
+
+    def __init__(self, layer: Any, num_bits: int, runner: Any) -> None:
+        """Serves a layer; arguments as for `kernel_of`."""
+        self._num_bits, self._runner = num_bits, runner
+        # SGLang's kernel wants an order of rows, of which there is none.
+        weight = layer.w13_qweight
+        self._no_order = torch.empty((len(weight), 0), dtype=torch.int32, device=weight.device)
+
+    def __call__(self, layer: Any, dispatch_output: Any) -> Any:
+        """Returns what the experts of this rank make of the tokens that are sent to them."""
+        # Under expert parallelism, which experts are on this rank.
+        local = getattr(layer.dispatcher, "local_expert_mapping", None)
+        weights = MarlinMoeQuantInfo(
+            w13_qweight=layer.w13_qweight,
+            w2_qweight=layer.w2_qweight,
+            w13_scales=layer.w13_scales,
+            w2_scales=layer.w2_scales,
+            w13_g_idx_sort_indices=self._no_order,
+            w2_g_idx_sort_indices=self._no_order,
+            weight_bits=self._num_bits,
+            w13_qzeros=getattr(layer, "w13_qzeros", None),
+            w2_qzeros=getattr(layer, "w2_qzeros", None),
+            expert_map=local,
+            global_num_experts=-1 if local is None else layer.dispatcher.num_experts,
+        )
+        return self._runner.run(dispatch_output, weights)
+
+
 class MarlinNativeMoEMethod(MarlinExperts, FusedMoEMethodBase):  # type: ignore[misc]
     """Loads, finishes and applies the experts of one layer."""
 
@@ -49,6 +97,8 @@ class MarlinNativeMoEMethod(MarlinExperts, FusedMoEMethodBase):  # type: ignore[
         """
         self.hold(config.contents, prefix, LoadRecord(sees_everything=config.by_weight_loaders))
         self.quant_config = config
+        #: What multiplies; chosen when the weights are there.
+        self.kernel: ExpertsKernel | None = None
         self._refuse_unserved(layer.moe_runner_config)
 
     def _refuse_unserved(self, wanted: Any) -> None:
@@ -128,9 +178,7 @@ class MarlinNativeMoEMethod(MarlinExperts, FusedMoEMethodBase):  # type: ignore[
         if self.is_loaded(layer):
             self._require_complete(layer)
             self.finish(layer)
-        empty = torch.empty((self.num_local_experts, 0), dtype=torch.int32, device=layer.w13_qweight.device)
-        #: SGLang's kernel wants an order of rows, of which there is none.
-        self.no_order = empty
+        self.kernel = kernel_of(layer, self.contents.bits, self.runner)
 
     def restore_weights_before_loading(self, layer: Any) -> None:  # noqa: ARG002 - SGLang's interface
         """Refuses to load other weights into a running engine.
@@ -141,7 +189,7 @@ class MarlinNativeMoEMethod(MarlinExperts, FusedMoEMethodBase):  # type: ignore[
         self.refuse("weights in Marlin layout cannot be replaced while SGLang runs; start it with the new checkpoint")
 
     def create_moe_runner(self, layer: Any, moe_runner_config: Any) -> None:  # noqa: ARG002 - SGLang's interface
-        """Chooses what multiplies: SGLang's Marlin experts.
+        """Makes SGLang's runner of Marlin experts, by which it knows how tokens are to be sent to them.
 
         Args:
             layer: SGLang's container of the experts.
@@ -156,22 +204,8 @@ class MarlinNativeMoEMethod(MarlinExperts, FusedMoEMethodBase):  # type: ignore[
             layer: one whose weights are processed.
             dispatch_output: tokens, and the experts of each.
         """
-        # Under expert parallelism, which experts are on this rank.
-        local = getattr(layer.dispatcher, "local_expert_mapping", None)
-        weights = MarlinMoeQuantInfo(
-            w13_qweight=layer.w13_qweight,
-            w2_qweight=layer.w2_qweight,
-            w13_scales=layer.w13_scales,
-            w2_scales=layer.w2_scales,
-            w13_g_idx_sort_indices=self.no_order,
-            w2_g_idx_sort_indices=self.no_order,
-            weight_bits=self.contents.bits,
-            w13_qzeros=getattr(layer, "w13_qzeros", None),
-            w2_qzeros=getattr(layer, "w2_qzeros", None),
-            expert_map=local,
-            global_num_experts=-1 if local is None else layer.dispatcher.num_experts,
-        )
-        return self.runner.run(dispatch_output, weights)
+        assert self.kernel is not None, "process_weights_after_loading has chosen it"
+        return self.kernel(layer, dispatch_output)
 
     def padded_inner(self) -> int | None:
         """Returns the inner size that SGLang's Marlin experts can take, at least the own; None if there is none."""
