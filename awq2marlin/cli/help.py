@@ -88,9 +88,9 @@ PAGES: dict[str, tuple[str, ...]] = {
     "verify": ("README.md", "docs/json.md"),
     "revert": ("README.md", "docs/hub.md", "docs/json.md"),
     "push": ("docs/hub.md", "docs/json.md"),
-    "inspect": ("docs/vllm.md", "docs/json.md"),
+    "inspect": ("docs/vllm.md", "docs/sglang.md", "docs/json.md"),
     "demo": ("README.md",),
-    "doctor": ("docs/vllm.md", "docs/transformers.md", "docs/json.md"),
+    "doctor": ("docs/vllm.md", "docs/sglang.md", "docs/transformers.md", "docs/json.md"),
 }
 
 
