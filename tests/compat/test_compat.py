@@ -289,6 +289,15 @@ def test_a_batch_of_then_tries_again_what_failed_if_it_is_told_to(tmp_path):
     assert recorded.keys() == json.loads(before.splitlines()[0]).keys()
 
 
+def test_a_batch_whose_record_is_gone_takes_what_was_converted_then(tmp_path):
+    listed = stage_batch(tmp_path)
+    (tmp_path / "list.jsonl.record.jsonl").unlink()
+    kept = identity(tmp_path / "out" / "eight_bits-marlin" / "config.json")
+    done, _ = convert_many(listed, out_dir=tmp_path / "out").items
+    assert (done.status, done.verified) == ("done", 2)
+    assert identity(tmp_path / "out" / "eight_bits-marlin" / "config.json") == kept
+
+
 def test_a_batch_of_then_converts_again_what_is_gone_since(tmp_path):
     listed = stage_batch(tmp_path)
     shutil.rmtree(tmp_path / "out" / "eight_bits-marlin")
