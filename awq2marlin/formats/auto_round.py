@@ -17,6 +17,7 @@ from awq2marlin.formats.awq_gemm import AWQ_GEMM
 from awq2marlin.formats.base import Format, Quantization, StoredModule
 from awq2marlin.formats.config import first_of, flag, method_of, scheme_of, word
 from awq2marlin.formats.gptq import GPTQ, GPTQ_V2, Gptq
+from awq2marlin.formats.overrides import overrides_of
 from awq2marlin.io.safetensors import TensorInfo
 
 _METHODS = ("auto-round", "intel/auto-round")
@@ -64,19 +65,18 @@ class AutoRound(Gptq):
                 raise _unsupported(what, place)
         bits, group_size = (first_of(document, (key,), place) for key in ("bits", "group_size"))
         scheme = scheme_of(bits, group_size, not flag(document, "sym", place), place)
-        return Quantization(scheme, origin=place, layout=_LAYOUTS[packing])
+        return Quantization(scheme, origin=place, overrides=overrides_of(document), layout=_LAYOUTS[packing])
 
     def title_of(self, quantization: Quantization) -> str:
         del quantization
         return self.title
 
-    def find(
+    def _find(
         self, tensors: Mapping[str, TensorInfo], quantization: Quantization, shard_of: Mapping[str, str]
     ) -> tuple[dict[str, StoredModule], list[Problem]]:
-        """Returns the modules in the layout that the config names."""
         if quantization.layout is AWQ_GEMM:
             return AWQ_GEMM.find(tensors, replace(quantization, layout=None), shard_of)
-        return super().find(tensors, quantization, shard_of)
+        return super()._find(tensors, quantization, shard_of)
 
 
 AUTO_ROUND = AutoRound()

@@ -24,6 +24,7 @@ import numpy as np
 import numpy.typing as npt
 
 from awq2marlin.errors import CheckpointError, Problem, enumerated, printable, refuse
+from awq2marlin.formats.overrides import NO_OVERRIDES, Overrides
 from awq2marlin.formats.serving import Serving
 from awq2marlin.io.safetensors import TensorIndex, TensorInfo
 from awq2marlin.layout.derived import middle_zero_points
@@ -52,6 +53,7 @@ class Quantization:
         padded_modules: of a converted one, true (K, N) of the modules that were padded.
         quantized_modules: of one that is written, every quantized module.
         layout: the format whose layout the modules have, where a config says which of several; None for its own.
+        overrides: what the config says of single modules; see `overrides.contradictions`.
     """
 
     scheme: Scheme
@@ -62,6 +64,7 @@ class Quantization:
     padded_modules: Mapping[str, tuple[int, int]] = field(default_factory=dict)
     quantized_modules: frozenset[str] = frozenset()
     layout: Format | None = None
+    overrides: Overrides = NO_OVERRIDES
 
     @property
     def bits(self) -> int:

@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from awq2marlin.errors import CheckpointError, printable, refuse
+from awq2marlin.errors import CheckpointError, Problem, printable, refuse
 from awq2marlin.formats.awq import GPTQ_KEYS
 from awq2marlin.formats.base import (
     ORDERED_BY_ACTIVATIONS,
@@ -24,10 +24,12 @@ from awq2marlin.formats.base import (
     Fault,
     Format,
     Quantization,
+    StoredModule,
     embedding_faults,
     group_bytes,
 )
 from awq2marlin.formats.config import first_of, flag, method_of, scheme_of, word
+from awq2marlin.formats.overrides import contradictions, overrides_of
 from awq2marlin.io.safetensors import TensorInfo
 from awq2marlin.layout.marlin import MAX_SIZE_N
 from awq2marlin.layout.repack import PartLayout
@@ -88,11 +90,24 @@ class Gptq(Format):
             raise _unsupported(message, place)
         bits, group_size = (first_of(document, (key,), place) for key in ("bits", "group_size"))
         scheme = scheme_of(bits, group_size, not flag(document, "sym", place), place)
-        return Quantization(scheme, origin=place, layout=_layout(document, place))
+        return Quantization(scheme, origin=place, overrides=overrides_of(document), layout=_layout(document, place))
 
     def title_of(self, quantization: Quantization) -> str:
         """Returns the version's title."""
         return (quantization.layout or self).title
+
+    def find(
+        self, tensors: Mapping[str, TensorInfo], quantization: Quantization, shard_of: Mapping[str, str]
+    ) -> tuple[dict[str, StoredModule], list[Problem]]:
+        """Returns the modules, and where the config says of single ones what their tensors do not show."""
+        modules, problems = self._find(tensors, quantization, shard_of)
+        said = contradictions(quantization.overrides, modules, quantization.scheme, quantization.origin)
+        return modules, problems or list(said)
+
+    def _find(
+        self, tensors: Mapping[str, TensorInfo], quantization: Quantization, shard_of: Mapping[str, str]
+    ) -> tuple[dict[str, StoredModule], list[Problem]]:
+        return super().find(tensors, quantization, shard_of)
 
     def sizes(self, tensors: Mapping[str, TensorInfo], scheme: Scheme) -> tuple[int, int]:
         """Returns K and N as ``qweight`` says."""

@@ -94,9 +94,30 @@ def test_a_config_that_cannot_be_converted_is_refused_by_name(tmp_path: Path, ru
     assert not (tmp_path / "out").exists()
 
 
+OVERRIDES: dict[str, tuple[str, Callable[[Config], Any], str]] = {
+    "other bits": (GPTQ, says(dynamic={r"+:.*\.down_proj": {"bits": 8}}), "says bits 8, but its tensors are of 4 bits"),
+    "other groups": (GPTQ, says(dynamic={"^.*down_proj$": {"group_size": 32}}), "says group_size 32, but"),
+    "not quantized": (GPTQ, says(dynamic={"-:.*down.*": {}}), "says that it is not quantized, but it has the tensors"),
+    "by name": (AUTO, says(extra_config={DOWN: {"bits": 8, "group_size": 64}}), f"extra_config['{DOWN}'] says bits 8"),
+    "16 bits": (AUTO, says(extra_config={DOWN: {"bits": 16}}), "says that it is not quantized"),
+    "layout of AWQ": ("auto_round/awq_w4_asym_g32", says(extra_config={DOWN: {"bits": 8}}), "says bits 8"),
+}
+
+
+@pytest.mark.parametrize("name", OVERRIDES)
+def test_what_a_config_says_of_one_module_against_its_tensors_is_told(tmp_path: Path, run, name: str) -> None:
+    fixture, change, said = OVERRIDES[name]
+    source = copied(fixture, tmp_path / "source")
+    set_config(source, change)
+    run("convert", source, "--dry-run").refused("contradiction", said, file="config.json")
+
+
 HARMLESS: dict[str, tuple[str, Callable[[Config], Any]]] = {
     "a module left out": (GPTQ, says(dynamic={"-:.*lm_head": {}})),
     "an override of nothing that is there": (GPTQ, says(dynamic={"+:.*experts.*": {"bits": 8}})),
+    "overrides that say the same": (GPTQ, says(dynamic={"+:.*": {"bits": 4}, "-:.*": {}, ".*down": {"bits": 8}})),
+    "overrides that are none": (GPTQ, says(dynamic={"+:.*": [8], "-:": 1}, extra_config=[NASTY])),
+    "a pattern that would never end": (GPTQ, says(dynamic={"-:(.*.*.*.*)*x": {}, "+:" + ".*" * 9: {"bits": 8}})),
     "no word of symmetry": (GPTQ, lambda config: config.pop("sym")),
     "no word of an order": (GPTQ, lambda config: config.pop("desc_act")),
     "a meta that is none": (GPTQ, says(meta=[NASTY, 1])),
@@ -245,7 +266,7 @@ def test_an_output_embedding_of_the_same_kind_is_converted_with_the_others(sourc
     assert contents(tmp_path / "back") == contents(source)
 
 
-@pytest.mark.parametrize(("fixture", "said"), [(GPTQ, "awq"), ("auto_round/as_awq_asym", "gptq")])
+@pytest.mark.parametrize(("fixture", "said"), [(GPTQ, "awq"), ("auto_round/awq_w4_asym_g32", "gptq")])
 def test_a_config_that_names_the_other_layout_is_told_with_both_sides(tmp_path: Path, run, fixture, said) -> None:
     source = copied(fixture, tmp_path / "source")
     document = peers.read_config(source)
