@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, BinaryIO, NoReturn
 
-from awq2marlin.errors import printable, refuse
+from awq2marlin.errors import enumerated, printable, refuse
 from awq2marlin.io.impostors import HEAD_BYTES, text_in_place_of
 from awq2marlin.io.strict_json import parse_json
 
@@ -193,7 +193,7 @@ def _tensor_info(name: str, entry: Any, file: str) -> TensorInfo:
         raise refuse(code, message, file=file, tensor=name)
 
     if not isinstance(entry, dict) or entry.keys() != _ENTRY_KEYS:
-        bad("bad-header", f"its entry must have exactly the keys {sorted(_ENTRY_KEYS)}")
+        bad("bad-header", f"its entry must have exactly the keys {enumerated(sorted(_ENTRY_KEYS))}")
     dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
         bad("unknown-dtype", f"the data type {printable(str(dtype))!r} is not one of the format's")

@@ -557,6 +557,26 @@ def test_inspect_shows_a_table(
     assert "7 quantized modules, 1 in full precision" in lines
 
 
+@pytest.mark.parametrize("columns", [60, 80, 100, 160])
+@pytest.mark.parametrize("command", ["inspect", "convert --dry-run"])
+def test_a_table_fits_the_terminal_and_breaks_no_part_of_a_name(
+    command: str, columns: int, made: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    lines = run(capsys, *command.split(" "), made / "awq")[1].splitlines()
+    first = next(at for at, line in enumerate(lines) if line.startswith("module"))
+    last = next(at for at, line in enumerate(lines) if line.startswith(("no: ", "keep: ")))
+    table = lines[first:last]
+    assert max(map(len, table)) <= columns
+    names = [line.split("  ")[0].strip() for line in table[2:]]
+    shown = "".join(names) + " "
+    parts = {"model.layers.*.self_attn.q_proj", "model.layers.*.mlp.gate_proj", "model.layers.*.mlp.up_proj"}
+    assert [name for name in parts if name not in shown] == []
+    assert {
+        name for name in names if not re.fullmatch(r"(model\.|layers\.|\*\.|self_attn\.|mlp\.|[a-z]+_proj)+", name)
+    } == set()
+
+
 def test_inspect_shows_padded_modules(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run(capsys, "convert", made / "awq", "output", "--unaligned", "pad")
     _, out, _ = run(capsys, "inspect", "output")

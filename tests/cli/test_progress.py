@@ -132,6 +132,20 @@ def test_the_whole_batch_has_a_bar_and_a_time_left(monkeypatch):
     assert "…/Llama-3-8B-AWQ " in shown.get()
 
 
+def test_a_narrow_terminal_shows_no_bars_and_the_end_of_a_path(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "60")
+    monkeypatch.setenv("TERM", "xterm")
+    table = LiveTable(Terminal())
+    table._overall.start(2, [])
+    table.item("/models/of/somebody/with/many/folders/Llama-3-8B-AWQ", "/o/a").start("fetch and convert", 3_900_000_000)
+    with table._console.capture() as shown:
+        table._console.print(table._table())
+    text = re.sub(r"\x1b\[[0-9;]*m", "", shown.get())
+    assert re.search(r"^…/Llama-3-8B-AWQ  ?fetch and convert +0 B of 3\.9 GB$", text, re.MULTILINE)
+    assert "━" not in text
+    assert max(len(line.rstrip()) for line in text.splitlines()) <= 60
+
+
 def test_lines_tell_the_time_left_of_the_whole_batch(monkeypatch):
     clock = [0.0]
     monkeypatch.setattr(shown_progress.time, "monotonic", lambda: clock[0])
