@@ -119,9 +119,7 @@ def batch(
     out_dir: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Folder for the outputs. By default the working directory.")
     ] = None,
-    jobs: Annotated[
-        int, typer.Option(metavar="N", min=1, max=256, help="Conversions at the same time. They share --workers.")
-    ] = 1,
+    jobs: opt.Jobs = 1,
     part: opt.Part = None,
     retry_failed: Annotated[
         bool, typer.Option("--retry-failed", help="Also try again what failed in an earlier run.")

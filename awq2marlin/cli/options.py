@@ -6,7 +6,7 @@ of the command line.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args
 
@@ -56,6 +56,33 @@ def _number_or(*words: str) -> Callable[[object], int | str]:
     return parse
 
 
+def _number(most: int) -> Callable[[object], int]:
+    def parse(value: object) -> int:
+        text = str(value)
+        if text.isascii() and text.isdigit() and 1 <= int(text[:10]) <= most:
+            return int(text)
+        raise typer.BadParameter(f"{printable(text)!r} is not a number from 1 to {most}")
+
+    return parse
+
+
+def _one_of(*words: str) -> Callable[[object], str]:
+    def parse(value: object) -> str:
+        text = str(value)
+        if text in words:
+            return text
+        raise typer.BadParameter(f"{printable(text)!r} is not {', '.join(words[:-1])} or {words[-1]}")
+
+    return parse
+
+
+def _completing(words: Sequence[str]) -> Callable[[str], list[str]]:
+    def complete(begun: str) -> list[str]:
+        return [each for each in words if each.startswith(begun)]
+
+    return complete
+
+
 def _part(value: str) -> tuple[int, int]:
     number, _, count = value.partition("/")
     if number.isdecimal() and count.isdecimal() and len(value) < 20 and 1 <= int(number) <= int(count):
@@ -86,17 +113,25 @@ Source = Annotated[
     ),
 ]
 Workers = Annotated[
-    int | None,
-    typer.Option(metavar="N", min=1, max=MAX_WORKERS, help="Number of threads. By default one per CPU, but at most 8."),
+    Any,
+    typer.Option(
+        metavar="N", parser=_number(MAX_WORKERS), help="Number of threads. By default one per CPU, but at most 8."
+    ),
+]
+Jobs = Annotated[
+    Any,
+    typer.Option(metavar="N", parser=_number(MAX_WORKERS), help="Conversions at the same time. They share --workers."),
 ]
 To = Annotated[
     str,
     typer.Option(metavar="FORMAT", autocompletion=_formats, help="Format to write: marlin, awq or compressed-tensors."),
 ]
 Unaligned = Annotated[
-    modules.Unaligned,
+    Any,
     typer.Option(
         metavar="|".join(modules.UNALIGNED_CHOICES),
+        parser=_one_of(*modules.UNALIGNED_CHOICES),
+        autocompletion=_completing(modules.UNALIGNED_CHOICES),
         help="What to do with modules whose shapes Marlin cannot take: keep them in AWQ layout, pad them with zeros, "
         "or stop.",
     ),
@@ -139,9 +174,11 @@ Modules = Annotated[
 ]
 Layers = Annotated[Any, typer.Option(metavar="N|all", parser=_number_or("all"), help="Earlier name of --modules.")]
 Device = Annotated[
-    sampling.Device | None,
+    Any,
     typer.Option(
         metavar="|".join(get_args(sampling.Device)),
+        parser=_one_of(*get_args(sampling.Device)),
+        autocompletion=_completing(get_args(sampling.Device)),
         help="Also run the compared modules through the Marlin GEMM: on the GPU (cuda), in the exact CPU reference "
         "(cpu), or wherever it can run (auto).",
     ),
