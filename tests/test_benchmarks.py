@@ -48,6 +48,14 @@ def test_the_load_chart_is_drawn_and_its_table_holds_the_figures(tmp_path):
     assert lines[4].startswith("| Transformers | AWQ source | not run: GPTQModel is missing |")
 
 
+def test_the_picture_in_the_readme_is_that_of_the_stored_result(script):
+    row = json.loads((FOLDER / "results" / "serving_h200.json").read_text("utf-8"))["rows"][0]
+    drawn = script("serving_chart").draw(row)
+    assert (FOLDER.parent / "docs" / "serving_h200.svg").read_text("utf-8") == drawn
+    rates = row["engines"]["converted"]["decode_tokens_per_s"]
+    assert all(f">{each['median']:.0f}</text>" in drawn for each in rates.values())
+
+
 def test_random_models_convert_and_their_dequantized_form_is_what_the_oracle_says(tmp_path, script):
     random_models, dense_models = script("random_models"), script("dense_models")
     model = random_models.Model(128, 256, 1, 2, 1, 64, experts=2, group_size=64)

@@ -92,6 +92,62 @@ def test_python_examples_run(path, hub):
         exec(compile("\n" * line + code, str(path), "exec"), namespace)
 
 
+@pytest.mark.usefixtures("model_folder")
+def test_the_first_commands_of_the_readme_run_as_they_stand(hub, capsys):
+    hub.add_repository("Qwen/Qwen2.5-0.5B-Instruct-AWQ", Path("model-awq").absolute())
+    blocks = [match["code"] for match in FENCE.finditer((ROOT / "README.md").read_text("utf-8"))]
+    first = next(block for block in blocks if "convert Qwen/" in block)
+    for line in first.splitlines():
+        program, *arguments = shlex.split(line, comments=True)
+        assert (program, main([*arguments, "--quiet"])) == ("awq2marlin", 0), capsys.readouterr().err
+    assert digest_of(Path("restored/config.json").read_bytes()) == digest_of(Path("model-awq/config.json").read_bytes())
+
+
+def test_the_readme_installs_the_small_build_of_torch_before_what_would_fetch_the_large_one():
+    lines = (ROOT / "README.md").read_text("utf-8").splitlines()
+    installs = [line for line in lines if line.startswith("pip install")]
+    assert installs[0].startswith("pip install torch --index-url https://download.pytorch.org/whl/cpu")
+
+
+#: What says where a figure comes from: hosts, drivers, commits and dates.
+PROVENANCE = re.compile(r"\b(EPYC|Xeon|driver \d|commit [0-9a-f]{7}|20\d\d-\d\d-\d\d)\b")
+
+
+def test_where_figures_come_from_is_told_in_the_benchmarks_and_not_in_the_readme():
+    assert not PROVENANCE.findall((ROOT / "README.md").read_text("utf-8"))
+    assert PROVENANCE.findall((DOCS / "benchmarks.md").read_text("utf-8"))
+
+
+def test_the_benchmarks_name_every_result_and_its_commit():
+    text = (DOCS / "benchmarks.md").read_text("utf-8")
+    stored = {path.name for path in (ROOT / "benchmarks" / "results").iterdir()}
+    assert stored == set(re.findall(r"\(\.\./benchmarks/results/([^)]+)\)", text))
+    told = text + "".join(path.read_text("utf-8") for path in (DOCS / "vllm.md", DOCS / "transformers.md"))
+    told += (ROOT / "kernels" / "README.md").read_text("utf-8")
+    for name in sorted(stored):
+        commits = re.findall(r'"commit": "([0-9a-f]{7,})', (ROOT / "benchmarks" / "results" / name).read_text("utf-8"))
+        assert all(commit in told for commit in commits), f"no document tells the commit of {name}"
+
+
+def _first_row(result: str) -> dict[str, Any]:
+    return json.loads((ROOT / "benchmarks" / "results" / result).read_text("utf-8"))["rows"][0]
+
+
+def test_the_figures_of_the_readme_are_those_of_the_stored_results():
+    text = " ".join((ROOT / "README.md").read_text("utf-8").split())
+    served = _first_row("serving_h200.json")["engines"]
+    source, converted = served["source"], served["converted"]
+    for batch, words in (("1", "{:.2f} times as many"), ("64", "{:.2f} times at batch 64")):
+        rates = [each["decode_tokens_per_s"][batch]["median"] for each in (converted, source)]
+        assert words.format(rates[0] / rates[1]) in text
+    prefill = converted["prefill_ms"]["median"] / source["prefill_ms"]["median"]
+    assert f"Prefill takes {prefill:.2f} times as long" in text
+    saved = source["load_allocated_peak_mib"] - converted["load_allocated_peak_mib"]
+    assert f"{saved / 1024:.0f} GiB less GPU memory" in text
+    loaded = _first_row("load_h200.json")["awq"]
+    assert f"{loaded['process_seconds']:.1f} of {loaded['ready_seconds']:.1f} seconds" in text
+
+
 LINK = re.compile(r"!?\[[^\]\[]*\]\((?P<target>[^()\s]+)\)")
 
 
