@@ -131,33 +131,32 @@ def convert_many(
     progress: BatchProgress | None = None,
     **options: Any,
 ) -> BatchResult:
-    """Converts many checkpoints. Run again, it does only what is left.
+    """Converts many checkpoints. Call it again, and it does only what is left.
 
-    A failure of one item stops no other; what became of each stands in the result and in the record.
+    If one item fails, the others go on; the result and the record say what happened to each.
 
     Args:
-        sources: a list's file, as `batch.file.read_batch_file` takes it, or the list itself: sources, and mappings
+        sources: file of a list, as `batch.file.read_batch_file` reads it, or the list itself: sources, and mappings
             with ``source`` and options, which are keyword arguments of `convert`.
         out_dir: folder for the outputs of all items; by default the working directory.
         jobs: items at the same time.
-        workers: threads of all jobs together; by default one a processor, at most eight. With an executor, threads
-            for one shard, by default one.
-        part: (number, of how many): take only every N-th item, for several machines that share a list. By
-            default all.
-        retry_failed: try again what failed in an earlier run.
-        record: JSONL file of what became of the items; by default the list's name with ``.record.jsonl``. A list
-            that is no file has none by default, and then only the outputs tell what is done.
+        workers: number of threads for all jobs together; by default one per CPU, at most eight. With an executor,
+            threads for one shard, by default one.
+        part: (number, count): take only every count-th item, for several machines that share a list. By default all.
+        retry_failed: also try again what failed in an earlier run.
+        record: JSONL file that records the result of each item; by default the list's name with ``.record.jsonl``. A
+            list that is not a file has none by default, and then only the outputs show what is done.
         dry_run: plan only; nothing is written.
-        executor: does the shards of all items, as for `convert`.
-        progress: told what is being done.
-        **options: further options of every item that does not give them itself.
+        executor: converts the shards of all items, as for `convert`.
+        progress: receives what is being done.
+        **options: options for every item that does not set them itself.
 
     Raises:
         BatchError: if anything is wrong with the list, the options or the record; nothing has been done.
         OutputError: if another process runs the same batch.
-        ExecutorError: if the executor broke; what is left can be done by the same call.
-        OSError: if the list cannot be read or the record not be written.
-        ValueError: if an argument is none of its choices, or there is no such part.
+        ExecutorError: if the executor broke; call again to do what is left.
+        OSError: if the list cannot be read or the record cannot be written.
+        ValueError: if an argument has a wrong value, or there is no such part.
     """
     started = time.perf_counter()
     BatchOptions(jobs, workers, retry_failed, dry_run, executor, progress)  # which check themselves

@@ -136,47 +136,47 @@ def convert(
 ) -> ConvertResult:
     """Converts a checkpoint to another format, by default to the Marlin-native one (docs/marlin-native.md).
 
-    Interrupted at any moment, the same call resumes and ends with the same bytes.
+    If it is interrupted, call it again: it resumes, and ends with the same bytes.
 
     Args:
-        source: folder of the checkpoint, never written to; or a repository of the Hub, ``org/name[@revision]``
-            or ``hf://org/name[@revision]``, whose next shard is fetched while one is converted.
+        source: checkpoint folder, which is never written to; or Hub repository, ``org/name[@revision]`` or
+            ``hf://org/name[@revision]``, whose next shard is downloaded while one is converted.
         output: folder to write; by default ``./<name>-marlin``.
         unaligned: what to do with modules whose shapes Marlin cannot take: ``"keep"`` them in AWQ layout,
             ``"pad"`` them with zeros, or ``"error"``.
-        workers: threads; by default as many as there are processors, at most eight. With an executor, threads
-            for one shard, by default one.
-        overwrite: remove an earlier conversion in ``output`` first: only files that its own manifest or
-            journal names.
-        verify: how many converted modules to compare with the source, value for value, before the output
-            becomes loadable; ``"all"`` or ``"none"``.
+        workers: number of threads; by default one per CPU, at most eight. With an executor, threads for one shard, by
+            default one.
+        overwrite: replace an earlier conversion in ``output``; removes only files that its own manifest or journal
+            lists.
+        verify: how many converted modules to compare with the source, value for value, before the output can be
+            loaded; or ``"all"`` or ``"none"``.
         dry_run: plan only; nothing is written.
         device: also run those modules through the Marlin GEMM, on ``"cuda"``, ``"cpu"`` or ``"auto"``.
-        executor: does the shards instead of threads of this process: of threads or processes, Dask's, MPI's. Its
-            workers must see source and output under the same paths. Everything else is done here.
-        low_disk: fetch the source's shards to a place of our own, compare each with its conversion at once, and then
-            remove it, so that never more than two are there. With ``push_to`` finished shards are sent while others
-            are converted, each in a commit of its own, and removed here; nothing is left in ``output``.
-        push_to: repository of the Hub that the result is sent to, ``org/name`` or a `PushTarget`; in one commit once
-            all is done, unless ``low_disk``.
-        commit_message: first line of the commits' messages.
+        executor: converts the shards in its workers (threads, processes, Dask, MPI) instead of in threads of this
+            process. The workers must see source and output under the same paths. Everything else is done here.
+        low_disk: download the source's shards to the output folder, compare each with its conversion at once, then
+            delete it, so there are never more than two. With ``push_to``, finished shards are uploaded while others
+            are converted, each in its own commit, and deleted here; nothing is left in ``output``.
+        push_to: Hub repository to upload the result to, ``org/name`` or a `PushTarget`; in one commit at the end,
+            unless ``low_disk``.
+        commit_message: first line of the commit messages.
         to: the format to write: ``"marlin"``, ``"awq"`` or ``"compressed-tensors"``. By default the output is then
             ``./<name>-marlin``, ``./<name>-awq`` or ``./<name>-ct``.
-        carry: patterns (``*.bin``, ``original/*``) of files that are carried over, unopened, though they would be left
+        carry: patterns (``*.bin``, ``original/*``) of files to carry over, unopened, that would otherwise be left
             behind; without an index also of ``.safetensors`` files that hold no tensors of the model.
-        leave: patterns of files that are left behind, as if they were not there. What both speak of is carried over.
-        follow_links: also follow links that lead out of the folder, to regular files only; each is told with its end
-            before anything is read. Not with ``push_to``.
-        progress: told what is being done.
+        leave: patterns of files to leave behind. A file that both match is carried over.
+        follow_links: also follow links that lead out of the folder, but only to regular files; ``progress`` receives
+            each link with its target before anything is read. Not with ``push_to``.
+        progress: receives what is being done.
 
     Raises:
-        CheckpointError: if the source is no checkpoint that can be converted, and then nothing has been written; or
-            if it holds what `revert` could not give back, and then the output cannot be loaded.
+        CheckpointError: if the source cannot be converted; nothing has been written then. Or if it holds something
+            that `revert` could not restore; the output cannot be loaded then.
         HubError: if the Hub or the network refuses.
         UnavailableError: if the machine lacks what ``device`` needs.
-        OutputError: if the output folder is foreign, in use, full or unwritable.
+        OutputError: if the output folder is not ours, in use, full or unwritable.
         ExecutorError: if the executor broke, or its workers do not see the same files.
-        ValueError: if an argument is none of its choices, or does not go with another; see `ConvertOptions`.
+        ValueError: if an argument has a wrong value, or cannot be used with another; see `ConvertOptions`.
         DifferenceError: if the verification finds a difference; the output has no ``config.json`` then.
     """
     options = ConvertOptions(

@@ -41,16 +41,17 @@ class DemoResult:
 
 
 def demo(folder: str | os.PathLike[str] | None = None, *, progress: Progress | None = None) -> DemoResult:
-    """Makes a small AWQ checkpoint of random weights, converts, verifies and reverts it.
+    """Makes a small AWQ checkpoint of random weights, then converts, verifies and reverts it.
 
-    Its attention is as wide as that of SmolLM2-135M, which Marlin cannot take, so that it shows both fates of a module.
+    Its attention is as wide as that of SmolLM2-135M, which Marlin cannot take, so some modules are converted and some
+    are kept.
 
     Args:
-        folder: where to leave ``awq/``, ``marlin/`` and ``reverted/``; a temporary folder if None.
-        progress: told what is being done.
+        folder: where to keep ``awq/``, ``marlin/`` and ``reverted/``; if None, they are removed at the end.
+        progress: receives what is being done.
 
     Raises:
-        OutputError: if ``folder`` is there and not empty.
+        OutputError: if ``folder`` exists and is not empty.
         DifferenceError: if the round trip is not exact.
     """
     started = time.perf_counter()

@@ -34,7 +34,7 @@ class DoctorResult:
 
 
 def doctor() -> DoctorResult:
-    """Looks at this machine. Converting, verifying values and reverting need nothing of what it looks for.
+    """Returns what this machine has for running the Marlin GEMM; convert, verify and revert need none of it.
 
     Raises:
         UnavailableError: if PyTorch, which this package installs, cannot be imported: there is nothing to look with.

@@ -118,14 +118,14 @@ class InspectResult:
 
 
 def inspect(path: str | os.PathLike[str]) -> InspectResult:
-    """Returns what a checkpoint is; reads no tensor data.
+    """Returns what a checkpoint is, from its headers and configs alone.
 
     Args:
-        path: its folder, or a repository of the Hub, ``org/name[@revision]``.
+        path: checkpoint folder, or Hub repository, ``org/name[@revision]``.
 
     Raises:
-        CheckpointError: if it is neither, or malformed. One that is sound, but of a kind that is not converted, is
-            described; see `InspectResult.reason`.
+        CheckpointError: if it is not a checkpoint, or malformed. A sound one in a format that is not converted is
+            described instead; see `InspectResult.reason`.
     """
     folder = open_source(path)
     refuse_unfinished(folder)

@@ -37,7 +37,7 @@ class ConvertOptions(Checked):
 
     Attributes:
         unaligned: what to do with modules whose shapes Marlin cannot take.
-        workers: threads; None for one a processor, at most eight.
+        workers: number of threads; None for one per CPU, at most eight.
         overwrite: whether an earlier conversion is removed first.
         verify: how many converted modules are compared with the source.
         dry_run: whether nothing is written.
@@ -131,7 +131,7 @@ class RevertOptions(Checked):
     """How `revert` works: all its arguments but those that name folders, executor and progress.
 
     Attributes:
-        workers: threads; None for one a processor, at most eight.
+        workers: number of threads; None for one per CPU, at most eight.
         overwrite: whether the output may have files already: equal ones stay as they are, others are refused.
         dry_run: whether nothing is written.
         low_disk: whether shards of a repository are removed as soon as they are restored.
@@ -151,7 +151,7 @@ class VerifyOptions(Checked):
 
     Attributes:
         modules: how many converted modules are compared value for value; None for what ``layers`` says.
-        workers: threads; None for one a processor, at most eight.
+        workers: number of threads; None for one per CPU, at most eight.
         device: where these modules also run through the Marlin GEMM; None for nowhere.
         layers: the earlier name of ``modules``.
         follow_links: whether links that lead out of the checkpoints' folders are followed.

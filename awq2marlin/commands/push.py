@@ -55,28 +55,29 @@ def push(
     report: str | os.PathLike[str] | None = None,
     progress: Progress | None = None,
 ) -> PushResult:
-    """Uploads a converted checkpoint to the Hub, in one commit, if every file of it is as the conversion wrote it.
+    """Checks that every file is as the conversion wrote it, then uploads a checkpoint to the Hub in one commit.
 
-    What the repository holds already is not sent again, so the same call goes on where an interrupted one stopped.
+    Files that the repository already has are not uploaded again. If it is interrupted, call it again: it continues.
 
     Args:
-        folder: of the converted checkpoint; never written to.
-        repo_id: the repository, ``org/name``; made if needed.
-        private: make a new repository private; an existing one must then be.
-        revision: branch to commit to, made if needed; by default ``main``.
+        folder: folder of the converted checkpoint; never written to.
+        repo_id: Hub repository, ``org/name``; created if needed.
+        private: create the repository as private; refuse one that exists and is public.
+        revision: branch to commit to, created if needed; by default ``main``.
         create_pr: open a pull request instead.
-        commit_message: first line of the commit's message.
-        overwrite: replace a checkpoint of another model or run; files of it that this one does not have are removed.
-        dry_run: check the folder and look at the repository only; nothing is written.
-        report: a file that ``verify --report`` wrote; goes along as ``awq2marlin-report.html``.
-        progress: told what is being done.
+        commit_message: first line of the commit message.
+        overwrite: replace a different checkpoint that the repository holds, and remove those of its files that this
+            one does not have.
+        dry_run: check the folder and the repository; nothing is uploaded.
+        report: page that ``verify --report`` wrote; it is uploaded as ``awq2marlin-report.html``.
+        progress: receives what is being done.
 
     Raises:
-        CheckpointError: if the folder is no sound converted checkpoint, or the report no page.
-        OutputError: if it is unfinished.
-        DifferenceError: if a file is not the one that the conversion wrote.
+        CheckpointError: if this is not a sound converted checkpoint, or the report is not a page.
+        OutputError: if the conversion is unfinished.
+        DifferenceError: if a file differs from the one that the conversion wrote.
         HubError: if the Hub refuses, or the repository holds something else.
-        ValueError: if an argument is none of its choices.
+        ValueError: if an argument has a wrong value.
     """
     target = PushTarget(repo_id, private, revision, create_pr, overwrite)
     if os.fspath(folder) == "":

@@ -89,32 +89,33 @@ def revert(
     follow_links: bool = False,
     progress: Progress | None = None,
 ) -> RevertResult:
-    """Gives back the checkpoint that a converted one was made from, every file byte for byte.
+    """Restores the checkpoint that a converted one was made from, every file byte for byte.
 
-    Of a checkpoint that an engine saved, such as ``save_pretrained`` of Transformers, the tensors are given back: they
-    lie in the files in which the engine put them. Interrupted at any moment, the same call resumes.
+    If an engine saved the converted checkpoint, as ``save_pretrained`` of Transformers does, the tensors are restored,
+    in the files that the engine put them in. If it is interrupted, call it again: it resumes.
 
     Args:
-        converted: folder of the converted checkpoint, never written to; or a repository of the Hub,
-            ``org/name[@revision]`` or ``hf://org/name[@revision]``, whose next shard is fetched while one is restored.
+        converted: converted checkpoint: a folder, which is never written to, or a Hub repository,
+            ``org/name[@revision]`` or ``hf://org/name[@revision]``, whose next shard is downloaded while one is
+            restored.
         output: folder to write; by default ``./<name>-reverted``.
-        workers: threads; by default as many as there are processors, at most eight. With an executor, threads
-            for one shard, by default one.
-        overwrite: complete what ``output`` has already: a file that is the one that comes back stays as it is, one of
-            the same name that is not is refused, and what an unfinished run left is removed.
+        workers: number of threads; by default one per CPU, at most eight. With an executor, threads for one shard, by
+            default one.
+        overwrite: ``output`` may have files already: those that equal the restored ones stay as they are, different
+            ones of the same name are refused, and what an unfinished run left is removed.
         dry_run: plan only; nothing is written.
-        executor: does the shards instead of threads of this process; see `convert`.
-        low_disk: of a repository, fetch its shards to a place of our own, and remove each as soon as it is restored.
+        executor: restores the shards instead of threads of this process; see `convert`.
+        low_disk: Hub repositories only: download the shards to the output folder, and delete each once it is restored.
         follow_links: also follow links that lead out of the folder, as for `convert`.
-        progress: told what is being done.
+        progress: receives what is being done.
 
     Raises:
-        DifferenceError: if a restored file is not the one recorded; the run writes no ``config.json`` then.
-        CheckpointError: if the folder is no sound converted checkpoint.
+        DifferenceError: if a restored file differs from the one recorded; no ``config.json`` is written then.
+        CheckpointError: if this is not a sound converted checkpoint.
         HubError: if the Hub or the network refuses.
-        OutputError: if the output folder is foreign, in use, full or unwritable.
+        OutputError: if the output folder is not ours, in use, full or unwritable.
         ExecutorError: if the executor broke, or its workers do not see the same files.
-        ValueError: if an argument is none of its choices.
+        ValueError: if an argument has a wrong value.
     """
     RevertOptions(workers, overwrite, dry_run, low_disk, follow_links)  # which check themselves
     check_helpers(executor, progress)

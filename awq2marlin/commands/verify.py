@@ -141,33 +141,33 @@ def verify(
     layers: Modules = "all",
     follow_links: bool = False,
 ) -> VerifyResult:
-    """Compares two checkpoints of the same model, of any formats that are read or written.
+    """Compares two checkpoints of the same model, in any formats that this package reads or writes.
 
-    If one is the conversion of the other, whichever is named first, everything that a conversion has to keep is
-    compared: headers, config, manifest and digests too. It is if its manifest speaks of the other; see
-    `checkpoint.converted.is_source_of`. Otherwise, or if something differs and none of the source's weight files is one
-    that was converted, all numbers, tensors and files are compared to the end, and the error says how much differs.
+    If one is the conversion of the other, in either order, everything that a conversion must keep is compared:
+    also headers, config, manifest and digests. It is one if its manifest describes the other; see
+    `checkpoint.converted.is_source_of`. Otherwise, or if something differs and none of the source's weight files was
+    converted, all numbers, tensors and files are compared to the end, and the error says how much differs.
 
     Args:
-        source: folder of a checkpoint, or a repository of the Hub, ``org/name[@revision]``.
-        output: folder of another one, or a repository.
+        source: checkpoint folder, or Hub repository, ``org/name[@revision]``.
+        output: another checkpoint folder or Hub repository.
         modules: how many modules to compare value for value, spread over the model; by default ``"all"``,
             which of a conversion also hashes every file and compares the digests with the manifest's. Everything else
             is always compared in full.
-        workers: threads; by default as many as there are processors, at most eight.
+        workers: number of threads; by default one per CPU, at most eight.
         device: also run the chosen modules through the Marlin GEMM, on ``"cuda"``, ``"cpu"`` (an exact reference)
             or ``"auto"``, the GPU if there is one; only if the converted, or the second, checkpoint is Marlin-native.
-        progress: told what is being done.
-        layers: the earlier name of ``modules``.
+        progress: receives what is being done.
+        layers: earlier name of ``modules``.
         follow_links: also follow links that lead out of the folders, as for `convert`.
 
     Raises:
-        ValueError: if an argument is none of its choices, ``modules`` is given by both its names, or ``device`` is
-            given and there is nothing to run.
+        ValueError: if an argument has a wrong value, ``modules`` is given by both its names, or ``device`` is given
+            and there is nothing to run.
         DifferenceError: of a conversion, naming the first difference: file, tensor, row, column, expected and found.
             Of two checkpoints, naming the first place in every module, tensor and file that differs; its ``result``
             has the counts.
-        CheckpointError: if either folder is no readable checkpoint of its kind.
+        CheckpointError: if one of the two cannot be read as a checkpoint.
         UnavailableError: if the machine lacks what ``device`` needs.
         OSError: if reading fails.
     """
