@@ -20,7 +20,7 @@ from awq2marlin.formats.awq import Awq
 from awq2marlin.formats.base import DerivedTensor, Fault, Quantization, StoredModule, find_modules
 from awq2marlin.formats.serving import Serving, in_sglang, in_transformers, in_vllm
 from awq2marlin.io.safetensors import DTYPE_BITS, TensorInfo
-from awq2marlin.layout.marlin import MARLIN_SUPPORTED_GROUP_SIZES, MAX_SIZE_N, num_groups
+from awq2marlin.layout.marlin import MARLIN_SUPPORTED_GROUP_SIZES, num_groups
 from awq2marlin.layout.modules import module_name, part_shape
 from awq2marlin.layout.repack import PartLayout
 from awq2marlin.layout.scheme import Scheme
@@ -137,11 +137,10 @@ class AwqGemm(Awq):
         """Yields what contradicts ``qweight`` or the config, with what it fits instead."""
         del module
         qweight, scales = tensors["qweight"], tensors["scales"]
-        if size_k == 0 or size_n == 0 or size_n > MAX_SIZE_N:
-            message = f"K={size_k}, N={size_n} is empty or wider than {MAX_SIZE_N} columns"
-            yield qweight.name, "wrong-shape", message
-            return
         scheme = quantization.scheme
+        if reason := self.size_fault(size_k, size_n, scheme):
+            yield qweight.name, "wrong-shape", reason
+            return
         if scales.shape[1] != size_n:
             yield (
                 scales.name,

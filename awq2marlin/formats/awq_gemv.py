@@ -8,7 +8,7 @@ AutoAWQ 0.2.9, ``awq/modules/linear/gemv.py``.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +16,6 @@ import numpy as np
 import numpy.typing as npt
 
 from awq2marlin.formats.awq import Awq
-from awq2marlin.formats.base import Fault, Quantization, no_size
 from awq2marlin.io.safetensors import TensorInfo
 from awq2marlin.layout.marlin import MARLIN_SUPPORTED_GROUP_SIZES, num_groups
 from awq2marlin.layout.repack import PartLayout
@@ -47,10 +46,8 @@ def shown_groups(size_k: int, stored: int, scheme: Scheme) -> int | None:
     return next((num_groups(size_k, size) for size in fit), None)
 
 
-def size_fault(size_k: int, size_n: int, multiple_k: int, scheme: Scheme) -> str:
+def misfit(size_k: int, size_n: int, multiple_k: int, scheme: Scheme) -> str:
     """Returns why a layout of 4 bits that has no padding but for groups cannot be of a size; empty if it can."""
-    if reason := no_size(size_k, size_n):
-        return reason
     if size_k % multiple_k or size_n % _FACTOR:
         return f"K={size_k}, N={size_n} are not multiples of {multiple_k} and {_FACTOR}"
     if scheme.group_size != -1 and size_k % scheme.group_size:
@@ -92,14 +89,9 @@ class AwqGemv(Awq):
         kind = TransposedScales if part == "scales" else TransposedCodes
         return kind(part, scheme.bits, stored_groups(size_k, scheme), size_n)
 
-    def faults(
-        self, module: str, tensors: Mapping[str, TensorInfo], size_k: int, size_n: int, quantization: Quantization
-    ) -> Iterator[Fault]:
-        """Yields a size that is none, and what contradicts ``qweight`` or the config."""
-        if reason := size_fault(size_k, size_n, _FACTOR, quantization.scheme):
-            yield tensors["qweight"].name, "wrong-shape", reason
-            return
-        yield from super().faults(module, tensors, size_k, size_n, quantization)
+    def size_fault(self, size_k: int, size_n: int, scheme: Scheme) -> str:
+        """Returns why there is no module of a size: only groups are padded."""
+        return super().size_fault(size_k, size_n, scheme) or misfit(size_k, size_n, _FACTOR, scheme)
 
     def rows_per_row(self, part: str, scheme: Scheme) -> int:
         """Returns 0: rows of the tensors are columns."""

@@ -8,15 +8,14 @@ points (`layout.products`). What is past the last group is zero. Source: AutoAWQ
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
 
 from awq2marlin.formats.awq import Awq
-from awq2marlin.formats.awq_gemv import shown_groups, size_fault, stored_groups
-from awq2marlin.formats.base import Fault, Quantization
+from awq2marlin.formats.awq_gemv import misfit, shown_groups, stored_groups
 from awq2marlin.io.safetensors import TensorInfo
 from awq2marlin.layout.interleaved import CODES_IN_TURN, COLUMNS_IN_TURN, InterleavedCodes
 from awq2marlin.layout.products import ProductZeroPoints
@@ -65,14 +64,9 @@ class AwqGemvFast(Awq):
             return PartLayout(part, scheme.bits, rows, size_n)
         return ProductZeroPoints(part, scheme.bits, rows, size_n, scheme.num_groups(size_k))
 
-    def faults(
-        self, module: str, tensors: Mapping[str, TensorInfo], size_k: int, size_n: int, quantization: Quantization
-    ) -> Iterator[Fault]:
-        """Yields a size that is none, and what contradicts ``qweight`` or the config."""
-        if reason := size_fault(size_k, size_n, CODES_IN_TURN, quantization.scheme):
-            yield tensors["qweight"].name, "wrong-shape", reason
-            return
-        yield from super().faults(module, tensors, size_k, size_n, quantization)
+    def size_fault(self, size_k: int, size_n: int, scheme: Scheme) -> str:
+        """Returns why there is no module of a size: only groups are padded."""
+        return super().size_fault(size_k, size_n, scheme) or misfit(size_k, size_n, CODES_IN_TURN, scheme)
 
     def rows_per_row(self, part: str, scheme: Scheme) -> int:
         """Returns 0 for codes, whose rows are columns; the others are plain."""

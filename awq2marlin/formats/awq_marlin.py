@@ -7,14 +7,13 @@ never saved.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from awq2marlin.errors import refuse
 from awq2marlin.formats.awq import Awq
-from awq2marlin.formats.base import Fault, Quantization, no_size
+from awq2marlin.formats.base import Quantization
 from awq2marlin.formats.marlin_tensors import MarlinTensors
-from awq2marlin.io.safetensors import TensorInfo
 from awq2marlin.layout.marlin import GPTQ_MARLIN_TILE, MARLIN_TILE_N
 from awq2marlin.layout.scheme import Scheme
 
@@ -50,25 +49,15 @@ class AwqMarlin(MarlinTensors, Awq):
         del scheme
         return False
 
-    def faults(
-        self, module: str, tensors: Mapping[str, TensorInfo], size_k: int, size_n: int, quantization: Quantization
-    ) -> Iterator[Fault]:
-        """Yields a size that is none, and what contradicts ``qweight`` or the config."""
-        if reason := _size_fault(size_k, size_n, quantization.group_size):
-            yield tensors["qweight"].name, "wrong-shape", reason
-            return
-        yield from super().faults(module, tensors, size_k, size_n, quantization)
+    def size_fault(self, size_k: int, size_n: int, scheme: Scheme) -> str:
+        """Returns why there is no module of a size: the layout has no padding."""
+        if reason := super().size_fault(size_k, size_n, scheme):
+            return reason
+        if size_k % GPTQ_MARLIN_TILE or size_n % MARLIN_TILE_N:
+            return f"K={size_k}, N={size_n} are not whole tiles of {GPTQ_MARLIN_TILE} by {MARLIN_TILE_N}"
+        if scheme.group_size != -1 and size_k % scheme.group_size:
+            return f"K={size_k} is not a multiple of the group size {scheme.group_size}"
+        return ""
 
 
 AWQ_MARLIN = AwqMarlin()
-
-
-def _size_fault(size_k: int, size_n: int, group_size: int) -> str:
-    """Returns why the layout, which has no padding, cannot be of a size; empty if it can."""
-    if reason := no_size(size_k, size_n):
-        return reason
-    if size_k % GPTQ_MARLIN_TILE or size_n % MARLIN_TILE_N:
-        return f"K={size_k}, N={size_n} are not whole tiles of {GPTQ_MARLIN_TILE} by {MARLIN_TILE_N}"
-    if group_size != -1 and size_k % group_size:
-        return f"K={size_k} is not a multiple of the group size {group_size}"
-    return ""

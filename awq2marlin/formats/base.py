@@ -335,10 +335,16 @@ class Format(ABC):
         shape = self.shape("qzeros", size_k, size_n, scheme)
         return DerivedTensor(self.suffixes["qzeros"], dtype, shape, data, is_optional=True, meaning=meaning)
 
+    def size_fault(self, size_k: int, size_n: int, scheme: Scheme) -> str:  # noqa: ARG002
+        """Returns why no module of this format can be of a size, in words; empty if one can."""
+        if size_k == 0 or size_n == 0 or size_n > MAX_SIZE_N:
+            return f"K={size_k}, N={size_n} is empty or wider than {MAX_SIZE_N} columns"
+        return ""
+
     def faults(
         self, module: str, tensors: Mapping[str, TensorInfo], size_k: int, size_n: int, quantization: Quantization
     ) -> Iterator[Fault]:
-        """Yields what is wrong with the shapes of a module's tensors.
+        """Yields what is wrong with the shapes of a module's tensors: a size that is none, or what contradicts it.
 
         Args:
             module: full name.
@@ -349,6 +355,9 @@ class Format(ABC):
         """
         del module
         scheme = quantization.scheme
+        if reason := self.size_fault(size_k, size_n, scheme):
+            yield tensors["qweight"].name, "wrong-shape", reason
+            return
         shapes = {part: self.shape(part, size_k, size_n, scheme) for part in self.suffixes}
         for part, shape in {**shapes, "bias": (size_n,)}.items():
             tensor = tensors.get(part)
@@ -700,18 +709,6 @@ def embedding_faults(module: str, tensor: TensorInfo) -> Iterator[Fault]:
     """
     if module.rpartition(".")[2] in _EMBEDDINGS:
         yield tensor.name, "foreign-format", "this is a quantized embedding; only linear layers are converted"
-
-
-def no_size(size_k: int, size_n: int) -> str:
-    """Returns why no module can be of a size, in words; empty if one can.
-
-    Args:
-        size_k: K.
-        size_n: N.
-    """
-    if size_k == 0 or size_n == 0 or size_n > MAX_SIZE_N:
-        return f"K={size_k}, N={size_n} is empty or has more than {MAX_SIZE_N} columns"
-    return ""
 
 
 def require_modules(modules: Mapping[str, Linear], problems: Sequence[Problem], quantization: Quantization) -> None:

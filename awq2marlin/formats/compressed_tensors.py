@@ -27,7 +27,6 @@ from awq2marlin.formats.base import (
     StoredModule,
     embedding_faults,
     group_bytes,
-    no_size,
 )
 from awq2marlin.formats.config import method_of, scheme_of, word
 from awq2marlin.formats.serving import Serving, in_sglang, in_transformers, in_vllm
@@ -228,9 +227,6 @@ class CompressedTensors(Format):
         packed = tensors["qweight"]
         if embedding := list(embedding_faults(module, packed)):
             yield from embedding
-            return
-        if reason := no_size(size_k, size_n):
-            yield packed.name, "wrong-shape", reason
             return
         yield from super().faults(module, tensors, size_k, size_n, quantization)
 

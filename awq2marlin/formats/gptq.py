@@ -31,7 +31,6 @@ from awq2marlin.formats.base import (
 from awq2marlin.formats.config import first_of, flag, method_of, scheme_of, word
 from awq2marlin.formats.overrides import contradictions, overrides_of
 from awq2marlin.io.safetensors import TensorInfo
-from awq2marlin.layout.marlin import MAX_SIZE_N
 from awq2marlin.layout.repack import PartLayout
 from awq2marlin.layout.scheme import Scheme
 from awq2marlin.layout.sequential import (
@@ -143,20 +142,23 @@ class Gptq(Format):
             derived.append(self.middle_zero_points(size_k, size_n, scheme, _ASYMMETRIC))
         return derived
 
+    def size_fault(self, size_k: int, size_n: int, scheme: Scheme) -> str:
+        """Returns why there is no module of a size: columns fill words of zero points."""
+        if reason := super().size_fault(size_k, size_n, scheme):
+            return reason
+        if size_n % scheme.pack_factor:
+            return f"K={size_k}, N={size_n} ends inside a word of {scheme.pack_factor} zero points"
+        return ""
+
     def faults(
         self, module: str, tensors: Mapping[str, TensorInfo], size_k: int, size_n: int, quantization: Quantization
     ) -> Iterator[Fault]:
         """Yields what contradicts ``qweight`` or the config, with the layout that the shapes are of instead."""
         scheme, qweight, scales = quantization.scheme, tensors["qweight"], tensors["scales"]
+        is_of_awq = size_n != scales.shape[1] == qweight.shape[1] * scheme.pack_factor
         if embedding := list(embedding_faults(module, qweight)):
             yield from embedding
-        elif size_k == 0 or size_n == 0 or size_n > MAX_SIZE_N or size_n % scheme.pack_factor:
-            message = (
-                f"K={size_k}, N={size_n} is empty, wider than {MAX_SIZE_N} columns, or ends inside a word of "
-                f"{scheme.pack_factor} zero points"
-            )
-            yield qweight.name, "wrong-shape", message
-        elif size_n != scales.shape[1] == qweight.shape[1] * scheme.pack_factor:
+        elif is_of_awq and not self.size_fault(size_k, size_n, scheme):
             message = (
                 f"{quantization.origin} says {self.title}, whose rows have a word for every column, but "
                 f"{list(qweight.shape)} beside scales {list(scales.shape)} is the layout of AWQ; correct a copy of the "
