@@ -237,9 +237,9 @@ def _refuse_missing(shards: Sequence[str], visible: Sequence[str], folder: Sourc
     if not missing:
         return
     there = [name for name in visible if name.endswith(_SAFETENSORS) and "/" not in name]
-    found = f"{len(missing)} of the {len(shards)} files that it lists are missing; "
-    found += f"there are {_listed(map(printable, there))}" if there else "there is no .safetensors file at all"
-    message = f"the index lists this file, but it is missing ({found}); download it too"
+    present = _listed(map(printable, there)) if there else "none"
+    counts = f"missing: {len(missing)} of {len(shards)} files; present: {present}"
+    message = f"the index lists this file, but it is missing; download it too ({counts})"
     if any(name not in shards for name in there):
         message += (
             ". If the index is another checkpoint's, such as the one before quantization, ignore it: "

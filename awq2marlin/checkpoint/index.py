@@ -30,16 +30,21 @@ def read_index(folder: Source) -> dict[str, str]:
     try:
         weight_map = _weight_map(folder)
     except CheckpointError as error:
-        advice = f"download it again; {_GO_BY_THE_FILES}"
-        raise CheckpointError(replace(each, message=f"{each.message}; {advice}") for each in error.problems) from None
+        raise CheckpointError(replace(each, message=_advised(each.message)) for each in error.problems) from None
     for shard in sorted({*weight_map.values()}):
         if not shard.endswith(".safetensors"):
             raise refuse(
                 "pickled-weights",
-                f"it names {printable(shard)!r}; only .safetensors files are read",
+                f"it lists {printable(shard)!r}; only .safetensors files are read",
                 file=INDEX_FILENAME,
             )
     return weight_map
+
+
+def _advised(message: str) -> str:
+    """Returns what is wrong with an index, and what to do; a part of that may be said already."""
+    again = "" if "download it again" in message else "download it again; "
+    return f"{message}; {again}{_GO_BY_THE_FILES}"
 
 
 def _weight_map(folder: Source) -> dict[str, str]:

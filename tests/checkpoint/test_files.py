@@ -339,7 +339,7 @@ def test_an_index_left_over_from_another_checkpoint_is_told_from_a_download(awq:
     (awq / INDEX).write_text(json.dumps({"weight_map": wanted}))
     problems = refused(awq)
     assert [(each.code, each.file) for each in problems] == [("missing-file", name) for name in wanted.values()]
-    assert f"(2 of the 2 files that it lists are missing; there are {SHARD}); download it too" in problems[0].message
+    assert f"download it too (missing: 2 of 2 files; present: {SHARD})" in problems[0].message
     assert f"ignore it: --leave {INDEX}" in problems[0].message
     result = convert(awq, tmp_path / "out", leave=[INDEX])
     assert (result.left_behind[INDEX], [*result.shards]) == ("as --leave says", [SHARD])

@@ -334,7 +334,8 @@ def test_giants_are_refused_in_little_memory(awq) -> None:
             stream.truncate(1 << 40)
     assert refused() == f"config.json: it has 1099511627776 bytes, {LIMIT}"
     (awq / "config.json").write_text('{"quantization_config": {"bits": 4, "group_size": 64}}')
-    assert refused() == f"{INDEX}: it has 1099511627776 bytes, {LIMIT}"
+    by_files = f"if the checkpoint was published like this, ignore the index: --leave {INDEX}"
+    assert refused() == f"{INDEX}: it has 1099511627776 bytes, {LIMIT.rstrip()}; {by_files}\n"
     (awq / INDEX).unlink()
     with (awq / SHARD).open("r+b") as stream:
         stream.write((1 << 39).to_bytes(8, "little"))
