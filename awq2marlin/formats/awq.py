@@ -67,7 +67,10 @@ class Awq(Format):
         zero_point = document.get("zero_point")
         scheme = scheme_of(bits, group_size, self.zero_point_if_unsaid if zero_point is None else zero_point, place)
         if self.only_bits and scheme.bits not in self.only_bits:
-            message = f"it is quantized to {scheme.bits} bits, but {self.title} supports 4 bits only"
+            message = (
+                f"it is quantized to {scheme.bits} bits, but {self.title} supports 4 bits only; correct a copy of the "
+                "config, or look for another version of this model"
+            )
             raise refuse("unsupported-bits", message, file=place)
         if self.has_always_zero_points:
             scheme = replace(scheme, zero_point=True)

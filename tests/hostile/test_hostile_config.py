@@ -216,7 +216,11 @@ UNSUPPORTED = {
         "contradiction",
         "version 'gemm', format 'gemv_fast'",
     ),
-    "GEMV of 8 bits": ({**AWQ, "version": "gemv", "bits": 8}, "unsupported-bits", "AWQ gemv supports 4 bits only"),
+    "GEMV of 8 bits": (
+        {**AWQ, "version": "gemv", "bits": 8},
+        "unsupported-bits",
+        "AWQ gemv supports 4 bits only; correct a copy",
+    ),
     "GEMV fast of 8 bits": (
         {**AWQ, "version": "gemv_fast", "bits": 8},
         "unsupported-bits",
