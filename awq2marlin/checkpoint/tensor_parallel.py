@@ -149,8 +149,7 @@ def parallel_sizes(
 ) -> ParallelSizes:
     """Returns over how many ranks vLLM can cut a checkpoint, and what stands in the way of more.
 
-    Ranks divide the attention heads, and no module is cut within a group, nor within a word of the source. With 8 bits
-    vLLM has no kernel for experts with zero points.
+    Ranks divide the attention heads, and no module is cut within a group, nor within a word of the source.
 
     Args:
         modules: every quantized module, as it lies in the file.
@@ -209,7 +208,6 @@ class _Kind(NamedTuple):
     is_padded: bool
     is_fused: bool
     is_expert: bool
-    has_zero_points: bool
 
     @classmethod
     def of(cls, module: ModulePlan) -> _Kind:
@@ -222,13 +220,10 @@ class _Kind(NamedTuple):
             module.is_padded,
             group != module.name or name in FUSED_QKV_NAMES | FUSED_GATE_UP_NAMES,
             group.endswith(".*"),
-            "qzeros" in module.parts,
         )
 
     def obstacle(self, ranks: int, bits: int, group_size: int, heads: Heads) -> str | None:
         """Returns why a module of this kind cannot be cut in so many parts, in words, or None if it can."""
-        if bits == 8 and self.has_zero_points and self.is_expert:
-            return "8 bits with zero points, for which it has no expert kernel"
         hidden_size = self.size_n if self.name in ROW_PARALLEL_NAMES else self.size_k
         if self.is_expert and hidden_size % MARLIN_TILE_N:
             return f"experts of hidden size {hidden_size}, which for its kernel must be a multiple of {MARLIN_TILE_N}"

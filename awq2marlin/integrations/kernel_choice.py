@@ -1,4 +1,7 @@
-"""Which GEMM serves an engine's linear layers: ours, or the engine's own Marlin. The same for every engine."""
+"""Which kernels serve an engine's layers: ours, or the engine's own Marlin. The same rule for every engine.
+
+Linear layers and experts each have a choice of their own, by the same rule and the same variable.
+"""
 
 from __future__ import annotations
 
@@ -83,7 +86,7 @@ def reason_without_own(capability: Capability | None) -> str | None:
         return f"{KERNEL_VARIABLE}=engine leaves it to the engine's kernels, which do not know it; unset the variable"
     if capability is not None and capability < MIN_CAPABILITY:
         needed, found = _dotted(MIN_CAPABILITY), _dotted(capability)
-        return f"only awq2marlin's GEMM supports it, and that needs compute capability {needed}; this GPU has {found}"
+        return f"only awq2marlin's kernels support it, and they need compute capability {needed}; this GPU has {found}"
     return None
 
 
@@ -92,18 +95,29 @@ def _dotted(capability: Capability) -> str:
 
 
 class KernelChoice:
-    """The choice of one process: made with its first layer, and said in one line of its log."""
+    """The choice of one process for one kind of layers: made with the first, and said in one line of its log."""
 
-    def __init__(self, engine_s: str, logger: Logger) -> None:
+    def __init__(
+        self, engine_s: str, logger: Logger, *, layers: str = "linear layers", own: str = "awq2marlin's GEMM"
+    ) -> None:
         """Has chosen nothing yet.
 
         Args:
             engine_s: what the engine's own kernel is called, such as ``vLLM's Marlin``.
             logger: the engine's.
+            layers: what the layers are called.
+            own: what our kernel is called.
         """
-        self._names = {"own": "awq2marlin's GEMM", "engine": engine_s}
+        self._layers = layers
+        self._names = {"own": own, "engine": engine_s}
         self._log = logger
         self._made: Choice | None = None
+        self._left: set[str] = set()
+
+    @classmethod
+    def of_experts(cls, engine_s: str, logger: Logger) -> KernelChoice:
+        """Returns the choice for layers of experts; arguments as for the constructor."""
+        return cls(engine_s, logger, layers="experts", own="awq2marlin's grouped GEMM")
 
     @property
     def kernel(self) -> Kernel | None:
@@ -131,16 +145,27 @@ class KernelChoice:
         except KernelUnavailableError as error:
             if only_own or setting() == "own":
                 raise
-            self._made = Choice("engine", "awq2marlin's GEMM is unavailable")
-            self._log.warning("%s is used instead of awq2marlin's GEMM: %s", self._names["engine"], error)
+            self._made = Choice("engine", f"{self._names['own']} is unavailable")
+            self._log.warning("%s is used instead of %s: %s", self._names["engine"], self._names["own"], error)
             return "engine"
         return "own"
 
+    def leave(self, reason: str) -> Kernel:
+        """Leaves a layer that ours cannot serve to the engine's kernel, and says so once for every reason.
+
+        Args:
+            reason: why ours cannot, in words.
+        """
+        if reason not in self._left:
+            self._left.add(reason)
+            say = self._log.warning if setting() == "own" else self._log.info
+            say("%s in Marlin layout run on %s: %s", self._layers, self._names["engine"], reason)
+        return "engine"
+
     def _choose(self, capability: Capability | None) -> Choice:
         self._made = choose(capability)
-        self._log.info(
-            "linear layers in Marlin layout run on %s: %s", self._names[self._made.kernel], self._made.reason
-        )
+        name = self._names[self._made.kernel]
+        self._log.info("%s in Marlin layout run on %s: %s", self._layers, name, self._made.reason)
         return self._made
 
     def _report(self, get_ready: Callable[[], object]) -> None:

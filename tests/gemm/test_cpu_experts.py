@@ -325,7 +325,33 @@ def test_opcheck_finds_nothing():
     rows, (ids, _) = random_rows(8, plain), random_routing(4, 2, 3, "foreign", dtype=torch.int64)
     arguments = (rows, plain.qweight, plain.scales, None, ids, None, None, 8)
     torch.library.opcheck(torch.ops.awq2marlin.marlin_moe_gemm.default, arguments)
-    torch.library.opcheck(torch.ops.awq2marlin.marlin_experts.default, tuple(arguments_of_block().values()))
+    block = tuple(arguments_of_block().values())
+    torch.library.opcheck(torch.ops.awq2marlin.marlin_experts.default, block)
+    torch.library.opcheck(torch.ops.awq2marlin.marlin_experts_into.default, (*block, torch.empty_like(block[0])))
+
+
+def test_a_block_writes_where_it_is_told_to():
+    arguments = arguments_of_block()
+    wanted, hidden = ops.marlin_experts(**arguments), arguments["hidden"].clone()
+    for out in (torch.empty_like(hidden), hidden):
+        assert ops.marlin_experts(**arguments | {"hidden": hidden, "out": out}) is out
+        assert torch.equal(out, wanted)
+
+
+@pytest.mark.parametrize(
+    ("out", "error", "message"),
+    [
+        (
+            torch.empty(1, 1, dtype=torch.float16),
+            ValueError,
+            r"out must have the shape \[\d+, \d+\], as hidden has, found \[1, 1\]",
+        ),
+        (torch.empty(1, 1), TypeError, "out must be torch.float16"),
+    ],
+)
+def test_a_block_writes_into_its_kind_of_tensor_only(out, error, message):
+    with pytest.raises(error, match=message):
+        ops.marlin_experts(**arguments_of_block(), out=out)
 
 
 def test_works_under_torch_compile_and_export():

@@ -30,7 +30,9 @@ def new_process(monkeypatch):
     for engine, its in (("vllm", "vLLM's Marlin"), ("sglang", "SGLang's Marlin")):
         kernels = sys.modules.get(f"awq2marlin.integrations.{engine}.kernels")
         if kernels is not None:
-            monkeypatch.setattr(kernels, "CHOICE", KernelChoice(its, logging.getLogger("test")))
+            log = logging.getLogger("test")
+            monkeypatch.setattr(kernels, "CHOICE", KernelChoice(its, log))
+            monkeypatch.setattr(kernels, "EXPERTS_CHOICE", KernelChoice.of_experts(its, log))
 
 
 @contextmanager

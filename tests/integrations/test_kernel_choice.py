@@ -60,7 +60,7 @@ def test_a_layer_that_only_ours_knows_needs_a_gpu_for_it_and_leave(monkeypatch):
     assert reason_without_own(HOPPER) is None
     assert reason_without_own(ADA) is None
     assert reason_without_own(None) is None
-    assert "needs compute capability 8.0; this GPU has 7.5" in reason_without_own(TURING)
+    assert "need compute capability 8.0; this GPU has 7.5" in reason_without_own(TURING)
     monkeypatch.setenv(KERNEL_VARIABLE, "engine")
     assert "AWQ2MARLIN_KERNEL=engine leaves it" in reason_without_own(HOPPER)
 

@@ -157,6 +157,19 @@ def check_block(tensors: BlockTensors) -> BlockShape:
     return BlockShape(num_experts, width, inner, w13.group_size, w2.group_size, num_tokens, top_k)
 
 
+def check_out(out: torch.Tensor, hidden: torch.Tensor) -> None:
+    """Checks the tensor that is to hold a block's result.
+
+    Raises:
+        TypeError: a dtype does not fit.
+        ValueError: anything else does not.
+    """
+    check_type("out", out, hidden.dtype)
+    if out.shape != hidden.shape:
+        raise shape_error("out", out, f"{list(hidden.shape)}, as hidden has")
+    _check_dense("out", out, ("hidden", hidden))
+
+
 def weights_of(tensors: BlockTensors) -> tuple[Weights, Weights]:
     """Returns the tensors of the first and of the second product of a block."""
     return (

@@ -86,15 +86,15 @@ def launch_gemm(tensors: ExpertTensors, shape: ExpertShape) -> torch.Tensor:
     return out
 
 
-def launch_experts(block: BlockTensors) -> torch.Tensor:
-    """Returns a block's result, [M, H], of checked CUDA tensors with at least one token.
+def launch_experts(block: BlockTensors, out: torch.Tensor) -> None:
+    """Writes a block's result, [M, H], of checked CUDA tensors with at least one token, into ``out``.
 
     Raises:
         KernelUnavailableError: a kernel cannot be compiled or loaded now.
     """
     choices = Choices.of(block.topk_ids, block.topk_weights)
     problems = block_problems(block, choices)
-    return run_block(make_plan(*problems), problems, block, choices)
+    run_block(make_plan(*problems), problems, block, choices, out)
 
 
 def load_up_to(block: BlockTensors, max_tokens: int) -> int:
@@ -157,22 +157,24 @@ def block_problems(block: BlockTensors, choices: Choices) -> tuple[ExpertProblem
 
 
 def run_block(
-    plan: Plan, problems: tuple[ExpertProblem, ExpertProblem], block: BlockTensors, choices: Choices
-) -> torch.Tensor:
-    """Runs a plan and returns the block's result [M, H]."""
+    plan: Plan,
+    problems: tuple[ExpertProblem, ExpertProblem],
+    block: BlockTensors,
+    choices: Choices,
+    out: torch.Tensor,
+) -> None:
+    """Runs a plan and writes the block's result [M, H] into ``out``."""
     (first, second), (w13, w2) = problems, weights_of(block)
     num_pairs, hidden = first.num_pairs, block.hidden
     work = write_work(plan, first, choices)
     inner = hidden.new_empty((num_pairs, second.size_k))
     run_product(plan.launches[0], first, hidden, w13, choices, work, inner)
-    out = hidden.new_empty((hidden.shape[0], second.size_n))
     if plan.launches[1].config.sums_pairs:
         run_product(plan.launches[1], second, inner, w2, choices, work, out, reads_early=True)
-        return out
+        return
     rows = hidden.new_empty((num_pairs, second.size_n))
     run_product(plan.launches[1], second, inner, w2, choices, work, rows, reads_early=True)
     sum_rows(second, rows, choices, out)
-    return out
 
 
 def write_work(plan: Plan, problem: ExpertProblem, choices: Choices) -> torch.Tensor | None:

@@ -1,7 +1,8 @@
 """The grouped GEMM of a mixture of experts, and a whole block of experts, as torch operators.
 
-``torch.ops.awq2marlin.marlin_moe_gemm`` and ``torch.ops.awq2marlin.marlin_experts`` work under ``torch.compile`` and
-``torch.export``. On a CUDA device they run the kernels of ``kernels/``, on the current stream; on a CPU, `experts.cpu`.
+``torch.ops.awq2marlin.marlin_moe_gemm``, ``torch.ops.awq2marlin.marlin_experts`` and ``marlin_experts_into``, which
+writes into a tensor that is there, work under ``torch.compile`` and ``torch.export``. On a CUDA device they run the
+kernels of ``kernels/``, on the current stream; on a CPU, `experts.cpu`.
 """
 
 from __future__ import annotations
@@ -12,12 +13,13 @@ import torch
 
 from awq2marlin.gemm.checks import ACTIVATION_TYPES, check_addresses, check_dimensions, check_type
 from awq2marlin.gemm.experts import cpu
-from awq2marlin.gemm.experts.checks import BlockTensors, ExpertTensors, check_block, check_gemm
+from awq2marlin.gemm.experts.checks import BlockTensors, ExpertTensors, check_block, check_gemm, check_out
 from awq2marlin.gemm.experts.launch import launch_experts, launch_gemm, load_up_to
 from awq2marlin.layout.marlin import GPTQ_MARLIN_TILE
 
 _GEMM = "awq2marlin::marlin_moe_gemm"
 _BLOCK = "awq2marlin::marlin_experts"
+_BLOCK_INTO = "awq2marlin::marlin_experts_into"
 
 
 # ---- the public calls -------------------------------------------------------------------------------------
@@ -82,6 +84,7 @@ def marlin_experts(
     w2_bias: torch.Tensor | None = None,
     activation: str = "silu",
     num_bits: int = 4,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Returns the weighted sum of the experts that each token chose: a whole block of experts.
 
@@ -104,9 +107,10 @@ def marlin_experts(
         w2_bias: of hidden's type, [E, H], in plain order.
         activation: ``silu``, ``gelu`` (by the error function) or ``gelu_tanh``.
         num_bits: 4 or 8.
+        out: where the result goes: contiguous, [M, H] of hidden's type; it may be ``hidden`` itself.
 
     Returns:
-        A new contiguous tensor [M, H] of hidden's type.
+        ``out``, or a new contiguous tensor [M, H] of hidden's type.
 
     Raises:
         TypeError: as for `marlin_moe_gemm`.
@@ -114,10 +118,14 @@ def marlin_experts(
         NotImplementedError: as for `marlin_moe_gemm`.
         KernelUnavailableError: as for `marlin_moe_gemm`; `warm_up_experts` loads all that a layer needs.
     """
-    return torch.ops.awq2marlin.marlin_experts(  # type: ignore[no-any-return]
+    arguments = (
         *(hidden, w13_qweight, w13_scales, w13_qzeros, w2_qweight, w2_scales, w2_qzeros, topk_ids, topk_weights),
         *(w13_bias, w2_bias, activation, num_bits),
     )
+    if out is None:
+        return torch.ops.awq2marlin.marlin_experts(*arguments)  # type: ignore[no-any-return]
+    torch.ops.awq2marlin.marlin_experts_into(*arguments, out)
+    return out
 
 
 def warm_up_experts(
@@ -209,13 +217,21 @@ def _gemm_cuda(*arguments: Any) -> torch.Tensor:
 
 # ---- a block of experts as an operator ----------------------------------------------------------------------
 
-torch.library.define(
-    _BLOCK,
-    "(Tensor hidden, Tensor w13_qweight, Tensor w13_scales, Tensor? w13_qzeros, Tensor w2_qweight, Tensor w2_scales, "
+_BLOCK_ARGUMENTS = (
+    "Tensor hidden, Tensor w13_qweight, Tensor w13_scales, Tensor? w13_qzeros, Tensor w2_qweight, Tensor w2_scales, "
     "Tensor? w2_qzeros, Tensor topk_ids, Tensor topk_weights, Tensor? w13_bias, Tensor? w2_bias, str activation, "
-    "int num_bits) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
+    "int num_bits"
 )
+
+torch.library.define(_BLOCK, f"({_BLOCK_ARGUMENTS}) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+torch.library.define(_BLOCK_INTO, f"({_BLOCK_ARGUMENTS}, Tensor(a!) out) -> ()", tags=(torch.Tag.pt2_compliant_tag,))
+
+
+def _check_into(*arguments: Any) -> tuple[BlockTensors, torch.Tensor]:
+    tensors, out = BlockTensors(*arguments[:-1]), arguments[-1]
+    check_block(tensors)
+    check_out(out, tensors.hidden)
+    return tensors, out
 
 
 @torch.library.register_fake(_BLOCK)  # type: ignore[untyped-decorator]
@@ -225,16 +241,38 @@ def _block_fake(*arguments: Any) -> torch.Tensor:
     return tensors.hidden.new_empty(tensors.hidden.shape)
 
 
+@torch.library.register_fake(_BLOCK_INTO)  # type: ignore[untyped-decorator]
+def _block_into_fake(*arguments: Any) -> None:
+    _check_into(*arguments)
+
+
 @torch.library.impl(_BLOCK, "cpu")
 def _block_cpu(*arguments: Any) -> torch.Tensor:
     tensors = BlockTensors(*arguments)
     return cpu.run_block(tensors, check_block(tensors)).to(tensors.hidden.dtype)
 
 
+@torch.library.impl(_BLOCK_INTO, "cpu")
+def _block_into_cpu(*arguments: Any) -> None:
+    tensors, out = _check_into(*arguments)
+    out.copy_(cpu.run_block(tensors, check_block(tensors)))
+
+
 @torch.library.impl(_BLOCK, "cuda")
 def _block_cuda(*arguments: Any) -> torch.Tensor:
     tensors = BlockTensors(*arguments)
-    shape = check_block(tensors)
+    check_block(tensors)
+    out = tensors.hidden.new_empty(tensors.hidden.shape)
+    _run_on_cuda(tensors, out)
+    return out
+
+
+@torch.library.impl(_BLOCK_INTO, "cuda")
+def _block_into_cuda(*arguments: Any) -> None:
+    _run_on_cuda(*_check_into(*arguments))
+
+
+def _run_on_cuda(tensors: BlockTensors, out: torch.Tensor) -> None:
     check_addresses(
         hidden=(tensors.hidden, 16),
         w13_qweight=(tensors.w13_qweight, 16),
@@ -247,10 +285,10 @@ def _block_cuda(*arguments: Any) -> torch.Tensor:
         w2_bias=(tensors.w2_bias, 8),
         topk_ids=(tensors.topk_ids, tensors.topk_ids.element_size()),
         topk_weights=(tensors.topk_weights, 4),
+        out=(out, 16),
     )
-    if shape.num_tokens == 0:
-        return tensors.hidden.new_empty((0, shape.hidden))
-    return launch_experts(tensors)
+    if tensors.hidden.shape[0]:
+        launch_experts(tensors, out)
 
 
 # ---- no gradients -------------------------------------------------------------------------------------------

@@ -1,15 +1,17 @@
-"""The GEMM of ours that serves a linear layer of any engine, and the choice between it and the engine's own."""
+"""The kernels of ours that serve layers of any engine, and the choice between them and the engine's own."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch.nn.functional import pad
 
+from awq2marlin.gemm.experts.checks import ACTIVATIONS, MAX_EXPERTS, MAX_TOP_K
+from awq2marlin.gemm.experts.ops import marlin_experts, warm_up_experts
 from awq2marlin.gemm.ops import marlin_gemm, warm_up
-from awq2marlin.integrations.kernel_choice import KernelChoice
+from awq2marlin.integrations.kernel_choice import Kernel, KernelChoice
 from awq2marlin.layout.marlin import GPTQ_MARLIN_TILE
 
 
@@ -121,3 +123,128 @@ class OwnKernel:
         qzeros = layer.qzeros if self._zero_points else None
         out = marlin_gemm(rows, layer.qweight, layer.scales, qzeros, bias, num_bits=self._num_bits)
         return without_padding(out, x, self._size_n)
+
+
+# ---- experts --------------------------------------------------------------------------------------------------
+
+#: Of ``w13`` and then of ``w2``: qweight, scales, and qzeros or None.
+ExpertWeights = tuple[
+    torch.Tensor, torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor, torch.Tensor | None
+]  # fmt: skip
+
+
+class ExpertsTask(NamedTuple):
+    """What a model asks of a layer of experts.
+
+    Attributes:
+        activation: what the gate goes through, as the engine calls it.
+        is_gated: whether there is a gate.
+        has_limits: whether the activation has limits or factors besides.
+        top_k: how many experts a token chooses.
+        num_experts: E on this rank.
+        has_lora: whether adapters may be put on the experts.
+        is_sent: whether tokens are sent to the experts of other GPUs.
+        is_summed: whether the products of a token's experts are summed.
+    """
+
+    activation: str
+    is_gated: bool
+    has_limits: bool
+    top_k: int
+    num_experts: int
+    has_lora: bool = False
+    is_sent: bool = False
+    is_summed: bool = True
+
+    def reason_without_own(self) -> str | None:
+        """Returns why our experts cannot do it, in words; None if they can."""
+        ours = "awq2marlin's grouped GEMM"
+        if not self.is_gated:
+            return f"{ours} computes experts with a gate only"
+        if self.activation not in ACTIVATIONS:
+            return f"{ours} does not compute the activation {self.activation!r}"
+        if self.has_limits:
+            return f"{ours} does not compute an activation with limits or factors"
+        if self.has_lora:
+            return f"{ours} takes no LoRA adapters on experts"
+        if self.is_sent:
+            return f"{ours} does not serve tokens that are sent between GPUs"
+        if not self.is_summed:
+            return f"{ours} sums the products of a token's experts, which this model wants apart"
+        if self.top_k > MAX_TOP_K:
+            return f"{ours} serves {MAX_TOP_K} experts a token at most, this model has {self.top_k}"
+        if self.num_experts > MAX_EXPERTS:
+            return f"{ours} serves {MAX_EXPERTS} experts at most, this rank has {self.num_experts}"
+        return None
+
+
+def chosen_experts_kernel(
+    choice: KernelChoice, layer: Any, num_bits: int, task: ExpertsTask, *, only_own: bool
+) -> Kernel:
+    """Returns which kernel serves finished experts. If it is ours, it is ready for a capture in CUDA graphs.
+
+    Args:
+        choice: of this process.
+        layer: holds ``w13_qweight`` and the other tensors of the experts.
+        num_bits: 4 or 8.
+        task: what the model asks of them.
+        only_own: whether the engine's experts do not know such weights.
+
+    Raises:
+        KernelUnavailableError: if ours must serve them and cannot.
+    """
+    reason = task.reason_without_own()
+    if reason is not None:
+        return choice.leave(reason)
+    device = layer.w13_qweight.device
+
+    def get_ready() -> None:
+        if device.type == "cuda":  # on a CPU there is nothing to compile
+            weights = expert_weights(layer)
+            warm_up_experts(*weights, top_k=task.top_k, activation=task.activation, num_bits=num_bits)
+
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+    return choice.kernel_for(capability, get_ready, only_own=only_own)
+
+
+def expert_weights(layer: Any) -> ExpertWeights:
+    """Returns a layer's tensors of experts; None for zero points that are not there.
+
+    Args:
+        layer: of the engine.
+    """
+    w13_qzeros, w2_qzeros = getattr(layer, "w13_qzeros", None), getattr(layer, "w2_qzeros", None)
+    return layer.w13_qweight, layer.w13_scales, w13_qzeros, layer.w2_qweight, layer.w2_scales, w2_qzeros
+
+
+def run_experts(
+    weights: ExpertWeights,
+    hidden: torch.Tensor,
+    topk_ids: torch.Tensor,
+    topk_weights: torch.Tensor,
+    *,
+    expert_map: torch.Tensor | None = None,
+    **options: Any,
+) -> torch.Tensor:
+    """Returns what this rank's experts make of tokens; see `marlin_experts`.
+
+    Args:
+        weights: of this rank's experts.
+        hidden: [M, H].
+        topk_ids: integers [M, k], the chosen experts of the model, or this rank's numbers of them; what is below 0
+            counts for nothing.
+        topk_weights: of any floating type, [M, k].
+        expert_map: int32, this rank's number of every expert of the model, -1 for those of other ranks; None if
+            ``topk_ids`` are this rank's numbers.
+        options: further ones of `marlin_experts`.
+
+    Returns:
+        [M, H].
+    """
+    if topk_ids.dtype not in (torch.int32, torch.int64):
+        topk_ids = topk_ids.int()
+    if expert_map is not None:  # an index below 0 counts from the end, so it is left out
+        topk_ids = torch.where(topk_ids < 0, -1, expert_map[topk_ids])
+    if topk_weights.dtype != hidden.dtype:
+        topk_weights = topk_weights.float()
+    return marlin_experts(hidden.contiguous(), *weights, topk_ids.contiguous(), topk_weights.contiguous(), **options)

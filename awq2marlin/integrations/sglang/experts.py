@@ -9,11 +9,15 @@ import torch
 from sglang.srt.layers.moe.fused_moe_triton import FusedMoeWeightScaleSupported
 from sglang.srt.layers.moe.moe_runner import MoeRunner
 from sglang.srt.layers.moe.moe_runner.marlin import MarlinMoeQuantInfo
+from sglang.srt.layers.moe.token_dispatcher.standard import StandardCombineInput
 from sglang.srt.layers.moe.utils import MoeRunnerBackend, get_moe_a2a_backend, get_moe_runner_backend
 from sglang.srt.layers.quantization.base_config import FusedMoEMethodBase
 
+from awq2marlin.integrations.kernel_choice import reason_without_own
 from awq2marlin.integrations.serving.experts import GROUPS, MarlinExperts
+from awq2marlin.integrations.serving.kernels import ExpertsTask, chosen_experts_kernel, expert_weights, run_experts
 from awq2marlin.integrations.serving.record import LoadRecord
+from awq2marlin.integrations.sglang import kernels
 from awq2marlin.integrations.sglang.kernels import RECUT_NOTE, weight_type
 
 #: What files call the matrices of an expert; without a gate ``w1`` is the one of the way up.
@@ -39,14 +43,67 @@ class ExpertsKernel(Protocol):
 
 
 def kernel_of(layer: Any, num_bits: int, runner: Any) -> ExpertsKernel:
-    """Returns what multiplies with the finished experts of a layer: SGLang's Marlin experts.
+    """Returns what multiplies with the finished experts of a layer. If it is ours, it is ready for CUDA graphs.
 
     Args:
         layer: holds the weights.
         num_bits: 4 or 8.
         runner: SGLang's, of Marlin experts.
+
+    Raises:
+        KernelUnavailableError: if ours must serve them and cannot.
     """
+    task = _task_of(layer.moe_runner_config, len(layer.w13_qweight))
+    only_own = weight_type(num_bits, hasattr(layer, "w13_qzeros")) is None
+    if chosen_experts_kernel(kernels.EXPERTS_CHOICE, layer, num_bits, task, only_own=only_own) == "own":
+        return OwnExperts(layer.moe_runner_config, num_bits)
     return SglangMarlinExperts(layer, num_bits, runner)
+
+
+def _task_of(wanted: Any, num_experts: int) -> ExpertsTask:
+    """Returns what a model of SGLang asks of its experts."""
+    factors = (wanted.swiglu_limit, wanted.gemm1_alpha, wanted.gemm1_beta, wanted.gemm1_clamp_limit)
+    return ExpertsTask(
+        activation=wanted.activation,
+        is_gated=wanted.is_gated,
+        has_limits=any(factor is not None for factor in factors),
+        top_k=wanted.top_k,
+        num_experts=num_experts,
+        is_summed=not wanted.no_combine,
+    )
+
+
+class OwnExperts:
+    """``awq2marlin::marlin_experts``: SGLang says the experts by this rank's numbers already, -1 for others'."""
+
+    def __init__(self, wanted: Any, num_bits: int) -> None:
+        """Serves a layer.
+
+        Args:
+            wanted: SGLang's config of how the model's experts are computed.
+            num_bits: 4 or 8.
+        """
+        self._wanted, self._num_bits = wanted, num_bits
+
+    def __call__(self, layer: Any, dispatch_output: Any) -> Any:
+        """Returns what the experts of this rank make of the tokens that are sent to them."""
+        topk_ids, topk_weights = _choices(dispatch_output.topk_output)
+        factor = self._wanted.routed_scaling_factor
+        if factor is not None:  # SGLang's Marlin experts multiply by it, too
+            topk_weights = topk_weights * factor
+        out = run_experts(
+            expert_weights(layer), dispatch_output.hidden_states, topk_ids, topk_weights,
+            activation=self._wanted.activation, num_bits=self._num_bits,
+        )  # fmt: skip
+        return StandardCombineInput(hidden_states=out)
+
+
+def _choices(chosen: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns the experts of each token and their weights, which SGLang may have packed into one number."""
+    if hasattr(chosen, "topk_weights"):
+        return chosen.topk_ids, chosen.topk_weights
+    packed = chosen.packed_topk_ids
+    return packed >> 16, (packed & 0xFFFF).to(torch.int16).view(torch.bfloat16)
 
 
 class SglangMarlinExperts:
@@ -103,11 +160,9 @@ class MarlinNativeMoEMethod(MarlinExperts, FusedMoEMethodBase):  # type: ignore[
 
     def _refuse_unserved(self, wanted: Any) -> None:
         if weight_type(self.contents.bits, "qzeros" in self.parts) is None:
-            self.refuse(
-                "8 bits with zero points: SGLang's Marlin experts support 8 bits only without them. "
-                "Serve the checkpoint "
-                "with Transformers, or look for a 4-bit one of this model"
-            )
+            reason = reason_without_own(None) or _task_of(wanted, 1).reason_without_own()
+            if reason:
+                self.refuse(f"8 bits with zero points, which SGLang's Marlin experts do not support: {reason}")
         backend, between_gpus = get_moe_runner_backend(), get_moe_a2a_backend()
         if not (backend.is_auto() or backend.is_marlin()):
             self.refuse(
@@ -167,18 +222,20 @@ class MarlinNativeMoEMethod(MarlinExperts, FusedMoEMethodBase):  # type: ignore[
         layer._weight_loader_impl = self._watch(layer, layer._weight_loader_impl)
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        """Makes the loaded tensors what SGLang's Marlin experts take, once.
+        """Makes the loaded tensors what Marlin experts take, once, and chooses whose.
 
         Args:
             layer: one whose weights were loaded.
 
         Raises:
             CheckpointError: naming every tensor that was never loaded.
+            KernelUnavailableError: if only ours can serve the experts, and it cannot be compiled or run here.
         """
         if self.is_loaded(layer):
             self._require_complete(layer)
             self.finish(layer)
-        self.kernel = kernel_of(layer, self.contents.bits, self.runner)
+        if self.kernel is None:
+            self.kernel = kernel_of(layer, self.contents.bits, self.runner)
 
     def restore_weights_before_loading(self, layer: Any) -> None:  # noqa: ARG002 - SGLang's interface
         """Refuses to load other weights into a running engine.

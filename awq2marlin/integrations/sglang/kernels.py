@@ -1,4 +1,4 @@
-"""SGLang's own Marlin for linear layers, and the choice between it and our GEMM."""
+"""SGLang's own Marlin for linear layers, and the choice between it and our kernels."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ _logger = logging.getLogger("sglang.awq2marlin")
 
 #: What this process chose, and what it says once.
 CHOICE = KernelChoice("SGLang's Marlin", _logger)
+EXPERTS_CHOICE = KernelChoice.of_experts("SGLang's Marlin", _logger)
 RECUT_NOTE = Note(_logger)
 
 #: SGLang's names of weights that its Marlin kernels know, by bits and whether there are zero points.

@@ -7,25 +7,25 @@ from typing import Any
 
 import torch
 from vllm.model_executor.layers.fused_moe import FusedMoeWeightScaleSupported
+from vllm.model_executor.layers.fused_moe.all2all_utils import maybe_make_prepare_finalize
+from vllm.model_executor.layers.fused_moe.experts import marlin_moe
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
+from vllm.model_executor.layers.fused_moe.modular_kernel import FusedMoEKernel
 from vllm.model_executor.layers.fused_moe.oracle.int_wna16 import WNA16MoEBackend, backend_to_kernel_cls
 from vllm.model_executor.layers.quantization.auto_awq import AutoAWQMoEMethod
 from vllm.model_executor.layers.quantization.utils.quant_utils import kInt4Static, kInt8Static
 
+from awq2marlin.integrations.kernel_choice import Kernel, reason_without_own
 from awq2marlin.integrations.serving.contents import Contents
 from awq2marlin.integrations.serving.experts import GROUPS, MarlinExperts
 from awq2marlin.integrations.serving.finishing import permute_bias
+from awq2marlin.integrations.serving.kernels import ExpertsTask, chosen_experts_kernel, run_experts
 from awq2marlin.integrations.serving.record import LoadRecord
+from awq2marlin.integrations.vllm import kernels
 from awq2marlin.integrations.vllm.kernels import RECUT_NOTE, TAKES_ACTIVATION_ORDER, weight_type
 from awq2marlin.integrations.vllm.state import are_weights_processed, loads_by_weight_loaders, loads_sharded_state
 from awq2marlin.layout.marlin import is_aligned, num_groups
 from awq2marlin.layout.torch_functions import replace_parameter
-
-#: Why vLLM cannot serve a kind of experts that Transformers can.
-WITHOUT_KERNEL = (
-    "8 bits with zero points: vLLM's Marlin experts support 8 bits only without them. Serve the checkpoint with "
-    "Transformers, or look for a 4-bit one of this model"
-)
 
 #: Multiple to which the inner size of experts is padded where tiles do not divide it.
 _PADDED_MULTIPLE = 128
@@ -54,6 +54,9 @@ class MarlinNativeMoEMethod(MarlinExperts, AutoAWQMoEMethod):  # type: ignore[mi
         self.quant_config = _Facts(contents, "qzeros" in self.parts)
         self.input_dtype = None
         self.is_k_full = True
+        #: What multiplies; chosen when the weights are there.
+        self.kernel: Kernel | None = None
+        self.task = _task_of(layer)
         is_batched = self.moe.moe_parallel_config.use_batched_activation_format
         self.wna16_moe_backend = WNA16MoEBackend.BATCHED_MARLIN if is_batched else WNA16MoEBackend.MARLIN
         (self.experts_cls,) = backend_to_kernel_cls(self.wna16_moe_backend)
@@ -65,14 +68,21 @@ class MarlinNativeMoEMethod(MarlinExperts, AutoAWQMoEMethod):  # type: ignore[mi
                 f"the backend of experts is set to {self.moe.moe_backend!r}, but their weights are laid out for Marlin "
                 "kernels. Leave the option out"
             )
-        if weight_type(self.contents.bits, "qzeros" in self.parts) is None:
-            self.refuse(WITHOUT_KERNEL)
+        if self._is_only_ours:
+            reason = reason_without_own(None) or self.task.reason_without_own()
+            if reason:
+                self.refuse(f"8 bits with zero points, which vLLM's Marlin experts do not support: {reason}")
         experts, key = self.experts_cls, kInt4Static if self.contents.bits == 4 else kInt8Static
         is_served, reason = experts.is_supported_config(experts, self.moe, key, None, experts.activation_format())
         if not is_served:
             self.refuse(f"vLLM's Marlin experts do not serve it: {reason}")
         if getattr(layer, "apply_router_weight_on_input", False):
             self.refuse("the model applies router weights to expert inputs, which vLLM's Marlin experts do not support")
+
+    @property
+    def _is_only_ours(self) -> bool:
+        """Whether vLLM's Marlin experts do not know the weights."""
+        return weight_type(self.contents.bits, "qzeros" in self.parts) is None
 
     def create_weights(
         self,
@@ -112,27 +122,53 @@ class MarlinNativeMoEMethod(MarlinExperts, AutoAWQMoEMethod):  # type: ignore[mi
         layer.num_groups_w13, layer.num_groups_w2 = num_groups(hidden_size, group_size), num_groups(inner, group_size)
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        """Makes the loaded tensors what vLLM's Marlin experts take, once.
+        """Makes the loaded tensors what Marlin experts take, once, and chooses whose.
 
         Args:
             layer: one whose weights were loaded.
 
         Raises:
             CheckpointError: naming every tensor that was never loaded.
+            KernelUnavailableError: if only ours can serve the experts, and it cannot be compiled or run here.
         """
-        if not are_weights_processed() and self.is_loaded(layer):
+        is_new = not are_weights_processed() and self.is_loaded(layer)
+        if is_new:
             self._require_complete(layer)
             self.finish(layer)
+        if self.kernel is None:
+            choice = kernels.EXPERTS_CHOICE
+            self.kernel = chosen_experts_kernel(
+                choice, layer, self.contents.bits, self.task, only_own=self._is_only_ours
+            )
+        if is_new:
             for group in GROUPS:
                 bias = getattr(layer, f"{group}_bias", None)
                 if bias is not None:
-                    replace_parameter(layer, f"{group}_bias", permute_bias(self.padded_bias(bias.data, group)))
+                    padded = self.padded_bias(bias.data, group)
+                    replace_parameter(
+                        layer, f"{group}_bias", permute_bias(padded) if self.kernel == "engine" else padded
+                    )
         # vLLM's experts look for these names.
         layer.w13_weight, layer.w2_weight = layer.w13_qweight, layer.w2_qweight
         if TAKES_ACTIVATION_ORDER:
             empty = torch.empty((self.num_local_experts, 0), dtype=torch.int32, device=layer.w13_qweight.device)
             layer.w13_g_idx_sort_indices = layer.w2_g_idx_sort_indices = empty
         self._setup_kernel(layer)
+
+    def _setup_kernel(self, layer: Any) -> None:
+        """Builds what vLLM calls for the experts: its own kernel, or the same around ours."""
+        if self.kernel == "engine":
+            super()._setup_kernel(layer)
+            return
+        self.moe_quant_config = self.get_fused_moe_quant_config(layer)
+        between_gpus = maybe_make_prepare_finalize(
+            moe=self.moe,
+            quant_config=self.moe_quant_config,
+            routing_tables=layer._expert_routing_tables(),
+            allow_new_interface=True,
+            use_monolithic=False,
+        )
+        self.moe_kernel = FusedMoEKernel(between_gpus, OwnExperts(self.moe, self.moe_quant_config))
 
     def loads_finished(self) -> bool:
         """Returns whether vLLM loads what `save_sharded_state` has written."""
@@ -194,6 +230,88 @@ class MarlinNativeMoEMethod(MarlinExperts, AutoAWQMoEMethod):  # type: ignore[mi
         """Returns the name of an expert's module in the file."""
         names = {"w1": layer.ckpt_gate_proj_name, "w3": layer.ckpt_up_proj_name, "w2": layer.ckpt_down_proj_name}
         return f"{self.prefix}.{expert}.{names[shard]}"
+
+
+class OwnExperts(marlin_moe.MarlinExperts):  # type: ignore[misc]
+    """``awq2marlin::marlin_experts_into`` where vLLM calls its Marlin experts, with the same weights."""
+
+    @staticmethod
+    def supports_lora() -> bool:
+        """Returns that adapters on experts are not served."""
+        return False
+
+    def workspace_shapes(
+        self,
+        M: int,  # noqa: N803 - vLLM's interface, which calls it by name
+        N: int,  # noqa: ARG002, N803
+        K: int,  # noqa: N803
+        *_: Any,
+        **__: Any,
+    ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+        """Returns that no workspace of vLLM's is needed, only a result [M, K]."""
+        return (0,), (0,), (M, K)
+
+    def apply(
+        self,
+        output: torch.Tensor,
+        hidden_states: torch.Tensor,
+        w1: torch.Tensor,
+        w2: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        activation: Any,
+        global_num_experts: int,  # noqa: ARG002 - vLLM's interface
+        expert_map: torch.Tensor | None,
+        *_: Any,
+        **__: Any,
+    ) -> None:
+        """Writes what this rank's experts make of tokens into a tensor.
+
+        Args:
+            output: [M, H].
+            hidden_states: [M, H].
+            w1: the packed gate and up.
+            w2: the packed down.
+            topk_weights: [M, k].
+            topk_ids: the chosen experts of the model, [M, k].
+            activation: vLLM's name of what the gate goes through.
+            global_num_experts: of the model.
+            expert_map: this rank's number of every expert of the model, -1 for others'; None if it has all.
+
+        Raises:
+            NotImplementedError: if the model wants the experts' products apart, which only vLLM's experts give.
+        """
+        if getattr(self, "post_gemm2_hook", None) is not None:
+            raise NotImplementedError(
+                "this model sums its experts itself, which awq2marlin's do not let it: set AWQ2MARLIN_KERNEL=engine"
+            )
+        run_experts(
+            (w1, self.w1_scale, self.w1_zp, w2, self.w2_scale, self.w2_zp),
+            hidden_states,
+            topk_ids,
+            topk_weights,
+            expert_map=expert_map,
+            w13_bias=self.w1_bias,
+            w2_bias=self.w2_bias,
+            activation=activation.value,
+            num_bits=4 if self.quant_config.use_int4_w4a16 else 8,
+            out=output,
+        )
+
+
+def _task_of(layer: Any) -> ExpertsTask:
+    """Returns what a model of vLLM asks of its experts."""
+    moe, parallel = layer.moe_config, layer.moe_config.moe_parallel_config
+    factors = (getattr(layer, f"swiglu_{name}", None) for name in ("limit", "alpha", "beta"))
+    return ExpertsTask(
+        activation=moe.activation.value,
+        is_gated=moe.is_act_and_mul,
+        has_limits=any(factor is not None for factor in factors),
+        top_k=moe.experts_per_token,
+        num_experts=moe.num_local_experts,
+        has_lora=moe.is_lora_enabled,
+        is_sent=parallel.use_all2all_kernels or getattr(parallel, "use_passthrough_all2all", False),
+    )
 
 
 class _Facts:

@@ -1,4 +1,4 @@
-"""The GEMMs that serve a linear layer in vLLM, ours and vLLM's own Marlin, and the choice between them."""
+"""vLLM's own Marlin for linear layers, and the choice between it and our kernels."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ logger = init_logger("vllm.awq2marlin")
 
 #: What this process chose, and what it says once.
 CHOICE = KernelChoice("vLLM's Marlin", logger)
+EXPERTS_CHOICE = KernelChoice.of_experts("vLLM's Marlin", logger)
 RECUT_NOTE = Note(logger)
 
 #: Whether vLLM's Marlin calls take an index of rows and a workspace, as before 0.33.

@@ -54,4 +54,13 @@ EXPERTS = (
     Need(f"{_LAYERS}.quantization.utils.quant_utils", "kInt4Static"),
     Need(f"{_LAYERS}.quantization.utils.quant_utils", "kInt8Static"),
     Need("model_executor.utils", "set_weight_attrs", ("weight", "weight_attrs")),
-)
+    Need(f"{_LAYERS}.fused_moe.all2all_utils", "maybe_make_prepare_finalize",
+         ("moe", "quant_config", "routing_tables", "allow_new_interface", "use_monolithic")),
+    Need(f"{_LAYERS}.fused_moe.modular_kernel", "FusedMoEKernel", ("prepare_finalize", "fused_experts")),
+    Need(f"{_LAYERS}.fused_moe.experts.marlin_moe", "MarlinExperts", ("moe_config", "quant_config"),
+         ("workspace_shapes", "activation_format", "finalize_weight_and_reduce_impl", "moe_problem_size")),
+    Need(f"{_LAYERS}.fused_moe.experts.marlin_moe", "MarlinExperts.apply",
+         ("self", "output", "hidden_states", "w1", "w2", "topk_weights", "topk_ids", "activation",
+          "global_num_experts", "expert_map", "a1q_scale", "a2_scale", "workspace13", "workspace2",
+          "expert_tokens_meta", "apply_router_weight_on_input")),
+)  # fmt: skip

@@ -11,6 +11,7 @@ from sglang.srt.configs.device_config import DeviceConfig
 from sglang.srt.configs.load_config import LoadConfig
 from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
+from sglang.srt.layers.moe.topk import StandardTopKOutput
 from sglang.srt.model_loader.loader import get_model_loader
 from sglang.srt.plugins.hook_registry import HookRegistry
 from sglang.srt.runtime_context import get_context, get_parallel
@@ -48,6 +49,7 @@ __all__ = [
     "build",
     "columns",
     "expert_values",
+    "experts_kernel",
     "experts_layer",
     "finish",
     "finish_experts",
@@ -61,6 +63,7 @@ __all__ = [
     "plain_bias",
     "replace",
     "rows",
+    "run_experts",
     "side_by_side",
     "tensors",
     "torch",
@@ -169,6 +172,18 @@ def load_experts(layer, model, prefix, leave_out=()):
 def finish_experts(layer):
     """Runs what follows loading."""
     finish(layer)
+
+
+def experts_kernel(layer):
+    """Returns which kernel serves a finished layer: ``own`` or ``engine``."""
+    return "own" if type(layer.quant_method.kernel).__name__ == "OwnExperts" else "engine"
+
+
+def run_experts(layer, hidden, topk_ids, topk_weights):
+    """Returns what a finished layer makes of tokens; the experts are numbers of the model's."""
+    chosen = StandardTopKOutput(topk_weights=topk_weights, topk_ids=topk_ids, router_logits=None)
+    with mock.patch("sglang.srt.layers.moe.token_dispatcher.standard.get_device", return_value="cpu"):
+        return layer.run_moe_core(layer.dispatcher.dispatch(hidden, chosen)).hidden_states
 
 
 def load_model(folder, rank=0, ranks=1, dtype="float16", **options):

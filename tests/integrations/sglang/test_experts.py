@@ -111,12 +111,6 @@ def test_sglang_s_marlin_experts_get_our_tensors(harness, experts, tmp_path, has
 # --- what is refused --------------------------------------------------------------------------------------
 
 
-def test_8_bits_with_zero_points_are_refused(harness, experts, tmp_path):
-    (problem,) = refusal(layer_of, experts, make_model(harness, tmp_path, bits=8))
-    assert problem.tensor == PREFIX
-    assert "SGLang's Marlin experts support 8 bits only without them" in problem.message
-
-
 def test_a_hidden_size_that_sglang_s_experts_cannot_take_is_refused(harness, experts, tmp_path):
     sizes = (192, 128)
     model = make_model(harness, tmp_path, 4, 64, sizes=sizes)

@@ -1,4 +1,4 @@
-"""vLLM's container of experts, built as one rank of several; only its kernel is not, which needs a GPU."""
+"""vLLM's container of experts, built as one rank of several; only its own kernel is not, which needs a GPU."""
 
 from unittest import mock
 
@@ -8,12 +8,21 @@ from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from vllm.model_executor.layers.fused_moe.config import FusedMoEConfig, FusedMoEParallelConfig, RoutingMethodType
 from vllm.model_executor.layers.fused_moe.expert_map_manager import ExpertMapManager
 from vllm.model_executor.layers.fused_moe.experts.marlin_moe import MarlinExpertsBase
+from vllm.model_executor.layers.quantization.auto_awq import AutoAWQMoEMethod
 
-from awq2marlin.integrations.vllm.experts import MarlinNativeMoEMethod
 from tests.integrations.serving.harness import SHARDS, expert_values
 from tests.integrations.vllm.harness import as_rank
 
-__all__ = ["MarlinExpertsBase", "RoutedExperts", "expert_values", "experts_layer", "finish_experts", "load_experts"]
+__all__ = [
+    "MarlinExpertsBase",
+    "RoutedExperts",
+    "expert_values",
+    "experts_kernel",
+    "experts_layer",
+    "finish_experts",
+    "load_experts",
+    "run_experts",
+]
 
 
 def experts_layer(
@@ -41,6 +50,8 @@ def experts_layer(
     manager.local_num_experts, manager.placement_strategy = len(local), "linear"
     manager.expert_map = manager.expert_mask = manager.routing_tables = None
     manager.map_global_to_local = lambda expert: local.index(expert) if expert in local else -1
+    if len(local) < experts:
+        manager.expert_map = torch.tensor([manager.map_global_to_local(each) for each in range(experts)]).int()
     device = mock.patch.object(MarlinExpertsBase, "_supports_current_device", return_value=True)
     with as_rank(rank, ranks), device:
         return RoutedExperts(
@@ -68,7 +79,20 @@ def load_experts(layer, model, prefix, leave_out=()):
 
 
 def finish_experts(layer):
-    """Runs what follows loading, up to the choice of a kernel; returns how often that was asked for."""
-    with mock.patch.object(MarlinNativeMoEMethod, "_setup_kernel") as setup:
+    """Runs what follows loading, but for building vLLM's own kernel; returns how often that was asked for."""
+    with mock.patch.object(AutoAWQMoEMethod, "_setup_kernel") as setup:
         layer.quant_method.process_weights_after_loading(layer)
     return setup.call_count
+
+
+def experts_kernel(layer):
+    """Returns which kernel serves a finished layer: ``own`` or ``engine``."""
+    return layer.quant_method.kernel
+
+
+def run_experts(layer, hidden, topk_ids, topk_weights):
+    """Returns what a finished layer makes of tokens; the experts are numbers of the model's."""
+    workspaces = mock.Mock(get_simultaneous=lambda *each: [torch.empty(shape, dtype=dtype) for shape, dtype in each])
+    place = "vllm.model_executor.layers.fused_moe.modular_kernel.current_workspace_manager"
+    with mock.patch(place, return_value=workspaces):
+        return layer.quant_method.apply(layer, hidden, topk_weights, topk_ids, None, None)

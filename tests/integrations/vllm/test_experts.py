@@ -66,6 +66,56 @@ def test_a_bias_of_experts_is_padded_half_by_half_and_permuted(harness, experts,
     assert_identical(reference.unpermute_columns(layer.w2_bias.data.numpy(), single_group=True), w2, "w2")
 
 
+def test_ours_stand_where_vllm_calls_its_marlin_experts(experts, model, monkeypatch):
+    monkeypatch.setenv("AWQ2MARLIN_KERNEL", "own")
+    layer = layer_of(experts, model)
+    experts.load_experts(layer, model, PREFIX)
+    assert experts.finish_experts(layer) == 0, "vLLM's kernel is not asked for"
+    kernel = layer.quant_method.moe_kernel
+    assert type(kernel.prepare_finalize).__name__ == "MoEPrepareAndFinalizeNoDPEPModular"
+    assert type(kernel.fused_experts).__name__ == "OwnExperts"
+    assert not kernel.supports_lora()
+    kernel.fused_experts.post_gemm2_hook = lambda *_: None
+    x = layer.w13_scales.new_zeros((1, 256))
+    with pytest.raises(NotImplementedError, match="set AWQ2MARLIN_KERNEL=engine"):
+        experts.run_experts(layer, x, x[:, :2].int(), x[:, :2].float())
+
+
+def test_ours_add_biases_in_plain_order(harness, experts, model, monkeypatch):
+    monkeypatch.setenv("AWQ2MARLIN_KERNEL", "own")
+    torch, layer = harness.torch, layer_of(experts, model)
+    experts.load_experts(layer, model, PREFIX)
+    values = torch.randn(COUNT, 2 * 512 + 256, generator=torch.Generator().manual_seed(0)).half()
+    for name, bias in (("w13_bias", values[:, :1024]), ("w2_bias", values[:, 1024:])):
+        layer.register_parameter(name, torch.nn.Parameter(bias.contiguous(), requires_grad=False))
+    experts.finish_experts(layer)
+    x, ids = torch.zeros(1, 256).half(), torch.tensor([[1, 3]], dtype=torch.int32)
+    found = experts.run_experts(layer, x, ids, torch.tensor([[1.0, 0.0]]))
+    gate, up = values[1, :1024].double().chunk(2)
+    q, z, s = (each.astype(np.float64) for each in model.values(f"{PREFIX}.1.down_proj"))
+    down = (q - z.repeat(128, 0)) * s.repeat(128, 0)
+    wanted = (torch.nn.functional.silu(gate) * up).numpy() @ down + values[1, 1024:].double().numpy()
+    assert np.allclose(found[0].double().numpy(), wanted, rtol=2e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"moe": {"is_lora_enabled": True}}, "takes no LoRA adapters on experts"),
+        ({"swiglu_limit": 7.0}, "an activation with limits or factors"),
+    ],
+)
+def test_vllm_s_experts_serve_what_ours_cannot(experts, model, monkeypatch, caplog, change, said):
+    monkeypatch.setenv("AWQ2MARLIN_KERNEL", "own")
+    layer = layer_of(experts, model, **change)
+    experts.load_experts(layer, model, PREFIX)
+    assert experts.finish_experts(layer) == 1
+    assert layer.quant_method.kernel == "engine"
+    ((level, text),) = [(record.levelname, record.getMessage()) for record in caplog.records if said in record.message]
+    assert level == "WARNING"
+    assert "experts in Marlin layout run on vLLM's Marlin" in text
+
+
 @pytest.mark.parametrize(("group_size", "has_qzeros"), [(64, True), (32, False), (-1, True)])
 def test_an_inner_size_that_tiles_do_not_divide_is_padded(harness, experts, tmp_path, group_size, has_qzeros):
     """A hidden size of 192 asks for inner sizes that are multiples of 128; 128 at 2 ranks are 64."""
@@ -94,13 +144,6 @@ def test_experts_in_full_precision_go_to_vllm(harness, experts, tmp_path):
     with mock.patch("vllm.model_executor.layers.fused_moe.UnquantizedFusedMoEMethod") as vllm_s:
         method = model.config.get_quant_method(layer, PREFIX)
     assert method is vllm_s.return_value
-
-
-def test_8_bits_with_zero_points_are_refused(harness, experts, tmp_path):
-    model = make_model(harness, tmp_path, bits=8)
-    (problem,) = refusal(layer_of, experts, model)
-    assert problem.tensor == PREFIX
-    assert "vLLM's Marlin experts support 8 bits only without them" in problem.message
 
 
 def test_a_hidden_size_that_vllm_s_experts_cannot_take_is_refused(harness, experts, tmp_path):
