@@ -124,6 +124,8 @@ def kernels_of_layers(model: Any) -> dict[str, int]:
     for module in model.modules():
         method = getattr(module, "quant_method", None)
         kernel = getattr(method, "kernel", None)
+        moe = getattr(method, "moe_kernel", None)
+        kernel = kernel if moe is None else moe.fused_experts
         if method is not None:
             key = f"{type(method).__name__} {type(kernel).__name__ if kernel is not None else ''}".strip()
             found[key] = found.get(key, 0) + 1

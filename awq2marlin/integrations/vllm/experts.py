@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from vllm.model_executor.layers.fused_moe import FusedMoeWeightScaleSupported
 from vllm.model_executor.layers.fused_moe.all2all_utils import maybe_make_prepare_finalize
-from vllm.model_executor.layers.fused_moe.experts import marlin_moe
+from vllm.model_executor.layers.fused_moe.experts.marlin_moe import MarlinExperts as VllmMarlinExperts
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
 from vllm.model_executor.layers.fused_moe.modular_kernel import FusedMoEKernel
 from vllm.model_executor.layers.fused_moe.oracle.int_wna16 import WNA16MoEBackend, backend_to_kernel_cls
@@ -232,7 +232,7 @@ class MarlinNativeMoEMethod(MarlinExperts, AutoAWQMoEMethod):  # type: ignore[mi
         return f"{self.prefix}.{expert}.{names[shard]}"
 
 
-class OwnExperts(marlin_moe.MarlinExperts):  # type: ignore[misc]
+class OwnExperts(VllmMarlinExperts):  # type: ignore[misc]
     """``awq2marlin::marlin_experts_into`` where vLLM calls its Marlin experts, with the same weights."""
 
     @staticmethod
