@@ -172,6 +172,27 @@ def test_relative_links_resolve(path):
             assert anchor in _anchors(linked.read_text("utf-8")), f"{_name(path)} links to {match['target']}"
 
 
+#: Habits of translated prose that CONTRIBUTING.md names, with what English says instead.
+HABITS = {
+    r"\banew\b": "again",
+    r"\b(is|are|was|were) told\b": "is reported, the message says",
+    r"\bas far as\b": "if, up to",
+    r"\bthat is none\b": "that is not",
+    r"\bof (our own|ours)\b": "this package's",
+    r"\bsuch a one\b": "this, one of these",
+    r"\bin the place of\b": "instead of",
+    r"\b(as it|as they) (stands?|lies?)\b": "as it is",
+}
+
+
+@pytest.mark.parametrize("path", [path for path in _documents() if path.name != "CONTRIBUTING.md"], ids=_name)
+def test_documents_are_in_plain_english(path):
+    prose = _prose(path.read_text("utf-8"))
+    prose = prose.partition("<!-- keys: error codes -->")[0]  # those come from the code
+    found = {match[0]: better for habit, better in HABITS.items() for match in re.finditer(habit, prose)}
+    assert not found, f"{_name(path)} has what this dictionary's keys say; its values are better"
+
+
 def _options() -> dict[str, set[str]]:
     """The options of every command, as its ``--help`` shows them."""
     group = typer.main.get_command(app)
@@ -312,6 +333,15 @@ def test_json_examples_have_the_shape_of_a_report():
         (keys, "done"),
         (keys, "failed"),
     ]
+
+
+@pytest.mark.usefixtures("model_folder")
+def test_the_refusal_in_the_json_document_is_what_a_refusal_says(capsys):
+    blocks = [match["code"] for match in FENCE.finditer((DOCS / "json.md").read_text("utf-8"))]
+    assert main(["convert", "model-awq", "model-marlin", "--quiet"]) == 0
+    capsys.readouterr()
+    assert main(["convert", "model-marlin", "--quiet", "--json"]) == 1
+    assert {**json.loads(capsys.readouterr().out), "seconds": 0.231} == json.loads(blocks[1])
 
 
 def test_json_document_lists_every_status():
