@@ -31,6 +31,8 @@ class Model:
         key_value_heads: key and value heads.
         vocabulary: rows of the embeddings.
         experts: experts of each layer, 0 for a dense model.
+        top_k: experts that a token chooses; with 2 the model is a Mixtral, else a Qwen3-MoE.
+        head_size: of query, key and value; 0 for ``hidden / heads``.
         biases: whether query, key and value have biases (Qwen2).
         bits: 4 or 8.
         group_size: rows that share scales, -1 for all.
@@ -45,16 +47,30 @@ class Model:
     key_value_heads: int
     vocabulary: int
     experts: int = 0
+    top_k: int = 2
+    head_size: int = 0
     biases: bool = False
     bits: int = 4
     group_size: int = 128
     zero_points: bool = True
     dtype: torch.dtype = torch.float16
 
+    @property
+    def kind(self) -> str:
+        """What Transformers calls such models."""
+        if self.experts:
+            return "mixtral" if self.top_k == 2 else "qwen3_moe"
+        return "qwen2" if self.biases else "llama"
+
+    @property
+    def head_columns(self) -> int:
+        """Columns of a head."""
+        return self.head_size or self.hidden // self.heads
+
     def config(self) -> dict[str, Any]:
         """Returns ``config.json``."""
-        kind = "mixtral" if self.experts else "qwen2" if self.biases else "llama"
-        name = {"mixtral": "Mixtral", "qwen2": "Qwen2", "llama": "Llama"}[kind]
+        kind = self.kind
+        name = {"mixtral": "Mixtral", "qwen3_moe": "Qwen3Moe", "qwen2": "Qwen2", "llama": "Llama"}[kind]
         config = {
             "architectures": [f"{name}ForCausalLM"],
             "model_type": kind,
@@ -63,7 +79,7 @@ class Model:
             "num_hidden_layers": self.layers,
             "num_attention_heads": self.heads,
             "num_key_value_heads": self.key_value_heads,
-            "head_dim": self.hidden // self.heads,
+            "head_dim": self.head_columns,
             "vocab_size": self.vocabulary,
             "max_position_embeddings": 2048,
             "rms_norm_eps": 1e-5,
@@ -81,8 +97,11 @@ class Model:
                 "version": "gemm",
             },
         }
-        if self.experts:
+        if kind == "mixtral":
             config |= {"num_local_experts": self.experts, "num_experts_per_tok": 2}
+        if kind == "qwen3_moe":
+            config |= {"num_experts": self.experts, "num_experts_per_tok": self.top_k, "norm_topk_prob": True}
+            config |= {"moe_intermediate_size": self.inner, "decoder_sparse_step": 1, "mlp_only_layers": []}
         return config
 
 
@@ -122,20 +141,28 @@ class _Maker:
     def layer(self, prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
         model = self.model
         hidden = model.hidden
-        key_value = hidden // model.heads * model.key_value_heads
-        for name, size_n in (("q_proj", hidden), ("k_proj", key_value), ("v_proj", key_value)):
+        query, key_value = (model.head_columns * heads for heads in (model.heads, model.key_value_heads))
+        for name, size_n in (("q_proj", query), ("k_proj", key_value), ("v_proj", key_value)):
             yield from self.module(f"{prefix}.self_attn.{name}", hidden, size_n)
             if model.biases:
                 yield f"{prefix}.self_attn.{name}.bias", self.normal(size_n, std=0.5)
-        yield from self.module(f"{prefix}.self_attn.o_proj", hidden, hidden)
+        yield from self.module(f"{prefix}.self_attn.o_proj", query, hidden)
         for norm in ("input_layernorm", "post_attention_layernorm"):
             yield f"{prefix}.{norm}.weight", self.ones(hidden)
         if not model.experts:
             yield from self.mlp(f"{prefix}.mlp", ("gate_proj", "up_proj", "down_proj"))
             return
-        yield f"{prefix}.block_sparse_moe.gate.weight", self.normal(model.experts, hidden, std=hidden**-0.5)
+        is_mixtral = model.kind == "mixtral"
+        block, names = (
+            (f"{prefix}.block_sparse_moe", ("w1", "w3", "w2"))
+            if is_mixtral
+            else (f"{prefix}.mlp", ("gate_proj", "up_proj", "down_proj"))
+        )
+        if not is_mixtral:
+            yield from ((f"{prefix}.self_attn.{x}_norm.weight", self.ones(model.head_columns)) for x in "qk")
+        yield f"{block}.gate.weight", self.normal(model.experts, hidden, std=hidden**-0.5)
         for expert in range(model.experts):
-            yield from self.mlp(f"{prefix}.block_sparse_moe.experts.{expert}", ("w1", "w3", "w2"))
+            yield from self.mlp(f"{block}.experts.{expert}", names)
 
     def mlp(self, prefix: str, names: tuple[str, str, str]) -> Iterator[tuple[str, torch.Tensor]]:
         hidden, inner = self.model.hidden, self.model.inner

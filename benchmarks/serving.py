@@ -1,12 +1,14 @@
 """How fast vLLM serves an AWQ checkpoint and the converted one, on every kernel that it may take for them.
 
-    python benchmarks/serving.py --out benchmarks/results/serving_h100.json [--without-zero-points] [--layers 32]
+    python benchmarks/serving.py --out benchmarks/results/serving_h100.json [--without-zero-points] [--experts]
 
-Makes a model of Llama-3-8B's shapes from random weights, converts it, and starts four engines side by side on one GPU,
-with torch.compile and CUDA graphs: the source on vLLM's default, the source on vLLM's Marlin, the converted checkpoint
-on vLLM's Marlin, and the converted one as the plugin serves it by itself. Without zero points vLLM's own AWQ code
-cannot load the source, so only the last two run. This package's kernels are compiled beforehand. Weights are loaded
-by one engine at a time; its seconds and its memory are measured then. When all are ready, each measures alone.
+Makes a model of Llama-3-8B's shapes from random weights, or with --experts a mixture of experts of Qwen3-30B-A3B's
+shapes (128 experts, 8 of them for a token; half of its layers, so that all engines fit). Converts it, and starts four
+engines side by side on one GPU, with torch.compile and CUDA graphs: the source on vLLM's default, the source on vLLM's
+Marlin, the converted checkpoint on vLLM's Marlin, and the converted one as the plugin serves it by itself. Without
+zero points vLLM's own AWQ code cannot load the source, so only the last two run. This package's kernels are compiled
+beforehand. Weights are loaded by one engine at a time; its seconds and its memory are measured then. When all are
+ready, each measures alone.
 
 Decoding: tokens a second of a batch of prompts of 128 tokens, from 128 further tokens each, the prefill left out;
 medians of three. Prefill: milliseconds of one prompt of 2,048 tokens; the median of five. The first tokens of a few
@@ -27,7 +29,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +38,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from random_models import Model, write_model
 
 MIB = 1 << 20
-VOCABULARY = 128256
 BATCHES = (1, 8, 32, 64)
 PREFILL_TOKENS = 2048
 REPEATS = 3
+
+MODELS = {
+    False: Model(4096, 14336, 32, 32, 8, 128256),
+    True: Model(2048, 768, 24, 32, 4, 151936, experts=128, top_k=8, head_size=128),
+}
 
 
 @dataclass(frozen=True)
@@ -49,13 +55,13 @@ class Engine:
     Attributes:
         title: what it is called in the table.
         checkpoint: ``awq`` or ``marlin``.
-        linear_backend: what vLLM is asked for; None leaves the choice to it.
+        backend: of linear layers and experts that vLLM is asked for; None leaves the choice to it.
         environment: further variables.
     """
 
     title: str
     checkpoint: str
-    linear_backend: str | None = None
+    backend: str | None = None
     environment: dict[str, str] = field(default_factory=dict)
 
 
@@ -136,9 +142,8 @@ def start(engine: Engine, folder: Path) -> Any:
     """Returns vLLM's engine on a checkpoint."""
     from vllm import LLM
 
-    options: dict[str, Any] = (
-        {"kernel_config": {"linear_backend": engine.linear_backend}} if engine.linear_backend else {}
-    )
+    backend = engine.backend
+    options: dict[str, Any] = {"kernel_config": {"linear_backend": backend, "moe_backend": backend}} if backend else {}
     return LLM(
         model=str(folder),
         skip_tokenizer_init=True,
@@ -158,10 +163,11 @@ def start(engine: Engine, folder: Path) -> Any:
 class Prompts:
     """Random prompts, the same for every engine."""
 
-    def __init__(self) -> None:
-        """Begins with the first."""
+    def __init__(self, vocabulary: int) -> None:
+        """Begins with the first, of tokens of a vocabulary."""
         import torch
 
+        self._vocabulary = vocabulary
         self._generator = torch.Generator().manual_seed(3)
 
     def draw(self, count: int, length: int) -> list[dict[str, list[int]]]:
@@ -169,7 +175,7 @@ class Prompts:
         import torch
 
         shape = (count, length)
-        drawn = torch.randint(3, VOCABULARY - 8, shape, generator=self._generator).tolist()
+        drawn = torch.randint(3, self._vocabulary - 8, shape, generator=self._generator).tolist()
         return [{"prompt_token_ids": each} for each in drawn]
 
 
@@ -195,9 +201,9 @@ def said(llm: Any, batch: list[dict[str, list[int]]]) -> list[list[list[float]]]
     return rows
 
 
-def measure(llm: Any, found: dict[str, Any]) -> None:
+def measure(llm: Any, vocabulary: int, found: dict[str, Any]) -> None:
     """Notes what an engine that has the GPU for itself can do."""
-    prompts = Prompts()
+    prompts = Prompts(vocabulary)
     found["said"] = said(llm, prompts.draw(8, 64))
     found["decode_tokens_per_s"] = {}
     for count in BATCHES:
@@ -225,20 +231,32 @@ def run_engine(name: str, folder: Path, work: Path, out: Path) -> None:
     while not (work / "all.ready").exists():
         time.sleep(0.2)
     with alone(work):
-        measure(llm, found)
+        measure(llm, json.loads((folder / "config.json").read_text())["vocab_size"], found)
     out.write_text(json.dumps(found))
 
 
 def compile_beforehand(folder: Path) -> float:
     """Compiles this package's kernels for a converted checkpoint, as its first start does; returns the seconds."""
+    import torch
     from safetensors import safe_open
 
-    from awq2marlin import warm_up
+    from awq2marlin import warm_up, warm_up_experts
 
+    config = json.loads((folder / "config.json").read_text())
     begin = time.perf_counter()
     with safe_open(folder / "model-00001.safetensors", "pt", device="cuda") as file:
-        parts = [f"model.layers.0.self_attn.q_proj.{part}" for part in ("qweight", "scales", "qzeros")]
-        warm_up(*(file.get_tensor(part) for part in parts if part in file.keys()))  # noqa: SIM118 - no dictionary
+        names = set(file.keys())
+
+        def parts(module: str) -> list[Any]:
+            found = (f"model.layers.0.{module}.{part}" for part in ("qweight", "scales", "qzeros"))
+            return [file.get_tensor(name) if name in names else None for name in found]
+
+        warm_up(*parts("self_attn.q_proj"))
+        if "num_experts" in config:  # one stands for all: kernels go by shapes
+            gate, up, down = (parts(f"mlp.experts.0.{name}_proj") for name in ("gate", "up", "down"))
+            w13 = [None if one is None else torch.cat([one, two], 1) for one, two in zip(gate, up, strict=True)]
+            stacks = [x if x is None else x.expand(config["num_experts"], *x.shape) for x in (*w13, *down)]
+            warm_up_experts(*stacks, top_k=config["num_experts_per_tok"])
     return round(time.perf_counter() - begin, 1)
 
 
@@ -318,7 +336,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="results, JSON; rows of other models in it are kept")
     parser.add_argument("--without-zero-points", action="store_true", help="a checkpoint with zero_point: false")
-    parser.add_argument("--layers", type=int, default=32, help="of Llama-3-8B's 32")
+    parser.add_argument("--experts", action="store_true", help="a mixture of experts of Qwen3-30B-A3B's shapes")
+    parser.add_argument("--layers", type=int, help="of Llama-3-8B's 32 (all), or of Qwen3-30B-A3B's 48 (24)")
     parser.add_argument("--only", nargs="+", choices=ENGINES, metavar="ENGINE", help=f"of {', '.join(ENGINES)}")
     parser.add_argument("--work", type=Path, help="folder for models, logs and caches; a temporary one if not given")
     parser.add_argument("--engine", choices=ENGINES, help=argparse.SUPPRESS)
@@ -331,7 +350,8 @@ def main() -> int:
 
     with tempfile.TemporaryDirectory(dir=options.work) as folder:
         work = Path(folder)
-        model = Model(4096, 14336, options.layers, 32, 8, VOCABULARY, zero_points=not options.without_zero_points)
+        model = MODELS[options.experts]
+        model = replace(model, layers=options.layers or model.layers, zero_points=not options.without_zero_points)
         size = write_model(work / "awq", model)
         config = work / "awq" / "config.json"  # the models of random_models say 2048
         config.write_text(json.dumps(json.loads(config.read_text()) | {"max_position_embeddings": 8192}))
@@ -341,7 +361,8 @@ def main() -> int:
             name for name, each in ENGINES.items() if model.zero_points or each.checkpoint != "awq"
         ]
         found = run_all(names, work)
-    row = {"zero_points": model.zero_points, "layers": options.layers, "bytes": size, "compile_seconds": compiling}
+    row = {"zero_points": model.zero_points, "experts": model.experts, "layers": model.layers, "bytes": size}
+    row |= {"compile_seconds": compiling}
     row |= {"date": datetime.date.today().isoformat(), "engines": found, "words": differences(found)}
     document = json.loads(options.out.read_text()) if options.out.exists() else {"rows": []}
     document["rows"].append(row)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors import safe_open
 
 from awq2marlin import convert, inspect, verify
 from awq2marlin.layout import reference
@@ -80,6 +81,21 @@ def test_random_models_convert_and_their_dequantized_form_is_what_the_oracle_say
     assert "quantization_config" not in config
     assert config["torch_dtype"] == "float16"
     assert {each.dtype for each in dense.values()} == {np.dtype(np.float16)}
+
+
+def test_a_random_mixture_of_experts_of_qwen3_converts_whole(tmp_path, script):
+    random_models = script("random_models")
+    model = random_models.Model(128, 128, 1, 4, 2, 64, experts=3, top_k=3, head_size=64, group_size=64)
+    random_models.write_model(tmp_path / "awq", model)
+    result = convert(tmp_path / "awq", tmp_path / "marlin", verify="all")
+    assert (len(result.converted), len(result.kept)) == (4 + 3 * 3, 0)
+    with safe_open(tmp_path / "awq" / "model-00001.safetensors", "numpy") as file:
+        shapes = {name: file.get_slice(name).get_shape() for name in file.keys()}  # noqa: SIM118 - no dictionary
+    assert shapes["model.layers.0.self_attn.o_proj.qweight"] == [4 * 64, 128 // 8]
+    assert shapes["model.layers.0.self_attn.k_norm.weight"] == [64]
+    assert shapes["model.layers.0.mlp.experts.2.down_proj.scales"] == [2, 128]
+    config = json.loads((tmp_path / "awq" / "config.json").read_text())
+    assert (config["model_type"], config["num_experts_per_tok"], config["head_dim"]) == ("qwen3_moe", 3, 64)
 
 
 def test_every_model_of_the_token_comparison_is_what_its_name_says(script):
