@@ -1,14 +1,15 @@
 // A layer of experts for few tokens an expert (tiles of 8, 16, 24 or 32 rows), where reading weights is the work.
 //
-// As in gemm_small.cuh a warp copies what it will multiply to shared memory of its own, the transposed weight is
-// operand A of mma.m16n8k16, and up to 16 rows scales are applied to a group's sum. Different is that a warp may own two
-// tiles of 64 columns, so that activations are fetched once for both: neighbours, or the gate's and the up projection's,
-// whose product then leaves in place of both. And rows are gathered: those of the pairs that chose the block's expert.
+// As in gemm_small.cuh a warp copies what it will multiply to shared memory of its own; small_step.cuh says what a step is.
+// Different is that a warp may own two tiles of 64 columns, so that activations are fetched once for both: neighbours, or
+// the gate's and the up projection's, whose product then leaves in place of both. And rows are gathered: those of the
+// pairs that chose the block's expert.
 //
 // The blocks of a cluster share K; or, where a token's pairs are summed, each takes one of them.
 #pragma once
 
 #include "experts.cuh"
+#include "small_step.cuh"
 
 namespace marlin {
 
@@ -17,35 +18,22 @@ template <class T, int kBits, int kGroupSize, int kTokenTiles, int kStepRows, in
           Activation kActivation, bool kSumsPairs>
 class SmallExperts {
   using L = Layout<kBits>;
-  using D = Decoder<T, kBits>;
+  using Step = SmallStep<T, kBits, kGroupSize, kTokenTiles, kStepRows>;
 
   static constexpr bool kGated = kActivation != Activation::kNone;
-  static_assert(kGroupSize == 32 || kGroupSize == 64 || kGroupSize == 128, "a single group is read as one of these");
-  static_assert(kTokenTiles <= 4 && kTiles <= 2, "sums of a lane must fit its registers");
+  static_assert(kTiles <= 2, "sums of a lane must fit its registers");
   static_assert(!kGated || kTiles == 2, "the gate's columns and the up projection's");
   static_assert(!kSumsPairs || (kTokenTiles == 1 && !kGated), "one row, not gated");
-  static_assert(kStepRows == 64 || kStepRows == 128, "rows of a step, which must divide K");
   static_assert(kStages >= 2, "a step is on its way while another is multiplied");
 
-  static constexpr int kTokens = 8 * kTokenTiles;
-  static constexpr bool kScalesSums = kTokenTiles <= 2;
-  static constexpr int kStepTiles = kStepRows / kTileRows;
-  static constexpr int kScaledRows = kGroupSize < kStepRows ? kGroupSize : kStepRows;
-  static constexpr int kScaledTiles = kScaledRows / kTileRows;
-  static constexpr int kStepGroups = kStepRows / kScaledRows;
-
-  static constexpr int kRowChunks = kStepRows / 8;
-  static constexpr int kActBytes = kTokens * kStepRows * 2;
-  static constexpr int kActLoads = kTokens * kRowChunks / kWarpLanes;
-  static constexpr int kWeightBytes = kStepTiles * L::kTileWords * 4;
-  static constexpr int kStageBytes = kActBytes + kTiles * kWeightBytes;
-  static constexpr int kSumBytes = kTiles * SumTile<kTileColumns>::bytes(kTokens);
+  static constexpr int kTokens = Step::kTokens;
+  static constexpr int kStageBytes = Step::kActBytes + kTiles * Step::kWeightBytes;
+  static constexpr int kSumBytes = kTiles * Step::kSumBytes;
   static constexpr int kWarpBytes = kStages * kStageBytes > kSumBytes ? kStages * kStageBytes : kSumBytes;
   static constexpr int kQuads = kTileColumns / 4;
   static constexpr int kMaxSplits = 8;
   // Splits send each other their parts of few rows only: with more there are blocks enough.
   static constexpr int kReceivedBytes = kTokenTiles == 1 ? (kTokens * kQuads + kMaxSplits) * kTiles * 16 : 0;
-  static_assert(kTokens * kRowChunks % kWarpLanes == 0, "the lanes of a warp copy whole rounds of chunks");
 
  public:
   static constexpr int kThreads = kWarps * kWarpLanes;
@@ -83,7 +71,7 @@ class SmallExperts {
     int expert, count, pair;
   };
   struct Groups {
-    LaneGroup<kBits> of[kTiles][kStepGroups];
+    typename Step::Groups of[kTiles];
   };
 
   static __device__ __forceinline__ Rows rows_of_pair(const ExpertArguments& args, int choice) {
@@ -124,9 +112,8 @@ class SmallExperts {
 #pragma unroll
     for (int p = 0; p < kTiles; ++p) tiles[p] = tile_of(args, step, p);
 #pragma unroll
-    for (int i = 0; i < kActLoads; ++i) {
-      const int token = (lane + i * kWarpLanes) / kRowChunks;
-      const u32 pair = __shfl_sync(0xffffffffu, rows.pair, token);
+    for (int i = 0; i < Step::kActLoads; ++i) {
+      const u32 pair = __shfl_sync(0xffffffffu, rows.pair, Step::token_of(i, lane));
       rows_gl_rd[i] = u32(pair / u32(args.a_pairs) * args.a_stride / 8);
     }
   }
@@ -169,105 +156,48 @@ class SmallExperts {
     __syncwarp();  // the sums go where the steps were
   }
 
+  __device__ __forceinline__ GroupReader<T, kBits> reader(int p) const { return {weights, tiles[p], lane}; }
+
   __device__ __forceinline__ void read_groups(Groups& into, int step) const {
 #pragma unroll
-    for (int p = 0; p < kTiles; ++p) {
-      const GroupReader<T, kBits> groups(weights, tiles[p], lane);
-#pragma unroll
-      for (int i = 0; i < kStepGroups; ++i)
-        groups.read(into.of[p][i], (step * kStepRows + i * kScaledRows) / kGroupSize, lane);
-    }
+    for (int p = 0; p < kTiles; ++p) Step::read_groups(into.of[p], reader(p), step, lane);
   }
 
   __device__ __forceinline__ void fetch_weights(int step, int end, int slot) const {
     if (step >= end) return;
 #pragma unroll
-    for (int p = 0; p < kTiles; ++p) {
-      const u32* tile_gl_rd =
-          weights.qweight + i64(tiles[p]) * L::kTileWords + i64(step) * kStepTiles * args.qweight_stride;
-#pragma unroll
-      for (int i = 0; i < kStepTiles; ++i) {
-        copy_tile<kBits>(tile_sh(slot, p, i), tile_gl_rd, lane);
-        tile_gl_rd += args.qweight_stride;
-      }
-    }
+    for (int p = 0; p < kTiles; ++p)
+      Step::copy_weights(
+          weights_sh(slot, p),
+          weights.qweight + i64(tiles[p]) * L::kTileWords + i64(step) * Step::kStepTiles * args.qweight_stride,
+          args.qweight_stride, lane);
   }
 
   __device__ __forceinline__ void fetch_activations(int step, int end, int slot) const {
     if (step >= end) return;
 #pragma unroll
-    for (int i = 0; i < kActLoads; ++i) {
-      const int token = (lane + i * kWarpLanes) / kRowChunks, chunk = (lane + i * kWarpLanes) % kRowChunks;
+    for (int i = 0; i < Step::kActLoads; ++i) {
+      const int token = Step::token_of(i, lane), chunk = Step::chunk_of(i, lane);
       // Absent rows are columns of the product that nobody stores: whatever lies there may stay.
       if (token < count)
-        cp_async_16(act_sh(slot, token, chunk), args.a + 8 * (i64(rows_gl_rd[i]) + step * kRowChunks + chunk));
+        cp_async_16(stage_sh(slot) + Step::chunk_place(token, chunk),
+                    args.a + 8 * (i64(rows_gl_rd[i]) + step * Step::kRowChunks + chunk));
     }
   }
 
-  __device__ __forceinline__ void multiply(int slot, const Groups& step_groups) {
+  __device__ __forceinline__ void multiply(int slot, const Groups& groups) {
 #pragma unroll
-    for (int p = 0; p < kTiles; ++p) multiply_tiles(slot, p, step_groups.of[p], sums[p]);
+    for (int p = 0; p < kTiles; ++p)
+      Step::multiply(sums[p], stage_sh(slot), weights_sh(slot, p), reader(p), groups.of[p], lane);
   }
 
-  __device__ __forceinline__ void multiply_tiles(int slot, int p, const LaneGroup<kBits> (&step_groups)[kStepGroups],
-                                                 float (&sums)[kTokenTiles][kTileBlocks][4]) const {
-    const GroupReader<T, kBits> groups(weights, tiles[p], lane);
-    float partial[kTokenTiles][kTileBlocks][4];
-    u32 act[kTokenTiles][4];  // operand B of two tiles
-#pragma unroll
-    for (int i = 0; i < kStepTiles; ++i) {
-      if (kScalesSums && i % kScaledTiles == 0)
-#pragma unroll
-        for (int v = 0; v < kTokenTiles * kTileBlocks * 4; ++v) (&partial[0][0][0])[v] = 0.f;
-      if (i % 2 == 0) {
-#pragma unroll
-        for (int t = 0; t < kTokenTiles; ++t) ldmatrix_x4(act[t], act_sh(slot, 8 * t + lane % 8, 2 * i + lane / 8));
-      }
-      u32 words[L::kLaneWords];
-      load_lane_words<kBits>(words, tile_sh(slot, p, i), lane);
-      const LaneGroup<kBits>& group = step_groups[i / kScaledTiles];
-#pragma unroll
-      for (int j = 0; j < kTileBlocks; ++j) {
-        u32 weight[4];
-        D::decode(weight, words + j * L::kBlockWords, D::offsets(groups.zeros(group, j)));
-        if (!kScalesSums) scale<T>(weight, low_twice(groups.scales(group, j)), high_twice(groups.scales(group, j)));
-#pragma unroll
-        for (int t = 0; t < kTokenTiles; ++t)
-          mma(T{}, (kScalesSums ? partial : sums)[t][j], weight, act[t][2 * (i % 2)], act[t][2 * (i % 2) + 1]);
-      }
-      if (kScalesSums && i % kScaledTiles == kScaledTiles - 1)
-#pragma unroll
-        for (int j = 0; j < kTileBlocks; ++j) {
-          const u32 scales = groups.scales(group, j);
-          const float first = low_float(T{}, scales), second = high_float(T{}, scales);
-#pragma unroll
-          for (int t = 0; t < kTokenTiles; ++t)
-#pragma unroll
-            for (int v = 0; v < 4; ++v) sums[t][j][v] += partial[t][j][v] * (v < 2 ? first : second);
-        }
-    }
-  }
-
-  // Lane l holds columns l/4 + 8 m, rows 8 t + 2 (l mod 4) and + 1.
   __device__ __forceinline__ void deposit() const {
 #pragma unroll
-    for (int p = 0; p < kTiles; ++p) {
-      const GroupReader<T, kBits> groups(weights, tiles[p], lane);
-      const SumTile<kTileColumns> tile = sum_tile(shared, p);
-#pragma unroll
-      for (int m = 0; m < kLaneColumns; ++m) {
-        const float scale = groups.final_scale(lane, m);
-#pragma unroll
-        for (int t = 0; t < kTokenTiles; ++t)
-#pragma unroll
-          for (int i = 0; i < 2; ++i)
-            tile.at(8 * t + 2 * (lane % 4) + i, lane / 4 + 8 * m) = scale * sums[p][t][m / 2][2 * (m % 2) + i];
-      }
-    }
+    for (int p = 0; p < kTiles; ++p) Step::deposit(sums[p], sum_tile(shared, p), reader(p), lane);
   }
 
   static __device__ __forceinline__ SumTile<kTileColumns> sum_tile(unsigned char* warp_shared, int p) {
-    return {reinterpret_cast<float*>(warp_shared + p * SumTile<kTileColumns>::bytes(kTokens))};
+    return {reinterpret_cast<float*>(warp_shared + p * Step::kSumBytes)};
   }
 
   // Four columns of a row, of each of the block's tiles.
@@ -365,11 +295,10 @@ class SmallExperts {
     }
   }
 
-  __device__ __forceinline__ u32 act_sh(int slot, int token, int chunk) const {
-    return shared_address(shared) + slot * kStageBytes + (token * kRowChunks + (chunk ^ (token % 8))) * 16;
-  }
-  __device__ __forceinline__ u32 tile_sh(int slot, int p, int tile) const {
-    return shared_address(shared) + slot * kStageBytes + kActBytes + p * kWeightBytes + tile * (L::kTileWords * 4);
+  // A stage's activations, and behind them its weights.
+  __device__ __forceinline__ u32 stage_sh(int slot) const { return shared_address(shared) + slot * kStageBytes; }
+  __device__ __forceinline__ u32 weights_sh(int slot, int p) const {
+    return stage_sh(slot) + Step::kActBytes + p * Step::kWeightBytes;
   }
 
   const ExpertArguments& args;
@@ -378,8 +307,8 @@ class SmallExperts {
   unsigned char* shared;
   const int lane;
   int tiles[kTiles];
-  u32 rows_gl_rd[kActLoads];  // in units of eight numbers
-  float sums[kTiles][kTokenTiles][kTileBlocks][4] = {};
+  u32 rows_gl_rd[Step::kActLoads];  // in units of eight numbers
+  typename Step::Sums sums[kTiles] = {};
 };
 
 }  // namespace marlin
