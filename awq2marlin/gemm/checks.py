@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from functools import wraps
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -37,6 +39,43 @@ class LayerShape:
     size_n: int
     size_k: int
     group_size: int
+
+
+_Tensors = TypeVar("_Tensors", bound=tuple[Any, ...])
+_Found = TypeVar("_Found")
+
+#: Layers, and numbers of tokens, that are remembered; a model has fewer.
+_MOST_REMEMBERED = 1 << 14
+
+
+def remembered(check: Callable[[_Tensors], _Found]) -> Callable[[_Tensors], _Found]:
+    """Returns a check that is made once for tensors of the same types, shapes, strides, offsets and devices.
+
+    A model calls the same layers over and over, and to look everything up in a table takes a third of the time. Not
+    for tensors whose sizes are symbols, as a compiler's are.
+
+    Args:
+        check: what depends on nothing else of its tensors.
+    """
+    known: dict[tuple[Any, ...], _Found] = {}
+
+    @wraps(check)
+    def look_up(tensors: _Tensors) -> _Found:
+        facts = tuple(
+            (each.dtype, each.shape, each.stride(), each.storage_offset() % 8, each.device)
+            if isinstance(each, torch.Tensor)
+            else each
+            for each in tensors
+        )
+        found = known.get(facts)
+        if found is None:
+            found = check(tensors)
+            if len(known) >= _MOST_REMEMBERED:
+                known.clear()
+            known[facts] = found
+        return found
+
+    return look_up
 
 
 def check_gemm(tensors: GemmTensors) -> LayerShape:

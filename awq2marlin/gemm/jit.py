@@ -197,9 +197,9 @@ _loaded: dict[tuple[KernelSource, int], Kernel] = {}
 _load_lock = threading.Lock()
 
 
-def is_loaded(source: KernelSource, device_index: int) -> bool:
-    """Returns whether `load` would answer at once."""
-    return (source, device_index) in _loaded
+def loaded(source: KernelSource, device_index: int) -> Kernel | None:
+    """Returns a kernel that `load` has loaded, or None."""
+    return _loaded.get((source, device_index))
 
 
 def load(source: KernelSource, device_index: int, capability: tuple[int, int], shared_bytes: int) -> Kernel:

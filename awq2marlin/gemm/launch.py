@@ -20,7 +20,7 @@ from awq2marlin.gemm.source import KernelSource, repack_source
 from awq2marlin.layout.marlin import GPTQ_MARLIN_TILE, MARLIN_TILE_N
 
 if TYPE_CHECKING:
-    from cuda.core import LaunchConfig, Stream
+    from cuda.core import Kernel, LaunchConfig, Stream
 
 DTYPES: dict[torch.dtype, Dtype] = {torch.float16: "fp16", torch.bfloat16: "bf16"}
 
@@ -218,17 +218,39 @@ def launch_kernel(
     Raises:
         KernelUnavailableError: the kernel cannot be compiled or loaded now.
     """
-    with torch.cuda.device(device.index):
-        if not jit.is_loaded(source, device.index) and torch.cuda.is_current_stream_capturing():
-            raise KernelUnavailableError(
-                f"{source.name} is not loaded yet, and a CUDA graph capture forbids loading. "
-                "Before the capture, call awq2marlin.warm_up for the layer, or warm_up_experts for one of experts."
+    if torch.cuda.current_device() != device.index:
+        with torch.cuda.device(device.index):
+            launch_kernel(
+                source,
+                device,
+                grid,
+                threads,
+                arguments,
+                cluster=cluster,
+                shared_bytes=shared_bytes,
+                overlaps=overlaps,
             )
-        _bind_thread(device.index)
-        kernel = jit.load(source, device.index, device.capability, shared_bytes)
-        stream = torch.cuda.current_stream().cuda_stream
-        config = _launch_config(grid, cluster, threads, shared_bytes, overlaps)
-        _core_launch()(_stream(stream), config, kernel, *arguments)
+        return
+    kernel = jit.loaded(source, device.index) or _load(source, device, shared_bytes)
+    _bind_thread(device.index)
+    config = _launch_config(grid, cluster, threads, shared_bytes, overlaps)
+    stream = torch.cuda.current_stream(device.index).cuda_stream
+    _core_launch()(_stream(stream), config, kernel, *arguments)
+
+
+def _load(source: KernelSource, device: Device, shared_bytes: int) -> Kernel:
+    """Loads a kernel on the current device.
+
+    Raises:
+        KernelUnavailableError: it cannot be compiled or loaded, or a graph capture forbids it.
+    """
+    if torch.cuda.is_current_stream_capturing():
+        raise KernelUnavailableError(
+            f"{source.name} is not loaded yet, and a CUDA graph capture forbids loading. "
+            "Before the capture, call awq2marlin.warm_up for the layer, or warm_up_experts for one of experts."
+        )
+    _bind_thread(device.index)
+    return jit.load(source, device.index, device.capability, shared_bytes)
 
 
 _thread = threading.local()

@@ -20,8 +20,10 @@ from awq2marlin.gemm.checks import (
     check_gemm,
     check_repack,
     check_type,
+    remembered,
 )
-from awq2marlin.gemm.launch import describe, device_of, launch_gemm, launch_repack, load_up_to
+from awq2marlin.gemm.families.base import GemmConfig, GemmProblem
+from awq2marlin.gemm.launch import describe, device_of, launch_gemm, launch_repack, load_up_to, problem_of
 from awq2marlin.gemm.select import pick_config
 from awq2marlin.layout import torch_functions as layout
 from awq2marlin.layout.marlin import GPTQ_MARLIN_TILE, qweight_shape
@@ -153,13 +155,19 @@ def _gemm_cpu(*arguments: Any) -> torch.Tensor:
 @torch.library.impl(_GEMM, "cuda")
 def _gemm_cuda(*arguments: Any) -> torch.Tensor:
     tensors = GemmTensors(*arguments)
-    shape = check_gemm(tensors)
-    a, qweight, scales, qzeros, bias, num_bits = tensors
+    config, problem = _plan(tensors)
+    a, qweight, scales, qzeros, bias, _ = tensors
     check_addresses(a=(a, 16), qweight=(qweight, 16), scales=(scales, 16), qzeros=(qzeros, 4), bias=(bias, 8))
-    if a.shape[0] == 0:
-        return a.new_empty((0, shape.size_n))
-    problem = describe(shape, a.shape[0], a.dtype, num_bits, device_of(a.device.index))
-    return launch_gemm(pick_config(problem), problem, tensors)
+    if config is None:
+        return a.new_empty((0, problem.size_n))
+    return launch_gemm(config, problem, tensors)
+
+
+@remembered
+def _plan(tensors: GemmTensors) -> tuple[GemmConfig | None, GemmProblem]:
+    """Checks CUDA tensors and picks their kernel; None for no tokens."""
+    problem = problem_of(tensors)
+    return (pick_config(problem) if problem.size_m else None), problem
 
 
 def _keep_for_gradient(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:  # noqa: ARG001 - torch's call

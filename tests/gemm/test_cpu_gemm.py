@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from awq2marlin.gemm import checks, ops
 from awq2marlin.gemm import cpu as cpu_gemm
-from awq2marlin.gemm import ops
-from awq2marlin.gemm.checks import GemmTensors, check_addresses, check_gemm
+from awq2marlin.gemm.checks import GemmTensors, check_addresses, check_gemm, remembered
 from tests.gemm.gemm_cases import DTYPES, SMALL_SHAPES, random_layer, random_tokens
 
 GOLDEN = np.load(Path(__file__).parents[1] / "golden" / "marlin_layout.npz")
@@ -220,3 +220,39 @@ def test_a_warm_up_names_the_argument_it_refuses(change, error, message):
     arguments = {"qweight": layer.qweight, "scales": layer.scales, **change}
     with pytest.raises(error, match=message):
         ops.warm_up(**arguments)
+
+
+def test_a_remembered_check_is_made_anew_for_whatever_it_looks_at():
+    calls = []
+
+    @remembered
+    def check(tensors):
+        calls.append(tensors)
+        return check_gemm(tensors)
+
+    layer = random_layer(128, 128, 64)
+    tensors = GemmTensors(random_tokens(3, layer), layer.qweight, layer.scales, layer.qzeros, None, 4)
+    wide = torch.zeros(3, 512, dtype=torch.float16)
+    others = [
+        tensors,
+        tensors._replace(a=random_tokens(4, layer)),  # a size
+        tensors._replace(a=wide[:, :128]),  # a stride
+        tensors._replace(qzeros=None),  # a tensor
+        tensors._replace(a=tensors.a.bfloat16(), scales=layer.scales.bfloat16()),  # a type
+    ]
+    for each in others:
+        assert check(each) == check(each) == check_gemm(each)
+    assert len(calls) == len(others)
+    for wrong in (tensors._replace(a=wide[:, 4:132]), tensors._replace(num_bits=3)):
+        for _ in range(2):  # what was refused is refused again
+            with pytest.raises(ValueError, match="must"):
+                check(wrong)
+
+
+def test_remembered_checks_do_not_grow_without_end(monkeypatch):
+    monkeypatch.setattr(checks, "_MOST_REMEMBERED", 2)
+    seen = []
+    check = remembered(lambda numbers: seen.append(numbers) or numbers)
+    for number in (1, 2, 2, 3, 3, 1):
+        assert check((number,)) == (number,)
+    assert seen == [(1,), (2,), (3,), (1,)]

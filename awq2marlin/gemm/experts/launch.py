@@ -12,8 +12,8 @@ from typing import NamedTuple, cast
 
 import torch
 
-from awq2marlin.gemm.checks import Weights
-from awq2marlin.gemm.experts.checks import BlockTensors, ExpertShape, ExpertTensors, weights_of
+from awq2marlin.gemm.checks import Weights, remembered
+from awq2marlin.gemm.experts.checks import BlockTensors, ExpertTensors, check_block, check_gemm, weights_of
 from awq2marlin.gemm.experts.kernels import ALIGN_BLOCKS, ALIGN_THREADS, align_source, max_work_items, sum_source
 from awq2marlin.gemm.experts.problem import Activation, ExpertProblem
 from awq2marlin.gemm.experts.select import Launch, all_configs, is_direct, pick_launch, tile_rows_for
@@ -70,31 +70,47 @@ def make_plan(*problems: ExpertProblem) -> Plan:
 # ---- the public calls ------------------------------------------------------------------------------------------
 
 
-def launch_gemm(tensors: ExpertTensors, shape: ExpertShape) -> torch.Tensor:
-    """Returns every pair's product, [M, k, N], of checked CUDA tensors with at least one token.
+@remembered
+def plan_gemm(tensors: ExpertTensors) -> tuple[Plan, ExpertProblem]:
+    """Checks CUDA tensors with at least one token and picks what serves their product.
+
+    Raises:
+        TypeError: as `checks.check_gemm` does.
+        ValueError: as `checks.check_gemm` does.
+    """
+    check_gemm(tensors)
+    problem = problem_of(_weights_of_gemm(tensors), tensors.topk_ids, tensors.num_bits)
+    return make_plan(problem), problem
+
+
+@remembered
+def plan_block(block: BlockTensors) -> tuple[Plan, tuple[ExpertProblem, ExpertProblem]]:
+    """Checks CUDA tensors with at least one token and picks what serves their block.
+
+    Raises:
+        TypeError: as `checks.check_block` does.
+        ValueError: as `checks.check_block` does.
+    """
+    check_block(block)
+    problems = block_problems(block)
+    return make_plan(*problems), problems
+
+
+def launch_gemm(plan: Plan, problem: ExpertProblem, tensors: ExpertTensors) -> torch.Tensor:
+    """Returns every pair's product, [M, k, N], of tensors that `plan_gemm` has checked.
 
     Raises:
         KernelUnavailableError: a kernel cannot be compiled or loaded now.
     """
     choices = Choices.of(tensors.topk_ids, tensors.topk_weights)
-    weights = Weights(tensors.qweight, tensors.scales, tensors.qzeros, tensors.bias)
-    problem = problem_of(weights, choices, tensors.num_bits)
-    plan = make_plan(problem)
-    out = tensors.a.new_zeros((shape.num_tokens, shape.top_k, shape.size_n))
+    out = tensors.a.new_zeros((*tensors.topk_ids.shape, problem.size_n))
     work = write_work(plan, problem, choices)
-    run_product(plan.launches[0], problem, tensors.a, weights, choices, work, out)
+    run_product(plan.launches[0], problem, tensors.a, _weights_of_gemm(tensors), choices, work, out)
     return out
 
 
-def launch_experts(block: BlockTensors, out: torch.Tensor) -> None:
-    """Writes a block's result, [M, H], of checked CUDA tensors with at least one token, into ``out``.
-
-    Raises:
-        KernelUnavailableError: a kernel cannot be compiled or loaded now.
-    """
-    choices = Choices.of(block.topk_ids, block.topk_weights)
-    problems = block_problems(block, choices)
-    run_block(make_plan(*problems), problems, block, choices, out)
+def _weights_of_gemm(tensors: ExpertTensors) -> Weights:
+    return Weights(tensors.qweight, tensors.scales, tensors.qzeros, tensors.bias)
 
 
 def load_up_to(block: BlockTensors, max_tokens: int) -> int:
@@ -107,10 +123,9 @@ def load_up_to(block: BlockTensors, max_tokens: int) -> int:
     Raises:
         KernelUnavailableError: one cannot be compiled or loaded.
     """
-    choices = Choices.of(block.topk_ids, block.topk_weights)
     top_k = block.topk_ids.shape[1]
     sources: dict[KernelSource, int] = {}
-    for problem in block_problems(block, choices):
+    for problem in block_problems(block):
         largest = replace(problem, num_pairs=max_tokens * top_k)
         sources |= {config.source: config.shared_bytes for config in all_configs(largest)}
         sources[sum_source(problem.dtype)] = 0
@@ -125,15 +140,20 @@ def load_up_to(block: BlockTensors, max_tokens: int) -> int:
 
 
 def problem_of(
-    weights: Weights, choices: Choices, num_bits: int, *, activation: Activation = "none", sums_tokens: bool = False
+    weights: Weights,
+    topk_ids: torch.Tensor,
+    num_bits: int,
+    *,
+    activation: Activation = "none",
+    sums_tokens: bool = False,
 ) -> ExpertProblem:
     """Describes one grouped product of checked tensors."""
     num_experts, num_groups, size_n = weights.scales.shape
     size_k = weights.qweight.shape[1] * GPTQ_MARLIN_TILE
     device = device_of(weights.qweight.device.index)
     return ExpertProblem(
-        num_pairs=choices.ids.numel(),
-        top_k=choices.ids.shape[1],
+        num_pairs=topk_ids.numel(),
+        top_k=topk_ids.shape[1],
         num_experts=num_experts,
         size_n=size_n,
         size_k=size_k,
@@ -147,23 +167,24 @@ def problem_of(
     )
 
 
-def block_problems(block: BlockTensors, choices: Choices) -> tuple[ExpertProblem, ExpertProblem]:
+def block_problems(block: BlockTensors) -> tuple[ExpertProblem, ExpertProblem]:
     """Describes the products of a block."""
     w13, w2 = weights_of(block)
     return (
-        problem_of(w13, choices, block.num_bits, activation=cast(Activation, block.activation)),
-        problem_of(w2, choices, block.num_bits, sums_tokens=True),
+        problem_of(w13, block.topk_ids, block.num_bits, activation=cast(Activation, block.activation)),
+        problem_of(w2, block.topk_ids, block.num_bits, sums_tokens=True),
     )
 
 
-def run_block(
-    plan: Plan,
-    problems: tuple[ExpertProblem, ExpertProblem],
-    block: BlockTensors,
-    choices: Choices,
-    out: torch.Tensor,
+def launch_block(
+    plan: Plan, problems: tuple[ExpertProblem, ExpertProblem], block: BlockTensors, out: torch.Tensor
 ) -> None:
-    """Runs a plan and writes the block's result [M, H] into ``out``."""
+    """Writes the result, [M, H], of a block that `plan_block` has checked, into ``out``, which may be its tokens.
+
+    Raises:
+        KernelUnavailableError: a kernel cannot be compiled or loaded now.
+    """
+    choices = Choices.of(block.topk_ids, block.topk_weights)
     (first, second), (w13, w2) = problems, weights_of(block)
     num_pairs, hidden = first.num_pairs, block.hidden
     work = write_work(plan, first, choices)

@@ -14,7 +14,7 @@ import torch
 from awq2marlin.gemm.checks import ACTIVATION_TYPES, check_addresses, check_dimensions, check_type
 from awq2marlin.gemm.experts import cpu
 from awq2marlin.gemm.experts.checks import BlockTensors, ExpertTensors, check_block, check_gemm, check_out
-from awq2marlin.gemm.experts.launch import launch_experts, launch_gemm, load_up_to
+from awq2marlin.gemm.experts.launch import launch_block, launch_gemm, load_up_to, plan_block, plan_gemm
 from awq2marlin.layout.marlin import GPTQ_MARLIN_TILE
 
 _GEMM = "awq2marlin::marlin_moe_gemm"
@@ -206,13 +206,13 @@ def _gemm_cpu(*arguments: Any) -> torch.Tensor:
 @torch.library.impl(_GEMM, "cuda")
 def _gemm_cuda(*arguments: Any) -> torch.Tensor:
     tensors = ExpertTensors(*arguments)
-    shape = check_gemm(tensors)
     a, qweight, scales, qzeros, topk_ids, topk_weights, bias, _ = tensors
+    if a.shape[0] == 0:
+        return a.new_empty((*topk_ids.shape, check_gemm(tensors).size_n))
+    plan, problem = plan_gemm(tensors)
     check_addresses(a=(a, 16), qweight=(qweight, 16), scales=(scales, 16), qzeros=(qzeros, 4), bias=(bias, 8))
     check_addresses(topk_ids=(topk_ids, topk_ids.element_size()), topk_weights=(topk_weights, 4))
-    if shape.num_tokens == 0:
-        return a.new_empty((0, shape.top_k, shape.size_n))
-    return launch_gemm(tensors, shape)
+    return launch_gemm(plan, problem, tensors)
 
 
 # ---- a block of experts as an operator ----------------------------------------------------------------------
@@ -261,18 +261,23 @@ def _block_into_cpu(*arguments: Any) -> None:
 @torch.library.impl(_BLOCK, "cuda")
 def _block_cuda(*arguments: Any) -> torch.Tensor:
     tensors = BlockTensors(*arguments)
-    check_block(tensors)
-    out = tensors.hidden.new_empty(tensors.hidden.shape)
+    out = torch.empty_like(tensors.hidden, memory_format=torch.contiguous_format)
     _run_on_cuda(tensors, out)
     return out
 
 
 @torch.library.impl(_BLOCK_INTO, "cuda")
 def _block_into_cuda(*arguments: Any) -> None:
-    _run_on_cuda(*_check_into(*arguments))
+    tensors, out = BlockTensors(*arguments[:-1]), arguments[-1]
+    check_out(out, tensors.hidden)
+    _run_on_cuda(tensors, out)
 
 
 def _run_on_cuda(tensors: BlockTensors, out: torch.Tensor) -> None:
+    if tensors.hidden.shape[0] == 0:
+        check_block(tensors)
+        return
+    plan, problems = plan_block(tensors)
     check_addresses(
         hidden=(tensors.hidden, 16),
         w13_qweight=(tensors.w13_qweight, 16),
@@ -287,8 +292,7 @@ def _run_on_cuda(tensors: BlockTensors, out: torch.Tensor) -> None:
         topk_weights=(tensors.topk_weights, 4),
         out=(out, 16),
     )
-    if tensors.hidden.shape[0]:
-        launch_experts(tensors, out)
+    launch_block(plan, problems, tensors, out)
 
 
 # ---- no gradients -------------------------------------------------------------------------------------------
