@@ -116,6 +116,17 @@ def test_the_golden_layout_is_that_of_the_dense_gemm():
             assert torch.equal(out[m, j], alone[0])
 
 
+def test_a_pair_that_is_nobody_s_gives_zeros_whatever_it_is_weighted_with():
+    ids, shares = torch.tensor([[1, -1], [4, 0]]), torch.tensor([[0.5, torch.nan], [torch.inf, 0.25]])
+    x = random_rows(2, EXPERTS)
+    product = EXPERTS(x, ids, shares)
+    assert not product[0, 1].any()
+    assert not product[1, 0].any()
+    known = torch.where(shares.isfinite(), shares, 0)
+    assert torch.equal(product, EXPERTS(x, ids, known))
+    assert torch.equal(BLOCK(x, ids, shares), BLOCK(x, ids, known))
+
+
 def test_ranks_of_experts_add_up_to_the_whole_block():
     block = random_block(8, 128, 64, (64, 64))
     ids, shares = random_routing(6, 3, 8)

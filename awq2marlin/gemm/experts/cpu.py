@@ -31,11 +31,11 @@ def multiply(tensors: ExpertTensors, shape: ExpertShape) -> torch.Tensor:
     """
     out = torch.zeros((shape.num_tokens * shape.top_k, shape.size_n), dtype=torch.float64)
     weights = Weights(tensors.qweight, tensors.scales, tensors.qzeros, tensors.bias)
+    shares = None if tensors.topk_weights is None else tensors.topk_weights.double().reshape(-1, 1)
     for expert, pairs in _pairs_by_expert(tensors.topk_ids, shape.num_experts):
         rows = pairs // shape.top_k if shape.shared_rows else pairs
-        out[pairs] = _product(tensors.a[rows], weights, expert, tensors.num_bits)
-    if tensors.topk_weights is not None:
-        out *= tensors.topk_weights.reshape(-1, 1)
+        product = _product(tensors.a[rows], weights, expert, tensors.num_bits)
+        out[pairs] = product if shares is None else shares[pairs] * product
     return out.reshape(shape.num_tokens, shape.top_k, shape.size_n)
 
 
