@@ -278,6 +278,31 @@ def test_a_refusal_of_a_block_names_what_was_found_and_what_is_needed(change, er
         (check if "meta" in message else ops.marlin_experts)(**arguments_of_block() | change)
 
 
+def misplaced(tensor):
+    """The same numbers, one element past where PyTorch lets memory begin."""
+    room = torch.zeros(tensor.numel() + 1, dtype=tensor.dtype)
+    room[1:] = tensor.reshape(-1)
+    return room[1:].view(tensor.shape)
+
+
+def test_a_tensor_begins_where_its_widest_load_may():
+    """Offsets are checked of all tensors; addresses, which memory from elsewhere may have, of those on a GPU."""
+    gemm, block = arguments_of_gemm(), arguments_of_block()
+    for check, kind, arguments in (
+        (checks.check_gemm_addresses, ExpertTensors, gemm),
+        (checks.check_block_addresses, BlockTensors, block),
+    ):
+        check(kind(**arguments))
+        for name in ("topk_ids", "topk_weights", *(each for each in arguments if each.endswith("qzeros"))):
+            check(kind(**arguments | {name: misplaced(arguments[name])}))
+        check(kind(**arguments | {"topk_weights": misplaced(SHARES.half())}))
+        for name in arguments:
+            if name.endswith(("qweight", "scales", "bias", "hidden")) or name == "a":
+                with pytest.raises(ValueError, match=f"^{name} must begin at a multiple of (8|16) bytes"):
+                    check(kind(**arguments | {name: misplaced(arguments[name])}))
+    checks.check_gemm_addresses(ExpertTensors(**gemm | {"topk_weights": None, "qzeros": None, "bias": None}))
+
+
 def test_experts_of_another_number_or_width_are_refused():
     fewer, narrow = BLOCK.w2.of(0, 3), random_experts(4, 128, 128, 64)
     for experts, found in ((fewer, r"\[3, 8, 512\]"), (narrow, r"\[4, 8, 256\]")):

@@ -10,6 +10,7 @@ import torch
 from awq2marlin.gemm.checks import (
     Weights,
     check_activations,
+    check_addresses,
     check_device,
     check_dimensions,
     check_type,
@@ -168,6 +169,47 @@ def check_out(out: torch.Tensor, hidden: torch.Tensor) -> None:
     if out.shape != hidden.shape:
         raise shape_error("out", out, f"{list(hidden.shape)}, as hidden has")
     _check_dense("out", out, ("hidden", hidden))
+
+
+def check_gemm_addresses(tensors: ExpertTensors) -> None:
+    """Checks where real CUDA tensors of the grouped GEMM begin, as `checks.check_addresses` does.
+
+    Raises:
+        ValueError: one begins where the widest load of a kernel may not.
+    """
+    check_addresses(
+        a=(tensors.a, 16),
+        qweight=(tensors.qweight, 16),
+        scales=(tensors.scales, 16),
+        qzeros=(tensors.qzeros, 4),
+        bias=(tensors.bias, 8),
+    )
+    _check_routing_addresses(tensors.topk_ids, tensors.topk_weights)
+
+
+def check_block_addresses(tensors: BlockTensors) -> None:
+    """Checks where real CUDA tensors of a block of experts begin, as `checks.check_addresses` does.
+
+    Raises:
+        ValueError: one begins where the widest load of a kernel may not.
+    """
+    check_addresses(
+        hidden=(tensors.hidden, 16),
+        w13_qweight=(tensors.w13_qweight, 16),
+        w13_scales=(tensors.w13_scales, 16),
+        w13_qzeros=(tensors.w13_qzeros, 4),
+        w13_bias=(tensors.w13_bias, 8),
+        w2_qweight=(tensors.w2_qweight, 16),
+        w2_scales=(tensors.w2_scales, 16),
+        w2_qzeros=(tensors.w2_qzeros, 4),
+        w2_bias=(tensors.w2_bias, 8),
+    )
+    _check_routing_addresses(tensors.topk_ids, tensors.topk_weights)
+
+
+def _check_routing_addresses(topk_ids: torch.Tensor, topk_weights: torch.Tensor | None) -> None:
+    weight_bytes = 1 if topk_weights is None else topk_weights.element_size()
+    check_addresses(topk_ids=(topk_ids, topk_ids.element_size()), topk_weights=(topk_weights, weight_bytes))
 
 
 def weights_of(tensors: BlockTensors) -> tuple[Weights, Weights]:

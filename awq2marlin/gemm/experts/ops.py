@@ -13,7 +13,15 @@ import torch
 
 from awq2marlin.gemm.checks import ACTIVATION_TYPES, check_addresses, check_dimensions, check_type
 from awq2marlin.gemm.experts import cpu
-from awq2marlin.gemm.experts.checks import BlockTensors, ExpertTensors, check_block, check_gemm, check_out
+from awq2marlin.gemm.experts.checks import (
+    BlockTensors,
+    ExpertTensors,
+    check_block,
+    check_block_addresses,
+    check_gemm,
+    check_gemm_addresses,
+    check_out,
+)
 from awq2marlin.gemm.experts.launch import launch_block, launch_gemm, load_up_to, plan_block, plan_gemm
 from awq2marlin.layout.marlin import GPTQ_MARLIN_TILE
 
@@ -206,12 +214,10 @@ def _gemm_cpu(*arguments: Any) -> torch.Tensor:
 @torch.library.impl(_GEMM, "cuda")
 def _gemm_cuda(*arguments: Any) -> torch.Tensor:
     tensors = ExpertTensors(*arguments)
-    a, qweight, scales, qzeros, topk_ids, topk_weights, bias, _ = tensors
-    if a.shape[0] == 0:
-        return a.new_empty((*topk_ids.shape, check_gemm(tensors).size_n))
+    if tensors.a.shape[0] == 0:
+        return tensors.a.new_empty((*tensors.topk_ids.shape, check_gemm(tensors).size_n))
     plan, problem = plan_gemm(tensors)
-    check_addresses(a=(a, 16), qweight=(qweight, 16), scales=(scales, 16), qzeros=(qzeros, 4), bias=(bias, 8))
-    check_addresses(topk_ids=(topk_ids, topk_ids.element_size()), topk_weights=(topk_weights, 4))
+    check_gemm_addresses(tensors)
     return launch_gemm(plan, problem, tensors)
 
 
@@ -278,20 +284,8 @@ def _run_on_cuda(tensors: BlockTensors, out: torch.Tensor) -> None:
         check_block(tensors)
         return
     plan, problems = plan_block(tensors)
-    check_addresses(
-        hidden=(tensors.hidden, 16),
-        w13_qweight=(tensors.w13_qweight, 16),
-        w13_scales=(tensors.w13_scales, 16),
-        w13_qzeros=(tensors.w13_qzeros, 4),
-        w13_bias=(tensors.w13_bias, 8),
-        w2_qweight=(tensors.w2_qweight, 16),
-        w2_scales=(tensors.w2_scales, 16),
-        w2_qzeros=(tensors.w2_qzeros, 4),
-        w2_bias=(tensors.w2_bias, 8),
-        topk_ids=(tensors.topk_ids, tensors.topk_ids.element_size()),
-        topk_weights=(tensors.topk_weights, 4),
-        out=(out, 16),
-    )
+    check_block_addresses(tensors)
+    check_addresses(out=(out, 16))
     launch_block(plan, problems, tensors, out)
 
 
