@@ -247,9 +247,9 @@ def all_sources(capability: Capability, *, full: bool = True) -> list[KernelSour
         if not (full or is_usual_weight or is_usual_gate):
             continue
         is_usual = is_usual_weight and is_usual_gate
-        for size_k in (256, 1024, 8192) if full or is_usual else (256,):
-            tokens = 1 << 20 if full or is_usual else 16
-            sums_tokens = activation == "none"
+        sizes_k = (256, 1024, 8192) if full or is_usual else (256,)
+        tokens = 1 << 20 if full or is_usual else 16
+        for size_k, sums_tokens in product(sizes_k, {False, activation == "none"}):
             problem = ExpertProblem(
                 8 * tokens, 8, 128, 512, size_k, group_size, num_bits, dtype, activation, sums_tokens, capability, 132
             )

@@ -1,0 +1,119 @@
+"""Which kernels serve experts: every problem has one that fits its GPU, and a warm-up knows it."""
+
+import functools
+from dataclasses import replace
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from awq2marlin.gemm.compile_matrix import COMPLETE
+from awq2marlin.gemm.experts.kernels import DIRECT_PAIRS, HopperExpertsConfig, SmallExpertsConfig
+from awq2marlin.gemm.experts.launch import make_plan
+from awq2marlin.gemm.experts.problem import ExpertProblem
+from awq2marlin.gemm.experts.select import all_configs, all_sources
+from awq2marlin.gemm.families.base import HOPPER, MAX_SPLITS
+
+CAPABILITIES = [(8, 0), (8, 6), (8, 7), (8, 9), (9, 0), (10, 0), (10, 3), (12, 0), (12, 1)]
+SHARED_LIMITS = {(8, 0): 163 << 10, (8, 7): 163 << 10, (9, 0): 227 << 10, (10, 0): 227 << 10, (10, 3): 227 << 10}
+
+
+def group_sizes(size_k):
+    return st.sampled_from(sorted({size for size in (32, 64, 128, size_k) if size_k % size == 0}))
+
+
+@st.composite
+def layers(draw):
+    """What a layer asks for as a grouped product, and as the two products of a block, with one token."""
+    hidden, inner = (64 * draw(st.one_of(st.integers(1, 16), st.integers(1, 256))) for _ in range(2))
+    top_k = draw(st.one_of(st.sampled_from([1, 2, 8]), st.integers(1, 32)))
+    plain = ExpertProblem(
+        num_pairs=top_k,
+        top_k=top_k,
+        num_experts=draw(st.one_of(st.sampled_from([1, 2, 8, 128, 1024]), st.integers(1, 1024))),
+        size_n=hidden,
+        size_k=inner,
+        group_size=draw(group_sizes(inner)),
+        num_bits=draw(st.sampled_from([4, 8])),
+        dtype=draw(st.sampled_from(["fp16", "bf16"])),
+        activation="none",
+        sums_tokens=False,
+        capability=draw(st.sampled_from(CAPABILITIES)),
+        multiprocessors=draw(st.one_of(st.sampled_from([16, 108, 132, 148]), st.integers(1, 200))),
+    )
+    gated = replace(
+        plain,
+        size_n=2 * inner,
+        size_k=hidden,
+        group_size=draw(group_sizes(hidden)),
+        activation=draw(st.sampled_from(["silu", "gelu", "gelu_tanh"])),
+    )
+    return (plain,), (gated, replace(plain, sums_tokens=True))
+
+
+#: Numbers of tokens, with every edge between kernels for few of them.
+NUMBERS = st.one_of(st.integers(1, 40), st.integers(1, 600), st.integers(1, 1 << 16))
+
+
+def with_tokens(problems, tokens):
+    return tuple(replace(each, num_pairs=tokens * each.top_k) for each in problems)
+
+
+def check_launch(launch, problem, plan):
+    """Checks all that the kernel's code takes for granted, which the compiler cannot know."""
+    config, num_splits = launch
+    assert config.shared_bytes <= SHARED_LIMITS.get(problem.capability, 99 << 10)
+    assert config.tile_rows == plan.tile_rows
+    assert 1 <= num_splits <= MAX_SPLITS
+    blocks = config.grid(problem, num_splits, has_list=plan.has_list)
+    assert blocks[0] % num_splits == 0
+    assert blocks[0] > 0
+    assert blocks[1] > 0
+    if isinstance(config, HopperExpertsConfig):
+        assert plan.has_list
+        assert problem.capability == HOPPER
+        assert config.stages >= 3
+        assert num_splits == 1
+        return
+    assert isinstance(config, SmallExpertsConfig)
+    assert config.warps >= 1
+    assert config.stages >= 2
+    assert blocks[0] // num_splits * config.out_columns >= problem.out_columns
+    assert problem.size_k % config.step_rows == 0
+    assert config.group_rows in (32, 64, 128)
+    assert problem.group_size in (config.group_rows, problem.size_k)
+    if num_splits > 1:
+        assert problem.capability >= HOPPER, "a cluster"
+        assert config.token_tiles == 1
+    if config.sums_pairs:
+        assert (problem.num_pairs, num_splits) == (problem.top_k, problem.top_k)
+    else:
+        assert num_splits <= problem.size_k // config.step_rows
+
+
+@settings(max_examples=50)
+@given(layers(), NUMBERS, st.lists(NUMBERS, max_size=8))
+def test_whatever_is_picked_fits_the_gpu_and_a_warm_up_knows_it(layer, most, fewer):
+    for problems in layer:
+        known = [
+            {config.source: config.shared_bytes for config in all_configs(each)} for each in with_tokens(problems, most)
+        ]
+        for tokens in {1, most, *(each for each in fewer if each <= most)}:
+            asked = with_tokens(problems, tokens)
+            plan = make_plan(*asked)
+            assert plan.has_list or asked[0].num_pairs <= DIRECT_PAIRS
+            for launch, problem, sources in zip(plan.launches, asked, known, strict=True):
+                check_launch(launch, problem, plan)
+                assert sources[launch.config.source] == launch.config.shared_bytes
+                if problem.capability in COMPLETE:
+                    assert launch.config.source in compiled(problem.capability)
+
+
+@functools.cache
+def compiled(capability):
+    return set(all_sources(capability))
+
+
+def test_a_warm_up_for_few_tokens_leaves_out_the_rest():
+    problem = ExpertProblem(8 << 16, 8, 128, 2048, 4096, 128, 4, "fp16", "none", True, HOPPER, 132)
+    few, many = (all_configs(replace(problem, num_pairs=8 * tokens)) for tokens in (16, 1 << 16))
+    assert set(few) < set(many)
