@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from awq2marlin.gemm import ops as dense
-from awq2marlin.gemm.experts import checks, ops
+from awq2marlin.gemm.experts import checks, launch, ops
 from awq2marlin.gemm.experts.checks import BlockTensors, ExpertTensors
+from awq2marlin.gemm.launch import Device
 from tests.gemm.expert_cases import (
     ACTIVATE,
     ROUTINGS,
@@ -303,6 +304,29 @@ def test_a_tensor_begins_where_its_widest_load_may():
     checks.check_gemm_addresses(ExpertTensors(**gemm | {"topk_weights": None, "qzeros": None, "bias": None}))
 
 
+def meta_tensors(kind, arguments):
+    """Tensors of any size, which take no memory."""
+    return kind(**{name: each.to("meta") if torch.is_tensor(each) else each for name, each in arguments.items()})
+
+
+def test_rows_out_of_a_kernel_s_reach_are_refused(monkeypatch):
+    """A kernel counts the way to a row in 32 bits, in units of eight numbers."""
+    monkeypatch.setattr(launch, "device_of", lambda _: Device(0, (9, 0), 132))
+    gemm = meta_tensors(ExpertTensors, arguments_of_gemm())
+    ids, weights = gemm.topk_ids.new_empty(4097, 2), gemm.topk_weights.new_empty(4097, 2)
+    far = torch.empty_strided((4097, 256), (1 << 23, 1), dtype=torch.float16, device="meta")
+    with pytest.raises(ValueError, match=r"^a must span at most 34359738368 numbers, found 34359738624: split the"):
+        launch.plan_gemm(gemm._replace(a=far, topk_ids=ids, topk_weights=weights))
+    launch.plan_gemm(gemm._replace(a=far[:4096], topk_ids=ids[:4096], topk_weights=weights[:4096]))
+    block = meta_tensors(BlockTensors, arguments_of_block())
+    tokens = (1 << 27) + 1  # of two choices, each with 128 numbers between the products
+    routing = {"topk_ids": ids.new_empty(tokens, 2), "topk_weights": weights.new_empty(tokens, 2)}
+    same = block.hidden[:1].expand(tokens, 256)
+    with pytest.raises(ValueError, match=r"^act\(gate\) \* up must span at most 34359738368 numbers, found"):
+        launch.plan_block(block._replace(hidden=same, **routing))
+    launch.plan_block(block._replace(hidden=same[1:], **{name: each[1:] for name, each in routing.items()}))
+
+
 def test_experts_of_another_number_or_width_are_refused():
     fewer, narrow = BLOCK.w2.of(0, 3), random_experts(4, 128, 128, 64)
     for experts, found in ((fewer, r"\[3, 8, 512\]"), (narrow, r"\[4, 8, 256\]")):
@@ -418,6 +442,7 @@ def test_works_under_torch_compile_and_export():
         ({"w13_scales": EXPERTS.scales.float()}, TypeError, r"w13_scales must be torch\.float16 or torch\.bfloat16"),
         ({"activation": "tanh"}, ValueError, "activation must be one of"),
         ({"top_k": 33}, ValueError, "k from 1 to 32"),
+        ({"max_tokens": 0}, ValueError, "max_tokens must be at least 1, found 0"),
         ({}, ValueError, "w13_qweight must be on a CUDA device, .*, found cpu"),
     ],
 )

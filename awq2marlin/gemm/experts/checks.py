@@ -25,6 +25,9 @@ ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
 MAX_EXPERTS = 1024
 MAX_TOP_K = 32
 
+#: Numbers from a tensor's first to its last: kernels count the way to a row in 32 bits, in units of eight.
+_MAX_REACH = 1 << 35
+
 
 class ExpertTensors(NamedTuple):
     """The arguments of the grouped GEMM, in the operator's order; see `experts.ops.marlin_moe_gemm`."""
@@ -169,6 +172,23 @@ def check_out(out: torch.Tensor, hidden: torch.Tensor) -> None:
     if out.shape != hidden.shape:
         raise shape_error("out", out, f"{list(hidden.shape)}, as hidden has")
     _check_dense("out", out, ("hidden", hidden))
+
+
+def check_reach(name: str, rows: int, stride: int, size_k: int) -> None:
+    """Checks that a kernel can reach all rows of activations, whichever it gathers.
+
+    Args:
+        name: what messages call them.
+        rows: how many they are.
+        stride: from one to the next, in elements.
+        size_k: elements of a row.
+
+    Raises:
+        ValueError: the last one is too far off.
+    """
+    reach = (rows - 1) * stride + size_k
+    if reach > _MAX_REACH:
+        raise ValueError(f"{name} must span at most {_MAX_REACH} numbers, found {reach}: split the tokens")
 
 
 def check_gemm_addresses(tensors: ExpertTensors) -> None:

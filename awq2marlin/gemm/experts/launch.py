@@ -13,7 +13,7 @@ from typing import NamedTuple, cast
 import torch
 
 from awq2marlin.gemm.checks import Weights, remembered
-from awq2marlin.gemm.experts.checks import BlockTensors, ExpertTensors, check_block, check_gemm, weights_of
+from awq2marlin.gemm.experts.checks import BlockTensors, ExpertTensors, check_block, check_gemm, check_reach, weights_of
 from awq2marlin.gemm.experts.kernels import ALIGN_BLOCKS, ALIGN_THREADS, align_source, max_work_items, sum_source
 from awq2marlin.gemm.experts.problem import Activation, ExpertProblem
 from awq2marlin.gemm.experts.select import Launch, all_configs, is_direct, pick_launch, tile_rows_for
@@ -76,9 +76,10 @@ def plan_gemm(tensors: ExpertTensors) -> tuple[Plan, ExpertProblem]:
 
     Raises:
         TypeError: as `checks.check_gemm` does.
-        ValueError: as `checks.check_gemm` does.
+        ValueError: as `checks.check_gemm` does, or rows that a kernel cannot reach.
     """
-    check_gemm(tensors)
+    a, shape = tensors.a, check_gemm(tensors)
+    check_reach("a", a.shape[0], a.stride(0), shape.size_k)
     problem = problem_of(_weights_of_gemm(tensors), tensors.topk_ids, tensors.num_bits)
     return make_plan(problem), problem
 
@@ -89,9 +90,11 @@ def plan_block(block: BlockTensors) -> tuple[Plan, tuple[ExpertProblem, ExpertPr
 
     Raises:
         TypeError: as `checks.check_block` does.
-        ValueError: as `checks.check_block` does.
+        ValueError: as `checks.check_block` does, or rows that a kernel cannot reach.
     """
-    check_block(block)
+    hidden, shape = block.hidden, check_block(block)
+    check_reach("hidden", shape.num_tokens, hidden.stride(0), shape.hidden)
+    check_reach("act(gate) * up", shape.num_tokens * shape.top_k, shape.inner, shape.inner)
     problems = block_problems(block)
     return make_plan(*problems), problems
 

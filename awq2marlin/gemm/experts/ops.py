@@ -171,7 +171,7 @@ def warm_up_experts(
 
     Raises:
         TypeError: a tensor's dtype is not the one needed.
-        ValueError: the tensors do not fit, or are not on a CUDA device.
+        ValueError: the tensors do not fit, or are not on a CUDA device; ``max_tokens`` is less than 1.
         KernelUnavailableError: a kernel cannot be compiled or loaded.
     """
     check_type("w13_scales", w13_scales, *ACTIVATION_TYPES)
@@ -181,6 +181,8 @@ def warm_up_experts(
     weights = (w13_qweight, w13_scales, w13_qzeros, w2_qweight, w2_scales, w2_qzeros)
     block = BlockTensors(one_token, *weights, topk_ids, topk_ids.float(), activation=activation, num_bits=num_bits)
     check_block(block)
+    if max_tokens < 1:
+        raise ValueError(f"max_tokens must be at least 1, found {max_tokens}")
     if w13_qweight.device.type != "cuda":
         raise ValueError(
             f"w13_qweight must be on a CUDA device, the only kind that needs a warm-up, found {w13_qweight.device}"
