@@ -131,7 +131,8 @@ def random_routing(tokens, top_k, number, kind="uniform", *, dtype=torch.int32, 
     """Chosen experts [M, k] and their weights, fp32 [M, k], that sum to 1.
 
     Kinds: ``uniform``; ``zipf``, where an expert's chance falls with its rank; ``one``, where all rows go to the last
-    expert; ``few``, where only every fifth has rows; ``foreign``, where about half of the ids are -1 or E or far off;
+    expert; ``few``, where only every fifth has rows; ``foreign``, where about half of the ids are -1 or E or far off,
+    as far as the type goes;
     ``nobody``, where all are; ``twice``, where a token has the same expert for all its choices.
     """
     generator = torch.Generator(device=device).manual_seed(seed)
@@ -148,8 +149,9 @@ def random_routing(tokens, top_k, number, kind="uniform", *, dtype=torch.int32, 
     if kind == "twice":
         ids = ids[:, :1].expand(-1, top_k)
     if kind in ("foreign", "nobody"):
-        strangers = torch.tensor([-1, number, 2**31 - 1, -(2**31)], device=device)
-        which = torch.randint(0, 4, ids.shape, **options)
+        far = [2**31 - 1, -(2**31)] if dtype == torch.int32 else [2**32, number - 1 - 2**32, 2**63 - 1, -(2**63)]
+        strangers = torch.tensor([-1, number, *far], device=device)  # in 64 bits also such as end like a known one
+        which = torch.randint(0, len(strangers), ids.shape, **options)
         is_stranger = torch.rand(ids.shape, **options) < (1 if kind == "nobody" else 0.5)
         ids = torch.where(is_stranger, strangers[which], ids)
     shares = torch.rand(tokens, top_k, **options) + 0.1

@@ -1,6 +1,7 @@
 """Experts on a GPU: both operators on every kind of weight, shape and routing, against float64."""
 
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -27,7 +28,30 @@ KINDS = [("fp16", 4), ("fp16", 8), ("bf16", 4), ("bf16", 8)]
 GROUPS = [(32, True), (64, False), (128, True), (-1, True), (-1, False)]  # (group size, has zero points)
 
 #: From one to many rows an expert, with every edge of a tile between.
-TOKENS = [*range(1, 10), 15, 16, 17, 24, 31, 33, 48, 63, 65, 97, 128, 130, 200, 257, 400, 513, 700, 1000, 2048, 4096]
+TOKENS = [
+    *range(1, 10),
+    15,
+    16,
+    17,
+    24,
+    31,
+    33,
+    48,
+    63,
+    65,
+    97,
+    128,
+    130,
+    200,
+    257,
+    400,
+    512,
+    513,
+    700,
+    1000,
+    2048,
+    4096,
+]
 
 
 def gpu_experts(*arguments, **options):
@@ -207,6 +231,54 @@ def test_weights_of_the_activations_type_are_taken():
             x, shares = random_rows(tokens, block.w13), shares.to(dtype)
             assert_block(run_block(block, x, ids, shares), x, block, ids, shares)
             assert_products(run_experts(block.w13, x, ids, shares), x, block.w13, ids, shares)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_is_no_number_stays_where_it_is(dtype):
+    """NaN and infinity of a token, of a pair or of an expert reach nobody else: neither rows nor sums."""
+    block = gpu_block(16, 512, 256, (128, 64), dtype=DTYPES[dtype], has_bias=True)
+    broken = replace(block, w13=replace(block.w13), w2=replace(block.w2))
+    for layer in (broken.w13, broken.w2):
+        layer.scales = layer.scales.clone()
+        layer.scales[3] = torch.nan
+    for tokens in (1, 2, 9, 40, 130, 1000):
+        ids, shares = routing(tokens, 4, 16, "foreign")
+        x = random_rows(tokens, block.w13)
+        rows = random_rows(tokens * 4, block.w13)
+        known = (ids >= 0) & (ids < 16)
+        poisoned = torch.where(known, shares, torch.nan)  # a pair that is nobody's
+        bad = torch.arange(tokens, device=DEVICE) % 5 == 1
+        worse, worst = x.clone(), rows.clone()
+        worse[bad], worst[bad.repeat_interleave(4)] = torch.inf, torch.nan
+        met = (ids == 3) & known
+        assert torch.equal(run_block(block, x, ids, poisoned), block(x, ids, shares))
+        assert torch.equal(run_block(block, worse, ids, shares)[~bad], block(x, ids, shares)[~bad])
+        spared = ~met.any(1)
+        assert torch.equal(run_block(broken, x, ids, shares)[spared], block(x, ids, shares)[spared])
+        out = run_experts(broken.w13, worst, ids, poisoned)
+        spared = ~met & ~bad[:, None]
+        assert torch.equal(out[spared], block.w13(rows, ids, shares)[spared])
+        assert not out[~known].any()
+
+
+@pytest.mark.parametrize("kind", ["uniform", "foreign"])
+def test_a_row_s_bits_do_not_depend_on_who_else_is_there(kind):
+    """For one number of tokens: neither on their order, nor on what the others are or choose."""
+    block = gpu_block(16, 512, 256, (128, 64), has_bias=True)
+    for tokens in (2, 8, 9, 40, 130, 1000):
+        ids, shares = routing(tokens, 4, 16, kind)
+        x = random_rows(tokens, block.w13)
+        out, product = block(x, ids, shares), block.w13(x, ids, shares)
+        order = torch.randperm(tokens, device=DEVICE)
+        assert torch.equal(block(x[order], ids[order], shares[order]), out[order])
+        assert torch.equal(block.w13(x[order], ids[order], shares[order]), product[order])
+        others = torch.arange(tokens, device=DEVICE) % 2 == 1
+        fresh = routing(tokens, 4, 16, "zipf", seed=9)
+        mixed_ids = torch.where(others[:, None], fresh[0], ids)
+        mixed_shares = torch.where(others[:, None], fresh[1], shares)
+        mixed = torch.where(others[:, None], random_rows(tokens, block.w13, seed=9), x)
+        assert torch.equal(block(mixed, mixed_ids, mixed_shares)[~others], out[~others])
+        assert torch.equal(block.w13(mixed, mixed_ids, mixed_shares)[~others], product[~others])
 
 
 @pytest.mark.parametrize("num_bits", [4, 8])
