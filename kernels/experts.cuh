@@ -25,23 +25,26 @@ struct ExpertArguments {
   const float* topk_weights; // [num_pairs]: what a pair's row is multiplied with, or null
   const void* topk_ids;      // [num_pairs], int32 or int64; outside 0 .. num_experts - 1: nobody's
   const int* work;           // what align_experts wrote, or null: up to kDirectPairs pairs, seen by every warp itself
-  u16* out;                  // [num_pairs, columns], or [num_pairs / top_k, size_n] where a cluster sums a token's pairs
+  u16* out;                  // [num_pairs, columns]; [num_pairs / top_k, size_n] where a cluster sums a token's pairs
   int num_pairs, a_pairs, top_k, num_experts, size_n, size_k, group_size;
   int num_splits;            // blocks of a cluster that share K, or have a token's pair each
   int has_long_ids;          // int64
-  int reads_early;           // what was launched before wrote activations only: weights and choices may be read at once
+  // The launch before ours wrote nothing but our activations, and had waited itself before it let us start: weights,
+  // choices and the list of work may be read at once.
+  int reads_early;
   i64 a_stride, qweight_stride, scales_stride, qzeros_stride, qweight_expert, scales_expert, qzeros_expert, bias_expert;
 };
 
 #define MARLIN_EXPERT_PARAMETERS                                                                                     \
   const u16 *a, const u32 *qweight, const u16 *scales, const u32 *qzeros, const u16 *bias, const float *topk_weights, \
       const void *topk_ids, const int *work, u16 *out, int num_pairs, int a_pairs, int top_k, int num_experts,        \
-      int size_n, int size_k, int group_size, int num_splits, int has_long_ids, int reads_early, i64 a_stride, i64 qweight_stride,     \
-      i64 scales_stride, i64 qzeros_stride, i64 qweight_expert, i64 scales_expert, i64 qzeros_expert, i64 bias_expert
+      int size_n, int size_k, int group_size, int num_splits, int has_long_ids, int reads_early, i64 a_stride,        \
+      i64 qweight_stride, i64 scales_stride, i64 qzeros_stride, i64 qweight_expert, i64 scales_expert,                \
+      i64 qzeros_expert, i64 bias_expert
 #define MARLIN_EXPERT_ARGUMENTS                                                                                      \
   ExpertArguments {                                                                                                  \
     a, qweight, scales, qzeros, bias, topk_weights, topk_ids, work, out, num_pairs, a_pairs, top_k, num_experts,     \
-        size_n, size_k, group_size, num_splits, has_long_ids, reads_early, a_stride, qweight_stride, scales_stride,               \
+        size_n, size_k, group_size, num_splits, has_long_ids, reads_early, a_stride, qweight_stride, scales_stride,   \
         qzeros_stride, qweight_expert, scales_expert, qzeros_expert, bias_expert                                     \
   }
 
@@ -136,7 +139,7 @@ __device__ __forceinline__ float weight_of(const ExpertArguments& args, int pair
   return args.topk_weights ? args.topk_weights[pair] : 1.f;
 }
 
-// ---- the list of work, and what its blocks say to each other -----------------------------------------------------------------------------------------------
+// ---- the list of work, and what its blocks say to each other --------------------------------------------------------
 
 template <int kBlocks>
 __device__ __forceinline__ void all_blocks() {
@@ -163,9 +166,9 @@ struct AlignArguments {
 
 constexpr int kMaxExperts = 1024;
 
-// Writes the list of work: one block, or a cluster whose blocks share the pairs. Counts, places and then lists the pairs
-// of each expert. In which order an expert's pairs come is up to chance and does not matter: a row's numbers are the same
-// wherever in a tile it is.
+// Writes the list of work: one block, or a cluster whose blocks share the pairs. Counts, places and then lists the
+// pairs of each expert. In which order an expert's pairs come is up to chance and does not matter: a row's numbers are
+// the same wherever in a tile it is.
 template <int kThreads, int kBlocks>
 __device__ __forceinline__ void align_experts(const AlignArguments& args) {
   constexpr int kWarps = kThreads / kWarpLanes;
@@ -227,7 +230,7 @@ __device__ __forceinline__ void align_experts(const AlignArguments& args) {
   all_blocks<kBlocks>();  // a block's counts must outlive their readers
 }
 
-// ---- the sum over a token's experts -----------------------------------------------------------------------------------
+// ---- the sum over a token's experts ---------------------------------------------------------------------------------
 
 struct SumArguments {
   const u16* rows;  // [num_tokens * top_k, size_n]: multiplied with their weights already

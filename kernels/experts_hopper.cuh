@@ -154,7 +154,8 @@ class HopperExperts {
 #pragma unroll
       for (int t = kFirst / 8; t < kEnd / 8; t += 2) {  // an odd last octet is stored twice
         const bool has_two = t + 1 < kEnd / 8;
-        const u32 place = out_sh + (8 * t + (has_two ? row : row % 8)) * kRowBytes + (first_column + 8 * half_of_row) * 2;
+        const u32 place =
+            out_sh + (8 * t + (has_two ? row : row % 8)) * kRowBytes + (first_column + 8 * half_of_row) * 2;
         u32 fragments[4], factors[4];
         if (kMultiplies) ldmatrix_x4_transposed(factors, place);
 #pragma unroll

@@ -1,9 +1,9 @@
 // A layer of experts for few tokens an expert (tiles of 8, 16, 24 or 32 rows), where reading weights is the work.
 //
-// As in gemm_small.cuh a warp copies what it will multiply to shared memory of its own; small_step.cuh says what a step is.
-// Different is that a warp may own two tiles of 64 columns, so that activations are fetched once for both: neighbours, or
-// the gate's and the up projection's, whose product then leaves in place of both. And rows are gathered: those of the
-// pairs that chose the block's expert.
+// As in gemm_small.cuh a warp copies what it will multiply to shared memory of its own; small_step.cuh says what a step
+// is. But a warp may own two tiles of 64 columns, so that activations are fetched once for both: neighbours, or the
+// gate's and the up projection's, whose product then leaves in place of both. And rows are gathered: those of the pairs
+// that chose the block's expert.
 //
 // The blocks of a cluster share K; or, where a token's pairs are summed, each takes one of them.
 #pragma once
@@ -49,9 +49,11 @@ class SmallExperts {
     if (is_cluster) cluster_arrive();
 #endif
     if (!args.reads_early) wait_for_last_launch();
-    // Whoever comes next may be set up, but not before what chose the experts is through: it may read the choices at once.
+    // Whoever comes next may be set up, but not before what chose the experts is through: it may read them at once.
     start_next_launch();
-    const Rows rows = kSumsPairs ? rows_of_pair(args, split) : args.work ? listed_rows(args, lane) : seen_rows(args, lane);
+    const Rows rows = kSumsPairs  ? rows_of_pair(args, split)
+                      : args.work ? listed_rows(args, lane)
+                                  : seen_rows(args, lane);
     int* pairs_sh = reinterpret_cast<int*>(shared + kWarps * kWarpBytes + kReceivedBytes);
     if (rows.count == 0 && !is_cluster) {
       wait_for_last_launch();

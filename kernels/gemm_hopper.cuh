@@ -15,7 +15,8 @@
 namespace marlin {
 
 // The threads of a block, and which registers they have. A multiprocessor has 65536: 168 for each of 384 threads, in
-// multiples of 8, or 80 when it holds two blocks. Few sums leave room for two, whose decoding hides each other's waiting.
+// multiples of 8, or 80 when it holds two blocks. Few sums leave room for two, whose decoding hides each other's
+// waiting.
 template <int kResidentBlocks>
 struct HopperRegisters {
   static_assert(kResidentBlocks == 1 || kResidentBlocks == 2, "the shares are counted for these");
@@ -242,8 +243,8 @@ class HopperTile {
     if (range.begin < range.end && lane == 0) mbarrier_arrive(empty(released));
   }
 
-  // Puts the sums where any thread can read them. Lane l holds columns l/4 and l/4 + 8 of a block, tokens 8 t + 2 (l mod
-  // 4) and + 1.
+  // Puts the sums where any thread can read them. Lane l holds columns l/4 and l/4 + 8 of a block, tokens
+  // 8 t + 2 (l mod 4) and + 1.
   template <class Blocks>
   __device__ __forceinline__ void deposit(const Sums& sums, const Blocks& blocks, const SumTile<kColumns>& tile) const {
 #pragma unroll
@@ -260,7 +261,6 @@ class HopperTile {
       }
   }
 
- private:
  private:
   static __device__ __forceinline__ void decode_batch(u32 (&weight)[kBatchTiles][kBlocks][4],
                                                       const u32 (*words)[kWords], const Constants& constants) {

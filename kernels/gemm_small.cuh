@@ -2,8 +2,8 @@
 //
 // A warp owns one tile of 64 columns. It copies the weights of every step ahead to shared memory of its own: many bytes
 // in flight, few registers, no barrier. Few registers also leave room for the blocks of the next launch, which may be
-// set up meanwhile. The warps of a block share the rows, and so do the blocks of a split; nothing is summed across warps
-// before the end. small_step.cuh says what a step is.
+// set up meanwhile. The warps of a block share the rows, and so do the blocks of a split; nothing is summed across
+// warps before the end. small_step.cuh says what a step is.
 #pragma once
 
 #include "small_step.cuh"

@@ -257,8 +257,8 @@ __device__ __forceinline__ void start_next_launch() {
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
 #endif
 }
-// Until the kernel before us is through and its writes can be seen. Nothing may be read or written earlier, only
-// prefetched.
+// Until the kernel before us is through and its writes can be seen. Earlier nothing may be written, and only what is
+// known to be through already may be read; anything may be prefetched.
 __device__ __forceinline__ void wait_for_last_launch() {
 #if MARLIN_HAS_CLUSTERS
   asm volatile("griddepcontrol.wait;" ::: "memory");

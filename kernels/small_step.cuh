@@ -1,7 +1,8 @@
 // A warp's step in the kernels for few tokens: some rows of one tile of 64 columns, by up to 32 tokens.
 //
-// The transposed weight is operand A of mma.m16n8k16, eight tokens are its columns. Weights and activations of a step lie
-// in shared memory that no other warp looks at, copied there some steps ago; a lane reads what the tensor core wants.
+// The transposed weight is operand A of mma.m16n8k16, eight tokens are its columns. Weights and activations of a step
+// lie in shared memory that no other warp looks at, copied there some steps ago; a lane reads what the tensor core
+// wants.
 // Up to 16 tokens scales are not applied to weights but, in fp32, to a group's sum: cheaper, as a group has more rows
 // than a lane has sums. With more tokens there are no registers for two sets of sums, and nothing to gain.
 #pragma once
@@ -59,8 +60,12 @@ struct SmallStep {
   }
 
   // The token and the chunk that a lane copies in a round, and where the chunk lies.
-  static __device__ __forceinline__ int token_of(int round, int lane) { return (lane + round * kWarpLanes) / kRowChunks; }
-  static __device__ __forceinline__ int chunk_of(int round, int lane) { return (lane + round * kWarpLanes) % kRowChunks; }
+  static __device__ __forceinline__ int token_of(int round, int lane) {
+    return (lane + round * kWarpLanes) / kRowChunks;
+  }
+  static __device__ __forceinline__ int chunk_of(int round, int lane) {
+    return (lane + round * kWarpLanes) % kRowChunks;
+  }
   static __device__ __forceinline__ u32 chunk_place(int token, int chunk) {
     return (token * kRowChunks + (chunk ^ (token % 8))) * 16;
   }

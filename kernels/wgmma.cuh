@@ -92,5 +92,4 @@ MARLIN_WGMMA(112, 56, 57, 58, 59, 60)
 MARLIN_WGMMA(128, 64, 65, 66, 67, 68)
 MARLIN_WGMMA(144, 72, 73, 74, 75, 76)
 
-
 }  // namespace marlin

@@ -59,6 +59,6 @@ def test_lines_of_the_headers_are_no_longer_than_those_of_python():
 def test_a_number_of_tokens_without_its_instruction_is_refused_in_a_sentence():
     pytest.importorskip("cuda.bindings", reason=NO_COMPILER)
     problem = GemmProblem(64, 256, 256, 128, 4, "fp16")
-    config = replace(next(iter(HopperConfig.candidates(problem))), tokens=80)
+    config = replace(next(iter(HopperConfig.candidates(problem))), tokens=40)
     with pytest.raises(KernelUnavailableError, match=r"wgmma\.cuh has no instruction of this width"):
         jit.compile_kernel(config.source, "sm_90a")

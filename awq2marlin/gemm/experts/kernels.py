@@ -29,8 +29,7 @@ DIRECT_PAIRS = 32
 ALIGN_THREADS = 1024
 ALIGN_BLOCKS = 8
 
-
-#: Blocks along the second dimension of a grid.
+#: Blocks that the second dimension of a grid can have.
 _MAX_ITEMS = 65535
 
 

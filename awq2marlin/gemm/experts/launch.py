@@ -244,7 +244,8 @@ def run_product(
 ) -> None:
     """Launches one grouped product of rows ``a``, [M, K] or [M * k, K], into ``out``, a row a pair (or a token).
 
-    With ``reads_early`` the stream's last launch has written nothing but ``a``.
+    With ``reads_early`` the stream's last launch was one of these, too, and has written nothing but ``a``: what it had
+    waited for itself, weights and choices among it, may be read before it is through.
     """
     config, num_splits = launch
     qweight, scales, qzeros, bias = weights
