@@ -3,6 +3,7 @@
 import functools
 from dataclasses import replace
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -24,7 +25,7 @@ def group_sizes(size_k):
 @st.composite
 def layers(draw):
     """What a layer asks for as a grouped product, and as the two products of a block, with one token."""
-    hidden, inner = (64 * draw(st.one_of(st.integers(1, 16), st.integers(1, 256))) for _ in range(2))
+    hidden, inner = (64 * draw(st.one_of(st.integers(1, 16), st.sampled_from([32, 112, 128, 256]))) for _ in range(2))
     top_k = draw(st.one_of(st.sampled_from([1, 2, 8]), st.integers(1, 32)))
     plain = ExpertProblem(
         num_pairs=top_k,
@@ -37,7 +38,7 @@ def layers(draw):
         dtype=draw(st.sampled_from(["fp16", "bf16"])),
         activation="none",
         sums_tokens=False,
-        capability=draw(st.sampled_from(CAPABILITIES)),
+        capability=draw(st.one_of(st.just(HOPPER), st.sampled_from(CAPABILITIES))),
         multiprocessors=draw(st.one_of(st.sampled_from([16, 108, 132, 148]), st.integers(1, 200))),
     )
     gated = replace(
@@ -51,7 +52,7 @@ def layers(draw):
 
 
 #: Numbers of tokens, with every edge between kernels for few of them.
-NUMBERS = st.one_of(st.integers(1, 40), st.integers(1, 600), st.integers(1, 1 << 16))
+NUMBERS = st.one_of(st.integers(1, 40), st.integers(1, 600), st.integers(1, 1 << 15))
 
 
 def with_tokens(problems, tokens):
@@ -111,6 +112,28 @@ def test_whatever_is_picked_fits_the_gpu_and_a_warm_up_knows_it(layer, most, few
 @functools.cache
 def compiled(capability):
     return set(all_sources(capability))
+
+
+@pytest.mark.parametrize("num_bits", [4, 8])
+def test_a_warm_up_knows_the_kernels_of_all_fewer_tokens(num_bits):
+    """Where no height of tiles holds all rows of an expert, it does not grow with their number."""
+    problem = ExpertProblem(8, 8, 8, 512, 1024, 128, num_bits, "fp16", "none", True, HOPPER, 132)
+    picked = set()
+    for tokens in range(1, 500):
+        asked = replace(problem, num_pairs=8 * tokens)
+        picked.add(make_plan(asked).launches[0].config)
+        assert picked <= set(all_configs(asked)), tokens
+    assert {config.tile_rows for config in picked} > {8, 16, 32, 64, 96, 128}
+
+
+def test_more_tokens_than_a_grid_has_room_for_are_refused_in_a_sentence():
+    problem = ExpertProblem(32 << 16, 32, 8, 2048, 4096, 128, 4, "fp16", "none", True, (8, 0), 108)
+    plan = make_plan(problem)
+    with pytest.raises(ValueError, match="the experts of 65536 tokens are more than one launch can have on this GPU"):
+        plan.launches[0].config.grid(problem, 1, has_list=True)
+    hopper = replace(problem, capability=HOPPER, multiprocessors=132)
+    plan = make_plan(hopper)
+    assert plan.launches[0].config.grid(hopper, 1, has_list=True) == (132, 1, 1)
 
 
 def test_a_warm_up_for_few_tokens_leaves_out_the_rest():
