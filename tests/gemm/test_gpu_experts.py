@@ -465,6 +465,29 @@ def test_a_launch_sees_what_the_kernel_before_it_wrote():
             assert torch.equal(ops.marlin_experts(x, *target, ids, shares), source(x, ids, shares))
 
 
+def test_calls_right_after_each_other_see_their_own_choices():
+    """Lists of work lie at the same address, one after the other, and none but our own kernels run between."""
+    block = gpu_block(32, 1024, 512, (128, 128))
+    for tokens in (9, 64, 300, 1500):
+        x = random_rows(tokens, block.w13)
+        kinds = ("uniform", "one", "zipf", "foreign", "few", "nobody", "uniform", "twice")
+        routings = [routing(tokens, 4, 32, kind, seed=seed) for seed, kind in enumerate(kinds)]
+        expected = []
+        for ids, shares in routings:
+            torch.cuda.synchronize()
+            expected.append(block(x, ids, shares))
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = [block(x, *each) for each in routings]
+        for _ in range(20):
+            outs = [block(x, *each) for each in routings]
+            graph.replay()
+            torch.cuda.synchronize()
+            assert all(torch.equal(out, each) for out, each in zip(outs, expected, strict=True))
+            assert all(torch.equal(out, each) for out, each in zip(captured, expected, strict=True))
+
+
 def test_works_under_torch_compile():
     block = gpu_block(8, 256, 128, (64, 64))
     router = torch.randn(256, 8, dtype=torch.float16, device=DEVICE)
