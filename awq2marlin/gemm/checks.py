@@ -45,7 +45,7 @@ _Tensors = TypeVar("_Tensors", bound=tuple[Any, ...])
 _Found = TypeVar("_Found")
 
 #: Layers, and numbers of tokens, that are remembered; a model has fewer.
-_MOST_REMEMBERED = 1 << 14
+_MOST_REMEMBERED = 1 << 11
 
 
 def remembered(check: Callable[[_Tensors], _Found]) -> Callable[[_Tensors], _Found]:
