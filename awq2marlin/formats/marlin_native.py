@@ -65,7 +65,7 @@ class MarlinNative(MarlinTensors):
             note = f"Over several GPUs: {option} {choice(several)}" if several else "It cannot be cut for several GPUs"
             command = serve(place, f" {option} {first}" if first > 1 else "")
             return Serving(
-                engine, command, install=install_command(), where=PLACE, versions=versions, note=note + caveat
+                engine, command, install=install_command("cuda"), where=PLACE, versions=versions, note=note + caveat
             )
 
         imported = "import awq2marlin.integrations.transformers  # without this line, Transformers refuses it\n"

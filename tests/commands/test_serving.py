@@ -82,6 +82,6 @@ def test_the_last_lines_are_what_to_do_next(capsys: pytest.CaptureFixture[str]) 
         "                from transformers import AutoModelForCausalLM, AutoTokenizer",
         '                model = AutoModelForCausalLM.from_pretrained("awq-marlin", device_map="auto")',
         '                tokenizer = AutoTokenizer.from_pretrained("awq-marlin")',
-        "  to install    pip install ., in a clone of awq2marlin: for vLLM and SGLang",
+        "  to install    pip install '.[cuda]', in a clone of awq2marlin: for vLLM and SGLang",
         "  to install    pip install '.[transformers,cuda]', in a clone of awq2marlin: for Transformers",
     ]

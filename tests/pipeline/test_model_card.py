@@ -121,7 +121,7 @@ def test_the_warning_comes_first_and_the_commands_are_exact(awq: Path) -> None:
     assert text.strip().startswith("> **Load this checkpoint only with an engine that knows the format `marlin_native`")
     assert "garbage" in text.strip().split("\n\n")[0]
     first = f"{TRIED[0][0]}.{TRIED[0][1]}"
-    after = "after `pip install .` in a clone of awq2marlin"
+    after = "after `pip install '.[cuda]'` in a clone of awq2marlin"
     assert f"vLLM {first} or newer, {after}:\n\n```sh\nvllm serve THIS_MODEL\n```\n" in text
     assert "```sh\nsglang serve --model-path THIS_MODEL\n```\n" in text
     assert "Transformers 5.17 or newer, after `pip install '.[transformers,cuda]'`" in text
