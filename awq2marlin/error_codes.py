@@ -302,7 +302,8 @@ ERROR_CODES: Mapping[str, Advice] = {
         "copy the file there if it belongs to the checkpoint, or use `--follow-links`",
     ),
     "unsafe-name": Advice(
-        "a file name is absolute, has `..`, control or bidirectional characters; or is one of ours but for the case",
+        "a file name is absolute, has `..`, control or bidirectional characters; or differs from one of the files that "
+        "awq2marlin writes only in upper and lower case",
         "rename the file; do not trust a checkpoint that names such files",
     ),
     "unsupported-bits": Advice("bits are neither 4 nor 8", "look for a 4-bit or 8-bit checkpoint"),
