@@ -1,5 +1,6 @@
 """What all tests share: the golden layers, the folder of real inputs, the loopback hub, hypothesis' settings."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,9 @@ from hypothesis import settings
 from tests.skips import NO_REAL_MODEL, summary
 
 TESTS = Path(__file__).resolve().parent
+
+# The workers of a parallel run are told to be a terminal of 80 columns; output that is caught has no width.
+os.environ.pop("COLUMNS", None)
 
 
 def pytest_terminal_summary(terminalreporter):
