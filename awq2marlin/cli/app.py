@@ -228,7 +228,7 @@ def verify(
         if report is not None:
             from awq2marlin.cli.report import Asked, reported
 
-            call = partial(reported, report, Asked(source, output, options.count, options.device), call)
+            call = partial(reported, report, Asked(source, output, options.count, options.device), call, progress)
         result = call()
         if plot is not None and result.gemm is not None:
             plot_errors(result.gemm, plot)

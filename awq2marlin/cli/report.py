@@ -19,6 +19,7 @@ from awq2marlin._version import __version__
 from awq2marlin.cli.differences import format_text, not_compared_text
 from awq2marlin.cli.text import size_text
 from awq2marlin.errors import DifferenceError, Problem, printable, refuse
+from awq2marlin.progress import Progress, Silence
 
 if TYPE_CHECKING:
     from awq2marlin.commands.verify import RecordedFile, VerifyResult
@@ -126,13 +127,16 @@ def check_report(file: Path, folders: Sequence[str], device: Device | None) -> N
         check_matplotlib("--report with --device")
 
 
-def reported(file: Path, asked: Asked, verify: Callable[[], VerifyResult]) -> VerifyResult:
+def reported(
+    file: Path, asked: Asked, verify: Callable[[], VerifyResult], progress: Progress | None = None
+) -> VerifyResult:
     """Returns what a verification returns, after writing its report; also where it finds a difference.
 
     Args:
         file: where the report goes.
         asked: what the user asked for.
         verify: the verification.
+        progress: is told where the report is; None tells nobody.
 
     Raises:
         DifferenceError: as the verification does.
@@ -141,12 +145,15 @@ def reported(file: Path, asked: Asked, verify: Callable[[], VerifyResult]) -> Ve
         OSError: if the file cannot be written.
     """
     check_report(file, (asked.source, asked.output), asked.device)
+    progress = progress or Silence()
     try:
         result = verify()
     except DifferenceError as error:
         write_report(file, asked, error.result, error.problems)
+        progress.note(f"the report is in {printable(str(file))}")
         raise
     write_report(file, asked, result)
+    progress.note(f"the report is in {printable(str(file))}")
     return result
 
 

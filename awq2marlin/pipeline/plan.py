@@ -247,7 +247,7 @@ def plan_conversion(checkpoint: Checkpoint, unaligned: Unaligned = "keep", targe
         )
     source = SourceCheckpoint.of(checkpoint)  # first of all, whether the config says of which format it is
     if checkpoint.format is target:
-        raise ArgumentError("{to} is {name}, but the source already is", name=repr(target.layout_name))
+        raise ArgumentError("{to} is {name}, but the source is in that format already", name=repr(target.layout_name))
     counterparts = plan_modules(source, unaligned, target)
     if unaligned == "error":
         _refuse_unaligned(counterparts, checkpoint)

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 #: What is said of ``--low-disk`` where there is nothing that it could remove.
-LOW_DISK_IGNORED = "low_disk (--low-disk) does nothing for a folder: its files are the user's own and are never removed"
+LOW_DISK_IGNORED = "low_disk (--low-disk) does nothing for a folder: your own files are never removed"
 
 
 def output_folder(

@@ -88,7 +88,7 @@ def _checked_texts(manifest: Manifest) -> dict[str, bytes]:
             raise difference(
                 "wrong-digest",
                 "the text in the manifest does not match its digest; the manifest was changed or "
-                "damaged after the conversion: download it again",
+                "damaged after the conversion: download it again, or convert the source again",
                 file=name,
             )
     return texts

@@ -175,7 +175,7 @@ def _refuse_unexpected(done: ShardResult, transfer: Transfer) -> None:
         raise difference(
             "wrong-digest",
             f"this file differs from the one that the conversion wrote (recorded {expected.source}; found "
-            f"{done.source}); it was changed or damaged afterwards: download it again",
+            f"{done.source}); it was changed or damaged afterwards: download it again, or convert the source again",
             file=done.name,
         )
     if expected.target is not None and not expected.target.is_of(done.target):

@@ -163,3 +163,10 @@ def test_a_page_is_complete_or_not_there(tmp_path: Path, monkeypatch: pytest.Mon
     assert main(["verify", str(source), str(output), "--report", str(file), "--quiet"]) == 1
     assert file.read_text() == "the earlier one"
     assert sorted(each.name for each in tmp_path.iterdir() if re.match(r"\.report", each.name)) == []
+
+
+def test_it_is_told_where_the_report_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = made(tmp_path / "source")
+    output, file = converted(source), tmp_path / "report.html"
+    assert main(["verify", str(source), str(output), "--report", str(file)]) == 0
+    assert f"the report is in {file}" in capsys.readouterr().err.replace("\n", "")

@@ -175,7 +175,7 @@ def test_an_item_of_a_batch_that_is_of_the_format_to_write_is_told_so(tmp_path: 
         sources = [str(tmp_path / "awq"), str(tmp_path / "ct")]
         refused, done = convert_many(sources, out_dir=tmp_path / "out", to="awq", dry_run=dry_run).items
         assert [(each.code, each.message) for each in refused.errors] == [
-            ("usage", "to is 'awq', but the source already is")
+            ("usage", "to is 'awq', but the source is in that format already")
         ]
         assert done.exit_code == 0
 
