@@ -26,6 +26,34 @@ class KernelSource:
     text: str
 
 
+def instantiation(
+    implementation: str, header: str, parameters: str, *, threads: int, resident_blocks: int, shared_bytes: int
+) -> KernelSource:
+    """Returns a source that runs one instantiation of a kernel class, and that asserts what a launch counts.
+
+    Args:
+        implementation: the class with its template arguments.
+        header: where it is, in ``kernels/``.
+        parameters: what the macros of its parameters and arguments begin with, such as ``MARLIN_GEMM``.
+        threads: of a block.
+        resident_blocks: that a multiprocessor holds at once: the compiler's limit on registers follows.
+        shared_bytes: dynamic shared memory of a block.
+    """
+    return KernelSource(
+        implementation,
+        f"""\
+#include "{header}"
+using namespace marlin;
+using Implementation = {implementation};
+static_assert(Implementation::kThreads == {threads}, "the launch counts threads otherwise");
+static_assert(Implementation::kSharedBytes == {shared_bytes}, "the launch counts shared memory otherwise");
+extern "C" __global__ void __launch_bounds__({threads}, {resident_blocks}) {ENTRY_POINT}({parameters}_PARAMETERS) {{
+  Implementation::run({parameters}_ARGUMENTS);
+}}
+""",
+    )
+
+
 @functools.cache
 def kernels_dir() -> Path:
     """Returns the folder of the headers: inside an installed package, or beside it in the repository.

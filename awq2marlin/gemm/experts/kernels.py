@@ -13,7 +13,7 @@ from typing import ClassVar
 
 from awq2marlin.gemm.experts.problem import Activation, ExpertProblem
 from awq2marlin.gemm.families.base import CPP_TYPES, MAX_SPLITS, Dtype, sum_bytes
-from awq2marlin.gemm.source import ENTRY_POINT, KernelSource
+from awq2marlin.gemm.source import ENTRY_POINT, KernelSource, instantiation
 
 _CPP_ACTIVATIONS: dict[Activation, str] = {
     "none": "kNone",
@@ -102,19 +102,13 @@ class ExpertsConfig(ABC):
     @functools.cached_property
     def source(self) -> KernelSource:
         """The instantiation that it runs."""
-        bounds = f"{self.threads}, {self.resident_blocks}"
-        return KernelSource(
+        return instantiation(
             self.implementation,
-            f"""\
-#include "{self.header}"
-using namespace marlin;
-using Implementation = {self.implementation};
-static_assert(Implementation::kThreads == {self.threads}, "the launch counts threads otherwise");
-static_assert(Implementation::kSharedBytes == {self.shared_bytes}, "the launch counts shared memory otherwise");
-extern "C" __global__ void __launch_bounds__({bounds}) {ENTRY_POINT}(MARLIN_EXPERT_PARAMETERS) {{
-  Implementation::run(MARLIN_EXPERT_ARGUMENTS);
-}}
-""",
+            self.header,
+            "MARLIN_EXPERT",
+            threads=self.threads,
+            resident_blocks=self.resident_blocks,
+            shared_bytes=self.shared_bytes,
         )
 
 

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import ClassVar, Literal, NamedTuple, get_args
 
-from awq2marlin.gemm.source import ENTRY_POINT, KernelSource
+from awq2marlin.gemm.source import ENTRY_POINT, KernelSource, instantiation
 
 Dtype = Literal["fp16", "bf16"]
 Reduction = Literal["cluster", "workspace"]
@@ -192,20 +192,13 @@ class GemmConfig(ABC):
     def source(self) -> KernelSource:
         """The instantiation that it runs."""
         arguments = ", ".join(map(str, (CPP_TYPES[self.dtype], *self.template_arguments)))
-        implementation = f"{self.template}<{arguments}>"
-        bounds = f"{self.threads}, {self.resident_blocks}"
-        return KernelSource(
-            implementation,
-            f"""\
-#include "{self.header}"
-using namespace marlin;
-using Implementation = {implementation};
-static_assert(Implementation::kThreads == {self.threads}, "the launch counts threads otherwise");
-static_assert(Implementation::kSharedBytes == {self.shared_bytes}, "the launch counts shared memory otherwise");
-extern "C" __global__ void __launch_bounds__({bounds}) {ENTRY_POINT}(MARLIN_GEMM_PARAMETERS) {{
-  Implementation::run(MARLIN_GEMM_ARGUMENTS);
-}}
-""",
+        return instantiation(
+            f"{self.template}<{arguments}>",
+            self.header,
+            "MARLIN_GEMM",
+            threads=self.threads,
+            resident_blocks=self.resident_blocks,
+            shared_bytes=self.shared_bytes,
         )
 
     # ---- the launch ------------------------------------------------------------------------------------------

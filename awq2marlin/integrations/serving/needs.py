@@ -14,7 +14,8 @@ from functools import cache
 from importlib import import_module
 from typing import Any
 
-from awq2marlin.errors import printable
+from awq2marlin.errors import printable, refuse
+from awq2marlin.formats.names import CONFIG_FILENAME
 
 
 @dataclass(frozen=True)
@@ -93,6 +94,20 @@ class Engine:
             f"with {self._tried()}; install {'one of those' if len(self.tried) > 1 else 'that'}, or a newer "
             "awq2marlin, or take the AWQ checkpoint back with 'awq2marlin revert'"
         )
+
+    def require(self, needs: tuple[Need, ...], version: str) -> None:
+        """Refuses a version that lacks something.
+
+        Args:
+            needs: what is looked up.
+            version: as the engine says it.
+
+        Raises:
+            CheckpointError: naming what is missing.
+        """
+        reason = self.missing_reason(needs, version)
+        if reason:
+            raise refuse("unsupported-engine", reason, file=CONFIG_FILENAME)
 
     def untried_warning(self, version: str) -> str | None:
         """Returns what to say of a version that nobody has tried; None for the others.

@@ -33,7 +33,6 @@ from awq2marlin.integrations.serving.inventory import (
     read_inventory,
     tensors_of,
 )
-from awq2marlin.integrations.serving.needs import Need
 from awq2marlin.integrations.sglang.names import Names
 from awq2marlin.integrations.sglang.needs import ALWAYS, EXPERTS, SGLANG
 
@@ -123,7 +122,7 @@ class MarlinNativeConfig(QuantizationConfig):  # type: ignore[misc]
         Raises:
             CheckpointError: if it is malformed, of a newer format, or this SGLang lacks something that serving takes.
         """
-        _refuse_lacks(ALWAYS)
+        SGLANG.require(ALWAYS, sglang.__version__)
         _warn_of_untried_version()
         made = cls(MARLIN_NATIVE.read_config(config, CONFIG_FILENAME))
         made.packed_modules_mapping = config.get("packed_modules_mapping") or {}
@@ -268,20 +267,13 @@ class MarlinNativeConfig(QuantizationConfig):  # type: ignore[misc]
         return MarlinNativeLinearMethod(self, prefix, self.parts(prefix))
 
     def _experts_method(self, layer: Any, prefix: str) -> QuantizeMethodBase | None:
-        _refuse_lacks(EXPERTS)
+        SGLANG.require(EXPERTS, sglang.__version__)
         from awq2marlin.integrations.sglang.experts import MarlinNativeMoEMethod
 
         parent = self.names.find_parent(prefix) or prefix
         if self.contents.layout_of_experts(parent) == "none":
             return None  # SGLang then takes its own for experts that are not quantized
         return MarlinNativeMoEMethod(self, layer, parent)
-
-
-def _refuse_lacks(needs: tuple[Need, ...]) -> None:
-    """Refuses an SGLang that lacks a name that the plugin uses."""
-    reason = SGLANG.missing_reason(needs, sglang.__version__)
-    if reason:
-        raise refuse("unsupported-engine", reason, file=CONFIG_FILENAME)
 
 
 @cache

@@ -26,7 +26,6 @@ from awq2marlin.formats.registry import MARLIN_NATIVE
 from awq2marlin.integrations.kernel_choice import reason_without_own, setting
 from awq2marlin.integrations.serving.contents import Contents
 from awq2marlin.integrations.serving.inventory import Inventory, inventory_of, read_inventory, tensors_of
-from awq2marlin.integrations.serving.needs import Need
 from awq2marlin.integrations.vllm.needs import ALWAYS, EXPERTS, VLLM
 from awq2marlin.integrations.vllm.state import is_sharded_state, loads_sharded_state
 
@@ -82,7 +81,7 @@ class MarlinNativeConfig(QuantizationConfig):  # type: ignore[misc]
         Raises:
             CheckpointError: if it is malformed, of a newer format, or this vLLM lacks something that serving it takes.
         """
-        _refuse_lacks(ALWAYS)
+        VLLM.require(ALWAYS, vllm.__version__)
         _warn_of_untried_version()
         return cls(MARLIN_NATIVE.read_config(config, CONFIG_FILENAME))
 
@@ -186,7 +185,7 @@ class MarlinNativeConfig(QuantizationConfig):  # type: ignore[misc]
         return MarlinNativeLinearMethod(self.contents, prefix, parts)
 
     def _experts_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase:
-        _refuse_lacks(EXPERTS)
+        VLLM.require(EXPERTS, vllm.__version__)
         from vllm.model_executor.layers.fused_moe import UnquantizedFusedMoEMethod
 
         from awq2marlin.integrations.vllm.experts import MarlinNativeMoEMethod
@@ -228,13 +227,6 @@ class MarlinNativeConfig(QuantizationConfig):  # type: ignore[misc]
         config = AutoAWQConfig.from_config(document)
         config.packed_modules_mapping = self.packed_modules_mapping
         return config
-
-
-def _refuse_lacks(needs: tuple[Need, ...]) -> None:
-    """Refuses a vLLM that lacks a name that the plugin uses."""
-    reason = VLLM.missing_reason(needs, vllm.__version__)
-    if reason:
-        raise refuse("unsupported-engine", reason, file=CONFIG_FILENAME)
 
 
 @cache
