@@ -22,7 +22,6 @@ from awq2marlin.checkpoint.config import quantization_documents, read_config, wi
 from awq2marlin.checkpoint.manifest import read_manifest
 from awq2marlin.checkpoint.opening import open_checkpoint
 from awq2marlin.commands.convert import convert
-from awq2marlin.commands.options import DEFAULT_TO
 from awq2marlin.commands.push import push
 from awq2marlin.commands.verify import verify
 from awq2marlin.errors import (
@@ -40,7 +39,7 @@ from awq2marlin.errors import (
     problem_from_os_error,
 )
 from awq2marlin.formats.names import CONFIG_FILENAME, MANIFEST_FILENAME
-from awq2marlin.formats.registry import target_named
+from awq2marlin.formats.registry import DEFAULT_TARGET
 from awq2marlin.hub.name import HUB_PREFIX
 from awq2marlin.hub.repository import open_source
 from awq2marlin.io.digest import digest_of_file
@@ -79,7 +78,10 @@ def known(job: Job, record: BatchRecord, retry_failed: bool) -> ItemResult | Non
 
 def _covers(done: Mapping[str, Any], asked: Mapping[str, Any]) -> bool:
     """Returns whether what was done is all that is asked: the same bytes, compared as thoroughly, sent as far."""
-    if (done.get("unaligned"), done.get("to", DEFAULT_TO)) != (asked["unaligned"], asked.get("to", DEFAULT_TO)):
+    of_done, of_asked = (
+        (each.get("unaligned"), each.get("to") or DEFAULT_TARGET.layout_name) for each in (done, asked)
+    )
+    if of_done != of_asked:
         return False
     if any(list(done.get(name) or []) != list(asked.get(name) or []) for name in ("carry", "leave")):
         return False
@@ -182,7 +184,7 @@ def _convert(job: Job, executor: Executor | None, progress: Progress) -> ItemRes
 def _plan_only(job: Job, progress: Progress) -> ItemResult:
     options = job.options
     checkpoint = open_checkpoint(open_source(job.item.source, follow_links=options.follow_links), options.choice)
-    plan = plan_conversion(checkpoint, options.unaligned, target_named(options.to))
+    plan = plan_conversion(checkpoint, options.unaligned, options.to)
     for warning in checkpoint.warnings:
         progress.note(warning)
     needs = disk_needs(plan.transfer, job.output, stays=not options.passes_on, low_disk=options.low_disk)
@@ -212,7 +214,7 @@ def _compare_finished(job: Job, progress: Progress) -> ItemResult | None:
     tidy(job.output)
     options = job.options
     folder = open_source(job.item.source, follow_links=options.follow_links)
-    plan = plan_conversion(open_checkpoint(folder, options.choice), options.unaligned, target_named(options.to))
+    plan = plan_conversion(open_checkpoint(folder, options.choice), options.unaligned, options.to)
     progress.note(f"{job.output} already exists; comparing it with its source")
     try:
         if not same_json(_said(read_config(Folder.at(job.output))), _said(plan.config())):

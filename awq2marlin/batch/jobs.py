@@ -12,7 +12,7 @@ from typing import Any
 from awq2marlin.arguments import ArgumentError
 from awq2marlin.batch.file import OPTIONS, BatchItem, check_entries, check_options, read_batch_file
 from awq2marlin.batch.record import ItemResult
-from awq2marlin.commands.options import ABOUT_TARGET, DEFAULT_TO, TARGET_OPTIONS, ConvertOptions
+from awq2marlin.commands.options import ABOUT_TARGET, TARGET_OPTIONS, ConvertOptions
 from awq2marlin.errors import STATUS, BatchError, CheckpointError, Problem, printable
 from awq2marlin.formats.registry import DEFAULT_TARGET, target_named
 from awq2marlin.hub.name import HUB_PREFIX, HubName, parse_source
@@ -54,7 +54,7 @@ class Job:
         target = self.options.target
         options = {name: value for name, value in vars(self.options).items() if name not in _PASSING}
         options["push_to"] = target.repo_id if target else None
-        if options["to"] == DEFAULT_TO:  # records of version 0.1 do not tell it
+        if options["to"] is None:  # as in records of version 0.1
             del options["to"]
         for name in ("carry", "leave"):
             options[name] = list(options[name])
@@ -142,7 +142,7 @@ def _jobs(items: Iterable[BatchItem], out_dir: Path, of_all: Mapping[str, Any], 
     """Yields the jobs of items; what is wrong with one is added to ``wrong``, and the other items are looked at too."""
     for item in items:
         try:
-            source, output = _places(item, out_dir, item.options.get("to", of_all.get("to", DEFAULT_TO)))
+            source, output = _places(item, out_dir, item.options.get("to", of_all.get("to")))
         except CheckpointError as error:  # its source cannot be a name
             wrong.append(f"{item.place}: {error}")
             continue

@@ -182,6 +182,7 @@ def _spelled(option: Any) -> str:
 
 def _described(option: Any) -> str:
     default = None if option.is_flag or callable(option.default) else option.default
+    default = option.show_default if isinstance(option.show_default, str) else default
     shown = f" [default: {default}]" if default not in (None, (), []) else ""
     return f"{option.help or ''}{shown}"
 

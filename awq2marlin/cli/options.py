@@ -123,8 +123,13 @@ Jobs = Annotated[
     typer.Option(metavar="N", parser=_number(MAX_WORKERS), help="Conversions at the same time. They share --workers."),
 ]
 To = Annotated[
-    str,
-    typer.Option(metavar="FORMAT", autocompletion=_formats, help="Format to write: marlin, awq or compressed-tensors."),
+    str | None,
+    typer.Option(
+        metavar="FORMAT",
+        autocompletion=_formats,
+        help="Format to write: marlin, awq or compressed-tensors.",
+        show_default="marlin",  # not the option's, which is None: who names the source's own format is told so
+    ),
 ]
 Unaligned = Annotated[
     Any,

@@ -128,7 +128,7 @@ def convert(
     low_disk: bool = False,
     push_to: str | PushTarget | None = None,
     commit_message: str | None = None,
-    to: str = ConvertOptions.to,
+    to: str | None = ConvertOptions.to,
     carry: Sequence[str] = ConvertOptions.carry,
     leave: Sequence[str] = ConvertOptions.leave,
     follow_links: bool = False,
@@ -160,8 +160,8 @@ def convert(
         push_to: Hub repository to upload the result to, ``org/name`` or a `PushTarget`; in one commit at the end,
             unless ``low_disk``.
         commit_message: first line of the commit messages.
-        to: the format to write: ``"marlin"``, ``"awq"`` or ``"compressed-tensors"``. By default the output is then
-            ``./<name>-marlin``, ``./<name>-awq`` or ``./<name>-ct``.
+        to: the format to write: ``"marlin"`` (the default), ``"awq"`` or ``"compressed-tensors"``. By default the
+            output is then ``./<name>-marlin``, ``./<name>-awq`` or ``./<name>-ct``.
         carry: patterns (``*.bin``, ``original/*``) of files to carry over, unopened, that would otherwise be left
             behind; without an index also of ``.safetensors`` files that hold no tensors of the model.
         leave: patterns of files to leave behind. A file that both match is carried over.
@@ -196,13 +196,13 @@ def convert(
     )
     check_helpers(executor, progress)
     check_device(device)
-    target, progress, format = options.target, progress or Silence(), target_named(to)
+    target, progress = options.target, progress or Silence()
     started = time.perf_counter()
-    root = output_folder(output, source, format.output_suffix)
+    root = output_folder(output, source, target_named(to).output_suffix)
     folder, pinned = open_source_of_run(
         source, root, overwrite=overwrite, low_disk=low_disk, progress=progress, follow_links=follow_links
     )
-    plan = plan_conversion(open_checkpoint(folder, options.choice), unaligned, format)
+    plan = plan_conversion(open_checkpoint(folder, options.choice), unaligned, to)
     refuse_unreadable(plan)
     refuse_overlap(folder.root, root)
     publication = None if target is None else open_target(target, plan, root, overwrite)

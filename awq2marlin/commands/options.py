@@ -21,9 +21,6 @@ from awq2marlin.verification.sampling import Device, Modules
 #: How many converted modules are compared with the source before the output becomes loadable.
 Verify = Count | Literal["all", "none"]
 
-#: The format that is written unless another is asked for, by its layout's name.
-DEFAULT_TO = "marlin"
-
 #: Options of a `PushTarget` that stand beside ``push_to`` on the command line and in a list.
 TARGET_OPTIONS = tuple(each.name for each in fields(PushTarget) if each.name not in ("repo_id", "overwrite"))
 
@@ -45,7 +42,7 @@ class ConvertOptions(Checked):
         low_disk: whether source shards, and with ``push_to`` finished ones, are removed as soon as they can be.
         push_to: repository of the Hub that the result is sent to, ``org/name`` or a `PushTarget`.
         commit_message: first line of the commits' messages.
-        to: the format to write, by its layout's name.
+        to: the format to write, by its layout's name; None for Marlin's, unless the source is of it already.
         carry: patterns of files that are carried over though they would be left behind.
         leave: patterns of files that are left behind.
         follow_links: whether links that lead out of the source's folder are followed.
@@ -60,7 +57,7 @@ class ConvertOptions(Checked):
     low_disk: bool = False
     push_to: str | PushTarget | None = None
     commit_message: str | None = None
-    to: str = DEFAULT_TO
+    to: str | None = None
     carry: Texts = ()
     leave: Texts = ()
     follow_links: bool = False
@@ -72,13 +69,13 @@ class ConvertOptions(Checked):
             ValueError: naming the option, or the two that do not go together.
         """
         super().__post_init__()
-        if self.to != DEFAULT_TO:
-            from awq2marlin.formats.registry import target_named  # brings NumPy along
+        if self.to is not None:
+            from awq2marlin.formats.registry import DEFAULT_TARGET, target_named  # brings NumPy along
 
-            target_named(self.to)
-            if self.device is not None:
+            is_other = target_named(self.to) is not DEFAULT_TARGET
+            if is_other and self.device is not None:
                 raise ArgumentError("{device} runs Marlin weights, so it cannot be used with {to}")
-            if self.unaligned != "keep":
+            if is_other and self.unaligned != "keep":
                 raise ArgumentError("{unaligned} is about Marlin's shapes, so it cannot be used with {to}")
         target = self.target  # refuses what is no name of a repository
         if self.device is not None and self.verify in ("none", 0):

@@ -90,15 +90,17 @@ def shown_by(
     return None
 
 
-def target_named(name: str) -> Format:
+def target_named(name: str | None) -> Format:
     """Returns a format that can be written.
 
     Args:
-        name: what its layout is called, e.g. ``marlin``.
+        name: what its layout is called, e.g. ``marlin``; None for the default.
 
     Raises:
         ValueError: if there is none of that name.
     """
+    if name is None:
+        return DEFAULT_TARGET
     target = next((format for format in formats() if format.is_target and format.layout_name == name), None)
     if target is None:
         targets = " or ".join(repr(format.layout_name) for format in formats() if format.is_target)

@@ -26,7 +26,7 @@ from awq2marlin.checkpoint.tensor_parallel import ParallelSizes, parallel_sizes
 from awq2marlin.errors import CheckpointError, Problem, refuse
 from awq2marlin.formats.base import Format, Quantization
 from awq2marlin.formats.names import CARD_FILENAME, CONFIG_FILENAME, INDEX_FILENAME, MANIFEST_FILENAME
-from awq2marlin.formats.registry import DEFAULT_TARGET, KEPT
+from awq2marlin.formats.registry import DEFAULT_TARGET, KEPT, target_named
 from awq2marlin.formats.serving import Serving
 from awq2marlin.io.safetensors import Header, TensorIndex
 from awq2marlin.io.strict_json import encode_json
@@ -222,24 +222,25 @@ def served(target: Format, scheme: Scheme, sizes: ParallelSizes | None, place: s
     return target.serving(scheme, place, sizes.sizes, sizes.unserved) if sizes else target.serving(scheme, place)
 
 
-def plan_conversion(checkpoint: Checkpoint, unaligned: Unaligned = "keep", target: Format = DEFAULT_TARGET) -> Plan:
+def plan_conversion(checkpoint: Checkpoint, unaligned: Unaligned = "keep", to: str | None = None) -> Plan:
     """Returns the plan of a conversion.
 
     Args:
         checkpoint: the source.
         unaligned: what to do with modules whose shapes the target's layout cannot take: ``keep`` them in AWQ layout,
             ``pad`` them with zeros, or ``error``.
-        target: the format to convert to.
+        to: the layout to convert to, by name; None for the default.
 
     Raises:
-        CheckpointError: if the checkpoint is already converted, its modules do not agree, or, with
+        CheckpointError: if the checkpoint is already of the default format, its modules do not agree, or, with
             ``error``, any module is unaligned.
-        ValueError: if ``unaligned`` is none of the three, or the source is of the target's format already.
+        ValueError: if ``unaligned`` is none of the three, or the source is already of the format that is asked for.
     """
     if unaligned not in UNALIGNED_CHOICES:
         choices = ", ".join(map(repr, UNALIGNED_CHOICES))
         raise ValueError(f"unaligned must be one of {choices}, found {unaligned!r}")
-    if checkpoint.format is target and target.is_own:
+    target = target_named(to)
+    if to is None and checkpoint.format is target:  # nothing wrong was asked for
         raise refuse(
             "already-converted",
             f"this checkpoint is already {target.title}; 'awq2marlin revert' gives the original back",

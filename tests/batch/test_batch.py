@@ -171,6 +171,7 @@ def test_what_is_done_stands_by_record_and_disk(two):
     result = two()
     assert [(item.status, item.earlier, item.verified) for item in result.items] == [("done", True, 3)] * 2
     assert two(workers=1, jobs=2, verify="none").items[0].earlier, "nothing more is asked"
+    assert two(to="marlin").items[0].earlier, "the format that is written anyway"
 
 
 def test_a_lost_record_is_made_up_for_by_comparing_with_the_source(two, monkeypatch):

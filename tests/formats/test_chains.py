@@ -168,16 +168,62 @@ def test_a_file_of_which_nothing_would_be_left_is_refused(tmp_path: Path) -> Non
     assert not (tmp_path / "out").exists()
 
 
-def test_an_item_of_a_batch_that_is_of_the_format_to_write_is_told_so(tmp_path: Path) -> None:
+@pytest.fixture
+def one_of_each(tmp_path: Path) -> Path:
+    """Returns a folder with a checkpoint of every format that is written, each called like its layout."""
     write_checkpoint(tmp_path / "awq", Recipe({f"{PART}.o_proj": (128, 64)}, {}, group_size=32))
-    write_checkpoint(tmp_path / "ct", CompressedTensorsRecipe({f"{PART}.o_proj": (128, 64)}, {}, group_size=32))
-    for dry_run in (True, False):
-        sources = [str(tmp_path / "awq"), str(tmp_path / "ct")]
-        refused, done = convert_many(sources, out_dir=tmp_path / "out", to="awq", dry_run=dry_run).items
-        assert [(each.code, each.message) for each in refused.errors] == [
-            ("usage", "to is 'awq', but the source is in that format already")
-        ]
-        assert done.exit_code == 0
+    for to in TARGETS:
+        if to != "awq":
+            convert(tmp_path / "awq", tmp_path / to, to=to, workers=1)
+    return tmp_path
+
+
+@pytest.mark.parametrize("dry_run", [True, False])
+@pytest.mark.parametrize("to", TARGETS)
+def test_asking_for_the_format_of_the_source_is_a_usage_error(
+    one_of_each: Path, to: str, dry_run: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, out = one_of_each / to, one_of_each / "out"
+    with pytest.raises(ValueError, match=f"^to is '{to}', but the source is in that format already$"):
+        convert(source, out, to=to, dry_run=dry_run)
+    outcome = run_here(capsys, "convert", source, out, "--to", to, *["--dry-run"] * dry_run, "--json")
+    assert outcome.code == 2
+    assert [(each["code"], each["message"]) for each in outcome.report["errors"]] == [
+        ("usage", f"--to is '{to}', but the source is in that format already")
+    ]
+    assert f"usage error: --to is '{to}', but the source is in that format already\n" in outcome.err
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("dry_run", [True, False])
+def test_without_the_option_a_marlin_native_source_is_refused_as_in_version_0_1(
+    one_of_each: Path, dry_run: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, out = one_of_each / "marlin", one_of_each / "out"
+    with pytest.raises(CheckpointError, match="already Marlin-native") as caught:
+        convert(source, out, dry_run=dry_run)
+    assert [each.code for each in caught.value.problems] == ["already-converted"]
+    outcome = run_here(capsys, "convert", source, out, *["--dry-run"] * dry_run, "--json")
+    assert (outcome.code, [each["code"] for each in outcome.report["errors"]]) == (1, ["already-converted"])
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("dry_run", [True, False])
+def test_an_item_of_a_batch_that_is_of_the_format_to_write_is_told_so(one_of_each: Path, dry_run: bool) -> None:
+    def codes(*items: dict[str, object], **options: object) -> list[list[str]]:
+        entries = [{"source": one_of_each / "marlin", **item} for item in items]
+        result = convert_many(entries, out_dir=one_of_each / "out", dry_run=dry_run, **options)
+        return [[each.code for each in item.errors] for item in result.items]
+
+    own = {"to": "marlin", "output": "own"}
+    assert codes({}, own, {"to": "awq"}) == [["already-converted"], ["usage"], []]
+    assert codes({}, {"to": None, "output": "own"}, to="marlin") == [["usage"], ["already-converted"]]
+    sources = [one_of_each / "awq", one_of_each / "compressed-tensors"]
+    refused, done = convert_many(sources, out_dir=one_of_each / "more", to="awq", dry_run=dry_run).items
+    assert [(each.code, each.message) for each in refused.errors] == [
+        ("usage", "to is 'awq', but the source is in that format already")
+    ]
+    assert done.exit_code == 0
 
 
 @pytest.mark.parametrize(("name", "to"), [("old_w8_asym_channel", "marlin"), ("w4_sym_g32", "awq")])

@@ -18,7 +18,6 @@ import awq2marlin
 from awq2marlin import CheckpointError, convert, inspect, revert, verify
 from awq2marlin.checkpoint.opening import open_checkpoint
 from awq2marlin.checkpoint.synthetic import llama_recipe, write_checkpoint
-from awq2marlin.formats.registry import target_named
 from awq2marlin.gemm.check import GemmCheck, GemmRun
 from awq2marlin.integrations.vllm.needs import TRIED
 from awq2marlin.pipeline.model_card import MAX_FRONT_MATTER, addressed, merge_front_matter, model_card, split_card
@@ -106,7 +105,7 @@ def test_a_card_says_what_made_it_and_links_only_what_exists(awq: Path, to: str,
     if to == "awq":
         convert(awq, awq.parent / "source", to="compressed-tensors")
         awq = awq.parent / "source"
-    plan = plan_conversion(open_checkpoint(awq), "keep", target_named(to))
+    plan = plan_conversion(open_checkpoint(awq), "keep", to)
     card = model_card(plan, (), None, **origin).decode("utf-8")
     assert f"Made by awq2marlin {awq2marlin.__version__}" in card
     ours = f"https://huggingface.co/{REPOSITORY}"
