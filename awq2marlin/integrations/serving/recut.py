@@ -1,25 +1,35 @@
 """Modules that an engine cuts elsewhere than at Marlin's tiles: brought back to plain order, where any cut is one.
 
 An engine cuts and fuses modules as its number of GPUs and its models want. Where that is not at whole tiles of a
-Marlin tensor, a loader turns the module's tensors back into AWQ's plain rows, without padding, lets the engine cut
+Marlin tensor, a loader gives the engine the module's tensors in AWQ's plain rows, without padding, lets the engine cut
 them as it cuts a source, and repacks what is left of them. So whatever the source can be cut into, its converted form
 can, too; only not without work at load.
+
+The engine cuts first, and only the tiles that cover what is left are brought back: a rank reads and handles its part of
+a module, not all of it.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from logging import Logger
+from typing import Any
 
-import numpy as np
 import torch
+from torch.utils._pytree import tree_map_only
 
 from awq2marlin.formats.base import Quantization
 from awq2marlin.formats.registry import MARLIN_NATIVE
-from awq2marlin.layout.marlin import GPTQ_MARLIN_TILE
+from awq2marlin.layout.marlin import GPTQ_MARLIN_TILE, MARLIN_TILE_N
 from awq2marlin.layout.modules import part_shape
+from awq2marlin.layout.packing import pack_factor
+from awq2marlin.layout.repack import Bytes, PartLayout
+
+#: The first row or column, and the one past the last.
+_Span = tuple[int, int]
 
 
-def plain_part(part: str, tensor: torch.Tensor, module: str, size_k: int, quantization: Quantization) -> torch.Tensor:
+def plain_part(part: str, tensor: torch.Tensor, module: str, size_k: int, quantization: Quantization) -> PlainPart:
     """Returns a tensor of a whole Marlin module in AWQ layout, without the module's padding.
 
     Args:
@@ -30,7 +40,7 @@ def plain_part(part: str, tensor: torch.Tensor, module: str, size_k: int, quanti
         quantization: what the checkpoint's config says.
 
     Returns:
-        A new tensor on the CPU: int32 [K, N/f], int32 [G, N/f], or [G, N].
+        On the CPU: int32 [K, N/f], int32 [G, N/f], or [G, N].
     """
     scheme = quantization.scheme
     rows, columns = tensor.shape
@@ -39,13 +49,85 @@ def plain_part(part: str, tensor: torch.Tensor, module: str, size_k: int, quanti
     size_n = columns if part == "scales" else columns * scheme.pack_factor
     padded_k = rows if part == "qweight" else size_k if scheme.group_size == -1 else rows * scheme.group_size
     layout = MARLIN_NATIVE.layout(part, padded_k, size_n, scheme)
-    data = tensor.detach().cpu().contiguous().view(torch.uint8).flatten().numpy()
-    plain = np.empty(layout.size, np.uint8)
-    layout.unpack(data, plain)
-    whole = torch.from_numpy(plain).view(tensor.dtype).reshape(part_shape(part, padded_k, size_n, scheme))
     true_k, true_n = quantization.padded_modules.get(module, (size_k, size_n))
     true_rows, true_columns = part_shape(part, true_k, true_n, scheme)
-    return whole[:true_rows, :true_columns]
+    return PlainPart(tensor, layout, (0, true_rows), (0, true_columns))
+
+
+class PlainPart(torch.Tensor):
+    """A tensor of a Marlin module, or what was cut out of it, in plain order: a tensor to an engine's loaders.
+
+    It holds the Marlin tensor. Cutting it notes where the cut is; whatever else is done with it is done with a plain
+    tensor, which is made for that from the tiles that cover it.
+    """
+
+    #: The Marlin tensor, and how it holds the part.
+    _tiled: torch.Tensor
+    _layout: PartLayout
+    #: What of the plain tensor this is.
+    _rows: _Span
+    _columns: _Span
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    def __new__(cls, tiled: torch.Tensor, layout: PartLayout, rows: _Span, columns: _Span) -> PlainPart:
+        """Returns rows and columns of a tensor.
+
+        Args:
+            tiled: the whole Marlin tensor, on any device.
+            layout: how it holds the part.
+            rows: of the plain tensor.
+            columns: of the plain tensor, as its words or scales count.
+        """
+        shape = (rows[1] - rows[0], columns[1] - columns[0])
+        made: PlainPart = cls._make_wrapper_subclass(cls, shape, dtype=tiled.dtype, device=torch.device("cpu"))
+        made._tiled, made._layout, made._rows, made._columns = tiled, layout, rows, columns
+        return made
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
+        """Cuts without reading; does everything else with plain tensors."""
+        is_cut = func is torch.ops.aten.slice.Tensor and len(args) <= 4  # the fifth would be a step
+        if is_cut:
+            return args[0]._cut(*args[1:])
+        args, kwargs = tree_map_only(cls, cls.read, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+    def read(self) -> torch.Tensor:
+        """Returns a new plain tensor of the same values, on the CPU."""
+        layout, unit = self._layout, MARLIN_TILE_N
+        if layout.part != "scales":
+            unit //= pack_factor(layout.bits)
+        (top, bottom), (left, right) = _covering(self._rows, layout.band), _covering(self._columns, unit)
+        tile = unit * layout.band  # columns of the Marlin tensor
+        tiles = self._tiled.detach()[top:bottom, left * tile : right * tile].cpu().contiguous()
+        shape = ((bottom - top) * layout.band, (right - left) * unit)
+        plain = torch.empty(shape, dtype=self.dtype, device="cpu")
+        covered = replace(layout, rows=shape[0], columns=(right - left) * MARLIN_TILE_N)
+        covered.unpack(_bytes_of(tiles), _bytes_of(plain))
+        rows, columns = (
+            slice(span[0] - first, span[1] - first)
+            for span, first in ((self._rows, top * layout.band), (self._columns, left * unit))
+        )
+        return plain[rows, columns]
+
+    def _cut(self, dim: int = 0, start: int | None = None, end: int | None = None) -> PlainPart:
+        spans = [self._rows, self._columns]
+        first, last = spans[dim]
+        begin, stop, _ = slice(start, end).indices(last - first)
+        spans[dim] = (first + begin, first + max(begin, stop))
+        return PlainPart(self._tiled, self._layout, *spans)
+
+
+def _covering(span: _Span, unit: int) -> _Span:
+    """Returns which whole units cover a span."""
+    return span[0] // unit, -(-span[1] // unit)
+
+
+def _bytes_of(tensor: torch.Tensor) -> Bytes:
+    """Returns the bytes of a contiguous tensor on the CPU, not copied."""
+    found: Bytes = tensor.view(torch.uint8).flatten().numpy()
+    return found
 
 
 class Note:

@@ -1,6 +1,8 @@
 """Mixtures of experts: an engine loads per-expert tensors into ours, and what a rank holds is the AWQ source's."""
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from tests.integrations.serving.mixtures import (
     COUNT,
@@ -99,6 +101,25 @@ def test_padded_experts_lose_their_padding(harness, experts, tmp_path, bits, gro
     model = make_model(harness, tmp_path, bits, group_size, has_qzeros, UNALIGNED, unaligned="pad", heads=(3, 3))
     assert len(model.config.contents.quantization.padded_modules) == 3 * COUNT
     layer = layer_of(experts, model, rank, ranks, sizes=UNALIGNED)
+    experts.load_experts(layer, model, PREFIX)
+    experts.finish_experts(layer)
+    for expert in range(COUNT):
+        assert_expert_holds(harness, layer, model, expert, rank, ranks)
+
+
+@settings(max_examples=12)
+@given(
+    st.sampled_from([(4, 32, True), (8, 32, False), (4, 64, False), (4, -1, True)]),
+    st.sampled_from([128, 256]),
+    st.integers(1, 7),
+    st.sampled_from([(rank, ranks) for ranks in (1, 2, 3, 5) for rank in range(ranks)]),
+)
+def test_experts_of_any_size_hold_their_share(harness, experts, tmp_path_factory, kind, hidden, units, place):
+    """Padded in the file or not, and cut at tiles or within them."""
+    rank, ranks = place
+    sizes = (hidden, units * ranks * max(kind[1], 16))
+    model = make_model(harness, tmp_path_factory.mktemp("m"), *kind, sizes, unaligned="pad", heads=(ranks, ranks))
+    layer = layer_of(experts, model, rank, ranks, sizes=sizes)
     experts.load_experts(layer, model, PREFIX)
     experts.finish_experts(layer)
     for expert in range(COUNT):
