@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import torch
 
+from awq2marlin.layout.marlin import GPTQ_MARLIN_TILE, qweight_shape
 from awq2marlin.layout.scheme import Scheme
 from awq2marlin.layout.torch_functions import (
     awq_marlin_repack,
@@ -22,6 +23,19 @@ from awq2marlin.layout.torch_functions import (
 #: Repacks a ``qweight`` int32 [K, N/f] of some bits, K and N aligned, to Marlin's tiles.
 RepackWeight = Callable[[torch.Tensor, int, int, int], torch.Tensor]
 
+#: How many codes are repacked at once: as integers, on their way, each takes a few times four bytes.
+_CODES_AT_ONCE = 1 << 24
+
+
+def repack_in_bands(qweight: torch.Tensor, size_k: int, size_n: int, num_bits: int) -> torch.Tensor:
+    """Does what `awq_marlin_repack` does, without needing memory for all of it at once; arguments as there."""
+    made = torch.empty(qweight_shape(size_k, size_n, num_bits), dtype=torch.int32, device=qweight.device)
+    step = max(_CODES_AT_ONCE // size_n // GPTQ_MARLIN_TILE, 1)  # rows of tiles
+    for first in range(0, len(made), step):
+        rows = qweight[first * GPTQ_MARLIN_TILE : (first + step) * GPTQ_MARLIN_TILE]
+        made[first : first + step] = awq_marlin_repack(rows, len(rows), size_n, num_bits)
+    return made
+
 
 def marlin_part(
     part: str,
@@ -29,7 +43,7 @@ def marlin_part(
     size_k: int,
     size_n: int,
     scheme: Scheme,
-    repack_weight: RepackWeight = awq_marlin_repack,
+    repack_weight: RepackWeight = repack_in_bands,
 ) -> torch.Tensor:
     """Returns a tensor of an AWQ module in Marlin layout.
 

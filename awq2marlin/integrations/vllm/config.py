@@ -147,9 +147,9 @@ class MarlinNativeConfig(QuantizationConfig):  # type: ignore[misc]
         if isinstance(layer, RoutedExperts):
             return self._experts_method(layer, prefix)
         if isinstance(layer, LinearBase):
-            return self._linear_method(layer, prefix)
+            return self._linear_method(prefix)
         if isinstance(layer, ParallelLMHead) and self.contents.layout([prefix]) == "awq":
-            return self._awq_method(layer, prefix)
+            return self._linear_method(prefix)
         return None
 
     def parts(self, prefix: str) -> list[str]:
@@ -163,25 +163,14 @@ class MarlinNativeConfig(QuantizationConfig):  # type: ignore[misc]
         parent, dot, name = prefix.rpartition(".")
         return [f"{parent}{dot}{part}" for part in self.packed_modules_mapping.get(name, [name])]
 
-    def _linear_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase:
+    def _linear_method(self, prefix: str) -> QuantizeMethodBase:
         from vllm.model_executor.layers.linear import UnquantizedLinearMethod
 
         from awq2marlin.integrations.vllm.linear import MarlinNativeLinearMethod
 
         parts = self.parts(prefix)
-        layout = self.contents.layout(parts)
-        if layout == "none":
+        if self.contents.layout(parts) == "none":
             return UnquantizedLinearMethod()
-        if layout == "awq":
-            return self._awq_method(layer, prefix)
-        return MarlinNativeLinearMethod(self.contents, prefix, parts)
-
-    def _awq_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase:
-        from awq2marlin.integrations.vllm.linear import MarlinNativeLinearMethod
-
-        parts = self.parts(prefix)
-        if self._is_vllm_s_awq(parts):
-            return self._vllm_awq_config().get_quant_method(layer, prefix)
         return MarlinNativeLinearMethod(self.contents, prefix, parts)
 
     def _experts_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase:
@@ -193,27 +182,30 @@ class MarlinNativeConfig(QuantizationConfig):  # type: ignore[misc]
         layout = self.contents.layout_of_experts(prefix)
         if layout == "none":
             return UnquantizedFusedMoEMethod(layer.moe_config)
-        if layout == "awq" and self._is_vllm_s_awq([prefix]):
-            return self._vllm_awq_config().get_quant_method(layer, prefix)
+        if layout == "awq" and self._is_vllm_s_awq(prefix):
+            return self._vllm_awq_config(prefix).get_quant_method(layer, prefix)
         return MarlinNativeMoEMethod(self.contents, layer, prefix)
 
-    def _is_vllm_s_awq(self, modules: list[str]) -> bool:
-        """Returns whether vLLM's own AWQ code can load modules: it knows 4 bits, zero points and real groups only."""
-        contents = self.contents
-        return contents.bits == 4 and contents.group_size != -1 and contents.has_zero_points(modules)
+    def _is_vllm_s_awq(self, experts: str) -> bool:
+        """Returns whether vLLM's own AWQ code loads experts: it takes sizes that Marlin cannot.
 
-    def _vllm_awq_config(self) -> QuantizationConfig:
-        """Returns vLLM's own config of an AWQ checkpoint, for the modules that are kept in that layout.
+        It knows 4 bits, zero points and real groups only.
+        """
+        contents = self.contents
+        return contents.bits == 4 and contents.group_size != -1 and contents.has_zero_points([experts])
+
+    def _vllm_awq_config(self, experts: str) -> QuantizationConfig:
+        """Returns vLLM's own config of an AWQ checkpoint, for experts that are kept in that layout.
 
         Raises:
             CheckpointError: if they come as vLLM had processed them, which it would do once more.
         """
         if loads_sharded_state():
             message = (
-                "it has modules in AWQ layout, which vLLM's own code would process a second time in this load format. "
+                "its experts are in AWQ layout, which vLLM's own code would process a second time in this load format. "
                 "Serve the converted checkpoint itself, or convert with --unaligned pad"
             )
-            raise refuse("unsupported-engine", message, file=CONFIG_FILENAME)
+            raise refuse("unsupported-engine", message, tensor=experts)
         from vllm.model_executor.layers.quantization.auto_awq import AutoAWQConfig
 
         document = {
@@ -221,12 +213,9 @@ class MarlinNativeConfig(QuantizationConfig):  # type: ignore[misc]
             "bits": self.contents.bits,
             "group_size": self.contents.group_size,
             "zero_point": True,
-            "lm_head": True,
             "modules_to_not_convert": [],
         }
-        config = AutoAWQConfig.from_config(document)
-        config.packed_modules_mapping = self.packed_modules_mapping
-        return config
+        return AutoAWQConfig.from_config(document)
 
 
 @cache

@@ -134,12 +134,12 @@ def test_a_module_fused_in_the_file_is_found_in_the_lists_under_its_own_name(har
 # --- modules kept in AWQ layout ---------------------------------------------------------------------------
 
 
-REPACKED = [(8, 64, False), (4, 64, False), (4, -1, True), (8, -1, False)]
+REPACKED = [(4, 64, True), (8, 64, False), (4, 64, False), (4, -1, True), (8, -1, False)]
 
 
 @pytest.mark.parametrize(("bits", "group_size", "has_qzeros"), REPACKED)
 @pytest.mark.parametrize(("rank", "ranks"), [(0, 1), (1, 3)])
-def test_other_awq_modules_are_repacked_and_padded(harness, tmp_path, bits, group_size, has_qzeros, rank, ranks):
+def test_awq_modules_are_repacked_and_padded(harness, tmp_path, bits, group_size, has_qzeros, rank, ranks):
     options = {"bits": bits, "group_size": group_size, "has_qzeros": has_qzeros}
     modules = {"attn.o_proj": (192, 192), "mlp.down_proj": (256, 64)}
     model = harness.Model(tmp_path, modules, weights={"attn.o_proj.bias": (192,)}, heads=(3, 3), **options)

@@ -6,6 +6,7 @@ from unittest import mock
 
 import torch
 import vllm.model_executor.layers.linear as vllm_linear
+import vllm.model_executor.layers.vocab_parallel_embedding as vllm_embedding
 import vllm.model_executor.parameter as vllm_parameter
 
 from awq2marlin.integrations.vllm import kernels
@@ -45,6 +46,7 @@ __all__ = [
     "load",
     "load_format",
     "loaded_values",
+    "output_embedding",
     "plain_bias",
     "replace",
     "rows",
@@ -80,7 +82,7 @@ def plain_bias(layer):
 def as_rank(rank, ranks):
     """Makes vLLM's linear layers and parameters believe that they are one rank of several."""
     with ExitStack() as stack:
-        for module in (vllm_linear, vllm_parameter):
+        for module in (vllm_linear, vllm_embedding, vllm_parameter):
             stack.enter_context(mock.patch.object(module, "get_tensor_model_parallel_rank", return_value=rank))
             stack.enter_context(mock.patch.object(module, "get_tensor_model_parallel_world_size", return_value=ranks))
         stack.enter_context(torch.device("cpu"))
@@ -111,3 +113,11 @@ def build(kind, model, prefix, *sizes, rank=0, ranks=1, **options):
     options = {"bias": False, "params_dtype": torch.half, **options}
     with as_rank(rank, ranks):
         return getattr(vllm_linear, kind)(*sizes, quant_config=model.config, prefix=prefix, **options)
+
+
+def output_embedding(model, rows, columns, rank=0, ranks=1, dtype=torch.half):
+    """Returns vLLM's output embedding, empty, as one rank of several holds it."""
+    with as_rank(rank, ranks):
+        return vllm_embedding.ParallelLMHead(
+            rows, columns, quant_config=model.config, prefix="lm_head", params_dtype=dtype
+        )  # fmt: skip

@@ -12,7 +12,6 @@ import numpy as np
 import torch
 import vllm.model_executor.kernels.linear.mixed_precision.humming as vllm_humming
 import vllm.model_executor.layers.quantization.compressed_tensors.schemes.compressed_tensors_wNa16 as vllm_scheme
-import vllm.model_executor.layers.vocab_parallel_embedding as vllm_embedding
 from safetensors.torch import load_file
 from vllm.model_executor.kernels.linear import MarlinLinearKernel, MPLinearLayerConfig, choose_mp_linear_kernel
 from vllm.model_executor.layers.quantization import get_quantization_config
@@ -22,6 +21,7 @@ from vllm.scalar_type import scalar_types
 
 from tests.equality import assert_identical
 from tests.formats import peers
+from tests.integrations.vllm import harness
 from tests.integrations.vllm.harness import PACKED, as_rank, build
 from tests.integrations.vllm.harness import columns as cut_columns
 from tests.integrations.vllm.harness import rows as cut_rows
@@ -115,14 +115,8 @@ def layer(kind, own, prefix, *sizes, any_kernel=False, **options):
 
 def output_embedding(own, rows, columns):
     """Returns vLLM's output embedding, empty."""
-    ranks = [
-        mock.patch.object(vllm_embedding, f"get_tensor_model_parallel_{what}", return_value=value)
-        for what, value in (("rank", 0), ("world_size", 1))
-    ]
-    with on(A100), as_rank(0, 1), ranks[0], ranks[1]:
-        return vllm_embedding.ParallelLMHead(
-            rows, columns, quant_config=own.config, prefix="lm_head", params_dtype=own.dtype
-        )
+    with on(A100):
+        return harness.output_embedding(own, rows, columns, dtype=own.dtype)
 
 
 def load(layer, own, parts):

@@ -245,14 +245,13 @@ def test_names_of_a_multimodal_model_are_mapped_in_all_lists(harness, tmp_path):
     assert type(method("mlp.gate", 256, 64)).__name__ == "UnquantizedLinearMethod"
 
 
-def test_the_output_embedding_goes_to_vllm_s_awq_code_if_it_is_quantized(harness, tmp_path):
-    from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
-
-    model = harness.Model(tmp_path, {"lm_head": (128, 128), "a.down_proj": (128, 64)}, group_size=64)
-    head = mock.Mock(spec=ParallelLMHead)
-    with mock.patch("vllm.model_executor.layers.quantization.auto_awq.AutoAWQConfig.get_quant_method") as vllm_s:
-        assert model.config.get_quant_method(head, "lm_head") is vllm_s.return_value
-        assert model.config.get_quant_method(head, "other_head") is None
+@pytest.mark.parametrize(("rank", "ranks"), [(0, 1), (1, 2)])
+def test_a_quantized_output_embedding_is_repacked(harness, tmp_path, rank, ranks):
+    model = harness.Model(tmp_path, {"lm_head": (128, 192), "a.down_proj": (128, 64)}, group_size=64)
+    head = harness.output_embedding(model, 192, 128, rank, ranks)
+    harness.load(head, model, {None: "lm_head"})
+    harness.finish(head)
+    harness.assert_holds(head, model, harness.columns(model.values("lm_head"), rank, ranks))
 
 
 def test_layers_that_are_never_quantized_are_left_alone(harness, model):

@@ -1,8 +1,7 @@
-"""What is vLLM's about its linear layers: weights of other processes, and its own AWQ code."""
+"""What is vLLM's about its linear layers: weights of other processes."""
 
 import pytest
 
-from tests.equality import assert_identical
 from tests.skips import OLD_VLLM
 
 
@@ -43,13 +42,3 @@ def test_tensors_of_another_process_are_taken_as_they_are(harness, finished):
         harness.assert_same(harness.tensors(fresh), done)
         assert harness.torch.equal(fresh.ordered_bias, layer.ordered_bias)
         assert bool((shared == 7).all()), "it was written to"
-
-
-def test_vllm_s_own_code_loads_awq_modules_with_zero_points(harness, tmp_path):
-    model = harness.Model(tmp_path, {"attn.o_proj": (192, 192), "mlp.down_proj": (256, 64)}, group_size=64)
-    layer = harness.build("RowParallelLinear", model, "attn.o_proj", 192, 192, rank=2, ranks=3)
-    assert type(layer.quant_method).__module__ == "vllm.model_executor.layers.quantization.auto_awq"
-    harness.load(layer, model, {None: "attn.o_proj"})
-    for name, parameter in layer.named_parameters():
-        whole = model.awq[f"attn.o_proj.{name}"]
-        assert_identical(parameter.data.numpy(), whole.reshape(3, -1, whole.shape[1])[2].numpy(), name)

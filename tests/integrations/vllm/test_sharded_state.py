@@ -25,13 +25,15 @@ def restore(layer, tensors):
         state[name].copy_(tensor)
 
 
-#: A layer whose tensors change after loading: two groups become one, rows are padded, or columns end within a tile.
+#: A layer whose tensors change after loading: two groups become one, rows are padded, columns end within a tile, or it
+#: lies in AWQ layout.
 CASES = {
     "a single group is left": ("RowParallelLinear", "mlp.down_proj", (256, 128), {None: "mlp.down_proj"}),
     "rows are padded": ("RowParallelLinear", "mlp.wide", (704, 128), {None: "mlp.wide"}),
     "a cut within tiles": (
         "MergedColumnParallelLinear", "mlp.gate_up_proj", (256, [192, 192]), {0: "mlp.gate_proj", 1: "mlp.up_proj"}
     ),
+    "kept in AWQ layout": ("RowParallelLinear", "attn.o_proj", (192, 192), {None: "attn.o_proj"}),
 }  # fmt: skip
 
 
@@ -43,6 +45,7 @@ def test_a_layer_comes_back_as_it_was(harness, tmp_path, monkeypatch, case, rank
     kind, prefix, sizes, parts = CASES[case]
     modules = {
         "mlp.down_proj": (256, 128), "mlp.wide": (704, 128), "mlp.gate_proj": (256, 192), "mlp.up_proj": (256, 192),
+        "attn.o_proj": (192, 192),
     }  # fmt: skip
     weights = {"mlp.down_proj.bias": (128,)}
     group_size = 128 if case.startswith("a single") else 32
@@ -86,11 +89,16 @@ def test_experts_come_back_as_they_were(harness, experts, tmp_path, rank, ranks)
     harness.assert_same(harness.tensors(again), harness.tensors(first))
 
 
-def test_modules_that_vllm_would_process_twice_are_refused(harness, tmp_path):
-    model = harness.Model(tmp_path, {"attn.o_proj": (192, 192), "mlp.down_proj": (256, 64)}, group_size=64)
+def test_experts_that_vllm_would_process_twice_are_refused(harness, experts, tmp_path):
+    sizes, prefix = (128, 96), "mlp.experts"
+    shapes = {"gate_proj": sizes, "up_proj": sizes, "down_proj": sizes[::-1]}
+    modules = {f"{prefix}.0.{name}": size for name, size in shapes.items()}
+    model = harness.Model(tmp_path, {**modules, "mlp.down_proj": (256, 64)}, group_size=32)
     with harness.load_format("sharded_state"), pytest.raises(CheckpointError) as refused:
-        harness.build("RowParallelLinear", model, "attn.o_proj", 192, 192)
-    assert "process a second time in this load format" in refused.value.problems[0].message
+        experts.experts_layer(model, prefix, 1, *sizes)
+    (problem,) = refused.value.problems
+    assert problem.tensor == prefix
+    assert "process a second time in this load format" in problem.message
 
 
 def test_a_folder_of_sharded_state_is_not_read_as_a_checkpoint(harness, tmp_path, monkeypatch):
