@@ -146,16 +146,6 @@ class MarlinExperts:
                 # By a plain parameter, which tells that this is done.
                 replace_parameter(layer, name, self._for_kernel(group, part, padded, inner))
 
-    def padded_bias(self, bias: torch.Tensor, group: str) -> torch.Tensor:
-        """Returns the experts' biases [E, N] with padding where the weights have it.
-
-        Args:
-            bias: of all experts of this rank.
-            group: ``w13`` or ``w2``.
-        """
-        inner = int(self.padded_inner() or 0)
-        return pad_to(bias.unsqueeze(-2), 1, self.matrix(group, inner)[1], self._blocks(group)).squeeze(-2)
-
     def matrix(self, group: str, inner: int) -> tuple[int, int]:
         """Returns K and N of ``w13`` or ``w2``.
 

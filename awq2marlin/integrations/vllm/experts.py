@@ -17,15 +17,13 @@ from vllm.model_executor.layers.quantization.utils.quant_utils import kInt4Stati
 
 from awq2marlin.integrations.kernel_choice import Kernel, reason_without_own
 from awq2marlin.integrations.serving.contents import Contents
-from awq2marlin.integrations.serving.experts import GROUPS, MarlinExperts
-from awq2marlin.integrations.serving.finishing import permute_bias
+from awq2marlin.integrations.serving.experts import MarlinExperts
 from awq2marlin.integrations.serving.kernels import ExpertsTask, chosen_experts_kernel, run_experts
 from awq2marlin.integrations.serving.record import LoadRecord
 from awq2marlin.integrations.vllm import kernels
 from awq2marlin.integrations.vllm.kernels import RECUT_NOTE, TAKES_ACTIVATION_ORDER, weight_type
 from awq2marlin.integrations.vllm.state import are_weights_processed, loads_by_weight_loaders, loads_sharded_state
 from awq2marlin.layout.marlin import is_aligned, num_groups
-from awq2marlin.layout.torch_functions import replace_parameter
 
 #: Multiple to which the inner size of experts is padded where tiles do not divide it.
 _PADDED_MULTIPLE = 128
@@ -77,7 +75,9 @@ class MarlinNativeMoEMethod(MarlinExperts, AutoAWQMoEMethod):  # type: ignore[mi
         if not is_served:
             self.refuse(f"vLLM's Marlin experts do not serve it: {reason}")
         if getattr(layer, "apply_router_weight_on_input", False):
-            self.refuse("the model applies router weights to expert inputs, which vLLM's Marlin experts do not support")
+            self.refuse("the model applies router weights to expert inputs, which vLLM's Marlin experts would do again")
+        if self.moe.has_bias:
+            self.refuse("its experts have biases, which this plugin does not load")
 
     @property
     def _is_only_ours(self) -> bool:
@@ -104,8 +104,15 @@ class MarlinNativeMoEMethod(MarlinExperts, AutoAWQMoEMethod):  # type: ignore[mi
             extra_weight_attrs: holds vLLM's ``weight_loader``.
 
         Raises:
-            CheckpointError: if this rank's part cuts a group in two, or words of the source.
+            CheckpointError: if this rank's part cuts a group in two, or words of the source, or vLLM's Marlin experts
+                do not take the shapes.
         """
+        in_file = extra_weight_attrs.get("unpadded_hidden_size") or hidden_size
+        if hidden_size != in_file:
+            self.refuse(
+                f"vLLM rounds the hidden size {in_file} up to {hidden_size} to send tokens between GPUs, and this "
+                "plugin does not pad experts so. Choose another --all2all-backend"
+            )
         inner, shards = intermediate_size_per_partition, 2 if self.moe.is_act_and_mul else 1
         self.plan(num_experts, hidden_size, inner, shards, inner * int(self.moe.moe_parallel_config.tp_size))
         if self.padded_inner() is None:
@@ -131,8 +138,7 @@ class MarlinNativeMoEMethod(MarlinExperts, AutoAWQMoEMethod):  # type: ignore[mi
             CheckpointError: naming every tensor that was never loaded.
             KernelUnavailableError: if only ours can serve the experts, and it cannot be compiled or run here.
         """
-        is_new = not are_weights_processed() and self.is_loaded(layer)
-        if is_new:
+        if not are_weights_processed() and self.is_loaded(layer):
             self._require_complete(layer)
             self.finish(layer)
         if self.kernel is None:
@@ -140,14 +146,6 @@ class MarlinNativeMoEMethod(MarlinExperts, AutoAWQMoEMethod):  # type: ignore[mi
             self.kernel = chosen_experts_kernel(
                 choice, layer, self.contents.bits, self.task, only_own=self._is_only_ours
             )
-        if is_new:
-            for group in GROUPS:
-                bias = getattr(layer, f"{group}_bias", None)
-                if bias is not None:
-                    padded = self.padded_bias(bias.data, group)
-                    replace_parameter(
-                        layer, f"{group}_bias", permute_bias(padded) if self.kernel == "engine" else padded
-                    )
         # vLLM's experts look for these names.
         layer.w13_weight, layer.w2_weight = layer.w13_qweight, layer.w2_qweight
         if TAKES_ACTIVATION_ORDER:
@@ -291,8 +289,6 @@ class OwnExperts(VllmMarlinExperts):  # type: ignore[misc]
             topk_ids,
             topk_weights,
             expert_map=expert_map,
-            w13_bias=self.w1_bias,
-            w2_bias=self.w2_bias,
             activation=activation.value,
             num_bits=4 if self.quant_config.use_int4_w4a16 else 8,
             out=output,

@@ -1,12 +1,9 @@
-"""What is vLLM's about its experts: its kernels' shapes and reasons, biases, its own AWQ code, other processes."""
+"""What is vLLM's about its experts: its kernels' shapes and reasons, its own AWQ code, other processes."""
 
 from unittest import mock
 
-import numpy as np
 import pytest
 
-from awq2marlin.layout import reference
-from tests.equality import assert_identical
 from tests.integrations.serving.mixtures import (
     COUNT,
     PREFIX,
@@ -49,23 +46,6 @@ def test_tensors_of_another_process_are_taken_as_they_are(harness, experts, mode
     harness.assert_same(harness.tensors(fresh), {name: done[name] for name in harness.tensors(fresh)})
 
 
-def test_a_bias_of_experts_is_padded_half_by_half_and_permuted(harness, experts, tmp_path):
-    model = make_model(harness, tmp_path, group_size=64, sizes=(192, 128), heads=(2, 2))
-    layer = layer_of(experts, model, 0, 2, sizes=(192, 128))
-    experts.load_experts(layer, model, PREFIX)
-    generator = np.random.default_rng(0)
-    w13, w2 = (generator.random((COUNT, size)).astype(np.float16) for size in (2 * 64, 192))
-    for name, values in (("w13_bias", w13), ("w2_bias", w2)):
-        layer.register_parameter(
-            name, harness.torch.nn.Parameter(harness.torch.from_numpy(values), requires_grad=False)
-        )
-    experts.finish_experts(layer)
-    found = reference.unpermute_columns(layer.w13_bias.data.numpy(), single_group=True).reshape(COUNT, 2, 128)
-    assert_identical(found[:, :, :64], w13.reshape(COUNT, 2, 64), "w13")
-    assert not found[:, :, 64:].any()
-    assert_identical(reference.unpermute_columns(layer.w2_bias.data.numpy(), single_group=True), w2, "w2")
-
-
 def test_ours_stand_where_vllm_calls_its_marlin_experts(experts, model, monkeypatch):
     monkeypatch.setenv("AWQ2MARLIN_KERNEL", "own")
     layer = layer_of(experts, model)
@@ -79,23 +59,6 @@ def test_ours_stand_where_vllm_calls_its_marlin_experts(experts, model, monkeypa
     x = layer.w13_scales.new_zeros((1, 256))
     with pytest.raises(NotImplementedError, match="set AWQ2MARLIN_KERNEL=engine"):
         experts.run_experts(layer, x, x[:, :2].int(), x[:, :2].float())
-
-
-def test_ours_add_biases_in_plain_order(harness, experts, model, monkeypatch):
-    monkeypatch.setenv("AWQ2MARLIN_KERNEL", "own")
-    torch, layer = harness.torch, layer_of(experts, model)
-    experts.load_experts(layer, model, PREFIX)
-    values = torch.randn(COUNT, 2 * 512 + 256, generator=torch.Generator().manual_seed(0)).half()
-    for name, bias in (("w13_bias", values[:, :1024]), ("w2_bias", values[:, 1024:])):
-        layer.register_parameter(name, torch.nn.Parameter(bias.contiguous(), requires_grad=False))
-    experts.finish_experts(layer)
-    x, ids = torch.zeros(1, 256).half(), torch.tensor([[1, 3]], dtype=torch.int32)
-    found = experts.run_experts(layer, x, ids, torch.tensor([[1.0, 0.0]]))
-    gate, up = values[1, :1024].double().chunk(2)
-    q, z, s = (each.astype(np.float64) for each in model.values(f"{PREFIX}.1.down_proj"))
-    down = (q - z.repeat(128, 0)) * s.repeat(128, 0)
-    wanted = (torch.nn.functional.silu(gate) * up).numpy() @ down + values[1, 1024:].double().numpy()
-    assert np.allclose(found[0].double().numpy(), wanted, rtol=2e-3, atol=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -157,6 +120,35 @@ def test_models_that_weigh_the_inputs_of_their_experts_are_refused(harness, expe
     model = make_model(harness, tmp_path)
     (problem,) = refusal(layer_of, experts, model, apply_router_weight_on_input=True)
     assert "applies router weights to expert inputs" in problem.message
+
+
+def test_experts_with_biases_are_refused(harness, experts, tmp_path):
+    model = make_model(harness, tmp_path)
+    (problem,) = refusal(layer_of, experts, model, moe={"has_bias": True})
+    assert "have biases, which this plugin does not load" in problem.message
+
+
+def test_a_hidden_size_that_vllm_rounds_up_is_refused(harness, experts, tmp_path):
+    model = make_model(harness, tmp_path)
+    place = "vllm.model_executor.layers.fused_moe.all2all_utils.maybe_roundup_layer_hidden_size"
+    with mock.patch(place, return_value=2048):
+        (problem,) = refusal(layer_of, experts, model)
+    assert "rounds the hidden size 256 up to 2048" in problem.message
+    assert "--all2all-backend" in problem.message
+
+
+@pytest.mark.parametrize(("weights", "ids"), [("float32", "int32"), ("float16", "int64"), ("bfloat16", "uint32")])
+def test_whatever_types_a_router_has_ours_take(harness, experts, model, monkeypatch, weights, ids):
+    monkeypatch.setenv("AWQ2MARLIN_KERNEL", "own")
+    torch, layer = harness.torch, layer_of(experts, model)
+    experts.load_experts(layer, model, PREFIX)
+    experts.finish_experts(layer)
+    x = torch.randn(3, 256, generator=torch.Generator().manual_seed(0)).half()
+    chosen, shares = torch.tensor([[1, 3], [0, 2], [3, 0]]), torch.tensor([[0.5, 0.25], [1.0, 0.0], [0.125, 0.5]])
+    wanted = experts.run_experts(layer, x, chosen.int(), shares)
+    found = experts.run_experts(layer, x, chosen.to(getattr(torch, ids)), shares.to(getattr(torch, weights)))
+    assert wanted.abs().max() > 0
+    assert torch.equal(found, wanted)
 
 
 def test_another_backend_that_the_user_asks_for_is_refused(harness, experts, tmp_path):
