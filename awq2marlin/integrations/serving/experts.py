@@ -8,8 +8,10 @@ import torch
 
 from awq2marlin.checkpoint.tensor_parallel import inexact_awq_reason, inexact_reason
 from awq2marlin.errors import refuse
+from awq2marlin.integrations.kernel_choice import reason_without_own
 from awq2marlin.integrations.serving.contents import Contents, is_any_below
 from awq2marlin.integrations.serving.finishing import pad_to, reorder_scales
+from awq2marlin.integrations.serving.kernels import ExpertsTask
 from awq2marlin.integrations.serving.linear import finished_parameter
 from awq2marlin.integrations.serving.record import LoadRecord
 from awq2marlin.integrations.serving.recut import Note, plain_part
@@ -25,6 +27,8 @@ GROUPS = ("w13", "w2")
 class MarlinExperts:
     """Loads and finishes the experts of one layer; an engine's plugin adds its loaders and what multiplies."""
 
+    #: The engine, as people call it.
+    engine = ""
     #: Says once that modules are cut within tiles.
     note: Note
 
@@ -155,6 +159,19 @@ class MarlinExperts:
         """
         hidden, _, shards = self.sizes
         return (hidden, shards * inner) if group == "w13" else (inner, hidden)
+
+    def refuse_without_own(self, task: ExpertsTask) -> None:
+        """Refuses experts that only our kernels know, where these cannot serve them.
+
+        Args:
+            task: what the model asks of them.
+
+        Raises:
+            CheckpointError: if they cannot.
+        """
+        reason = reason_without_own(None) or task.reason_without_own()
+        if reason:
+            self.refuse(f"8 bits with zero points, which {self.engine}'s Marlin experts do not support: {reason}")
 
     def refuse(self, message: str) -> NoReturn:
         """Refuses the experts.

@@ -34,6 +34,20 @@ class LinearKernel(Protocol):
         """
 
 
+#: What engines call the weights that their Marlin kernels know, by bits and whether there are zero points.
+_WEIGHT_TYPES = {(4, True): "uint4", (4, False): "uint4b8", (8, False): "uint8b128"}
+
+
+def weight_type_name(num_bits: int, zero_points: bool) -> str | None:
+    """Returns what engines call the type of weights; None if their Marlin kernels do not know it.
+
+    Args:
+        num_bits: 4 or 8.
+        zero_points: whether there are ``qzeros``.
+    """
+    return _WEIGHT_TYPES.get((num_bits, zero_points))
+
+
 def chosen_kernel(
     choice: KernelChoice,
     layer: Any,

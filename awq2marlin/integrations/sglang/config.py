@@ -23,7 +23,8 @@ from awq2marlin.errors import printable, refuse
 from awq2marlin.formats.base import Quantization
 from awq2marlin.formats.names import CONFIG_FILENAME
 from awq2marlin.formats.registry import MARLIN_NATIVE
-from awq2marlin.integrations.kernel_choice import reason_without_own, setting
+from awq2marlin.integrations.kernel_choice import setting
+from awq2marlin.integrations.serving.config import ServingConfig
 from awq2marlin.integrations.serving.contents import Contents, Layout
 from awq2marlin.integrations.serving.inventory import (
     Inventory,
@@ -62,7 +63,7 @@ _JOINED = {
 SHARED_EXPERTS = ("shared_experts", "shared_expert")
 
 
-class MarlinNativeConfig(QuantizationConfig):  # type: ignore[misc]
+class MarlinNativeConfig(ServingConfig, QuantizationConfig):  # type: ignore[misc]
     """How a Marlin-native checkpoint is loaded.
 
     Attributes:
@@ -76,31 +77,15 @@ class MarlinNativeConfig(QuantizationConfig):  # type: ignore[misc]
         self.contents = Contents(quantization)
         self.by_weight_loaders = True
 
-    def __repr__(self) -> str:
-        """Returns a line for SGLang's log."""
-        said = self.contents.quantization
-        facts = f"bits={said.bits}, group_size={said.group_size}, zero_point={said.zero_point}"
-        return f"MarlinNativeConfig({facts}, awq_modules={len(said.awq_modules)})"
-
     @classmethod
     def get_name(cls) -> str:
         """Returns ``awq_marlin``, by which SGLang's models know how tensors lie that they join themselves."""
         return PACKED_LIKE
 
     @classmethod
-    def get_supported_act_dtypes(cls) -> list[torch.dtype]:
-        """Returns the activation types that the kernels take: fp16 and bf16."""
-        return [torch.half, torch.bfloat16]
-
-    @classmethod
     def get_min_capability(cls) -> int:
         """Returns the least compute capability, times ten."""
         return _MIN_CAPABILITY
-
-    @staticmethod
-    def get_config_filenames() -> list[str]:
-        """Returns no file names: the config is always in ``config.json``."""
-        return []
 
     @staticmethod
     def get_scaled_act_names() -> list[str]:
@@ -145,11 +130,7 @@ class MarlinNativeConfig(QuantizationConfig):  # type: ignore[misc]
             return  # the files may hold other names, one rank's shapes, or nothing
         inventory = self._read_inventory(model_config, load_config)
         self._take(replace(self.contents, inventory=inventory))
-        if inventory is not None and self.contents.bits == 8 and inventory.zero_point_modules:
-            reason = reason_without_own(_capability())
-            if reason:
-                message = f"8 bits with zero points: {reason}"
-                raise refuse("unsupported-engine", message, tensor=min(inventory.zero_point_modules))
+        self.refuse_unserved(_capability())
 
     def _read_inventory(self, model_config: Any, load_config: Any) -> Inventory | None:
         place, revision = str(model_config.model_path), model_config.revision

@@ -13,7 +13,6 @@ from sglang.srt.layers.moe.token_dispatcher.standard import StandardCombineInput
 from sglang.srt.layers.moe.utils import MoeRunnerBackend, get_moe_a2a_backend, get_moe_runner_backend
 from sglang.srt.layers.quantization.base_config import FusedMoEMethodBase
 
-from awq2marlin.integrations.kernel_choice import reason_without_own
 from awq2marlin.integrations.serving.experts import GROUPS, MarlinExperts
 from awq2marlin.integrations.serving.kernels import ExpertsTask, chosen_experts_kernel, expert_weights, run_experts
 from awq2marlin.integrations.serving.record import LoadRecord
@@ -139,6 +138,7 @@ class SglangMarlinExperts:
 class MarlinNativeMoEMethod(MarlinExperts, FusedMoEMethodBase):  # type: ignore[misc]
     """Loads, finishes and applies the experts of one layer."""
 
+    engine = "SGLang"
     note = RECUT_NOTE
 
     def __init__(self, config: Any, layer: Any, prefix: str) -> None:
@@ -160,9 +160,7 @@ class MarlinNativeMoEMethod(MarlinExperts, FusedMoEMethodBase):  # type: ignore[
 
     def _refuse_unserved(self, wanted: Any) -> None:
         if weight_type(self.contents.bits, "qzeros" in self.parts) is None:
-            reason = reason_without_own(None) or _task_of(wanted, 1).reason_without_own()
-            if reason:
-                self.refuse(f"8 bits with zero points, which SGLang's Marlin experts do not support: {reason}")
+            self.refuse_without_own(_task_of(wanted, 1))
         backend, between_gpus = get_moe_runner_backend(), get_moe_a2a_backend()
         if not (backend.is_auto() or backend.is_marlin()):
             self.refuse(

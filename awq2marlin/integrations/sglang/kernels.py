@@ -10,7 +10,13 @@ from sglang.srt.layers.quantization.marlin_utils import apply_gptq_marlin_linear
 from sglang.srt.layers.quantization.utils import get_scalar_types
 
 from awq2marlin.integrations.kernel_choice import KernelChoice
-from awq2marlin.integrations.serving.kernels import LinearKernel, chosen_kernel, padded_rows, without_padding
+from awq2marlin.integrations.serving.kernels import (
+    LinearKernel,
+    chosen_kernel,
+    padded_rows,
+    weight_type_name,
+    without_padding,
+)
 from awq2marlin.integrations.serving.recut import Note
 from awq2marlin.layout.marlin import GPTQ_MARLIN_TILE
 
@@ -21,9 +27,6 @@ CHOICE = KernelChoice("SGLang's Marlin", _logger)
 EXPERTS_CHOICE = KernelChoice.of_experts("SGLang's Marlin", _logger)
 RECUT_NOTE = Note(_logger)
 
-#: SGLang's names of weights that its Marlin kernels know, by bits and whether there are zero points.
-_WEIGHT_TYPES = {(4, True): "uint4", (4, False): "uint4b8", (8, False): "uint8b128"}
-
 
 def weight_type(num_bits: int, zero_points: bool) -> Any:
     """Returns SGLang's name for the type of the weights; None if its Marlin kernels do not know it.
@@ -32,7 +35,7 @@ def weight_type(num_bits: int, zero_points: bool) -> Any:
         num_bits: 4 or 8.
         zero_points: whether the layer has ``qzeros``.
     """
-    name = _WEIGHT_TYPES.get((num_bits, zero_points))
+    name = weight_type_name(num_bits, zero_points)
     return None if name is None else getattr(get_scalar_types()[1], name)
 
 

@@ -23,7 +23,8 @@ from awq2marlin.formats.base import Quantization
 from awq2marlin.formats.marlin_native import MARLIN_QUANT_METHOD
 from awq2marlin.formats.names import CONFIG_FILENAME
 from awq2marlin.formats.registry import MARLIN_NATIVE
-from awq2marlin.integrations.kernel_choice import reason_without_own, setting
+from awq2marlin.integrations.kernel_choice import setting
+from awq2marlin.integrations.serving.config import ServingConfig
 from awq2marlin.integrations.serving.contents import Contents
 from awq2marlin.integrations.serving.inventory import Inventory, inventory_of, read_inventory, tensors_of
 from awq2marlin.integrations.vllm.needs import ALWAYS, EXPERTS, VLLM
@@ -36,7 +37,7 @@ _MIN_CAPABILITY = 75
 
 
 @register_quantization_config(MARLIN_QUANT_METHOD)
-class MarlinNativeConfig(QuantizationConfig):  # type: ignore[misc]
+class MarlinNativeConfig(ServingConfig, QuantizationConfig):  # type: ignore[misc]
     """How a Marlin-native checkpoint is loaded.
 
     Attributes:
@@ -48,31 +49,15 @@ class MarlinNativeConfig(QuantizationConfig):  # type: ignore[misc]
         super().__init__()
         self.contents = Contents(quantization)
 
-    def __repr__(self) -> str:
-        """Returns a line for vLLM's log."""
-        said = self.contents.quantization
-        facts = f"bits={said.bits}, group_size={said.group_size}, zero_point={said.zero_point}"
-        return f"MarlinNativeConfig({facts}, awq_modules={len(said.awq_modules)})"
-
     @classmethod
     def get_name(cls) -> str:
         """Returns ``marlin_native``."""
         return MARLIN_QUANT_METHOD
 
     @classmethod
-    def get_supported_act_dtypes(cls) -> list[torch.dtype]:
-        """Returns the activation types that the kernels take: fp16 and bf16."""
-        return [torch.half, torch.bfloat16]
-
-    @classmethod
     def get_min_capability(cls) -> int:
         """Returns the least compute capability, times ten."""
         return _MIN_CAPABILITY
-
-    @staticmethod
-    def get_config_filenames() -> list[str]:
-        """Returns no file names: the config is always in ``config.json``."""
-        return []
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> MarlinNativeConfig:
@@ -99,11 +84,7 @@ class MarlinNativeConfig(QuantizationConfig):  # type: ignore[misc]
         _check_engine()
         inventory = self._read_inventory(model_name, hf_config, revision)
         self.contents = replace(self.contents, inventory=inventory)
-        if inventory is not None and self.contents.bits == 8 and inventory.zero_point_modules:
-            reason = reason_without_own(_capability())
-            if reason:
-                message = f"8 bits with zero points: {reason}"
-                raise refuse("unsupported-engine", message, tensor=min(inventory.zero_point_modules))
+        self.refuse_unserved(_capability())
 
     def _read_inventory(self, model_name: str, hf_config: Any, revision: str | None) -> Inventory | None:
         if is_sharded_state(Path(model_name)):

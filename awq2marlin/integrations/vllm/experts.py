@@ -15,7 +15,7 @@ from vllm.model_executor.layers.fused_moe.oracle.int_wna16 import WNA16MoEBacken
 from vllm.model_executor.layers.quantization.auto_awq import AutoAWQMoEMethod
 from vllm.model_executor.layers.quantization.utils.quant_utils import kInt4Static, kInt8Static
 
-from awq2marlin.integrations.kernel_choice import Kernel, reason_without_own
+from awq2marlin.integrations.kernel_choice import Kernel
 from awq2marlin.integrations.serving.contents import Contents
 from awq2marlin.integrations.serving.experts import MarlinExperts
 from awq2marlin.integrations.serving.kernels import ExpertsTask, chosen_experts_kernel, run_experts
@@ -38,6 +38,7 @@ class MarlinNativeMoEMethod(MarlinExperts, AutoAWQMoEMethod):  # type: ignore[mi
 
     supports_pre_processed_weights = True
 
+    engine = "vLLM"
     note = RECUT_NOTE
 
     def __init__(self, contents: Contents, layer: Any, prefix: str) -> None:
@@ -67,9 +68,7 @@ class MarlinNativeMoEMethod(MarlinExperts, AutoAWQMoEMethod):  # type: ignore[mi
                 "kernels. Leave the option out"
             )
         if self._is_only_ours:
-            reason = reason_without_own(None) or self.task.reason_without_own()
-            if reason:
-                self.refuse(f"8 bits with zero points, which vLLM's Marlin experts do not support: {reason}")
+            self.refuse_without_own(self.task)
         experts, key = self.experts_cls, kInt4Static if self.contents.bits == 4 else kInt8Static
         is_served, reason = experts.is_supported_config(experts, self.moe, key, None, experts.activation_format())
         if not is_served:

@@ -13,7 +13,7 @@ from vllm.scalar_type import ScalarType, scalar_types
 
 from awq2marlin.integrations.kernel_choice import KERNEL_VARIABLE, KernelChoice
 from awq2marlin.integrations.serving.finishing import permute_bias
-from awq2marlin.integrations.serving.kernels import LinearKernel, chosen_kernel
+from awq2marlin.integrations.serving.kernels import LinearKernel, chosen_kernel, weight_type_name
 from awq2marlin.integrations.serving.recut import Note
 
 logger = init_logger("vllm.awq2marlin")
@@ -26,13 +26,6 @@ RECUT_NOTE = Note(logger)
 #: Whether vLLM's Marlin calls take an index of rows and a workspace, as before 0.33.
 TAKES_ACTIVATION_ORDER = "g_idx" in inspect.signature(apply_gptq_marlin_linear).parameters
 
-#: vLLM's names of weights, by bits and whether there are zero points.
-_WEIGHT_TYPES = {
-    (4, True): scalar_types.uint4,
-    (4, False): scalar_types.uint4b8,
-    (8, False): scalar_types.uint8b128,
-}
-
 
 def weight_type(num_bits: int, zero_points: bool) -> ScalarType | None:
     """Returns vLLM's name for the type of the weights; None if its Marlin kernel does not know it.
@@ -41,7 +34,8 @@ def weight_type(num_bits: int, zero_points: bool) -> ScalarType | None:
         num_bits: 4 or 8.
         zero_points: whether the layer has ``qzeros``.
     """
-    return _WEIGHT_TYPES.get((num_bits, zero_points))
+    name = weight_type_name(num_bits, zero_points)
+    return None if name is None else getattr(scalar_types, name)
 
 
 def kernel_of(layer: Any, num_bits: int, size_k: int, size_n: int) -> LinearKernel:

@@ -4,10 +4,12 @@ import json
 from dataclasses import replace
 
 import numpy as np
+import pytest
 from safetensors.torch import load_file
 
 from awq2marlin import convert
 from awq2marlin.checkpoint.synthetic import Recipe, write_checkpoint
+from awq2marlin.errors import CheckpointError
 from awq2marlin.integrations.serving.inventory import read_inventory
 from awq2marlin.layout import reference
 from tests.equality import assert_identical
@@ -56,6 +58,13 @@ class Model:
 
 def words(tensor):
     return tensor.contiguous().numpy().view(np.uint32)
+
+
+def refusal(call, *arguments, **options):
+    """Returns the problems with which a call refuses its arguments."""
+    with pytest.raises(CheckpointError) as refused:
+        call(*arguments, **options)
+    return refused.value.problems
 
 
 def load(layer, model, parts, leave_out=()):

@@ -1,11 +1,9 @@
 """Mixtures of experts for the tests of every engine, and what one expert holds."""
 
 import numpy as np
-import pytest
 
-from awq2marlin.errors import CheckpointError
 from tests.equality import assert_identical
-from tests.integrations.serving.harness import expert_values
+from tests.integrations.serving.harness import expert_values, refusal  # noqa: F401 - tests of experts take it from here
 
 PREFIX = "mlp.experts"
 COUNT, HIDDEN, INNER = 4, 256, 512
@@ -21,12 +19,6 @@ def modules(hidden=HIDDEN, inner=INNER, count=COUNT):
 def make_model(harness, folder, bits=4, group_size=128, has_qzeros=True, sizes=(HIDDEN, INNER), extra=(), **options):
     options = {"bits": bits, "group_size": group_size, "has_qzeros": has_qzeros, **options}
     return harness.Model(folder, {**modules(*sizes), **dict(extra)}, **options)
-
-
-def refusal(call, *arguments, **options):
-    with pytest.raises(CheckpointError) as refused:
-        call(*arguments, **options)
-    return refused.value.problems
 
 
 def layer_of(experts, model, rank=0, ranks=1, sizes=(HIDDEN, INNER), **options):

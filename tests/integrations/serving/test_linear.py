@@ -2,18 +2,12 @@
 
 import pytest
 
-from awq2marlin.errors import CheckpointError
 from tests.equality import assert_identical
+from tests.integrations.serving.harness import refusal
 
 QKV = {"q": "attn.q_proj", "k": "attn.k_proj", "v": "attn.v_proj"}
 ATTENTION = {"attn.q_proj": (256, 512), "attn.k_proj": (256, 128), "attn.v_proj": (256, 128)}
 BIASES = {f"{name}.bias": (size_n,) for name, (_, size_n) in ATTENTION.items()}
-
-
-def refusal(call, *arguments, **options):
-    with pytest.raises(CheckpointError) as refused:
-        call(*arguments, **options)
-    return refused.value.problems
 
 
 def qkv_layer(harness, model, **options):

@@ -31,8 +31,8 @@ GATE_UP = {0: "mlp.gate_proj", 1: "mlp.up_proj"}
 def notes(harness, monkeypatch):
     """Returns what the process says of modules that are brought back to plain order."""
     log = mock.Mock()
-    monkeypatch.setattr(harness.RECUT_NOTE, "_log", log)
-    monkeypatch.setattr(harness.RECUT_NOTE, "_is_said", False)
+    monkeypatch.setattr(harness.kernels.RECUT_NOTE, "_log", log)
+    monkeypatch.setattr(harness.kernels.RECUT_NOTE, "_is_said", False)
     return lambda: [call.args[0] % call.args[1:] for call in log.info.call_args_list]
 
 

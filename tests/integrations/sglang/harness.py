@@ -2,7 +2,6 @@
 
 import sys
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from unittest import mock
 
 import sglang.srt.layers.linear as sglang_linear
@@ -18,57 +17,8 @@ from sglang.srt.runtime_context import get_context, get_parallel
 
 from awq2marlin.integrations.sglang import hooks, kernels  # noqa: F401 - registers the method, as an SGLang process does
 from awq2marlin.integrations.sglang.config import MarlinNativeConfig
-from awq2marlin.integrations.sglang.kernels import RECUT_NOTE
 from tests.integrations.serving import harness
-from tests.integrations.serving.harness import (
-    PACKED,
-    SHARDS,
-    apart,
-    assert_holds,
-    assert_same,
-    columns,
-    expert_values,
-    finish,
-    load,
-    loaded_values,
-    rows,
-    side_by_side,
-    tensors,
-    words,
-)
-
-__all__ = [
-    "ENGINE_KERNEL",
-    "PACKED",
-    "RECUT_NOTE",
-    "Model",
-    "apart",
-    "as_rank",
-    "assert_holds",
-    "assert_same",
-    "build",
-    "columns",
-    "expert_values",
-    "experts_kernel",
-    "experts_layer",
-    "finish",
-    "finish_experts",
-    "kernel_sizes",
-    "kernels",
-    "load",
-    "load_experts",
-    "load_format",
-    "load_model",
-    "loaded_values",
-    "plain_bias",
-    "replace",
-    "rows",
-    "run_experts",
-    "side_by_side",
-    "tensors",
-    "torch",
-    "words",
-]  # fmt: skip
+from tests.integrations.serving.harness import *  # noqa: F403 - what is the same for every engine
 
 HookRegistry.apply_hooks()
 
@@ -155,7 +105,7 @@ def load_experts(layer, model, prefix, leave_out=()):
     """Hands the layer every tensor of its experts as the models of SGLang do."""
     parameters = dict(layer.named_parameters())
     names = {"experts.w13_": ("gate_proj", "up_proj"), "experts.w2_": ("down_proj",)}
-    shards = {projection: shard for shard, projection in SHARDS.items()}
+    shards = {projection: shard for shard, projection in harness.SHARDS.items()}
     for expert in range(layer.num_experts):
         for group, projections in names.items():
             for projection in projections:
@@ -171,7 +121,7 @@ def load_experts(layer, model, prefix, leave_out=()):
 
 def finish_experts(layer):
     """Runs what follows loading."""
-    finish(layer)
+    harness.finish(layer)
 
 
 def experts_kernel(layer):

@@ -11,7 +11,7 @@ from unittest import mock
 import pytest
 
 import awq2marlin
-from awq2marlin.errors import CheckpointError
+from tests.integrations.serving.harness import refusal
 from tests.integrations.sglang.test_models import LLAMA, make
 
 pytestmark = pytest.mark.usefixtures("harness")
@@ -21,9 +21,7 @@ CONFIG = "awq2marlin.integrations.sglang.config"
 
 
 def problem_of(call, *arguments, **options):
-    with pytest.raises(CheckpointError) as refused:
-        call(*arguments, **options)
-    (problem,) = refused.value.problems
+    (problem,) = refusal(call, *arguments, **options)
     return problem
 
 

@@ -1,7 +1,6 @@
 """Layers of vLLM, built as one rank of several."""
 
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
 from unittest import mock
 
 import torch
@@ -9,53 +8,11 @@ import vllm.model_executor.layers.linear as vllm_linear
 import vllm.model_executor.layers.vocab_parallel_embedding as vllm_embedding
 import vllm.model_executor.parameter as vllm_parameter
 
-from awq2marlin.integrations.vllm import kernels
+from awq2marlin.integrations.vllm import kernels  # noqa: F401 - the tests of every engine look for it here
 from awq2marlin.integrations.vllm.config import MarlinNativeConfig
-from awq2marlin.integrations.vllm.kernels import RECUT_NOTE
 from awq2marlin.layout import reference
 from tests.integrations.serving import harness
-from tests.integrations.serving.harness import (
-    PACKED,
-    apart,
-    assert_holds,
-    assert_same,
-    columns,
-    finish,
-    load,
-    loaded_values,
-    rows,
-    side_by_side,
-    tensors,
-    words,
-)
-
-__all__ = [
-    "ENGINE_KERNEL",
-    "PACKED",
-    "RECUT_NOTE",
-    "Model",
-    "apart",
-    "as_rank",
-    "assert_holds",
-    "assert_same",
-    "build",
-    "columns",
-    "finish",
-    "kernel_sizes",
-    "kernels",
-    "load",
-    "load_format",
-    "loaded_values",
-    "output_embedding",
-    "plain_bias",
-    "replace",
-    "rows",
-    "side_by_side",
-    "tensors",
-    "torch",
-    "words",
-]  # fmt: skip
-
+from tests.integrations.serving.harness import *  # noqa: F403 - what is the same for every engine
 
 #: The plugin's class of the engine's own kernel.
 ENGINE_KERNEL = "VllmMarlinKernel"

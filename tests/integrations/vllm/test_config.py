@@ -11,7 +11,7 @@ import pytest
 
 import awq2marlin
 from awq2marlin.checkpoint.synthetic import Recipe, write_checkpoint
-from awq2marlin.errors import CheckpointError
+from tests.integrations.serving.harness import refusal
 
 pytestmark = pytest.mark.usefixtures("harness")
 
@@ -19,9 +19,7 @@ MODULES = {"model.layers.0.self_attn.q_proj": (192, 192), "model.layers.0.mlp.do
 
 
 def problem_of(call, *arguments, **options):
-    with pytest.raises(CheckpointError) as refused:
-        call(*arguments, **options)
-    (problem,) = refused.value.problems
+    (problem,) = refusal(call, *arguments, **options)
     return problem
 
 

@@ -1,0 +1,52 @@
+"""What every engine asks a quantization config, answered the same for all of them."""
+
+from __future__ import annotations
+
+import torch
+
+from awq2marlin.errors import refuse
+from awq2marlin.gemm.families.base import Capability
+from awq2marlin.integrations.kernel_choice import reason_without_own
+from awq2marlin.integrations.serving.contents import Contents
+
+
+class ServingConfig:
+    """How a Marlin-native checkpoint is loaded; an engine's plugin adds which layer is loaded in which way.
+
+    Attributes:
+        contents: what the checkpoint holds, with the names that the engine's model gives the modules.
+    """
+
+    contents: Contents
+
+    def __repr__(self) -> str:
+        """Returns a line for the engine's log."""
+        said = self.contents.quantization
+        facts = f"bits={said.bits}, group_size={said.group_size}, zero_point={said.zero_point}"
+        return f"{type(self).__name__}({facts}, awq_modules={len(said.awq_modules)})"
+
+    @classmethod
+    def get_supported_act_dtypes(cls) -> list[torch.dtype]:
+        """Returns the activation types that the kernels take: fp16 and bf16."""
+        return [torch.half, torch.bfloat16]
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        """Returns no file names: the config is always in ``config.json``."""
+        return []
+
+    def refuse_unserved(self, capability: Capability | None) -> None:
+        """Refuses weights that only our kernels know, where these cannot serve them.
+
+        Args:
+            capability: the GPUs' compute capability; None if it is not known.
+
+        Raises:
+            CheckpointError: naming the first such module, and what to do.
+        """
+        inventory = self.contents.inventory
+        if inventory is not None and self.contents.bits == 8 and inventory.zero_point_modules:
+            reason = reason_without_own(capability)
+            if reason:
+                message = f"8 bits with zero points: {reason}"
+                raise refuse("unsupported-engine", message, tensor=min(inventory.zero_point_modules))
