@@ -1,12 +1,14 @@
 """What loading costs: an AWQ checkpoint and the converted one, from the start of a process to the first token.
 
     python benchmarks/load.py --out benchmarks/results/load_h200.json [--layers 32] [--repeats 3] [--engine vllm]
+        [--cpu-offload-gb 2]
 
 Makes a model of Llama-3-8B's shapes from random weights, converts it, and starts an engine on each in turn, a fresh
 process each time; the first start of all, in which the machine compiles for itself, is left out. Measured in the
 process: the seconds in which weights are read and in which they are processed afterwards, the largest GPU memory in
 both, and what stays; the largest host memory, all of it and without mapped files. The files were just written, so
-they are read from the page cache: reading from a disk takes longer, and the same for both.
+they are read from the page cache: reading from a disk takes longer, and the same for both. With --cpu-offload-gb vLLM
+keeps that much of the weights in the host's pinned memory, which is measured then, too.
 `benchmarks/load_chart.py` draws the result and prints it as a table.
 """
 
@@ -34,7 +36,6 @@ MIB = 1 << 20
 KINDS = ("awq", "marlin")
 
 ENVIRONMENT = {
-    "VLLM_DISABLED_KERNELS": "MacheteLinearKernel",  # so that the AWQ source runs on Marlin kernels too
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "HF_HUB_OFFLINE": "1",
 }
@@ -87,8 +88,9 @@ class Phases:
         return wrapper
 
 
-def start_vllm(folder: Path, phases: Phases) -> list[int]:
+def start_vllm(folder: Path, phases: Phases, cpu_offload_gb: float) -> list[int]:
     """Starts vLLM on a checkpoint and returns some tokens."""
+    import torch
     import vllm
     import vllm.model_executor.model_loader.base_loader as base_loader
     from vllm import LLM, SamplingParams
@@ -103,17 +105,24 @@ def start_vllm(folder: Path, phases: Phases) -> list[int]:
         skip_tokenizer_init=True,
         max_model_len=256,
         max_num_seqs=16,
-        gpu_memory_utilization=0.3,
+        gpu_memory_utilization=0.1,
+        kv_cache_memory_bytes=1 << 30,
+        cpu_offload_gb=cpu_offload_gb,
         attention_config={"backend": "TRITON_ATTN"},
+        kernel_config={"linear_backend": "marlin", "moe_backend": "marlin"},  # the source, too
     )
     phases.found["ready_seconds"] = time.time() - float(os.environ["LOAD_STARTED"])
     sampling = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, detokenize=False)
     output = engine.generate([{"prompt_token_ids": list(range(5, 25))}], sampling, use_tqdm=False)[0]
+    if cpu_offload_gb:
+        pinned = torch.cuda.host_memory_stats()
+        phases.found["host_pinned_after_mib"] = pinned.get("allocated_bytes.current", 0) / MIB
+        phases.found["host_pinned_peak_mib"] = pinned.get("allocated_bytes.peak", 0) / MIB
     del vllm
     return list(output.outputs[0].token_ids)
 
 
-def start_transformers(folder: Path, phases: Phases) -> list[int]:
+def start_transformers(folder: Path, phases: Phases, cpu_offload_gb: float) -> list[int]:  # noqa: ARG001 - vLLM's
     """Starts Transformers on a checkpoint and returns some tokens."""
     import torch
     from transformers import AutoModelForCausalLM
@@ -129,12 +138,12 @@ def start_transformers(folder: Path, phases: Phases) -> list[int]:
     return [int(token) for token in output[0, 20:]]
 
 
-def run_engine(engine: str, folder: Path, out: Path) -> None:
+def run_engine(engine: str, folder: Path, cpu_offload_gb: float, out: Path) -> None:
     """Starts an engine in this process, once, and writes what it cost."""
     memory = HostMemory()
     memory.start()
     phases = Phases()
-    tokens = {"vllm": start_vllm, "transformers": start_transformers}[engine](folder, phases)
+    tokens = {"vllm": start_vllm, "transformers": start_transformers}[engine](folder, phases, cpu_offload_gb)
     found = phases.found
     found["first_token_seconds"] = time.time() - float(os.environ["LOAD_STARTED"])
     found["gpu_peak_mib"] = max(value for name, value in found.items() if name.endswith("_gpu_peak_mib"))
@@ -156,9 +165,10 @@ def versions() -> dict[str, str]:
     return found
 
 
-def start_engine(engine: str, folder: Path, out: Path) -> dict[str, Any]:
+def start_engine(engine: str, folder: Path, cpu_offload_gb: float, out: Path) -> dict[str, Any]:
     """Runs `run_engine` in a process of its own and returns what it wrote, or why it failed."""
     command = [sys.executable, __file__, "--engine", engine, "--checkpoint", str(folder), "--out", str(out)]
+    command += ["--cpu-offload-gb", str(cpu_offload_gb)]
     environment = {**os.environ, **ENVIRONMENT, "LOAD_STARTED": str(time.time())}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, errors="replace", check=False)
     if done.returncode:
@@ -175,7 +185,7 @@ def medians(runs: list[dict[str, Any]]) -> dict[str, float]:
     return {name: round(statistics.median(run[name] for run in runs), 3) for name in names}
 
 
-def measure(engine: str, layers: int, repeats: int, work: Path) -> dict[str, Any]:
+def measure(engine: str, layers: int, repeats: int, cpu_offload_gb: float, work: Path) -> dict[str, Any]:
     """Makes and converts a model, starts an engine on both in turn, and returns every run and the medians."""
     from awq2marlin import convert
 
@@ -186,14 +196,16 @@ def measure(engine: str, layers: int, repeats: int, work: Path) -> dict[str, Any
     convert(folders["awq"], folders["marlin"])
     print(f"made {size / 1e9:.2f} GB in {made - begin:.0f} s, converted in {time.perf_counter() - made:.1f} s")
     out = work / "run.json"
-    print(f"warm-up: {json.dumps(start_engine(engine, folders['marlin'], out))}", flush=True)
+    print(f"warm-up: {json.dumps(start_engine(engine, folders['marlin'], cpu_offload_gb, out))}", flush=True)
     runs: dict[str, list[dict[str, Any]]] = {kind: [] for kind in KINDS}
     for _ in range(repeats):
         for kind in KINDS:
-            run = start_engine(engine, folders[kind], out)
+            run = start_engine(engine, folders[kind], cpu_offload_gb, out)
             print(f"{kind}: {json.dumps(run)}", flush=True)
             runs[kind].append(run)
-    return {"engine": engine, "layers": layers, "bytes": size, "runs": runs, **summary(runs)}
+    row = {"engine": engine, "layers": layers, "bytes": size}
+    row |= {"cpu_offload_gb": cpu_offload_gb} if cpu_offload_gb else {}
+    return {**row, "runs": runs, **summary(runs)}
 
 
 def summary(runs: dict[str, list[dict[str, Any]]]) -> dict[str, Any]:
@@ -213,15 +225,16 @@ def main() -> int:
     parser.add_argument("--engine", choices=("vllm", "transformers"), default="vllm")
     parser.add_argument("--layers", type=int, default=32, help="of Llama-3-8B's 32")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--cpu-offload-gb", type=float, default=0.0, help="weights that vLLM keeps on the host (0)")
     parser.add_argument("--work", type=Path, help="folder for the models; a temporary one if not given")
     parser.add_argument("--checkpoint", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.checkpoint:
-        run_engine(options.engine, options.checkpoint, options.out)
+        run_engine(options.engine, options.checkpoint, options.cpu_offload_gb, options.out)
         return 0
 
     with tempfile.TemporaryDirectory(dir=options.work) as work:
-        row = measure(options.engine, options.layers, options.repeats, Path(work))
+        row = measure(options.engine, options.layers, options.repeats, options.cpu_offload_gb, Path(work))
     document = json.loads(options.out.read_text()) if options.out.exists() else {"rows": []}
     document["date"] = datetime.date.today().isoformat()
     document["rows"] = [each for each in document["rows"] if each["engine"] != options.engine] + [row]

@@ -1,4 +1,4 @@
-"""AWQ models of random weights that say something.
+"""Quantized models of random weights that say something: AWQ, GPTQ, AutoRound or compressed-tensors.
 
 Weights are centred and of the usual size, and the output embedding is large, so that tokens differ in probability and
 a wrong weight shows. Made tensor by tensor, on a GPU where there is one; no tokenizer.
@@ -17,6 +17,10 @@ from safetensors.torch import save_file
 
 #: Standard deviation of the difference of a uniform value and a zero point near the middle, by bits.
 _SPREAD = {4: 4.6, 8: 73.9}
+
+
+#: Formats of a model, as a table names them.
+FORMATS = {"awq": "AWQ", "gptq": "GPTQ", "auto-round": "AutoRound", "compressed-tensors": "compressed-tensors"}
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,8 @@ class Model:
         group_size: rows that share scales, -1 for all.
         zero_points: whether modules have ``qzeros``.
         dtype: of scales and unquantized tensors.
+        format: ``awq``, ``gptq`` (its first version), ``auto-round`` (its default packing) or ``compressed-tensors``;
+            the second and the third without zero points only.
     """
 
     hidden: int
@@ -54,6 +60,7 @@ class Model:
     group_size: int = 128
     zero_points: bool = True
     dtype: torch.dtype = torch.float16
+    format: str = "awq"
 
     @property
     def kind(self) -> str:
@@ -89,13 +96,7 @@ class Model:
             "torch_dtype": str(self.dtype).removeprefix("torch."),
             "bos_token_id": 1,
             "eos_token_id": 2,
-            "quantization_config": {
-                "quant_method": "awq",
-                "bits": self.bits,
-                "group_size": self.group_size,
-                "zero_point": self.zero_points,
-                "version": "gemm",
-            },
+            "quantization_config": self.quantization(),
         }
         if kind == "mixtral":
             config |= {"num_local_experts": self.experts, "num_experts_per_tok": 2}
@@ -103,6 +104,27 @@ class Model:
             config |= {"num_experts": self.experts, "num_experts_per_tok": self.top_k, "norm_topk_prob": True}
             config |= {"moe_intermediate_size": self.inner, "decoder_sparse_step": 1, "mlp_only_layers": []}
         return config
+
+    def quantization(self) -> dict[str, Any]:
+        """Returns the quantization config, with the keys that the format's own tools write and engines read."""
+        if self.format == "compressed-tensors":
+            scheme = {"num_bits": self.bits, "type": "int", "symmetric": not self.zero_points, "dynamic": False}
+            groups = {"strategy": "group", "group_size": self.group_size, "actorder": None}
+            return {
+                "quant_method": "compressed-tensors",
+                "format": "pack-quantized",
+                "quantization_status": "compressed",
+                "config_groups": {"group_0": {"targets": ["Linear"], "weights": scheme | groups}},
+                "ignore": ["lm_head"],
+            }
+        if self.format == "awq":
+            own = {"quant_method": "awq", "zero_point": self.zero_points, "version": "gemm"}
+        elif self.format == "gptq":
+            own = {"quant_method": "gptq", "sym": True, "desc_act": False, "checkpoint_format": "gptq"}
+        else:
+            own = {"quant_method": "auto-round", "sym": True, "data_type": "int", "autoround_version": "0.16.0"}
+            own |= {"packing_format": "auto_round:auto_gptq", "block_name_to_quantize": "model.layers"}
+        return {**own, "bits": self.bits, "group_size": self.group_size}
 
 
 def write_model(folder: Path, model: Model, seed: int = 1234) -> int:
@@ -173,17 +195,51 @@ class _Maker:
 
     def module(self, name: str, size_k: int, size_n: int) -> Iterator[tuple[str, torch.Tensor]]:
         model = self.model
-        factor = 32 // model.bits
         groups = 1 if model.group_size == -1 else size_k // model.group_size
-        words: dict[str, Any] = {"generator": self.generator, "device": self.device, "dtype": torch.int32}
-        if model.zero_points:
-            yield f"{name}.qweight", torch.randint(-(2**31), 2**31 - 1, (size_k, size_n // factor), **words)
-            middle = 2 ** (model.bits - 1)
-            yield f"{name}.qzeros", self.words(middle - 2, middle + 2, groups, size_n // factor)
-        else:  # from 1, so that the mean is the implied zero point
-            yield f"{name}.qweight", self.words(1, 2**model.bits, size_k, size_n // factor)
         spread = torch.rand(groups, size_n, generator=self.generator, device=self.device) * 0.5 + 0.75
-        yield f"{name}.scales", (spread / (_SPREAD[model.bits] * size_k**0.5)).to(model.dtype)
+        scales = (spread / (_SPREAD[model.bits] * size_k**0.5)).to(model.dtype)
+        make = {"awq": self.awq, "compressed-tensors": self.compressed_tensors}.get(model.format, self.gptq)
+        yield from ((f"{name}.{part}", tensor) for part, tensor in make(size_k, size_n, scales))
+
+    def awq(self, size_k: int, size_n: int, scales: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yields words of N, and zero points likewise."""
+        columns = size_n * self.model.bits // 32
+        yield "qweight", self.codes(size_k, columns)
+        if self.model.zero_points:
+            yield "qzeros", self.zeros(len(scales), columns)
+        yield "scales", scales
+
+    def gptq(self, size_k: int, size_n: int, scales: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yields words of K; the zero points in the middle are stored minus 1. AutoRound has no ``g_idx``."""
+        model, groups = self.model, len(scales)
+        yield "qweight", self.codes(size_k * model.bits // 32, size_n)
+        stored = 2 ** (model.bits - 1) - 1
+        yield "qzeros", self.words(stored, stored + 1, groups, size_n * model.bits // 32)
+        yield "scales", scales
+        if model.format == "gptq":
+            yield "g_idx", torch.arange(size_k, dtype=torch.int32) // (size_k // groups)
+
+    def compressed_tensors(self, size_k: int, size_n: int, scales: torch.Tensor) -> Iterator[tuple[str, torch.Tensor]]:
+        """Yields words of K, N first; words of N of the zero points."""
+        yield "weight_packed", self.codes(size_n, size_k * self.model.bits // 32)
+        yield "weight_scale", scales.T
+        yield "weight_shape", torch.tensor([size_n, size_k])
+        if self.model.zero_points:
+            yield "weight_zero_point", self.zeros(size_n * self.model.bits // 32, len(scales))
+
+    def codes(self, rows: int, columns: int) -> torch.Tensor:
+        """Returns words of weights; without zero points from 1, so that the mean is the implied zero point."""
+        if not self.model.zero_points:
+            return self.words(1, 2**self.model.bits, rows, columns)
+        shape = (rows, columns)
+        return torch.randint(
+            -(2**31), 2**31 - 1, shape, generator=self.generator, device=self.device, dtype=torch.int32
+        )
+
+    def zeros(self, rows: int, columns: int) -> torch.Tensor:
+        """Returns words of zero points near the middle."""
+        middle = 2 ** (self.model.bits - 1)
+        return self.words(middle - 2, middle + 2, rows, columns)
 
     def words(self, low: int, high: int, rows: int, columns: int) -> torch.Tensor:
         """Returns words whose fields are drawn from ``low`` to ``high`` - 1."""

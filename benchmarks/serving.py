@@ -1,12 +1,14 @@
-"""How fast vLLM serves an AWQ checkpoint and the converted one, on every kernel that it may take for them.
+"""How fast vLLM serves a checkpoint and the converted one, on every kernel that it may take for them.
 
-    python benchmarks/serving.py --out benchmarks/results/serving_h100.json [--without-zero-points] [--experts]
+    python benchmarks/serving.py --out benchmarks/results/serving_h100.json
+        [--without-zero-points] [--format auto-round] [--experts]
 
 Makes a model of Llama-3-8B's shapes from random weights, or with --experts a mixture of experts of Qwen3-30B-A3B's
 shapes (128 experts, 8 of them for a token; half of its layers, so that all engines fit). Converts it, and starts four
 engines side by side on one GPU, with torch.compile and CUDA graphs: the source on vLLM's default, the source on vLLM's
 Marlin, the converted checkpoint on vLLM's Marlin, and the converted one as the plugin serves it by itself. Without
-zero points vLLM's own AWQ code cannot load the source, so only the last two run. This package's kernels are compiled
+zero points vLLM's own AWQ code cannot load the source, so only the last two run. GPTQ and AutoRound are made without
+zero points, compressed-tensors and AWQ with them unless asked otherwise. This package's kernels are compiled
 beforehand. Weights are loaded by one engine at a time; its seconds and its memory are measured then. When all are
 ready, each measures alone.
 
@@ -22,6 +24,7 @@ import datetime
 import fcntl
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
@@ -35,7 +38,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from random_models import Model, write_model
+from random_models import FORMATS, Model, write_model
 
 MIB = 1 << 20
 BATCHES = (1, 8, 32, 64)
@@ -53,8 +56,8 @@ class Engine:
     """One way to serve a checkpoint.
 
     Attributes:
-        title: what it is called in the table.
-        checkpoint: ``awq`` or ``marlin``.
+        title: what it is called in the table, after the format.
+        checkpoint: ``source`` or ``marlin``.
         backend: of linear layers and experts that vLLM is asked for; None leaves the choice to it.
         environment: further variables.
     """
@@ -66,8 +69,8 @@ class Engine:
 
 
 ENGINES = {
-    "source": Engine("AWQ source, vLLM's default", "awq"),
-    "source_marlin": Engine("AWQ source, vLLM's Marlin", "awq", "marlin"),
+    "source": Engine("source, vLLM's default", "source"),
+    "source_marlin": Engine("source, vLLM's Marlin", "source", "marlin"),
     "converted_engine": Engine("converted, vLLM's Marlin", "marlin", environment={"AWQ2MARLIN_KERNEL": "engine"}),
     "converted": Engine("converted, as the plugin chooses", "marlin"),
 }
@@ -87,6 +90,16 @@ def alone(work: Path) -> Iterator[None]:
     """Has the engines come in one after the other."""
     with (work / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+@contextmanager
+def turn(name: str, work: Path) -> Iterator[None]:
+    """Says that an engine is ready, waits for all others, and has it measure alone."""
+    (work / f"{name}.ready").touch()
+    while not (work / "all.ready").exists():
+        time.sleep(0.2)
+    with alone(work):
         yield
 
 
@@ -221,16 +234,16 @@ def run_engine(name: str, folder: Path, work: Path, out: Path) -> None:
     import torch
     import vllm
 
-    found: dict[str, Any] = {"title": ENGINES[name].title, "vllm": vllm.__version__, "torch": torch.__version__}
+    engine = ENGINES[name]
+    method = json.loads((folder / "config.json").read_text())["quantization_config"]["quant_method"]
+    title = f"{FORMATS[method]} {engine.title}" if engine.checkpoint == "source" else engine.title
+    found: dict[str, Any] = {"title": title, "vllm": vllm.__version__, "torch": torch.__version__}
     found |= {"gpu": torch.cuda.get_device_name(), "import_seconds": round(time.perf_counter() - begin, 2)}
     measured_load(work, found)
-    llm = start(ENGINES[name], folder)
+    llm = start(engine, folder)
     found["ready_seconds"] = round(time.perf_counter() - begin, 2)
     found["layers"] = llm.apply_model(kernels_of_layers)[0]
-    (work / f"{name}.ready").touch()
-    while not (work / "all.ready").exists():
-        time.sleep(0.2)
-    with alone(work):
+    with turn(name, work):
         measure(llm, json.loads((folder / "config.json").read_text())["vocab_size"], found)
     out.write_text(json.dumps(found))
 
@@ -263,18 +276,29 @@ def compile_beforehand(folder: Path) -> float:
 # --- all of them ------------------------------------------------------------------------------------------
 
 
-def run_all(names: list[str], work: Path) -> dict[str, Any]:
-    """Runs every engine in a process of its own; returns what each found, or how it ended."""
+def run_all(names: list[str], work: Path, patience: float, script: str = __file__) -> dict[str, Any]:
+    """Runs every engine in a process of its own, by a script; returns what each found, or how it ended.
+
+    An engine that is not ready after ``patience`` seconds is ended, and the others measure without it.
+    """
     processes = {}
     for name in names:
         environment = {**os.environ, **ENVIRONMENT, **ENGINES[name].environment}
         for variable in ("VLLM_CACHE_ROOT", "TRITON_CACHE_DIR"):  # nobody finds what another compiled
             environment[variable] = str(work / f"{name}.{variable.lower()}")
-        command = [sys.executable, __file__, "--engine", name, "--work", str(work), "--out", str(work / f"{name}.json")]
+        command = [sys.executable, script, "--engine", name, "--work", str(work), "--out", str(work / f"{name}.json")]
         with (work / f"{name}.log").open("w") as log:
             processes[name] = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
-    while any(each.poll() is None and not (work / f"{name}.ready").exists() for name, each in processes.items()):
+
+    def starting() -> list[subprocess.Popen[bytes]]:
+        running = ((name, each) for name, each in processes.items() if each.poll() is None)
+        return [each for name, each in running if not (work / f"{name}.ready").exists()]
+
+    end = time.monotonic() + patience
+    while starting() and time.monotonic() < end:
         time.sleep(0.2)
+    for late in starting():
+        late.terminate()
     print("all engines are ready or have failed", flush=True)
     (work / "all.ready").touch()
     found: dict[str, Any] = {}
@@ -286,8 +310,29 @@ def run_all(names: list[str], work: Path) -> dict[str, Any]:
             found[name]["log"] = [line for line in lines if "kernel_choice.py" in line]
         else:
             print(f"{name} failed:", *lines[-30:], sep="\n", file=sys.stderr)
-            found[name] = {"title": ENGINES[name].title, "error": next((x for x in reversed(lines) if x.strip()), "")}
+            last = next((line for line in reversed(lines) if line.strip()), "")
+            error = "not ready in time" if ended == -signal.SIGTERM else last
+            found[name] = {"title": ENGINES[name].title, "error": error}
     return found
+
+
+def commit() -> str:
+    """Returns the commit of this package, or of what a file beside it says it was packed from; empty if unknown."""
+    packed = Path(__file__).resolve().parent.parent / "commit"
+    if packed.exists():
+        return packed.read_text().strip()
+    command = ["git", "-C", str(packed.parent), "rev-parse", "HEAD"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+
+
+def driver() -> str:
+    """Returns the version of the GPU's driver; empty if there is none."""
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return ""
+    return done.stdout.partition("\n")[0].strip()
 
 
 def differences(found: dict[str, Any]) -> dict[str, Any]:
@@ -335,10 +380,12 @@ def table(found: dict[str, Any]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="results, JSON; rows of other models in it are kept")
-    parser.add_argument("--without-zero-points", action="store_true", help="a checkpoint with zero_point: false")
+    parser.add_argument("--format", choices=FORMATS, default="awq", help="of the source (awq)")
+    parser.add_argument("--without-zero-points", action="store_true", help="a symmetric checkpoint")
     parser.add_argument("--experts", action="store_true", help="a mixture of experts of Qwen3-30B-A3B's shapes")
     parser.add_argument("--layers", type=int, help="of Llama-3-8B's 32 (all), or of Qwen3-30B-A3B's 48 (24)")
     parser.add_argument("--only", nargs="+", choices=ENGINES, metavar="ENGINE", help=f"of {', '.join(ENGINES)}")
+    parser.add_argument("--patience", type=float, default=900, help="seconds for engines to start (900)")
     parser.add_argument("--work", type=Path, help="folder for models, logs and caches; a temporary one if not given")
     parser.add_argument("--engine", choices=ENGINES, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -351,18 +398,20 @@ def main() -> int:
     with tempfile.TemporaryDirectory(dir=options.work) as folder:
         work = Path(folder)
         model = MODELS[options.experts]
-        model = replace(model, layers=options.layers or model.layers, zero_points=not options.without_zero_points)
-        size = write_model(work / "awq", model)
-        config = work / "awq" / "config.json"  # the models of random_models say 2048
+        zero_points = not options.without_zero_points and options.format not in ("gptq", "auto-round")
+        layers = options.layers or model.layers
+        model = replace(model, layers=layers, format=options.format, zero_points=zero_points)
+        size = write_model(work / "source", model)
+        config = work / "source" / "config.json"  # the models of random_models say 2048
         config.write_text(json.dumps(json.loads(config.read_text()) | {"max_position_embeddings": 8192}))
-        convert(work / "awq", work / "marlin")
+        convert(work / "source", work / "marlin")
         compiling = compile_beforehand(work / "marlin")
-        names = options.only or [
-            name for name, each in ENGINES.items() if model.zero_points or each.checkpoint != "awq"
-        ]
-        found = run_all(names, work)
-    row = {"zero_points": model.zero_points, "experts": model.experts, "layers": model.layers, "bytes": size}
-    row |= {"compile_seconds": compiling}
+        is_served = model.zero_points or model.format != "awq"
+        names = options.only or [name for name, each in ENGINES.items() if is_served or each.checkpoint == "marlin"]
+        found = run_all(names, work, options.patience)
+    row = {"format": model.format, "zero_points": model.zero_points, "experts": model.experts}
+    row |= {"layers": model.layers, "bytes": size}
+    row |= {"compile_seconds": compiling, "commit": commit(), "driver": driver()}
     row |= {"date": datetime.date.today().isoformat(), "engines": found, "words": differences(found)}
     document = json.loads(options.out.read_text()) if options.out.exists() else {"rows": []}
     document["rows"].append(row)

@@ -1,9 +1,10 @@
-"""Whether vLLM says the same with a converted checkpoint as with its AWQ source: greedy tokens and log-probabilities.
+"""Whether vLLM says the same with a converted checkpoint as with its source: greedy tokens and log-probabilities.
 
-    python benchmarks/vllm_tokens.py --out benchmarks/results/vllm_tokens_h200.json [--tp 2] [--only NAME ...]
+    python benchmarks/vllm_tokens.py --out benchmarks/results/vllm_tokens_h100.json
+        [--compiled] [--tp 2 [--expert-parallel]] [--only NAME ...]
 
 Makes random models (benchmarks/random_models.py), converts them, and runs each twice, a process for each engine, all
-models side by side. The AWQ source runs on vLLM's own AWQ code with Machete disabled, so that both use Marlin
+models side by side. The source runs on vLLM's own code for its format, told to take Marlin, so that both use the same
 kernels. Where vLLM's AWQ code cannot load a kind (no zero points; one group over all of K on several ranks), the
 reference is the dequantized model in plain fp16, whose rounding differs: then log-probabilities are compared within a
 bound, along the same tokens.
@@ -13,8 +14,8 @@ differs, the two best must have been as close to each other as the two kernels' 
 zero points there is only this run.
 
 Prompts go in together, and short ones also one by one. Where tokens share blocks in vLLM's expert kernels, two
-starts on one and the same AWQ checkpoint do not give the same bits; so of mixtures of experts only the prompts that
-go in alone and fit one block must, and a second start of the AWQ source shows how far the others may be apart.
+starts on one and the same checkpoint do not give the same bits; so of mixtures of experts only the prompts that
+go in alone and fit one block must, and a second start of the source shows how far the others may be apart.
 Ends with exit code 1 if anything differs.
 """
 
@@ -29,6 +30,7 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +38,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from random_models import Model, write_model
+from random_models import FORMATS, Model, write_model
 
 DENSE = Model(hidden=1024, inner=2816, layers=4, heads=16, key_value_heads=4, vocabulary=4096)
 
@@ -53,6 +55,12 @@ MODELS = {
     "llama, 8 bits": Model(1024, 2816, 4, 16, 4, 4096, bits=8),
     "llama, bf16": Model(1024, 2816, 4, 16, 4, 4096, dtype=torch.bfloat16),
     "llama, cut within tiles by two, g 32": Model(512, 1344, 4, 8, 2, 4096, group_size=32),
+    "compressed-tensors, g 128": replace(DENSE, format="compressed-tensors"),
+    "compressed-tensors without zero points": replace(DENSE, format="compressed-tensors", zero_points=False),
+    "gptq without zero points": replace(DENSE, format="gptq", zero_points=False),
+    "gptq, 8 bits without zero points": replace(DENSE, format="gptq", bits=8, zero_points=False),
+    "auto-round without zero points": replace(DENSE, format="auto-round", zero_points=False),
+    "qwen3-moe, g 128": Model(1024, 256, 4, 8, 4, 4096, experts=16, top_k=4, head_size=128),
 }
 
 PROMPT_LENGTHS = (8, 20, 33, 70, 129, 300)
@@ -66,9 +74,8 @@ DENSE_BOUND = 0.1
 #: The same of one kernel from another, where each rounds a product once.
 KERNEL_BOUNDS = {torch.float16: 0.05, torch.bfloat16: 0.4}
 
-#: What keeps vLLM on Marlin kernels and away from what needs a network or NVLink multicast.
+#: What keeps vLLM away from what needs a network or NVLink multicast.
 ENVIRONMENT = {
-    "VLLM_DISABLED_KERNELS": "MacheteLinearKernel",
     "AWQ2MARLIN_KERNEL": "engine",
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
@@ -77,6 +84,26 @@ ENVIRONMENT = {
     "NCCL_NVLS_ENABLE": "0",
     "HF_HUB_OFFLINE": "1",
 }
+
+
+@dataclass(frozen=True)
+class Way:
+    """How engines run.
+
+    Attributes:
+        ranks: tensor-parallel size.
+        eager: not compiled, without CUDA graphs.
+        expert_parallel: every rank has whole experts.
+    """
+
+    ranks: int = 1
+    eager: bool = True
+    expert_parallel: bool = False
+
+    def arguments(self) -> list[str]:
+        """Returns the options of this script that say so."""
+        flags = {"--compiled": not self.eager, "--expert-parallel": self.expert_parallel}
+        return ["--tp", str(self.ranks), *(flag for flag, is_on in flags.items() if is_on)]
 
 
 def kinds_of_layers(model: Any) -> dict[str, int]:
@@ -95,9 +122,14 @@ def kinds_of_layers(model: Any) -> dict[str, int]:
 
 
 def make_engine(folder: Path, ranks: int, eager: bool, **options: Any) -> Any:
-    """Returns vLLM's engine on a checkpoint, with what makes its arithmetic the same every time."""
+    """Returns vLLM's engine on a checkpoint, with what makes its arithmetic the same every time.
+
+    vLLM's own code of quantized layers takes its Marlin kernels, which it does not prefer everywhere.
+    """
     from vllm import LLM
 
+    if "quantization_config" in json.loads((folder / "config.json").read_text()):
+        options["kernel_config"] = {"linear_backend": "marlin", "moe_backend": "marlin"}
     return LLM(
         model=str(folder),
         tensor_parallel_size=ranks,
@@ -105,7 +137,7 @@ def make_engine(folder: Path, ranks: int, eager: bool, **options: Any) -> Any:
         skip_tokenizer_init=True,
         max_model_len=512,
         max_num_seqs=16,
-        gpu_memory_utilization=0.1,
+        gpu_memory_utilization=0.05,
         kv_cache_memory_bytes=1 << 29,
         disable_custom_all_reduce=True,
         attention_config={"backend": "TRITON_ATTN"},
@@ -157,12 +189,12 @@ def judge(engine: Any, prompts: list[list[int]], said: list[dict[str, Any]]) -> 
     return rows
 
 
-def run_engine(folder: Path, ranks: int, eager: bool, forced: Path | None, out: Path) -> None:
+def run_engine(folder: Path, way: Way, forced: Path | None, out: Path) -> None:
     """Generates in this process and writes what came out; ``forced`` holds tokens whose probabilities are asked for."""
     import vllm
 
     begin = time.perf_counter()
-    engine = make_engine(folder, ranks, eager)
+    engine = make_engine(folder, way.ranks, way.eager, enable_expert_parallel=way.expert_parallel)
     document: dict[str, Any] = {"seconds": round(time.perf_counter() - begin, 2)}
     prompts, short = draw_prompts(json.loads((folder / "config.json").read_text())["vocab_size"])
     if forced is None:
@@ -175,18 +207,19 @@ def run_engine(folder: Path, ranks: int, eager: bool, forced: Path | None, out: 
     out.write_text(json.dumps(document))
 
 
-def has_awq_code(model: Model, ranks: int) -> bool:
-    """Returns whether vLLM's own AWQ code can load a model."""
+def serves_source(model: Model, ranks: int) -> bool:
+    """Returns whether vLLM's own code can load a source."""
+    if model.format != "awq":
+        return True
     return model.bits == 4 and model.zero_points and not (model.group_size == -1 and ranks > 1)
 
 
 def start_engine(
-    folder: Path, ranks: int, eager: bool, out: Path, forced: Path | None = None, kernel: str = "engine"
+    folder: Path, way: Way, out: Path, forced: Path | None = None, kernel: str = "engine"
 ) -> dict[str, Any]:
     """Runs `run_engine` in a process of its own and returns what it wrote."""
-    command = [sys.executable, __file__, "--engine", str(folder), "--tp", str(ranks), "--out", str(out)]
+    command = [sys.executable, __file__, "--engine", str(folder), *way.arguments(), "--out", str(out)]
     command += ["--forced", str(forced)] if forced else []
-    command += [] if eager else ["--compiled"]
     environment = {**os.environ, **ENVIRONMENT, "AWQ2MARLIN_KERNEL": kernel}
     with out.with_suffix(".log").open("w") as log:
         done = subprocess.run(command, env=environment, stdout=log, stderr=log, check=False)
@@ -201,8 +234,8 @@ def prepare(model: Model, work: Path) -> tuple[int, int]:
     """Makes and converts a model; returns how many modules were converted and how many kept."""
     from awq2marlin import convert
 
-    write_model(work / "awq", model)
-    result = convert(work / "awq", work / "marlin", verify="all")
+    write_model(work / "source", model)
+    result = convert(work / "source", work / "marlin", verify="all")
     return len(result.converted), len(result.kept)
 
 
@@ -257,35 +290,36 @@ def compare_own(ours: dict[str, Any], own: dict[str, Any], dtype: torch.dtype, n
     return row
 
 
-def compare(name: str, model: Model, ranks: int, eager: bool, work: Path) -> dict[str, Any]:
+def compare(name: str, model: Model, way: Way, work: Path) -> dict[str, Any]:
     """Returns how the two engines' words compare, for one model that is prepared."""
     from dense_models import dequantize
 
-    row: dict[str, Any] = {"model": name, "tensor_parallel_size": ranks, "eager": eager}
-    own = start_engine(work / "marlin", ranks, eager, work / "own.json", kernel="own")
+    row: dict[str, Any] = {"model": name, "tensor_parallel_size": way.ranks, "eager": way.eager}
+    row |= {"expert_parallel": True} if way.expert_parallel else {}
+    own = start_engine(work / "marlin", way, work / "own.json", kernel="own")
     only_own = model.bits == 8 and model.zero_points
-    ours = own if only_own else start_engine(work / "marlin", ranks, eager, work / "marlin.json")
-    if has_awq_code(model, ranks):
-        theirs = start_engine(work / "awq", ranks, eager, work / "awq.json")
-        row["reference"] = "AWQ source on vLLM's own AWQ code"
+    ours = own if only_own else start_engine(work / "marlin", way, work / "marlin.json")
+    if serves_source(model, way.ranks):
+        theirs = start_engine(work / "source", way, work / "source.json")
+        row["reference"] = f"{FORMATS[model.format]} source on vLLM's own {FORMATS[model.format]} code"
         row |= agreement("alone", ours["alone"], theirs["alone"]) | agreement("together", ours["rows"], theirs["rows"])
         row["ok"] = row["alone_same_logprobs"] == len(SHORT_LENGTHS)
         if model.experts:
-            again = start_engine(work / "awq", ranks, eager, work / "again.json")
-            row |= agreement("awq_again_alone", again["alone"], theirs["alone"])
-            row |= agreement("awq_again_together", again["rows"], theirs["rows"])
+            again = start_engine(work / "source", way, work / "again.json")
+            row |= agreement("source_again_alone", again["alone"], theirs["alone"])
+            row |= agreement("source_again_together", again["rows"], theirs["rows"])
         else:
             row["ok"] &= row["together_same_logprobs"] == len(PROMPT_LENGTHS)
     else:
-        dequantize(work / "awq", work / "dense", model.dtype)
+        dequantize(work / "source", work / "dense", model.dtype)
         forced = work / ("own.json" if only_own else "marlin.json")
-        theirs = start_engine(work / "dense", ranks, eager, work / "dense.json", forced)
+        theirs = start_engine(work / "dense", way, work / "dense.json", forced)
         row["reference"] = "dequantized model, fp16"
         row |= agreement("together", ours["rows"], theirs["rows"])
         row["together_same_tokens"] = sum(each["best"] == each["logprobs"] for each in theirs["rows"])
         row["ok"] = row["together_max_logprob_difference"] < DENSE_BOUND
     if not only_own:
-        noise = max(row.get(f"awq_again_{what}_max_logprob_difference", 0.0) for what in ("alone", "together"))
+        noise = max(row.get(f"source_again_{what}_max_logprob_difference", 0.0) for what in ("alone", "together"))
         row |= compare_own(ours, own, model.dtype, noise)
         row["ok"] &= row["own_ok"]
     row |= {
@@ -305,11 +339,13 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", choices=MODELS, default=list(MODELS), metavar="NAME")
     parser.add_argument("--side-by-side", type=int, default=4, help="engines that run at the same time")
     parser.add_argument("--compiled", action="store_true", help="with torch.compile and CUDA graphs, not eagerly")
+    parser.add_argument("--expert-parallel", action="store_true", help="every rank has whole experts")
     parser.add_argument("--engine", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--forced", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    way = Way(options.tp, not options.compiled, options.expert_parallel)
     if options.engine:
-        run_engine(options.engine, options.tp, not options.compiled, options.forced, options.out)
+        run_engine(options.engine, way, options.forced, options.out)
         return 0
 
     names = [name for name in options.only if MODELS[name].heads % options.tp == 0]
@@ -321,7 +357,7 @@ def main() -> int:
         def one(name: str) -> dict[str, Any]:
             begin = time.perf_counter()
             try:
-                row = compare(name, MODELS[name], options.tp, not options.compiled, work[name])
+                row = compare(name, MODELS[name], way, work[name])
             except Exception as error:  # the other models' results shall not be lost
                 row = {"model": name, "tensor_parallel_size": options.tp, "ok": False, "error": str(error)}
             row["converted"], row["kept"] = counts[name]

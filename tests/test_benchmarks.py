@@ -126,11 +126,15 @@ def test_where_two_kernels_differ_the_gap_of_the_two_best_is_told(script):
 def test_a_variant_must_give_the_same_bits_and_an_adapter_must_do_something(script):
     compare = script("vllm_variants").compare
     about = {"vllm": "0.33.0", "torch": "2.14.0", "gpu": "a GPU", "layers": {}}
-    plain = {**about, "rows": [{"tokens": [5, 6], "logprobs": [-0.5, -0.75]}]}
-    near = {**about, "rows": [{"tokens": [5, 6], "logprobs": [-0.5, -0.76]}]}
-    other = {**about, "rows": [{"tokens": [5, 7], "logprobs": [-0.5, -0.75]}]}
+    alone = [{"tokens": [9], "logprobs": [-0.25]}]
+    plain = {**about, "alone": alone, "rows": [{"tokens": [5, 6], "logprobs": [-0.5, -0.75]}]}
+    near = {**about, "alone": alone, "rows": [{"tokens": [5, 6], "logprobs": [-0.5, -0.76]}]}
+    other = {**about, "alone": alone, "rows": [{"tokens": [5, 7], "logprobs": [-0.5, -0.75]}]}
     assert compare("sharded_state", plain, plain, {})["ok"]
     assert not compare("sharded_state", near, plain, {})["ok"]
+    assert compare("sharded_state", near, plain, {}, experts=True)["ok"]
+    off = {**plain, "alone": [{"tokens": [9], "logprobs": [-0.125]}]}
+    assert not compare("ipc_cache", off, plain, {}, experts=True)["ok"]
     assert not compare("lora", plain, plain, {})["ok"]
     assert compare("lora", other, plain, {})["ok"]
     judged = {**about, "rows": [{"tokens": [5, 7], "logprobs": [-0.5, -0.8], "best": [-0.5, -0.7]}]}
