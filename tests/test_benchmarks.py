@@ -98,12 +98,37 @@ def test_a_random_mixture_of_experts_of_qwen3_converts_whole(tmp_path, script):
     assert (config["model_type"], config["num_experts_per_tok"], config["head_dim"]) == ("qwen3_moe", 3, 64)
 
 
+@pytest.mark.parametrize("name", ["gptq", "auto-round", "compressed-tensors"])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_random_models_of_other_formats_convert_whole_and_mean_something(tmp_path, script, name, bits):
+    random_models = script("random_models")
+    zero_points = name == "compressed-tensors"
+    model = random_models.Model(128, 256, 1, 2, 1, 64, bits=bits, group_size=64, zero_points=zero_points, format=name)
+    random_models.write_model(tmp_path / "source", model)
+    result = convert(tmp_path / "source", tmp_path / "marlin", verify="all")
+    assert (len(result.converted), len(result.kept)) == (7, 0)
+    quantization = json.loads((tmp_path / "marlin" / "config.json").read_text())["quantization_config"]
+    assert (quantization["bits"], quantization["zero_point"]) == (bits, zero_points)
+    convert(
+        tmp_path / "source", tmp_path / "awq", to="awq"
+    )  # weights of the usual size around 0: a zero point off shows
+    with safe_open(tmp_path / "awq" / "model-00001.safetensors", "numpy") as file:
+        parts = [file.get_tensor(f"model.layers.0.mlp.down_proj.{part}") for part in ("qweight", "qzeros", "scales")]
+    q, z = (reference.unpack_awq(each.view(np.uint32), bits).astype(np.float32) for each in parts[:2])
+    weight = (q - z.repeat(64, axis=0)) * parts[2].astype(np.float32).repeat(64, axis=0)
+    assert abs(weight.mean()) < 0.2 * weight.std()
+    assert 0.5 < weight.std() * 256**0.5 < 2
+
+
 def test_every_model_of_the_token_comparison_is_what_its_name_says(script):
     models = script("vllm_tokens").MODELS
     assert {model.experts > 0 for model in models.values()} == {True, False}
     for name, model in models.items():
         assert model.zero_points == ("without zero points" not in name)
         assert model.biases == ("biases" in name)
+        assert (model.format == "awq") == (
+            name.split()[0].rstrip(",") not in ("gptq", "auto-round", "compressed-tensors")
+        )
         assert (model.bits == 8) == ("8 bits" in name)
         assert (str(model.dtype) == "torch.bfloat16") == ("bf16" in name)
 
@@ -140,6 +165,9 @@ def test_a_variant_must_give_the_same_bits_and_an_adapter_must_do_something(scri
     judged = {**about, "rows": [{"tokens": [5, 7], "logprobs": [-0.5, -0.8], "best": [-0.5, -0.7]}]}
     found = compare("lora, dequantized", judged, plain, other)
     assert (found["together_same_tokens"], found["ok"]) == (0, True)
+    far = {**judged, "rows": [{"tokens": [5, 7], "logprobs": [-0.5, -0.9], "best": [-0.5, -0.7]}]}
+    assert not compare("lora, dequantized", far, plain, other)["ok"]
+    assert not compare("lora, dequantized", far, plain, other, experts=True)["ok"]  # one of two is too many
     assert compare("cpu offload", {"error": "no memory"}, plain, {})["error"] == "no memory"
 
 
