@@ -10,14 +10,13 @@ from awq2marlin.checkpoint.tensor_parallel import inexact_awq_reason, inexact_re
 from awq2marlin.errors import refuse
 from awq2marlin.integrations.kernel_choice import reason_without_own
 from awq2marlin.integrations.serving.contents import Contents, is_any_below
-from awq2marlin.integrations.serving.finishing import pad_to, reorder_scales
+from awq2marlin.integrations.serving.finishing import pad_to, put_finished, reorder_scales
 from awq2marlin.integrations.serving.kernels import ExpertsTask
 from awq2marlin.integrations.serving.linear import finished_parameter
 from awq2marlin.integrations.serving.record import LoadRecord
 from awq2marlin.integrations.serving.recut import Note, plain_part
 from awq2marlin.layout.marlin import GPTQ_MARLIN_TILE, is_single_group
 from awq2marlin.layout.modules import QUANTIZED_PARTS, part_shape
-from awq2marlin.layout.torch_functions import replace_parameter
 from awq2marlin.layout.torch_parts import marlin_part
 
 #: The groups of matrices in a layer of experts: gate and up side by side, and down.
@@ -147,8 +146,7 @@ class MarlinExperts:
             for part in self.parts:
                 name = f"{group}_{part}"
                 padded = pad_to(getattr(layer, name).data, *self._shape(group, part, inner), self._blocks(group))
-                # By a plain parameter, which tells that this is done.
-                replace_parameter(layer, name, self._for_kernel(group, part, padded, inner))
+                put_finished(layer, name, self._for_kernel(group, part, padded, inner))
 
     def matrix(self, group: str, inner: int) -> tuple[int, int]:
         """Returns K and N of ``w13`` or ``w2``.

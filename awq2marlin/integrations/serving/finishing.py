@@ -1,6 +1,6 @@
 """The little that is done to loaded tensors before kernels take them: padding and changes of order.
 
-Pure functions on tensors, with any number of leading dimensions (experts).
+Functions on tensors, with any number of leading dimensions (experts), and what puts their results into a layer.
 """
 
 from __future__ import annotations
@@ -10,6 +10,28 @@ from torch.nn.functional import pad
 
 from awq2marlin.layout.marlin import SCALE_PERM, SCALE_PERM_SINGLE
 from awq2marlin.layout.packing import inverse_order
+from awq2marlin.layout.torch_functions import replace_parameter
+
+#: What vLLM notes on a parameter whose memory it has moved to the host.
+_PLACE_NOTE = "_vllm_is_uva_offloaded"
+
+
+def put_finished(layer: torch.nn.Module, name: str, tensor: torch.Tensor) -> None:
+    """Puts a finished tensor in the place of a loaded parameter: a plain one, which tells that this is done.
+
+    Where it is the loaded one's memory, an engine that has moved that elsewhere keeps its note, and does not move it
+    again, which would take a second copy.
+
+    Args:
+        layer: of the engine.
+        name: of the parameter.
+        tensor: for the kernels.
+    """
+    loaded = getattr(layer, name)
+    replace_parameter(layer, name, tensor)
+    is_same = tensor.untyped_storage().data_ptr() == loaded.untyped_storage().data_ptr()
+    if is_same and hasattr(loaded, _PLACE_NOTE):
+        setattr(getattr(layer, name), _PLACE_NOTE, getattr(loaded, _PLACE_NOTE))
 
 
 def pad_to(tensor: torch.Tensor, rows: int, columns: int, blocks: int = 1) -> torch.Tensor:

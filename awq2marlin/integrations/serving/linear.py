@@ -14,13 +14,12 @@ from torch.nn.functional import pad
 from awq2marlin.checkpoint.tensor_parallel import inexact_awq_reason, inexact_reason
 from awq2marlin.errors import refuse
 from awq2marlin.integrations.serving.contents import Contents
-from awq2marlin.integrations.serving.finishing import pad_to, reorder_scales
+from awq2marlin.integrations.serving.finishing import pad_to, put_finished, reorder_scales
 from awq2marlin.integrations.serving.kernels import LinearKernel
 from awq2marlin.integrations.serving.record import LoadRecord, part_number, shard_of
 from awq2marlin.integrations.serving.recut import Note, plain_part
 from awq2marlin.layout.marlin import GPTQ_MARLIN_TILE, is_single_group, padded_shapes
 from awq2marlin.layout.modules import QUANTIZED_PARTS, part_shape
-from awq2marlin.layout.torch_functions import replace_parameter
 from awq2marlin.layout.torch_parts import marlin_part
 
 
@@ -55,6 +54,7 @@ class MarlinLinear:
         self.record = record
         #: What multiplies; chosen when the weights are there.
         self.kernel: LinearKernel | None = None
+        self._ordered_bias: torch.Tensor | None = None
 
     def create_weights(
         self,
@@ -139,12 +139,11 @@ class MarlinLinear:
             CheckpointError: naming every tensor that was never loaded.
             KernelUnavailableError: if only ours can serve the layer, and it cannot be compiled or run here.
         """
-        comes_finished = self.comes_finished()
-        if not comes_finished and isinstance(layer.qweight, self.parameters.BasevLLMParameter):
+        if not self.comes_finished() and isinstance(layer.qweight, self.parameters.BasevLLMParameter):
             self._finish(layer)
         if self.kernel is None:
             self.kernel = self.kernel_of(layer)
-        keep_ordered_bias(layer, self.padded_sizes[1], self.kernel, is_another_s=comes_finished)
+        self._keep_ordered_bias(layer, self.kernel)
 
     def apply(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         """Returns ``x @ w + bias``.
@@ -165,8 +164,23 @@ class MarlinLinear:
         self.record.require(module_names(self.prefix, self.modules, self.width_count), self.parts)
         for part in self.parts:
             padded = pad_to(getattr(layer, part).data, *self._shape(part, padded_k, padded_n))
-            # By a plain parameter, which tells that this is done.
-            replace_parameter(layer, part, self._for_kernel(part, padded, padded_k, padded_n))
+            put_finished(layer, part, self._for_kernel(part, padded, padded_k, padded_n))
+
+    def _keep_ordered_bias(self, layer: Any, kernel: LinearKernel) -> None:
+        """Keeps a copy of the bias as the kernel adds it, in a buffer, unless the model adds the bias by itself.
+
+        The copy stays where it lies, which captured graphs know, also where the engine takes the buffer from the layer
+        to load other weights, or puts that of another process there.
+        """
+        bias = getattr(layer, "bias", None)
+        if bias is None or getattr(layer, "skip_bias_add", False):
+            return
+        ordered = kernel.ordered_bias(pad(bias.data, (0, self.padded_sizes[1] - len(bias))))
+        if self._ordered_bias is None:
+            self._ordered_bias = ordered.clone()
+        else:
+            self._ordered_bias.copy_(ordered)
+        layer.register_buffer("ordered_bias", self._ordered_bias, persistent=False)
 
     @property
     def padded_sizes(self) -> tuple[int, int]:
@@ -301,23 +315,3 @@ def finished_parameter(part: str, shape: tuple[int, ...], scale_dtype: torch.dty
     """
     empty = torch.empty(shape, dtype=scale_dtype if part == "scales" else torch.int32)
     return torch.nn.Parameter(empty, requires_grad=False)
-
-
-def keep_ordered_bias(layer: Any, padded_n: int, kernel: LinearKernel, *, is_another_s: bool) -> None:
-    """Keeps a copy of a layer's bias as a kernel adds it, in a buffer, unless the model adds the bias by itself.
-
-    Args:
-        layer: of the engine, with or without ``bias`` [N].
-        padded_n: N with padding.
-        kernel: whose order the copy takes.
-        is_another_s: whether the copy that may be there is another process's, and stays as it is.
-    """
-    bias = getattr(layer, "bias", None)
-    if bias is None or getattr(layer, "skip_bias_add", False):
-        return
-    ordered = kernel.ordered_bias(pad(bias.data, (0, padded_n - len(bias))))
-    kept = getattr(layer, "ordered_bias", None)
-    if kept is None or is_another_s:
-        layer.register_buffer("ordered_bias", ordered.clone(), persistent=False)
-    else:
-        kept.copy_(ordered)  # in place: captured graphs know where it lies
