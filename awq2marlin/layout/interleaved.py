@@ -1,26 +1,29 @@
 """Codes that lie N first with four columns in turn: int16 [N / 4, K], 4 bits.
 
 A row of the tensor holds four columns, 64 codes of each in turn. In a run of 32 codes of a column, code 8 a + 2 b + c
-stands at place 8 b + 4 c + a, and a word of 16 bits holds four places, the first in the lowest bits. Taken apart, the
-columns are words along K, as in `transposed`.
+stands at place 8 b + 4 c + a, and a word of 16 bits holds four places, the first in the lowest bits. They go straight
+to Marlin's tiles and back; and by way of tiles, to plain rows.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import ClassVar
 
 import numpy as np
-import numpy.typing as npt
 
 from awq2marlin.layout.machine_code import address, kernel
-from awq2marlin.layout.tiles import Words, rows_to_words, tiles_to_words, words_to_rows, words_to_tiles
+from awq2marlin.layout.marlin import GPTQ_MARLIN_TILE, MARLIN_TILE_N
+from awq2marlin.layout.repack import Bytes, MarlinWeight
+from awq2marlin.layout.tiles import rows_to_tiles, tiles_to_rows
 from awq2marlin.layout.transposed import Transposed
-
-Bytes = npt.NDArray[np.uint8]
 
 #: Columns that lie in turn, and how many codes of each.
 COLUMNS_IN_TURN = 4
 CODES_IN_TURN = 64
+
+#: What a kernel needs to take 64 columns apart.
+_SCRATCH_BYTES = 5120
 
 
 class InterleavedCodes(Transposed):
@@ -40,41 +43,34 @@ class InterleavedCodes(Transposed):
 
     @property
     def line_rows(self) -> int:
-        """Two turns: taken apart, they are a cache line of each column."""
+        """Two turns: what the kernels take at once."""
         return 2 * CODES_IN_TURN
 
     def unpack_tiles(self, data: Bytes, first: int, tiles: Bytes) -> None:
         """Turns some rows of the tensor into rows of tiles."""
-        words_to_tiles(self._apart(data, first, tiles.size * 2 // self.columns), self.bits, tiles)
+        turns = self._turns(data, first, tiles.size * 2 // self.columns)
+        made = tiles if tiles.size == _layout_of(turns).size else np.empty(_layout_of(turns).size, np.uint8)
+        _turns_to_tiles(turns, made)
+        if made is not tiles:
+            tiles[:] = made[: tiles.size]
 
     def pack_tiles(self, tiles: Bytes, first: int, data: Bytes) -> None:
         """Turns rows of tiles into rows of the tensor."""
-        words = self._empty(tiles.size * 2 // self.columns)
-        tiles_to_words(tiles, self.bits, words)
-        self._join(words, first, data)
+        turns = self._turns(data, first, tiles.size * 2 // self.columns)
+        whole = tiles if tiles.size == _layout_of(turns).size else np.zeros(_layout_of(turns).size, np.uint8)
+        if whole is not tiles:
+            whole[: tiles.size] = tiles
+        _tiles_to_turns(whole, turns)
 
     def _unpack(self, data: Bytes, first: int, count: int, plain: Bytes) -> None:
-        words_to_rows(self._apart(data, first, count), self.bits, plain, count, self.rows)
+        turns = self._turns(data, first, count)
+        tiles = np.empty(_layout_of(turns).size, np.uint8)
+        _turns_to_tiles(turns, tiles)
+        tiles_to_rows(_layout_of(turns), tiles, plain, count, self.rows)
 
     def _pack(self, plain: Bytes, first: int, count: int, data: Bytes) -> None:
-        words = self._empty(count)
-        rows_to_words(plain, self.bits, words, count)
-        self._join(words, first, data)
-
-    def _empty(self, count: int) -> Words:
-        """Returns words along K [rows / 8, N], N first, to be written."""
-        return np.empty((self.columns, count // 8), np.uint32).T
-
-    def _apart(self, data: Bytes, first: int, count: int) -> Words:
-        """Takes the columns of some rows apart."""
-        words = self._empty(count)
-        self._move("split", self._turns(data, first, count), words, count)
-        return words
-
-    def _join(self, words: Words, first: int, data: Bytes) -> None:
-        """Undoes `_apart`."""
-        count = len(words) * 8
-        self._move("join", words, self._turns(data, first, count), count)
+        turns = self._turns(data, first, count)
+        _tiles_to_turns(rows_to_tiles(plain, _layout_of(turns), count), turns)
 
     def _turns(self, data: Bytes, first: int, count: int) -> Bytes:
         """Returns the turns that hold some rows: of all blocks, [N / 4, bytes]."""
@@ -86,8 +82,43 @@ class InterleavedCodes(Transposed):
         begin, end = (each * COLUMNS_IN_TURN // 2 for each in (first, first + count))
         return data.reshape(self.columns // COLUMNS_IN_TURN, row)[:, begin:end]
 
-    def _move(self, verb: str, source: Bytes | Words, target: Bytes | Words, count: int) -> None:
-        scratch = np.empty(2 * count, np.uint8)
-        move = kernel(f"{verb}_columns_4bit")
-        shape = self.columns // COLUMNS_IN_TURN, count // 16
-        move(address(source), address(target), address(scratch), *shape, self.rows // 4)
+
+def _layout_of(turns: Bytes) -> MarlinWeight:
+    """Returns the tiles that hold turns [N / 4, bytes], and so many rows and columns as the kernels take at once."""
+    rows, columns = turns.shape[1] * 2 // COLUMNS_IN_TURN, len(turns) * COLUMNS_IN_TURN
+    return MarlinWeight("qweight", 4, _up(rows, 2 * CODES_IN_TURN), _up(columns, MARLIN_TILE_N))
+
+
+def _turns_to_tiles(turns: Bytes, tiles: Bytes) -> None:
+    """Turns interleaved columns into their tiles; what these hold besides is zero."""
+    whole = _whole(turns, np.zeros)
+    if whole is not turns:
+        whole[: len(turns), : turns.shape[1]] = turns
+    _move("turns_to_tiles", whole, whole, tiles)
+
+
+def _tiles_to_turns(tiles: Bytes, turns: Bytes) -> None:
+    """Undoes `_turns_to_tiles`."""
+    whole = _whole(turns, np.empty)
+    _move("tiles_to_turns", whole, tiles, whole)
+    if whole is not turns:
+        turns[:] = whole[: len(turns), : turns.shape[1]]
+
+
+def _whole(turns: Bytes, make: Callable[..., Bytes]) -> Bytes:
+    """Returns the turns themselves if they are as many as the kernels take, else new ones."""
+    layout = _layout_of(turns)
+    if layout.size == turns.size:
+        return turns
+    return make((layout.columns // COLUMNS_IN_TURN, layout.rows * COLUMNS_IN_TURN // 2), np.uint8)
+
+
+def _move(verb: str, turns: Bytes, source: Bytes, target: Bytes) -> None:
+    """Calls a kernel, one side of which are whole turns."""
+    layout, scratch = _layout_of(turns), np.empty(_SCRATCH_BYTES, np.uint8)
+    shape = layout.rows // GPTQ_MARLIN_TILE, layout.columns // MARLIN_TILE_N
+    kernel(f"{verb}_4bit")(address(source), address(target), address(scratch), *shape, turns.strides[0] // 8)
+
+
+def _up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple

@@ -541,9 +541,11 @@ def _pieces_of(size: int) -> Iterator[tuple[int, int]]:
 def _fitted(plain: Bytes, row_bytes: int, target_rows: int, target_row_bytes: int) -> Bytes:
     """Returns plain rows in another size: cut, where there is nothing but zeros, or filled up with zeros."""
     rows, columns = plain.reshape(-1, row_bytes), min(row_bytes, target_row_bytes)
-    fitted = np.zeros((target_rows, target_row_bytes), np.uint8)
-    count = min(len(rows), len(fitted))
+    count = min(len(rows), target_rows)
     if rows[count:].any() or rows[:count, columns:].any():
         raise StrayBitsError("its padding is not zero")
+    if row_bytes == target_row_bytes and count == target_rows:  # only rows go: nothing is copied
+        return plain[: count * row_bytes]
+    fitted = np.zeros((target_rows, target_row_bytes), np.uint8)
     fitted[:count, :columns] = rows[:count, :columns]
     return fitted.reshape(-1)

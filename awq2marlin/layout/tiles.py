@@ -68,6 +68,27 @@ def words_to_rows(words: Words, bits: int, plain: Bytes, rows: int, size_k: int)
     layout = _tiles_of(words, bits)
     tiles = np.empty(layout.size, np.uint8)
     words_to_tiles(words, bits, tiles)
+    tiles_to_rows(layout, tiles, plain, rows, size_k)
+
+
+def rows_to_words(plain: Bytes, bits: int, words: Words, rows: int) -> None:
+    """Undoes `words_to_rows`."""
+    tiles_to_words(rows_to_tiles(plain, _tiles_of(words, bits), rows), bits, words)
+
+
+def tiles_to_rows(layout: MarlinWeight, tiles: Bytes, plain: Bytes, rows: int, size_k: int) -> None:
+    """Turns tiles into the plain rows that they hold.
+
+    Args:
+        layout: of the tiles.
+        tiles: uint8, contiguous, perhaps of more rows and columns.
+        plain: uint8, contiguous, the rows; written.
+        rows: how many.
+        size_k: how many the tensor has, for messages.
+
+    Raises:
+        StrayBitsError: if the tiles are not zero past the last row.
+    """
     if plain.size == layout.size:
         layout.unpack(tiles, plain)
         return
@@ -79,16 +100,15 @@ def words_to_rows(words: Words, bits: int, plain: Bytes, rows: int, size_k: int)
         raise StrayBitsError(f"its last words are not zero past the last of K={size_k} values")
 
 
-def rows_to_words(plain: Bytes, bits: int, words: Words, rows: int) -> None:
-    """Undoes `words_to_rows`."""
-    layout = _tiles_of(words, bits)
+def rows_to_tiles(plain: Bytes, layout: MarlinWeight, rows: int) -> Bytes:
+    """Returns the tiles that hold plain rows; the other arguments are those of `tiles_to_rows`."""
     padded = plain
     if plain.size != layout.size:
         padded = np.zeros(layout.size, np.uint8)
         padded.reshape(-1, layout.row_bytes)[:rows, : plain.size // rows] = plain.reshape(rows, -1)
     tiles = np.empty(layout.size, np.uint8)
     layout.pack(padded, tiles)
-    tiles_to_words(tiles, bits, words)
+    return tiles
 
 
 def _tiles_of(words: Words, bits: int) -> MarlinWeight:
