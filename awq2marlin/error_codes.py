@@ -145,16 +145,14 @@ ERROR_CODES: Mapping[str, Advice] = {
         "payment required: the storage quota or plan of the account is exceeded",
         "free storage, or ask the owner of the account",
     ),
-    "hub-rate-limit": Advice("too many requests", "wait, then run the same command again; it resumes"),
+    "hub-rate-limit": Advice("too many requests", "wait, then run the same command again"),
     "hub-refused": Advice("the Hub refused a request", "see the message"),
     "hub-short-answer": Advice("the Hub sent fewer bytes than were asked for", "run the command again"),
     "hub-unauthorized": Advice(
         "the Hub rejected the token, or there is none", "log in with `hf auth login`, or set `HF_TOKEN`"
     ),
-    "hub-unavailable": Advice("the Hub failed", "wait, then run the same command again; it resumes"),
-    "hub-unreachable": Advice(
-        "no connection to the Hub", "check network and proxy, then run the same command again; it resumes"
-    ),
+    "hub-unavailable": Advice("the Hub failed", "wait, then run the same command again"),
+    "hub-unreachable": Advice("no connection to the Hub", "check network and proxy, then run the same command again"),
     "in-use": Advice("another process is writing to this output folder", "wait for it, or choose another folder"),
     "internal-error": Advice(
         "a bug in awq2marlin; a command shows the traceback on standard error", "report it, with the traceback"

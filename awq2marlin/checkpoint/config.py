@@ -41,7 +41,8 @@ def read_config(folder: Source) -> dict[str, Any]:
         refuse_only_gguf(folder)
         raise refuse(
             "no-config",
-            f"there is no config.json; {checkpoints_below(folder) or 'pass a complete checkpoint folder'}",
+            f"there is none in {printable(str(folder.where))}; "
+            f"{checkpoints_below(folder) or 'pass a complete checkpoint folder'}",
             file=CONFIG_FILENAME,
         )
     return _object(folder.read_json(CONFIG_FILENAME, constants=True), CONFIG_FILENAME)

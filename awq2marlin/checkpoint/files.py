@@ -228,7 +228,8 @@ def _no_weights(folder: Source, visible: Sequence[str], top: Sequence[str]) -> C
             file=pickled[0],
         )
     advice = weights_below(folder) or "download the complete checkpoint"
-    return refuse("no-weights", f"there is no .safetensors file; {advice}", file=SINGLE_SHARD)
+    where = printable(str(folder.where))
+    return refuse("no-weights", f"there is no .safetensors file in {where}; {advice}", file=SINGLE_SHARD)
 
 
 def _refuse_missing(shards: Sequence[str], visible: Sequence[str], folder: Source) -> None:

@@ -434,7 +434,15 @@ def _main(arguments: list[str]) -> int:
         code = group.main(args=arguments, prog_name="awq2marlin", standalone_mode=False)
     except opt.UsageError as error:
         command = next((name for name in arguments[:1] if name in group.commands), "")
-        return tell_usage_error(error.format_message(), command, "--json" in arguments)  # type: ignore[attr-defined]
+        return tell_usage_error(_what_is_wrong(error), command, "--json" in arguments)
     except (KeyboardInterrupt, typer.Abort) as error:
         return how_interrupted(error)[0]
     return code if isinstance(code, int) else EXIT_DONE
+
+
+def _what_is_wrong(error: Any) -> str:
+    """Returns what a usage error says; of an option that there is not, only the most similar one is named."""
+    option, similar = getattr(error, "option_name", ""), getattr(error, "possibilities", None)
+    if option and similar:
+        return f"No such option: {option}. Did you mean {similar[0]}?"
+    return str(error.format_message())

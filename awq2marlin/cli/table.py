@@ -12,8 +12,9 @@ from rich.cells import cell_len
 #: Blanks between two columns.
 _GAP = 2
 
-#: Where a cell may go on in the next line: behind a blank, a slash, or a dot that is no decimal point.
-_BREAK = re.compile(r"(?<=[ /])|(?<=\.)(?!\d)|(?<=\D\.)")
+#: Where a cell may go on in the next line: behind a blank that no unit follows, a slash, or a dot that is no decimal
+#: point.
+_BREAK = re.compile(r"(?<= )(?![kMGT]?B\b)|(?<=/)|(?<=\.)(?!\d)|(?<=\D\.)")
 
 
 def table_lines(

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 _MAX_NAMES_SHOWN = 8
 
 #: Columns of tables that hold numbers, flush right.
-_NUMBERS = {"K", "N", "g", "modules", "size", "max error", "mean error", "of bound"}
+_NUMBERS = {"K", "N", "modules", "size", "max error", "mean error", "of bound"}
 
 
 def size_text(count: float) -> str:
@@ -68,7 +68,8 @@ def _table(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
 
 def _of_alike(reason: str) -> str:
     """Returns a reason that holds for many modules alike: without the number of a layer, and without K and N."""
-    return re.sub(r"\b([KN])=\d+", r"\1", re.sub(r"(?<=\.)\d+(?=\.)", "*", reason))
+    numberless = re.sub(r"(?<=\.)\d+(?=\.)", "*", reason)
+    return re.sub(r"\b([KN])=\d+", r"\1", re.sub(r"\bK=\d+, N=\d+", "(K, N)", numberless))
 
 
 def _noted(word: str, reasons: Iterable[str]) -> tuple[dict[str, str], list[str]]:
@@ -102,18 +103,18 @@ def _conversion(result: ConvertResult) -> None:
 
 
 def _show_plan(result: ConvertResult) -> None:
-    """Prints a dry run: every module's fate, alike ones together, and the bytes."""
+    """Prints a dry run: what is done with every module, alike ones together, and the bytes."""
     groups: Counter[tuple[str, ...]] = Counter()
     for module in result.modules:
-        fate = "convert" if module.converted else "keep"
+        action = "convert" if module.converted else "keep"
         if module.is_padded:
-            fate = f"pad to {module.padded_k}x{module.padded_n}"
+            action = f"pad to {module.padded_k}x{module.padded_n}"
         reason = _of_alike(module.reason)
-        groups[pattern(module.name), str(module.size_k), str(module.size_n), fate, reason] += 1
+        groups[pattern(module.name), str(module.size_k), str(module.size_n), action, reason] += 1
     marked, notes = _noted("keep", (why for *_, why in groups))
     _table(
-        ("module", "K", "N", "modules", "fate"),
-        ((*sizes, str(count), marked.get(why, fate)) for (*sizes, fate, why), count in groups.items()),
+        ("module", "K", "N", "modules", "action"),
+        ((*sizes, str(count), marked.get(why, action)) for (*sizes, action, why), count in groups.items()),
     )
     for note in notes:
         _say(note)
@@ -355,7 +356,6 @@ def _inspection(result: InspectResult) -> None:
             pattern(module.name),
             str(module.size_k),
             str(module.size_n),
-            str(module.group_size),
             module.layout + padded,
             "" if module.aligned else _of_alike(module.reason),
         )
@@ -363,8 +363,8 @@ def _inspection(result: InspectResult) -> None:
         sizes[key] += module.bytes
     marked, notes = _noted("no", (key[-1] for key in groups))
     _table(
-        ("module", "K", "N", "g", "layout", "modules", "size", "aligned"),
-        ((*key[:5], str(count), size_text(sizes[key]), marked.get(key[5], "yes")) for key, count in groups.items()),
+        ("module", "K", "N", "layout", "modules", "size", "aligned"),
+        ((*key[:4], str(count), size_text(sizes[key]), marked.get(key[4], "yes")) for key, count in groups.items()),
     )
     for note in notes:
         _say(note)

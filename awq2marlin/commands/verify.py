@@ -22,7 +22,7 @@ from awq2marlin.checkpoint.opening import Checkpoint, open_checkpoint
 from awq2marlin.checkpoint.pairing import pair
 from awq2marlin.checkpoint.source import SourceCheckpoint
 from awq2marlin.commands.options import VerifyOptions, check_helpers
-from awq2marlin.errors import CheckpointError, DifferenceError, difference, printable
+from awq2marlin.errors import CheckpointError, DifferenceError, Problem, difference, printable
 from awq2marlin.formats.registry import DEFAULT_TARGET
 from awq2marlin.hub.repository import open_source
 from awq2marlin.io.digest import FileDigest, digest_of_file
@@ -164,7 +164,7 @@ def verify(
     Raises:
         ValueError: if an argument has a wrong value, ``modules`` is given by both its names, or ``device`` is given
             and there is nothing to run.
-        DifferenceError: of a conversion, naming the first difference: file, tensor, row, column, expected and found.
+        DifferenceError: of a conversion, naming the first difference: file, tensor, row, column, both values.
             Of two checkpoints, naming the first place in every module, tensor and file that differs; its ``result``
             has the counts.
         CheckpointError: if one of the two cannot be read as a checkpoint.
@@ -202,8 +202,11 @@ def _in(folder: Source) -> Iterator[None]:
     try:
         yield
     except CheckpointError as error:
-        where = f" (in {printable(str(folder.where))})"
-        raise CheckpointError(replace(each, message=each.message + where) for each in error.problems) from None
+        raise CheckpointError(_with_place(each, printable(str(folder.where))) for each in error.problems) from None
+
+
+def _with_place(problem: Problem, where: str) -> Problem:
+    return problem if where in problem.message else replace(problem, message=f"{problem.message} (in {where})")
 
 
 def _opened(*folders: Source) -> list[_Opened]:

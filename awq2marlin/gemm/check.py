@@ -252,7 +252,8 @@ def _check_exact(module: ModulePlan, weight: _SourceWeight, marlin: _MarlinModul
                 raise difference(
                     "gemm-difference",
                     f"through the GEMM on {marlin.device}, weight at row {begin + row}, column {first + column}: "
-                    f"expected {expected[row, column].item()}, found {found[row, first + column].item()}",
+                    f"the source has {expected[row, column].item()}, "
+                    f"the GEMM gives {found[row, first + column].item()}",
                     file=output.shard_of[module_name(module.name, "qweight")],
                     tensor=module_name(module.name, "qweight"),
                 )

@@ -55,17 +55,17 @@ BY_STATUS = {
     409: ("hub-conflict", "somebody else is changing the repository right now; run the command again{said}"),
     412: ("hub-conflict", "somebody else committed to the repository in the meantime; run the command again{said}"),
     413: ("hub-quota", "the Hub does not accept files this large{said}"),
-    429: ("hub-rate-limit", "too many requests; wait {wait} and run the command again; it resumes{said}"),
+    429: ("hub-rate-limit", "too many requests; wait {wait} and run the command again{said}"),
     507: ("hub-quota", "the storage of the account is full{said}"),
 }
 #: Answers from 500 on.
 SERVER_FAILED = (
     "hub-unavailable",
-    "the Hub failed (status {status}); wait and run the command again; it resumes{said}",
+    "the Hub failed (status {status}); wait and run the command again{said}",
 )
 #: What the Hub says of a model card.
 BAD_CARD = ("hub-bad-card", "the Hub refused the front matter of README.md; correct it there{said}")
-_NETWORK = "check the network, HTTPS_PROXY and HF_ENDPOINT, then run the command again; it resumes"
+_NETWORK = "check the network, HTTPS_PROXY and HF_ENDPOINT, then run the command again"
 _TOKEN = re.compile(r"hf_[A-Za-z0-9_]{6,}")
 _CLIENT_ERRORS = (OSError, RuntimeError, ValueError)
 

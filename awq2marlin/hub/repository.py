@@ -368,16 +368,10 @@ def open_hub(name: HubName, *, commit: str | None = None, place: Path | None = N
     try:
         return _opened(name, commit, place)
     except HubError as error:
-        hints = "".join(_hints(name, commit, error))
-        raise HubError([replace(each, message=each.message + hints) for each in error.problems]) from None
-
-
-def _hints(name: HubName, commit: str | None, error: HubError) -> Iterator[str]:
-    """Yields what else helps where the Hub refused: it may not have been meant, and it may not be needed."""
-    if name.is_bare:
-        yield f" (there is no folder {name} here either)"
-    if error.problems[0].code in _WITHOUT_ANSWER and _is_cached(name, commit):
-        yield "; the cache has this repository: set HF_HUB_OFFLINE=1 to use that copy"
+        unmet = "there is no such folder here, and " if name.is_bare else ""
+        copy = error.problems[0].code in _WITHOUT_ANSWER and _is_cached(name, commit)
+        hint = "; the cache has this repository: set HF_HUB_OFFLINE=1 to use that copy" if copy else ""
+        raise HubError([replace(each, message=unmet + each.message + hint) for each in error.problems]) from None
 
 
 def _opened(name: HubName, commit: str | None, place: Path | None) -> Repository:

@@ -116,13 +116,22 @@ class OutputFolder:
         work: where partial files grow.
         lacks: what its file system cannot do, and what that means, for people.
         left: files that it cannot hold, because of their names.
+        was_begun: whether an earlier run of the same plan was stopped here.
     """
 
     def __init__(
-        self, root: Path, names: Sequence[str], journal: Journal, *, may_replace: bool, lacks: Sequence[str] = ()
+        self,
+        root: Path,
+        names: Sequence[str],
+        journal: Journal,
+        *,
+        may_replace: bool,
+        lacks: Sequence[str] = (),
+        was_begun: bool = False,
     ) -> None:
         """Takes a folder that `claim` has locked."""
         self.lacks = tuple(lacks)
+        self.was_begun = was_begun
         self.left: list[str] = []
         self.root = root
         self.work = root.absolute() / WORK_DIRECTORY  # workers of an executor may be elsewhere
@@ -319,9 +328,11 @@ def claim(
             removable = owned()
             lacks = [] if sync_folder(root) else [_NO_SYNC]
             lacks += [_NO_LOCK] if lock.is_a_file else []
+            was_begun = (found := read_journal(root)) is not None and found.plan == plan
             journal = _open_journal(root, plan, names, removable, pinned)
             with _journal_kept_while_needed(root, created):
-                yield OutputFolder(root, names, journal, may_replace=removable is not None, lacks=lacks)
+                may_replace = removable is not None
+                yield OutputFolder(root, names, journal, may_replace=may_replace, lacks=lacks, was_begun=was_begun)
     except BaseException:
         if created:
             with suppress(OSError):  # not empty: it keeps what was done, or another process has begun there

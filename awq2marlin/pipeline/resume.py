@@ -29,6 +29,7 @@ def trusted_shards(
         What each of them is known by.
     """
     out, source = sink.out, transfer.source
+    had_finished = bool(out.finished)
     for name, entry in [*out.finished.items()]:
         if (work.check and entry.verified != work.check) or (entry.sent and not sink.has(name, entry)):
             out.forget(name)
@@ -44,4 +45,6 @@ def trusted_shards(
             trusted[shard.name] = replace(entry.target, sha256=hexdigest(sha256))
     if trusted:
         work.progress.note(f"resuming: {len(trusted)} of {len(transfer.shards)} shards are already there")
+    elif out.was_begun and not had_finished:
+        work.progress.note("starting again: an earlier run left no finished shard here")
     return trusted

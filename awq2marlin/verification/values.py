@@ -100,7 +100,8 @@ class Comparison:
                     at = int(np.argmax(expected != found))
                     raise difference(
                         "different-bytes",
-                        f"{place_of(tensor, begin + at)}: expected byte {expected[at]:#04x}, found {found[at]:#04x}",
+                        f"{place_of(tensor, begin + at)}: "
+                        f"the source has {expected[at]:#04x}, the output {found[at]:#04x}",
                         file=self.output.shard_of[name],
                         tensor=name,
                     )
@@ -153,7 +154,7 @@ class Comparison:
         raise difference(
             "different-value",
             f"{_WORDS[part]} at row {first_row + row}, column {column}: "
-            f"expected {expected[row, column]}, found {found[row, column]}",
+            f"the source has {expected[row, column]}, the output {found[row, column]}",
             file=self.output.shard_of[name],
             tensor=name,
         )

@@ -64,3 +64,16 @@ def test_nothing_is_lost_and_columns_do_not_touch(rows: list[tuple[str, str, str
 def test_more_room_takes_no_more_lines(rows: list[tuple[str]], width: int, more: int) -> None:
     counts = [len([*table_lines(("a",), rows, width=each)]) for each in (width, width + more)]
     assert all(wide <= narrow for narrow, wide in pairwise(counts))
+
+
+def test_a_size_is_never_parted_from_its_unit() -> None:
+    row = ("model.layers.*.self_attn.k_proj", "14336", "1024", "awq", "32", "238.5 kB", "no (2)")
+    headers = ("module", "K", "N", "layout", "modules", "size", "aligned")
+    lines = [*table_lines(headers, [row], numbers=("K", "N", "modules", "size"), width=60)]
+    assert sum("238.5 kB" in line for line in lines) == 1
+    assert max(map(len, lines)) <= 60
+    assert list(table_lines(("counts",), [("1,234 of 5,678 B tensors",)], width=8))[2:] == [
+        "1,234 of",
+        "5,678 B",
+        "tensors",
+    ]

@@ -49,9 +49,9 @@ def test_a_wrong_value_is_named_and_the_output_never_becomes_loadable(source, ru
     assert error["file"].endswith(".safetensors")
     assert error["tensor"] == f"model.layers.0.mlp.down_proj.{part}"
     assert error["message"].startswith(place)
-    expected, found = (int(word.split()[1]) for word in error["message"].removeprefix(place).split(", "))
+    expected, found = (int(word.split()[-1]) for word in error["message"].removeprefix(place).split(", "))
     assert expected ^ found == bit
-    assert f"{error['file']}: {error['tensor']}: {place}expected {expected}, found {found}" in outcome.err
+    assert f"{error['file']}: {error['tensor']}: {place}the source has {expected}, the output {found}" in outcome.err
     assert not (out / "config.json").exists()
 
 

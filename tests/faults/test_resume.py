@@ -40,6 +40,18 @@ def test_finished_shards_are_not_converted_again(unfinished, source, expected, r
     assert not (unfinished / WORK).exists()
 
 
+def test_a_run_that_was_stopped_before_its_first_shard_says_that_it_starts_again(source, stepped, tmp_path, run):
+    out = tmp_path / "out"
+    stepped.run("convert", source, out, "--workers", 1, root=out)
+    at = stepped.trace.index(f"os.rename {FIRST}")
+    shutil.rmtree(out)
+    stepped.run("convert", source, out, "--workers", 1, root=out, at=at)
+    assert json.loads((out / WORK / "journal.json").read_text())["finished"] == {}
+    told = "starting again: an earlier run left no finished shard here"
+    assert told in run("convert", source, out).err
+    assert told not in run("convert", source, out, "--overwrite").err
+
+
 @pytest.mark.parametrize("damage", [flip_last_byte, lambda path: path.write_bytes(b""), lambda path: path.unlink()])
 def test_a_damaged_finished_shard_is_made_again(unfinished, source, expected, run, damage):
     kept = (unfinished / FIRST).stat().st_ino

@@ -139,12 +139,12 @@ def test_a_path_with_a_typo_is_not_sent_to_the_hub(run, hub, source, tmp_path):
 
 
 def test_every_error_of_a_bare_name_says_that_there_is_no_such_folder(run, hub, monkeypatch):
-    told = "(there is no folder org/nothing here either)"
+    told = "there is no such folder here, and "
     assert told in run("inspect", "org/nothing").error["message"]
     assert told in run("convert", "org/nothing").error["message"]
-    assert "no folder" not in run("inspect", "hf://org/nothing").error["message"]
-    assert "no folder" not in run("inspect", f"{hub.endpoint}/org/nothing").error["message"]
-    assert f"(there is no folder {REPO}@nowhere here either)" in run("inspect", f"{REPO}@nowhere").error["message"]
+    assert told not in run("inspect", "hf://org/nothing").error["message"]
+    assert told not in run("inspect", f"{hub.endpoint}/org/nothing").error["message"]
+    assert told in run("inspect", f"{REPO}@nowhere").error["message"]
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert told in run("inspect", "org/nothing").error["message"]
 
@@ -250,7 +250,10 @@ def test_a_folder_of_models_says_which_are_in_it(run, source, tmp_path, cached):
     error = run("convert", "models").error
     names = ", ".join(str(tmp_path / "models" / name) for name in ("one", "other"))
     assert error["code"] == "no-config"
-    assert error["message"] == f"there is no config.json; the checkpoints are one folder deeper; pass one of {names}"
+    assert (
+        error["message"]
+        == f"there is none in {tmp_path / 'models'}; the checkpoints are one folder deeper; pass one of {names}"
+    )
     shutil.rmtree(tmp_path / "models/one")
     assert run("inspect", "models").error["message"].endswith(f"deeper; pass {tmp_path / 'models/other'}")
     assert str(cached) in run("inspect", cached.parent).error["message"]  # the cache itself

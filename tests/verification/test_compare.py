@@ -129,7 +129,7 @@ def test_one_weight(pair: tuple[Path, Path], row: int, column: int, request: pyt
         shard_of(pair[1], f"{UP}.qweight"),
         f"{UP}.qweight",
         "different-value",
-        f"value at row {row}, column {column}: expected {expected}, found {found}",
+        f"value at row {row}, column {column}: the source has {expected}, the output {found}",
     )
 
 
@@ -143,7 +143,7 @@ def test_one_zero_point(pair: tuple[Path, Path], row: int, column: int, request:
     edit_field(pair[1], f"{UP}.qzeros", field, bits, found)
     problem = the_difference(*pair)
     assert (problem.file, problem.tensor) == (shard_of(pair[1], f"{UP}.qzeros"), f"{UP}.qzeros")
-    assert problem.message == f"zero point at row {row}, column {column}: expected {expected}, found {found}"
+    assert problem.message == f"zero point at row {row}, column {column}: the source has {expected}, the output {found}"
 
 
 @pytest.mark.parametrize(
@@ -164,7 +164,7 @@ def test_one_scale(pair: tuple[Path, Path], row: int, column: int, request: pyte
     problem = the_difference(*pair)
     assert (problem.file, problem.tensor) == (shard_of(pair[1], f"{UP}.scales"), f"{UP}.scales")
     assert problem.message == (
-        f"scale (bits) at row {row}, column {column}: expected {values[0]}, found {values[0] ^ 1}"
+        f"scale (bits) at row {row}, column {column}: the source has {values[0]}, the output {values[0] ^ 1}"
     )
 
 
@@ -187,7 +187,7 @@ def test_anything_in_the_padding(pair: tuple[Path, Path], part: str, row: int, c
         assert edit_field(pair[1], tensor, field_of(part, row, column, 192, 4), 4, 1) == 0
     problem = the_difference(*pair)
     assert problem.tensor == tensor
-    assert problem.message == f"{what} at row {row}, column {column}: expected 0, found 1"
+    assert problem.message == f"{what} at row {row}, column {column}: the source has 0, the output 1"
 
 
 @pytest.mark.parametrize("part", ["qweight", "qzeros", "scales"])
@@ -225,7 +225,7 @@ def test_one_byte_of_what_is_only_copied(pair: tuple[Path, Path], tensor: str, b
         shard_of(pair[1], tensor),
         tensor,
         "different-bytes",
-        f"{place}: expected byte {values[0]:#04x}, found {values[0] ^ 0x80:#04x}",
+        f"{place}: the source has {values[0]:#04x}, the output {values[0] ^ 0x80:#04x}",
     )
 
 
