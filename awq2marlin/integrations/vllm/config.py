@@ -28,7 +28,7 @@ from awq2marlin.integrations.serving.config import ServingConfig
 from awq2marlin.integrations.serving.contents import Contents
 from awq2marlin.integrations.serving.inventory import Inventory, inventory_of, read_inventory, tensors_of
 from awq2marlin.integrations.vllm.needs import ALWAYS, EXPERTS, VLLM
-from awq2marlin.integrations.vllm.state import is_sharded_state, loads_sharded_state
+from awq2marlin.integrations.vllm.state import is_sharded_state
 
 logger = init_logger("vllm.awq2marlin")
 
@@ -160,43 +160,9 @@ class MarlinNativeConfig(ServingConfig, QuantizationConfig):  # type: ignore[mis
 
         from awq2marlin.integrations.vllm.experts import MarlinNativeMoEMethod
 
-        layout = self.contents.layout_of_experts(prefix)
-        if layout == "none":
+        if self.contents.layout_of_experts(prefix) == "none":
             return UnquantizedFusedMoEMethod(layer.moe_config)
-        if layout == "awq" and self._is_vllm_s_awq(prefix):
-            return self._vllm_awq_config(prefix).get_quant_method(layer, prefix)
         return MarlinNativeMoEMethod(self.contents, layer, prefix)
-
-    def _is_vllm_s_awq(self, experts: str) -> bool:
-        """Returns whether vLLM's own AWQ code loads experts: it takes sizes that Marlin cannot.
-
-        It knows 4 bits, zero points and real groups only.
-        """
-        contents = self.contents
-        return contents.bits == 4 and contents.group_size != -1 and contents.has_zero_points([experts])
-
-    def _vllm_awq_config(self, experts: str) -> QuantizationConfig:
-        """Returns vLLM's own config of an AWQ checkpoint, for experts that are kept in that layout.
-
-        Raises:
-            CheckpointError: if they come as vLLM had processed them, which it would do once more.
-        """
-        if loads_sharded_state():
-            message = (
-                "its experts are in AWQ layout, which vLLM's own code would process a second time in this load format. "
-                "Serve the converted checkpoint itself, or convert with --unaligned pad"
-            )
-            raise refuse("unsupported-engine", message, tensor=experts)
-        from vllm.model_executor.layers.quantization.auto_awq import AutoAWQConfig
-
-        document = {
-            "quant_method": "awq",
-            "bits": self.contents.bits,
-            "group_size": self.contents.group_size,
-            "zero_point": True,
-            "modules_to_not_convert": [],
-        }
-        return AutoAWQConfig.from_config(document)
 
 
 @cache

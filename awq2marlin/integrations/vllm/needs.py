@@ -49,7 +49,6 @@ EXPERTS = (
     Need(f"{_LAYERS}.fused_moe.fused_moe_method_base", "FusedMoEMethodBase", ("moe",)),
     Need(f"{_LAYERS}.fused_moe.oracle.int_wna16", "WNA16MoEBackend", (), ("MARLIN", "BATCHED_MARLIN")),
     Need(f"{_LAYERS}.fused_moe.oracle.int_wna16", "backend_to_kernel_cls", ("backend",)),
-    Need(f"{_LAYERS}.quantization.auto_awq", "AutoAWQConfig", (), ("from_config", "get_quant_method")),
     Need(f"{_LAYERS}.quantization.auto_awq", "AutoAWQMoEMethod", (), ("_setup_kernel", "apply")),
     Need(f"{_LAYERS}.quantization.utils.quant_utils", "kInt4Static"),
     Need(f"{_LAYERS}.quantization.utils.quant_utils", "kInt8Static"),

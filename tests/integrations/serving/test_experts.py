@@ -64,7 +64,8 @@ def test_processing_twice_changes_nothing_more(harness, experts, model):
 
 
 @pytest.mark.parametrize(
-    ("bits", "group_size", "has_qzeros"), [(4, 32, False), (8, 32, False), (4, -1, True), (8, -1, False)]
+    ("bits", "group_size", "has_qzeros"),
+    [(4, 32, True), (4, 32, False), (8, 32, False), (4, -1, True), (8, -1, False)],
 )
 @pytest.mark.parametrize(("rank", "ranks"), [(0, 1), (2, 3)])
 def test_awq_experts_are_repacked(harness, experts, tmp_path, bits, group_size, has_qzeros, rank, ranks):

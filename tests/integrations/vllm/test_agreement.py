@@ -5,6 +5,7 @@ import pytest
 from awq2marlin import inspect
 from awq2marlin.errors import CheckpointError
 from awq2marlin.formats.serving import choice
+from tests.integrations.serving.mixtures import layer_of, make_model
 
 #: Group size, hidden size, heads, key and value heads, size of a head, inner size: aligned, padded, cut within
 #: tiles, and the last with rows that end within a group.
@@ -52,4 +53,36 @@ def test_ranks_that_are_offered_load_and_others_do_not(harness, tmp_path, shape,
     several = [ranks for ranks in offered if ranks > 1]
     assert (f"Over several GPUs: --tensor-parallel-size {choice(several)}." in card) == bool(several)
     assert ("It cannot be cut for several GPUs" in card) == (offered == (1,))
+    assert ("vLLM cannot serve this checkpoint" in card) == (not offered)
+
+
+#: Hidden and inner size of experts, bits, zero points: aligned, cut within tiles, padded, and of a refused size.
+EXPERTS = [
+    (128, 256, 4, True),
+    (256, 384, 4, False),
+    (192, 96, 4, True),
+    (192, 192, 8, True),
+    (96, 128, 4, True),
+    (96, 128, 8, False),
+]
+
+
+@pytest.mark.parametrize("unaligned", ["keep", "pad"])
+@pytest.mark.parametrize("kind", EXPERTS, ids=str)
+def test_ranks_that_are_offered_load_experts_and_others_do_not(harness, experts, tmp_path, kind, unaligned):
+    hidden, inner, bits, has_qzeros = kind
+    options = {"bits": bits, "group_size": 32, "has_qzeros": has_qzeros, "heads": (8, 8), "unaligned": unaligned}
+    extra = {"attn.o_proj": (256, 64)}
+    model = make_model(harness, tmp_path, sizes=(hidden, inner), extra=extra, **options)
+
+    def is_served(ranks):
+        try:
+            layer_of(experts, model, ranks - 1, ranks, sizes=(hidden, inner))
+        except (CheckpointError, AssertionError):
+            return False
+        return True
+
+    offered = inspect(model.folder).parallel_sizes.sizes
+    assert list(offered) == [ranks for ranks in (1, 2, 4, 8) if is_served(ranks)]
+    card = (model.folder / "README.md").read_text("utf-8")
     assert ("vLLM cannot serve this checkpoint" in card) == (not offered)

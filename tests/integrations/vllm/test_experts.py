@@ -1,4 +1,4 @@
-"""What is vLLM's about its experts: its kernels' shapes and reasons, its own AWQ code, other processes."""
+"""What is vLLM's about its experts: its kernels' shapes and reasons, other processes."""
 
 from unittest import mock
 
@@ -7,7 +7,6 @@ import pytest
 from tests.integrations.serving.mixtures import (
     COUNT,
     PREFIX,
-    UNALIGNED,
     assert_expert_holds,
     layer_of,
     make_model,
@@ -91,13 +90,6 @@ def test_an_inner_size_that_tiles_do_not_divide_is_padded(harness, experts, tmp_
         assert layer.w2_qweight.shape[1] * 16 == 128
         for expert in range(COUNT):
             assert_expert_holds(harness, layer, model, expert, rank, 2)
-
-
-def test_awq_experts_with_zero_points_go_to_vllm(harness, experts, tmp_path):
-    model = make_model(harness, tmp_path, 4, 32, True, UNALIGNED, extra={"a": (128, 64)})
-    with mock.patch("vllm.model_executor.layers.quantization.auto_awq.AutoAWQConfig.get_quant_method") as vllm_s:
-        method = model.config.get_quant_method(mock.Mock(spec=experts.RoutedExperts), PREFIX)
-    assert method is vllm_s.return_value
 
 
 def test_experts_in_full_precision_go_to_vllm(harness, experts, tmp_path):

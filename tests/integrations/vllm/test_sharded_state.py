@@ -4,8 +4,6 @@ from unittest import mock
 
 import pytest
 
-from awq2marlin.errors import CheckpointError
-
 RANKS = [(0, 1), (1, 2)]
 
 
@@ -67,12 +65,14 @@ def test_a_layer_comes_back_as_it_was(harness, tmp_path, monkeypatch, case, rank
 
 
 @pytest.mark.parametrize(("rank", "ranks"), RANKS)
-def test_experts_come_back_as_they_were(harness, experts, tmp_path, rank, ranks):
+@pytest.mark.parametrize("sizes", [(192, 128), (192, 192)], ids=["padded when cut", "kept in AWQ layout"])
+def test_experts_come_back_as_they_were(harness, experts, tmp_path, rank, ranks, sizes):
     """192 by 128 at two ranks: inner sizes are padded from 64 to 128."""
-    sizes, prefix = (192, 128), "mlp.experts"
+    prefix, group_size = "mlp.experts", 64 if sizes[1] == 128 else 32
     shapes = {"gate_proj": sizes, "up_proj": sizes, "down_proj": sizes[::-1]}
     modules = {f"{prefix}.{expert}.{name}": size for expert in range(2) for name, size in shapes.items()}
-    model = harness.Model(tmp_path, modules, group_size=64, heads=(2, 2))
+    modules["mlp.down_proj"] = (256, 64)  # something that is converted in any case
+    model = harness.Model(tmp_path, modules, group_size=group_size, heads=(2, 2))
 
     def layer():
         with harness.as_rank(rank, ranks):
@@ -87,18 +87,6 @@ def test_experts_come_back_as_they_were(harness, experts, tmp_path, rank, ranks)
     restore(again, tensors)
     assert experts.finish_experts(again) == 1
     harness.assert_same(harness.tensors(again), harness.tensors(first))
-
-
-def test_experts_that_vllm_would_process_twice_are_refused(harness, experts, tmp_path):
-    sizes, prefix = (128, 96), "mlp.experts"
-    shapes = {"gate_proj": sizes, "up_proj": sizes, "down_proj": sizes[::-1]}
-    modules = {f"{prefix}.0.{name}": size for name, size in shapes.items()}
-    model = harness.Model(tmp_path, {**modules, "mlp.down_proj": (256, 64)}, group_size=32)
-    with harness.load_format("sharded_state"), pytest.raises(CheckpointError) as refused:
-        experts.experts_layer(model, prefix, 1, *sizes)
-    (problem,) = refused.value.problems
-    assert problem.tensor == prefix
-    assert "process a second time in this load format" in problem.message
 
 
 def test_a_folder_of_sharded_state_is_not_read_as_a_checkpoint(harness, tmp_path, monkeypatch):
