@@ -1,6 +1,7 @@
 """Which kernels serve experts: every problem has one that fits its GPU, and a warm-up knows it."""
 
 import functools
+import math
 from dataclasses import replace
 
 import pytest
@@ -11,11 +12,18 @@ from awq2marlin.gemm.compile_matrix import COMPLETE
 from awq2marlin.gemm.experts.kernels import DIRECT_PAIRS, HopperExpertsConfig, SmallExpertsConfig
 from awq2marlin.gemm.experts.launch import make_plan
 from awq2marlin.gemm.experts.problem import ExpertProblem
-from awq2marlin.gemm.experts.select import all_configs, all_sources
+from awq2marlin.gemm.experts.select import _expected_tiles, all_configs, all_sources
 from awq2marlin.gemm.families.base import HOPPER, MAX_SPLITS
 
 CAPABILITIES = [(8, 0), (8, 6), (8, 7), (8, 9), (9, 0), (10, 0), (10, 3), (12, 0), (12, 1)]
 SHARED_LIMITS = {(8, 0): 163 << 10, (8, 7): 163 << 10, (9, 0): 227 << 10, (10, 0): 227 << 10, (10, 3): 227 << 10}
+MULTIPROCESSOR_SHARED = {
+    (8, 0): 164 << 10,
+    (8, 7): 164 << 10,
+    (9, 0): 228 << 10,
+    (10, 0): 228 << 10,
+    (10, 3): 228 << 10,
+}
 
 
 def group_sizes(size_k):
@@ -77,6 +85,8 @@ def check_launch(launch, problem, plan):
         return
     assert isinstance(config, SmallExpertsConfig)
     assert config.warps >= 1
+    shared = config.resident_blocks * (config.shared_bytes + 1024)
+    assert config.resident_blocks == 1 or shared <= MULTIPROCESSOR_SHARED.get(problem.capability, 100 << 10)
     assert config.stages >= 2
     assert blocks[0] // num_splits * config.out_columns >= problem.out_columns
     assert problem.size_k % config.step_rows == 0
@@ -128,9 +138,8 @@ def test_a_warm_up_knows_the_kernels_of_all_fewer_tokens(num_bits):
 
 def test_more_tokens_than_a_grid_has_room_for_are_refused_in_a_sentence():
     problem = ExpertProblem(32 << 16, 32, 8, 2048, 4096, 128, 4, "fp16", "none", True, (8, 0), 108)
-    plan = make_plan(problem)
     with pytest.raises(ValueError, match="the experts of 65536 tokens are more than one launch can have on this GPU"):
-        plan.launches[0].config.grid(problem, 1, has_list=True)
+        make_plan(problem)  # not when the list of work is on its way already
     hopper = replace(problem, capability=HOPPER, multiprocessors=132)
     plan = make_plan(hopper)
     assert plan.launches[0].config.grid(hopper, 1, has_list=True) == (132, 1, 1)
@@ -140,3 +149,12 @@ def test_a_warm_up_for_few_tokens_leaves_out_the_rest():
     problem = ExpertProblem(8 << 16, 8, 128, 2048, 4096, 128, 4, "fp16", "none", True, HOPPER, 132)
     few, many = (all_configs(replace(problem, num_pairs=8 * tokens)) for tokens in (16, 1 << 16))
     assert set(few) < set(many)
+
+
+@pytest.mark.parametrize("rows", [96, 144])
+@pytest.mark.parametrize("mean", [0.5, 8.0, 95.0, 700.0, 1e6])
+def test_the_expected_tiles_are_those_of_every_number_of_rows(mean, rows):
+    """Counted from none: what surely is there is not added up one by one."""
+    last = math.ceil((mean + 6 * math.sqrt(mean)) / rows)
+    each = (math.erfc((tiles * rows - mean) / math.sqrt(2 * mean)) / 2 for tiles in range(last + 1))
+    assert _expected_tiles(mean, rows) == pytest.approx(sum(each), rel=1e-9)

@@ -162,8 +162,7 @@ class SmallExpertsConfig(ExpertsConfig):
     @property
     def resident_blocks(self) -> int:
         """Blocks that a multiprocessor holds at once."""
-        by_shared_memory = (228 << 10) // (self.shared_bytes + 1024)
-        return max(1, min(self.resident_warps // self.warps, by_shared_memory))
+        return max(1, self.resident_warps // self.warps)
 
     def grid(self, problem: ExpertProblem, num_splits: int, *, has_list: bool) -> tuple[int, int, int]:
         """Returns the blocks: splits of steps of columns, by items of the list, pairs or tokens."""

@@ -62,9 +62,17 @@ class Plan(NamedTuple):
 
 
 def make_plan(*problems: ExpertProblem) -> Plan:
-    """Picks what serves a product, or both of a block."""
-    rows, has_list = tile_rows_for(problems[0]), not is_direct(problems[0])
-    return Plan(rows, has_list, tuple(pick_launch(problem, rows, has_list=has_list) for problem in problems))
+    """Picks what serves a product, or both of a block.
+
+    Raises:
+        ValueError: there are more tokens than one launch can have.
+    """
+    rows = tile_rows_for(problems[0])
+    has_list = not is_direct(problems[0], rows)
+    launches = tuple(pick_launch(problem, rows, has_list=has_list) for problem in problems)
+    for (config, num_splits), problem in zip(launches, problems, strict=True):
+        config.grid(problem, num_splits, has_list=has_list)  # before anything is launched
+    return Plan(rows, has_list, launches)
 
 
 # ---- the public calls ------------------------------------------------------------------------------------------

@@ -70,3 +70,10 @@ class ExpertProblem:
     def shared_limit(self) -> int:
         """The shared memory that a block can have, in bytes."""
         return (227 if self.capability[0] in (9, 10) else 99) << 10
+
+    @property
+    def multiprocessor_shared(self) -> int:
+        """The shared memory of a multiprocessor, in bytes; each of its blocks takes 1024 more than it asks for."""
+        if self.capability[0] in (9, 10):
+            return 228 << 10
+        return (164 if self.capability in ((8, 0), (8, 7)) else 100) << 10

@@ -84,8 +84,10 @@ def _heights(problem: ExpertProblem) -> tuple[int, ...]:
 
 def _expected_tiles(mean: float, rows: int) -> float:
     """Returns the mean number of tiles of an expert, with its rows normally distributed about their mean."""
-    last = math.ceil((mean + 6 * math.sqrt(mean)) / rows)
-    return sum(math.erfc((tiles * rows - mean) / math.sqrt(2 * mean)) / 2 for tiles in range(last + 1))
+    spread = 6 * math.sqrt(mean)  # hardly an expert is farther from the mean
+    surely, last = max(0, int((mean - spread) / rows)), math.ceil((mean + spread) / rows)
+    more = (math.erfc((tiles * rows - mean) / math.sqrt(2 * mean)) / 2 for tiles in range(surely, last + 1))
+    return surely + sum(more)
 
 
 def _stage_time(rows: int) -> float:
@@ -96,9 +98,9 @@ def _stage_time(rows: int) -> float:
 # ---- the kernels ---------------------------------------------------------------------------------------------
 
 
-def is_direct(problem: ExpertProblem) -> bool:
+def is_direct(problem: ExpertProblem, tile_rows: int) -> bool:
     """Returns whether warps look at the choices themselves, so that no list of work is needed."""
-    return problem.num_pairs <= DIRECT_PAIRS and tile_rows_for(problem) <= _MAX_SMALL_ROWS
+    return problem.num_pairs <= DIRECT_PAIRS and tile_rows <= _MAX_SMALL_ROWS
 
 
 def sums_in_cluster(problem: ExpertProblem) -> bool:
@@ -202,7 +204,8 @@ def _small(problem: ExpertProblem, rows: int, shape: _Shape, *, sums_pairs: bool
     )
     while config.shared_bytes > problem.shared_limit:
         config = replace(config, stages=2) if config.stages > 2 else replace(config, warps=config.warps // 2)
-    return config
+    blocks = problem.multiprocessor_shared // (config.shared_bytes + 1024)
+    return replace(config, resident_warps=min(config.resident_warps, config.warps * max(1, blocks)))
 
 
 def _by_waves(configs: list[SmallExpertsConfig], problem: ExpertProblem) -> SmallExpertsConfig:
