@@ -240,14 +240,15 @@ def plan_conversion(checkpoint: Checkpoint, unaligned: Unaligned = "keep", to: s
         choices = ", ".join(map(repr, UNALIGNED_CHOICES))
         raise ValueError(f"unaligned must be one of {choices}, found {unaligned!r}")
     target = target_named(to)
-    if to is None and checkpoint.format is target:  # nothing wrong was asked for
+    is_same = checkpoint.format.name == target.name  # a format's older form, too
+    if to is None and is_same:  # nothing wrong was asked for
         raise refuse(
             "already-converted",
             f"this checkpoint is already {target.title}; 'awq2marlin revert' gives the original back",
             file=CONFIG_FILENAME,
         )
     source = SourceCheckpoint.of(checkpoint)  # first of all, whether the config says of which format it is
-    if checkpoint.format is target:
+    if is_same:
         raise ArgumentError("{to} is {name}, but the source is in that format already", name=repr(target.layout_name))
     counterparts = plan_modules(source, unaligned, target)
     if unaligned == "error":

@@ -195,6 +195,14 @@ def test_asking_for_the_format_of_the_source_is_a_usage_error(
     assert not out.exists()
 
 
+@pytest.mark.parametrize("name", ["old_w4_asym_g32", "old_w8_asym_channel"])
+def test_the_older_form_of_a_format_is_that_format(name: str, tmp_path: Path) -> None:
+    """Its output's manifest would name the format of the output as the source's, and `revert` refuses that."""
+    with pytest.raises(ValueError, match="to is 'compressed-tensors', but the source is in that format already"):
+        convert(peers.checkpoint(name), tmp_path / "out", to="compressed-tensors")
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("dry_run", [True, False])
 def test_without_the_option_a_marlin_native_source_is_refused_as_in_version_0_1(
     one_of_each: Path, dry_run: bool, capsys: pytest.CaptureFixture[str]
