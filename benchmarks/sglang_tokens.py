@@ -1,0 +1,274 @@
+"""Whether SGLang says the same with a converted checkpoint as with its AWQ source: greedy tokens and log-probabilities.
+
+    python benchmarks/sglang_tokens.py --out benchmarks/results/sglang_tokens_h100.json [--graphs] [--tp 2]
+        [--only NAME ...]
+
+The models and the comparison are those of benchmarks/vllm_tokens.py. Each engine has a process of its own. The AWQ
+source runs twice on SGLang's ``awq_marlin``, because SGLang forms batches by the clock: prompts that go in together
+may be cut into other batches the next time, and the second start shows how far that moves log-probabilities. Prompts
+that go in one by one must give the bits of the source, unless the two starts of the source do not do that themselves.
+
+Where SGLang's AWQ code cannot load a kind (no zero points), the reference is the dequantized model in plain fp16. The
+converted checkpoint runs once more on this package's kernels. Ends with exit code 1 if anything differs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from random_models import Model, write_model
+from vllm_tokens import (
+    DENSE_BOUND,
+    MODELS,
+    NEW_TOKENS,
+    SHORT_LENGTHS,
+    agreement,
+    compare_own,
+    draw_prompts,
+)
+
+#: What keeps SGLang away from what needs a network or NVLink multicast.
+ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "NCCL_NVLS_ENABLE": "0", "SGLANG_PLUGINS": "awq2marlin"}
+
+#: Where SGLang's process of the first rank writes which methods serve the layers.
+LAYERS_VARIABLE = "SGLANG_TOKENS_LAYERS"
+
+
+def kinds_of_layers(model: Any) -> dict[str, int]:
+    """Returns how many layers each method of SGLang serves, with its scheme or kernel where it names one."""
+    found: dict[str, int] = {}
+    for module in model.modules():
+        method = getattr(module, "quant_method", None)
+        if method is not None:
+            part = getattr(method, "kernel", None) or getattr(module, "scheme", None)
+            key = f"{type(method).__name__} {'' if part is None else type(part).__name__}".strip()
+            found[key] = found.get(key, 0) + 1
+    return found
+
+
+def run_scheduler(*arguments: Any, **options: Any) -> None:
+    """SGLang's process of a rank, which also writes `kinds_of_layers`."""
+    from sglang.srt.managers.scheduler import run_scheduler_process
+    from sglang.srt.model_executor.model_runner import ModelRunner
+
+    load = ModelRunner.load_model
+
+    def load_and_tell(runner: Any) -> None:
+        load(runner)
+        Path(os.environ[LAYERS_VARIABLE]).write_text(json.dumps(kinds_of_layers(runner.model)))
+
+    ModelRunner.load_model = load_and_tell
+    run_scheduler_process(*arguments, **options)
+
+
+def make_engine(folder: Path, ranks: int, eager: bool) -> Any:
+    """Returns SGLang's engine on a checkpoint, with what makes its arithmetic the same every time."""
+    from sglang.srt.entrypoints.engine import Engine
+
+    class TellingEngine(Engine):  # type: ignore[misc]
+        run_scheduler_process_func = staticmethod(run_scheduler)
+
+    return TellingEngine(
+        model_path=str(folder),
+        tp_size=ranks,
+        disable_cuda_graph=eager,
+        cuda_graph_max_bs_decode=8,
+        skip_tokenizer_init=True,
+        context_length=512,
+        max_running_requests=16,
+        max_total_tokens=1 << 14,
+        mem_fraction_static=0.5,
+        attention_backend="triton",
+        sampling_backend="pytorch",
+        grammar_backend="none",
+        disable_custom_all_reduce=True,
+        disable_radix_cache=True,
+        random_seed=0,
+        log_level="info",
+    )
+
+
+def answer(engine: Any, prompts: list[list[int]]) -> list[dict[str, Any]]:
+    """Returns greedy tokens and their log-probabilities for prompts that go in together."""
+    sampling = {"temperature": 0.0, "max_new_tokens": NEW_TOKENS, "ignore_eos": True}
+    outputs = engine.generate(input_ids=prompts, sampling_params=sampling, return_logprob=True, top_logprobs_num=2)
+    rows = []
+    for said in (output["meta_info"] for output in outputs):
+        chosen = said["output_token_logprobs"]
+        best = [sorted((entry[0] for entry in entries), reverse=True) for entries in said["output_top_logprobs"]]
+        rows.append(
+            {
+                "tokens": [entry[1] for entry in chosen],
+                "logprobs": [entry[0] for entry in chosen],
+                "gaps": [first - second for first, second in best],
+            }
+        )
+    return rows
+
+
+def judge(engine: Any, prompts: list[list[int]], said: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Returns the log-probabilities of what another engine said, and those of the best tokens in their places."""
+    texts = [prompt + row["tokens"] for prompt, row in zip(prompts, said, strict=True)]
+    sampling = {"temperature": 0.0, "max_new_tokens": 1}
+    options = {"return_logprob": True, "logprob_start_len": 0, "top_logprobs_num": 1}
+    outputs = engine.generate(input_ids=texts, sampling_params=sampling, **options)
+    rows = []
+    for prompt, row, output in zip(prompts, said, outputs, strict=True):
+        entries = output["meta_info"]["input_token_logprobs"][len(prompt) :]
+        best = output["meta_info"]["input_top_logprobs"][len(prompt) :]
+        if [entry[1] for entry in entries] != row["tokens"]:
+            raise RuntimeError("SGLang gave the log-probabilities of other tokens than those that were asked for")
+        rows.append(
+            {
+                "tokens": row["tokens"],
+                "logprobs": [entry[0] for entry in entries],
+                "best": [entry[0][0] for entry in best],
+            }
+        )
+    return rows
+
+
+def run_engine(folder: Path, ranks: int, eager: bool, forced: Path | None, out: Path) -> None:
+    """Generates in this process and writes what came out; ``forced`` holds tokens whose probabilities are asked for."""
+    import sglang
+
+    layers = out.with_suffix(".layers")
+    os.environ[LAYERS_VARIABLE] = str(layers)
+    begin = time.perf_counter()
+    engine = make_engine(folder, ranks, eager)
+    document: dict[str, Any] = {"seconds": round(time.perf_counter() - begin, 2)}
+    prompts, short = draw_prompts(json.loads((folder / "config.json").read_text())["vocab_size"])
+    if forced is None:
+        document["rows"] = answer(engine, prompts)
+        document["alone"] = [row for prompt in short for row in answer(engine, [prompt])]
+    else:
+        document["rows"] = judge(engine, prompts, json.loads(forced.read_text())["rows"])
+    document |= {"sglang": sglang.__version__, "torch": torch.__version__, "gpu": torch.cuda.get_device_name()}
+    document["layers"] = json.loads(layers.read_text())
+    out.write_text(json.dumps(document))
+    engine.shutdown()
+
+
+def has_awq_code(model: Model) -> bool:
+    """Returns whether SGLang's ``awq_marlin`` can load a model."""
+    return model.bits == 4 and model.zero_points
+
+
+def start_engine(
+    folder: Path, ranks: int, eager: bool, out: Path, forced: Path | None = None, kernel: str = "engine"
+) -> dict[str, Any]:
+    """Runs `run_engine` in a process of its own and returns what it wrote."""
+    command = [sys.executable, __file__, "--engine", str(folder), "--tp", str(ranks), "--out", str(out)]
+    command += ["--forced", str(forced)] if forced else []
+    command += [] if eager else ["--graphs"]
+    environment = {**os.environ, **ENVIRONMENT, "AWQ2MARLIN_KERNEL": kernel}
+    with out.with_suffix(".log").open("w") as log:
+        done = subprocess.run(command, env=environment, stdout=log, stderr=log, check=False)
+    if done.returncode or not out.exists():
+        tail = out.with_suffix(".log").read_text(errors="replace").splitlines()[-60:]
+        raise RuntimeError(f"the engine failed on {folder}:\n" + "\n".join(tail))
+    document: dict[str, Any] = json.loads(out.read_text())
+    return document
+
+
+def prepare(model: Model, work: Path) -> tuple[int, int]:
+    """Makes and converts a model; returns how many modules were converted and how many kept."""
+    from awq2marlin import convert
+
+    write_model(work / "source", model)
+    result = convert(work / "source", work / "marlin", verify="all")
+    return len(result.converted), len(result.kept)
+
+
+def compare(name: str, model: Model, ranks: int, eager: bool, work: Path) -> dict[str, Any]:
+    """Returns how the engines' words compare, for one model that is prepared."""
+    from dense_models import dequantize
+
+    row: dict[str, Any] = {"model": name, "tensor_parallel_size": ranks, "cuda_graphs": not eager}
+    only_own = model.bits == 8 and model.zero_points
+    own = start_engine(work / "marlin", ranks, eager, work / "own.json", kernel="own")
+    ours = own if only_own else start_engine(work / "marlin", ranks, eager, work / "marlin.json")
+    if has_awq_code(model):
+        theirs = start_engine(work / "source", ranks, eager, work / "source.json")
+        again = start_engine(work / "source", ranks, eager, work / "again.json")
+        row["reference"] = "AWQ source on SGLang's awq_marlin"
+        for what, part in (("alone", "alone"), ("together", "rows")):
+            row |= agreement(what, ours[part], theirs[part])
+            row |= agreement(f"source_again_{what}", again[part], theirs[part])
+        row["ok"] = row["alone_same_logprobs"] == len(SHORT_LENGTHS) or (
+            row["source_again_alone_same_logprobs"] < len(SHORT_LENGTHS)
+        )
+        noise = max(row[f"source_again_{what}_max_logprob_difference"] for what in ("alone", "together"))
+    else:
+        dequantize(work / "source", work / "dense", model.dtype)
+        forced = work / ("own.json" if only_own else "marlin.json")
+        theirs = start_engine(work / "dense", ranks, eager, work / "dense.json", forced)
+        row["reference"] = "dequantized model, fp16"
+        row |= agreement("together", ours["rows"], theirs["rows"])
+        row["together_same_tokens"] = sum(each["best"] == each["logprobs"] for each in theirs["rows"])
+        row["ok"], noise = True, 0.0
+    row["ok"] &= row["together_max_logprob_difference"] < DENSE_BOUND + 2 * noise
+    if not only_own:
+        row |= compare_own(ours, own, model.dtype, noise)
+        row["ok"] &= row["own_ok"]
+    row |= {"layers": ours["layers"], "reference_layers": theirs["layers"]}
+    return row | {key: ours[key] for key in ("sglang", "torch", "gpu")}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="results, JSON; rows of other runs in it are kept")
+    parser.add_argument("--tp", type=int, default=1, help="tensor-parallel size")
+    parser.add_argument("--only", nargs="+", choices=MODELS, default=list(MODELS), metavar="NAME")
+    parser.add_argument("--side-by-side", type=int, default=4, help="models that run at the same time")
+    parser.add_argument("--graphs", action="store_true", help="with CUDA graphs, not eagerly")
+    parser.add_argument("--engine", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--forced", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.engine:
+        run_engine(options.engine, options.tp, not options.graphs, options.forced, options.out)
+        return 0
+
+    names = [name for name in options.only if MODELS[name].heads % options.tp == 0]
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(options.side_by_side) as pool:
+        work = {name: Path(folder) / str(number) for number, name in enumerate(names)}
+        counts = {name: prepare(MODELS[name], work[name]) for name in names}
+        print(f"{len(names)} models are made and converted", flush=True)
+
+        def one(name: str) -> dict[str, Any]:
+            begin = time.perf_counter()
+            try:
+                row = compare(name, MODELS[name], options.tp, not options.graphs, work[name])
+            except Exception as error:  # the other models' results shall not be lost
+                row = {"model": name, "tensor_parallel_size": options.tp, "ok": False, "error": str(error)}
+            row["converted"], row["kept"] = counts[name]
+            print(f"{name}, {options.tp} rank(s), {time.perf_counter() - begin:.0f} s: {json.dumps(row)}", flush=True)
+            return row
+
+        rows = list(pool.map(one, names))
+    document = json.loads(options.out.read_text()) if options.out.exists() else {"rows": []}
+    document["date"] = datetime.date.today().isoformat()
+    document["rows"] += rows
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps(document, indent=1) + "\n")
+    wrong = [row["model"] for row in rows if not row["ok"]]
+    print(f"{len(rows) - len(wrong)} of {len(rows)} agree" + (f"; not: {', '.join(wrong)}" if wrong else ""))
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
