@@ -4,6 +4,7 @@ import importlib
 import json
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -146,6 +147,44 @@ def test_where_two_kernels_differ_the_gap_of_the_two_best_is_told(script):
     assert found["own_together_max_logprob_difference"] == 0.015625
     far = {**other, "gaps": [2.0, 0.5, 1.0]}
     assert not compare({**same, "rows": [far]}, same, torch.half)["own_ok"]
+
+
+def test_in_sglang_every_loaded_tensor_must_have_the_bits_of_the_source(tmp_path, script, monkeypatch):
+    tokens = script("sglang_tokens")
+    row = {"tokens": [5, 6], "logprobs": [-0.5, -0.75], "gaps": [2.0, 1.0]}
+    near = {**row, "logprobs": [-0.5, -0.765625]}
+    about = {"layers": {"Linear": 1}, "sglang": "0.5.23", "torch": "2.14.1", "gpu": "a GPU"}
+
+    def compare(said, digest):
+        def start(*arguments):
+            name = arguments[3].stem
+            words = [said.get(name, row)]
+            return {**about, "alone": words, "rows": words, "tensors": {"w": digest if name == "theirs" else "1"}}
+
+        monkeypatch.setattr(tokens, "start_engine", start)
+        with ThreadPoolExecutor(2) as pool:
+            return tokens.compare("llama, g 128", tokens.MODELS["llama, g 128"], 1, True, tmp_path, pool)
+
+    assert compare({}, "1")["ok"]
+    found = compare({}, "2")
+    assert (found["tensors_apart"], found["tensors_same"], found["ok"]) == (["w"], 0, False)
+    assert not compare({"theirs": near, "theirs_again": near}, "1")["ok"]
+    found = compare({"theirs": near}, "1")  # two starts of the source are as far apart as it and ours
+    assert (found["theirs_again_alone_max_logprob_difference"], found["ok"]) == (0.015625, True)
+
+
+def test_a_digest_tells_tensors_apart_by_their_bits(script):
+    import torch
+
+    digests = script("sglang_tokens").digests
+    layer = torch.nn.Linear(2, 1).half()
+    layer.register_buffer("factor", torch.tensor(1.0))
+    layer.register_buffer("nothing", torch.empty(0))
+    first = digests(layer)
+    assert first.keys() == {"weight", "bias", "factor"}
+    layer.factor += 1e-7
+    second = digests(layer)
+    assert [name for name in first if first[name] != second[name]] == ["factor"]
 
 
 def test_a_variant_must_give_the_same_bits_and_an_adapter_must_do_something(script):
