@@ -32,15 +32,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from random_models import Model, write_model
-from vllm_tokens import (
-    DENSE_BOUND,
-    MODELS,
-    NEW_TOKENS,
-    agreement,
-    compare_own,
-    draw_prompts,
-)
+import vllm_tokens
+from random_models import Model
+from vllm_tokens import DENSE_BOUND, NEW_TOKENS, agreement, compare_own, draw_prompts, prepare
+
+#: Those whose source is AWQ.
+MODELS = {name: model for name, model in vllm_tokens.MODELS.items() if model.format == "awq"}
 
 #: What keeps SGLang away from what needs a network or NVLink multicast.
 ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "NCCL_NVLS_ENABLE": "0", "SGLANG_PLUGINS": "awq2marlin"}
@@ -192,15 +189,6 @@ def start_engine(
         raise RuntimeError(f"the engine failed on {folder}:\n" + "\n".join(tail))
     document: dict[str, Any] = json.loads(out.read_text())
     return document
-
-
-def prepare(model: Model, work: Path) -> tuple[int, int]:
-    """Makes and converts a model; returns how many modules were converted and how many kept."""
-    from awq2marlin import convert
-
-    write_model(work / "source", model)
-    result = convert(work / "source", work / "marlin", verify="all")
-    return len(result.converted), len(result.kept)
 
 
 def compare_tensors(ours: dict[str, str], theirs: dict[str, str]) -> dict[str, Any]:
