@@ -31,61 +31,66 @@ struct GemmArguments {
         qweight_stride, scales_stride, qzeros_stride                                                                \
   }
 
-// The scales and zero points of one lane's eight columns (lane/4 + 8*m) in one group and one tile, as memory has them.
-// They are read long before they are needed, so reading must not look at them: GroupReader::scales and ::zeros do, at
-// the time of use.
-template <int kBits>
+// The scales and zero points of one lane's columns (lane/4 + 8*m) in one group and some neighbouring blocks of a tile,
+// as memory has them. They are read long before they are needed, so reading must not look at them: GroupReader::scales
+// and ::zeros do, at the time of use.
+template <int kBits, int kBlocks = kTileBlocks>
 struct LaneGroup {
-  u32 scales[kTileBlocks];  // per block j: column c low, column c + 8 high
-  u32 zeros[Layout<kBits>::kZeroWords];
+  static constexpr int kZeroWords = kBlocks * kBits > 16 ? kBlocks * kBits / 16 : 1;
+  u32 scales[kBlocks];  // per block j: column c low, column c + 8 high
+  u32 zeros[kZeroWords];
 };
 
-// Reads LaneGroups of one tile of columns.
+// Reads LaneGroups of one tile of columns, from `first_block` on.
 //
 // A single group's scales belong to whole columns: the main loop then multiplies by one and the finished sums are
 // scaled, in fp32.
-template <class T, int kBits>
+template <class T, int kBits, int kBlocks = kTileBlocks>
 class GroupReader {
   using L = Layout<kBits>;
 
  public:
-  __device__ __forceinline__ GroupReader(const GemmArguments& args, int tile, int lane)
+  using Group = LaneGroup<kBits, kBlocks>;
+
+  __device__ __forceinline__ GroupReader(const GemmArguments& args, int tile, int lane, int first_block = 0)
       : is_single(args.group_size >= args.size_k),
         has_zeros(args.qzeros != nullptr),
+        first_block(first_block),
         scales_gl_rd(args.scales + tile * kTileColumns),
         // Without zero points any address will do that can be read: the weights' first tile is large enough.
-        zeros_gl_rd((has_zeros ? args.qzeros + tile * L::kTileZeroWords : args.qweight) + L::kZeroWords * (lane / 4)),
+        zeros_gl_rd((has_zeros ? args.qzeros + tile * L::kTileZeroWords : args.qweight) + L::kZeroWords * (lane / 4) +
+                    first_block * kBits / 16),
         scales_stride(is_single ? 0 : args.scales_stride),
         zeros_stride(is_single || !has_zeros ? 0 : args.qzeros_stride) {}
 
   // With a single group, any index means that one.
-  __device__ __forceinline__ void read(LaneGroup<kBits>& into, int group, int lane) const {
-    const U32x4 s = load_cached(scales_gl_rd + group * scales_stride + grouped_scale_position(lane, 0));
-    into.scales[0] = s.x, into.scales[1] = s.y, into.scales[2] = s.z, into.scales[3] = s.w;
+  __device__ __forceinline__ void read(Group& into, int group, int lane) const {
+    load_cached(into.scales, scales_gl_rd + group * scales_stride + grouped_scale_position(lane, 2 * first_block));
 #pragma unroll
-    for (int i = 0; i < L::kZeroWords; ++i) into.zeros[i] = load_cached_word(zeros_gl_rd + group * zeros_stride + i);
+    for (int i = 0; i < Group::kZeroWords; ++i)
+      into.zeros[i] = load_cached_word(zeros_gl_rd + group * zeros_stride + i);
   }
 
-  // The scales of block j as a pair (columns c and c + 8), in type T.
-  __device__ __forceinline__ u32 scales(const LaneGroup<kBits>& group, int j) const {
+  // The scales of the j-th of these blocks as a pair (columns c and c + 8), in type T.
+  __device__ __forceinline__ u32 scales(const Group& group, int j) const {
     return is_single ? ones(T{}) : group.scales[j];
   }
 
-  // The zero points of block j as a pair of 16-bit integers.
-  __device__ __forceinline__ u32 zeros(const LaneGroup<kBits>& group, int j) const {
-    if constexpr (kBits == 4) return (word(group.zeros[0]) >> (4 * j)) & 0x000f000fu;
-    if constexpr (kBits == 8) return (word(group.zeros[j / 2]) >> (8 * (j % 2))) & 0x00ff00ffu;
+  // The zero points of that block as a pair of 16-bit integers.
+  __device__ __forceinline__ u32 zeros(const Group& group, int j) const {
+    constexpr u32 kPair = kBits == 4 ? 0x000f000fu : 0x00ff00ffu;
+    const u32 zeros = has_zeros ? group.zeros[j * kBits / 16] : L::kImpliedZeros;
+    return (zeros >> ((first_block + j) * kBits % 16)) & kPair;
   }
 
-  // What finished sums of the lane's m-th column are still to be multiplied by.
+  // What finished sums of the lane's m-th column, counted from these blocks, are still to be multiplied by.
   __device__ __forceinline__ float final_scale(int lane, int m) const {
-    return is_single ? low_float(T{}, scales_gl_rd[single_scale_position(lane, m)]) : 1.f;
+    return is_single ? low_float(T{}, scales_gl_rd[single_scale_position(lane, 2 * first_block + m)]) : 1.f;
   }
 
  private:
-  __device__ __forceinline__ u32 word(u32 zeros) const { return has_zeros ? zeros : L::kImpliedZeros; }
-
   bool is_single, has_zeros;
+  int first_block;
   const u16* scales_gl_rd;
   const u32* zeros_gl_rd;
   i64 scales_stride, zeros_stride;

@@ -160,17 +160,15 @@ class HopperTile {
   // Which blocks a warp multiplies: those of its warpgroup, blocks 0 and 1 or 2 and 3 of one tile.
   class OwnBlocks {
    public:
-    using Group = LaneGroup<kBits>;
+    using Group = LaneGroup<kBits, kBlocks>;
 
     __device__ __forceinline__ OwnBlocks(const GemmArguments& args, const HopperTile& core, int tile_n)
-        : groups(args, tile_n, core.lane), core(core) {}
+        : groups(args, tile_n, core.lane, kBlocks * core.warpgroup), core(core) {}
 
     __device__ __forceinline__ void read(Group& into, int group) const { groups.read(into, group, core.lane); }
     __device__ __forceinline__ void prepare(Constants& constants, const Group& group) const {
 #pragma unroll
-      for (int b = 0; b < kBlocks; ++b)
-        constants.set(b, core.warpgroup == 0 ? groups.scales(group, b) : groups.scales(group, kBlocks + b),
-                      core.warpgroup == 0 ? groups.zeros(group, b) : groups.zeros(group, kBlocks + b));
+      for (int b = 0; b < kBlocks; ++b) constants.set(b, groups.scales(group, b), groups.zeros(group, b));
     }
     // Where the lane's words lie in a row of tiles.
     __device__ __forceinline__ u32 words_place() const {
@@ -178,7 +176,7 @@ class HopperTile {
     }
     __device__ __forceinline__ void load_words(u32 (&words)[kWords], u32 row_sh) const { load_shared(words, row_sh); }
     __device__ __forceinline__ float final_scale(int b, int half) const {
-      return groups.final_scale(core.lane, 2 * (kBlocks * core.warpgroup + b) + half);
+      return groups.final_scale(core.lane, 2 * b + half);
     }
     // The column of its block b, of the block's 256.
     __device__ __forceinline__ int first_column(int b) const {
@@ -186,7 +184,7 @@ class HopperTile {
     }
 
    private:
-    const GroupReader<T, kBits> groups;
+    const GroupReader<T, kBits, kBlocks> groups;
     const HopperTile& core;
   };
 

@@ -19,10 +19,14 @@ __device__ __forceinline__ u32 shared_address(const void* p) { return static_cas
 
 // ---- global memory ------------------------------------------------------------------------------------------------
 
-__device__ __forceinline__ U32x4 load_cached(const void* p) {
-  U32x4 v;
-  asm volatile("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(p));
-  return v;
+__device__ __forceinline__ void load_cached(u32 (&v)[4], const void* p) {
+  asm volatile("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3]) : "l"(p));
+}
+__device__ __forceinline__ void load_cached(u32 (&v)[2], const void* p) {
+  asm volatile("ld.global.nc.v2.u32 {%0, %1}, [%2];" : "=r"(v[0]), "=r"(v[1]) : "l"(p));
+}
+__device__ __forceinline__ void load_cached(u32 (&v)[1], const void* p) {
+  asm volatile("ld.global.nc.u32 %0, [%1];" : "=r"(v[0]) : "l"(p));
 }
 
 __device__ __forceinline__ u32 load_cached_word(const u32* p) {
@@ -68,6 +72,9 @@ __device__ __forceinline__ void load_shared(u32 (&v)[4], u32 address) {
 }
 __device__ __forceinline__ void load_shared(u32 (&v)[2], u32 address) {
   asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(v[0]), "=r"(v[1]) : "r"(address) : "memory");
+}
+__device__ __forceinline__ void load_shared(u32 (&v)[1], u32 address) {
+  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v[0]) : "r"(address) : "memory");
 }
 
 // A barrier among the first kThreads threads of a block that has others.

@@ -61,10 +61,8 @@ struct Repack {
 #pragma unroll
     for (int i = 0; i < kRowsOfThread; ++i)
 #pragma unroll
-      for (int w = 0; w < kRowWords; w += 4) {
-        const U32x4 v = load_cached(awq_gl_rd + row_of_thread(q, i) * awq_stride + w);
-        words[i][w] = v.x, words[i][w + 1] = v.y, words[i][w + 2] = v.z, words[i][w + 3] = v.w;
-      }
+      for (int w = 0; w < kRowWords; w += 4)
+        load_cached(reinterpret_cast<u32(&)[4]>(words[i][w]), awq_gl_rd + row_of_thread(q, i) * awq_stride + w);
     spread(words, marlin + tile * L::kTileWords + q * L::kLaneWords);
   }
 
