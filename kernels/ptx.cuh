@@ -214,6 +214,16 @@ __device__ __forceinline__ void mbarrier_init(u32 barrier, u32 arrivals) {
 __device__ __forceinline__ void mbarrier_arrive(u32 barrier) {
   asm volatile("{.reg .b64 state; mbarrier.arrive.shared::cta.b64 state, [%0];}" ::"r"(barrier) : "memory");
 }
+// Arrives, and says how many bytes the phase waits for beside arrivals.
+__device__ __forceinline__ void mbarrier_arrive_expecting(u32 barrier, u32 bytes) {
+  asm volatile("{.reg .b64 state; mbarrier.arrive.expect_tx.shared::cta.b64 state, [%0], %1;}" ::"r"(barrier),
+               "r"(bytes)
+               : "memory");
+}
+// What init wrote can be seen by copies that the hardware makes, once a barrier among the block's threads has followed.
+__device__ __forceinline__ void fence_mbarrier_init() {
+  asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+}
 // Arrives once all copies that this thread has started are there.
 __device__ __forceinline__ void mbarrier_arrive_after_copies(u32 barrier) {
   asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(barrier) : "memory");
@@ -232,6 +242,22 @@ __device__ __forceinline__ void mbarrier_wait(u32 barrier, u32 parity) {
       "r"(parity)
       : "memory");
 }
+
+// ---- copies that the hardware makes by itself, compute capability 9.0 and newer -------------------------------------
+
+// What the driver says about a matrix, so that the hardware finds a box of it; 128 bytes that only it understands.
+struct alignas(64) TensorMap {
+  u64 words[16];
+};
+// Of a box that begins at a row and a column; the barrier hears of its bytes. What lies outside the matrix is zero.
+__device__ __forceinline__ void box_load(u32 to, const TensorMap& map, int column, int row, u32 barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(
+          to),
+      "l"(&map), "r"(column), "r"(row), "r"(barrier)
+      : "memory");
+}
+
 // Stores four 8 x 8 fragments of 16-bit numbers transposed: lane l says where row l % 8 of fragment l / 8 goes.
 __device__ __forceinline__ void stmatrix_x4_transposed(u32 address, const u32 (&v)[4]) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(v[0]),

@@ -46,6 +46,13 @@ __device__ __forceinline__ u64 wgmma_descriptor(u32 address) {
 #define MARLIN_PLACES_56 MARLIN_PLACES_48 ", %48, %49, %50, %51, %52, %53, %54, %55"
 #define MARLIN_PLACES_64 MARLIN_PLACES_56 ", %56, %57, %58, %59, %60, %61, %62, %63"
 #define MARLIN_PLACES_72 MARLIN_PLACES_64 ", %64, %65, %66, %67, %68, %69, %70, %71"
+#define MARLIN_PLACES_80 MARLIN_PLACES_72 ", %72, %73, %74, %75, %76, %77, %78, %79"
+#define MARLIN_PLACES_88 MARLIN_PLACES_80 ", %80, %81, %82, %83, %84, %85, %86, %87"
+#define MARLIN_PLACES_96 MARLIN_PLACES_88 ", %88, %89, %90, %91, %92, %93, %94, %95"
+#define MARLIN_PLACES_104 MARLIN_PLACES_96 ", %96, %97, %98, %99, %100, %101, %102, %103"
+#define MARLIN_PLACES_112 MARLIN_PLACES_104 ", %104, %105, %106, %107, %108, %109, %110, %111"
+#define MARLIN_PLACES_120 MARLIN_PLACES_112 ", %112, %113, %114, %115, %116, %117, %118, %119"
+#define MARLIN_PLACES_128 MARLIN_PLACES_120 ", %120, %121, %122, %123, %124, %125, %126, %127"
 
 #define MARLIN_EIGHT_SUMS(i)                                                                          \
   "+f"(d[i]), "+f"(d[i + 1]), "+f"(d[i + 2]), "+f"(d[i + 3]), "+f"(d[i + 4]), "+f"(d[i + 5]),         \
@@ -60,6 +67,13 @@ __device__ __forceinline__ u64 wgmma_descriptor(u32 address) {
 #define MARLIN_SUMS_56 MARLIN_SUMS_48, MARLIN_EIGHT_SUMS(48)
 #define MARLIN_SUMS_64 MARLIN_SUMS_56, MARLIN_EIGHT_SUMS(56)
 #define MARLIN_SUMS_72 MARLIN_SUMS_64, MARLIN_EIGHT_SUMS(64)
+#define MARLIN_SUMS_80 MARLIN_SUMS_72, MARLIN_EIGHT_SUMS(72)
+#define MARLIN_SUMS_88 MARLIN_SUMS_80, MARLIN_EIGHT_SUMS(80)
+#define MARLIN_SUMS_96 MARLIN_SUMS_88, MARLIN_EIGHT_SUMS(88)
+#define MARLIN_SUMS_104 MARLIN_SUMS_96, MARLIN_EIGHT_SUMS(96)
+#define MARLIN_SUMS_112 MARLIN_SUMS_104, MARLIN_EIGHT_SUMS(104)
+#define MARLIN_SUMS_120 MARLIN_SUMS_112, MARLIN_EIGHT_SUMS(112)
+#define MARLIN_SUMS_128 MARLIN_SUMS_120, MARLIN_EIGHT_SUMS(120)
 
 #define MARLIN_WGMMA_OF(Type, type, tokens, sums, a0, a1, a2, a3, b_place)                                            \
   __device__ __forceinline__ void wgmma(Type, float (&d)[sums], const u32 (&a)[4], u64 b) {                           \
@@ -91,5 +105,9 @@ MARLIN_WGMMA(96, 48, 49, 50, 51, 52)
 MARLIN_WGMMA(112, 56, 57, 58, 59, 60)
 MARLIN_WGMMA(128, 64, 65, 66, 67, 68)
 MARLIN_WGMMA(144, 72, 73, 74, 75, 76)
+MARLIN_WGMMA(176, 88, 89, 90, 91, 92)
+MARLIN_WGMMA(192, 96, 97, 98, 99, 100)
+MARLIN_WGMMA(208, 104, 105, 106, 107, 108)
+MARLIN_WGMMA(256, 128, 129, 130, 131, 132)
 
 }  // namespace marlin

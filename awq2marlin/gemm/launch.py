@@ -7,6 +7,7 @@ import functools
 import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -14,13 +15,13 @@ import torch
 from awq2marlin.errors import KernelUnavailableError
 from awq2marlin.gemm import jit
 from awq2marlin.gemm.checks import GemmTensors, LayerShape, check_gemm
-from awq2marlin.gemm.families.base import MIN_CAPABILITY, Dtype, GemmConfig, GemmProblem, sum_splits_source
+from awq2marlin.gemm.families.base import MIN_CAPABILITY, Box, Dtype, GemmConfig, GemmProblem, sum_splits_source
 from awq2marlin.gemm.select import sources_up_to
 from awq2marlin.gemm.source import KernelSource, repack_source
 from awq2marlin.layout.marlin import GPTQ_MARLIN_TILE, MARLIN_TILE_N
 
 if TYPE_CHECKING:
-    from cuda.core import Kernel, LaunchConfig, Stream
+    from cuda.core import Kernel, LaunchConfig, Stream, TensorMapDescriptor
 
 DTYPES: dict[torch.dtype, Dtype] = {torch.float16: "fp16", torch.bfloat16: "bf16"}
 
@@ -110,7 +111,7 @@ def launch_gemm(
         device,
         config.grid(problem),
         config.threads,
-        arguments,
+        (*_maps(config, tensors), *arguments),
         cluster=config.cluster,
         shared_bytes=config.shared_bytes,
         overlaps=problem.has_clusters,
@@ -145,6 +146,41 @@ def _gemm_arguments(
         scales.stride(0),
         0 if qzeros is None else qzeros.stride(0),
     )
+
+
+def _maps(config: GemmConfig, tensors: GemmTensors) -> tuple[TensorMapDescriptor, ...]:
+    """Returns what tells the hardware how to copy boxes of some tensors, on their device."""
+
+    def map_of(box: Box) -> TensorMapDescriptor:
+        matrix = cast(torch.Tensor, getattr(tensors, box.tensor))
+        index = matrix.device.index
+        return _tensor_map(matrix.data_ptr(), *matrix.shape, matrix.stride(0), matrix.itemsize, box, index)
+
+    if not config.boxes or torch.cuda.current_device() == tensors.a.device.index:
+        return tuple(map_of(box) for box in config.boxes)
+    with torch.cuda.device(tensors.a.device.index):
+        return tuple(map_of(box) for box in config.boxes)
+
+
+@functools.lru_cache(maxsize=1 << 12)
+def _tensor_map(
+    address: int, rows: int, columns: int, stride: int, itemsize: int, box: Box, device_index: int
+) -> TensorMapDescriptor:
+    """Returns the map of a matrix on the current device: nothing but these numbers, whatever lies there."""
+    from cuda.core._tensor_map import TensorMapSwizzle
+    from cuda.core.utils import StridedMemoryView
+
+    _bind_thread(device_index)
+    facts = {
+        "version": 3,
+        "data": (address, False),
+        "typestr": {2: "<f2", 8: "<i8"}[box.number_bytes],
+        "shape": (rows, columns * itemsize // box.number_bytes),
+        "strides": (stride * itemsize, box.number_bytes),
+    }
+    swizzle = TensorMapSwizzle.SWIZZLE_128B if box.is_swizzled else TensorMapSwizzle.NONE
+    view = StridedMemoryView.from_any_interface(SimpleNamespace(__cuda_array_interface__=facts), stream_ptr=-1)
+    return view.as_tensor_map((box.rows, box.numbers), swizzle=swizzle)
 
 
 def launch_repack(qweight: torch.Tensor, out: torch.Tensor, size_k: int, size_n: int, num_bits: int) -> None:

@@ -64,7 +64,7 @@ def test_every_kernel_gives_the_product(size_k, size_n, dtype, num_bits):
         layer = gpu_layer(
             size_k, size_n, group_size, num_bits=num_bits, dtype=DTYPES[dtype], has_zeros=has_zeros, has_bias=has_zeros
         )
-        for size_m in (1, 3, 8, 9, 16, 17, 27, 65):
+        for size_m in (1, 3, 8, 9, 16, 17, 27, 65, 130):
             a = random_tokens(size_m, layer)
             for config in variants(problem_of(size_m, layer)):
                 assert_product(run(config, a, layer), a, layer)
@@ -135,19 +135,22 @@ def test_both_ways_to_sum_splits_give_the_same_bits():
 def test_slices_need_no_copy(num_bits):
     layer = gpu_layer(256, 640, 64, num_bits=num_bits, has_bias=True)
     factor = 32 // num_bits
-    tokens = random_tokens(40, layer)
-    wide = torch.zeros(40, 1024, dtype=torch.float16, device="cuda")
+    cut = Layer(
+        256,
+        384,
+        num_bits,
+        layer.qweight[:, 128 * 16 // factor : 512 * 16 // factor],
+        layer.scales[:, 128:512],
+        layer.qzeros[:, 128 // factor : 512 // factor],
+        layer.bias[128:512],
+    )
+    tokens = random_tokens(200, layer)
+    wide = torch.zeros(200, 1024, dtype=torch.float16, device="cuda")
     wide[:, 256:512] = tokens
-    for size_m in (1, 16, 40):
-        out = ops.marlin_gemm(
-            wide[:size_m, 256:512],
-            layer.qweight[:, 128 * 16 // factor : 512 * 16 // factor],
-            layer.scales[:, 128:512],
-            layer.qzeros[:, 128 // factor : 512 // factor],
-            layer.bias[128:512],
-            num_bits=num_bits,
-        )
-        torch.testing.assert_close(out, layer(tokens[:size_m])[:, 128:512], rtol=2e-3, atol=2e-3)
+    for size_m in (1, 16, 40, 200):
+        for config in variants(problem_of(size_m, cut)):
+            out = run(config, wide[:size_m, 256:512], cut)
+            torch.testing.assert_close(out, layer(tokens[:size_m])[:, 128:512], rtol=2e-3, atol=2e-3)
         rows = ops.marlin_gemm(  # rows 64 .. 192: whole groups
             wide[:size_m, 320:448], layer.qweight[4:12], layer.scales[1:3], layer.qzeros[1:3], num_bits=num_bits
         )

@@ -100,6 +100,24 @@ class GemmProblem:
         return int(slots * (1 - left_over * (1.0 if resident_blocks == 1 else 0.9)))
 
 
+class Box(NamedTuple):
+    """A part of a matrix that the hardware copies at a time.
+
+    Attributes:
+        tensor: the argument of the GEMM.
+        rows: of the box.
+        numbers: in each of them.
+        number_bytes: of a number, as whom the tensor's memory is read.
+        is_swizzled: whether 128-byte rows arrive as warpgroup instructions want them.
+    """
+
+    tensor: Literal["a", "qweight"]
+    rows: int
+    numbers: int
+    number_bytes: Literal[2, 8]
+    is_swizzled: bool
+
+
 @dataclass(frozen=True, kw_only=True)
 class GemmConfig(ABC):
     """A family's kernel with its parameters.
@@ -109,6 +127,7 @@ class GemmConfig(ABC):
     Attributes:
         header: the family's, in ``kernels/``.
         template: the class in it that is instantiated.
+        parameters: what the macros of its parameters and arguments begin with.
         token_ranges: numbers of tokens that the family takes, cut where its candidates change.
         capabilities: the first and the last compute capability that it runs on.
         is_fallback: whether it is for problems only that no other family serves.
@@ -120,6 +139,7 @@ class GemmConfig(ABC):
 
     header: ClassVar[str]
     template: ClassVar[str]
+    parameters: ClassVar[str] = "MARLIN_GEMM"
     token_ranges: ClassVar[tuple[range, ...]]
     capabilities: ClassVar[tuple[Capability, Capability]] = (MIN_CAPABILITY, NEWEST)
     is_fallback: ClassVar[bool] = False
@@ -195,7 +215,7 @@ class GemmConfig(ABC):
         return instantiation(
             f"{self.template}<{arguments}>",
             self.header,
-            "MARLIN_GEMM",
+            self.parameters,
             threads=self.threads,
             resident_blocks=self.resident_blocks,
             shared_bytes=self.shared_bytes,
@@ -211,6 +231,11 @@ class GemmConfig(ABC):
         """Returns the blocks of a launch: splits of K, tiles of columns, tiles of tokens."""
         columns, tokens = self.tile
         return self.num_splits, -(-problem.size_n // columns), -(-problem.size_m // tokens)
+
+    @property
+    def boxes(self) -> tuple[Box, ...]:
+        """What the hardware copies by itself, in the order of the kernel's maps; none if the kernel reads all."""
+        return ()
 
     @property
     def cluster(self) -> int:
