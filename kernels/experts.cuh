@@ -54,6 +54,13 @@ __device__ __forceinline__ int expert_of(const void* ids, int has_long_ids, int 
   return id >= 0 && id < num_experts ? int(id) : -1;
 }
 
+// The same for a launch that does not wait for the one before, as are the list's fresh_item and fresh_pair.
+__device__ __forceinline__ int fresh_expert_of(const void* ids, int has_long_ids, int pair, int num_experts) {
+  const u32* words = static_cast<const u32*>(ids) + (has_long_ids ? 2 * pair : pair);
+  const u32 low = load_fresh(words), high = has_long_ids ? load_fresh(words + 1) : 0;
+  return high == 0 && low < u32(num_experts) ? int(low) : -1;
+}
+
 // Up to a tile's height of pairs that chose one expert.
 struct WorkItem {
   int expert, first, count;  // `first`: of the list's rows
@@ -71,15 +78,20 @@ struct WorkList {
     float weight;
   };
 
-  __device__ __forceinline__ int num_items() const { return words[0]; }
+  __device__ __forceinline__ int num_items() const { return load_fresh(reinterpret_cast<const u32*>(words)); }
   __device__ __forceinline__ WorkItem item(int i) const {
     const int4 v = *reinterpret_cast<const int4*>(words + kHeaderWords + kItemWords * i);
     return {v.x, v.y, v.z};
   }
-  __device__ __forceinline__ Row row(int i) const {
-    const int2 v = *reinterpret_cast<const int2*>(words + kHeaderWords + kItemWords * max_items + kRowWords * i);
-    return {v.x, __int_as_float(v.y)};
+  __device__ __forceinline__ const int2* row_at(int i) const {
+    return reinterpret_cast<const int2*>(words + kHeaderWords + kItemWords * max_items + kRowWords * i);
   }
+  __device__ __forceinline__ WorkItem fresh_item(int i) const {
+    const U32x4 v = load_fresh(reinterpret_cast<const U32x4*>(words + kHeaderWords + kItemWords * i));
+    return {int(v.x), int(v.y), int(v.z)};
+  }
+  __device__ __forceinline__ int fresh_pair(int i) const { return load_fresh(reinterpret_cast<const u32*>(row_at(i))); }
+  __device__ __forceinline__ Row row(int i) const { return {row_at(i)->x, __int_as_float(row_at(i)->y)}; }
 };
 
 // Never more than so many items of a tile's height: each expert that is chosen at all has one that is not full.

@@ -2,12 +2,14 @@
 // does not end with a tile.
 //
 // A block walks over the list of work: items times steps of columns. The copying warpgroup runs ahead, into the next
-// item's first stages while this one's result still leaves: a short K costs little to start and to drain. Rows are
-// gathered by the copies' addresses. The result goes to shared memory of its own, rounded, and from there row by row to
-// where its pair lives, copied by the hardware while the next tile is multiplied.
+// item's first stages while this one's result still leaves. Rows are gathered by the copies' addresses.
 //
-// With a gate, a step is 128 columns of the gate and the same 128 of the up projection. The warps of either put half of
-// their rows, rounded, where the rows will leave from, and multiply what the others have put there with their own.
+// The multiplying warpgroups have half of a step's columns each and share nothing but the stages: each ends its part of
+// a tile for itself, while the other may still multiply.
+//
+// With a gate, a step is 128 columns of the gate and the same 128 of the up projection, and a warpgroup has half of
+// both. The warps of either put half of their rows, rounded, where the rows will leave from, and multiply what the
+// others have put there with their own.
 #pragma once
 
 #include "experts.cuh"
@@ -22,15 +24,17 @@ class HopperExperts {
   static constexpr bool kGated = kActivation != Activation::kNone;
   static constexpr int kOutColumns = kGated ? Core::kColumns / 2 : Core::kColumns;
   static constexpr int kStepTiles = kOutColumns / kTileColumns;
-  static constexpr int kRowBytes = (kOutColumns + 8) * 2;  // the padding spreads the rows of a fragment over the banks
+  static constexpr int kOwnThreads = Core::kMathThreads / Core::kWarpgroups;
+  static constexpr int kOwnColumns = kOutColumns / Core::kWarpgroups;
+  static constexpr int kRowBytes = (kOwnColumns + 8) * 2;  // the padding spreads the rows of a fragment over the banks
+  static constexpr int kListRowBytes = WorkList::kRowWords * 4;
+  static constexpr int kOwnBytes = kTokens * (kRowBytes + 2 * kListRowBytes);
   static constexpr int kOutOffset = kStages * Core::kStageBytes;
-  static constexpr int kBarriersOffset = kOutOffset + kTokens * kRowBytes;
-  static constexpr int kWeightsOffset = kBarriersOffset + Core::kBarrierBytes;
-  static_assert(kTokens % 8 == 0 && kTokens <= Core::kMathThreads, "a thread sends a row");
+  static constexpr int kBarriersOffset = kOutOffset + Core::kWarpgroups * kOwnBytes;
 
  public:
   static constexpr int kThreads = Core::kThreads;
-  static constexpr int kSharedBytes = kWeightsOffset + kTokens * 4;
+  static constexpr int kSharedBytes = kBarriersOffset + Core::kBarrierBytes;
   using Registers = HopperRegisters<kResidentBlocks>;
 
   // grid: as many blocks as the GPU holds.
@@ -59,8 +63,8 @@ class HopperExperts {
         columns(kGated ? args.size_n / 2 : args.size_n),
         num_steps((columns + kOutColumns - 1) / kOutColumns),
         num_places(list.num_items() * num_steps),
-        out_sh(shared_address(shared) + kOutOffset),
-        weights_sh(reinterpret_cast<float*>(shared + kWeightsOffset)) {}
+        out_sh(shared_address(shared) + kOutOffset + core.warpgroup % Core::kWarpgroups * kOwnBytes),
+        list_sh(out_sh + kTokens * kRowBytes) {}
 
   // Tile w of a stage's four. Tiles past the last repeat it: what comes of them is not stored.
   __device__ __forceinline__ int tile_n(int step, int w) const {
@@ -77,14 +81,17 @@ class HopperExperts {
     for (int i = blockIdx.x; i < num_places; i += gridDim.x) {
       const WorkItem item = list.item(i / num_steps);
       const GemmArguments weights = expert_weights(args, item.expert);
-      typename Core::Copier copier = core.make_copier(
-          args.a, weights.qweight + i64(tile_n(i % num_steps, w)) * L::kTileWords, [&](int token) {
+      const int tile = tile_n(i % num_steps, w);
+      typename Core::Copier copier =
+          core.make_copier(args.a, weights.qweight + i64(tile) * L::kTileWords, [&](int token) {
             const u32 pair = list.row(item.first + min(token, item.count - 1)).pair;
             return pair / u32(args.a_pairs) * args.a_stride;
           });
+      GroupPrefetch groups(weights, tile, core.lane);
 #pragma unroll 1
       for (int stage = 0; stage < num_stages; ++stage) {
         core.wait_empty(place);
+        if (kPrefetches) groups.next(args.group_size);
         core.copy_stage(copier, place, args.qweight_stride);
         place.advance();
       }
@@ -92,63 +99,145 @@ class HopperExperts {
     cp_async_wait_all();  // a block must not leave while copies to it are under way
   }
 
+  // Brings a tile's scales and zero points to L2 a ring of stages before they are read: from memory they would be late.
+  static constexpr bool kPrefetches = kResidentBlocks == 1;
+  class GroupPrefetch {
+   public:
+    __device__ __forceinline__ GroupPrefetch(const GemmArguments& weights, int tile, int lane)
+        : place(reinterpret_cast<const char*>(weights.scales + tile * kTileColumns)),
+          stride(2 * weights.scales_stride),
+          is_used(lane == 0 || (lane == 1 && weights.qzeros != nullptr)) {
+      if (lane != 1) return;
+      place = reinterpret_cast<const char*>(weights.qzeros + tile * L::kTileZeroWords);
+      stride = 4 * weights.qzeros_stride;
+    }
+    __device__ __forceinline__ void next(int group_size) {
+      for (; rows_ahead <= 0; rows_ahead += group_size) {
+        if (is_used) prefetch_l2(place);
+        place += stride;
+      }
+      rows_ahead -= Core::kStageRows;
+    }
+
+   private:
+    const char* place;
+    i64 stride;
+    const bool is_used;
+    int rows_ahead = 0;
+  };
+
+  // Which blocks a warp multiplies: half of one of its warpgroup's two tiles, which are neighbours, or the gate's and
+  // the up projection's. A gate is activated by warps 0 and 1 of the first warpgroup and 2 and 3 of the second, which
+  // are at home in different quarters of a multiprocessor.
+  class OwnBlocks {
+   public:
+    using Reader = GroupReader<T, kBits, Core::kBlocks>;
+    using Group = typename Reader::Group;
+
+    __device__ __forceinline__ OwnBlocks(const HopperExperts& experts, int place)
+        : lane(experts.core.lane),
+          w(tile_of(experts.core.warpgroup, experts.core.warp / 2 % 2)),
+          tile_n(experts.tile_n(place % experts.num_steps, w)),
+          first_block(experts.core.warp % 2 * Core::kBlocks),
+          groups(expert_weights(experts.args, experts.list.item(place / experts.num_steps).expert), tile_n, lane,
+                 first_block) {}
+
+    __device__ __forceinline__ void read(Group& into, int group) const { groups.read(into, group, lane); }
+    __device__ __forceinline__ void prepare(typename Core::Constants& constants, const Group& group) const {
+#pragma unroll
+      for (int b = 0; b < Core::kBlocks; ++b) constants.set(b, groups.scales(group, b), groups.zeros(group, b));
+    }
+    __device__ __forceinline__ u32 words_place() const {
+      return (w * L::kTileWords + lane * L::kLaneWords + first_block * L::kBlockWords) * 4;
+    }
+    __device__ __forceinline__ void load_words(u32 (&words)[Core::kWords], u32 row_sh) const {
+      load_shared(words, row_sh);
+    }
+    __device__ __forceinline__ float final_scale(int b, int half) const {
+      return groups.final_scale(lane, 2 * b + half);
+    }
+    // The first column of its block b: of all, and of the warpgroup's.
+    __device__ __forceinline__ int column_n(int b) const {
+      return tile_n * kTileColumns + (first_block + b) * kBlockColumns;
+    }
+    __device__ __forceinline__ int own_column(int b) const {
+      return (kGated ? 0 : w % 2 * kTileColumns) + (first_block + b) * kBlockColumns;
+    }
+    __device__ __forceinline__ bool is_gate() const { return kGated && w < kStepTiles; }
+
+   private:
+    // Which of a stage's four tiles.
+    static __device__ __forceinline__ int tile_of(int warpgroup, int which) {
+      return kGated ? warpgroup + kStepTiles * (which ^ warpgroup) : 2 * warpgroup + which;
+    }
+
+    const int lane, w, tile_n, first_block;
+    const Reader groups;
+  };
+
   __device__ __forceinline__ void multiply() const {
     typename Core::Place place;
 #pragma unroll 1
-    for (int i = blockIdx.x; i < num_places; i += gridDim.x) {
-      const int step = i % num_steps, tile = tile_n(step, core.warp % Core::kWarpgroupWarps);
-      const GemmArguments weights = expert_weights(args, list.item(i / num_steps).expert);
-      const typename Core::OwnBlocks blocks(weights, core, tile);
+    for (int i = blockIdx.x, buffer = 0; i < num_places; i += gridDim.x, buffer ^= 1) {
+      const OwnBlocks blocks(*this, i);
+      fetch_rows(list.item(i / num_steps), buffer);
       typename Core::Sums sums;
       core.multiply(sums, place, blocks, args.group_size, args.size_k, {0, args.size_k / Core::kStageRows});
 
-      // Read once more rather than kept: there are no registers to spare, and the copying warps have them in the cache.
+      cp_async_wait_all();
+      own_barrier();  // the rows of the list are there, and the last result has left
+      // Read once more rather than kept: there are no registers to spare.
       const WorkItem item = list.item(i / num_steps);
-      const WorkList::Row row = list.row(item.first + min(int(threadIdx.x), item.count - 1));
-      bulk_wait_read();
-      math_barrier();  // the last rows have left
-      if (!kGated && threadIdx.x < kTokens) weights_sh[threadIdx.x] = row.weight;
       if constexpr (kGated) {
-        const bool is_gate = core.warp % Core::kWarpgroupWarps < kStepTiles;
         constexpr int kHalf = kTokens / 16 * 8;
-        if (is_gate)
-          deposit<true, false, kHalf, kTokens>(sums, blocks, item.expert, tile);
+        if (blocks.is_gate())
+          deposit<true, false, kHalf, kTokens>(sums, blocks, item.expert, buffer);
         else
-          deposit<false, false, 0, kHalf>(sums, blocks, item.expert, tile);
-        math_barrier();
-        if (is_gate)
-          deposit<true, true, 0, kHalf>(sums, blocks, item.expert, tile);
+          deposit<false, false, 0, kHalf>(sums, blocks, item.expert, buffer);
+        own_barrier();
+        if (blocks.is_gate())
+          deposit<true, true, 0, kHalf>(sums, blocks, item.expert, buffer);
         else
-          deposit<false, true, kHalf, kTokens>(sums, blocks, item.expert, tile);
+          deposit<false, true, kHalf, kTokens>(sums, blocks, item.expert, buffer);
       } else {
-        math_barrier();
-        deposit<false, false, 0, kTokens>(sums, blocks, item.expert, tile);
+        deposit<false, false, 0, kTokens>(sums, blocks, item.expert, buffer);
       }
-      fence_proxy_async();
-      math_barrier();
-      leave(item.count, row.pair, step);
+      own_barrier();
+      leave(item.count, buffer, i % num_steps);
     }
-    bulk_wait();
   }
 
-  static __device__ __forceinline__ void math_barrier() { barrier_some<Core::kMathThreads>(); }
+  __device__ __forceinline__ void own_barrier() const { barrier_of<kOwnThreads>(1 + core.warpgroup); }
+  // A thread's number in its warpgroup, where it is used.
+  static __device__ __forceinline__ int own_thread() { return reckoned_here(threadIdx.x % kOwnThreads); }
+
+  // ---- the end of a tile --------------------------------------------------------------------------------------------
+
+  __device__ __forceinline__ u32 row_sh(int row, int buffer) const {
+    return list_sh + (buffer * kTokens + row) * kListRowBytes;
+  }
+
+  // Brings the tile's rows of the list; those past the last repeat it.
+  __device__ __forceinline__ void fetch_rows(const WorkItem& item, int buffer) const {
+    for (int row = own_thread(); row < kTokens; row += kOwnThreads)
+      cp_async_8(row_sh(row, buffer), list.row_at(item.first + min(row, item.count - 1)));
+  }
 
   // Rounds rows of the warp's part of the result into those that leave, or multiplies it with what lies there. Lane l
   // holds columns l/4 and l/4 + 8 of a block, tokens 8 t + 2 (l mod 4) and + 1: a fragment for every eight columns and
   // tokens, stored transposed. With a gate both factors are rounded, so that it does not matter which of them is put.
   template <bool kActivates, bool kMultiplies, int kFirst, int kEnd>
-  __device__ __forceinline__ void deposit(const typename Core::Sums& sums, const typename Core::OwnBlocks& blocks,
-                                          int expert, int tile) const {
-    const int row = core.lane % 8 + core.lane / 16 * 8, half_of_row = core.lane / 8 % 2;
+  __device__ __forceinline__ void deposit(const typename Core::Sums& sums, const OwnBlocks& blocks, int expert,
+                                          int buffer) const {
+    const int lane = reckoned_here(core.lane), row = lane % 8 + lane / 16 * 8, half_of_row = lane / 8 % 2;
 #pragma unroll
     for (int b = 0; b < Core::kBlocks; ++b) {
-      // A step's columns are those of four tiles, or of two: the up projection's lie where the gate's do.
-      const int first_column = blocks.first_column(b) % kOutColumns;
+      const int first_column = blocks.own_column(b);
       float scales[2], biases[2];
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         scales[half] = blocks.final_scale(b, half);
-        const int column = tile * kTileColumns + first_column % kTileColumns + core.lane / 4 + 8 * half;
+        const int column = blocks.column_n(b) + lane / 4 + 8 * half;
         biases[half] = args.bias ? low_float(T{}, args.bias[expert * args.bias_expert + column]) : 0.f;
       }
 #pragma unroll
@@ -161,12 +250,14 @@ class HopperExperts {
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
           const int octet = has_two ? t + i / 2 : t, half = i % 2, first = 4 * octet + 2 * half;
+          u32 rows[4];  // two of the list: pair and weight of each
+          if (!kGated) load_shared(rows, row_sh(8 * octet + 2 * (lane % 4), buffer));
           float values[2];
 #pragma unroll
           for (int v = 0; v < 2; ++v) {
             values[v] = scales[half] * sums.v[b][first + v] + biases[half];
             if (kActivates) values[v] = activate<kActivation>(values[v]);
-            if (!kGated) values[v] *= weights_sh[8 * octet + 2 * (core.lane % 4) + v];
+            if (!kGated) values[v] *= __uint_as_float(rows[2 * v + 1]);
           }
           fragments[i] = pack2(T{}, values[0], values[1]);
           if (kMultiplies) fragments[i] = mul2(T{}, fragments[i], factors[i]);
@@ -176,20 +267,32 @@ class HopperExperts {
     }
   }
 
-  // Sends the rows to their pairs. The hardware copies them; bulk_wait_read waits.
-  __device__ __forceinline__ void leave(int count, int pair, int step) const {
-    const int bytes = 2 * min(kOutColumns, columns - step * kOutColumns);
-    if (int(threadIdx.x) < count)
-      bulk_store(args.out + i64(pair) * columns + step * kOutColumns, out_sh + threadIdx.x * kRowBytes, bytes);
-    bulk_commit();
+  // Sends the rows to their pairs: a thread eight columns of either half of a tile.
+  __device__ __forceinline__ void leave(int count, int buffer, int step) const {
+    constexpr int kHalf = Core::kBlocks * kBlockColumns, kHalfChunks = kHalf / 8, kUnits = kOwnColumns / 8 / 2;
+    const int thread = own_thread(), unit = thread % kUnits;
+    const int column = unit / kHalfChunks * kTileColumns + unit % kHalfChunks * 8;
+    const int out_column = step * kOutColumns + core.warpgroup * kOwnColumns + column;
+    if (out_column >= columns) return;
+    for (int row = thread / kUnits; row < count; row += kOwnThreads / kUnits) {
+      u32 eight[2][4], pair[1];
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+        load_shared(eight[half], out_sh + row * kRowBytes + (column + half * kHalf) * 2);
+      load_shared(pair, row_sh(row, buffer));
+      u16* out = args.out + i64(pair[0]) * columns + out_column;
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+        *reinterpret_cast<U32x4*>(out + half * kHalf) = {eight[half][0], eight[half][1], eight[half][2],
+                                                         eight[half][3]};
+    }
   }
 
   const ExpertArguments& args;
   const Core& core;
   const WorkList list;
   const int columns, num_steps, num_places;
-  const u32 out_sh;
-  float* const weights_sh;  // what the rows are multiplied with
+  const u32 out_sh, list_sh;  // the warpgroup's: where its rows leave from, and its rows of the list
 };
 
 }  // namespace marlin

@@ -78,20 +78,21 @@ class SmallExperts {
 
   static __device__ __forceinline__ Rows rows_of_pair(const ExpertArguments& args, int choice) {
     const int pair = blockIdx.y * args.top_k + choice;
-    const int expert = expert_of(args.topk_ids, args.has_long_ids, pair, args.num_experts);
+    const int expert = fresh_expert_of(args.topk_ids, args.has_long_ids, pair, args.num_experts);
     return {expert, expert >= 0, pair};
   }
 
   static __device__ __forceinline__ Rows listed_rows(const ExpertArguments& args, int lane) {
     const WorkList list{args.work, max_work_items(args.num_pairs, args.num_experts, kTokens)};
     if (int(blockIdx.y) >= list.num_items()) return {-1, 0, 0};
-    const WorkItem item = list.item(blockIdx.y);
-    return {item.expert, item.count, list.row(item.first + min(lane, item.count - 1)).pair};
+    const WorkItem item = list.fresh_item(blockIdx.y);
+    return {item.expert, item.count, list.fresh_pair(item.first + min(lane, item.count - 1))};
   }
 
   // Without a list: a pair leads if so many whole tiles of its expert's pairs come before it.
   static __device__ __forceinline__ Rows seen_rows(const ExpertArguments& args, int lane) {
-    const int own = lane < args.num_pairs ? expert_of(args.topk_ids, args.has_long_ids, lane, args.num_experts) : -1;
+    const int own =
+        lane < args.num_pairs ? fresh_expert_of(args.topk_ids, args.has_long_ids, lane, args.num_experts) : -1;
     const int expert = __shfl_sync(0xffffffffu, own, blockIdx.y);
     u32 same = __ballot_sync(0xffffffffu, own == expert);
     const int before = __popc(same & ((1u << blockIdx.y) - 1));

@@ -17,6 +17,12 @@ struct alignas(16) F32x4 {
 
 __device__ __forceinline__ u32 shared_address(const void* p) { return static_cast<u32>(__cvta_generic_to_shared(p)); }
 
+// The same value, of which the compiler knows nothing: what follows from it is reckoned here, not kept in registers.
+__device__ __forceinline__ int reckoned_here(int value) {
+  asm volatile("" : "+r"(value));
+  return value;
+}
+
 // ---- global memory ------------------------------------------------------------------------------------------------
 
 __device__ __forceinline__ void load_cached(u32 (&v)[4], const void* p) {
@@ -35,10 +41,29 @@ __device__ __forceinline__ u32 load_cached_word(const u32* p) {
   return v;
 }
 
+// Past L1, which may still hold what was there before an earlier kernel wrote.
+__device__ __forceinline__ u32 load_fresh(const u32* p) {
+  u32 v;
+  asm volatile("ld.global.cg.u32 %0, [%1];" : "=r"(v) : "l"(p) : "memory");
+  return v;
+}
+__device__ __forceinline__ U32x4 load_fresh(const U32x4* p) {
+  U32x4 v;
+  asm volatile("ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(p)
+               : "memory");
+  return v;
+}
+
 // ---- asynchronous copies, global to shared (generic proxy) ----------------------------------------------------------
 
 __device__ __forceinline__ void cp_async_16(u32 dst, const void* src) {
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(dst), "l"(src) : "memory");
+}
+// Eight bytes, which stay in L1.
+__device__ __forceinline__ void cp_async_8(u32 dst, const void* src) {
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 8;" ::"r"(dst), "l"(src) : "memory");
 }
 __device__ __forceinline__ void cp_async_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
 
@@ -81,6 +106,12 @@ __device__ __forceinline__ void load_shared(u32 (&v)[1], u32 address) {
 template <int kThreads>
 __device__ __forceinline__ void barrier_some() {
   asm volatile("bar.sync 1, %0;" ::"n"(kThreads) : "memory");
+}
+
+// One of a block's other barriers, which have numbers: so many threads meet there.
+template <int kThreads>
+__device__ __forceinline__ void barrier_of(int number) {
+  asm volatile("bar.sync %0, %1;" ::"r"(number), "n"(kThreads) : "memory");
 }
 
 // ---- arithmetic on two 16-bit numbers in a register -----------------------------------------------------------------

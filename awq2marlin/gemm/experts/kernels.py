@@ -228,9 +228,9 @@ class HopperExpertsConfig(ExpertsConfig):
 
     @functools.cached_property
     def shared_bytes(self) -> int:
-        """Shared memory of a block: the stages, the rows that leave, two barriers a stage, the rows' weights."""
+        """Shared memory of a block: stages with two barriers each; rows that leave and rows of the list, in halves."""
         stage = 64 * (2 * self.tokens + 256 * self.num_bits // 8)
-        return self.stages * (stage + 16) + self.tokens * (2 * self.out_columns + 16 + 4)
+        return self.stages * (stage + 16) + self.tokens * (2 * self.out_columns + 2 * (16 + 16))
 
     @property
     def resident_blocks(self) -> int:

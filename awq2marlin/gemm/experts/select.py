@@ -40,6 +40,9 @@ _FEW_COLUMNS = 1024
 #: 8-bit weights leave no registers for more sums.
 _MAX_ROWS = {4: 144, 8: 128}
 
+#: Nor does the error function.
+_MAX_GELU_ROWS = 96
+
 
 class Launch(NamedTuple):
     """A kernel, and how many blocks share K or a token's pairs."""
@@ -79,7 +82,8 @@ def tile_rows_for(problem: ExpertProblem) -> int:
 
 def _heights(problem: ExpertProblem) -> tuple[int, ...]:
     heights = _HOPPER_ROWS if problem.capability == HOPPER else _OTHER_ROWS
-    return tuple(rows for rows in heights if rows <= _MAX_ROWS[problem.num_bits])
+    most = _MAX_ROWS[problem.num_bits] if problem.activation != "gelu" else _MAX_GELU_ROWS
+    return tuple(rows for rows in heights if rows <= most)
 
 
 def _expected_tiles(mean: float, rows: int) -> float:
