@@ -17,6 +17,7 @@ from awq2marlin.errors import STATUS, BatchError, CheckpointError, Problem, prin
 from awq2marlin.formats.registry import DEFAULT_TARGET, target_named
 from awq2marlin.hub.name import HUB_PREFIX, HubName, parse_source
 from awq2marlin.hub.target import PushTarget
+from awq2marlin.layout.modules import DEFAULT_UNALIGNED
 from awq2marlin.pipeline.preflight import default_output
 
 #: Options that decide neither what is written nor what is checked: the record leaves them out.
@@ -54,6 +55,7 @@ class Job:
         target = self.options.target
         options = {name: value for name, value in vars(self.options).items() if name not in _PASSING}
         options["push_to"] = target.repo_id if target else None
+        options["unaligned"] = options["unaligned"] or DEFAULT_UNALIGNED  # which records always tell
         if options["to"] is None:  # as in records of version 0.1
             del options["to"]
         for name in ("carry", "leave"):

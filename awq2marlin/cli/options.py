@@ -139,6 +139,7 @@ Unaligned = Annotated[
         autocompletion=_completing(modules.UNALIGNED_CHOICES),
         help="What to do with modules whose shapes Marlin cannot take: keep them in AWQ layout, pad them with zeros, "
         "or stop.",
+        show_default=modules.DEFAULT_UNALIGNED,  # None is the option's: with another target there is nothing to choose
     ),
 ]
 #: No patterns: the default of the options, which the parser makes a list of.

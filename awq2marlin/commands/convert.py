@@ -118,7 +118,7 @@ def convert(
     source: str | os.PathLike[str],
     output: str | os.PathLike[str] | None = None,
     *,
-    unaligned: Unaligned = "keep",
+    unaligned: Unaligned | None = ConvertOptions.unaligned,
     workers: int | None = None,
     overwrite: bool = False,
     verify: Verify = ConvertOptions.verify,
@@ -142,8 +142,8 @@ def convert(
         source: checkpoint folder, which is never written to; or Hub repository, ``org/name[@revision]`` or
             ``hf://org/name[@revision]``, whose next shard is downloaded while one is converted.
         output: folder to write; by default ``./<name>-marlin``.
-        unaligned: what to do with modules whose shapes Marlin cannot take: ``"keep"`` them in AWQ layout,
-            ``"pad"`` them with zeros, or ``"error"``.
+        unaligned: what to do with modules whose shapes Marlin cannot take: ``"keep"`` them in AWQ layout (the
+            default), ``"pad"`` them with zeros, or ``"error"``.
         workers: number of threads; by default one per CPU, at most eight. With an executor, threads for one shard, by
             default one.
         overwrite: replace an earlier conversion in ``output``; removes only files that its own manifest or journal

@@ -33,7 +33,7 @@ class ConvertOptions(Checked):
     """How `convert` works: all its arguments but source, output, executor and progress.
 
     Attributes:
-        unaligned: what to do with modules whose shapes Marlin cannot take.
+        unaligned: what to do with modules whose shapes Marlin cannot take; None to keep them in AWQ layout.
         workers: number of threads; None for one per CPU, at most eight.
         overwrite: whether an earlier conversion is removed first.
         verify: how many converted modules are compared with the source.
@@ -48,7 +48,7 @@ class ConvertOptions(Checked):
         follow_links: whether links that lead out of the source's folder are followed.
     """
 
-    unaligned: Unaligned = "keep"
+    unaligned: Unaligned | None = None
     workers: Workers | None = None
     overwrite: bool = False
     verify: Verify = 8
@@ -75,7 +75,7 @@ class ConvertOptions(Checked):
             is_other = target_named(self.to) is not DEFAULT_TARGET
             if is_other and self.device is not None:
                 raise ArgumentError("{device} runs Marlin weights, so it cannot be used with {to}")
-            if is_other and self.unaligned != "keep":
+            if is_other and self.unaligned is not None:
                 raise ArgumentError("{unaligned} is about Marlin's shapes, so it cannot be used with {to}")
         target = self.target  # refuses what is no name of a repository
         if self.device is not None and self.verify in ("none", 0):

@@ -14,6 +14,8 @@ QUANTIZED_PARTS = ("qweight", "qzeros", "scales")
 #: What to do with modules whose shapes the target's layout cannot take.
 Unaligned = Literal["keep", "pad", "error"]
 UNALIGNED_CHOICES: tuple[Unaligned, ...] = get_args(Unaligned)
+#: What is done unless another way is asked for.
+DEFAULT_UNALIGNED: Unaligned = "keep"
 
 #: Last name components that mark the output embedding, which is never converted.
 OUTPUT_EMBEDDING_NAMES = frozenset({"lm_head", "output", "embed_out"})

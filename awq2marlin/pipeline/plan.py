@@ -32,7 +32,7 @@ from awq2marlin.io.safetensors import Header, TensorIndex
 from awq2marlin.io.strict_json import encode_json
 from awq2marlin.layout.derived import Proven
 from awq2marlin.layout.marlin import fusion_group
-from awq2marlin.layout.modules import UNALIGNED_CHOICES, Linear, ModulePlan, Unaligned, module_name
+from awq2marlin.layout.modules import DEFAULT_UNALIGNED, UNALIGNED_CHOICES, Linear, ModulePlan, Unaligned, module_name
 from awq2marlin.layout.scheme import Scheme
 from awq2marlin.pipeline.transfer import ShardPlan, Transfer, spans_of
 
@@ -222,13 +222,13 @@ def served(target: Format, scheme: Scheme, sizes: ParallelSizes | None, place: s
     return target.serving(scheme, place, sizes.sizes, sizes.unserved) if sizes else target.serving(scheme, place)
 
 
-def plan_conversion(checkpoint: Checkpoint, unaligned: Unaligned = "keep", to: str | None = None) -> Plan:
+def plan_conversion(checkpoint: Checkpoint, unaligned: Unaligned | None = None, to: str | None = None) -> Plan:
     """Returns the plan of a conversion.
 
     Args:
         checkpoint: the source.
         unaligned: what to do with modules whose shapes the target's layout cannot take: ``keep`` them in AWQ layout,
-            ``pad`` them with zeros, or ``error``.
+            ``pad`` them with zeros, or ``error``; None for the default, ``keep``.
         to: the layout to convert to, by name; None for the default.
 
     Raises:
@@ -236,6 +236,7 @@ def plan_conversion(checkpoint: Checkpoint, unaligned: Unaligned = "keep", to: s
             ``error``, any module is unaligned.
         ValueError: if ``unaligned`` is none of the three, or the source is already of the format that is asked for.
     """
+    unaligned = DEFAULT_UNALIGNED if unaligned is None else unaligned
     if unaligned not in UNALIGNED_CHOICES:
         choices = ", ".join(map(repr, UNALIGNED_CHOICES))
         raise ValueError(f"unaligned must be one of {choices}, found {unaligned!r}")
@@ -269,7 +270,7 @@ def plan_conversion(checkpoint: Checkpoint, unaligned: Unaligned = "keep", to: s
 
 
 def plan_modules(
-    source: SourceCheckpoint, unaligned: Unaligned = "keep", target: Format = DEFAULT_TARGET
+    source: SourceCheckpoint, unaligned: Unaligned = DEFAULT_UNALIGNED, target: Format = DEFAULT_TARGET
 ) -> Counterparts:
     """Returns what becomes of every quantized module of a source.
 

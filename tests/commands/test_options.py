@@ -22,6 +22,7 @@ SOURCE = "; for a revision of the source, write org/name@REVISION"
 
 WRONG: dict[str, dict[str, Any]] = {
     "unaligned must be 'keep', 'pad' or 'error', found 'maybe'": {"unaligned": "maybe"},
+    "unaligned is about Marlin's shapes, so it cannot be used with to": {"to": "awq", "unaligned": "keep"},
     "workers must be a number from 1 to 256, found 0": {"workers": 0},
     "workers must be a number from 1 to 256, found 257": {"workers": 257},
     "workers must be a number from 1 to 256, found True": {"workers": True},

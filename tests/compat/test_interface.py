@@ -141,7 +141,11 @@ def test_the_version_is_still_printed(run):
 # --- Python --------------------------------------------------------------------------------------------------------
 
 #: What is meant to differ: the default that a parameter got, by function and parameter. May differ, need not.
-NEW_DEFAULTS = {("AWQMarlinConfig.get_quant_method", "prefix"): "''", ("revert", "output"): "None"}
+NEW_DEFAULTS = {
+    ("AWQMarlinConfig.get_quant_method", "prefix"): "''",
+    ("convert", "unaligned"): "None",  # which keeps, as before, and tells an explicit "keep" from none
+    ("revert", "output"): "None",
+}
 
 #: Functions whose parameters are shown by calls instead.
 SHOWN_BY_CALLS = {"unpack_cols"}
