@@ -11,6 +11,7 @@ a module, not all of it.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from logging import Logger
 from typing import Any
@@ -79,25 +80,35 @@ class PlainPart(torch.Tensor):
             rows: of the plain tensor.
             columns: of the plain tensor, as its words or scales count.
         """
-        shape = (rows[1] - rows[0], columns[1] - columns[0])
-        made: PlainPart = cls._make_wrapper_subclass(cls, shape, dtype=tiled.dtype, device=torch.device("cpu"))
+        left, right = _covering(columns, _column_unit(layout))
+        made: PlainPart = cls._make_wrapper_subclass(
+            cls,
+            (rows[1] - rows[0], columns[1] - columns[0]),
+            strides=((right - left) * _column_unit(layout), 1),  # those of what `read` returns
+            dtype=tiled.dtype,
+            device=torch.device("cpu"),
+        )
         made._tiled, made._layout, made._rows, made._columns = tiled, layout, rows, columns
         return made
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
-        """Cuts without reading; does everything else with plain tensors."""
+        """Cuts without reading; does everything else with plain tensors.
+
+        Raises:
+            TypeError: if it would be written to, which the Marlin tensor would not know of.
+        """
         is_cut = func is torch.ops.aten.slice.Tensor and len(args) <= 4  # the fifth would be a step
         if is_cut:
             return args[0]._cut(*args[1:])
+        if any(isinstance(each, cls) for each in _written(func, args, kwargs or {})):
+            raise TypeError(f"{func} would write to a tensor that is only read; clone it first")
         args, kwargs = tree_map_only(cls, cls.read, (args, kwargs or {}))
         return func(*args, **kwargs)
 
     def read(self) -> torch.Tensor:
         """Returns a new plain tensor of the same values, on the CPU."""
-        layout, unit = self._layout, MARLIN_TILE_N
-        if layout.part != "scales":
-            unit //= pack_factor(layout.bits)
+        layout, unit = self._layout, _column_unit(self._layout)
         (top, bottom), (left, right) = _covering(self._rows, layout.band), _covering(self._columns, unit)
         tile = unit * layout.band  # columns of the Marlin tensor
         tiles = self._tiled.detach()[top:bottom, left * tile : right * tile].cpu().contiguous()
@@ -117,6 +128,18 @@ class PlainPart(torch.Tensor):
         begin, stop, _ = slice(start, end).indices(last - first)
         spans[dim] = (first + begin, first + max(begin, stop))
         return PlainPart(self._tiled, self._layout, *spans)
+
+
+def _written(func: Any, args: Any, kwargs: Any) -> Iterator[Any]:
+    """Yields the arguments of an operator that it writes to."""
+    for number, each in enumerate(func._schema.arguments):
+        if each.alias_info is not None and each.alias_info.is_write:
+            yield args[number] if number < len(args) else kwargs.get(each.name)
+
+
+def _column_unit(layout: PartLayout) -> int:
+    """Returns how many words or scales of a row lie in one tile."""
+    return MARLIN_TILE_N if layout.part == "scales" else MARLIN_TILE_N // pack_factor(layout.bits)
 
 
 def _covering(span: _Span, unit: int) -> _Span:

@@ -280,10 +280,33 @@ def test_it_is_a_tensor_to_whatever_else_an_engine_does():
         "in parts": lambda each: torch.cat(each.chunk(2, dim=1)[::-1]),
         "joined": lambda each: torch.cat([each, each], dim=1),
         "another type": lambda each: each.to(torch.int64) + 1,
+        "in a line": lambda each: each.flatten(),
+        "a part in a line": lambda each: each[:, 3:5].contiguous().view(-1),
         "nothing": lambda each: each[5:2],
     }.items():
         found, expected = call(whole), call(plain)
         assert torch.equal(torch.empty_like(expected).copy_(found), expected), name
+
+
+def test_it_can_be_shown_in_a_message():
+    _, tiled, said = module_of("qweight", 64, 80, Scheme(4, 32, zero_point=True))
+    assert "PlainPart" in repr(plain_part("qweight", tiled, "m", 64, said)[:2, 3:5])
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda each: each.add_(1),
+        lambda each: each.copy_(torch.zeros(64, 10, dtype=torch.int32)),
+        lambda each: each.__setitem__(slice(0, 2), 0),
+        lambda each: torch.add(each, 1, out=each),
+    ],
+    ids=["add_", "copy_", "setitem", "out"],
+)
+def test_what_is_written_to_it_is_not_lost_without_a_word(write):
+    _, tiled, said = module_of("qweight", 64, 80, Scheme(4, 32, zero_point=True))
+    with pytest.raises(TypeError, match="clone it first"):
+        write(plain_part("qweight", tiled, "m", 64, said))
 
 
 @pytest.mark.parametrize(("part", "bits"), [("qweight", 4), ("qweight", 8), ("qzeros", 4), ("scales", 4)])
