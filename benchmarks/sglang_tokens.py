@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import hashlib
+import inspect
 import json
 import os
 import subprocess
@@ -69,11 +70,12 @@ def run_scheduler(*arguments: Any, **options: Any) -> None:
     from sglang.srt.managers.scheduler import run_scheduler_process
     from sglang.srt.model_executor.model_runner import ModelRunner
 
+    rank = inspect.signature(run_scheduler_process).bind(*arguments, **options).arguments["tp_rank"]
     load = ModelRunner.load_model
 
     def load_and_tell(runner: Any) -> None:
         load(runner)
-        if runner.tp_rank == 0:
+        if rank == 0:
             loaded = {"layers": kinds_of_layers(runner.model), "tensors": digests(runner.model)}
             Path(os.environ[LOADED_VARIABLE]).write_text(json.dumps(loaded))
 

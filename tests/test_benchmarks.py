@@ -6,6 +6,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pytest
@@ -171,6 +172,30 @@ def test_in_sglang_every_loaded_tensor_must_have_the_bits_of_the_source(tmp_path
     assert not compare({"theirs": near, "theirs_again": near}, "1")["ok"]
     found = compare({"theirs": near}, "1")  # two starts of the source are as far apart as it and ours
     assert (found["theirs_again_alone_max_logprob_difference"], found["ok"]) == (0.015625, True)
+
+
+@pytest.mark.parametrize(("rank", "writes"), [(0, True), (1, False)])
+def test_only_the_first_rank_of_sglang_writes_what_it_has_loaded(tmp_path, script, monkeypatch, rank, writes):
+    import torch
+
+    tokens = script("sglang_tokens")
+
+    class ModelRunner:
+        def load_model(self):
+            self.model = torch.nn.Linear(2, 1)
+
+    def run(server_args, port_args, gpu_id, tp_rank, pp_rank):  # noqa: ARG001 - the names are SGLang's
+        ModelRunner().load_model()
+
+    for name, found in {"managers.scheduler": run, "model_executor.model_runner": ModelRunner}.items():
+        module = ModuleType(f"sglang.srt.{name}")
+        module.run_scheduler_process = module.ModelRunner = found
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+    written = tmp_path / "loaded.json"
+    monkeypatch.setenv(tokens.LOADED_VARIABLE, str(written))
+    tokens.run_scheduler(None, None, 0, rank, pp_rank=0)
+    assert written.exists() == writes
+    assert not writes or json.loads(written.read_text())["tensors"].keys() == {"weight", "bias"}
 
 
 def test_a_digest_tells_tensors_apart_by_their_bits(script):
