@@ -167,7 +167,7 @@ def _tensor_map(
     address: int, rows: int, columns: int, stride: int, itemsize: int, box: Box, device_index: int
 ) -> TensorMapDescriptor:
     """Returns the map of a matrix on the current device: nothing but these numbers, whatever lies there."""
-    from cuda.core._tensor_map import TensorMapSwizzle
+    from cuda.core import TensorMapDescriptorOptions
     from cuda.core.utils import StridedMemoryView
 
     _bind_thread(device_index)
@@ -178,7 +178,8 @@ def _tensor_map(
         "shape": (rows, columns * itemsize // box.number_bytes),
         "strides": (stride * itemsize, box.number_bytes),
     }
-    swizzle = TensorMapSwizzle.SWIZZLE_128B if box.is_swizzled else TensorMapSwizzle.NONE
+    swizzles = type(TensorMapDescriptorOptions((1,)).swizzle)  # cuda-core exports no name for them
+    swizzle = swizzles.SWIZZLE_128B if box.is_swizzled else swizzles.NONE
     view = StridedMemoryView.from_any_interface(SimpleNamespace(__cuda_array_interface__=facts), stream_ptr=-1)
     return view.as_tensor_map((box.rows, box.numbers), swizzle=swizzle)
 
