@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from itertools import zip_longest
 from typing import TYPE_CHECKING
 
@@ -52,6 +52,11 @@ def print_failures(result: BatchResult) -> None:
     """Prints on standard error what failed."""
     for item in result.failed:
         print_error(outcome_text(item))
+
+
+def _counted(items: Sized, thing: str = "module") -> str:
+    """Returns how many things there are, in words: one module, or several modules."""
+    return f"{len(items)} {thing}{'' if len(items) == 1 else 's'}"
 
 
 def _say(text: str = "") -> None:
@@ -121,7 +126,7 @@ def _show_plan(result: ConvertResult) -> None:
     _say(f"would read    {size_text(result.source_bytes)} from {printable(str(result.source))}")
     _say(f"would write   {size_text(result.output_bytes)} to {printable(str(result.output))}")
     kept = f", keep {len(result.kept)} in AWQ layout" if result.kept or result.to == "Marlin" else ""
-    _say(f"would convert {len(result.converted)} modules{kept}")
+    _say(f"would convert {_counted(result.converted)}{kept}")
     _show_lists(result.left_behind, result.warnings)
     for note in _conversion_notes(result):
         _say(f"note       {note}")
@@ -144,14 +149,14 @@ def _show_serving(serving: Sequence[Serving], title: str) -> None:
 
 def _show_conversion(result: ConvertResult) -> None:
     """Prints what a conversion did."""
-    _say(f"converted  {len(result.converted)} modules to the {result.to} layout")
+    _say(f"converted  {_counted(result.converted)} to the {result.to} layout")
     if result.kept:
         reasons = Counter(re.split(r":| with ", module.reason)[0] for module in result.kept)
         why = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
-        _say(f"kept       {len(result.kept)} modules in AWQ layout ({why}); --dry-run lists them")
-    padded = sum(module.is_padded for module in result.converted)
+        _say(f"kept       {_counted(result.kept)} in AWQ layout ({why}); --dry-run lists them")
+    padded = [module for module in result.converted if module.is_padded]
     if padded:
-        _say(f"padded     {padded} modules with zeros")
+        _say(f"padded     {_counted(padded)} with zeros")
     if result.converted:
         _say(f"verified   {_verified_text(result)}")
     if result.gemm is not None:
@@ -174,7 +179,7 @@ def _verified_text(result: ConvertResult) -> str:
     if not result.verified:
         return "nothing (--verify none); 'awq2marlin verify' compares everything"
     some = "; 'awq2marlin verify' compares everything" if len(result.verified) < len(result.converted) else ""
-    return f"{len(result.verified)} modules value for value{some}"
+    return f"{_counted(result.verified)} value for value{some}"
 
 
 def _conversion_notes(result: ConvertResult) -> Iterator[str]:
@@ -200,7 +205,7 @@ def _batch(result: BatchResult) -> None:
             _say(outcome_text(item))
     untried = sum(item.exit_code != EXIT_DONE for item in earlier)
     if untried:
-        _say(f"{untried} failed in an earlier run and were not tried again; --retry-failed tries them")
+        _say(f"not tried again: {untried} that failed in an earlier run; use --retry-failed")
     elif failed and not result.dry_run:
         how = "with --retry-failed" if result.record else "again"  # without a record nobody knows what failed
         _say(f"run the same command {how} to try what failed again")
@@ -304,7 +309,7 @@ def _reversion(result: RevertResult) -> None:
     for file in result.files:
         _say(f"{size_text(file.size) if result.dry_run else file.sha256}  {printable(file.name)}")
     before = f", {len(result.resumed)} shards of them by an earlier run" if result.resumed else ""
-    files = f"{len(result.files)} files, {size_text(result.bytes)}{before}"
+    files = f"{_counted(result.files, 'file')}, {size_text(result.bytes)}{before}"
     if result.dry_run:
         _say(f"would restore {files} to {printable(str(result.output))}")
     else:
@@ -321,13 +326,14 @@ def _push(result: PushResult) -> None:
     sent = [file for file in result.files if file.uploaded]
     there = len(result.files) - len(sent)
     would = "would upload" if result.dry_run else "uploaded"
-    _say(f"checked    {len(result.files)} files; all are as the conversion wrote them")
+    _say(f"checked    {_counted(result.files, 'file')}; all are as the conversion wrote them")
     _say(
-        f"{would:<10} {len(sent)} files, {size_text(result.uploaded_bytes)}" + (f"; {there} are there" if there else "")
+        f"{would:<10} {_counted(sent, 'file')}, {size_text(result.uploaded_bytes)}"
+        + (f"; {there} are there" if there else "")
     )
     if result.removed:
         removed = "would remove" if result.dry_run else "removed"
-        _say(f"{removed:<10} {len(result.removed)} files of an earlier checkpoint")
+        _say(f"{removed:<10} {_counted(result.removed, 'file')} of an earlier checkpoint")
     if not sent and not result.removed:
         _say("nothing to commit")
     elif not result.dry_run:
@@ -368,7 +374,7 @@ def _inspection(result: InspectResult) -> None:
     )
     for note in notes:
         _say(note)
-    _say(f"{len(result.modules)} quantized modules, {len(result.unquantized_modules)} in full precision")
+    _say(f"{_counted(result.modules, 'quantized module')}, {len(result.unquantized_modules)} in full precision")
     for line in _ranks_lines(result):
         _say(line)
     _show_lists(result.left_behind, result.warnings)
@@ -412,11 +418,11 @@ def _ranks_lines(result: InspectResult) -> Iterator[str]:
 def _demonstration(result: DemoResult) -> None:
     """Prints what the demonstration did, step by step."""
     conversion, verification, reversion = result.conversion, result.verification, result.reversion
-    made = f"{len(conversion.modules)} modules, {size_text(conversion.source_bytes)}"
+    made = f"{_counted(conversion.modules)}, {size_text(conversion.source_bytes)}"
     _say(f"1. made      an AWQ checkpoint of random weights: {made}")
-    _say(f"2. converted {len(conversion.converted)} modules to the Marlin layout in {conversion.seconds:.2f} s")
+    _say(f"2. converted {_counted(conversion.converted)} to the Marlin layout in {conversion.seconds:.2f} s")
     _say(f"             and kept {len(conversion.kept)} that it cannot take (attention 576 wide)")
-    _say(f"3. verified  {len(verification.modules)} modules value for value in {verification.seconds:.2f} s")
+    _say(f"3. verified  {_counted(verification.modules)} value for value in {verification.seconds:.2f} s")
     _say(f"4. reverted  to AWQ in {reversion.seconds:.2f} s:")
     for file in reversion.files:
         _say(f"     {file.sha256}  {printable(file.name)}")

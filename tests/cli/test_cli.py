@@ -190,6 +190,17 @@ def read_json(out: str, command: str, code: int) -> dict[str, Any]:
     return document
 
 
+def test_one_module_is_not_called_modules(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = Path(__file__).parents[1] / "formats/data/awq/gemv_fast_g64/checkpoint"
+    assert main(["convert", str(source), str(tmp_path / "out")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:3] == [
+        "converted  1 module to the Marlin layout",
+        "kept       1 module in AWQ layout (1 unaligned); --dry-run lists them",
+        "verified   2 modules value for value",
+    ]
+
+
 def test_json_of_convert(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, err = run(capsys, "convert", made / "awq", "output", "--json", "--verify", "2")
     document = read_json(out, "convert", 0)
