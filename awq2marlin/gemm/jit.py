@@ -14,9 +14,10 @@ import re
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from contextvars import ContextVar
+from contextvars import ContextVar, copy_context
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ from awq2marlin.errors import KernelUnavailableError
 from awq2marlin.gemm.source import ENTRY_POINT, KernelSource, headers_digest, kernels_dir
 from awq2marlin.installing import how_to_install
 from awq2marlin.io.code_cache import CodeCache, cache_folder
+from awq2marlin.io.workers import default_workers
 
 if TYPE_CHECKING:
     from cuda.core import Kernel
@@ -181,8 +183,23 @@ def build(source: KernelSource, arch: str) -> bytes:
     cubin = cache.get(key)
     if cubin is not None:
         return cubin
-    with cache.one_at_a_time():
+    with cache.one_at_a_time(key):
         return cache.get(key) or _compile_and_keep(source, arch, cache, key)
+
+
+def build_all(sources: Iterable[KernelSource], arch: str) -> dict[KernelSource, bytes]:
+    """Returns the machine code of kernels, as `build` does, compiling on as many threads as there are workers.
+
+    Raises:
+        KernelUnavailableError: if one has to be compiled and cannot be.
+    """
+    wanted = list(sources)
+    if wanted:
+        check_compiler()  # which imports it: two threads cannot import cuda-core at the same time
+    with ThreadPoolExecutor(default_workers()) as threads:
+        # Each in a context of its own, so that whoever listens with `on_compile` is told.
+        built = [threads.submit(copy_context().run, build, source, arch) for source in wanted]
+        return {source: each.result() for source, each in zip(wanted, built, strict=True)}
 
 
 def _compile_and_keep(source: KernelSource, arch: str, cache: CodeCache, key: str) -> bytes:
@@ -202,7 +219,9 @@ def loaded(source: KernelSource, device_index: int) -> Kernel | None:
     return _loaded.get((source, device_index))
 
 
-def load(source: KernelSource, device_index: int, capability: tuple[int, int], shared_bytes: int) -> Kernel:
+def load(
+    source: KernelSource, device_index: int, capability: tuple[int, int], shared_bytes: int, code: bytes | None = None
+) -> Kernel:
     """Returns a kernel ready to be launched on a device whose context is current.
 
     Args:
@@ -210,6 +229,7 @@ def load(source: KernelSource, device_index: int, capability: tuple[int, int], s
         device_index: the device's ordinal in CUDA's own count.
         capability: the device's compute capability.
         shared_bytes: dynamic shared memory that its launches will ask for.
+        code: what `build` gave for it; None to build it.
 
     Raises:
         KernelUnavailableError: if the kernel cannot be compiled or loaded.
@@ -219,13 +239,12 @@ def load(source: KernelSource, device_index: int, capability: tuple[int, int], s
         with _load_lock:
             kernel = _loaded.get((source, device_index))
             if kernel is None:
-                kernel = _load(source, device_index, capability, shared_bytes)
+                kernel = _load(source, device_index, code or build(source, arch_of(capability)), shared_bytes)
                 _loaded[source, device_index] = kernel
     return kernel
 
 
-def _load(source: KernelSource, device_index: int, capability: tuple[int, int], shared_bytes: int) -> Kernel:
-    cubin = build(source, arch_of(capability))
+def _load(source: KernelSource, device_index: int, cubin: bytes, shared_bytes: int) -> Kernel:
     try:
         from cuda.bindings import driver
         from cuda.core import ObjectCode

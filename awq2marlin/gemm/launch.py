@@ -223,10 +223,12 @@ def load_kernels(sources: Mapping[KernelSource, int], device: Device) -> None:
     Raises:
         KernelUnavailableError: one cannot be compiled or loaded.
     """
+    missing = [source for source in sources if jit.loaded(source, device.index) is None]
+    codes = jit.build_all(missing, jit.arch_of(device.capability))
     with torch.cuda.device(device.index):
         _bind_thread(device.index)
-        for source, shared_bytes in sources.items():
-            jit.load(source, device.index, device.capability, shared_bytes)
+        for source, code in codes.items():
+            jit.load(source, device.index, device.capability, sources[source], code)
 
 
 def launch_kernel(

@@ -107,16 +107,20 @@ class CodeCache:
         return True
 
     @contextlib.contextmanager
-    def one_at_a_time(self) -> Iterator[None]:
-        """Has the user's processes come in one after the other, so that what takes long is done by the first.
+    def one_at_a_time(self, key: str) -> Iterator[None]:
+        """Has the user's processes and threads come in one after the other, so that what takes long is done by one.
 
         Whoever was waiting should look again with `get`. A process that ends leaves, whatever became of it. Where the
         folder cannot be locked, nobody waits.
+
+        Args:
+            key: of the code that is to be made. Whoever makes other code does not wait, but for one key in 256.
         """
+        name = f".lock-{hashlib.sha256(key.encode()).hexdigest()[:2]}"  # so that there are not as many as keys
         with contextlib.ExitStack() as stack:
             with contextlib.suppress(OSError):
                 self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-                lock = stack.enter_context((self.folder / ".lock").open("ab"))
+                lock = stack.enter_context((self.folder / name).open("ab"))
                 if fcntl is not None:
                     fcntl.flock(lock, fcntl.LOCK_EX)
             yield

@@ -66,7 +66,7 @@ def _load(name: str) -> Kernel | None:
 
 def _compile(name: str) -> Kernel:
     """Compiles with Numba and keeps the result, if it can be kept: the next process compiles again otherwise."""
-    with _cache().one_at_a_time():
+    with _cache().one_at_a_time(_key(name)):
         if done := _load(name):  # another process's work
             return done
         from awq2marlin.layout.cpu_kernels import compile_kernel

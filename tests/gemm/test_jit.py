@@ -6,6 +6,7 @@ import os
 import pickle
 import shutil
 import sys
+import threading
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -102,6 +103,32 @@ def _build_and_tell(kernel):
 def test_of_several_processes_one_compiles_and_the_others_wait():
     with multiprocessing.get_context("spawn").Pool(3) as pool:
         assert sum(pool.map(_build_and_tell, [repack_source(4)] * 3, chunksize=1)) == 1
+
+
+@needs_compiler
+def test_many_kernels_are_compiled_side_by_side_and_each_once(cache, monkeypatch):
+    entered = threading.Barrier(2)
+    compile_one = jit.compile_kernel
+
+    def compile_beside_another(source, arch):
+        entered.wait(60)  # breaks unless two are in here at once
+        return compile_one(source, arch)
+
+    monkeypatch.setattr(jit, "default_workers", lambda: 2)
+    monkeypatch.setattr(jit, "compile_kernel", compile_beside_another)
+    sources, said = [repack_source(4), repack_source(8)], []
+    with jit.on_compile(said.append):
+        codes = jit.build_all(sources, "sm_80")
+    assert sorted(each.split(" for ")[0] for each in said) == ["compiled Repack<4>", "compiled Repack<8>"]
+    assert codes == {source: jit.build(source, "sm_80") for source in sources}
+    assert len(cache.files()) == 2
+
+
+@needs_compiler
+@pytest.mark.usefixtures("cache")
+def test_one_that_does_not_compile_is_refused_among_others():
+    with pytest.raises(KernelUnavailableError, match="broken does not compile for sm_80"):
+        jit.build_all([repack_source(4), KernelSource("broken", "int x = undefined;")], "sm_80")
 
 
 def test_a_kernel_that_is_unavailable_is_a_kind_of_both():

@@ -86,7 +86,7 @@ def test_caches_of_other_endings_may_share_a_folder(cache):
 
 
 def _hold(folder, entered, leave):
-    with CodeCache(folder, ".code").one_at_a_time():
+    with CodeCache(folder, ".code").one_at_a_time("key"):
         entered.set()
         leave.wait(60)
 
@@ -102,7 +102,7 @@ def test_processes_come_in_one_after_the_other_and_a_dead_one_is_gone(cache, is_
     inside = []
 
     def come_in():
-        with cache.one_at_a_time():
+        with cache.one_at_a_time("key"):
             inside.append(True)
 
     second = threading.Thread(target=come_in)
@@ -116,7 +116,20 @@ def test_processes_come_in_one_after_the_other_and_a_dead_one_is_gone(cache, is_
     assert cache.files() == [], "the lock is no entry"
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Nothing is locked on Windows.")
+def test_other_code_is_not_waited_for(cache):
+    def come_in():
+        with cache.one_at_a_time("another key"):
+            pass
+
+    with cache.one_at_a_time("key"):
+        other = threading.Thread(target=come_in, daemon=True)
+        other.start()
+        other.join(60)
+        assert not other.is_alive()
+
+
 def test_where_nothing_can_be_locked_nobody_waits(tmp_path):
     (tmp_path / "file").write_text("in the way")
-    with CodeCache(tmp_path / "file" / "cache", ".code").one_at_a_time():
+    with CodeCache(tmp_path / "file" / "cache", ".code").one_at_a_time("key"):
         pass
