@@ -441,8 +441,11 @@ def _main(arguments: list[str]) -> int:
 
 
 def _what_is_wrong(error: Any) -> str:
-    """Returns what a usage error says; of an option that there is not, only the most similar one is named."""
+    """Returns what a usage error says; of an option that there is not, only one is named, if it looks like a typo."""
     option, similar = getattr(error, "option_name", ""), getattr(error, "possibilities", None)
-    if option and similar:
-        return f"No such option: {option}. Did you mean {similar[0]}?"
-    return str(error.format_message())
+    if not (option and similar):
+        return str(error.format_message())
+    from difflib import get_close_matches  # Typer's own limit, 0.6, takes --to for --out
+
+    meant = get_close_matches(option, similar, n=1, cutoff=0.7)
+    return f"No such option: {option}" + (f". Did you mean {meant[0]}?" if meant else "")

@@ -370,6 +370,8 @@ USAGE = [
     ("convert a --device cpu --low-disk", "convert", "--device needs the whole source, which --low-disk removes"),
     ("batch a --device cpu --verify 0", "batch", "--device needs --verify: it runs the modules"),
     ("convert a --ovewrite", "convert", "No such option: --ovewrite. Did you mean --overwrite?\n"),
+    ("convert a --out b", "convert", "No such option: --out\n"),
+    ("convert a --out-dir b", "convert", "No such option: --out-dir\n"),
     ("verify a b --modlues 3", "verify", "No such option: --modlues. Did you mean --modules?\n"),
     ("convert a --private", "convert", "--private needs --push-to"),
     (
