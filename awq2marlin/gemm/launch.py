@@ -6,7 +6,7 @@ import ctypes
 import functools
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any, cast
 
@@ -82,7 +82,8 @@ def problem_of(tensors: GemmTensors) -> GemmProblem:
         ValueError: as `checks.check_gemm` does.
     """
     a = tensors.a
-    return describe(check_gemm(tensors), a.shape[0], a.dtype, tensors.num_bits, device_of(a.device.index))
+    problem = describe(check_gemm(tensors), a.shape[0], a.dtype, tensors.num_bits, device_of(a.device.index))
+    return replace(problem, rows_overlap=a.shape[0] > 1 and a.stride(0) < a.shape[1])
 
 
 def launch_gemm(

@@ -7,10 +7,13 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
+import torch
 
+from awq2marlin.gemm import launch as launching
+from awq2marlin.gemm.checks import GemmTensors
 from awq2marlin.gemm.families import FAMILIES
 from awq2marlin.gemm.families import base as families
-from awq2marlin.gemm.families.base import GemmConfig, GemmProblem
+from awq2marlin.gemm.families.base import HOPPER, GemmConfig, GemmProblem
 from awq2marlin.gemm.families.hopper import HopperConfig
 from awq2marlin.gemm.families.portable import PortableConfig
 from awq2marlin.gemm.families.small import SmallConfig
@@ -25,6 +28,7 @@ from awq2marlin.gemm.select import (
     sources_up_to,
 )
 from awq2marlin.gemm.source import kernels_dir
+from tests.gemm.gemm_cases import random_layer
 
 CAPABILITIES = [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)]
 SIZES_M = [1, 2, 8, 9, 16, 17, 24, 25, 32, 33, 48, 64, 65, 96, 128, 129, 192, 512, 1000, 70_000]
@@ -201,3 +205,15 @@ def test_a_warm_up_for_few_tokens_leaves_out_the_rest():
     problem = GemmProblem(70_000, 4096, 4096, 128, 4, "fp16")
     few, all_of_them = (sources_up_to(replace(problem, size_m=size_m)) for size_m in (8, 70_000))
     assert few.keys() < all_of_them.keys()
+
+
+def test_tokens_that_share_memory_have_kernels_without_maps(monkeypatch):
+    monkeypatch.setattr(launching, "device_of", lambda index: launching.Device(index, HOPPER, 132))
+    layer = random_layer(256, 384, 64)
+    tokens = torch.zeros(3000, 512, dtype=torch.float16)
+    apart, same, sliding = tokens[:, :256], tokens[:1, :256].expand(3000, -1), tokens.as_strided((3000, 256), (8, 1))
+    for a, overlap in ((apart, False), (same, True), (sliding, True), (same[:1], False)):
+        problem = launching.problem_of(GemmTensors(a, layer.qweight, layer.scales, layer.qzeros))
+        assert problem.rows_overlap is overlap
+        assert not (overlap and any(config.boxes for config in all_configs(problem)))
+        assert bool(pick_config(problem).boxes) is (a is apart)

@@ -157,6 +157,13 @@ def test_slices_need_no_copy(num_bits):
         torch.testing.assert_close(rows.double(), expected, rtol=2e-3, atol=2e-2)
 
 
+@pytest.mark.parametrize("stride", [0, 8])
+def test_rows_may_share_memory(stride):
+    layer = gpu_layer(256, 384, 64)
+    tokens = random_tokens(16, layer).flatten().as_strided((400, 256), (stride, 1))
+    assert_product(layer(tokens), tokens.contiguous(), layer)
+
+
 def test_no_tokens_give_an_empty_result():
     layer = gpu_layer(128, 64, 32)
     assert layer(torch.empty(0, 128, dtype=torch.float16, device="cuda")).shape == (0, 64)

@@ -55,6 +55,7 @@ class GemmProblem:
         dtype: of activations, scales, bias and output.
         capability: the GPU's compute capability.
         multiprocessors: how many the GPU has.
+        rows_overlap: whether tokens share memory, as those of an expanded tensor do.
     """
 
     size_m: int
@@ -65,6 +66,7 @@ class GemmProblem:
     dtype: Dtype
     capability: Capability = HOPPER
     multiprocessors: int = 132
+    rows_overlap: bool = False
 
     @property
     def has_clusters(self) -> bool:

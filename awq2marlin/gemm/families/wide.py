@@ -69,6 +69,11 @@ class WideConfig(GemmConfig):
     step: float
 
     @classmethod
+    def serves(cls, problem: GemmProblem) -> bool:
+        """Returns whether the tokens are many, and lie apart: a map's rows are not known to be allowed to overlap."""
+        return super().serves(problem) and not problem.rows_overlap
+
+    @classmethod
     def candidates(cls, problem: GemmProblem) -> Iterator[GemmConfig]:
         """Yields those for the bits."""
         for candidate in CANDIDATES:
