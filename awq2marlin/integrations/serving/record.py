@@ -82,7 +82,7 @@ class LoadRecord:
         )
 
     def require_parts(self, wanted: Mapping[str, tuple[str, Hashable]]) -> None:
-        """Refuses a layer if something was never loaded.
+        """Refuses a layer if something was never loaded, and forgets what was: other weights must be whole, too.
 
         Args:
             wanted: by the name of each tensor, the parameter that it belongs to and what loaders call its part.
@@ -95,6 +95,7 @@ class LoadRecord:
         missing = [
             tensor for tensor, (parameter, part) in wanted.items() if not self._loaded[parameter] & {part, _WHOLE}
         ]
+        self._loaded.clear()
         if missing:
             message = "it is missing from the checkpoint, or under another name; download it again, or convert again"
             raise CheckpointError(Problem("", tensor, "missing-tensor", message) for tensor in missing)

@@ -111,6 +111,33 @@ def test_other_weights_take_the_place_of_the_first(harness, tmp_path, reload, ca
     assert places(layer) == before
 
 
+def test_other_weights_that_lack_a_tensor_are_refused_by_its_name(harness, tmp_path, reload):
+    """vLLM would process what was in the memory by chance."""
+    model = harness.Model(tmp_path, {"mlp.down_proj": (256, 128)}, group_size=32)
+    layer = harness.build("RowParallelLinear", model, "mlp.down_proj", 256, 128)
+    reload.record_metadata_for_reloading(layer)
+    harness.load(layer, model, {None: "mlp.down_proj"})
+    harness.finish(layer)
+    with harness.as_rank(0, 1):
+        reload.initialize_layerwise_reload(layer)
+        harness.load(layer, model, {None: "mlp.down_proj"}, leave_out=["mlp.down_proj.scales"])
+        (problem,) = harness.refusal(reload.finalize_layerwise_reload, layer, None)
+    assert (problem.code, problem.tensor) == ("missing-tensor", "mlp.down_proj.scales")
+
+
+def test_other_experts_that_lack_a_tensor_are_refused_by_its_name(harness, experts, tmp_path, reload):
+    model = make_model(harness, tmp_path)
+    layer, lacking = layer_of(experts, model), f"{PREFIX}.1.up_proj.qzeros"
+    reload.record_metadata_for_reloading(layer)
+    experts.load_experts(layer, model, PREFIX)
+    experts.finish_experts(layer)
+    with harness.as_rank(0, 1):
+        reload.initialize_layerwise_reload(layer)
+        experts.load_experts(layer, model, PREFIX, leave_out=[lacking])
+        (problem,) = harness.refusal(reload.finalize_layerwise_reload, layer, None)
+    assert (problem.code, problem.tensor) == ("missing-tensor", lacking)
+
+
 def test_other_experts_take_the_place_of_the_first(harness, experts, tmp_path, reload, monkeypatch):
     monkeypatch.setenv("AWQ2MARLIN_KERNEL", "own")
     first, second = (make_model(harness, tmp_path / str(seed), heads=(2, 2), seed=seed) for seed in (1, 2))
