@@ -39,7 +39,7 @@ def make(folder: Path, awq: Path, kind: str) -> Path:
     """Makes a checkpoint of a kind; one that others can write too forgets that it was converted."""
     if kind == "awq":
         return Path(shutil.copytree(awq, folder))
-    to, unaligned = ("marlin", "keep" if kind == "kept" else "pad") if kind in ("kept", "padded") else (kind, "keep")
+    to, unaligned = ("marlin", "keep" if kind == "kept" else "pad") if kind in ("kept", "padded") else (kind, None)
     convert(awq, folder, to=to, unaligned=unaligned, verify="none")
     if to != "marlin":
         (folder / "marlin_manifest.json").unlink()
