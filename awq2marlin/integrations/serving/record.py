@@ -37,7 +37,8 @@ class LoadRecord:
         """Knows of nothing loaded yet.
 
         Args:
-            sees_everything: whether the engine fills parameters through their weight loaders only.
+            sees_everything: whether the engine fills parameters through their weight loaders only. If not, nothing is
+                required where no loader was called at all.
         """
         self._loaded: dict[str, set[Hashable]] = defaultdict(set)
         self._sees_everything = sees_everything
@@ -90,7 +91,7 @@ class LoadRecord:
         Raises:
             CheckpointError: naming every tensor that is missing.
         """
-        if not self._sees_everything:
+        if not self._sees_everything and not self._loaded:
             return
         missing = [
             tensor for tensor, (parameter, part) in wanted.items() if not self._loaded[parameter] & {part, _WHOLE}

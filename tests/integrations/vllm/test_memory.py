@@ -111,12 +111,15 @@ def test_other_weights_take_the_place_of_the_first(harness, tmp_path, reload, ca
     assert places(layer) == before
 
 
-def test_other_weights_that_lack_a_tensor_are_refused_by_its_name(harness, tmp_path, reload):
-    """vLLM would process what was in the memory by chance."""
+@pytest.mark.parametrize("first", ["auto", "dummy"])
+def test_other_weights_that_lack_a_tensor_are_refused_by_its_name(harness, tmp_path, reload, first):
+    """vLLM would process what was in the memory by chance; also where there were no real weights before."""
     model = harness.Model(tmp_path, {"mlp.down_proj": (256, 128)}, group_size=32)
-    layer = harness.build("RowParallelLinear", model, "mlp.down_proj", 256, 128)
+    with harness.load_format(first):
+        layer = harness.build("RowParallelLinear", model, "mlp.down_proj", 256, 128)
     reload.record_metadata_for_reloading(layer)
-    harness.load(layer, model, {None: "mlp.down_proj"})
+    if first != "dummy":
+        harness.load(layer, model, {None: "mlp.down_proj"})
     harness.finish(layer)
     with harness.as_rank(0, 1):
         reload.initialize_layerwise_reload(layer)
