@@ -16,14 +16,12 @@ converted checkpoint runs once more on this package's kernels. Ends with exit co
 from __future__ import annotations
 
 import argparse
-import datetime
 import hashlib
 import inspect
 import json
 import os
 import subprocess
 import sys
-import tempfile
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -35,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import vllm_tokens
 from random_models import Model
-from vllm_tokens import DENSE_BOUND, NEW_TOKENS, agreement, compare_own, draw_prompts, prepare
+from vllm_tokens import DENSE_BOUND, NEW_TOKENS, agreement, compare_all, compare_own, draw_prompts
 
 #: Those whose source is AWQ.
 MODELS = {name: model for name, model in vllm_tokens.MODELS.items() if model.format == "awq"}
@@ -260,35 +258,12 @@ def main() -> int:
         run_engine(options.engine, options.tp, not options.graphs, options.forced, options.out)
         return 0
 
-    names = [name for name in options.only if MODELS[name].heads % options.tp == 0]
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        ThreadPoolExecutor(options.side_by_side) as engines,
-        ThreadPoolExecutor(max(1, len(names))) as pool,
-    ):
-        work = {name: Path(folder) / str(number) for number, name in enumerate(names)}
-        counts = {name: prepare(MODELS[name], work[name]) for name in names}
-        print(f"{len(names)} models are made and converted", flush=True)
+    with ThreadPoolExecutor(options.side_by_side) as engines:
 
-        def one(name: str) -> dict[str, Any]:
-            begin = time.perf_counter()
-            try:
-                row = compare(name, MODELS[name], options.tp, not options.graphs, work[name], engines)
-            except Exception as error:  # the other models' results shall not be lost
-                row = {"model": name, "tensor_parallel_size": options.tp, "ok": False, "error": str(error)}
-            row["converted"], row["kept"] = counts[name]
-            print(f"{name}, {options.tp} rank(s), {time.perf_counter() - begin:.0f} s: {json.dumps(row)}", flush=True)
-            return row
+        def compare_one(name: str, work: Path) -> dict[str, Any]:
+            return compare(name, MODELS[name], options.tp, not options.graphs, work, engines)
 
-        rows = list(pool.map(one, names))
-    document = json.loads(options.out.read_text()) if options.out.exists() else {"rows": []}
-    document["date"] = datetime.date.today().isoformat()
-    document["rows"] += rows
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(document, indent=1) + "\n")
-    wrong = [row["model"] for row in rows if not row["ok"]]
-    print(f"{len(rows) - len(wrong)} of {len(rows)} agree" + (f"; not: {', '.join(wrong)}" if wrong else ""))
-    return 1 if wrong else 0
+        return compare_all(MODELS, options.only, options.tp, len(options.only), compare_one, options.out)
 
 
 if __name__ == "__main__":

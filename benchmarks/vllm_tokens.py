@@ -29,6 +29,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -333,6 +334,51 @@ def compare(name: str, model: Model, way: Way, work: Path) -> dict[str, Any]:
     return row
 
 
+def compare_all(
+    models: dict[str, Model],
+    names: list[str],
+    ranks: int,
+    at_once: int,
+    compare_one: Callable[[str, Path], dict[str, Any]],
+    out: Path,
+) -> int:
+    """Makes, converts and compares models, adds the rows to a file, and returns the exit code.
+
+    Args:
+        models: all there are.
+        names: of those to compare; those whose heads the ranks cannot share are left out.
+        ranks: of an engine.
+        at_once: how many models are compared at the same time.
+        compare_one: gets a model's name and its folder, as `prepare` made it, and returns its row.
+        out: results, JSON; rows in it are kept.
+    """
+    names = [name for name in names if models[name].heads % ranks == 0]
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(max(1, at_once)) as pool:
+        work = {name: Path(folder) / str(number) for number, name in enumerate(names)}
+        counts = {name: prepare(models[name], work[name]) for name in names}
+        print(f"{len(names)} models are made and converted", flush=True)
+
+        def one(name: str) -> dict[str, Any]:
+            begin = time.perf_counter()
+            try:
+                row = compare_one(name, work[name])
+            except Exception as error:  # the other models' results shall not be lost
+                row = {"model": name, "tensor_parallel_size": ranks, "ok": False, "error": str(error)}
+            row["converted"], row["kept"] = counts[name]
+            print(f"{name}, {ranks} rank(s), {time.perf_counter() - begin:.0f} s: {json.dumps(row)}", flush=True)
+            return row
+
+        rows = list(pool.map(one, names))
+    document = json.loads(out.read_text()) if out.exists() else {"rows": []}
+    document["date"] = datetime.date.today().isoformat()
+    document["rows"] += rows
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(json.dumps(document, indent=1) + "\n")
+    wrong = [row["model"] for row in rows if not row["ok"]]
+    print(f"{len(rows) - len(wrong)} of {len(rows)} agree" + (f"; not: {', '.join(wrong)}" if wrong else ""))
+    return 1 if wrong else 0
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="results, JSON; rows of other runs in it are kept")
@@ -349,31 +395,10 @@ def main() -> int:
         run_engine(options.engine, way, options.forced, options.out)
         return 0
 
-    names = [name for name in options.only if MODELS[name].heads % options.tp == 0]
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(options.side_by_side) as pool:
-        work = {name: Path(folder) / str(number) for number, name in enumerate(names)}
-        counts = {name: prepare(MODELS[name], work[name]) for name in names}
-        print(f"{len(names)} models are made and converted", flush=True)
+    def compare_one(name: str, work: Path) -> dict[str, Any]:
+        return compare(name, MODELS[name], way, work)
 
-        def one(name: str) -> dict[str, Any]:
-            begin = time.perf_counter()
-            try:
-                row = compare(name, MODELS[name], way, work[name])
-            except Exception as error:  # the other models' results shall not be lost
-                row = {"model": name, "tensor_parallel_size": options.tp, "ok": False, "error": str(error)}
-            row["converted"], row["kept"] = counts[name]
-            print(f"{name}, {options.tp} rank(s), {time.perf_counter() - begin:.0f} s: {json.dumps(row)}", flush=True)
-            return row
-
-        rows = list(pool.map(one, names))
-    document = json.loads(options.out.read_text()) if options.out.exists() else {"rows": []}
-    document["date"] = datetime.date.today().isoformat()
-    document["rows"] += rows
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(document, indent=1) + "\n")
-    wrong = [row["model"] for row in rows if not row["ok"]]
-    print(f"{len(rows) - len(wrong)} of {len(rows)} agree" + (f"; not: {', '.join(wrong)}" if wrong else ""))
-    return 1 if wrong else 0
+    return compare_all(MODELS, options.only, options.tp, options.side_by_side, compare_one, options.out)
 
 
 if __name__ == "__main__":
