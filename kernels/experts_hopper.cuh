@@ -74,7 +74,7 @@ class HopperExperts {
   }
 
   __device__ __forceinline__ void copy() const {
-    typename Core::Place place;
+    typename Core::Slot slot;
     const int w = core.warp - Core::kMathWarps;
     const int num_stages = args.size_k / Core::kStageRows;
 #pragma unroll 1
@@ -90,10 +90,10 @@ class HopperExperts {
       GroupPrefetch groups(weights, tile, core.lane);
 #pragma unroll 1
       for (int stage = 0; stage < num_stages; ++stage) {
-        core.wait_empty(place);
+        core.wait_empty(slot);
         if (kPrefetches) groups.next(args.group_size);
-        core.copy_stage(copier, place, args.qweight_stride);
-        place.advance();
+        core.copy_stage(copier, slot, args.qweight_stride);
+        slot.advance();
       }
     }
     cp_async_wait_all();  // a block must not leave while copies to it are under way
@@ -176,13 +176,13 @@ class HopperExperts {
   };
 
   __device__ __forceinline__ void multiply() const {
-    typename Core::Place place;
+    typename Core::Slot slot;
 #pragma unroll 1
     for (int i = blockIdx.x, buffer = 0; i < num_places; i += gridDim.x, buffer ^= 1) {
       const OwnBlocks blocks(*this, i);
       fetch_rows(list.item(i / num_steps), buffer);
       typename Core::Sums sums;
-      core.multiply(sums, place, blocks, args.group_size, args.size_k, {0, args.size_k / Core::kStageRows});
+      core.multiply(sums, slot, blocks, args.group_size, args.size_k, {0, args.size_k / Core::kStageRows});
 
       cp_async_wait_all();
       own_barrier();  // the rows of the list are there, and the last result has left

@@ -122,6 +122,16 @@ __device__ __forceinline__ StepRange split_steps(int num_steps, int split, int n
   return {int(u32(num_steps * split) / u32(num_splits)), int(u32(num_steps * (split + 1)) / u32(num_splits))};
 }
 
+// Which slot of a ring in shared memory a step uses, and the parity of the barriers' phase in that round.
+template <int kStages>
+struct RingSlot {
+  int index = 0;
+  u32 parity = 0;
+  __device__ __forceinline__ void advance() {
+    if (++index == kStages) index = 0, parity ^= 1;
+  }
+};
+
 // ---- a finished tile ------------------------------------------------------------------------------------------------
 
 // Sums wait in shared memory as [tokens][columns] in fp32. The padding spreads a warp's stores over all banks: in an

@@ -85,14 +85,7 @@ class HopperTile {
       }
   }
 
-  // Which slot of the ring a step uses, and the parity of the barriers' phase in that round.
-  struct Place {
-    int slot = 0;
-    u32 parity = 0;
-    __device__ __forceinline__ void advance() {
-      if (++slot == kStages) slot = 0, parity ^= 1;
-    }
-  };
+  using Slot = RingSlot<kStages>;
 
   // ---- the copying warps --------------------------------------------------------------------------------------------
 
@@ -117,13 +110,13 @@ class HopperTile {
   }
 
   // A slot that was never used counts as empty.
-  __device__ __forceinline__ void wait_empty(const Place& place) const {
-    mbarrier_wait(empty(place.slot), place.parity ^ 1);
+  __device__ __forceinline__ void wait_empty(const Slot& slot) const {
+    mbarrier_wait(empty(slot.index), slot.parity ^ 1);
   }
 
-  __device__ __forceinline__ void copy_stage(Copier& copier, const Place& place, i64 qweight_stride) const {
+  __device__ __forceinline__ void copy_stage(Copier& copier, const Slot& slot, i64 qweight_stride) const {
     const int thread = threadIdx.x - kMathThreads, chunk = thread % kRowChunks, first = thread / kRowChunks;
-    const u32 stage = shared + place.slot * kStageBytes;
+    const u32 stage = shared + slot.index * kStageBytes;
     const u32 act_sh_wr = stage + (first * kRowChunks + (chunk ^ (first % 8))) * 16;
 #pragma unroll
     for (int i = 0; i < kActLoads; ++i)
@@ -133,10 +126,10 @@ class HopperTile {
     copier.act_gl_rd += kStageRows;
 #pragma unroll
     for (int i = 0; i < kStageTiles; ++i) {
-      copy_tile<kBits>(tile_sh(place.slot, i, warp - kMathWarps), copier.weights_gl_rd, lane);
+      copy_tile<kBits>(tile_sh(slot.index, i, warp - kMathWarps), copier.weights_gl_rd, lane);
       copier.weights_gl_rd += qweight_stride;
     }
-    mbarrier_arrive_after_copies(full(place.slot));
+    mbarrier_arrive_after_copies(full(slot.index));
   }
 
   // ---- the multiplying warps ----------------------------------------------------------------------------------------
@@ -188,9 +181,9 @@ class HopperTile {
     const HopperTile& core;
   };
 
-  // Adds the product of a range of stages, from `place` on.
+  // Adds the product of a range of stages, from `slot` on.
   template <class Blocks>
-  __device__ __forceinline__ void multiply(Sums& sums, Place& place, const Blocks& blocks, int group_size, int size_k,
+  __device__ __forceinline__ void multiply(Sums& sums, Slot& slot, const Blocks& blocks, int group_size, int size_k,
                                            StepRange range) const {
     const int first_row = range.begin * kStageRows, last_group = (size_k - 1) / group_size;
     int group = first_row / group_size;
@@ -204,12 +197,12 @@ class HopperTile {
     const u32 words_sh = blocks.words_place();
     int released = 0;
     for (int step = range.begin; step < range.end; ++step) {
-      mbarrier_wait(full(place.slot), place.parity);
+      mbarrier_wait(full(slot.index), slot.parity);
       fence_proxy_async();
       u32 words[kStageTiles][kWords];
 #pragma unroll
-      for (int i = 0; i < kStageTiles; ++i) blocks.load_words(words[i], tile_sh(place.slot, i, 0) + words_sh);
-      const u64 act = wgmma_descriptor(shared + place.slot * kStageBytes);
+      for (int i = 0; i < kStageTiles; ++i) blocks.load_words(words[i], tile_sh(slot.index, i, 0) + words_sh);
+      const u64 act = wgmma_descriptor(shared + slot.index * kStageBytes);
 #pragma unroll
       for (int batch = 0; batch < kBatches; ++batch) {
         if (rows_left == 0) {
@@ -232,10 +225,10 @@ class HopperTile {
         if (batch == 0) {
           __syncwarp();  // all lanes have read their words
           if (step > range.begin && lane == 0) mbarrier_arrive(empty(released));
-          released = place.slot;
+          released = slot.index;
         }
       }
-      place.advance();
+      slot.advance();
     }
     wgmma_wait<0>();
     if (range.begin < range.end && lane == 0) mbarrier_arrive(empty(released));
@@ -328,12 +321,12 @@ class HopperGemm {
         args.qweight + i64(range.begin) * Core::kStageTiles * args.qweight_stride +
             i64(tile_n(args, core.warp - Core::kMathWarps)) * Core::L::kTileWords,
         [&](int token) { return min(token, args.size_m - 1 - first_token) * args.a_stride; });
-    typename Core::Place place;
+    typename Core::Slot slot;
 #pragma unroll 1  // there are few registers here
     for (int step = range.begin; step < range.end; ++step) {
-      core.wait_empty(place);
-      core.copy_stage(copier, place, args.qweight_stride);
-      place.advance();
+      core.wait_empty(slot);
+      core.copy_stage(copier, slot, args.qweight_stride);
+      slot.advance();
     }
     cp_async_wait_all();  // a block must not leave while copies to it are under way
   }
@@ -342,8 +335,8 @@ class HopperGemm {
                                                   const SumTile<kColumns>& tile) {
     const typename Core::OwnBlocks blocks(args, core, tile_n(args, core.warp % Core::kWarpgroupWarps));
     typename Core::Sums sums;
-    typename Core::Place place;
-    core.multiply(sums, place, blocks, args.group_size, args.size_k, range);
+    typename Core::Slot slot;
+    core.multiply(sums, slot, blocks, args.group_size, args.size_k, range);
     barrier_some<Core::kMathThreads>();  // the sums go where the stages were
     core.deposit(sums, blocks, tile);
     barrier_some<Core::kMathThreads>();

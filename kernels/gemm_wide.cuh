@@ -95,14 +95,7 @@ class WideGemm {
     fence_mbarrier_init();
   }
 
-  // Which slot of the ring a step uses, and the parity of the barriers' phase in that round.
-  struct Slot {
-    int index = 0;
-    u32 parity = 0;
-    __device__ __forceinline__ void advance() {
-      if (++index == kStages) index = 0, parity ^= 1;
-    }
-  };
+  using Slot = RingSlot<kStages>;
 
   // A tile, and a part of K.
   struct Place {
