@@ -3,8 +3,8 @@
     python benchmarks/vllm_tokens.py --out benchmarks/results/vllm_tokens_h100.json
         [--compiled] [--tp 2 [--expert-parallel]] [--only NAME ...]
 
-Makes random models (benchmarks/random_models.py), converts them, and runs each twice, a process for each engine, all
-models side by side. The source runs on vLLM's own code for its format, told to take Marlin, so that both use the same
+Makes random models (benchmarks/random_models.py), converts them, and runs each in two engines, a process for each, all
+side by side. The source runs on vLLM's own code for its format, told to take Marlin, so that both use the same
 kernels. Where vLLM's AWQ code cannot load a kind (no zero points; one group over all of K on several ranks), the
 reference is the dequantized model in plain fp16, whose rounding differs: then log-probabilities are compared within a
 bound, along the same tokens.
@@ -298,18 +298,25 @@ def compare(name: str, model: Model, way: Way, work: Path) -> dict[str, Any]:
 
     row: dict[str, Any] = {"model": name, "tensor_parallel_size": way.ranks, "eager": way.eager}
     row |= {"expert_parallel": True} if way.expert_parallel else {}
-    own = start_engine(work / "marlin", way, work / "own.json", kernel="own")
     only_own = model.bits == 8 and model.zero_points
-    ours = own if only_own else start_engine(work / "marlin", way, work / "marlin.json")
+    runs = {"own": ("marlin", "own")} | ({} if only_own else {"marlin": ("marlin", "engine")})
     if serves_source(model, way.ranks):
-        theirs = start_engine(work / "source", way, work / "source.json")
+        runs |= {"source": ("source", "engine")} | ({"again": ("source", "engine")} if model.experts else {})
+    with ThreadPoolExecutor(len(runs)) as pool:
+        started = {
+            name: pool.submit(start_engine, work / folder, way, work / f"{name}.json", kernel=kernel)
+            for name, (folder, kernel) in runs.items()
+        }
+    said = {name: each.result() for name, each in started.items()}
+    own, ours = said["own"], said["own" if only_own else "marlin"]
+    if "source" in said:
+        theirs = said["source"]
         row["reference"] = f"{FORMATS[model.format]} source on vLLM's own {FORMATS[model.format]} code"
         row |= agreement("alone", ours["alone"], theirs["alone"]) | agreement("together", ours["rows"], theirs["rows"])
         row["ok"] = row["alone_same_logprobs"] == len(SHORT_LENGTHS)
         if model.experts:
-            again = start_engine(work / "source", way, work / "again.json")
-            row |= agreement("source_again_alone", again["alone"], theirs["alone"])
-            row |= agreement("source_again_together", again["rows"], theirs["rows"])
+            row |= agreement("source_again_alone", said["again"]["alone"], theirs["alone"])
+            row |= agreement("source_again_together", said["again"]["rows"], theirs["rows"])
         else:
             row["ok"] &= row["together_same_logprobs"] == len(PROMPT_LENGTHS)
     else:
