@@ -1,7 +1,7 @@
 """How fast vLLM serves a checkpoint and the converted one, on every kernel that it may take for them.
 
     python benchmarks/serving.py --out benchmarks/results/serving_h100.json
-        [--without-zero-points] [--format auto-round] [--experts]
+        [--without-zero-points] [--format auto-round] [--experts [--layers 48]] [--rounds 4]
 
 Makes a model of Llama-3-8B's shapes from random weights, or with --experts a mixture of experts of Qwen3-30B-A3B's
 shapes (128 experts, 8 of them for a token; half of its layers, so that all engines fit). Converts it, and starts four
@@ -10,11 +10,13 @@ Marlin, the converted checkpoint on vLLM's Marlin, and the converted one as the 
 zero points vLLM's own AWQ code cannot load the source, so only the last two run. GPTQ and AutoRound are made without
 zero points, compressed-tensors and AWQ with them unless asked otherwise. This package's kernels are compiled
 beforehand. Weights are loaded by one engine at a time; its seconds and its memory are measured then. When all are
-ready, each measures alone.
+ready, they measure alone, one after another, in as many rounds as asked for.
 
 Decoding: tokens a second of a batch of prompts of 128 tokens, from 128 further tokens each, the prefill left out;
-medians of three. Prefill: milliseconds of one prompt of 2,048 tokens; the median of five. The first tokens of a few
-prompts are kept with the probabilities of the two best, so that a difference between engines can be judged.
+three times in a round, the median of all. Of every batch also the time that the GPU takes for the CUDA graph of a
+step, replayed over and over: what is left of a step is sampling, and waiting for the host. Prefill: milliseconds of one
+prompt of 2,048 tokens; five times in a round, the median of all. The first tokens of a few prompts are kept with the
+probabilities of the two best, so that a difference between engines can be judged.
 """
 
 from __future__ import annotations
@@ -93,14 +95,14 @@ def alone(work: Path) -> Iterator[None]:
         yield
 
 
-@contextmanager
-def turn(name: str, work: Path) -> Iterator[None]:
-    """Says that an engine is ready, waits for all others, and has it measure alone."""
+def turns(name: str, work: Path, rounds: int) -> Iterator[int]:
+    """Says that an engine is ready, and yields the number of a round whenever it is its turn to measure alone."""
     (work / f"{name}.ready").touch()
-    while not (work / "all.ready").exists():
-        time.sleep(0.2)
-    with alone(work):
-        yield
+    for number in range(rounds):
+        while not (work / f"{name}.{number}.begins").exists():
+            time.sleep(0.05)
+        yield number
+        (work / f"{name}.{number}.ended").touch()
 
 
 def measured_load(work: Path, found: dict[str, Any]) -> None:
@@ -151,26 +153,26 @@ def kernels_of_layers(model: Any) -> dict[str, int]:
     return found
 
 
-def start(engine: Engine, folder: Path) -> Any:
-    """Returns vLLM's engine on a checkpoint."""
+def start(engine: Engine, folder: Path, **more: Any) -> Any:
+    """Returns vLLM's engine on a checkpoint; ``more`` are options of vLLM that take the place of these."""
     from vllm import LLM
 
     backend = engine.backend
     options: dict[str, Any] = {"kernel_config": {"linear_backend": backend, "moe_backend": backend}} if backend else {}
-    return LLM(
-        model=str(folder),
-        skip_tokenizer_init=True,
-        max_model_len=4096,
-        max_num_seqs=max(BATCHES),
-        max_num_batched_tokens=8192,
-        gpu_memory_utilization=0.1,
-        kv_cache_memory_bytes=3 << 30,
-        attention_config={"backend": "TRITON_ATTN"},
-        enable_prefix_caching=False,
-        compilation_config={"cudagraph_capture_sizes": [1, 2, 4, 8, 16, 32, 64]},
-        seed=0,
-        **options,
-    )
+    options |= {
+        "model": str(folder),
+        "skip_tokenizer_init": True,
+        "max_model_len": 4096,
+        "max_num_seqs": max(BATCHES),
+        "max_num_batched_tokens": 8192,
+        "gpu_memory_utilization": 0.1,
+        "kv_cache_memory_bytes": 3 << 30,
+        "attention_config": {"backend": "TRITON_ATTN"},
+        "enable_prefix_caching": False,
+        "compilation_config": {"cudagraph_capture_sizes": list(BATCHES)},
+        "seed": 0,
+    }
+    return LLM(**options | more)
 
 
 class Prompts:
@@ -214,25 +216,35 @@ def said(llm: Any, batch: list[dict[str, list[int]]]) -> list[list[list[float]]]
     return rows
 
 
-def measure(llm: Any, vocabulary: int, found: dict[str, Any]) -> None:
-    """Notes what an engine that has the GPU for itself can do."""
+def measure(llm: Any, replays: Any, vocabulary: int, found: dict[str, Any]) -> None:
+    """Notes what an engine that has the GPU for itself can do, beside what it noted in earlier rounds."""
     prompts = Prompts(vocabulary)
-    found["said"] = said(llm, prompts.draw(8, 64))
-    found["decode_tokens_per_s"] = {}
+    first, decoding = prompts.draw(8, 64), found.setdefault("decode_tokens_per_s", {})
+    if "said" not in found:
+        found["said"] = said(llm, first)
     for count in BATCHES:
         batch, new = prompts.draw(count, 128), 128
-        timed(llm, batch, 4)
+        with replays.watched():
+            timed(llm, batch, 4)
         rates = [count * new / (timed(llm, batch, 1 + new) - timed(llm, batch, 1)) for _ in range(REPEATS)]
-        found["decode_tokens_per_s"][str(count)] = {"median": round(statistics.median(rates), 1), "all": rates}
+        note(decoding, str(count), rates, 1)
+        note(found.setdefault("graph_us", {}), str(count), [replays.over_and_over(50)["clock_us"]], 1)
     times = [timed(llm, prompts.draw(1, PREFILL_TOKENS), 1) * 1e3 for _ in range(6)][1:]
-    found["prefill_ms"] = {"median": round(statistics.median(times), 2), "all": times}
+    note(found, "prefill_ms", times, 2)
 
 
-def run_engine(name: str, folder: Path, work: Path, out: Path) -> None:
-    """Starts an engine in this process, waits for its turn, measures and writes what was found."""
+def note(found: dict[str, Any], key: str, values: list[float], digits: int) -> None:
+    """Adds what a round measured to all that was measured, whose median it updates."""
+    every = [*found.get(key, {}).get("all", []), *values]
+    found[key] = {"median": round(statistics.median(every), digits), "all": every}
+
+
+def run_engine(name: str, folder: Path, work: Path, rounds: int, out: Path) -> None:
+    """Starts an engine in this process, measures whenever it is its turn, and writes what was found so far."""
     begin = time.perf_counter()
     import torch
     import vllm
+    from cuda_graphs import Replays
 
     engine = ENGINES[name]
     method = json.loads((folder / "config.json").read_text())["quantization_config"]["quant_method"]
@@ -240,12 +252,21 @@ def run_engine(name: str, folder: Path, work: Path, out: Path) -> None:
     found: dict[str, Any] = {"title": title, "vllm": vllm.__version__, "torch": torch.__version__}
     found |= {"gpu": torch.cuda.get_device_name(), "import_seconds": round(time.perf_counter() - begin, 2)}
     measured_load(work, found)
+    replays = Replays()
     llm = start(engine, folder)
     found["ready_seconds"] = round(time.perf_counter() - begin, 2)
     found["layers"] = llm.apply_model(kernels_of_layers)[0]
-    with turn(name, work):
-        measure(llm, json.loads((folder / "config.json").read_text())["vocab_size"], found)
-    out.write_text(json.dumps(found))
+    vocabulary = json.loads((folder / "config.json").read_text())["vocab_size"]
+    for _ in turns(name, work, rounds):
+        measure(llm, replays, vocabulary, found)
+        write_whole(out, found)
+
+
+def write_whole(path: Path, document: dict[str, Any]) -> None:
+    """Writes a document, or leaves what was there."""
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(document, indent=1) + "\n")
+    partial.replace(path)
 
 
 def compile_beforehand(folder: Path) -> float:
@@ -276,10 +297,23 @@ def compile_beforehand(folder: Path) -> float:
 # --- all of them ------------------------------------------------------------------------------------------
 
 
-def run_all(names: list[str], work: Path, patience: float, script: str = __file__) -> dict[str, Any]:
+def run_all(
+    names: list[str],
+    work: Path,
+    patience: float,
+    rounds: int = 1,
+    script: str = __file__,
+    keep: Callable[[dict[str, Any]], None] = lambda found: None,  # noqa: ARG005
+) -> dict[str, Any]:
     """Runs every engine in a process of its own, by a script; returns what each found, or how it ended.
 
-    An engine that is not ready after ``patience`` seconds is ended, and the others measure without it.
+    Args:
+        names: of the engines.
+        work: a folder for what they write.
+        patience: seconds after which engines that are not ready are ended; the others measure without them.
+        rounds: how often each measures, in turn.
+        script: what the processes run.
+        keep: gets what all have found after every round.
     """
     processes = {}
     for name in names:
@@ -287,33 +321,42 @@ def run_all(names: list[str], work: Path, patience: float, script: str = __file_
         for variable in ("VLLM_CACHE_ROOT", "TRITON_CACHE_DIR"):  # nobody finds what another compiled
             environment[variable] = str(work / f"{name}.{variable.lower()}")
         command = [sys.executable, script, "--engine", name, "--work", str(work), "--out", str(work / f"{name}.json")]
+        command += ["--rounds", str(rounds)]
         with (work / f"{name}.log").open("w") as log:
             processes[name] = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
 
-    def starting() -> list[subprocess.Popen[bytes]]:
-        running = ((name, each) for name, each in processes.items() if each.poll() is None)
-        return [each for name, each in running if not (work / f"{name}.ready").exists()]
+    def wait_for(name: str, step: str, end: float = float("inf")) -> None:
+        while processes[name].poll() is None and not (work / f"{name}.{step}").exists() and time.monotonic() < end:
+            time.sleep(0.05)
 
     end = time.monotonic() + patience
-    while starting() and time.monotonic() < end:
-        time.sleep(0.2)
-    for late in starting():
-        late.terminate()
-    print("all engines are ready or have failed", flush=True)
-    (work / "all.ready").touch()
-    found: dict[str, Any] = {}
+    for name in names:
+        wait_for(name, "ready", end)
     for name, process in processes.items():
-        out, ended = work / f"{name}.json", process.wait()
+        if not (work / f"{name}.ready").exists():
+            process.terminate()
+    print("all engines are ready or have failed", flush=True)
+    for number in range(rounds):
+        for name in names:
+            (work / f"{name}.{number}.begins").touch()
+            wait_for(name, f"{number}.ended")
+        keep({name: what_one_found(name, work, processes[name].poll()) for name in names})
+    found = {name: what_one_found(name, work, process.wait()) for name, process in processes.items()}
+    for name in (name for name, each in found.items() if "error" in each):
         lines = (work / f"{name}.log").read_text(errors="replace").splitlines()
-        if ended == 0 and out.exists():
-            found[name] = json.loads(out.read_text())
-            found[name]["log"] = [line for line in lines if "kernel_choice.py" in line]
-        else:
-            print(f"{name} failed:", *lines[-30:], sep="\n", file=sys.stderr)
-            last = next((line for line in reversed(lines) if line.strip()), "")
-            error = "not ready in time" if ended == -signal.SIGTERM else last
-            found[name] = {"title": ENGINES[name].title, "error": error}
+        print(f"{name} failed:", *lines[-30:], sep="\n", file=sys.stderr)
     return found
+
+
+def what_one_found(name: str, work: Path, ended: int | None) -> dict[str, Any]:
+    """Returns what an engine has written so far, or how it ended."""
+    out, log = work / f"{name}.json", work / f"{name}.log"
+    lines = log.read_text(errors="replace").splitlines()
+    if not ended and out.exists():
+        found: dict[str, Any] = json.loads(out.read_text())
+        return {**found, "log": [line for line in lines if "kernel_choice.py" in line]}
+    last = next((line for line in reversed(lines) if line.strip()), "")
+    return {"title": ENGINES[name].title, "error": "not ready in time" if ended == -signal.SIGTERM else last}
 
 
 def commit() -> str:
@@ -363,6 +406,9 @@ def table(found: dict[str, Any]) -> str:
     for count in BATCHES:
         medians = (each["decode_tokens_per_s"][str(count)]["median"] for each in ran.values())
         rows.append([f"decoding, batch {count}, tokens/s", *(f"{median:.0f}" for median in medians)])
+    for count in BATCHES:
+        medians = (each["graph_us"][str(count)]["median"] for each in ran.values())
+        rows.append([f"GPU time of a step's CUDA graph, batch {count}, us", *(f"{median:.0f}" for median in medians)])
     rows.append(
         [f"prefill of {PREFILL_TOKENS} tokens, ms", *(f"{e['prefill_ms']['median']:.1f}" for e in ran.values())]
     )
@@ -385,40 +431,71 @@ def main() -> int:
     parser.add_argument("--experts", action="store_true", help="a mixture of experts of Qwen3-30B-A3B's shapes")
     parser.add_argument("--layers", type=int, help="of Llama-3-8B's 32 (all), or of Qwen3-30B-A3B's 48 (24)")
     parser.add_argument("--only", nargs="+", choices=ENGINES, metavar="ENGINE", help=f"of {', '.join(ENGINES)}")
+    parser.add_argument("--rounds", type=int, default=1, help="how often each engine measures, in turn (1)")
     parser.add_argument("--patience", type=float, default=900, help="seconds for engines to start (900)")
     parser.add_argument("--work", type=Path, help="folder for models, logs and caches; a temporary one if not given")
+    parser.add_argument("--models", type=Path, help="folder whose models are served; made there if they are missing")
+    parser.add_argument("--only-models", action="store_true", help="make them, compile the kernels, and stop")
     parser.add_argument("--engine", choices=ENGINES, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.engine:
-        run_engine(options.engine, options.work / ENGINES[options.engine].checkpoint, options.work, options.out)
+        folder = options.work / ENGINES[options.engine].checkpoint
+        run_engine(options.engine, folder, options.work, options.rounds, options.out)
         return 0
 
-    from awq2marlin import convert
+    model = MODELS[options.experts]
+    zero_points = not options.without_zero_points and options.format not in ("gptq", "auto-round")
+    layers = options.layers or model.layers
+    model = replace(model, layers=layers, format=options.format, zero_points=zero_points)
+    row = {"format": model.format, "zero_points": model.zero_points, "experts": model.experts}
+    row |= {"layers": model.layers, "rounds": options.rounds, "commit": commit(), "driver": driver()}
+    row |= {"date": datetime.date.today().isoformat()}
+    document = json.loads(options.out.read_text()) if options.out.exists() else {"rows": []}
+
+    def keep(found: dict[str, Any]) -> None:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        rows = [*document["rows"], {**row, "engines": found, "words": differences(found)}]
+        write_whole(options.out, {**document, "rows": rows})
 
     with tempfile.TemporaryDirectory(dir=options.work) as folder:
         work = Path(folder)
-        model = MODELS[options.experts]
-        zero_points = not options.without_zero_points and options.format not in ("gptq", "auto-round")
-        layers = options.layers or model.layers
-        model = replace(model, layers=layers, format=options.format, zero_points=zero_points)
-        size = write_model(work / "source", model)
-        config = work / "source" / "config.json"  # the models of random_models say 2048
-        config.write_text(json.dumps(json.loads(config.read_text()) | {"max_position_embeddings": 8192}))
-        convert(work / "source", work / "marlin")
-        compiling = compile_beforehand(work / "marlin")
+        models = options.models or work
+        row["bytes"] = make_models(model, models)
+        row["compile_seconds"] = compile_beforehand(models / "marlin")
+        if options.only_models:
+            print(json.dumps(row))
+            return 0
+        link_models(models, work)
         is_served = model.zero_points or model.format != "awq"
         names = options.only or [name for name, each in ENGINES.items() if is_served or each.checkpoint == "marlin"]
-        found = run_all(names, work, options.patience)
-    row = {"format": model.format, "zero_points": model.zero_points, "experts": model.experts}
-    row |= {"layers": model.layers, "bytes": size}
-    row |= {"compile_seconds": compiling, "commit": commit(), "driver": driver()}
-    row |= {"date": datetime.date.today().isoformat(), "engines": found, "words": differences(found)}
-    document = json.loads(options.out.read_text()) if options.out.exists() else {"rows": []}
-    document["rows"].append(row)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(document, indent=1) + "\n")
-    print(table(found), json.dumps(row["words"]), sep="\n")
+        found = run_all(names, work, options.patience, options.rounds, keep=keep)
+    keep(found)
+    print(table(found), json.dumps(differences(found)), sep="\n")
     return 1 if any("error" in each for each in found.values()) else 0
+
+
+def link_models(models: Path, work: Path) -> None:
+    """Makes models known in the folder where engines look for them."""
+    if models != work:
+        for name in ("source", "marlin"):
+            (work / name).symlink_to(models.resolve() / name)
+
+
+def make_models(model: Model, folder: Path) -> int:
+    """Makes a model and its conversion, unless they are there; returns the bytes of the source's tensors."""
+    from awq2marlin import convert
+
+    config = folder / "source" / "config.json"
+    if not (folder / "source").exists():
+        write_model(folder / "source", model)  # whose models say 2048
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"max_position_embeddings": 8192}))
+    elif json.loads(config.read_text())["num_hidden_layers"] != model.layers:
+        raise SystemExit(f"{folder} holds another model: give --models another folder")
+    if not (folder / "marlin").exists():
+        convert(folder / "source", folder / "marlin")
+    index = json.loads((folder / "source" / "model.safetensors.index.json").read_text())
+    size: int = index["metadata"]["total_size"]
+    return size
 
 
 if __name__ == "__main__":

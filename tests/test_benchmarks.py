@@ -1,9 +1,11 @@
 """The scripts of benchmarks/ that need no GPU, on small made-up inputs."""
 
 import importlib
+import itertools
 import json
 import subprocess
 import sys
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
@@ -242,18 +244,101 @@ def test_the_serving_table_has_a_column_for_every_engine_that_ran(script):
     rates = {str(count): {"median": 10.0 * count} for count in serving.BATCHES}
     engine = {"title": "one", "said": [first], "decode_tokens_per_s": rates, "prefill_ms": {"median": 70.25}, **memory}
     engine |= {"read_seconds": 0.75, "process_seconds": 0.015625}
+    engine["graph_us"] = {str(count): {"median": 100.0 * count} for count in serving.BATCHES}
     other = {**engine, "title": "other", "said": [[first[0], [3, -0.5, 4, -0.53125]]]}
     found = {"source": engine, "source_marlin": {"title": "lost", "error": "out of memory"}, "converted": other}
     lines = serving.table(found).splitlines()
     assert lines[0] == "|  | one | other |"
     assert lines[2] == "| decoding, batch 1, tokens/s | 10 | 10 |"
-    assert lines[6] == "| prefill of 2048 tokens, ms | 70.2 | 70.2 |"
+    assert lines[9] == "| GPU time of a step's CUDA graph, batch 64, us | 6400 | 6400 |"
+    assert lines[10] == "| prefill of 2048 tokens, ms | 70.2 | 70.2 |"
     words = serving.differences(found)
     assert words["compared_with"] == "source"
     assert words["engines"]["source"]["same_tokens"] == 1
     assert words["engines"]["converted"] == {
         "prompts": 1, "same_tokens": 0, "max_logprob_difference": 0.0, "max_gap_where_tokens_differ": 0.125,
     }  # fmt: skip
+
+
+def test_engines_measure_in_turn_and_those_that_fail_are_told(script, tmp_path, monkeypatch, capsys):
+    serving, order = script("serving"), []
+
+    class Engine(threading.Thread):
+        """Stands in for the process of an engine."""
+
+        def __init__(self, command, stdout, **_):
+            super().__init__()
+            options = dict(itertools.pairwise(command))
+            self.name, self.out, self.ended = options["--engine"], Path(options["--out"]), None
+            self.rounds, self.log = int(options["--rounds"]), Path(stdout.name)
+            self.start()
+
+        def run(self):
+            if self.name == "source":
+                self.log.write_text("no memory\n\n")
+                self.ended = 1
+                return
+            found = {"title": self.name}
+            for number in serving.turns(self.name, tmp_path, self.rounds):
+                order.append((number, self.name))
+                serving.note(found, "us", [float(number), 4.0], 1)
+                serving.write_whole(self.out, found)
+            self.ended = 0
+
+        def poll(self):
+            return self.ended
+
+        def wait(self):
+            self.join()
+            return self.ended
+
+        def terminate(self):
+            pass
+
+    monkeypatch.setattr(serving.subprocess, "Popen", Engine)
+    kept = []
+    found = serving.run_all(["source", "converted_engine", "converted"], tmp_path, 60, 2, keep=kept.append)
+    assert order == [(0, "converted_engine"), (0, "converted"), (1, "converted_engine"), (1, "converted")]
+    assert found["source"] == {"title": "source, vLLM's default", "error": "no memory"}
+    assert found["converted"]["us"] == {"median": 2.5, "all": [0.0, 4.0, 1.0, 4.0]}
+    assert [each["converted"]["us"]["all"] for each in kept] == [[0.0, 4.0], [0.0, 4.0, 1.0, 4.0]]
+    assert "source failed:" in capsys.readouterr().err
+
+
+def test_replays_of_graphs_are_watched_only_while_asked(script, monkeypatch):
+    import torch
+
+    clock = itertools.count()
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.time = next(clock)
+
+        def elapsed_time(self, later):
+            return float(later.time - self.time)
+
+    class Graph:
+        replayed = 0
+
+        def replay(self):
+            self.replayed += 1
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    replays, graph = script("cuda_graphs").Replays(), Graph()
+    graph.replay()
+    with replays.watched():
+        for _ in range(4):
+            graph.replay()
+    graph.replay()
+    found = replays.summary(2)
+    assert (found["replays_a_step"], found["gpu_us"], found["gpu_between_us"]) == (2.0, 2000.0, 1000.0)
+    assert replays.over_and_over(10)["clock_us"] > 0
+    assert graph.replayed == 6 + 20 + 10 + 50
 
 
 def test_the_load_summary_takes_medians_and_compares_tokens(script):
