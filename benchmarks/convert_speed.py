@@ -12,7 +12,8 @@ start-up included:
   straight from memory, four files at once;
 * peak resident memory, also of a checkpoint four times as large.
 
-Prints medians and the ratios pair by pair; writes them with machine, date and commit.
+Python may keep the bytecode that it compiles, as `pip` does, whatever PYTHONDONTWRITEBYTECODE says. Prints medians and
+the ratios pair by pair; writes them with machine, date and commit.
 """
 
 from __future__ import annotations
@@ -66,7 +67,10 @@ print(time.perf_counter() - started, resource.getrusage(resource.RUSAGE_CHILDREN
 
 def measure(command: list[str]) -> tuple[float, float]:
     """Returns wall seconds and peak resident megabytes of the largest process of a command."""
-    run = subprocess.run([sys.executable, "-c", _MEASURE, *command], check=True, capture_output=True, text=True)
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
+    run = subprocess.run(
+        [sys.executable, "-c", _MEASURE, *command], check=True, capture_output=True, text=True, env=environment
+    )
     seconds, kilobytes, code = run.stdout.split()
     if code != "0":
         raise RuntimeError(f"{command} failed with {code}: {run.stderr}")

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import mmap
-import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -21,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from awq2marlin.errors import refuse
-from awq2marlin.io.durable import sync_file
+from awq2marlin.io.durable import finish_writing_back, reserve, start_writing_back, sync_file
 from awq2marlin.io.folder import open_regular
 
 Bytes = npt.NDArray[np.uint8]
@@ -29,8 +28,11 @@ Bytes = npt.NDArray[np.uint8]
 #: Length of a piece in bytes, about: two of them and their source fit a core's second-level cache.
 PIECE_BYTES = 1 << 20
 
-#: How much is written before the disk is told to begin.
-WRITE_BACK_BYTES = 16 << 20
+#: How much of a file is written before the disk is told to begin with it.
+WRITE_BACK_BYTES = 8 << 20
+
+#: How far the disk may be behind.
+WRITE_BEHIND_BYTES = 64 << 20
 
 
 class NamedPath(NamedTuple):
@@ -306,19 +308,23 @@ def _write(target: BinaryIO, piece: Piece, made: Bytes) -> None:
     """Writes what a piece has made, if anything."""
     if piece.write[1]:
         _write_exactly(target, piece.write[0], made)
-        _start_writing_back(target, *piece.write)
+        _write_back(target, *piece.write)
 
 
-def _start_writing_back(stream: BinaryIO, offset: int, length: int) -> None:
-    """Lets the disk begin while later pieces are computed, so that the final sync has little left to do.
+def _write_back(stream: BinaryIO, offset: int, length: int) -> None:
+    """Keeps the disk busy, and close behind: it begins at once with what is written, and is waited for.
 
-    Linux starts to write dirty pages back, without waiting, when it is told that they are not needed soon.
+    So the final sync has little left to do, and the memory that the system needs for a file is a few megabytes, used
+    again and again. That is more than thrift: fresh memory costs more than a copy where a virtual machine has to ask
+    its host for it.
     """
     before, after = offset // WRITE_BACK_BYTES, (offset + length) // WRITE_BACK_BYTES
-    if after > before and hasattr(os, "posix_fadvise"):
-        begin = max(0, before - 1) * WRITE_BACK_BYTES  # once more what other threads may have written late
-        with contextlib.suppress(OSError):  # it is but advice
-            os.posix_fadvise(stream.fileno(), begin, after * WRITE_BACK_BYTES - begin, os.POSIX_FADV_DONTNEED)
+    if after == before:
+        return
+    begin, end = before * WRITE_BACK_BYTES, after * WRITE_BACK_BYTES
+    start_writing_back(stream.fileno(), max(0, begin - WRITE_BACK_BYTES), end)  # what other threads wrote late, too
+    if end > WRITE_BEHIND_BYTES:
+        finish_writing_back(stream.fileno(), max(0, begin - WRITE_BEHIND_BYTES), end - WRITE_BEHIND_BYTES)
 
 
 def rewrite_file(
@@ -326,6 +332,7 @@ def rewrite_file(
     target: Path,
     pieces: Iterator[Piece],
     *,
+    size: int = 0,
     prefix: bytes = b"",
     source_hashes: Sequence[Hash] = (),
     target_hashes: Sequence[Hash] = (),
@@ -337,6 +344,7 @@ def rewrite_file(
     Args:
         source: where it lies, and its name for messages.
         target: created or emptied; partial if anything is raised.
+        size: bytes of the target, if it is known: so much room is set aside for it.
         pieces: in the order of both files; beyond the prefix they cover the target without holes.
         prefix: bytes the target begins with.
         source_hashes: see the bytes of the pieces as read, in order.
@@ -349,6 +357,7 @@ def rewrite_file(
         OSError: if reading or writing fails.
     """
     with target.open("wb", buffering=0) as stream:
+        reserve(stream.fileno(), size)
         _write_exactly(stream, 0, np.frombuffer(prefix, np.uint8))
         for each in target_hashes:
             each.update(prefix)

@@ -227,7 +227,7 @@ def _carry(name: str, expected: FileDigest | None, source: Source, out: OutputFo
     hashes = [each for each in (xxh3, sha256) if each]
     read = work.progress.advance if source.origin is None else None  # of a repository, what comes is counted
     pieces = copy_pieces(0, 0, size)
-    rewrite_file(NamedPath(path, name), out.partial(name), pieces, target_hashes=hashes, progress=read)
+    rewrite_file(NamedPath(path, name), out.partial(name), pieces, size=size, target_hashes=hashes, progress=read)
     if sha256 and promised and sha256.hexdigest() != promised:
         out.partial(name).unlink()
         source.release(name)

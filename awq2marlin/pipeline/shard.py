@@ -96,6 +96,7 @@ def rewrite_shard(task: ShardTask, progress: Callable[[int], None] | None = None
         NamedPath(task.source, plan.name),
         partial,
         _pieces(task),
+        size=plan.target.file_size,
         prefix=plan.target.prefix,
         source_hashes=[each for each in (read, source_sha256) if each],
         target_hashes=[each for each in (made, target_sha256) if each],

@@ -122,6 +122,25 @@ def test_a_sync_that_fails_after_half_the_bytes_is_told_and_a_rerun_completes(
     check_full_and_completed_by_a_rerun(error, source, out, expected, run)
 
 
+def test_a_disk_that_fails_behind_what_is_written_is_told_and_a_rerun_completes(
+    source, expected, run, tmp_path, monkeypatch
+):
+    out = tmp_path / "out"
+
+    def fail(*_):
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(stream, "WRITE_BACK_BYTES", 64)
+        patch.setattr(stream, "WRITE_BEHIND_BYTES", 128)
+        patch.setattr(stream, "finish_writing_back", fail)
+        error = refused(run("convert", source, out))
+    assert (error["code"], error["file"]) == ("io-error", str(out))
+    assert not [*out.glob("*.safetensors"), *out.glob("config.json")]
+    assert run("convert", source, out).code == 0
+    assert contents(out) == expected
+
+
 def check_full_and_completed_by_a_rerun(error, source, out, expected, run):
     assert (error["code"], error["file"]) == ("disk-full", str(out))
     assert not (out / "config.json").exists()
