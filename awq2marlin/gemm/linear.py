@@ -142,14 +142,24 @@ class AWQMarlinLinearMethod:
         if not layer.is_marlin:
             raise RuntimeError("the layer still holds AWQ tensors; call process_weights_after_loading(layer) first")
         out = marlin_gemm(
-            x.reshape(-1, x.shape[-1]),
+            _rows_of(x),
             _tensor(layer, "qweight"),
             _tensor(layer, "scales"),
             _tensor(layer, "qzeros") if self.quant_config.zero_point else None,
             bias,
             num_bits=self.quant_config.weight_bits,
         )
-        return out.reshape(*x.shape[:-1], out.shape[-1])
+        return _shaped_like(x, out)
+
+
+def _rows_of(x: torch.Tensor) -> torch.Tensor:
+    """Returns activations [..., K] as [M, K]; a view that is none costs the host 2 us."""
+    return x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+
+
+def _shaped_like(x: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """Returns a result [M, N] as [..., N] for activations [..., K]."""
+    return out if x.dim() == 2 else out.reshape(*x.shape[:-1], out.shape[-1])
 
 
 def _check_cast(layer: torch.nn.Module, function: _TensorFunction) -> None:
@@ -251,14 +261,16 @@ class MarlinLinear(torch.nn.Module):
             TypeError: as `marlin_gemm` does.
             ValueError: as `marlin_gemm` does.
         """
-        rows = x.reshape(-1, x.shape[-1]).contiguous()  # the kernels take dense rows only
+        rows = _rows_of(x).contiguous()  # the kernels take dense rows only
         bias: torch.Tensor | None = self.bias
         if self.padded_k != self.in_features:
             rows = functional.pad(rows, (0, self.padded_k - self.in_features))
         if bias is not None and self.padded_n != self.out_features:
             bias = functional.pad(bias, (0, self.padded_n - self.out_features))
         out = marlin_gemm(rows, self.qweight, self.scales, self.qzeros, bias, num_bits=self.num_bits)
-        return out[:, : self.out_features].reshape(*x.shape[:-1], self.out_features)
+        if self.padded_n != self.out_features:
+            out = out[:, : self.out_features]
+        return _shaped_like(x, out)
 
     def _apply(self, fn: _TensorFunction, recurse: bool = True) -> MarlinLinear:
         """Applies what ``to``, ``float``, ``cuda`` and the like do to each tensor, if the kernels take the result."""
