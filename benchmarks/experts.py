@@ -243,11 +243,18 @@ def parts_of_ours(point: Point, layers: list[Tensors]) -> dict[str, Launch]:
 
 def kernels_of(launch: Launch) -> list[str]:
     """Returns the names of the kernels that a call of ours launches."""
-    from awq2marlin.gemm.experts import launch as experts_launch
+    from awq2marlin.gemm.driver import PreparedKernel
 
-    with patch.object(experts_launch, "launch_kernel", wraps=experts_launch.launch_kernel) as spy:
+    names: list[str] = []
+    call = PreparedKernel.__call__
+
+    def noted(kernel: PreparedKernel, *values: Any) -> None:
+        names.append(kernel.source.name)
+        call(kernel, *values)
+
+    with patch.object(PreparedKernel, "__call__", noted):
         launch(0)
-    return [call.args[0].name for call in spy.call_args_list]
+    return names
 
 
 def away(out: torch.Tensor, exact: torch.Tensor) -> float:

@@ -16,7 +16,6 @@ a launch adds behind a kernel that writes its activations.
 from __future__ import annotations
 
 import argparse
-import ctypes
 import datetime
 import functools
 import json
@@ -34,9 +33,10 @@ from gemm_peers import PEERS, LayerNumbers, Peer, pack_words
 
 from awq2marlin.gemm import jit, ops
 from awq2marlin.gemm.checks import GemmTensors
+from awq2marlin.gemm.driver import Blocks, PreparedKernel, device_of
 from awq2marlin.gemm.families.base import GemmProblem
 from awq2marlin.gemm.families.portable import PortableConfig
-from awq2marlin.gemm.launch import device_of, launch_gemm, launch_kernel, problem_of
+from awq2marlin.gemm.launch import launch_gemm, problem_of
 from awq2marlin.gemm.select import all_configs, pick_config
 from awq2marlin.gemm.source import ENTRY_POINT, KernelSource
 from awq2marlin.layout import torch_functions as layout
@@ -119,11 +119,10 @@ def read_bandwidth() -> float:
     out = torch.zeros(1, dtype=torch.int32, device="cuda")
     source = KernelSource("read", READ_KERNEL)
     blocks = 4 * torch.cuda.get_device_properties(0).multi_processor_count
-    arguments = (data.data_ptr(), out.data_ptr(), ctypes.c_longlong(data.numel() // 4))
-    device = device_of(0)
+    kernel = PreparedKernel(source, device_of(0), Blocks((blocks, 1, 1), 512), 0, 2, (data.numel() // 4,))
 
     def launch(_: int) -> None:
-        launch_kernel(source, device, (blocks, 1, 1), 512, arguments)
+        kernel(data.data_ptr(), out.data_ptr())
 
     return data.numel() * 4 / median_us(launch, 2) * 1e6
 

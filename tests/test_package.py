@@ -407,7 +407,8 @@ def test_file_reading_knows_no_format():
 
 def test_only_what_computes_with_tensors_imports_torch():
     with_torch = {module for module in MODULES if "torch" in third_party(module) and "integrations" not in module}
-    gemm = {f"gemm.{name}" for name in ("check", "checks", "config", "cpu", "launch", "linear", "module_repack", "ops")}
+    gemm = {f"gemm.{name}" for name in ("check", "checks", "config", "cpu", "dispatch", "driver", "launch", "linear")}
+    gemm |= {"gemm.module_repack", "gemm.ops"}
     gemm |= {f"gemm.experts.{name}" for name in ("checks", "cpu", "launch", "ops")}
     assert with_torch | {"gemm.experts.launch"} == {
         *gemm,

@@ -41,35 +41,36 @@ class LayerShape:
     group_size: int
 
 
-_Tensors = TypeVar("_Tensors", bound=tuple[Any, ...])
 _Found = TypeVar("_Found")
 
 #: Layers, and numbers of tokens, that are remembered; a model has fewer.
 _MOST_REMEMBERED = 1 << 11
 
 
-def remembered(check: Callable[[_Tensors], _Found]) -> Callable[[_Tensors], _Found]:
+def remembered(check: Callable[..., _Found]) -> Callable[..., _Found]:
     """Returns a check that is made once for tensors of the same types, shapes, strides, offsets and devices.
 
-    A model calls the same layers over and over, and to look everything up in a table takes a third of the time. Not
-    for tensors whose sizes are symbols, as a compiler's are.
+    A model calls the same layers over and over, and to look everything up in a table takes a third of the time. What is
+    refused is not remembered. Not for tensors whose sizes are symbols, as a compiler's are.
 
     Args:
-        check: what depends on nothing else of its tensors.
+        check: what takes tensors and what can be a key, and depends on nothing else of the tensors.
     """
     known: dict[tuple[Any, ...], _Found] = {}
 
     @wraps(check)
-    def look_up(tensors: _Tensors) -> _Found:
+    def look_up(*arguments: Any) -> _Found:
         facts = tuple(
-            (each.dtype, each.shape, each.stride(), each.storage_offset() % 8, each.device)
-            if isinstance(each, torch.Tensor)
-            else each
-            for each in tensors
+            [
+                (each.shape, each.stride(), each.storage_offset() % 8, each.dtype, each.device)
+                if isinstance(each, torch.Tensor)
+                else each
+                for each in arguments
+            ]
         )
         found = known.get(facts)
         if found is None:
-            found = check(tensors)
+            found = check(*arguments)
             if len(known) >= _MOST_REMEMBERED:
                 known.clear()
             known[facts] = found

@@ -61,7 +61,7 @@ class MachineFacts:
     Attributes:
         driver_version: the CUDA version that the driver serves, such as ``"13.0"``; None without a driver.
         devices: the GPUs that it shows.
-        cuda_core_version: of the package that compiles and launches; None if absent.
+        cuda_core_version: of the package that compiles and loads kernels; None if absent.
         nvrtc_version: of the run-time compiler; None if it cannot be loaded.
         kernels_dir: the CUDA sources; None if absent.
         cache_dir: where compiled kernels are kept.

@@ -7,6 +7,7 @@ stream; on a CPU, `gemm.cpu` and `layout`. ``kernels/README.md`` explains the la
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -22,8 +23,9 @@ from awq2marlin.gemm.checks import (
     check_type,
     remembered,
 )
-from awq2marlin.gemm.families.base import GemmConfig, GemmProblem
-from awq2marlin.gemm.launch import describe, device_of, launch_gemm, launch_repack, load_up_to, problem_of
+from awq2marlin.gemm.dispatch import run_on_cuda
+from awq2marlin.gemm.driver import device_of
+from awq2marlin.gemm.launch import GemmCall, describe, launch_repack, load_up_to, problem_of
 from awq2marlin.gemm.select import pick_config
 from awq2marlin.layout import torch_functions as layout
 from awq2marlin.layout.marlin import GPTQ_MARLIN_TILE, qweight_shape
@@ -68,7 +70,7 @@ def marlin_gemm(
         KernelUnavailableError: the kernel cannot be compiled or run here, or a CUDA graph capture met a
             kernel that is not loaded yet (call `warm_up` before the capture).
     """
-    return torch.ops.awq2marlin.marlin_gemm(a, qweight, scales, qzeros, bias, num_bits)  # type: ignore[no-any-return]
+    return torch.ops.awq2marlin.marlin_gemm.default(a, qweight, scales, qzeros, bias, num_bits)  # type: ignore[no-any-return]
 
 
 def repack_awq(qweight: torch.Tensor, *, num_bits: int = 4) -> torch.Tensor:
@@ -152,22 +154,25 @@ def _gemm_cpu(*arguments: Any) -> torch.Tensor:
     return (product if bias is None else product + bias.double()).to(a.dtype)
 
 
-@torch.library.impl(_GEMM, "cuda")
-def _gemm_cuda(*arguments: Any) -> torch.Tensor:
-    tensors = GemmTensors(*arguments)
-    config, problem = _plan(tensors)
-    a, qweight, scales, qzeros, bias, _ = tensors
-    check_addresses(a=(a, 16), qweight=(qweight, 16), scales=(scales, 16), qzeros=(qzeros, 4), bias=(bias, 8))
-    if config is None:
-        return a.new_empty((0, problem.size_n))
-    return launch_gemm(config, problem, tensors)
+def _gemm_cuda(
+    a: torch.Tensor,
+    qweight: torch.Tensor,
+    scales: torch.Tensor,
+    qzeros: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    num_bits: int,
+) -> torch.Tensor:
+    return _prepared(a, qweight, scales, qzeros, bias, num_bits)(a, qweight, scales, qzeros, bias)
 
 
 @remembered
-def _plan(tensors: GemmTensors) -> tuple[GemmConfig | None, GemmProblem]:
-    """Checks CUDA tensors and picks their kernel; None for no tokens."""
+def _prepared(*arguments: Any) -> Callable[..., torch.Tensor]:
+    """Checks CUDA tensors and returns what multiplies any that are like them."""
+    tensors = GemmTensors(*arguments)
     problem = problem_of(tensors)
-    return (pick_config(problem) if problem.size_m else None), problem
+    if problem.size_m == 0:
+        return lambda a, *_: a.new_empty((0, problem.size_n))
+    return GemmCall(pick_config(problem), problem, tensors)
 
 
 def _keep_for_gradient(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:  # noqa: ARG001 - torch's call
@@ -193,6 +198,7 @@ def _gradient(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
 
 
 torch.library.register_autograd(_GEMM, _gradient, setup_context=_keep_for_gradient)
+run_on_cuda(_GEMM, _gemm_cuda)
 
 
 # ---- the repack as an operator ------------------------------------------------------------------------------
@@ -211,13 +217,15 @@ def _repack_cpu(qweight: torch.Tensor, num_bits: int) -> torch.Tensor:
     return layout.awq_marlin_repack(qweight, size_k, size_n, num_bits)
 
 
-@torch.library.impl(_REPACK, "cuda")
 def _repack_cuda(qweight: torch.Tensor, num_bits: int) -> torch.Tensor:
     size_k, size_n = check_repack(qweight, num_bits)
     check_addresses(qweight=(qweight, 16))
     out = qweight.new_empty(qweight_shape(size_k, size_n, num_bits))
     launch_repack(qweight, out, size_k, size_n, num_bits)
     return out
+
+
+torch.library.impl(_REPACK, "cuda", _repack_cuda)
 
 
 # ---- decoding, slow and plain -------------------------------------------------------------------------------

@@ -226,9 +226,9 @@ def test_a_remembered_check_is_made_anew_for_whatever_it_looks_at():
     calls = []
 
     @remembered
-    def check(tensors):
-        calls.append(tensors)
-        return check_gemm(tensors)
+    def check(*arguments):
+        calls.append(arguments)
+        return check_gemm(GemmTensors(*arguments))
 
     layer = random_layer(128, 128, 64)
     tensors = GemmTensors(random_tokens(3, layer), layer.qweight, layer.scales, layer.qzeros, None, 4)
@@ -241,12 +241,12 @@ def test_a_remembered_check_is_made_anew_for_whatever_it_looks_at():
         tensors._replace(a=tensors.a.bfloat16(), scales=layer.scales.bfloat16()),  # a type
     ]
     for each in others:
-        assert check(each) == check(each) == check_gemm(each)
+        assert check(*each) == check(*each) == check_gemm(each)
     assert len(calls) == len(others)
     for wrong in (tensors._replace(a=wide[:, 4:132]), tensors._replace(num_bits=3)):
         for _ in range(2):  # what was refused is refused again
             with pytest.raises(ValueError, match="must"):
-                check(wrong)
+                check(*wrong)
 
 
 def test_remembered_checks_do_not_grow_without_end(monkeypatch):
@@ -254,5 +254,5 @@ def test_remembered_checks_do_not_grow_without_end(monkeypatch):
     seen = []
     check = remembered(lambda numbers: seen.append(numbers) or numbers)
     for number in (1, 2, 2, 3, 3, 1):
-        assert check((number,)) == (number,)
-    assert seen == [(1,), (2,), (3,), (1,)]
+        assert check(number) == number
+    assert seen == [1, 2, 3, 1]

@@ -20,6 +20,7 @@ from tests.gemm.expert_cases import (
     random_rows,
 )
 from tests.gemm.gemm_cases import DTYPES
+from tests.gemm.stand_in import forget_prepared_calls
 
 pytestmark = pytest.mark.gpu
 
@@ -388,6 +389,7 @@ def test_works_in_a_captured_graph_on_another_stream_with_a_routing_of_each_repl
 def test_a_warm_up_loads_all_that_calls_up_to_its_tokens_need(monkeypatch, max_tokens):
     """What is not loaded cannot be captured: every number of tokens can, once it is."""
     monkeypatch.setattr(jit, "_loaded", {})
+    forget_prepared_calls(monkeypatch)
     block = gpu_block(8, 256, 128, (64, -1))
     ops.warm_up_experts(*block.arguments, top_k=2, max_tokens=max_tokens, **block.options)
     loaded = set(jit._loaded)
@@ -403,6 +405,7 @@ def test_first_use_in_a_capture_names_the_warm_up(monkeypatch):
     ids, shares = routing(1, 2, 4)
     x = random_rows(1, block.w13)
     monkeypatch.setattr(jit, "_loaded", {})
+    forget_prepared_calls(monkeypatch)
     graph = torch.cuda.CUDAGraph()
     with pytest.raises(KernelUnavailableError, match="warm_up_experts"), torch.cuda.graph(graph):
         block(x, ids, shares)

@@ -12,6 +12,7 @@ from awq2marlin.gemm.families.base import GemmProblem
 from awq2marlin.gemm.launch import launch_gemm
 from awq2marlin.gemm.select import all_configs, pick_config
 from tests.gemm.gemm_cases import DTYPES, SMALL_SHAPES, Layer, assert_product, random_layer, random_tokens
+from tests.gemm.stand_in import forget_prepared_calls
 from tests.gemm.test_cpu_gemm import CASES, golden
 from tests.gemm.test_linear import loaded_layer
 from tests.skips import ONE_GPU
@@ -205,6 +206,7 @@ def test_first_use_in_a_capture_names_the_warm_up(monkeypatch):
     layer = gpu_layer(128, 64, 32)
     a = random_tokens(1, layer)
     monkeypatch.setattr(jit, "_loaded", {})
+    forget_prepared_calls(monkeypatch)
     graph = torch.cuda.CUDAGraph()
     with pytest.raises(KernelUnavailableError, match="warm_up"), torch.cuda.graph(graph):
         layer(a)

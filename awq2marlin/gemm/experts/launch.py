@@ -6,45 +6,30 @@ the two products, and the sum over a token's experts. Few tokens need no list, a
 
 from __future__ import annotations
 
-import ctypes
 from dataclasses import replace
 from typing import NamedTuple, cast
 
 import torch
 
-from awq2marlin.gemm.checks import Weights, remembered
-from awq2marlin.gemm.experts.checks import BlockTensors, ExpertTensors, check_block, check_gemm, check_reach, weights_of
+from awq2marlin.gemm.checks import Weights, check_addresses
+from awq2marlin.gemm.driver import Blocks, PreparedKernel, device_of, load_kernels
+from awq2marlin.gemm.experts.checks import (
+    BlockTensors,
+    ExpertTensors,
+    check_block,
+    check_block_addresses,
+    check_gemm,
+    check_gemm_addresses,
+    check_reach,
+    weights_of,
+)
 from awq2marlin.gemm.experts.kernels import ALIGN_BLOCKS, ALIGN_THREADS, align_source, max_work_items, sum_source
 from awq2marlin.gemm.experts.problem import Activation, ExpertProblem
 from awq2marlin.gemm.experts.select import Launch, all_configs, is_direct, pick_launch, tile_rows_for
 from awq2marlin.gemm.families.base import HOPPER
-from awq2marlin.gemm.launch import DTYPES, device_of, launch_kernel, load_kernels
+from awq2marlin.gemm.launch import DTYPES
 from awq2marlin.gemm.source import KernelSource
 from awq2marlin.layout.marlin import GPTQ_MARLIN_TILE
-
-_int = ctypes.c_int
-
-
-class Choices(NamedTuple):
-    """What the router said, in the types that kernels read.
-
-    Attributes:
-        ids: int32 or int64 [M, k], contiguous.
-        weights: float32 [M, k], contiguous, or None: every row counts once.
-    """
-
-    ids: torch.Tensor
-    weights: torch.Tensor | None
-
-    @classmethod
-    def of(cls, topk_ids: torch.Tensor, topk_weights: torch.Tensor | None) -> Choices:
-        """Returns checked tensors of a router, the weights as float32."""
-        return cls(topk_ids, None if topk_weights is None else topk_weights.float())
-
-    @property
-    def has_long_ids(self) -> bool:
-        """Whether the numbers of experts have 64 bits."""
-        return self.ids.dtype == torch.int64
 
 
 class Plan(NamedTuple):
@@ -75,10 +60,9 @@ def make_plan(*problems: ExpertProblem) -> Plan:
     return Plan(rows, has_list, launches)
 
 
-# ---- the public calls ------------------------------------------------------------------------------------------
+# ---- what serves a call --------------------------------------------------------------------------------------------
 
 
-@remembered
 def plan_gemm(tensors: ExpertTensors) -> tuple[Plan, ExpertProblem]:
     """Checks CUDA tensors with at least one token and picks what serves their product.
 
@@ -92,7 +76,6 @@ def plan_gemm(tensors: ExpertTensors) -> tuple[Plan, ExpertProblem]:
     return make_plan(problem), problem
 
 
-@remembered
 def plan_block(block: BlockTensors) -> tuple[Plan, tuple[ExpertProblem, ExpertProblem]]:
     """Checks CUDA tensors with at least one token and picks what serves their block.
 
@@ -105,49 +88,6 @@ def plan_block(block: BlockTensors) -> tuple[Plan, tuple[ExpertProblem, ExpertPr
     check_reach("act(gate) * up", shape.num_tokens * shape.top_k, shape.inner, shape.inner)
     problems = block_problems(block)
     return make_plan(*problems), problems
-
-
-def launch_gemm(plan: Plan, problem: ExpertProblem, tensors: ExpertTensors) -> torch.Tensor:
-    """Returns every pair's product, [M, k, N], of tensors that `plan_gemm` has checked.
-
-    Raises:
-        KernelUnavailableError: a kernel cannot be compiled or loaded now.
-    """
-    choices = Choices.of(tensors.topk_ids, tensors.topk_weights)
-    out = tensors.a.new_zeros((*tensors.topk_ids.shape, problem.size_n))
-    work = write_work(plan, problem, choices)
-    run_product(plan.launches[0], problem, tensors.a, _weights_of_gemm(tensors), choices, work, out)
-    return out
-
-
-def _weights_of_gemm(tensors: ExpertTensors) -> Weights:
-    return Weights(tensors.qweight, tensors.scales, tensors.qzeros, tensors.bias)
-
-
-def load_up_to(block: BlockTensors, max_tokens: int) -> int:
-    """Compiles and loads every kernel that a layer may need, and returns how many they are.
-
-    Args:
-        block: the layer's checked tensors, with any number of tokens.
-        max_tokens: the largest number of tokens to come.
-
-    Raises:
-        KernelUnavailableError: one cannot be compiled or loaded.
-    """
-    top_k = block.topk_ids.shape[1]
-    sources: dict[KernelSource, int] = {}
-    for problem in block_problems(block):
-        largest = replace(problem, num_pairs=max_tokens * top_k)
-        sources |= {config.source: config.shared_bytes for config in all_configs(largest)}
-        sources[sum_source(problem.dtype)] = 0
-        sources[align_source(1)] = 0
-        if problem.capability >= HOPPER:
-            sources[align_source(ALIGN_BLOCKS)] = 0
-    load_kernels(sources, device_of(block.hidden.device.index))
-    return len(sources)
-
-
-# ---- a block, step by step --------------------------------------------------------------------------------------
 
 
 def problem_of(
@@ -187,135 +127,264 @@ def block_problems(block: BlockTensors) -> tuple[ExpertProblem, ExpertProblem]:
     )
 
 
-def launch_block(
-    plan: Plan, problems: tuple[ExpertProblem, ExpertProblem], block: BlockTensors, out: torch.Tensor
-) -> None:
-    """Writes the result, [M, H], of a block that `plan_block` has checked, into ``out``, which may be its tokens.
-
-    Raises:
-        KernelUnavailableError: a kernel cannot be compiled or loaded now.
-    """
-    choices = Choices.of(block.topk_ids, block.topk_weights)
-    (first, second), (w13, w2) = problems, weights_of(block)
-    num_pairs, hidden = first.num_pairs, block.hidden
-    work = write_work(plan, first, choices)
-    inner = hidden.new_empty((num_pairs, second.size_k))
-    run_product(plan.launches[0], first, hidden, w13, choices, work, inner)
-    if plan.launches[1].config.sums_pairs:
-        run_product(plan.launches[1], second, inner, w2, choices, work, out, reads_early=True)
-        return
-    rows = hidden.new_empty((num_pairs, second.size_n))
-    run_product(plan.launches[1], second, inner, w2, choices, work, rows, reads_early=True)
-    sum_rows(second, rows, choices, out)
+# ---- the calls ---------------------------------------------------------------------------------------------------
 
 
-def write_work(plan: Plan, problem: ExpertProblem, choices: Choices) -> torch.Tensor | None:
-    """Returns the list of work, int32, or None where warps see the choices for themselves."""
-    if not plan.has_list:
-        return None
-    items = max_work_items(problem.num_pairs, problem.num_experts, plan.tile_rows)
-    work = choices.ids.new_empty(4 + 4 * items + 2 * problem.num_pairs, dtype=torch.int32)
-    arguments = (
-        choices.ids.data_ptr(),
-        _address(choices.weights),
-        work.data_ptr(),
-        _int(problem.num_pairs),
-        _int(problem.num_experts),
-        _int(plan.tile_rows),
-        _int(items),
-        _int(choices.has_long_ids),
-    )
-    has_clusters = problem.capability >= HOPPER
-    blocks = ALIGN_BLOCKS if has_clusters and problem.num_pairs > ALIGN_THREADS else 1
-    launch_kernel(
-        align_source(blocks),
-        device_of(work.device.index),
-        (blocks, 1, 1),
-        ALIGN_THREADS,
-        arguments,
-        cluster=blocks,
-        overlaps=has_clusters,
-    )
-    return work
+class GemmCall:
+    """A grouped product of tensors of one kind, checked, picked and prepared: each call says only where they are."""
+
+    def __init__(self, tensors: ExpertTensors) -> None:
+        """Compiles and loads the kernels, if that has not been done.
+
+        Args:
+            tensors: on a CUDA device, with at least one token; those of a call have their types, shapes, strides and
+                device.
+
+        Raises:
+            TypeError: as `plan_gemm` does.
+            ValueError: as `plan_gemm` does.
+            KernelUnavailableError: a kernel cannot be compiled or loaded now.
+        """
+        plan, problem = plan_gemm(tensors)
+        rows, stride = tensors.a.shape[0], tensors.a.stride(0)
+        self._out_shape = (*tensors.topk_ids.shape, problem.size_n)
+        self._work_bytes = _work_bytes(plan, problem)
+        self._list = _list_kernel(plan, problem, tensors.topk_ids)
+        self._product = _product_kernel(plan, 0, problem, rows, stride, _weights_of_gemm(tensors), tensors.topk_ids)
+
+    def __call__(self, tensors: ExpertTensors) -> torch.Tensor:
+        """Returns every pair's product, [M, k, N], formed on the current stream of the tensors' device.
+
+        Raises:
+            ValueError: a tensor begins where the widest load of a kernel may not.
+        """
+        a, qweight, scales, qzeros, topk_ids, topk_weights, bias, _ = tensors
+        if topk_weights is not None and topk_weights.dtype is not torch.float32:
+            topk_weights = topk_weights.float()
+        weights = qweight.data_ptr(), scales.data_ptr(), _address(qzeros), _address(bias)
+        a_at, ids_at, shares_at = a.data_ptr(), topk_ids.data_ptr(), _address(topk_weights)
+        if _is_misplaced(a_at, *weights, ids_at, shares_at):
+            check_gemm_addresses(tensors)
+        out = a.new_zeros(self._out_shape)
+        work_at = 0
+        if self._list is not None:
+            work = a.new_empty((self._work_bytes,), dtype=torch.uint8)
+            work_at = work.data_ptr()
+            self._list(ids_at, shares_at, work_at)
+        self._product(a_at, *weights, shares_at, ids_at, work_at, out.data_ptr())
+        return out
 
 
-def run_product(
-    launch: Launch,
-    problem: ExpertProblem,
-    a: torch.Tensor,
-    weights: Weights,
-    choices: Choices,
-    work: torch.Tensor | None,
-    out: torch.Tensor,
-    *,
-    reads_early: bool = False,
-) -> None:
-    """Launches one grouped product of rows ``a``, [M, K] or [M * k, K], into ``out``, a row a pair (or a token).
+class BlockCall:
+    """A block of experts on tensors of one kind, checked, picked and prepared: each call says only where they are."""
 
-    With ``reads_early`` the stream's last launch was one of these, too, and has written nothing but ``a``: what it had
-    waited for itself, weights and choices among it, may be read before it is through.
-    """
-    config, num_splits = launch
-    qweight, scales, qzeros, bias = weights
-    arguments = (
-        a.data_ptr(),
-        qweight.data_ptr(),
-        scales.data_ptr(),
-        _address(qzeros),
-        _address(bias),
-        _address(choices.weights),
-        choices.ids.data_ptr(),
-        _address(work),
-        out.data_ptr(),
-        _int(problem.num_pairs),
-        _int(problem.num_pairs // a.shape[0]),
-        _int(problem.top_k),
-        _int(problem.num_experts),
-        _int(problem.size_n),
-        _int(problem.size_k),
-        _int(problem.group_size),
-        _int(num_splits),
-        _int(choices.has_long_ids),
-        _int(reads_early),
-        a.stride(0),
-        qweight.stride(1),
-        scales.stride(1),
-        0 if qzeros is None else qzeros.stride(1),
-        qweight.stride(0),
-        scales.stride(0),
-        0 if qzeros is None else qzeros.stride(0),
-        0 if bias is None else bias.stride(0),
-    )
-    launch_kernel(
-        config.source,
-        device_of(a.device.index),
-        config.grid(problem, num_splits, has_list=work is not None),
-        config.threads,
-        arguments,
-        cluster=num_splits,
-        shared_bytes=config.shared_bytes,
-        overlaps=problem.capability >= HOPPER,
-    )
+    def __init__(self, block: BlockTensors) -> None:
+        """Compiles and loads the kernels, if that has not been done.
 
+        Args:
+            block: on a CUDA device, with at least one token; those of a call have their types, shapes, strides and
+                device.
 
-def sum_rows(problem: ExpertProblem, rows: torch.Tensor, choices: Choices, out: torch.Tensor) -> None:
-    """Sums each token's weighted rows [M * k, N] into ``out`` [M, N]."""
-    arguments = (
-        rows.data_ptr(),
-        choices.ids.data_ptr(),
-        out.data_ptr(),
-        _int(out.shape[0]),
-        _int(problem.top_k),
-        _int(problem.num_experts),
-        _int(problem.size_n),
-        _int(choices.has_long_ids),
-    )
-    blocks = min(-(-out.numel() // 2048), 1 << 16)  # 256 threads, eight columns each
-    has_clusters = problem.capability >= HOPPER
-    launch_kernel(
-        sum_source(problem.dtype), device_of(out.device.index), (blocks, 1, 1), 256, arguments, overlaps=has_clusters
-    )
+        Raises:
+            TypeError: as `plan_block` does.
+            ValueError: as `plan_block` does.
+            KernelUnavailableError: a kernel cannot be compiled or loaded now.
+        """
+        plan, (first, second) = plan_block(block)
+        (w13, w2), hidden, ids = weights_of(block), block.hidden, block.topk_ids
+        pairs, has_rows = first.num_pairs, not plan.launches[1].config.sums_pairs
+        # What is between the launches shares a piece of memory: the list, rows of I, rows of H; two bytes a number.
+        self._inner_from = _up_to_line(_work_bytes(plan, first))
+        self._rows_from = self._inner_from + _up_to_line(2 * pairs * second.size_k)
+        self._scratch_bytes = self._rows_from + (2 * pairs * second.size_n if has_rows else 0)
+        self._list = _list_kernel(plan, first, ids)
+        self._first = _product_kernel(plan, 0, first, hidden.shape[0], hidden.stride(0), w13, ids)
+        self._second = _product_kernel(plan, 1, second, pairs, second.size_k, w2, ids, reads_early=True)
+        self._sum = _sum_kernel(second, ids) if has_rows else None
+
+    def __call__(self, block: BlockTensors, out: torch.Tensor) -> None:
+        """Writes the result, on the current stream of the tensors' device.
+
+        Args:
+            block: like the one that it was made for.
+            out: where the result goes, contiguous [M, H]; it may be the block's tokens.
+
+        Raises:
+            ValueError: a tensor begins where the widest load of a kernel may not.
+        """
+        hidden, w13, s13, z13, w2, s2, z2, topk_ids, topk_weights, b13, b2, _, _ = block
+        if topk_weights.dtype is not torch.float32:
+            topk_weights = topk_weights.float()
+        first = w13.data_ptr(), s13.data_ptr(), _address(z13), _address(b13)
+        second = w2.data_ptr(), s2.data_ptr(), _address(z2), _address(b2)
+        hidden_at, out_at = hidden.data_ptr(), out.data_ptr()
+        ids_at, shares_at = topk_ids.data_ptr(), topk_weights.data_ptr()
+        if _is_misplaced(hidden_at, *first, *second, ids_at, shares_at, out_at):
+            check_block_addresses(block)
+            check_addresses(out=(out, 16))
+        scratch = hidden.new_empty((self._scratch_bytes,), dtype=torch.uint8)
+        work_at = scratch.data_ptr()
+        inner_at, rows_at = work_at + self._inner_from, work_at + self._rows_from
+        if self._list is None:
+            work_at = 0
+        else:
+            self._list(ids_at, shares_at, work_at)
+        self._first(hidden_at, *first, shares_at, ids_at, work_at, inner_at)
+        if self._sum is None:
+            self._second(inner_at, *second, shares_at, ids_at, work_at, out_at)
+        else:
+            self._second(inner_at, *second, shares_at, ids_at, work_at, rows_at)
+            self._sum(rows_at, ids_at, out_at)
 
 
 def _address(tensor: torch.Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
+
+
+def _is_misplaced(*addresses: int) -> bool:
+    """Returns whether an address is no multiple of 16, so that it is worth a look which tensor may have such a one."""
+    union = 0
+    for address in addresses:
+        union |= address
+    return union % 16 != 0
+
+
+def _up_to_line(size: int) -> int:
+    """Returns a size up to where the next piece of memory may begin."""
+    return -(-size // 256) * 256
+
+
+def _weights_of_gemm(tensors: ExpertTensors) -> Weights:
+    return Weights(tensors.qweight, tensors.scales, tensors.qzeros, tensors.bias)
+
+
+def load_up_to(block: BlockTensors, max_tokens: int) -> int:
+    """Compiles and loads every kernel that a layer may need, and returns how many they are.
+
+    Args:
+        block: the layer's checked tensors, with any number of tokens.
+        max_tokens: the largest number of tokens to come.
+
+    Raises:
+        KernelUnavailableError: one cannot be compiled or loaded.
+    """
+    top_k = block.topk_ids.shape[1]
+    sources: dict[KernelSource, int] = {}
+    for problem in block_problems(block):
+        largest = replace(problem, num_pairs=max_tokens * top_k)
+        sources |= {config.source: config.shared_bytes for config in all_configs(largest)}
+        sources[sum_source(problem.dtype)] = 0
+        sources[align_source(1)] = 0
+        if problem.capability >= HOPPER:
+            sources[align_source(ALIGN_BLOCKS)] = 0
+    load_kernels(sources, device_of(block.hidden.device.index))
+    return len(sources)
+
+
+# ---- the kernels -------------------------------------------------------------------------------------------------
+
+
+def _work_items(plan: Plan, problem: ExpertProblem) -> int:
+    return max_work_items(problem.num_pairs, problem.num_experts, plan.tile_rows)
+
+
+def _work_bytes(plan: Plan, problem: ExpertProblem) -> int:
+    """Returns what the list of work takes: 0 where warps see the choices for themselves."""
+    return 4 * (4 + 4 * _work_items(plan, problem) + 2 * problem.num_pairs) if plan.has_list else 0
+
+
+def _list_kernel(plan: Plan, problem: ExpertProblem, ids: torch.Tensor) -> PreparedKernel | None:
+    """Returns what writes the list of work, from the addresses of choices, their weights and the list; or None."""
+    if not plan.has_list:
+        return None
+    has_clusters = problem.capability >= HOPPER
+    blocks = ALIGN_BLOCKS if has_clusters and problem.num_pairs > ALIGN_THREADS else 1
+    return PreparedKernel(
+        align_source(blocks),
+        device_of(ids.device.index),
+        Blocks((blocks, 1, 1), ALIGN_THREADS, cluster=blocks, overlaps=has_clusters),
+        maps=0,
+        addresses=3,
+        numbers=(
+            problem.num_pairs,
+            problem.num_experts,
+            plan.tile_rows,
+            _work_items(plan, problem),
+            _has_long(ids),
+        ),
+    )
+
+
+def _product_kernel(
+    plan: Plan,
+    which: int,
+    problem: ExpertProblem,
+    num_rows: int,
+    row_stride: int,
+    weights: Weights,
+    ids: torch.Tensor,
+    *,
+    reads_early: bool = False,
+) -> PreparedKernel:
+    """Returns what forms one of a plan's products.
+
+    It takes the addresses of the rows, [M, K] or [M * k, K], qweight, scales, qzeros, bias, the choices' weights, the
+    choices, the list of work and the result, a row a pair (or a token).
+
+    With ``reads_early`` the stream's last launch was one of these, too, and has written nothing but the rows: what it
+    had waited for itself, weights and choices among it, may be read before it is through.
+    """
+    config, num_splits = plan.launches[which]
+    qweight, scales, qzeros, bias = weights
+    return PreparedKernel(
+        config.source,
+        device_of(ids.device.index),
+        Blocks(
+            config.grid(problem, num_splits, has_list=plan.has_list),
+            config.threads,
+            cluster=num_splits,
+            shared_bytes=config.shared_bytes,
+            overlaps=problem.capability >= HOPPER,
+        ),
+        maps=0,
+        addresses=9,
+        numbers=(
+            problem.num_pairs,
+            problem.num_pairs // num_rows,
+            problem.top_k,
+            problem.num_experts,
+            problem.size_n,
+            problem.size_k,
+            problem.group_size,
+            num_splits,
+            _has_long(ids),
+            reads_early,
+            row_stride,
+            qweight.stride(1),
+            scales.stride(1),
+            0 if qzeros is None else qzeros.stride(1),
+            qweight.stride(0),
+            scales.stride(0),
+            0 if qzeros is None else qzeros.stride(0),
+            0 if bias is None else bias.stride(0),
+        ),
+    )
+
+
+def _sum_kernel(problem: ExpertProblem, ids: torch.Tensor) -> PreparedKernel:
+    """Returns what sums each token's weighted rows, from the addresses of rows, choices and result."""
+    num_tokens = ids.shape[0]
+    blocks = min(-(-num_tokens * problem.size_n // 2048), 1 << 16)  # 256 threads, eight columns each
+    return PreparedKernel(
+        sum_source(problem.dtype),
+        device_of(ids.device.index),
+        Blocks((blocks, 1, 1), 256, overlaps=problem.capability >= HOPPER),
+        maps=0,
+        addresses=3,
+        numbers=(num_tokens, problem.top_k, problem.num_experts, problem.size_n, _has_long(ids)),
+    )
+
+
+def _has_long(ids: torch.Tensor) -> bool:
+    """Returns whether the numbers of experts have 64 bits."""
+    return ids.dtype == torch.int64

@@ -7,22 +7,22 @@ kernels of ``kernels/``, on the current stream; on a CPU, `experts.cpu`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from awq2marlin.gemm.checks import ACTIVATION_TYPES, check_addresses, check_dimensions, check_type
+from awq2marlin.gemm.checks import ACTIVATION_TYPES, check_dimensions, check_type, remembered
+from awq2marlin.gemm.dispatch import run_on_cuda
 from awq2marlin.gemm.experts import cpu
 from awq2marlin.gemm.experts.checks import (
     BlockTensors,
     ExpertTensors,
     check_block,
-    check_block_addresses,
     check_gemm,
-    check_gemm_addresses,
     check_out,
 )
-from awq2marlin.gemm.experts.launch import launch_block, launch_gemm, load_up_to, plan_block, plan_gemm
+from awq2marlin.gemm.experts.launch import BlockCall, GemmCall, load_up_to
 from awq2marlin.layout.marlin import GPTQ_MARLIN_TILE
 
 _GEMM = "awq2marlin::marlin_moe_gemm"
@@ -213,14 +213,18 @@ def _gemm_cpu(*arguments: Any) -> torch.Tensor:
     return cpu.multiply(tensors, check_gemm(tensors)).to(tensors.a.dtype)
 
 
-@torch.library.impl(_GEMM, "cuda")
 def _gemm_cuda(*arguments: Any) -> torch.Tensor:
+    return _prepared_gemm(*arguments)(ExpertTensors(*arguments))
+
+
+@remembered
+def _prepared_gemm(*arguments: Any) -> Callable[[ExpertTensors], torch.Tensor]:
+    """Checks CUDA tensors and returns what multiplies any that are like them."""
     tensors = ExpertTensors(*arguments)
-    if tensors.a.shape[0] == 0:
-        return tensors.a.new_empty((*tensors.topk_ids.shape, check_gemm(tensors).size_n))
-    plan, problem = plan_gemm(tensors)
-    check_gemm_addresses(tensors)
-    return launch_gemm(plan, problem, tensors)
+    if tensors.a.shape[0]:
+        return GemmCall(tensors)
+    size_n = check_gemm(tensors).size_n
+    return lambda tensors: tensors.a.new_empty((*tensors.topk_ids.shape, size_n))
 
 
 # ---- a block of experts as an operator ----------------------------------------------------------------------
@@ -266,29 +270,31 @@ def _block_into_cpu(*arguments: Any) -> None:
     out.copy_(cpu.run_block(tensors, check_block(tensors)))
 
 
-@torch.library.impl(_BLOCK, "cuda")
 def _block_cuda(*arguments: Any) -> torch.Tensor:
-    tensors = BlockTensors(*arguments)
-    out = torch.empty_like(tensors.hidden, memory_format=torch.contiguous_format)
-    _run_on_cuda(tensors, out)
+    run, tensors = _prepared_block(None, *arguments), BlockTensors(*arguments)
+    out = tensors.hidden.new_empty(tensors.hidden.shape)
+    run(tensors, out)
     return out
 
 
-@torch.library.impl(_BLOCK_INTO, "cuda")
 def _block_into_cuda(*arguments: Any) -> None:
-    tensors, out = BlockTensors(*arguments[:-1]), arguments[-1]
-    check_out(out, tensors.hidden)
-    _run_on_cuda(tensors, out)
+    *tensors, out = arguments
+    _prepared_block(out, *tensors)(BlockTensors(*tensors), out)
 
 
-def _run_on_cuda(tensors: BlockTensors, out: torch.Tensor) -> None:
-    if tensors.hidden.shape[0] == 0:
-        check_block(tensors)
-        return
-    plan, problems = plan_block(tensors)
-    check_block_addresses(tensors)
-    check_addresses(out=(out, 16))
-    launch_block(plan, problems, tensors, out)
+torch.library.impl(_BLOCK_INTO, "cuda", _block_into_cuda)
+
+
+@remembered
+def _prepared_block(out: torch.Tensor | None, *arguments: Any) -> Callable[[BlockTensors, torch.Tensor], None]:
+    """Checks CUDA tensors and returns what runs a block of any that are like them."""
+    tensors = BlockTensors(*arguments)
+    if out is not None:
+        check_out(out, tensors.hidden)
+    if tensors.hidden.shape[0]:
+        return BlockCall(tensors)
+    check_block(tensors)
+    return lambda _, __: None
 
 
 # ---- no gradients -------------------------------------------------------------------------------------------
@@ -308,3 +314,5 @@ def _refuse_gradients(operator: str) -> None:
 
 _refuse_gradients(_GEMM)
 _refuse_gradients(_BLOCK)
+run_on_cuda(_GEMM, _gemm_cuda)
+run_on_cuda(_BLOCK, _block_cuda)
