@@ -33,14 +33,18 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from random_models import FORMATS, Model, write_model
+
+#: Prompts that go in together, as vLLM takes them.
+Batch = list[dict[str, list[int]]]
 
 MIB = 1 << 20
 BATCHES = (1, 8, 32, 64)
@@ -185,7 +189,7 @@ class Prompts:
         self._vocabulary = vocabulary
         self._generator = torch.Generator().manual_seed(3)
 
-    def draw(self, count: int, length: int) -> list[dict[str, list[int]]]:
+    def draw(self, count: int, length: int) -> Batch:
         """Returns some prompts of a length."""
         import torch
 
@@ -194,7 +198,7 @@ class Prompts:
         return [{"prompt_token_ids": each} for each in drawn]
 
 
-def timed(llm: Any, batch: list[dict[str, list[int]]], new_tokens: int) -> float:
+def timed(llm: Any, batch: Batch, new_tokens: int) -> float:
     """Returns the seconds in which every prompt of a batch gets so many tokens."""
     from vllm import SamplingParams
 
@@ -204,7 +208,7 @@ def timed(llm: Any, batch: list[dict[str, list[int]]], new_tokens: int) -> float
     return time.perf_counter() - begin
 
 
-def said(llm: Any, batch: list[dict[str, list[int]]]) -> list[list[list[float]]]:
+def said(llm: Any, batch: Batch) -> list[list[list[float]]]:
     """Returns, for each prompt and new token: the token, its log-probability, and the second best's two."""
     from vllm import SamplingParams
 
@@ -216,20 +220,35 @@ def said(llm: Any, batch: list[dict[str, list[int]]]) -> list[list[list[float]]]
     return rows
 
 
-def measure(llm: Any, replays: Any, vocabulary: int, found: dict[str, Any]) -> None:
-    """Notes what an engine that has the GPU for itself can do, beside what it noted in earlier rounds."""
+def measure(
+    timed: Callable[[Batch, int], float],
+    said: Callable[[Batch], list[list[list[float]]]],
+    vocabulary: int,
+    found: dict[str, Any],
+    replays: Any = None,
+) -> None:
+    """Notes what an engine that has the GPU for itself can do, beside what it noted in earlier rounds.
+
+    Args:
+        timed: gets a batch and a number of tokens; returns the seconds in which every prompt gets so many.
+        said: gets a batch; returns the tokens that every prompt gets, with log-probabilities.
+        vocabulary: of the model.
+        found: gets the figures.
+        replays: watches this process's CUDA graphs; None if the engine runs in another.
+    """
     prompts = Prompts(vocabulary)
     first, decoding = prompts.draw(8, 64), found.setdefault("decode_tokens_per_s", {})
     if "said" not in found:
-        found["said"] = said(llm, first)
+        found["said"] = said(first)
     for count in BATCHES:
         batch, new = prompts.draw(count, 128), 128
-        with replays.watched():
-            timed(llm, batch, 4)
-        rates = [count * new / (timed(llm, batch, 1 + new) - timed(llm, batch, 1)) for _ in range(REPEATS)]
+        with nullcontext() if replays is None else replays.watched():
+            timed(batch, 4)
+        rates = [count * new / (timed(batch, 1 + new) - timed(batch, 1)) for _ in range(REPEATS)]
         note(decoding, str(count), rates, 1)
-        note(found.setdefault("graph_us", {}), str(count), [replays.over_and_over(50)["clock_us"]], 1)
-    times = [timed(llm, prompts.draw(1, PREFILL_TOKENS), 1) * 1e3 for _ in range(6)][1:]
+        if replays is not None:
+            note(found.setdefault("graph_us", {}), str(count), [replays.over_and_over(50)["clock_us"]], 1)
+    times = [timed(prompts.draw(1, PREFILL_TOKENS), 1) * 1e3 for _ in range(6)][1:]
     note(found, "prefill_ms", times, 2)
 
 
@@ -258,7 +277,7 @@ def run_engine(name: str, folder: Path, work: Path, rounds: int, out: Path) -> N
     found["layers"] = llm.apply_model(kernels_of_layers)[0]
     vocabulary = json.loads((folder / "config.json").read_text())["vocab_size"]
     for _ in turns(name, work, rounds):
-        measure(llm, replays, vocabulary, found)
+        measure(partial(timed, llm), partial(said, llm), vocabulary, found, replays)
         write_whole(out, found)
 
 
@@ -304,6 +323,7 @@ def run_all(
     rounds: int = 1,
     script: str = __file__,
     keep: Callable[[dict[str, Any]], None] = lambda found: None,  # noqa: ARG005
+    engines: dict[str, Engine] = ENGINES,
 ) -> dict[str, Any]:
     """Runs every engine in a process of its own, by a script; returns what each found, or how it ended.
 
@@ -314,10 +334,11 @@ def run_all(
         rounds: how often each measures, in turn.
         script: what the processes run.
         keep: gets what all have found after every round.
+        engines: what the names stand for.
     """
     processes = {}
     for name in names:
-        environment = {**os.environ, **ENVIRONMENT, **ENGINES[name].environment}
+        environment = {**os.environ, **ENVIRONMENT, **engines[name].environment}
         for variable in ("VLLM_CACHE_ROOT", "TRITON_CACHE_DIR"):  # nobody finds what another compiled
             environment[variable] = str(work / f"{name}.{variable.lower()}")
         command = [sys.executable, script, "--engine", name, "--work", str(work), "--out", str(work / f"{name}.json")]
@@ -340,15 +361,16 @@ def run_all(
         for name in names:
             (work / f"{name}.{number}.begins").touch()
             wait_for(name, f"{number}.ended")
-        keep({name: what_one_found(name, work, processes[name].poll()) for name in names})
-    found = {name: what_one_found(name, work, process.wait()) for name, process in processes.items()}
+        keep({name: what_one_found(engines[name].title, name, work, processes[name].poll()) for name in names})
+    ended = {name: process.wait() for name, process in processes.items()}
+    found = {name: what_one_found(engines[name].title, name, work, code) for name, code in ended.items()}
     for name in (name for name, each in found.items() if "error" in each):
         lines = (work / f"{name}.log").read_text(errors="replace").splitlines()
         print(f"{name} failed:", *lines[-30:], sep="\n", file=sys.stderr)
     return found
 
 
-def what_one_found(name: str, work: Path, ended: int | None) -> dict[str, Any]:
+def what_one_found(title: str, name: str, work: Path, ended: int | None) -> dict[str, Any]:
     """Returns what an engine has written so far, or how it ended."""
     out, log = work / f"{name}.json", work / f"{name}.log"
     lines = log.read_text(errors="replace").splitlines()
@@ -356,7 +378,7 @@ def what_one_found(name: str, work: Path, ended: int | None) -> dict[str, Any]:
         found: dict[str, Any] = json.loads(out.read_text())
         return {**found, "log": [line for line in lines if "kernel_choice.py" in line]}
     last = next((line for line in reversed(lines) if line.strip()), "")
-    return {"title": ENGINES[name].title, "error": "not ready in time" if ended == -signal.SIGTERM else last}
+    return {"title": title, "error": "not ready in time" if ended == -signal.SIGTERM else last}
 
 
 def commit() -> str:
@@ -406,7 +428,7 @@ def table(found: dict[str, Any]) -> str:
     for count in BATCHES:
         medians = (each["decode_tokens_per_s"][str(count)]["median"] for each in ran.values())
         rows.append([f"decoding, batch {count}, tokens/s", *(f"{median:.0f}" for median in medians)])
-    for count in BATCHES:
+    for count in BATCHES if all("graph_us" in each for each in ran.values()) else ():
         medians = (each["graph_us"][str(count)]["median"] for each in ran.values())
         rows.append([f"GPU time of a step's CUDA graph, batch {count}, us", *(f"{median:.0f}" for median in medians)])
     rows.append(
@@ -419,7 +441,8 @@ def table(found: dict[str, Any]) -> str:
         ("loading: GPU memory reserved, peak, MiB", "load_reserved_peak_mib", "d"),
         ("loaded: GPU memory allocated, MiB", "loaded_allocated_mib", "d"),
     ):
-        rows.append([label, *(format(each[key], unit) for each in ran.values())])
+        if all(key in each for each in ran.values()):
+            rows.append([label, *(format(each[key], unit) for each in ran.values())])
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 

@@ -1,13 +1,17 @@
-"""Whether SGLang says the same with a converted checkpoint as with its AWQ source: greedy tokens and log-probabilities.
+"""Whether SGLang says the same with a converted checkpoint as with its source: greedy tokens and log-probabilities.
 
     python benchmarks/sglang_tokens.py --out benchmarks/results/sglang_tokens_h100.json [--graphs] [--tp 2]
         [--only NAME ...]
 
-The models and the comparison are those of benchmarks/vllm_tokens.py. Each engine has a process of its own. The AWQ
-source runs on SGLang's ``awq_marlin``. Once both are loaded, every tensor of every layer must have the same bits in
-both: what SGLang repacked at its start, and what `awq2marlin convert` wrote. SGLang's Marlin experts add up by atomic
-operations, so two starts on one and the same checkpoint do not give the same bits. Source and converted checkpoint
-therefore run twice, and differences are judged by how far two starts are apart.
+The models and the comparison are those of benchmarks/vllm_tokens.py. Each engine has a process of its own. The source
+runs on SGLang's own code for its format, which takes Marlin. Once both are loaded, every tensor of every layer must
+have the same bits in both: what SGLang repacked at its start, and what `awq2marlin convert` wrote. Then every
+log-probability of prompts that go in alone must have the same bits, too. Prompts that go in together may differ by
+rounding, since SGLang batches them by when they arrive.
+
+SGLang's Marlin adds up by atomic operations where N is below 2048 and K is not, and its Marlin experts always do: then
+two starts on one and the same checkpoint do not give the same bits. Dense models are therefore made with a smaller K
+here. Mixtures of experts run twice, source and converted, and differences are judged by how far two starts are apart.
 
 Where SGLang's AWQ code cannot load a kind (no zero points), the reference is the dequantized model in plain fp16. The
 converted checkpoint runs once more on this package's kernels. Ends with exit code 1 if anything differs.
@@ -16,6 +20,7 @@ converted checkpoint runs once more on this package's kernels. Ends with exit co
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import hashlib
 import inspect
 import json
@@ -32,11 +37,30 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import vllm_tokens
-from random_models import Model
-from vllm_tokens import DENSE_BOUND, NEW_TOKENS, agreement, compare_all, compare_own, draw_prompts
+from random_models import FORMATS, Model
+from vllm_tokens import (
+    DENSE_BOUND,
+    KERNEL_BOUNDS,
+    NEW_TOKENS,
+    agreement,
+    compare_all,
+    compare_own,
+    draw_prompts,
+    serves_source,
+)
 
-#: Those whose source is AWQ.
-MODELS = {name: model for name, model in vllm_tokens.MODELS.items() if model.format == "awq"}
+#: The largest K, in tiles of 128, whose products SGLang's Marlin adds up in the same order every time, whatever N is.
+ORDERED_K = 1920
+
+MODELS = {
+    name: dataclasses.replace(model, inner=min(model.inner, ORDERED_K)) for name, model in vllm_tokens.MODELS.items()
+}
+
+#: What SGLang's code for compressed-tensors calls the tensors of a layer, and what its other code and ours call them.
+OTHER_NAMES = {"weight_packed": "qweight", "weight_scale": "scales", "weight_zero_point": "qzeros"}
+
+#: A tensor of compressed-tensors that says what the others are.
+SHAPE = "weight_shape"
 
 #: What keeps SGLang away from what needs a network or NVLink multicast.
 ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "NCCL_NVLS_ENABLE": "0", "SGLANG_PLUGINS": "awq2marlin"}
@@ -81,30 +105,40 @@ def run_scheduler(*arguments: Any, **options: Any) -> None:
     run_scheduler_process(*arguments, **options)
 
 
-def make_engine(folder: Path, ranks: int, eager: bool) -> Any:
+def tell_what_is_loaded(out: Path) -> Path:
+    """Has the engine of this process write what it has loaded beside ``out``; returns the file."""
+    loaded = out.with_suffix(".loaded")
+    os.environ[LOADED_VARIABLE] = str(loaded)
+    return loaded
+
+
+def make_engine(folder: Path, ranks: int, eager: bool, **options: Any) -> Any:
     """Returns SGLang's engine on a checkpoint, with what makes its arithmetic the same every time."""
     from sglang.srt.entrypoints.engine import Engine
 
     class TellingEngine(Engine):  # type: ignore[misc]
         run_scheduler_process_func = staticmethod(run_scheduler)
 
+    settings = {
+        "cuda_graph_max_bs_decode": 8,
+        "context_length": 512,
+        "max_running_requests": 16,
+        "max_total_tokens": 1 << 14,
+        "mem_fraction_static": 0.8,  # of what is free when it starts; others take theirs meanwhile
+        "log_level": "info",
+    }
     return TellingEngine(
         model_path=str(folder),
         tp_size=ranks,
         disable_cuda_graph=eager,
-        cuda_graph_max_bs_decode=8,
         skip_tokenizer_init=True,
-        context_length=512,
-        max_running_requests=16,
-        max_total_tokens=1 << 14,
-        mem_fraction_static=0.5,
         attention_backend="triton",
         sampling_backend="pytorch",
         grammar_backend="none",
         disable_custom_all_reduce=True,
         disable_radix_cache=True,
         random_seed=0,
-        log_level="info",
+        **(settings | options),
     )
 
 
@@ -152,26 +186,20 @@ def run_engine(folder: Path, ranks: int, eager: bool, forced: Path | None, out: 
     """Generates in this process and writes what came out; ``forced`` holds tokens whose probabilities are asked for."""
     import sglang
 
-    loaded = out.with_suffix(".loaded")
-    os.environ[LOADED_VARIABLE] = str(loaded)
+    loaded = tell_what_is_loaded(out)
     begin = time.perf_counter()
     engine = make_engine(folder, ranks, eager)
     document: dict[str, Any] = {"seconds": round(time.perf_counter() - begin, 2)}
     prompts, short = draw_prompts(json.loads((folder / "config.json").read_text())["vocab_size"])
     if forced is None:
         document["rows"] = answer(engine, prompts)
-        document["alone"] = [row for prompt in short for row in answer(engine, [prompt])]
+        document["alone"] = [row for prompt in short + prompts for row in answer(engine, [prompt])]
     else:
         document["rows"] = judge(engine, prompts, json.loads(forced.read_text())["rows"])
     document |= {"sglang": sglang.__version__, "torch": torch.__version__, "gpu": torch.cuda.get_device_name()}
     document |= json.loads(loaded.read_text())
     out.write_text(json.dumps(document))
     engine.shutdown()
-
-
-def has_awq_code(model: Model) -> bool:
-    """Returns whether SGLang's ``awq_marlin`` can load a model."""
-    return model.bits == 4 and model.zero_points
 
 
 def start_engine(
@@ -193,9 +221,46 @@ def start_engine(
 
 def compare_tensors(ours: dict[str, str], theirs: dict[str, str]) -> dict[str, Any]:
     """Returns how many loaded tensors have the same bits, and the names of those that have not or are in one only."""
+    theirs = {name_here(name): digest for name, digest in theirs.items() if not name.endswith(f".{SHAPE}")}
     names = ours.keys() | theirs.keys()
     apart = sorted(name for name in names if ours.get(name) != theirs.get(name))
     return {"tensors": len(names), "tensors_same": len(names) - len(apart), "tensors_apart": apart[:20]}
+
+
+def name_here(name: str) -> str:
+    """Returns what a tensor of SGLang's own code is called in this package's layers."""
+    module, dot, part = name.rpartition(".")
+    return f"{module}{dot}{OTHER_NAMES.get(part, part)}"
+
+
+def compare_with_source(
+    model: Model, ours: dict[str, Any], theirs: dict[str, Any], noise: float | None
+) -> dict[str, Any]:
+    """Returns how the converted checkpoint on SGLang's Marlin compares with the source on SGLang's own code.
+
+    Args:
+        model: what both are.
+        ours: what the converted checkpoint's engine wrote.
+        theirs: what the source's engine wrote.
+        noise: how far two starts are apart, or None if bits must be the same.
+    """
+    row: dict[str, Any] = {"reference": f"{FORMATS[model.format]} source on SGLang's own code"}
+    row |= compare_tensors(ours["tensors"], theirs["tensors"])
+    row |= agreement("alone", ours["alone"], theirs["alone"]) | agreement("together", ours["rows"], theirs["rows"])
+    if not all_on_marlin(model):  # SGLang dequantizes those modules of the source
+        row["ok"] = row["alone_max_logprob_difference"] < KERNEL_BOUNDS[model.dtype]
+    elif noise is not None:
+        apart = max(row[f"{what}_max_logprob_difference"] for what in ("alone", "together"))
+        row["ok"] = not row["tensors_apart"] and apart <= 2 * noise
+    else:
+        row["ok"] = not row["tensors_apart"] and row["alone_same_logprobs"] == row["alone_prompts"]
+        row["ok"] &= row["together_max_logprob_difference"] < KERNEL_BOUNDS[model.dtype]
+    return row
+
+
+def all_on_marlin(model: Model) -> bool:
+    """Returns whether SGLang's Marlin takes the shapes of every module of a source."""
+    return model.hidden % 128 == 0 and model.inner % 128 == 0
 
 
 def compare(name: str, model: Model, ranks: int, eager: bool, work: Path, pool: ThreadPoolExecutor) -> dict[str, Any]:
@@ -207,11 +272,14 @@ def compare(name: str, model: Model, ranks: int, eager: bool, work: Path, pool: 
 
     row: dict[str, Any] = {"model": name, "tensor_parallel_size": ranks, "cuda_graphs": not eager}
     only_own = model.bits == 8 and model.zero_points
+    has_source = serves_source(model, ranks)
     runs = {"own": start("marlin", "own", "own")}
     if not only_own:
-        runs |= {"ours": start("marlin", "ours"), "ours_again": start("marlin", "ours_again")}
-    if has_awq_code(model):
-        runs |= {"theirs": start("source", "theirs"), "theirs_again": start("source", "theirs_again")}
+        runs["ours"] = start("marlin", "ours")
+    if has_source:
+        runs["theirs"] = start("source", "theirs")
+    if model.experts:
+        runs |= {f"{key}_again": start(*_AGAIN[key]) for key in ("ours", "theirs") if key in runs}
     done = {key: run.result() for key, run in runs.items()}
     own = done["own"]
     ours = done.get("ours", own)
@@ -222,14 +290,9 @@ def compare(name: str, model: Model, ranks: int, eager: bool, work: Path, pool: 
                 found = agreement(f"{again}_again_{what}", done[f"{again}_again"][part], done[again][part])
                 noise = max(noise, found[f"{again}_again_{what}_max_logprob_difference"])
                 row |= found
-    if has_awq_code(model):
+    if has_source:
         theirs = done["theirs"]
-        row["reference"] = "AWQ source on SGLang's awq_marlin"
-        row |= compare_tensors(ours["tensors"], theirs["tensors"])
-        row["ok"] = not row["tensors_apart"]
-        for what, part in (("alone", "alone"), ("together", "rows")):
-            row |= agreement(what, ours[part], theirs[part])
-            row["ok"] &= row[f"{what}_max_logprob_difference"] <= 2 * noise
+        row |= compare_with_source(model, ours, theirs, noise if model.experts else None)
     else:
         dequantize(work / "source", work / "dense", model.dtype)
         theirs = start("dense", "dense", forced=work / ("own.json" if only_own else "ours.json")).result()
@@ -241,7 +304,12 @@ def compare(name: str, model: Model, ranks: int, eager: bool, work: Path, pool: 
         row |= compare_own(ours, own, model.dtype, noise)
         row["ok"] &= row["own_ok"]
     row |= {"layers": ours["layers"], "reference_layers": theirs["layers"]}
+    row["seconds_to_start"] = {key: each["seconds"] for key, each in done.items()}
     return row | {key: ours[key] for key in ("sglang", "torch", "gpu")}
+
+
+#: Checkpoint and file of the second start, by the first's name.
+_AGAIN = {"ours": ("marlin", "ours_again"), "theirs": ("source", "theirs_again")}
 
 
 def main() -> int:

@@ -58,6 +58,9 @@ MODELS = {
     "llama, cut within tiles by two, g 32": Model(512, 1344, 4, 8, 2, 4096, group_size=32),
     "compressed-tensors, g 128": replace(DENSE, format="compressed-tensors"),
     "compressed-tensors without zero points": replace(DENSE, format="compressed-tensors", zero_points=False),
+    "compressed-tensors, 8 bits without zero points": replace(
+        DENSE, format="compressed-tensors", bits=8, zero_points=False
+    ),
     "gptq without zero points": replace(DENSE, format="gptq", zero_points=False),
     "gptq, 8 bits without zero points": replace(DENSE, format="gptq", bits=8, zero_points=False),
     "auto-round without zero points": replace(DENSE, format="auto-round", zero_points=False),

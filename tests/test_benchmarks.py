@@ -152,28 +152,61 @@ def test_where_two_kernels_differ_the_gap_of_the_two_best_is_told(script):
     assert not compare({**same, "rows": [far]}, same, torch.half)["own_ok"]
 
 
-def test_in_sglang_every_loaded_tensor_must_have_the_bits_of_the_source(tmp_path, script, monkeypatch):
+@pytest.fixture
+def compared(tmp_path, script, monkeypatch):
+    """Compares a model in SGLang; gets what engines say and hold that is not the same in all of them."""
     tokens = script("sglang_tokens")
-    row = {"tokens": [5, 6], "logprobs": [-0.5, -0.75], "gaps": [2.0, 1.0]}
-    near = {**row, "logprobs": [-0.5, -0.765625]}
-    about = {"layers": {"Linear": 1}, "sglang": "0.5.23", "torch": "2.14.1", "gpu": "a GPU"}
+    about = {"layers": {"Linear": 1}, "sglang": "0.5.23", "torch": "2.14.1", "gpu": "a GPU", "seconds": 1.5}
 
-    def compare(said, digest):
+    def compare(model, said=None, source=None):
         def start(*arguments):
             name = arguments[3].stem
-            words = [said.get(name, row)]
-            return {**about, "alone": words, "rows": words, "tensors": {"w": digest if name == "theirs" else "1"}}
+            words = [(said or {}).get(name, {"tokens": [5, 6], "logprobs": [-0.5, -0.75], "gaps": [2.0, 1.0]})]
+            held = (source if name.startswith("theirs") else None) or {"w.qweight": "1"}
+            return {**about, "alone": words, "rows": words, "tensors": held}
 
         monkeypatch.setattr(tokens, "start_engine", start)
         with ThreadPoolExecutor(2) as pool:
-            return tokens.compare("llama, g 128", tokens.MODELS["llama, g 128"], 1, True, tmp_path, pool)
+            return tokens.compare(model, tokens.MODELS[model], 1, True, tmp_path, pool)
 
-    assert compare({}, "1")["ok"]
-    found = compare({}, "2")
-    assert (found["tensors_apart"], found["tensors_same"], found["ok"]) == (["w"], 0, False)
-    assert not compare({"theirs": near, "theirs_again": near}, "1")["ok"]
-    found = compare({"theirs": near}, "1")  # two starts of the source are as far apart as it and ours
+    return compare
+
+
+NEAR = {"tokens": [5, 6], "logprobs": [-0.5, -0.765625], "gaps": [2.0, 1.0]}
+
+
+@pytest.mark.parametrize("model", ["llama, g 128", "gptq, 8 bits without zero points", "mixtral, g 128"])
+def test_in_sglang_every_loaded_tensor_must_have_the_bits_of_the_source(compared, model):
+    assert compared(model)["ok"]
+    found = compared(model, source={"w.qweight": "2"})
+    assert (found["tensors_apart"], found["tensors_same"], found["ok"]) == (["w.qweight"], 0, False)
+
+
+def test_in_sglang_tensors_are_compared_by_what_they_are_not_by_their_names(compared):
+    names = {"w.weight_packed": "1", "w.weight_scale": "2", "w.weight_zero_point": "3", "w.weight_shape": "4", "b": "5"}
+    found = compared("compressed-tensors, g 128", source=names)
+    assert (found["tensors"], found["tensors_same"]) == (4, 1)
+    assert found["tensors_apart"] == ["b", "w.qzeros", "w.scales"]
+
+
+def test_in_sglang_dense_models_must_say_the_same_bits_and_experts_what_two_starts_do(compared):
+    assert not compared("llama, g 128", {"theirs": NEAR})["ok"]
+    assert not compared("mixtral, g 128", {"theirs": NEAR, "theirs_again": NEAR})["ok"]
+    found = compared("mixtral, g 128", {"theirs": NEAR})  # two starts of the source are as far apart as it and ours
     assert (found["theirs_again_alone_max_logprob_difference"], found["ok"]) == (0.015625, True)
+
+
+def test_in_sglang_modules_that_its_marlin_does_not_take_are_compared_by_what_they_say(compared):
+    name = "llama with attention kept as AWQ, g 64"
+    assert compared(name, {"theirs": NEAR}, {"w.qweight": "2"})["ok"]
+    far = {**NEAR, "logprobs": [-0.5, -0.9]}
+    assert not compared(name, {"theirs": far}, {"w.qweight": "2"})["ok"]
+
+
+def test_in_sglang_no_dense_model_is_added_up_by_atomic_operations(script):
+    models = script("sglang_tokens").MODELS
+    columns = {model.hidden for model in models.values()} | {model.vocabulary for model in models.values()}
+    assert max(max(model.hidden, model.inner) for model in models.values()) < 2048 <= max(columns)
 
 
 @pytest.mark.parametrize(("rank", "writes"), [(0, True), (1, False)])
