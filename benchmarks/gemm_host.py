@@ -3,14 +3,15 @@
     python benchmarks/gemm_host.py --output benchmarks/results/gemm_host_h100.json
 
 Each call runs on a layer so small that the GPU is through before the host has launched the next one: a loop of 2,000
-calls, without a wait between them, takes as long as the host does. All are timed in turn, in inference mode and again
-without it; each figure is the median of several loops. The GPU's share is measured as well, as a CUDA graph of the same
-calls: where it is not the smaller one, the figure is not the host's, and the line says so.
+calls, without a wait between them, takes as long as the host does. Loops take turns, in inference mode and without it;
+a figure is the median of several. What the GPU takes is measured, too, in a CUDA graph of the same calls: where that is
+more, the line says so.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import json
 import statistics
@@ -31,8 +32,8 @@ from awq2marlin.gemm.select import pick_config
 Call = Callable[[], object]
 
 SIZE_K, SIZE_N, EXPERTS, TOP_K = 256, 256, 8, 2
-#: What the picked kernel is called, and a number of tokens for which it is picked.
-TOKENS = {"small": 1, "hopper": 64, "wide": 256}
+#: Numbers of tokens for which the small, the Hopper and the wide kernel are picked on compute capability 9.0.
+TOKENS = (1, 64, 256)
 
 
 def words(*shape: int) -> torch.Tensor:
@@ -52,16 +53,15 @@ def dense_calls() -> dict[str, Call]:
     weight = torch.randn(SIZE_K, SIZE_N, device="cuda").half()
     operator = torch.ops.awq2marlin.marlin_gemm
     calls: dict[str, Call] = {}
-    for kernel, size_m in TOKENS.items():
+    for size_m in TOKENS:
         a = torch.randn(size_m, SIZE_K, device="cuda").half()
         config = pick_config(problem_of(GemmTensors(a, *tensors)))
-        name = f"marlin_gemm, {type(config).__name__} {size_m}"
+        name = f"marlin_gemm, M = {size_m} ({config.template})"
         calls[name] = lambda a=a: awq2marlin.marlin_gemm(a, *tensors)
-        if kernel == "small":
+        if size_m == 1:
             calls["torch.ops.awq2marlin.marlin_gemm"] = lambda a=a: operator(a, *tensors, None, 4)
             calls["MarlinLinear"] = lambda a=a: layer(a)
             calls["torch.mm"] = lambda a=a: torch.mm(a, weight)
-            calls["torch.empty"] = lambda a=a: torch.empty((1, SIZE_N), dtype=a.dtype, device=a.device)
     return calls
 
 
@@ -76,8 +76,8 @@ def expert_calls() -> dict[str, Call]:
         a = torch.randn(size_m, SIZE_K, device="cuda").half()
         ids = torch.randint(0, EXPERTS, (size_m, TOP_K), dtype=torch.int32, device="cuda")
         shares = torch.rand(size_m, TOP_K, device="cuda")
-        calls[f"marlin_moe_gemm, {size_m}"] = lambda a=a, ids=ids: awq2marlin.marlin_moe_gemm(a, *weights, ids)
-        calls[f"marlin_experts, {size_m}"] = lambda a=a, ids=ids, shares=shares: awq2marlin.marlin_experts(
+        calls[f"marlin_moe_gemm, M = {size_m}"] = lambda a=a, ids=ids: awq2marlin.marlin_moe_gemm(a, *weights, ids)
+        calls[f"marlin_experts, M = {size_m}"] = lambda a=a, ids=ids, shares=shares: awq2marlin.marlin_experts(
             a, *weights, *w2, ids, shares
         )
     return calls
@@ -115,20 +115,26 @@ def bare_launch() -> dict[str, Call]:
     return {"a prepared launch": lambda: kernel(0), "cuLaunchKernelEx": lambda: launch(config, handle, pointers, 0)}
 
 
-def medians_us(calls: dict[str, Call], count: int, repeats: int) -> dict[str, float]:
-    """Returns the host's microseconds a call, in loops that take turns."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for call in calls.values():
-        for _ in range(20):
-            call()
+def medians_us(calls: dict[str, Call], count: int, repeats: int) -> dict[str, dict[str, float]]:
+    """Returns the host's microseconds a call, by mode and by call: loops take turns, so that noise hits all alike."""
+    modes = {"inference": torch.inference_mode, "usual": contextlib.nullcontext}
+    times: dict[str, dict[str, list[float]]] = {mode: {name: [] for name in calls} for mode in modes}
     for _ in range(repeats):
-        for name, call in calls.items():
-            torch.cuda.synchronize()
-            start = time.perf_counter()
-            for _ in range(count):
-                call()
-            times[name].append((time.perf_counter() - start) / count * 1e6)
-    return {name: statistics.median(found) for name, found in times.items()}
+        for mode, context in modes.items():
+            for name, call in calls.items():
+                with context():
+                    times[mode][name].append(_loop_us(call, count))
+    return {mode: {name: statistics.median(found) for name, found in each.items()} for mode, each in times.items()}
+
+
+def _loop_us(call: Call, count: int) -> float:
+    for _ in range(count // 10):
+        call()
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    for _ in range(count):
+        call()
+    return (time.perf_counter() - start) / count * 1e6
 
 
 def gpu_us(call: Call, count: int) -> float:
@@ -163,19 +169,15 @@ def main() -> None:
         "repeats": options.repeats,
     }
     print(", ".join(f"{key} {value}" for key, value in result.items()))
-    with torch.inference_mode():
-        inference = medians_us(calls, options.calls, options.repeats)
-    usual = medians_us(calls, options.calls, options.repeats)
+    times = medians_us(calls, options.calls, options.repeats)
     rows = []
-    print(f"{'':44} {'inference mode':>16} {'without it':>12} {'GPU':>8}  us a call")
+    print(f"{'us a call':44} {'inference mode':>16} {'without it':>12} {'the GPU':>10}")
     for name, call in calls.items():
-        try:
-            gpu = gpu_us(call, 200)
-        except RuntimeError:
-            gpu = float("nan")
-        rows.append({"call": name, "inference_mode_us": inference[name], "us": usual[name], "gpu_us": gpu})
-        note = "" if not gpu > inference[name] else "  the GPU's time, not the host's"
-        print(f"{name:44} {inference[name]:16.1f} {usual[name]:12.1f} {gpu:8.1f}{note}", flush=True)
+        inference, usual = times["inference"][name], times["usual"][name]
+        gpu = gpu_us(call, 200)
+        rows.append({"call": name, "inference_mode_us": inference, "us": usual, "gpu_us": gpu})
+        note = "" if gpu < min(inference, usual) else "  bound by the GPU"
+        print(f"{name:44} {inference:16.1f} {usual:12.1f} {gpu:10.1f}{note}", flush=True)
     result["rows"] = rows
     if options.output:
         options.output.parent.mkdir(parents=True, exist_ok=True)

@@ -4,6 +4,7 @@ import threading
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from awq2marlin.errors import KernelUnavailableError
 from awq2marlin.gemm import jit, ops
@@ -308,6 +309,42 @@ def test_works_under_torch_compile():
     assert torch.equal(compiled(a), torch.relu(layer(a)))
 
 
+def test_gradients_are_those_of_the_decoded_weight():
+    layer = gpu_layer(256, 192, 64, has_bias=True)
+    a, bias = random_tokens(5, layer).requires_grad_(), layer.bias.requires_grad_()
+    grad = torch.randn(5, 192, device="cuda").half()
+    out = layer(a)
+    assert torch.equal(out, layer(a.detach()))
+    with torch.no_grad():
+        assert not layer(a).requires_grad
+    out.backward(grad)
+    torch.testing.assert_close(a.grad.double(), grad.double() @ layer.weight.t(), rtol=2e-3, atol=2e-3)
+    torch.testing.assert_close(bias.grad.double(), grad.double().sum(0), rtol=2e-3, atol=2e-3)
+    compiled = torch.compile(layer.__call__, backend="aot_eager", fullgraph=True)
+    again = a.detach().requires_grad_()
+    compiled(again).backward(grad)
+    assert torch.equal(again.grad, a.grad)
+    scales = layer.scales.clone().requires_grad_()
+    with pytest.raises(NotImplementedError, match="scales must need no gradient"):
+        ops.marlin_gemm(a, layer.qweight, scales, layer.qzeros)
+
+
+def test_a_mode_sees_the_calls_and_may_change_them():
+    layer = gpu_layer(256, 192, 64)
+    a, seen = random_tokens(5, layer), []
+
+    class Mode(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), options=None):
+            seen.append(str(function))
+            return function(*arguments, **(options or {}))
+
+    with Mode():
+        layer(a)
+    assert seen == ["awq2marlin.marlin_gemm.default"]
+    negated = torch._neg_view(-a)  # its memory holds the negative, as that of a conjugate's imaginary part does
+    assert torch.equal(layer(negated), layer(a))
+
+
 def test_refusals_leave_the_process_working():
     layer = gpu_layer(256, 128, 64)
     a = random_tokens(5, layer)
@@ -329,9 +366,24 @@ def test_every_device_has_its_own_kernels():
     layer = gpu_layer(512, 256, 128)
     a = random_tokens(20, layer)
     moved = [tensor.to("cuda:1") for tensor in (a, layer.qweight, layer.scales, layer.qzeros)]
-    out = ops.marlin_gemm(*moved)
-    assert out.device.index == 1
-    assert torch.equal(out.cpu(), layer(a).cpu())
+    outs = [ops.marlin_gemm(*moved)]
+
+    def multiply():  # the thread's device is the first one
+        outs.append(ops.marlin_gemm(*moved))
+        with torch.cuda.stream(torch.cuda.Stream(1)):
+            outs.append(ops.marlin_gemm(*moved))
+            torch.cuda.current_stream().synchronize()
+        outs.append(layer(a))
+
+    threads = [threading.Thread(target=multiply) for _ in range(4)]
+    for each in threads:
+        each.start()
+    for each in threads:
+        each.join()
+    torch.cuda.synchronize(0)
+    assert sorted(out.device.index for out in outs) == [0] * 4 + [1] * 9
+    assert torch.cuda.current_device() == 0
+    assert all(torch.equal(out.cpu(), layer(a).cpu()) for out in outs)
 
 
 def test_the_everyday_call_takes_the_picked_config():
