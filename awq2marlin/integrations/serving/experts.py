@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import torch
@@ -126,13 +127,52 @@ class MarlinExperts:
         part = name.partition("_")[2]
         return plain_part(part, tensor, module, self.whole_k[shard], self.contents.quantization)
 
-    def is_whole_everywhere(self, name: str) -> bool:
-        """Returns whether every rank has all of a parameter, which the engine would cut.
+    def take(
+        self, param: torch.nn.Parameter, name: str, tensor: torch.Tensor, module: str, expert: int, shard: str
+    ) -> torch.Tensor | None:
+        """Keeps account of a tensor of the file, and returns it as the engine is to cut it.
 
         Args:
-            name: of the parameter.
+            param: of the layer.
+            name: its name, such as ``w13_qweight``.
+            tensor: as it lies in the file.
+            module: its module.
+            expert: by this rank's number.
+            shard: ``w1``, ``w2`` or ``w3``.
+
+        Returns:
+            The tensor in plain order, where the experts are to be repacked; None if every rank has all of it, and the
+            parameter has it now.
         """
-        return self.is_w2_group_whole and name in ("w2_scales", "w2_qzeros")
+        self.record.note(name, (expert, shard))
+        tensor = self.plain(name, tensor, module, shard)
+        if not (self.is_w2_group_whole and name in ("w2_scales", "w2_qzeros")):
+            return tensor
+        param.data[expert].copy_(tensor)
+        return None
+
+    def require_complete(self, layer: Any, num_experts: int, module_of: Callable[[int, str], str]) -> None:
+        """Refuses the layer if a tensor of an expert of this rank was never loaded.
+
+        Args:
+            layer: the engine's container of the experts, which knows where those of the model are.
+            num_experts: of the model.
+            module_of: returns the name of a module in the file, by the model's number of its expert and its shard.
+
+        Raises:
+            CheckpointError: naming every tensor that is missing.
+        """
+        local_number = layer._map_global_expert_id_to_local_expert_id
+        number_of = {local_number(expert): expert for expert in range(num_experts)}
+        self.record.require_parts(
+            {
+                f"{module_of(number_of.get(local, local), shard)}.{part}": (f"{group}_{part}", (local, shard))
+                for group, shards in (("w13", ("w1", "w3")[: self.sizes[2]]), ("w2", ("w2",)))
+                for part in self.parts
+                for local in range(self.num_local_experts)
+                for shard in shards
+            }
+        )
 
     def finish(self, layer: Any) -> None:
         """Pads what the engine's kernels cannot take as it is, and brings it to their order.

@@ -38,14 +38,41 @@ class LinearKernel(Protocol):
 _WEIGHT_TYPES = {(4, True): "uint4", (4, False): "uint4b8", (8, False): "uint8b128"}
 
 
-def weight_type_name(num_bits: int, zero_points: bool) -> str | None:
-    """Returns what engines call the type of weights; None if their Marlin kernels do not know it.
+def weight_type(types: Any, num_bits: int, zero_points: bool) -> Any:
+    """Returns an engine's type of weights; None if its Marlin kernels do not know it.
 
     Args:
+        types: where the engine keeps them, by name.
         num_bits: 4 or 8.
         zero_points: whether there are ``qzeros``.
     """
-    return _WEIGHT_TYPES.get((num_bits, zero_points))
+    name = _WEIGHT_TYPES.get((num_bits, zero_points))
+    return None if name is None else getattr(types, name)
+
+
+class EngineKernel:
+    """An engine's own Marlin for linear layers; the engine's plugin adds how it is called, and the order of a bias."""
+
+    def __init__(self, wtype: Any, zero_points: bool, size_k: int, size_n: int, device: torch.device) -> None:
+        """Serves a layer.
+
+        Args:
+            wtype: the engine's type of the weights.
+            zero_points: whether the layer has ``qzeros``.
+            size_k: K on this rank, without padding.
+            size_n: N on this rank, without padding.
+            device: of the weights.
+        """
+        self._zero_points = zero_points
+        self._size_k, self._size_n = size_k, size_n
+        self._empty = torch.empty(0, dtype=torch.int32, device=device)
+        #: What every call gets.
+        self._facts: dict[str, Any] = {"wtype": wtype}
+
+    def _operands(self, layer: Any) -> dict[str, torch.Tensor]:
+        """Returns a layer's weight, as engines call its tensors; zero points that are not there are empty."""
+        qzeros = layer.qzeros if self._zero_points else self._empty
+        return {"weight": layer.qweight, "weight_scale": layer.scales, "weight_zp": qzeros}
 
 
 def chosen_kernel(
@@ -53,7 +80,8 @@ def chosen_kernel(
     layer: Any,
     num_bits: int,
     sizes: tuple[int, int],
-    engine_s: Callable[[], LinearKernel] | None,
+    wtype: Any,
+    engine_s: Callable[[Any, bool, int, int, torch.device], LinearKernel],
 ) -> LinearKernel:
     """Returns the kernel that serves a finished layer. If it is ours, it is ready for a capture in CUDA graphs.
 
@@ -62,7 +90,8 @@ def chosen_kernel(
         layer: holds the weight.
         num_bits: 4 or 8.
         sizes: K and N on this rank, without padding.
-        engine_s: makes the engine's own kernel for the layer; None if it does not know such weights.
+        wtype: the engine's type of the weights; None if its own kernel does not know it.
+        engine_s: makes the engine's own kernel; see `EngineKernel`.
 
     Raises:
         KernelUnavailableError: if ours must serve it and cannot.
@@ -74,10 +103,9 @@ def chosen_kernel(
             warm_up(layer.qweight, layer.scales, qzeros, num_bits=num_bits)
 
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
-    if choice.kernel_for(capability, get_ready, only_own=engine_s is None) == "own":
+    if choice.kernel_for(capability, get_ready, only_own=wtype is None) == "own":
         return OwnKernel(num_bits, qzeros is not None, *sizes)
-    assert engine_s is not None, "without one of the engine's only ours serves it"
-    return engine_s()
+    return engine_s(wtype, qzeros is not None, *sizes, device)
 
 
 def padded_rows(layer: Any, x: torch.Tensor, size_k: int) -> torch.Tensor:

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
+from logging import Logger
 from typing import Any
 
 from awq2marlin.errors import printable, refuse
@@ -62,6 +63,22 @@ class Need:
             is_needed = each.default is each.empty and each.kind not in (each.VAR_KEYWORD, each.VAR_POSITIONAL)
             if is_needed and each.name not in given:
                 yield f"without {each.name}="
+
+
+def needed_parameters(module: str) -> tuple[Need, ...]:
+    """Returns what linear layers use of an engine's classes of parameters, which all engines have from vLLM.
+
+    Args:
+        module: where they are, below the engine's package.
+    """
+    packed = ("data", "output_dim", "packed_dim", "packed_factor", "weight_loader")
+    return (
+        Need(module, "BasevLLMParameter"),
+        Need(module, "ChannelQuantScaleParameter", ("data", "output_dim", "weight_loader")),
+        Need(module, "GroupQuantScaleParameter", ("data", "input_dim", "output_dim", "weight_loader")),
+        Need(module, "PackedColumnParameter", packed),
+        Need(module, "PackedvLLMParameter", (*packed, "input_dim", "marlin_tile_size")),
+    )
 
 
 @dataclass(frozen=True)
@@ -122,6 +139,18 @@ class Engine:
             f"{'were' if len(self.tried) > 1 else 'was'}. All that it uses of {self.name} is there; compare some "
             "answers with those of the AWQ checkpoint"
         )
+
+    @cache  # noqa: B019 - there is one of each engine
+    def warn_if_untried(self, version: str, log: Logger) -> None:
+        """Says once in a process that nobody has tried a version.
+
+        Args:
+            version: as the engine says it.
+            log: the engine's.
+        """
+        warning = self.untried_warning(version)
+        if warning:
+            log.warning(warning)
 
     def _tried(self) -> str:
         *others, last = (".".join(map(str, each)) for each in self.tried)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -108,7 +108,7 @@ class MarlinNativeConfig(ServingConfig, QuantizationConfig):  # type: ignore[mis
             CheckpointError: if it is malformed, of a newer format, or this SGLang lacks something that serving takes.
         """
         SGLANG.require(ALWAYS, sglang.__version__)
-        _warn_of_untried_version()
+        SGLANG.warn_if_untried(sglang.__version__, logger)
         made = cls(MARLIN_NATIVE.read_config(config, CONFIG_FILENAME))
         made.packed_modules_mapping = config.get("packed_modules_mapping") or {}
         return made
@@ -255,14 +255,6 @@ class MarlinNativeConfig(ServingConfig, QuantizationConfig):  # type: ignore[mis
         if self.contents.layout_of_experts(parent) == "none":
             return None  # SGLang then takes its own for experts that are not quantized
         return MarlinNativeMoEMethod(self, layer, parent)
-
-
-@cache
-def _warn_of_untried_version() -> None:
-    """Says once in a process that nobody has tried this version of SGLang."""
-    warning = SGLANG.untried_warning(sglang.__version__)
-    if warning:
-        logger.warning(warning)
 
 
 def _check_engine() -> None:

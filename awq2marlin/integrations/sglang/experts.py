@@ -230,7 +230,7 @@ class MarlinNativeMoEMethod(MarlinExperts, FusedMoEMethodBase):  # type: ignore[
             KernelUnavailableError: if only ours can serve the experts, and it cannot be compiled or run here.
         """
         if self.is_loaded(layer):
-            self._require_complete(layer)
+            self.require_complete(layer, layer.num_experts, self._module)
             self.finish(layer)
         if self.kernel is None:
             self.kernel = kernel_of(layer, self.contents.bits, self.runner)
@@ -279,36 +279,17 @@ class MarlinNativeMoEMethod(MarlinExperts, FusedMoEMethodBase):  # type: ignore[
             param: torch.nn.Parameter, loaded_weight: torch.Tensor, weight_name: str, shard_id: str, expert_id: int
         ) -> None:
             name = next((name for name in self._names() if getattr(layer, name) is param), "")
+            left: torch.Tensor | None = loaded_weight
             if name:
                 shard = "w1" if shard_id == "w3" and self.sizes[2] == 1 else shard_id
-                self.record.note(name, (expert_id, shard))
-                loaded_weight = self.plain(name, loaded_weight, self._padded_module(shard), shard)
-                if self.is_whole_everywhere(name):
-                    param.data[expert_id].copy_(loaded_weight)
-                    return
-            loader(
-                param=param, loaded_weight=loaded_weight, weight_name=weight_name, shard_id=shard_id,
-                expert_id=expert_id,
-            )  # fmt: skip
+                left = self.take(param, name, loaded_weight, self._padded_module(shard), expert_id, shard)
+            if left is not None:
+                loader(param=param, loaded_weight=left, weight_name=weight_name, shard_id=shard_id, expert_id=expert_id)
 
         return recording_loader
 
     def _names(self) -> list[str]:
         return [f"{group}_{part}" for group in GROUPS for part in self.parts]
-
-    def _require_complete(self, layer: Any) -> None:
-        """Refuses the layer if a tensor of a local expert was never loaded."""
-        local_number = layer._map_global_expert_id_to_local_expert_id
-        number_of = {local_number(expert): expert for expert in range(layer.num_experts)}
-        self.record.require_parts(
-            {
-                f"{self._module(number_of.get(local, local), shard)}.{part}": (f"{group}_{part}", (local, shard))
-                for group, shards in (("w13", ("w1", "w3")[: self.sizes[2]]), ("w2", ("w2",)))
-                for part in self.parts
-                for local in range(self.num_local_experts)
-                for shard in shards
-            }
-        )
 
     def _module(self, expert: int, shard: str) -> str:
         """Returns the name of an expert's module in the file, as far as it is known."""

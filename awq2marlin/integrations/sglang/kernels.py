@@ -10,11 +10,12 @@ from sglang.srt.layers.quantization.marlin_utils import apply_gptq_marlin_linear
 from sglang.srt.layers.quantization.utils import get_scalar_types
 
 from awq2marlin.integrations.kernel_choice import KernelChoice
+from awq2marlin.integrations.serving import kernels
 from awq2marlin.integrations.serving.kernels import (
+    EngineKernel,
     LinearKernel,
     chosen_kernel,
     padded_rows,
-    weight_type_name,
     without_padding,
 )
 from awq2marlin.integrations.serving.recut import Note
@@ -35,8 +36,7 @@ def weight_type(num_bits: int, zero_points: bool) -> Any:
         num_bits: 4 or 8.
         zero_points: whether the layer has ``qzeros``.
     """
-    name = weight_type_name(num_bits, zero_points)
-    return None if name is None else getattr(get_scalar_types()[1], name)
+    return kernels.weight_type(get_scalar_types()[1], num_bits, zero_points)
 
 
 def kernel_of(layer: Any, num_bits: int, size_k: int, size_n: int) -> LinearKernel:
@@ -51,38 +51,18 @@ def kernel_of(layer: Any, num_bits: int, size_k: int, size_n: int) -> LinearKern
     Raises:
         KernelUnavailableError: if ours must serve it and cannot.
     """
-    zero_points = hasattr(layer, "qzeros")
-    wtype = weight_type(num_bits, zero_points)
-
-    def sglang_s() -> LinearKernel:
-        return SglangMarlinKernel(wtype, zero_points, size_k, size_n, layer.qweight.device)
-
-    return chosen_kernel(CHOICE, layer, num_bits, (size_k, size_n), None if wtype is None else sglang_s)
+    wtype = weight_type(num_bits, hasattr(layer, "qzeros"))
+    return chosen_kernel(CHOICE, layer, num_bits, (size_k, size_n), wtype, SglangMarlinKernel)
 
 
-class SglangMarlinKernel:
+class SglangMarlinKernel(EngineKernel):
     """SGLang's ``gptq_marlin_gemm``, behind the call that fits its CUDA graphs; it adds a bias in plain order."""
 
     def __init__(self, wtype: Any, zero_points: bool, size_k: int, size_n: int, device: torch.device) -> None:
-        """Serves a layer.
-
-        Args:
-            wtype: SGLang's name for the type of the weights.
-            zero_points: whether the layer has ``qzeros``.
-            size_k: K on this rank, without padding.
-            size_n: N on this rank, without padding.
-            device: of the weights.
-        """
-        self._zero_points = zero_points
-        self._size_k, self._size_n = size_k, size_n
-        self._empty = torch.empty(0, dtype=torch.int32, device=device)
-        self._facts: dict[str, Any] = {
-            "wtype": wtype,
-            "workspace": marlin_make_workspace(device),
-            "g_idx": self._empty,
-            "g_idx_sort_indices": self._empty,
-            "is_k_full": True,
-        }
+        """Serves a layer; see `EngineKernel`."""
+        super().__init__(wtype, zero_points, size_k, size_n, device)
+        self._facts |= {"workspace": marlin_make_workspace(device), "is_k_full": True}
+        self._facts |= {"g_idx": self._empty, "g_idx_sort_indices": self._empty}
 
     def ordered_bias(self, bias: torch.Tensor) -> torch.Tensor:
         """Returns the bias: plain order."""
@@ -92,12 +72,10 @@ class SglangMarlinKernel:
         """Returns ``x @ w + bias``; see `LinearKernel`."""
         out: torch.Tensor = apply_gptq_marlin_linear(
             input=padded_rows(layer, x, self._size_k),
-            weight=layer.qweight,
-            weight_scale=layer.scales,
-            weight_zp=layer.qzeros if self._zero_points else self._empty,
             bias=bias,
             input_size_per_partition=layer.qweight.shape[0] * GPTQ_MARLIN_TILE,
             output_size_per_partition=layer.scales.shape[1],
+            **self._operands(layer),
             **self._facts,
         )
         return without_padding(out, x, self._size_n)

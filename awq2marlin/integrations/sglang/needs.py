@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from awq2marlin.integrations.serving.needs import Engine, Need
+from awq2marlin.integrations.serving.needs import Engine, Need, needed_parameters
 
 #: Versions on which the plugin's tests ran; docs/sglang.md says on which of them it ran on a GPU.
 TRIED = ((0, 5, 23),)
@@ -10,7 +10,6 @@ TRIED = ((0, 5, 23),)
 SGLANG = Engine("SGLang", "sglang", TRIED)
 
 _LAYERS = "srt.layers"
-_PACKED = ("data", "output_dim", "packed_dim", "packed_factor", "weight_loader")
 
 #: What every checkpoint needs.
 ALWAYS = (
@@ -28,11 +27,7 @@ ALWAYS = (
     Need(f"{_LAYERS}.quantization.utils", "get_scalar_types"),
     Need(f"{_LAYERS}.vocab_parallel_embedding", "ParallelLMHead"),
     Need(_LAYERS, "parameter"),
-    Need(f"{_LAYERS}.parameter", "BasevLLMParameter"),
-    Need(f"{_LAYERS}.parameter", "ChannelQuantScaleParameter", ("data", "output_dim", "weight_loader")),
-    Need(f"{_LAYERS}.parameter", "GroupQuantScaleParameter", ("data", "input_dim", "output_dim", "weight_loader")),
-    Need(f"{_LAYERS}.parameter", "PackedColumnParameter", _PACKED),
-    Need(f"{_LAYERS}.parameter", "PackedvLLMParameter", (*_PACKED, "input_dim", "marlin_tile_size")),
+    *needed_parameters(f"{_LAYERS}.parameter"),
     Need(f"{_LAYERS}.quantization.marlin_utils", "marlin_make_workspace", ("device",)),
     Need(
         f"{_LAYERS}.quantization.marlin_utils",

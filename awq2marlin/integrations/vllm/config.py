@@ -7,7 +7,6 @@ a layer asks for one.
 from __future__ import annotations
 
 from dataclasses import replace
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +66,7 @@ class MarlinNativeConfig(ServingConfig, QuantizationConfig):  # type: ignore[mis
             CheckpointError: if it is malformed, of a newer format, or this vLLM lacks something that serving it takes.
         """
         VLLM.require(ALWAYS, vllm.__version__)
-        _warn_of_untried_version()
+        VLLM.warn_if_untried(vllm.__version__, logger)
         return cls(MARLIN_NATIVE.read_config(config, CONFIG_FILENAME))
 
     def maybe_update_config(self, model_name: str, hf_config: Any = None, revision: str | None = None) -> None:
@@ -163,14 +162,6 @@ class MarlinNativeConfig(ServingConfig, QuantizationConfig):  # type: ignore[mis
         if self.contents.layout_of_experts(prefix) == "none":
             return UnquantizedFusedMoEMethod(layer.moe_config)
         return MarlinNativeMoEMethod(self.contents, layer, prefix)
-
-
-@cache
-def _warn_of_untried_version() -> None:
-    """Says once in a process that nobody has tried this version of vLLM."""
-    warning = VLLM.untried_warning(vllm.__version__)
-    if warning:
-        logger.warning(warning)
 
 
 def _check_engine() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import wraps
+from functools import partial, wraps
 from typing import Any
 
 import torch
@@ -138,7 +138,7 @@ class MarlinNativeMoEMethod(MarlinExperts, AutoAWQMoEMethod):  # type: ignore[mi
             KernelUnavailableError: if only ours can serve the experts, and it cannot be compiled or run here.
         """
         if not are_weights_processed() and self.is_loaded(layer):
-            self._require_complete(layer)
+            self.require_complete(layer, layer.global_num_experts, partial(self._module, layer))
             self.finish(layer)
         if self.kernel is None:
             choice = kernels.EXPERTS_CHOICE
@@ -197,31 +197,16 @@ class MarlinNativeMoEMethod(MarlinExperts, AutoAWQMoEMethod):  # type: ignore[mi
         ) -> bool | None:
             local = layer._map_global_expert_id_to_local_expert_id(expert_id)
             name = weight_name.rpartition(".")[2]
+            left: torch.Tensor | None = loaded_weight
             if local != -1:
-                self.record.note(name, (local, shard_id))
-                loaded_weight = self.plain(name, loaded_weight, self._module(layer, expert_id, shard_id), shard_id)
-                if self.is_whole_everywhere(name):
-                    param.data[local].copy_(loaded_weight)
-                    return True if return_success else None
-            result: bool | None = loader(param, loaded_weight, weight_name, shard_id, expert_id, return_success)
+                module = self._module(layer, expert_id, shard_id)
+                left = self.take(param, name, loaded_weight, module, local, shard_id)
+            if left is None:
+                return True if return_success else None
+            result: bool | None = loader(param, left, weight_name, shard_id, expert_id, return_success)
             return result
 
         return recording_loader
-
-    def _require_complete(self, layer: Any) -> None:
-        """Refuses the layer if a tensor of a local expert was never loaded."""
-        local_number = layer._map_global_expert_id_to_local_expert_id
-        experts = [(expert, local_number(expert)) for expert in range(layer.global_num_experts)]
-        self.record.require_parts(
-            {
-                f"{self._module(layer, expert, shard)}.{part}": (f"{group}_{part}", (local, shard))
-                for group, shards in (("w13", ("w1", "w3")[: self.sizes[2]]), ("w2", ("w2",)))
-                for part in self.parts
-                for expert, local in experts
-                for shard in shards
-                if local != -1
-            }
-        )
 
     def _module(self, layer: Any, expert: int, shard: str) -> str:
         """Returns the name of an expert's module in the file."""

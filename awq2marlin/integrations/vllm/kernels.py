@@ -12,8 +12,9 @@ from vllm.model_executor.layers.quantization.utils.marlin_utils import apply_gpt
 from vllm.scalar_type import ScalarType, scalar_types
 
 from awq2marlin.integrations.kernel_choice import KERNEL_VARIABLE, KernelChoice
+from awq2marlin.integrations.serving import kernels
 from awq2marlin.integrations.serving.finishing import permute_bias
-from awq2marlin.integrations.serving.kernels import LinearKernel, chosen_kernel, weight_type_name
+from awq2marlin.integrations.serving.kernels import EngineKernel, LinearKernel, chosen_kernel
 from awq2marlin.integrations.serving.recut import Note
 
 logger = init_logger("vllm.awq2marlin")
@@ -34,8 +35,8 @@ def weight_type(num_bits: int, zero_points: bool) -> ScalarType | None:
         num_bits: 4 or 8.
         zero_points: whether the layer has ``qzeros``.
     """
-    name = weight_type_name(num_bits, zero_points)
-    return None if name is None else getattr(scalar_types, name)
+    found: ScalarType | None = kernels.weight_type(scalar_types, num_bits, zero_points)
+    return found
 
 
 def kernel_of(layer: Any, num_bits: int, size_k: int, size_n: int) -> LinearKernel:
@@ -50,38 +51,19 @@ def kernel_of(layer: Any, num_bits: int, size_k: int, size_n: int) -> LinearKern
     Raises:
         KernelUnavailableError: if ours must serve it and cannot.
     """
-    zero_points = hasattr(layer, "qzeros")
-    wtype = weight_type(num_bits, zero_points)
     # A graph that vLLM has compiled holds calls of the kernel, so its cache must know which.
     envs.environment_variables.setdefault(KERNEL_VARIABLE, lambda: CHOICE.kernel)
-
-    def vllm_s() -> LinearKernel:
-        return VllmMarlinKernel(wtype, zero_points, size_k, size_n, layer.qweight.device)
-
-    return chosen_kernel(CHOICE, layer, num_bits, (size_k, size_n), None if wtype is None else vllm_s)
+    wtype = weight_type(num_bits, hasattr(layer, "qzeros"))
+    return chosen_kernel(CHOICE, layer, num_bits, (size_k, size_n), wtype, VllmMarlinKernel)
 
 
-class VllmMarlinKernel:
+class VllmMarlinKernel(EngineKernel):
     """vLLM's ``marlin_gemm``, behind the call that pads activations and strips padding from the result."""
 
     def __init__(self, wtype: ScalarType, zero_points: bool, size_k: int, size_n: int, device: torch.device) -> None:
-        """Serves a layer.
-
-        Args:
-            wtype: vLLM's name for the type of the weights.
-            zero_points: whether the layer has ``qzeros``.
-            size_k: K on this rank, without padding.
-            size_n: N on this rank, without padding.
-            device: of the weights.
-        """
-        self._zero_points = zero_points
-        self._empty = torch.empty(0, dtype=torch.int32, device=device)
-        self._facts: dict[str, Any] = {
-            "wtype": wtype,
-            "input_size_per_partition": size_k,
-            "output_size_per_partition": size_n,
-            "workspace": None,
-        }
+        """Serves a layer; see `EngineKernel`."""
+        super().__init__(wtype, zero_points, size_k, size_n, device)
+        self._facts |= {"input_size_per_partition": size_k, "output_size_per_partition": size_n, "workspace": None}
         if TAKES_ACTIVATION_ORDER:
             from vllm.model_executor.layers.quantization.utils.marlin_utils import marlin_make_workspace_new
 
@@ -98,12 +80,5 @@ class VllmMarlinKernel:
 
     def __call__(self, layer: Any, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """Returns ``x @ w + bias``; see `LinearKernel`."""
-        out: torch.Tensor = apply_gptq_marlin_linear(
-            input=x,
-            weight=layer.qweight,
-            weight_scale=layer.scales,
-            weight_zp=layer.qzeros if self._zero_points else self._empty,
-            bias=bias,
-            **self._facts,
-        )
+        out: torch.Tensor = apply_gptq_marlin_linear(input=x, bias=bias, **self._operands(layer), **self._facts)
         return out

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from awq2marlin.integrations.serving.needs import Engine, Need
+from awq2marlin.integrations.serving.needs import Engine, Need, needed_parameters
 
 #: Versions on which the plugin's tests ran; docs/vllm.md says on which of them it ran on a GPU, and when.
 TRIED = ((0, 25), (0, 29), (0, 33))
@@ -10,7 +10,6 @@ TRIED = ((0, 25), (0, 29), (0, 33))
 VLLM = Engine("vLLM", "vllm", TRIED)
 
 _LAYERS = "model_executor.layers"
-_PACKED = ("data", "output_dim", "packed_dim", "packed_factor", "weight_loader")
 
 #: What every checkpoint needs.
 ALWAYS = (
@@ -25,11 +24,7 @@ ALWAYS = (
     Need(f"{_LAYERS}.linear", "register_weight_loader_v2_supported_method"),
     Need(f"{_LAYERS}.vocab_parallel_embedding", "ParallelLMHead"),
     Need("model_executor", "parameter"),
-    Need("model_executor.parameter", "BasevLLMParameter"),
-    Need("model_executor.parameter", "ChannelQuantScaleParameter", ("data", "output_dim", "weight_loader")),
-    Need("model_executor.parameter", "GroupQuantScaleParameter", ("data", "input_dim", "output_dim", "weight_loader")),
-    Need("model_executor.parameter", "PackedColumnParameter", _PACKED),
-    Need("model_executor.parameter", "PackedvLLMParameter", (*_PACKED, "input_dim", "marlin_tile_size")),
+    *needed_parameters("model_executor.parameter"),
     Need(
         f"{_LAYERS}.quantization.utils.marlin_utils",
         "apply_gptq_marlin_linear",

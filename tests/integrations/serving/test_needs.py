@@ -1,5 +1,6 @@
 """Versions of engines: judged by what they have. Runs without any engine."""
 
+import logging
 import sys
 from types import ModuleType
 
@@ -63,6 +64,14 @@ def test_a_version_that_nobody_tried_is_warned_of(version, is_tried):
     assert (warning is None) == is_tried
     if warning:
         assert warning.startswith(f"vLLM {version} was never tried with this awq2marlin; 0.25, 0.29 and 0.33 were.")
+
+
+def test_an_untried_version_is_said_once(caplog):
+    log = logging.getLogger("made up")
+    for _ in range(3):
+        VLLM.warn_if_untried("0.34.0", log)
+    VLLM.warn_if_untried("0.33.1", log)
+    assert [record.getMessage()[:30] for record in caplog.records] == ["vLLM 0.34.0 was never tried wi"]
 
 
 def test_an_engine_that_was_tried_in_one_version_is_told_of_that_one():

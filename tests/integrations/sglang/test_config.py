@@ -1,28 +1,18 @@
 """The method as SGLang sees it: found by its entry point, checked before the model is built, renamed with it."""
 
 import json
-import os
-import subprocess
-import sys
 from contextlib import contextmanager
-from pathlib import Path
 from unittest import mock
 
 import pytest
 
-import awq2marlin
-from tests.integrations.serving.harness import refusal
+from tests.integrations.serving.plugins import problem_of, run_python
 from tests.integrations.sglang.test_models import LLAMA, make
 
 pytestmark = pytest.mark.usefixtures("harness")
 
 MODULES = {"model.layers.0.self_attn.q_proj": (192, 192), "model.layers.0.mlp.down_proj": (256, 192)}
 CONFIG = "awq2marlin.integrations.sglang.config"
-
-
-def problem_of(call, *arguments, **options):
-    (problem,) = refusal(call, *arguments, **options)
-    return problem
 
 
 @pytest.fixture
@@ -45,18 +35,6 @@ def check(model, place=None, load_format="auto", revision=None, config=()):
 
 
 # --- registered -------------------------------------------------------------------------------------------
-
-
-def run_python(code):
-    """Runs code in a process that has imported no part of SGLang; returns its last line."""
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(Path(awq2marlin.__file__).parent.parent), *sys.path]),
-    }
-    command = [sys.executable, "-W", "ignore", "-c", code]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.splitlines()[-1]
 
 
 REGISTER = """

@@ -2,16 +2,8 @@
 
 import pytest
 
-from awq2marlin.errors import CheckpointError
 from tests.equality import assert_identical
-
-
-def problem_of(call, *arguments, **options):
-    with pytest.raises(CheckpointError) as refused:
-        call(*arguments, **options)
-    (problem,) = refused.value.problems
-    assert problem.code == "unsupported-engine"
-    return problem
+from tests.integrations.serving.plugins import problem_of
 
 
 def test_the_class_of_loaders_that_fits_our_parameters_is_chosen(harness, tmp_path):
@@ -53,6 +45,7 @@ def test_an_output_embedding_that_sglang_would_pad_is_refused(harness, tmp_path)
     model = harness.Model(tmp_path, {"lm_head": (128, 200), "a.down_proj": (128, 64)}, group_size=64)
     with harness.as_rank(0, 1):
         problem = problem_of(ParallelLMHead, 200, 128, quant_config=model.config, prefix="lm_head")
+    assert problem.code == "unsupported-engine"
     assert "the vocabulary has 200 entries, which SGLang pads to 256" in problem.message
 
 

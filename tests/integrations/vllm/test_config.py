@@ -1,26 +1,17 @@
 """The method as vLLM sees it: registered by its entry point, checked before the model is built, renamed with it."""
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from unittest import mock
 
 import pytest
 
 import awq2marlin
 from awq2marlin.checkpoint.synthetic import Recipe, write_checkpoint
-from tests.integrations.serving.harness import refusal
+from tests.integrations.serving.plugins import problem_of, run_python
 
 pytestmark = pytest.mark.usefixtures("harness")
 
 MODULES = {"model.layers.0.self_attn.q_proj": (192, 192), "model.layers.0.mlp.down_proj": (256, 192)}
-
-
-def problem_of(call, *arguments, **options):
-    (problem,) = refusal(call, *arguments, **options)
-    return problem
 
 
 @pytest.fixture
@@ -53,18 +44,6 @@ def test_what_stops_plain_transformers_is_nothing_to_vllm(tmp_path):
 
 
 # --- registered -------------------------------------------------------------------------------------------
-
-
-def run_python(code):
-    """Runs code in a process that has imported no part of vLLM; returns its last line."""
-    environment = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join([str(Path(awq2marlin.__file__).parent.parent), *sys.path]),
-    }
-    command = [sys.executable, "-W", "ignore", "-c", code]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.splitlines()[-1]
 
 
 REGISTER = """
