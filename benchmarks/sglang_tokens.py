@@ -49,8 +49,9 @@ from vllm_tokens import (
     serves_source,
 )
 
-#: The largest K, in tiles of 128, whose products SGLang's Marlin adds up in the same order every time, whatever N is.
-ORDERED_K = 1920
+#: The largest K whose products SGLang's Marlin adds up in the same order every time, whatever N is, and of which two
+#: ranks get whole groups of 128.
+ORDERED_K = 1792
 
 MODELS = {
     name: dataclasses.replace(model, inner=min(model.inner, ORDERED_K)) for name, model in vllm_tokens.MODELS.items()
