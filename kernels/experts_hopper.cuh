@@ -29,7 +29,7 @@ class HopperExperts {
   static constexpr int kRowBytes = (kOwnColumns + 8) * 2;  // the padding spreads the rows of a fragment over the banks
   static constexpr int kListRowBytes = WorkList::kRowWords * 4;
   static constexpr int kOwnBytes = kTokens * (kRowBytes + 2 * kListRowBytes);
-  static constexpr int kOutOffset = kStages * Core::kStageBytes;
+  static constexpr int kOutOffset = Core::kRingBytes;
   static constexpr int kBarriersOffset = kOutOffset + Core::kWarpgroups * kOwnBytes;
 
  public:
@@ -80,51 +80,21 @@ class HopperExperts {
 #pragma unroll 1
     for (int i = blockIdx.x; i < num_places; i += gridDim.x) {
       const WorkItem item = list.item(i / num_steps);
-      const GemmArguments weights = expert_weights(args, item.expert);
-      const int tile = tile_n(i % num_steps, w);
-      typename Core::Copier copier =
-          core.make_copier(args.a, weights.qweight + i64(tile) * L::kTileWords, [&](int token) {
+      typename Core::Copier copier = core.make_copier(
+          args.a, expert_weights(args, item.expert), tile_n(i % num_steps, w), {0, num_stages}, [&](int token) {
             const u32 pair = list.row(item.first + min(token, item.count - 1)).pair;
             return pair / u32(args.a_pairs) * args.a_stride;
           });
-      GroupPrefetch groups(weights, tile, core.lane);
+      copier.groups.prefetch(0);
 #pragma unroll 1
       for (int stage = 0; stage < num_stages; ++stage) {
         core.wait_empty(slot);
-        if (kPrefetches) groups.next(args.group_size);
-        core.copy_stage(copier, slot, args.qweight_stride);
+        core.copy_stage(copier, slot, args.qweight_stride, args.group_size);
         slot.advance();
       }
     }
     cp_async_wait_all();  // a block must not leave while copies to it are under way
   }
-
-  // Brings a tile's scales and zero points to L2 a ring of stages before they are read: from memory they would be late.
-  static constexpr bool kPrefetches = kResidentBlocks == 1;
-  class GroupPrefetch {
-   public:
-    __device__ __forceinline__ GroupPrefetch(const GemmArguments& weights, int tile, int lane)
-        : place(reinterpret_cast<const char*>(weights.scales + tile * kTileColumns)),
-          stride(2 * weights.scales_stride),
-          is_used(lane == 0 || (lane == 1 && weights.qzeros != nullptr)) {
-      if (lane != 1) return;
-      place = reinterpret_cast<const char*>(weights.qzeros + tile * L::kTileZeroWords);
-      stride = 4 * weights.qzeros_stride;
-    }
-    __device__ __forceinline__ void next(int group_size) {
-      for (; rows_ahead <= 0; rows_ahead += group_size) {
-        if (is_used) prefetch_l2(place);
-        place += stride;
-      }
-      rows_ahead -= Core::kStageRows;
-    }
-
-   private:
-    const char* place;
-    i64 stride;
-    const bool is_used;
-    int rows_ahead = 0;
-  };
 
   // Which blocks a warp multiplies: half of one of its warpgroup's two tiles, which are neighbours, or the gate's and
   // the up projection's. A gate is activated by warps 0 and 1 of the first warpgroup and 2 and 3 of the second, which
@@ -143,6 +113,10 @@ class HopperExperts {
                  first_block) {}
 
     __device__ __forceinline__ void read(Group& into, int group) const { groups.read(into, group, lane); }
+    __device__ __forceinline__ void read_group(Group& into, u32 first_sh, int lane) const {
+      const u32 group_sh = first_sh + w * Core::kTileGroupBytes;
+      groups.read_shared(into, group_sh, group_sh + kTileColumns * 2, lane);
+    }
     __device__ __forceinline__ void prepare(typename Core::Constants& constants, const Group& group) const {
 #pragma unroll
       for (int b = 0; b < Core::kBlocks; ++b) constants.set(b, groups.scales(group, b), groups.zeros(group, b));
@@ -182,7 +156,7 @@ class HopperExperts {
       const OwnBlocks blocks(*this, i);
       fetch_rows(list.item(i / num_steps), buffer);
       typename Core::Sums sums;
-      core.multiply(sums, slot, blocks, args.group_size, args.size_k, {0, args.size_k / Core::kStageRows});
+      core.multiply(sums, slot, blocks, args.group_size, {0, args.size_k / Core::kStageRows});
 
       cp_async_wait_all();
       own_barrier();  // the rows of the list are there, and the last result has left

@@ -32,8 +32,8 @@ struct GemmArguments {
   }
 
 // The scales and zero points of one lane's columns (lane/4 + 8*m) in one group and some neighbouring blocks of a tile,
-// as memory has them. They are read long before they are needed, so reading must not look at them: GroupReader::scales
-// and ::zeros do, at the time of use.
+// as memory has them. Where they are read long before they are needed, reading must not look at them: GroupReader::
+// scales and ::zeros do, at the time of use.
 template <int kBits, int kBlocks = kTileBlocks>
 struct LaneGroup {
   static constexpr int kZeroWords = kBlocks * kBits > 16 ? kBlocks * kBits / 16 : 1;
@@ -71,6 +71,15 @@ class GroupReader {
       into.zeros[i] = load_cached_word(zeros_gl_rd + group * zeros_stride + i);
   }
 
+  // The same from shared memory, where the tile's scales and zero points lie as GroupCopier puts them.
+  __device__ __forceinline__ void read_shared(Group& into, u32 scales_sh, u32 zeros_sh, int lane) const {
+    load_shared(into.scales, scales_sh + 2 * grouped_scale_position(lane, 2 * first_block));
+#pragma unroll
+    for (int i = 0; i < Group::kZeroWords; ++i)
+      load_shared(reinterpret_cast<u32(&)[1]>(into.zeros[i]),
+                  zeros_sh + 4 * (L::kZeroWords * (lane / 4) + first_block * kBits / 16 + i));
+  }
+
   // The scales of the j-th of these blocks as a pair (columns c and c + 8), in type T.
   __device__ __forceinline__ u32 scales(const Group& group, int j) const {
     return is_single ? ones(T{}) : group.scales[j];
@@ -94,6 +103,44 @@ class GroupReader {
   const u16* scales_gl_rd;
   const u32* zeros_gl_rd;
   i64 scales_stride, zeros_stride;
+};
+
+// A warp copies one or two groups of a tile to shared memory, each as [64 scales][zero points]: half of the lanes have
+// one each, and a lane 16 bytes of it. What the main loop will not look at is not copied: scales of a single group.
+template <int kBits>
+class GroupCopier {
+  using L = Layout<kBits>;
+  static constexpr int kScaleChunks = kTileColumns * 2 / 16, kChunks = L::kGroupBytes / 16, kHalf = kWarpLanes / 2;
+  static_assert(kChunks <= kHalf, "half a warp copies a group");
+
+ public:
+  __device__ __forceinline__ GroupCopier(const GemmArguments& args, int tile, int lane) : which(lane / kHalf) {
+    const int chunk = lane % kHalf;
+    const bool has_scales = chunk < kScaleChunks, is_single = args.group_size >= args.size_k;
+    gl_rd = has_scales ? reinterpret_cast<const char*>(args.scales + tile * kTileColumns) + 16 * chunk
+                       : reinterpret_cast<const char*>(args.qzeros + tile * L::kTileZeroWords) +
+                             16 * (chunk - kScaleChunks);
+    stride = is_single ? 0 : has_scales ? 2 * args.scales_stride : 4 * args.qzeros_stride;
+    place = which * L::kGroupBytes + 16 * chunk;
+    is_used = has_scales ? !is_single : chunk < kChunks && args.qzeros != nullptr;
+  }
+
+  // Brings a group to L2, from where it will be read otherwise.
+  __device__ __forceinline__ void prefetch(int group) const {
+    if (is_used && which == 0) prefetch_l2(gl_rd + group * stride);
+  }
+
+  // Copies groups from that one on: two at most.
+  __device__ __forceinline__ void copy(u32 groups_sh, int group, int count) const {
+    if (is_used && which < count) cp_async_16(groups_sh + place, gl_rd + (group + which) * stride);
+  }
+
+ private:
+  const char* gl_rd;
+  i64 stride;
+  u32 place;
+  const int which;
+  bool is_used;
 };
 
 // A warp copies one tile of weights to shared memory just as it lies in global memory, from end to end. The two halves
@@ -121,6 +168,26 @@ struct StepRange {
 __device__ __forceinline__ StepRange split_steps(int num_steps, int split, int num_splits) {
   return {int(u32(num_steps * split) / u32(num_splits)), int(u32(num_steps * (split + 1)) / u32(num_splits))};
 }
+
+// Tells the stages at whose end a group ends. Groups shorter than a stage end with every one.
+template <int kStageRows>
+class GroupEnds {
+ public:
+  __device__ __forceinline__ GroupEnds(int group_size, StepRange range)
+      : period(max(group_size, kStageRows)), rows_left(period - range.begin * kStageRows % period) {}
+
+  // Of the next stage.
+  __device__ __forceinline__ bool take() {
+    rows_left -= kStageRows;
+    const bool ends = rows_left == 0;
+    if (ends) rows_left = period;
+    return ends;
+  }
+
+ private:
+  const int period;
+  int rows_left;
+};
 
 // Which slot of a ring in shared memory a step uses, and the parity of the barriers' phase in that round.
 template <int kStages>

@@ -63,6 +63,9 @@ class HopperTile {
   static constexpr int kActBytes = kTokens * kStageRows * 2;
   static constexpr int kWeightBytes = kStageTiles * kWarpgroupWarps * L::kTileWords * 4;
   static constexpr int kStageBytes = kActBytes + kWeightBytes;
+  static constexpr int kTileGroupBytes = kBatches * L::kGroupBytes;  // of one tile: groups may be as short as a batch
+  static constexpr int kStageGroupBytes = kWarpgroupWarps * kTileGroupBytes;
+  static constexpr int kRingBytes = kStages * (kStageBytes + kStageGroupBytes);
   static_assert(kStageBytes % 1024 == 0 && kActBytes % 1024 == 0, "a swizzle pattern starts on 1024 bytes");
   static_assert(kStages >= 3, "a stage must be on its way while one is multiplied and another not yet released");
   static constexpr int kBarrierBytes = 2 * kStages * 8;
@@ -94,16 +97,24 @@ class HopperTile {
     const u16* act_gl_rd;             // its chunk of row 0
     u32 token_offsets[kActLoads];     // from there to its tokens, in chunks of eight numbers
     const u32* weights_gl_rd;         // the warp's tile
+    GroupCopier<kBits> groups;        // of that tile
+    GroupEnds<kStageRows> ends;
+    int group, num_groups;            // `group` is copied next
   };
 
-  // `offset_of` a token in numbers, a multiple of 8; what lies past the last token is a column that nobody stores.
+  // For a tile and a range of stages. `offset_of` a token in numbers, a multiple of 8; what lies past the last token is
+  // a column that nobody stores.
   template <class OffsetOf>
-  __device__ __forceinline__ Copier make_copier(const u16* act_gl_rd, const u32* weights_gl_rd,
-                                                OffsetOf offset_of) const {
+  __device__ __forceinline__ Copier make_copier(const u16* act_gl_rd, const GemmArguments& args, int tile,
+                                                StepRange range, OffsetOf offset_of) const {
     const int thread = threadIdx.x - kMathThreads, chunk = thread % kRowChunks, first = thread / kRowChunks;
-    Copier copier;
-    copier.act_gl_rd = act_gl_rd + 8 * chunk;
-    copier.weights_gl_rd = weights_gl_rd;
+    Copier copier = {act_gl_rd + i64(range.begin) * kStageRows + 8 * chunk,
+                     {},
+                     args.qweight + i64(range.begin) * kStageTiles * args.qweight_stride + i64(tile) * L::kTileWords,
+                     {args, tile, lane},
+                     {args.group_size, range},
+                     range.begin * kStageRows / args.group_size + 1,
+                     args.size_k / args.group_size};
 #pragma unroll
     for (int i = 0; i < kActLoads; ++i) copier.token_offsets[i] = u32(offset_of(first + i * kRoundTokens) / 8);
     return copier;
@@ -114,7 +125,8 @@ class HopperTile {
     mbarrier_wait(empty(slot.index), slot.parity ^ 1);
   }
 
-  __device__ __forceinline__ void copy_stage(Copier& copier, const Slot& slot, i64 qweight_stride) const {
+  __device__ __forceinline__ void copy_stage(Copier& copier, const Slot& slot, i64 qweight_stride,
+                                             int group_size) const {
     const int thread = threadIdx.x - kMathThreads, chunk = thread % kRowChunks, first = thread / kRowChunks;
     const u32 stage = shared + slot.index * kStageBytes;
     const u32 act_sh_wr = stage + (first * kRowChunks + (chunk ^ (first % 8))) * 16;
@@ -128,6 +140,12 @@ class HopperTile {
     for (int i = 0; i < kStageTiles; ++i) {
       copy_tile<kBits>(tile_sh(slot.index, i, warp - kMathWarps), copier.weights_gl_rd, lane);
       copier.weights_gl_rd += qweight_stride;
+    }
+    if (copier.ends.take()) {
+      const int count = group_size < kStageRows ? kBatches : 1;
+      copier.groups.copy(groups_sh(slot.index, warp - kMathWarps, 0), copier.group,
+                         min(count, copier.num_groups - copier.group));
+      copier.group += count;
     }
     mbarrier_arrive_after_copies(full(slot.index));
   }
@@ -159,6 +177,11 @@ class HopperTile {
         : groups(args, tile_n, core.lane, kBlocks * core.warpgroup), core(core) {}
 
     __device__ __forceinline__ void read(Group& into, int group) const { groups.read(into, group, core.lane); }
+    // The same from shared memory, counted from where the first tile has its own.
+    __device__ __forceinline__ void read_group(Group& into, u32 first_sh, int lane) const {
+      const u32 group_sh = first_sh + core.warp % kWarpgroupWarps * kTileGroupBytes;
+      groups.read_shared(into, group_sh, group_sh + kTileColumns * 2, lane);
+    }
     __device__ __forceinline__ void prepare(Constants& constants, const Group& group) const {
 #pragma unroll
       for (int b = 0; b < kBlocks; ++b) constants.set(b, groups.scales(group, b), groups.zeros(group, b));
@@ -181,17 +204,18 @@ class HopperTile {
     const HopperTile& core;
   };
 
-  // Adds the product of a range of stages, from `slot` on.
+  // Adds the product of a range of stages, from `slot` on. While a batch is multiplied, the constants are prepared of a
+  // group that begins with the next: a stage brings the groups that begin within it and with the stage that follows.
   template <class Blocks>
-  __device__ __forceinline__ void multiply(Sums& sums, Slot& slot, const Blocks& blocks, int group_size, int size_k,
+  __device__ __forceinline__ void multiply(Sums& sums, Slot& slot, const Blocks& blocks, int group_size,
                                            StepRange range) const {
-    const int first_row = range.begin * kStageRows, last_group = (size_k - 1) / group_size;
-    int group = first_row / group_size;
-    int rows_left = 0;                                      // of the group whose constants we hold
-    int next_rows = group_size - first_row % group_size;    // of the group that is on its way
-    typename Blocks::Group next_group;
-    blocks.read(next_group, min(group, last_group));
+    GroupEnds<kStageRows> ends(group_size, range);
+    const bool every_batch = group_size < kStageRows;
+    const int group_lane = reckoned_here(lane);
+    typename Blocks::Group group[kBatches];
+    blocks.read(group[0], range.begin * kStageRows / group_size);
     Constants constants;
+    blocks.prepare(constants, group[0]);
 
     u32 weight[kBatches][kBatchTiles][kBlocks][4];  // one batch is multiplied while the next is decoded
     const u32 words_sh = blocks.words_place();
@@ -202,16 +226,12 @@ class HopperTile {
       u32 words[kStageTiles][kWords];
 #pragma unroll
       for (int i = 0; i < kStageTiles; ++i) blocks.load_words(words[i], tile_sh(slot.index, i, 0) + words_sh);
+      const bool is_end = ends.take();
+      if (is_end) blocks.read_group(group[1], groups_sh(slot.index, 0, every_batch), group_lane);
+      if (every_batch) blocks.read_group(group[0], groups_sh(slot.index, 0, 0), group_lane);
       const u64 act = wgmma_descriptor(shared + slot.index * kStageBytes);
 #pragma unroll
       for (int batch = 0; batch < kBatches; ++batch) {
-        if (rows_left == 0) {
-          blocks.prepare(constants, next_group);
-          rows_left = next_rows;
-          next_rows = group_size;
-          blocks.read(next_group, min(++group, last_group));
-        }
-        rows_left -= kBatchRows;
         decode_batch(weight[batch], words + batch * kBatchTiles, constants);
         wgmma_fence();
 #pragma unroll
@@ -220,6 +240,7 @@ class HopperTile {
           for (int b = 0; b < kBlocks; ++b)
             wgmma(T{}, sums.v[b], weight[batch][i][b], act + 2 * (batch * kBatchTiles + i));
         wgmma_commit();
+        if (batch == 0 ? every_batch : is_end) blocks.prepare(constants, group[batch]);
         // The batch before is done: its registers are free, and after a stage's last batch so is its slot.
         wgmma_wait<1>();
         if (batch == 0) {
@@ -266,6 +287,9 @@ class HopperTile {
 
   // ---- where things are ---------------------------------------------------------------------------------------------
 
+  __device__ __forceinline__ u32 groups_sh(int slot, int w, int which) const {
+    return shared + kStages * kStageBytes + slot * kStageGroupBytes + w * kTileGroupBytes + which * L::kGroupBytes;
+  }
   __device__ __forceinline__ u32 tile_sh(int slot, int tile, int w) const {
     return shared + slot * kStageBytes + kActBytes + (tile * kWarpgroupWarps + w) * (L::kTileWords * 4);
   }
@@ -280,8 +304,7 @@ class HopperGemm {
   using Core = HopperTile<T, kBits, kTokens, kStages>;
   static constexpr int kColumns = Core::kColumns;
   static constexpr int kSumBytes = SumTile<kColumns>::bytes(kTokens);
-  static constexpr int kRingBytes = kStages * Core::kStageBytes;
-  static constexpr int kBarriersOffset = kRingBytes > kSumBytes ? kRingBytes : kSumBytes;
+  static constexpr int kBarriersOffset = Core::kRingBytes > kSumBytes ? Core::kRingBytes : kSumBytes;
   static_assert(kResidentBlocks == 1 || kTokens == 32, "the sums must fit the registers");
   using Registers = HopperRegisters<kResidentBlocks>;
 
@@ -316,16 +339,14 @@ class HopperGemm {
 
   static __device__ __forceinline__ void copy(const GemmArguments& args, const Core& core, StepRange range) {
     const int first_token = blockIdx.z * kTokens;
-    typename Core::Copier copier = core.make_copier(
-        args.a + i64(first_token) * args.a_stride + i64(range.begin) * Core::kStageRows,
-        args.qweight + i64(range.begin) * Core::kStageTiles * args.qweight_stride +
-            i64(tile_n(args, core.warp - Core::kMathWarps)) * Core::L::kTileWords,
-        [&](int token) { return min(token, args.size_m - 1 - first_token) * args.a_stride; });
+    typename Core::Copier copier =
+        core.make_copier(args.a + i64(first_token) * args.a_stride, args, tile_n(args, core.warp - Core::kMathWarps),
+                         range, [&](int token) { return min(token, args.size_m - 1 - first_token) * args.a_stride; });
     typename Core::Slot slot;
 #pragma unroll 1  // there are few registers here
     for (int step = range.begin; step < range.end; ++step) {
       core.wait_empty(slot);
-      core.copy_stage(copier, slot, args.qweight_stride);
+      core.copy_stage(copier, slot, args.qweight_stride, args.group_size);
       slot.advance();
     }
     cp_async_wait_all();  // a block must not leave while copies to it are under way
@@ -336,7 +357,7 @@ class HopperGemm {
     const typename Core::OwnBlocks blocks(args, core, tile_n(args, core.warp % Core::kWarpgroupWarps));
     typename Core::Sums sums;
     typename Core::Slot slot;
-    core.multiply(sums, slot, blocks, args.group_size, args.size_k, range);
+    core.multiply(sums, slot, blocks, args.group_size, range);
     barrier_some<Core::kMathThreads>();  // the sums go where the stages were
     core.deposit(sums, blocks, tile);
     barrier_some<Core::kMathThreads>();

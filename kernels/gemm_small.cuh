@@ -19,7 +19,8 @@ class SmallGemm {
   static_assert(kStages >= 2, "a step is on its way while another is multiplied");
   static constexpr int kTokens = Step::kTokens;
   static constexpr int kStageBytes = Step::kActBytes + Step::kWeightBytes;
-  static constexpr int kWarpBytes = kStages * kStageBytes > Step::kSumBytes ? kStages * kStageBytes : Step::kSumBytes;
+  static constexpr int kRingBytes = kStages * (kStageBytes + Step::kGroupBytes);
+  static constexpr int kWarpBytes = ((kRingBytes > Step::kSumBytes ? kRingBytes : Step::kSumBytes) + 127) / 128 * 128;
   static constexpr int kQuads = kTileColumns / 4;
   static constexpr int kMaxSplits = 8;  // what every GPU with clusters takes
   static constexpr int kReceivedBytes = (kTokens * kQuads + kMaxSplits) * 16;
@@ -51,7 +52,8 @@ class SmallGemm {
         shared(warp_shared),
         lane(lane),
         weights_gl_rd(args.qweight + i64(blockIdx.y) * L::kTileWords),
-        groups(args, blockIdx.y, lane) {}
+        groups(args, blockIdx.y, lane),
+        group_copier(args, blockIdx.y, lane) {}
 
   // The warp's first step of weights, into L2: all that may be done before the kernel before us is through.
   __device__ __forceinline__ void prefetch(int warp) const {
@@ -65,24 +67,21 @@ class SmallGemm {
                     (i64(step) * Step::kStepTiles + line / kTileLines) * args.qweight_stride);
   }
 
-  // The warp's share of the block's share of K. Copies run kStages - 1 steps ahead, scales and zero points one.
+  // The warp's share of the block's share of K. Copies run kStages - 1 steps ahead.
   __device__ __forceinline__ void sum_rows(int warp) {
     const StepRange range = split_steps(args.size_k / kStepRows, blockIdx.x, args.num_splits);
     int step = range.begin + warp;
 #pragma unroll
     for (int i = 0; i < kStages - 1; ++i) fetch(step + i * kWarps, range.end, i);
-    Groups now, next;
-    if (step < range.end) Step::read_groups(next, groups, step, lane);
-
     for (int slot = 0; step < range.end; step += kWarps) {
-      now = next;
-      if (step + kWarps < range.end) Step::read_groups(next, groups, step + kWarps, lane);
       cp_async_wait<kStages - 2>();
       // The step is there for all lanes, and all are done with the one before, the next to be overwritten.
       __syncwarp();
       fetch(step + (kStages - 1) * kWarps, range.end, slot == 0 ? kStages - 1 : slot - 1);
-      const u32 act_sh = stage_sh(slot);
-      Step::multiply(sums, act_sh, act_sh + Step::kActBytes, groups, now, lane);
+      const u32 act_sh = stage_sh(slot), weights_sh = act_sh + Step::kActBytes;
+      Groups step_groups;
+      Step::load_groups(step_groups, groups, groups_sh(slot), lane);
+      Step::multiply(sums, act_sh, weights_sh, groups, step_groups, lane);
       slot = slot == kStages - 1 ? 0 : slot + 1;
     }
     cp_async_wait<0>();
@@ -91,9 +90,10 @@ class SmallGemm {
 
   __device__ __forceinline__ void fetch(int step, int end, int slot) const {
     if (step < end) {
-      const u32 act_sh = stage_sh(slot);
-      Step::copy_weights(act_sh + Step::kActBytes, weights_gl_rd + i64(step) * Step::kStepTiles * args.qweight_stride,
+      const u32 act_sh = stage_sh(slot), weights_sh = act_sh + Step::kActBytes;
+      Step::copy_weights(weights_sh, weights_gl_rd + i64(step) * Step::kStepTiles * args.qweight_stride,
                          args.qweight_stride, lane);
+      Step::copy_groups(groups_sh(slot), group_copier, step);
 #pragma unroll
       for (int i = 0; i < Step::kActLoads; ++i) {
         const int token = Step::token_of(i, lane), chunk = Step::chunk_of(i, lane);
@@ -149,14 +149,18 @@ class SmallGemm {
     }
   }
 
-  // A stage's activations; its weights lie behind them.
+  // A stage's activations; its weights lie behind them. Groups lie apart: a copy of weights begins on 128 bytes.
   __device__ __forceinline__ u32 stage_sh(int slot) const { return shared_address(shared) + slot * kStageBytes; }
+  __device__ __forceinline__ u32 groups_sh(int slot) const {
+    return shared_address(shared) + kStages * kStageBytes + slot * Step::kGroupBytes;
+  }
 
   const GemmArguments& args;
   unsigned char* shared;
   const int lane;
   const u32* weights_gl_rd;
   const GroupReader<T, kBits> groups;
+  const GroupCopier<kBits> group_copier;
   typename Step::Sums sums = {};
 };
 

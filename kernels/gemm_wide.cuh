@@ -36,7 +36,8 @@ class WideGemm {
   static constexpr int kColumns = kTiles * kTileColumns;
   static constexpr int kStageRows = 64;
   static constexpr int kStageTiles = kStageRows / kTileRows;
-  static constexpr int kMinGroupTiles = 32 / kTileRows;
+  static constexpr int kBatchTiles = 32 / kTileRows;  // the smallest group
+  static constexpr int kBatches = kStageTiles / kBatchTiles;
   static_assert(kHasWgmma<kTokens>, "wgmma.cuh has no instruction of this width");
   static_assert(kTokens % 16 == 0, "two octets of tokens are stored at a time");
 
@@ -46,7 +47,9 @@ class WideGemm {
   static_assert(kStageBytes % 1024 == 0 && kActBytes % 1024 == 0, "a swizzle pattern starts on 1024 bytes");
   static constexpr int kRowBytes = (kColumns + 8) * 2;  // the padding spreads the rows of a fragment over the banks
   static_assert(kTokens <= kMathThreads, "a thread sends a row");
-  static constexpr int kRowsOffset = kStages * kStageBytes;
+  static constexpr int kScaleBytes = kColumns * 2, kGroupBytes = kTiles * L::kGroupBytes;  // scales, then zero points
+  static constexpr int kGroupsOffset = kStages * kStageBytes;
+  static constexpr int kRowsOffset = kGroupsOffset + kStages * kBatches * kGroupBytes;
   static constexpr int kBarriersOffset = kRowsOffset + kTokens * kRowBytes;
 
   // A multiprocessor has 65536 registers, 168 for each of 384 threads in multiples of 8. Warps that only copy give up
@@ -118,14 +121,28 @@ class WideGemm {
 
   __device__ __forceinline__ void copy(const TensorMap& a_map, const TensorMap& qweight_map) const {
     Slot slot;
+    const int num_groups = args.size_k / args.group_size, groups_at_once = args.group_size < kStageRows ? kBatches : 1;
 #pragma unroll 1
     for (int i = blockIdx.x; i < num_places; i += gridDim.x) {
       const Place at = place(i);
+      const int columns = min(kColumns, args.size_n - at.first_column);
+      const u32 scale_bytes = columns * 2, zero_bytes = args.qzeros ? columns * kBits / 8 : 0;
+      const u16* scales = args.scales + at.first_column;
+      const u32* zeros = args.qzeros + at.first_column / L::kPackFactor;
+      GroupEnds<kStageRows> ends(args.group_size, at.range);
+      int group = at.range.begin * kStageRows / args.group_size + 1;
 #pragma unroll 1
       for (int step = at.range.begin; step < at.range.end; ++step) {
         const u32 stage = shared + slot.index * kStageBytes, barrier = full(slot.index);
         mbarrier_wait(empty(slot.index), slot.parity ^ 1);  // a slot that was never used counts as empty
-        mbarrier_arrive_expecting(barrier, kStageBytes);
+        const int count = ends.take() ? min(groups_at_once, num_groups - group) : 0;
+        mbarrier_arrive_expecting(barrier, kStageBytes + count * (scale_bytes + zero_bytes));
+#pragma unroll 1
+        for (int i = 0; i < count; ++i, ++group) {
+          const u32 to = group_sh(slot.index, i);
+          bulk_load(to, scales + group * args.scales_stride, scale_bytes, barrier);
+          if (zero_bytes) bulk_load(to + kScaleBytes, zeros + group * args.qzeros_stride, zero_bytes, barrier);
+        }
         box_load(stage, a_map, step * kStageRows, at.first_token, barrier);
         box_load(stage + kActBytes, qweight_map, at.first_column / kTileColumns * (kTileBytes / 8), step * kStageTiles,
                  barrier);
@@ -176,14 +193,19 @@ class WideGemm {
     bulk_wait();
   }
 
-  // One tile of 16 rows is decoded while the one before is multiplied.
+  __device__ __forceinline__ Constants prepare(const Groups& groups, const typename Groups::Group& group) const {
+    const u32 scales = groups.scales(group, 0);
+    return {D::offsets(groups.zeros(group, 0)), {low_twice(scales), high_twice(scales)}};
+  }
+
+  // One tile of 16 rows is decoded while the one before is multiplied. Meanwhile the constants are prepared of a group
+  // that begins with the next: a stage brings the groups that begin within it and with the stage that follows.
   __device__ __forceinline__ void sum_rows(Sums& sums, Slot& slot, const Groups& groups,
-                                           typename Groups::Group next_group, StepRange range) const {
-    const int first_row = range.begin * kStageRows, last_group = (args.size_k - 1) / args.group_size;
-    int group = first_row / args.group_size;
-    int rows_left = 0;                                              // of the group whose constants we hold
-    int next_rows = args.group_size - first_row % args.group_size;  // of the group that is on its way
-    Constants constants;
+                                           const typename Groups::Group& first_group, StepRange range) const {
+    GroupEnds<kStageRows> ends(args.group_size, range);
+    const bool every_batch = args.group_size < kStageRows;
+    Constants constants = prepare(groups, first_group);
+    typename Groups::Group group[kBatches];
     u32 weight[2][4];
     const int b = warp % kWarpgroupWarps;
     const u32 words_sh = tile_sh(0, 0, warpgroup) + (lane * L::kLaneWords + b * L::kBlockWords) * 4;
@@ -194,24 +216,19 @@ class WideGemm {
 #pragma unroll
       for (int t = 0; t < kStageTiles; ++t)
         load_shared(words[t], words_sh + slot.index * kStageBytes + t * (kTiles * kTileBytes));
+      const bool is_end = ends.take();
+      if (is_end) read_group(group[1], groups, slot.index, every_batch);
+      if (every_batch) read_group(group[0], groups, slot.index, 0);
       const u64 act = wgmma_descriptor(shared + slot.index * kStageBytes);
 #pragma unroll
       for (int t = 0; t < kStageTiles; ++t) {
-        if (t % kMinGroupTiles == 0) {
-          if (rows_left == 0) {
-            const u32 scales = groups.scales(next_group, 0);
-            constants = {D::offsets(groups.zeros(next_group, 0)), {low_twice(scales), high_twice(scales)}};
-            rows_left = next_rows;
-            next_rows = args.group_size;
-            groups.read(next_group, min(++group, last_group), lane);
-          }
-          rows_left -= kMinGroupTiles * kTileRows;
-        }
         D::decode(weight[t % 2], words[t], constants.offsets);
         scale<T>(weight[t % 2], constants.scales[0], constants.scales[1]);
         wgmma_fence();
         wgmma(T{}, sums, weight[t % 2], act + 2 * t);
         wgmma_commit();
+        if (t == kBatchTiles - 1 && every_batch) constants = prepare(groups, group[0]);
+        if (t == kStageTiles - 1 && is_end) constants = prepare(groups, group[1]);
         wgmma_wait<1>();  // the tile before is done: its registers are free, and after a stage's last its slot
         if (t == 0) {
           if (step > range.begin) release(released);
@@ -222,6 +239,13 @@ class WideGemm {
     }
     wgmma_wait<0>();
     if (range.begin < range.end) release(released);
+  }
+
+  __device__ __forceinline__ void read_group(typename Groups::Group& into, const Groups& groups, int slot,
+                                             int which) const {
+    const u32 scales_sh = group_sh(slot, which) + warpgroup * kTileColumns * 2;
+    const u32 zeros_sh = group_sh(slot, which) + kScaleBytes + warpgroup * L::kTileZeroWords * 4;
+    groups.read_shared(into, scales_sh, zeros_sh, lane);
   }
 
   // The warp is done with a slot.
@@ -293,6 +317,9 @@ class WideGemm {
 
   __device__ __forceinline__ u32 tile_sh(int slot, int tile, int w) const {
     return shared + slot * kStageBytes + kActBytes + (tile * kTiles + w) * kTileBytes;
+  }
+  __device__ __forceinline__ u32 group_sh(int slot, int which) const {
+    return shared + kGroupsOffset + (slot * kBatches + which) * kGroupBytes;
   }
   __device__ __forceinline__ u32 full(int slot) const { return shared + kBarriersOffset + 8 * slot; }
   __device__ __forceinline__ u32 empty(int slot) const { return full(kStages + slot); }

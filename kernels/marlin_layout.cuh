@@ -35,6 +35,7 @@ struct Layout {
   static constexpr int kLaneChunks = kLaneWords / 4;                           // 16-byte chunks of a lane in a tile
   static constexpr int kZeroWords = kLaneColumns / kPackFactor;                // zero-point words of a lane
   static constexpr int kTileZeroWords = kTileColumns / kPackFactor;            // zero-point words of a tile
+  static constexpr int kGroupBytes = kTileColumns * 2 + kTileZeroWords * 4;    // a tile's scales and zero points
   static constexpr u32 kImpliedZeros = kBits == 4 ? 0x88888888u : 0x80808080u; // without qzeros
 };
 

@@ -289,6 +289,13 @@ __device__ __forceinline__ void box_load(u32 to, const TensorMap& map, int colum
       : "memory");
 }
 
+// Of neighbouring bytes: addresses and size are multiples of 16.
+__device__ __forceinline__ void bulk_load(u32 to, const void* from, u32 bytes, u32 barrier) {
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
+               "l"(from), "r"(bytes), "r"(barrier)
+               : "memory");
+}
+
 // Stores four 8 x 8 fragments of 16-bit numbers transposed: lane l says where row l % 8 of fragment l / 8 goes.
 __device__ __forceinline__ void stmatrix_x4_transposed(u32 address, const u32 (&v)[4]) {
   asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(v[0]),

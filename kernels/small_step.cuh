@@ -50,6 +50,21 @@ struct SmallStep {
       groups.read(into.of[i], (step * kStepRows + i * kScaledRows) / kGroupSize, lane);
   }
 
+  // The same by way of shared memory, where a step's groups take so many bytes.
+  static constexpr int kGroupBytes = kStepGroups * L::kGroupBytes;
+  static __device__ __forceinline__ void copy_groups(u32 groups_sh, const GroupCopier<kBits>& groups, int step) {
+#pragma unroll
+    for (int i = 0; i < kStepGroups; i += 2)
+      groups.copy(groups_sh + i * L::kGroupBytes, step * kStepRows / kGroupSize + i, min(kStepGroups - i, 2));
+  }
+  static __device__ __forceinline__ void load_groups(Groups& into, const Reader& groups, u32 groups_sh, int lane) {
+#pragma unroll
+    for (int i = 0; i < kStepGroups; ++i) {
+      const u32 group_sh = groups_sh + i * L::kGroupBytes;
+      groups.read_shared(into.of[i], group_sh, group_sh + kTileColumns * 2, lane);
+    }
+  }
+
   static __device__ __forceinline__ void copy_weights(u32 weights_sh, const u32* tile_gl_rd, i64 qweight_stride,
                                                       int lane) {
 #pragma unroll

@@ -156,7 +156,7 @@ class Weights(NamedTuple):
 
 
 #: Of each of `Weights` its name, and the elements at multiples of which rows begin.
-_PLACES = tuple(zip(Weights._fields, (4, 8, 1, 4), strict=True))
+_PLACES = tuple(zip(Weights._fields, (4, 8, 4, 4), strict=True))
 
 
 def check_weights(

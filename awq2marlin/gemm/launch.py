@@ -115,7 +115,7 @@ class GemmCall:
         qzeros_at = 0 if qzeros is None else qzeros.data_ptr()
         bias_at = 0 if bias is None else bias.data_ptr()
         if (a_at | qweight_at | scales_at | qzeros_at | bias_at) % 16:
-            check_addresses(a=(a, 16), qweight=(qweight, 16), scales=(scales, 16), qzeros=(qzeros, 4), bias=(bias, 8))
+            check_addresses(a=(a, 16), qweight=(qweight, 16), scales=(scales, 16), qzeros=(qzeros, 16), bias=(bias, 8))
         if out is None:
             out = a.new_empty(self._out_shape)
         workspace, workspace_at = None, 0

@@ -19,7 +19,8 @@ from tests.gemm.gemm_cases import random_layer, random_tokens
 def main() -> None:
     launches = 0
     for num_bits, dtype in ((4, torch.float16), (8, torch.bfloat16)):
-        for size_k, size_n, group_size in ((256, 192, 64), (128, 320, -1)):
+        # The second half of K = 384 begins within a group of 128 rows.
+        for size_k, size_n, group_size in ((320, 128, 32), (384, 192, 128), (128, 320, -1)):
             layer = random_layer(
                 size_k, size_n, group_size, num_bits=num_bits, dtype=dtype, has_bias=True, device="cuda"
             )

@@ -118,6 +118,11 @@ REFUSALS = [
     ({"scales": LAYER.scales[:3]}, ValueError, r"scales must have .* G = 1, or one of 8, 4, 2 .*, found \[3, 128\]"),
     ({"scales": LAYER.scales[:0]}, ValueError, r"scales must have .* G = 1, .*, found \[0, 128\]"),
     ({"qzeros": LAYER.qzeros[:2]}, ValueError, r"qzeros must have the shape \[4, 16\], found \[2, 16\]"),
+    (
+        {"qzeros": torch.zeros(4, 18, dtype=torch.int32)[:, :16]},
+        ValueError,
+        "qzeros must have a row stride and an offset that are multiples of 4, .* found 18 and 0",
+    ),
     ({"qzeros": LAYER.scales}, TypeError, "qzeros must be torch.int32, found torch.float16"),
     ({"bias": LAYER.bias[:64]}, ValueError, r"bias must have the shape \[128\], found \[64\]"),
     ({"bias": LAYER.bias.float()}, TypeError, "bias must be torch.float16, found torch.float32"),

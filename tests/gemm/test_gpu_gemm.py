@@ -20,7 +20,7 @@ from tests.skips import ONE_GPU
 
 pytestmark = pytest.mark.gpu
 
-GROUPS = [(32, True), (64, False), (128, True), (-1, True), (-1, False)]  # (group size, has zero points)
+GROUPS = [(32, True), (32, False), (64, True), (64, False), (128, True), (-1, True), (-1, False)]  # size, zero points
 KINDS = [("fp16", 4), ("fp16", 8), ("bf16", 4), ("bf16", 8)]
 
 
@@ -112,8 +112,9 @@ def test_golden_layers_give_the_product(case):
         assert_product(layer(a), a, layer)
 
 
-def test_two_runs_give_the_same_bits():
-    layer = gpu_layer(4096, 1024, 128, has_bias=True)
+@pytest.mark.parametrize("group_size", [32, 128])
+def test_two_runs_give_the_same_bits(group_size):
+    layer = gpu_layer(4096, 1024, group_size, has_bias=True)
     for size_m in (1, 16, 24, 32, 64, 300):
         a = random_tokens(size_m, layer)
         for config in variants(problem_of(size_m, layer)):
@@ -171,8 +172,9 @@ def test_no_tokens_give_an_empty_result():
     assert layer(torch.empty(0, 128, dtype=torch.float16, device="cuda")).shape == (0, 64)
 
 
-def test_works_in_a_captured_graph_on_another_stream():
-    layer = gpu_layer(1024, 512, 128, has_bias=True)
+@pytest.mark.parametrize("group_size", [32, 128])
+def test_works_in_a_captured_graph_on_another_stream(group_size):
+    layer = gpu_layer(1024, 512, group_size, has_bias=True)
     assert ops.warm_up(layer.qweight, layer.scales, layer.qzeros, max_tokens=256) >= 2
     for size_m in (1, 16, 48, 200):
         a = random_tokens(size_m, layer)

@@ -201,7 +201,7 @@ def check_gemm_addresses(tensors: ExpertTensors) -> None:
         a=(tensors.a, 16),
         qweight=(tensors.qweight, 16),
         scales=(tensors.scales, 16),
-        qzeros=(tensors.qzeros, 4),
+        qzeros=(tensors.qzeros, 16),
         bias=(tensors.bias, 8),
     )
     _check_routing_addresses(tensors.topk_ids, tensors.topk_weights)
@@ -217,11 +217,11 @@ def check_block_addresses(tensors: BlockTensors) -> None:
         hidden=(tensors.hidden, 16),
         w13_qweight=(tensors.w13_qweight, 16),
         w13_scales=(tensors.w13_scales, 16),
-        w13_qzeros=(tensors.w13_qzeros, 4),
+        w13_qzeros=(tensors.w13_qzeros, 16),
         w13_bias=(tensors.w13_bias, 8),
         w2_qweight=(tensors.w2_qweight, 16),
         w2_scales=(tensors.w2_scales, 16),
-        w2_qzeros=(tensors.w2_qzeros, 4),
+        w2_qzeros=(tensors.w2_qzeros, 16),
         w2_bias=(tensors.w2_bias, 8),
     )
     _check_routing_addresses(tensors.topk_ids, tensors.topk_weights)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from awq2marlin.gemm.experts.problem import Activation, ExpertProblem
-from awq2marlin.gemm.families.base import CPP_TYPES, MAX_SPLITS, Dtype, sum_bytes
+from awq2marlin.gemm.families.base import CPP_TYPES, MAX_SPLITS, Dtype, group_bytes, sum_bytes
 from awq2marlin.gemm.source import ENTRY_POINT, KernelSource, instantiation
 
 _CPP_ACTIVATIONS: dict[Activation, str] = {
@@ -228,8 +228,8 @@ class HopperExpertsConfig(ExpertsConfig):
 
     @functools.cached_property
     def shared_bytes(self) -> int:
-        """Shared memory of a block: stages with two barriers each; rows that leave and rows of the list, in halves."""
-        stage = 64 * (2 * self.tokens + 256 * self.num_bits // 8)
+        """Shared memory of a block: stages with groups and barriers; rows that leave, and of the list, in halves."""
+        stage = 64 * (2 * self.tokens + 256 * self.num_bits // 8) + 2 * 4 * group_bytes(self.num_bits)
         return self.stages * (stage + 16) + self.tokens * (2 * self.out_columns + 2 * (16 + 16))
 
     @property

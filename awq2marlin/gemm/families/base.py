@@ -285,6 +285,11 @@ def overlapped(multiplying: float, reading: float) -> float:
     return math.sqrt(math.hypot(multiplying**2, reading**2))
 
 
+def group_bytes(num_bits: int) -> int:
+    """Returns what a tile's scales and zero points take in one group, ``Layout::kGroupBytes``."""
+    return 64 * 2 + 64 * num_bits // 8
+
+
 def sum_bytes(columns: int, tokens: int) -> int:
     """Returns what ``SumTile`` takes: fp32, rows padded by four."""
     return tokens * (columns + 4) * 4

@@ -14,6 +14,7 @@ from awq2marlin.gemm.families.base import (
     GemmConfig,
     GemmProblem,
     StepTimes,
+    group_bytes,
     sum_bytes,
 )
 
@@ -107,9 +108,9 @@ class HopperConfig(GemmConfig):
 
     @functools.cached_property
     def shared_bytes(self) -> int:
-        """Shared memory of a block: the stages, later the sums; then two barriers a stage."""
+        """Shared memory of a block: the stages with their groups, later the sums; then two barriers a stage."""
         columns, tokens = self.tile
-        stage = 64 * (2 * tokens + columns * self.num_bits // 8)
+        stage = 64 * (2 * tokens + columns * self.num_bits // 8) + 2 * 4 * group_bytes(self.num_bits)
         return max(self.stages * stage, sum_bytes(columns, tokens)) + 2 * self.stages * 8
 
     @property

@@ -14,6 +14,7 @@ from awq2marlin.gemm.families.base import (
     SHARED_BYTES,
     GemmConfig,
     GemmProblem,
+    group_bytes,
     overlapped,
     sum_bytes,
 )
@@ -103,12 +104,12 @@ class SmallConfig(GemmConfig):
 
     @classmethod
     def candidates(cls, problem: GemmProblem) -> Iterator[GemmConfig]:
-        """Yields those for the bits and tokens that the GPU holds; long steps only where they lie within a group."""
+        """Yields those for the bits and tokens that the GPU holds, with steps that divide K."""
         is_single = problem.group_size == problem.size_k
         for candidate in CANDIDATES:
             if (candidate.num_bits, candidate.token_tiles) != (problem.num_bits, -(-problem.size_m // 8)):
                 continue
-            if candidate.step_rows == 128 and (problem.group_size < 128 or problem.size_k % 128):
+            if problem.size_k % candidate.step_rows:
                 continue
             config = cls(
                 dtype=problem.dtype,
@@ -156,17 +157,17 @@ class SmallConfig(GemmConfig):
     def shared_bytes(self) -> int:
         """Shared memory of a block: each warp's steps, later its sums; what other blocks send."""
         columns, tokens = self.tile
-        step = self.step_rows * (2 * tokens + columns * self.num_bits // 8)
+        groups = max(1, self.step_rows // self.group_rows)
+        step = self.step_rows * (2 * tokens + columns * self.num_bits // 8) + groups * group_bytes(self.num_bits)
+        of_warp = max(self.stages * step, sum_bytes(columns, tokens))
         received = (tokens * columns // 4 + MAX_SPLITS) * 16
-        return self.warps * max(self.stages * step, sum_bytes(columns, tokens)) + received
+        return self.warps * -(-of_warp // 128) * 128 + received
 
     @property
     def resident_blocks(self) -> int:
         """Blocks that a multiprocessor holds at once, by registers and by shared memory."""
-        # Two groups under way, each with its sums, take the registers of more warps.
-        warps = 8 if self.token_tiles == 2 and self.group_rows == 32 else self.resident_warps
         by_shared_memory = SHARED_BYTES // (self.shared_bytes + 1024)
-        return max(1, min(warps // self.warps, by_shared_memory))
+        return max(1, min(self.resident_warps // self.warps, by_shared_memory))
 
     @property
     def template_arguments(self) -> tuple[int, ...]:

@@ -15,6 +15,7 @@ from awq2marlin.gemm.families.base import (
     GemmConfig,
     GemmProblem,
     Reduction,
+    group_bytes,
     overlapped,
 )
 
@@ -120,8 +121,8 @@ class WideConfig(GemmConfig):
 
     @property
     def _stage_bytes(self) -> int:
-        """Activations and weights of a stage, and its two barriers."""
-        return 64 * (2 * self.tokens + 128 * self.num_bits // 8) + 16
+        """Activations and weights of a stage, two groups of scales and zero points, and two barriers."""
+        return 64 * (2 * self.tokens + 128 * self.num_bits // 8) + 2 * 2 * group_bytes(self.num_bits) + 16
 
     @property
     def _row_bytes(self) -> int:
