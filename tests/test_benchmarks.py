@@ -16,6 +16,7 @@ from safetensors import safe_open
 
 from awq2marlin import convert, inspect, verify
 from awq2marlin.layout import reference
+from tests.gemm.gemm_cases import random_layer, random_tokens
 
 FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
 
@@ -382,6 +383,40 @@ def test_the_load_summary_takes_medians_and_compares_tokens(script):
         "awq": {"error": "no"}, "marlin": {"ready_seconds": 3.0}, "vllm": "0.25.0", "same_tokens": True,
     }  # fmt: skip
     assert not summary({"awq": [{**run, "tokens": [1, 3]}], "marlin": [run]})["same_tokens"]
+
+
+def test_kinds_of_weights_are_compared_at_the_same_bytes(script):
+    variants = script("gemm_variants")
+
+    def case(kind, size_m):
+        layer = random_layer(256, kind.columns(512, size_m), kind.group_size, num_bits=kind.bits)
+        a = random_tokens(size_m, layer)
+        return variants.Case(kind, a, [(layer.qweight, layer.scales, layer.qzeros)]), layer(a)
+
+    finer = variants.Kind(variants.USUAL.dtype, 4, 32, has_zeros=True)
+    wider = variants.Kind(variants.USUAL.dtype, 8, 128, has_zeros=True)
+    assert (str(finer), wider.columns(512, 64), wider.columns(512, 65)) == ("fp16, 4 bits, g = 32", 256, 512)
+    few, _ = case(variants.USUAL, 1)
+    assert few.moved_bytes == 256 * 512 // 2 + 2 * 512 * (2 + 0.5) + 256 * 2 + 512 * 2
+    assert variants.ratio(case(finer, 1)[0], 10.0, few, 8.0) == pytest.approx(10 / 8 * 69_632 / 77_312)
+    assert variants.ratio(case(finer, 65)[0], 10.0, case(variants.USUAL, 65)[0], 8.0) == 1.25
+    right, product = case(finer, 3)
+    right.check(product)
+    product[1, -1] *= 2
+    with pytest.raises(SystemExit, match="g = 32: wrong result"):
+        right.check(product)
+
+
+def test_the_table_of_kinds_has_means_and_the_largest(script):
+    variants = script("gemm_variants")
+    rows = [
+        {"kind": str(variants.USUAL), "M": size_m, "ratio": ratio} for size_m, ratio in ((1, 1.0), (1, 1.21), (8, 1.5))
+    ]
+    assert variants.table(rows, [variants.USUAL]) == [
+        "| weights | M = 1 | M = 8 |",
+        "| --- | --- | --- |",
+        "| fp16, 4 bits, g = 128 | 1.10 (1.21) | 1.50 (1.50) |",
+    ]
 
 
 def test_the_benchmark_of_experts_compares_the_operators_with_float64(script, monkeypatch):
