@@ -13,7 +13,7 @@ from huggingface_hub import snapshot_download
 from awq2marlin import DifferenceError, HubError, OutputError, PushTarget, convert, revert, verify
 from awq2marlin.pipeline import run as pipeline
 
-from ..faults.helpers import WORK, contents, finished_shards, run_process, start, stop_when
+from ..faults.helpers import WORK, contents, finished_shards, start, stop_when
 from ..hostile.hostile_files import pack_tensors, write_awq, zeros
 from .conftest import REPO, SHARDS, shard_names
 from .test_low_disk import NOTES, Steps, Watch, bytes_below, fetches, spoiling, wait_for
@@ -288,16 +288,16 @@ def test_what_the_hub_lost_is_made_and_sent_again(hub, run, expected, source):
     assert same_but_for_the_card(on_the_hub(hub), expected)
 
 
-def test_killed_between_any_two_commits_the_same_command_completes_it(hub, tmp_path, expected):
+def test_killed_between_any_two_commits_the_same_command_completes_it(hub, run, tmp_path, expected):
     """kill -9 while a commit is being made, for every commit in turn."""
-    command = ("convert", REPO, tmp_path / "out", "--push-to", TARGET, "--low-disk", "--json")
+    command = ("convert", REPO, tmp_path / "out", "--push-to", TARGET, "--low-disk")
     for number in range(SHARDS + 2):
         hub._repositories.pop(("model", TARGET), None)
         held = hub.misbehave(f"/api/models/{TARGET}/commit/*", method="POST", after=number, drop_after=-1, times=1)
         stopped = stop_when(start(*command), lambda held=held: held.struck, signal.SIGKILL)
         assert stopped.code == -9, stopped.err
         hub.behave()
-        outcome = run_process(*command)
+        outcome = run(*command)
         if outcome.code:  # it was finished but for its last breath
             assert outcome.error["code"] == "target-finished"
         assert same_but_for_the_card(on_the_hub(hub), expected)
