@@ -30,7 +30,9 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, ClassVar
 
 from awq2marlin._version import __version__
 from awq2marlin.checkpoint.synthetic import (
@@ -47,8 +49,29 @@ from awq2marlin.checkpoint.synthetic import (
 #: Hidden, intermediate, key/value and vocabulary sizes of Llama-3-8B.
 LLAMA3_8B = {"hidden": 4096, "intermediate": 14336, "kv_size": 1024, "vocab": 128256}
 
+
+@dataclass(frozen=True)
+class AutoRoundRecipe(GptqRecipe):
+    """A checkpoint of AutoRound: GPTQ's second version without ``g_idx``."""
+
+    title: ClassVar[str] = "AutoRound"
+
+    def module_tensors(self, size_k: int, size_n: int) -> dict[str, tuple[str, tuple[int, ...]]]:
+        tensors = super().module_tensors(size_k, size_n)
+        return {name: tensor for name, tensor in tensors.items() if name != "g_idx"}
+
+    def fixed(self, name: str) -> bytes | None:
+        stored = super().fixed(name)
+        return bytes(byte + (0x11 if self.bits == 4 else 1) for byte in stored) if stored else None
+
+    def quantization(self) -> dict[str, Any]:
+        said = {"bits": self.bits, "group_size": self.group_size, "sym": not self.has_qzeros, "data_type": "int"}
+        return {"quant_method": "auto-round", "packing_format": "auto_round", **said}
+
+
 #: Formats of the source.
 KINDS = {
+    "auto-round": AutoRoundRecipe,
     "awq": Recipe,
     "awq-gemv": AwqGemvRecipe,
     "awq-gemv_fast": AwqGemvFastRecipe,
