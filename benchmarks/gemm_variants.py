@@ -158,14 +158,14 @@ def time_shape(kinds: list[Kind], size_k: int, size_n: int, size_m: int, replays
     return rows
 
 
-def table(rows: list[dict], kinds: list[Kind]) -> list[str]:
+def table(rows: list[dict], kinds: list[str]) -> list[str]:
     """Returns a Markdown table: for every kind and M the mean over the shapes, and the largest."""
     sizes = sorted({row["M"] for row in rows})
     lines = ["| weights | " + " | ".join(f"M = {size}" for size in sizes) + " |", "| --- " * (len(sizes) + 1) + "|"]
     for kind in kinds:
         cells = []
         for size in sizes:
-            here = [row["ratio"] for row in rows if row["M"] == size and row["kind"] == str(kind)]
+            here = [row["ratio"] for row in rows if row["M"] == size and row["kind"] == kind]
             cells.append(f"{_geometric_mean(here):.2f} ({max(here):.2f})")
         lines.append(f"| {kind} | " + " | ".join(cells) + " |")
     return lines
@@ -206,7 +206,7 @@ def main() -> None:
             options.output.parent.mkdir(parents=True, exist_ok=True)
             options.output.write_text(json.dumps(result, indent=1) + "\n")
     print(", ".join(f"{key} {value}" for key, value in result.items() if key != "rows"))
-    print("\n".join(table(result["rows"], kinds)))
+    print("\n".join(table(result["rows"], list(map(str, kinds)))))
 
 
 if __name__ == "__main__":
