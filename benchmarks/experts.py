@@ -4,8 +4,9 @@
     python benchmarks/experts.py show experts.json
 
 For the experts of five models and every number of tokens M: the whole block (from hidden states, chosen experts and
-their weights to the weighted sum) and each of its two grouped products by itself, in microseconds a call; fp16,
-4 bits. ``zp128`` has groups of 128 rows with zero points, ``sym128`` none, ``zp32`` groups of 32.
+their weights to the weighted sum) and each of its two grouped products by itself, in microseconds a call. Weights are
+``zp128``, groups of 128 rows with zero points, ``sym128``, without, ``zp64``, ``zp32``, or ``single``, one group: fp16
+and 4 bits. ``bf16`` and ``8bits`` are ``zp128`` in another type or width.
 
 Every launch of a CUDA graph has a routing of its own (``uniform``: all experts equally likely; ``zipf``: an expert's
 chance falls with its rank) and, as far as 9 GiB go, its own copy of the layer, so that between two uses of the same
@@ -79,14 +80,35 @@ MODELS = {
     "DeepSeek-V3 TP8": Model(256, 8, 7168, 256),
     "Qwen3-235B-A22B": Model(128, 8, 4096, 1536),
 }
-WEIGHTS = {"zp128": (128, True), "sym128": (128, False), "zp32": (32, True)}  # group size, has zero points
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A kind of weights."""
+
+    group: int = 128  # 0: one for all of K
+    has_zeros: bool = True
+    bits: int = 4
+    dtype: torch.dtype = torch.float16
+
+
+WEIGHTS = {
+    "zp128": Weights(),
+    "sym128": Weights(has_zeros=False),
+    "zp64": Weights(group=64),
+    "zp32": Weights(group=32),
+    "single": Weights(group=0),
+    "bf16": Weights(dtype=torch.bfloat16),
+    "8bits": Weights(bits=8),
+}
 TOKENS = (1, 4, 16, 64, 256, 1024, 4096)
 PEERS = ("marlin", "humming", "humming_grouped", "triton")
 PRODUCTS = ("w13", "w2")
 PARTS = ("block", *PRODUCTS)
 MOST_COPIES_BYTES = 9 << 30
-# fp16 comes to 3e-4 for a product and 7e-4 for a block
+# fp16 comes to 3e-4 for a product and 7e-4 for a block, bf16 to eight times as much
 MAX_RELATIVE_ERROR = {"block": 2e-3, "w13": 1e-3, "w2": 1e-3}
+BF16_ERROR = 8
 MAX_DIFFERENCE = 3e-3
 
 DEVICE = "cuda"  # but for the tests of this file
@@ -100,56 +122,67 @@ class Experts:
 
     Attributes:
         model: their sizes.
-        group: rows that share a scale.
-        has_zeros: whether there are zero points.
-        q: by product, codes [E, K/8, N], eight rows a word.
-        s: scales, fp16 [E, G, N].
-        z: zero points 6..9 [E, G, N], or None for 8.
+        kind: of their weights.
+        q: by product, codes [E, K/f, N], f rows a word.
+        s: scales [E, G, N].
+        z: zero points about the middle [E, G, N], or None for the middle.
     """
 
     def __init__(self, model: Model, weights: str) -> None:
         """Draws them; results come to about 1."""
         generator = torch.Generator(device=DEVICE).manual_seed(0)
         options: dict[str, Any] = {"generator": generator, "device": DEVICE}
-        self.model, (self.group, self.has_zeros) = model, WEIGHTS[weights]
+        self.model, self.kind = model, WEIGHTS[weights]
         self.q, self.s, self.z = {}, {}, {}
+        bits = self.kind.bits
+        middle, deviation = 1 << (bits - 1), 4.6 * 2 ** (bits - 4)
+        away = middle // 4
         for name in PRODUCTS:
             size_k, size_n = model.shape(name)
-            groups = (model.experts, size_k // self.group, size_n)
-            words = (model.experts, size_k // 8, size_n)
+            groups = (model.experts, size_k // self.group_of(name), size_n)
+            words = (model.experts, size_k * bits // 32, size_n)
             self.q[name] = torch.randint(-(2**31), 2**31, words, dtype=torch.int32, **options)
-            self.s[name] = ((torch.rand(groups, **options) + 0.5) / (4.6 * size_k**0.5)).half()
-            zeros = torch.randint(6, 10, groups, dtype=torch.int32, **options)
-            self.z[name] = zeros if self.has_zeros else None
+            self.s[name] = ((torch.rand(groups, **options) + 0.5) / (deviation * size_k**0.5)).to(self.kind.dtype)
+            zeros = torch.randint(middle - away, middle + away, groups, dtype=torch.int32, **options)
+            self.z[name] = zeros if self.kind.has_zeros else None
+
+    def group_of(self, name: str) -> int:
+        """Returns how many rows share a scale."""
+        return self.kind.group or self.model.shape(name)[0]
 
     def bytes_of(self, name: str) -> int:
         """Returns what must be read of one expert."""
         size_k, size_n = self.model.shape(name)
-        return size_k * size_n // 2 + size_k // self.group * size_n * (5 if self.has_zeros else 4) // 2
+        bits_of_group = 16 + (self.kind.bits if self.kind.has_zeros else 0)
+        return size_n * (size_k * self.kind.bits + size_k // self.group_of(name) * bits_of_group) // 8
 
     def codes(self, name: str, expert: int) -> torch.Tensor:
-        """Returns 0..15 [K, N]."""
-        shifts = 4 * torch.arange(8, dtype=torch.int32, device=DEVICE).view(1, 8, 1)
-        return ((self.q[name][expert].unsqueeze(1) >> shifts) & 15).view(self.model.shape(name))
+        """Returns the codes [K, N]."""
+        bits = self.kind.bits
+        shifts = bits * torch.arange(32 // bits, dtype=torch.int32, device=DEVICE).view(1, -1, 1)
+        return ((self.q[name][expert].unsqueeze(1) >> shifts) & ((1 << bits) - 1)).view(self.model.shape(name))
 
     def dense(self, name: str, expert: int) -> torch.Tensor:
         """Returns the weight, float64 [K, N]."""
         size_k, size_n = self.model.shape(name)
-        codes = self.codes(name, expert).view(-1, self.group, size_n)
-        zeros = self.z[name][expert].unsqueeze(1) if self.has_zeros else 8
+        codes = self.codes(name, expert).view(-1, self.group_of(name), size_n)
+        z = self.z[name]
+        zeros = 1 << (self.kind.bits - 1) if z is None else z[expert].unsqueeze(1)
         return ((codes - zeros).double() * self.s[name][expert].unsqueeze(1).double()).view(size_k, size_n)
 
     def marlin(self) -> Tensors:
         """Returns qweight, scales and qzeros of both products, as the operators take them."""
         tensors: list[torch.Tensor | None] = []
-        order = AWQ_PACK_ORDER[4]
+        bits = self.kind.bits
+        order = AWQ_PACK_ORDER[bits]
         for name in PRODUCTS:
             size_k, size_n = self.model.shape(name)
             each = range(self.model.experts)
-            packed = [ops.repack_awq(pack_words(self.codes(name, expert), 1, order)) for expert in each]
-            scales = [layout.marlin_permute_scales(s, size_k, size_n, self.group) for s in self.s[name]]
+            packed = [ops.repack_awq(pack_words(self.codes(name, expert), 1, order), num_bits=bits) for expert in each]
+            scales = [layout.marlin_permute_scales(s, size_k, size_n, self.group_of(name)) for s in self.s[name]]
             tensors += [torch.stack(packed), torch.stack(scales)]
-            tensors.append(torch.stack([_marlin_zeros(z, order) for z in self.z[name]]) if self.has_zeros else None)
+            z = self.z[name]
+            tensors.append(None if z is None else torch.stack([_marlin_zeros(each, bits) for each in z]))
         return tuple(tensors)
 
     def exact(self, point: Point, tokens: list[int]) -> dict[str, torch.Tensor]:
@@ -170,8 +203,8 @@ class Experts:
         return {part: torch.stack(results) for part, results in found.items()}
 
 
-def _marlin_zeros(zeros: torch.Tensor, order: tuple[int, ...]) -> torch.Tensor:
-    return layout.awq_to_marlin_zero_points(pack_words(zeros, 1, order), *zeros.shape, 4)
+def _marlin_zeros(zeros: torch.Tensor, bits: int) -> torch.Tensor:
+    return layout.awq_to_marlin_zero_points(pack_words(zeros, 1, AWQ_PACK_ORDER[bits]), *zeros.shape, bits)
 
 
 class Point:
@@ -186,12 +219,14 @@ class Point:
         fullest: by launch, the rows of the expert with the most.
     """
 
-    def __init__(self, model: Model, tokens: int, routing: str, launches: int) -> None:
+    def __init__(
+        self, model: Model, tokens: int, routing: str, launches: int, dtype: torch.dtype = torch.float16
+    ) -> None:
         """Draws them."""
         options: dict[str, Any] = {"generator": torch.Generator(device=DEVICE).manual_seed(tokens), "device": DEVICE}
         self.model, self.tokens, self.rows, self.launches = model, tokens, tokens * model.topk, launches
-        self.x = torch.randn(tokens, model.hidden, dtype=torch.float16, **options)
-        self.inner = torch.randn(self.rows, model.inter, dtype=torch.float16, **options) * 0.5
+        self.x = torch.randn(tokens, model.hidden, dtype=dtype, **options)
+        self.inner = torch.randn(self.rows, model.inter, dtype=dtype, **options) * 0.5
         favour = torch.zeros(model.experts, device=DEVICE)
         if routing == "zipf":
             ranks = torch.arange(1, model.experts + 1, device=DEVICE).float()
@@ -227,7 +262,7 @@ class Point:
         return {**found, "block": sum(floor(name, fused[name]) for name in PRODUCTS)}
 
 
-def parts_of_ours(point: Point, layers: list[Tensors]) -> dict[str, Launch]:
+def parts_of_ours(point: Point, layers: list[Tensors], bits: int = 4) -> dict[str, Launch]:
     """Returns what runs the i-th launch of the block and of each product of ours."""
 
     def of(i: int) -> tuple[Tensors, Tensors]:
@@ -235,9 +270,9 @@ def parts_of_ours(point: Point, layers: list[Tensors]) -> dict[str, Launch]:
         return layer[:3], layer[3:]
 
     return {
-        "block": lambda i: marlin_experts(point.x, *of(i)[0], *of(i)[1], point.ids[i], point.shares[i]),
-        "w13": lambda i: marlin_moe_gemm(point.x, *of(i)[0], point.ids[i]),
-        "w2": lambda i: marlin_moe_gemm(point.inner, *of(i)[1], point.ids[i], point.shares[i]),
+        "block": lambda i: marlin_experts(point.x, *of(i)[0], *of(i)[1], point.ids[i], point.shares[i], num_bits=bits),
+        "w13": lambda i: marlin_moe_gemm(point.x, *of(i)[0], point.ids[i], num_bits=bits),
+        "w2": lambda i: marlin_moe_gemm(point.inner, *of(i)[1], point.ids[i], point.shares[i], num_bits=bits),
     }
 
 
@@ -265,7 +300,8 @@ def away(out: torch.Tensor, exact: torch.Tensor) -> float:
 def check_ours(parts: dict[str, Launch], point: Point, exact: dict[str, torch.Tensor], tokens: list[int]) -> dict:
     """Returns the relative errors against float64; stops the benchmark if they are not rounding."""
     errors = {part: away(launch(0)[tokens], exact[part]) for part, launch in parts.items()}
-    if not all(errors[part] < MAX_RELATIVE_ERROR[part] for part in errors):
+    factor = BF16_ERROR if point.x.dtype == torch.bfloat16 else 1
+    if not all(errors[part] < factor * MAX_RELATIVE_ERROR[part] for part in errors):
         sys.exit(f"ours: wrong result at {point.tokens} tokens of {point.model}: relative errors {errors}")
     return errors
 
@@ -282,7 +318,7 @@ def measure_point(
     point: Point, experts: Experts, layers: list[Tensors], peers: dict, options: Any, result: dict
 ) -> dict:
     """Returns the times of ours and of the peers at a number of tokens."""
-    ours = parts_of_ours(point, layers)
+    ours = parts_of_ours(point, layers, experts.kind.bits)
     row: dict[str, Any] = {
         "touched": statistics.fmean(point.touched),
         "fullest": statistics.fmean(point.fullest),
@@ -362,10 +398,11 @@ def measure_model(name: str, weights: str, options: Any, result: dict, harness: 
             few = model.topk * tokens < model.experts
             touched = min(model.experts, model.topk * tokens) * each * (1 if few else 0.9)
             launches = max(4 if tokens <= 256 else 2, min(16, -(-ROTATED_BYTES // int(touched))))
-            point = Point(model, tokens, routing, launches)
+            point = Point(model, tokens, routing, launches, experts.kind.dtype)
             row = measure_point(point, experts, layers, peers, options, result)
             result["rows"].append({"model": name, "weights": weights, "routing": routing, "M": tokens, **row})
             print(line(result["rows"][-1]), flush=True)
+            save(options.output, result)  # a run that is cut short has told something
             torch.cuda.empty_cache()
 
 
@@ -407,6 +444,13 @@ def load_harness(path: Path | None, options: Any, result: dict) -> ModuleType | 
     return harness
 
 
+def save(path: Path | None, result: dict) -> None:
+    """Writes the result, if somebody wants it."""
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(result, indent=1) + "\n")
+
+
 def measure(options: Any) -> None:
     result: dict[str, Any] = {
         "gpu": torch.cuda.get_device_name(),
@@ -426,12 +470,8 @@ def measure(options: Any) -> None:
         for name in options.models:
             measure_model(name, weights, options, result, harness)
             torch.cuda.empty_cache()
-            if options.output:  # after every model: a run that ends early has told something
-                options.output.parent.mkdir(parents=True, exist_ok=True)
-                options.output.write_text(json.dumps(result, indent=1) + "\n")
     result["matrix_rate_after"] = matrix_rate()
-    if options.output:
-        options.output.write_text(json.dumps(result, indent=1) + "\n")
+    save(options.output, result)
     print_tables(result["rows"])
     if result["absent"]:
         print("absent:", result["absent"])

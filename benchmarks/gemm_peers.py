@@ -20,9 +20,11 @@ Launch = Callable[[int], torch.Tensor]
 
 
 def pack_words(numbers: torch.Tensor, dim: int, order: tuple[int, ...] = tuple(range(8))) -> torch.Tensor:
-    """Packs eight neighbours along ``dim`` into an int32; bits 4i upward hold neighbour ``order[i]``."""
-    eights = numbers.to(torch.int32).unflatten(dim, (-1, 8))
-    return sum(eights.select(dim + 1, which) << (4 * i) for i, which in enumerate(order)).to(torch.int32).contiguous()
+    """Packs as many neighbours along ``dim`` into an int32 as ``order`` has; the lowest bits hold ``order[0]``."""
+    factor, bits = len(order), 32 // len(order)
+    fields = numbers.to(torch.int32).unflatten(dim, (-1, factor))
+    words = sum(fields.select(dim + 1, which) << (bits * i) for i, which in enumerate(order))
+    return words.to(torch.int32).contiguous()
 
 
 class LayerNumbers(NamedTuple):
