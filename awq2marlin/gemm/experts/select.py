@@ -83,6 +83,11 @@ def tile_rows_for(problem: ExpertProblem) -> int:
 def _heights(problem: ExpertProblem) -> tuple[int, ...]:
     heights = _HOPPER_ROWS if problem.capability == HOPPER else _OTHER_ROWS
     most = _MAX_ROWS[problem.num_bits] if problem.activation != "gelu" else _MAX_GELU_ROWS
+    has_many_scales = problem.is_gated and problem.group_size == 32  # which take registers, too
+    if problem.capability[0] == 10:
+        most = (24 if problem.num_bits == 4 else 8) if has_many_scales else 32
+    if problem.capability[0] == 12:
+        most = 8 if has_many_scales else 24
     return tuple(rows for rows in heights if rows <= most)
 
 
@@ -189,13 +194,18 @@ def _shapes(problem: ExpertProblem, rows: int, *, is_one_token: bool) -> tuple[_
     if rows == 8 and is_one_token:
         return (_Shape(2, 3, 128, 1, 10) if size_k >= 1024 else _Shape(2, 3, 64, 1, 12),)
     if rows == 8:
-        return (_Shape(2, 2, 128, 1, 16) if size_k >= 512 else _Shape(2, 2, 64, 2, 12),)
+        warps = 8 if problem.capability[0] == 10 else 12  # with more, 10.x has too few registers for each
+        return (_Shape(2, 2, 128, 1, 16) if size_k >= 512 else _Shape(2, 2, 64, 2, warps),)
+    if rows == 16 and problem.capability[0] == 12:
+        return (_Shape(2, 2, 64, 1, 8),)
     return ({16: _Shape(2, 2, 128, 2, 8), 24: _Shape(4, 2, 64, 2, 8), 32: _Shape(2, 3, 64, 1, 8)}[rows],)
 
 
 def _small(problem: ExpertProblem, rows: int, shape: _Shape, *, sums_pairs: bool) -> SmallExpertsConfig:
     """Returns the config of a shape, with shorter steps or fewer warps where the layer or the GPU wants them."""
     has_long_steps = problem.num_bits == 4 and problem.group_size >= 128 and problem.size_k % 128 == 0
+    if problem.capability[0] == 12 and rows > 8:
+        has_long_steps = False  # whose words take registers that 12.x does not have
     step_rows = shape.step_rows if has_long_steps else 64
     config = SmallExpertsConfig(
         dtype=problem.dtype,
