@@ -461,3 +461,31 @@ def test_the_tables_of_experts_name_means_the_best_peer_and_what_is_slower(scrip
     lines = capsys.readouterr().out.splitlines()
     assert "| 4 | 3.00 | 4.00 | 4.00 | 3.58 | 0.84 (1.12) | 0.75 (1.12) |" in lines
     assert "| 4 | 20.0 us: 2.00, 0.62, 0.50 | 45.0 us: 4.50, 1.12 !, 1.12 !! |" in lines
+
+
+def test_the_host_s_time_a_call_is_the_median_of_loops_that_take_turns(script, tmp_path, monkeypatch, capsys):
+    host, torch, order = script("gemm_host"), pytest.importorskip("torch"), []
+    clock = iter(range(1_000_000))
+    calls = {name: lambda name=name: order.append((name, torch.is_inference_mode_enabled())) for name in ("one", "two")}
+    for name, stand_in in {
+        "dense_calls": lambda: calls,
+        "expert_calls": dict,
+        "vllm_calls": dict,
+        "bare_launch": dict,
+        "gpu_us": lambda call, count: 7e6 if call is calls["two"] else 1.0,  # noqa: ARG005
+        "_driver_version": lambda: "1.0",
+    }.items():
+        monkeypatch.setattr(host, name, stand_in)
+    monkeypatch.setattr(host.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
+    output = tmp_path / "host.json"
+    command = ["gemm_host.py", "--calls", "10", "--repeats", "3", "--commit", "abc", "--output", str(output)]
+    monkeypatch.setattr(sys, "argv", command)
+    host.main()
+    turn = [(name, mode) for mode in (True, False) for name in calls for _ in range(1 + 10)]  # a tenth to warm up
+    assert order == 3 * turn
+    result = json.loads(output.read_text("utf-8"))
+    second = {"inference_mode_us": 1e5, "us": 1e5}  # of ten calls, by the clock
+    assert result["rows"] == [{"call": "one", **second, "gpu_us": 1.0}, {"call": "two", **second, "gpu_us": 7e6}]
+    assert [line.endswith("bound by the GPU") for line in capsys.readouterr().out.splitlines()] == [False] * 3 + [True]
