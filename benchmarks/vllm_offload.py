@@ -4,7 +4,7 @@
 
 Makes a model of Llama-3-8B's shapes and converts it, and loads both with and without `cpu_offload_gb`, each in a
 process of its own: the source on vLLM's Marlin, the converted one as the plugin serves it. Of each is kept, once the
-weights are loaded and processed: GPU memory allocated then and at most; bytes of parameters that lie on the host;
+weights are loaded and processed, and once more when the engine is gone: GPU memory allocated then and at most; bytes of parameters that lie on the host;
 pinned memory of the host that torch uses and holds (rounded up to powers of two, tensor by tensor); other memory of the
 process without files. Where memory of the GPU shrinks by as much as is offloaded, there is no second copy on it; where
 torch holds no more pinned memory than the parameters take, there is none on the host.
@@ -91,8 +91,9 @@ def run_engine(name: str, gib: float, work: Path, out: Path) -> None:
 
     base_loader.BaseModelLoader.load_model = load_alone
     options = {"enforce_eager": True, "kv_cache_memory_bytes": 1 << 30, "cpu_offload_gb": gib}
-    start(ENGINES[name], work / ENGINES[name].checkpoint, **options)
-    write_whole(out, {**found, "gpu": torch.cuda.get_device_name(), "ready": memory()})
+    engine = start(ENGINES[name], work / ENGINES[name].checkpoint, **options)
+    del engine
+    write_whole(out, {**found, "gpu": torch.cuda.get_device_name(), "engine_dropped": memory()})
 
 
 def main() -> int:
