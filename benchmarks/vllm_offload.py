@@ -4,10 +4,11 @@
 
 Makes a model of Llama-3-8B's shapes and converts it, and loads both with and without `cpu_offload_gb`, each in a
 process of its own: the source on vLLM's Marlin, the converted one as the plugin serves it. Of each is kept, once the
-weights are loaded and processed, and once more when the engine is gone: GPU memory allocated then and at most; bytes of parameters that lie on the host;
-pinned memory of the host that torch uses and holds (rounded up to powers of two, tensor by tensor); other memory of the
-process without files. Where memory of the GPU shrinks by as much as is offloaded, there is no second copy on it; where
-torch holds no more pinned memory than the parameters take, there is none on the host.
+weights are loaded and processed, and once more when the engine is gone: GPU memory allocated then and at most; bytes of
+parameters that lie on the host; pinned memory of the host that torch uses and holds (rounded up to powers of two,
+tensor by tensor); other memory of the process without files. Where memory of the GPU shrinks by as much as is
+offloaded, there is no second copy on it; where torch holds no more pinned memory than the parameters take, there is
+none on the host.
 """
 
 from __future__ import annotations
