@@ -17,8 +17,9 @@ The floor of a product is the larger of bytes over the read bandwidth (weights o
 in and out once) and operations over the matrix rate, both measured first; that of a block is the sum for its products
 with everything else fused: what lies between them is half as wide, and one row a token leaves. Padding is not in it.
 
-The harness is a Python file with ``make_peers(names, experts, weights, copies, absent)``, whose peers have
-``parts(point)``: ``block``, ``w13`` and ``w2``, each a function of a launch's number; ``load()`` and
+The harness is a Python file with ``make_peers(names, experts, weights, copies, absent)``, which reads of the experts
+``model``, ``group``, ``has_zeros``, ``q``, ``s`` and ``z``; it is asked for groups of 4 bits and fp16 only. Its peers
+have ``parts(point)``: ``block``, ``w13`` and ``w2``, each a function of a launch's number; ``load()`` and
 ``compile_humming(options)`` prepare them. What a peer cannot do is noted in the result.
 """
 
@@ -146,8 +147,18 @@ class Experts:
             zeros = torch.randint(middle - away, middle + away, groups, dtype=torch.int32, **options)
             self.z[name] = zeros if self.kind.has_zeros else None
 
+    @property
+    def group(self) -> int:
+        """Rows that share a scale; 0: all of K."""
+        return self.kind.group
+
+    @property
+    def has_zeros(self) -> bool:
+        """Whether there are zero points."""
+        return self.kind.has_zeros
+
     def group_of(self, name: str) -> int:
-        """Returns how many rows share a scale."""
+        """Returns how many rows of a product share a scale."""
         return self.kind.group or self.model.shape(name)[0]
 
     def bytes_of(self, name: str) -> int:
@@ -374,6 +385,16 @@ def profiled(launch: Launch, launches: int) -> dict[str, float]:
     return times
 
 
+def peers_of(
+    harness: ModuleType | None, names: list[str], experts: Experts, weights: str, copies: int, absent: dict[str, str]
+) -> dict:
+    """Returns the harness's peers by name; none for weights that a harness does not know."""
+    kind = experts.kind
+    if harness is None or kind != Weights(kind.group, kind.has_zeros) or not kind.group:
+        return {}
+    return harness.make_peers(names, experts, weights, copies, absent)
+
+
 def measure_model(name: str, weights: str, options: Any, result: dict, harness: ModuleType | None) -> None:
     """Times the experts of a model at every number of tokens, and adds the rows to the result."""
     model = MODELS[name]
@@ -382,7 +403,7 @@ def measure_model(name: str, weights: str, options: Any, result: dict, harness: 
     smallest = model.topk * each * max(1, min(options.tokens) // 2)
     count = max(2, min(-(-ROTATED_BYTES // smallest), MOST_COPIES_BYTES // (model.experts * each)))
     absent: dict[str, str] = {}
-    peers = harness.make_peers(options.peers, experts, weights, count, absent) if harness else {}
+    peers = peers_of(harness, options.peers, experts, weights, count, absent)
     result["absent"] |= {f"{peer}, {name} {weights}": why for peer, why in absent.items()}
     layer = experts.marlin()
     if "marlin" in peers:  # the very tensors

@@ -443,6 +443,31 @@ def test_the_benchmark_of_experts_compares_the_operators_with_float64(script, mo
             experts._refuse_other_results("marlin", float("nan"), point)
 
 
+def test_a_harness_finds_what_it_reads_of_the_experts_and_is_asked_for_what_it_knows(script, monkeypatch):
+    experts = script("experts")
+    monkeypatch.setattr(experts, "DEVICE", "cpu")
+    asked = {}
+
+    class Harness:
+        @staticmethod
+        def make_peers(names, layer, weights, *_):
+            shapes = [tuple(tensors["w2"].shape) for tensors in (layer.q, layer.s)]
+            asked[weights] = (layer.group, layer.has_zeros, layer.z["w2"] is not None, *shapes)
+            return dict.fromkeys(names, layer.model)
+
+    model = experts.Model(experts=2, topk=2, hidden=256, inter=128)
+    for weights in experts.WEIGHTS:
+        peers = experts.peers_of(Harness, ["marlin"], experts.Experts(model, weights), weights, 2, {})
+        assert peers == ({"marlin": model} if weights in asked else {})
+    assert asked == {
+        "zp128": (128, True, True, (2, 16, 256), (2, 1, 256)),
+        "sym128": (128, False, False, (2, 16, 256), (2, 1, 256)),
+        "zp64": (64, True, True, (2, 16, 256), (2, 2, 256)),
+        "zp32": (32, True, True, (2, 16, 256), (2, 4, 256)),
+    }
+    assert experts.peers_of(None, ["marlin"], experts.Experts(model, "zp128"), "zp128", 2, {}) == {}
+
+
 def test_the_tables_of_experts_name_means_the_best_peer_and_what_is_slower(script, capsys):
     experts = script("experts")
     floor = {"block": 10.0, "w13": 6.0, "w2": 4.0}
