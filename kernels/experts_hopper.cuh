@@ -24,6 +24,9 @@ class HopperExperts {
   static constexpr bool kGated = kActivation != Activation::kNone;
   static constexpr int kOutColumns = kGated ? Core::kColumns / 2 : Core::kColumns;
   static constexpr int kStepTiles = kOutColumns / kTileColumns;
+  // Tiles with no more rows than that have a loop of their own, where it helps and there are registers for two.
+  static constexpr bool kHasLowTiles = kTokens >= 64 && kTokens <= 96;
+  static constexpr int kLowTokens = kHasLowTiles ? kTokens - 16 : kTokens;
   static constexpr int kOwnThreads = Core::kMathThreads / Core::kWarpgroups;
   static constexpr int kOwnColumns = kOutColumns / Core::kWarpgroups;
   static constexpr int kRowBytes = (kOwnColumns + 8) * 2;  // the padding spreads the rows of a fragment over the banks
@@ -89,7 +92,7 @@ class HopperExperts {
 #pragma unroll 1
       for (int stage = 0; stage < num_stages; ++stage) {
         core.wait_empty(slot);
-        core.copy_stage(copier, slot, args.qweight_stride, args.group_size);
+        core.copy_stage(copier, slot, args.qweight_stride, args.group_size, kHasLowTiles ? item.count : kTokens);
         slot.advance();
       }
     }
@@ -156,7 +159,11 @@ class HopperExperts {
       const OwnBlocks blocks(*this, i);
       fetch_rows(list.item(i / num_steps), buffer);
       typename Core::Sums sums;
-      core.multiply(sums, slot, blocks, args.group_size, {0, args.size_k / Core::kStageRows});
+      const StepRange stages = {0, args.size_k / Core::kStageRows};
+      if (kHasLowTiles && list.item(i / num_steps).count <= kLowTokens)
+        core.template multiply<kLowTokens>(sums, slot, blocks, args.group_size, stages);
+      else
+        core.multiply(sums, slot, blocks, args.group_size, stages);
 
       cp_async_wait_all();
       own_barrier();  // the rows of the list are there, and the last result has left
@@ -165,16 +172,16 @@ class HopperExperts {
       if constexpr (kGated) {
         constexpr int kHalf = kTokens / 16 * 8;
         if (blocks.is_gate())
-          deposit<true, false, kHalf, kTokens>(sums, blocks, item.expert, buffer);
+          deposit<true, false, kHalf, kTokens>(sums, blocks, item, buffer);
         else
-          deposit<false, false, 0, kHalf>(sums, blocks, item.expert, buffer);
+          deposit<false, false, 0, kHalf>(sums, blocks, item, buffer);
         own_barrier();
         if (blocks.is_gate())
-          deposit<true, true, 0, kHalf>(sums, blocks, item.expert, buffer);
+          deposit<true, true, 0, kHalf>(sums, blocks, item, buffer);
         else
-          deposit<false, true, kHalf, kTokens>(sums, blocks, item.expert, buffer);
+          deposit<false, true, kHalf, kTokens>(sums, blocks, item, buffer);
       } else {
-        deposit<false, false, 0, kTokens>(sums, blocks, item.expert, buffer);
+        deposit<false, false, 0, kTokens>(sums, blocks, item, buffer);
       }
       own_barrier();
       leave(item.count, buffer, i % num_steps);
@@ -201,8 +208,8 @@ class HopperExperts {
   // holds columns l/4 and l/4 + 8 of a block, tokens 8 t + 2 (l mod 4) and + 1: a fragment for every eight columns and
   // tokens, stored transposed. With a gate both factors are rounded, so that it does not matter which of them is put.
   template <bool kActivates, bool kMultiplies, int kFirst, int kEnd>
-  __device__ __forceinline__ void deposit(const typename Core::Sums& sums, const OwnBlocks& blocks, int expert,
-                                          int buffer) const {
+  __device__ __forceinline__ void deposit(const typename Core::Sums& sums, const OwnBlocks& blocks,
+                                          const WorkItem& item, int buffer) const {
     const int lane = reckoned_here(core.lane), row = lane % 8 + lane / 16 * 8, half_of_row = lane / 8 % 2;
 #pragma unroll
     for (int b = 0; b < Core::kBlocks; ++b) {
@@ -212,10 +219,11 @@ class HopperExperts {
       for (int half = 0; half < 2; ++half) {
         scales[half] = blocks.final_scale(b, half);
         const int column = blocks.column_n(b) + lane / 4 + 8 * half;
-        biases[half] = args.bias ? low_float(T{}, args.bias[expert * args.bias_expert + column]) : 0.f;
+        biases[half] = args.bias ? low_float(T{}, args.bias[item.expert * args.bias_expert + column]) : 0.f;
       }
 #pragma unroll
       for (int t = kFirst / 8; t < kEnd / 8; t += 2) {  // an odd last octet is stored twice
+        if (kHasLowTiles && 8 * t >= item.count) break;
         const bool has_two = t + 1 < kEnd / 8;
         const u32 place =
             out_sh + (8 * t + (has_two ? row : row % 8)) * kRowBytes + (first_column + 8 * half_of_row) * 2;

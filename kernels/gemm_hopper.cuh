@@ -125,14 +125,15 @@ class HopperTile {
     mbarrier_wait(empty(slot.index), slot.parity ^ 1);
   }
 
-  __device__ __forceinline__ void copy_stage(Copier& copier, const Slot& slot, i64 qweight_stride,
-                                             int group_size) const {
+  // Tokens from `num_tokens` on need not be copied.
+  __device__ __forceinline__ void copy_stage(Copier& copier, const Slot& slot, i64 qweight_stride, int group_size,
+                                             int num_tokens = kTokens) const {
     const int thread = threadIdx.x - kMathThreads, chunk = thread % kRowChunks, first = thread / kRowChunks;
     const u32 stage = shared + slot.index * kStageBytes;
     const u32 act_sh_wr = stage + (first * kRowChunks + (chunk ^ (first % 8))) * 16;
 #pragma unroll
     for (int i = 0; i < kActLoads; ++i)
-      if (kTokens % kRoundTokens == 0 || first + i * kRoundTokens < kTokens)
+      if (i * kRoundTokens < num_tokens && (kTokens % kRoundTokens == 0 || first + i * kRoundTokens < kTokens))
         cp_async_16(act_sh_wr + i * (kRoundTokens * kRowChunks * 16),
                     copier.act_gl_rd + 8 * i64(copier.token_offsets[i]));
     copier.act_gl_rd += kStageRows;
@@ -204,9 +205,10 @@ class HopperTile {
     const HopperTile& core;
   };
 
-  // Adds the product of a range of stages, from `slot` on. While a batch is multiplied, the constants are prepared of a
-  // group that begins with the next: a stage brings the groups that begin within it and with the stage that follows.
-  template <class Blocks>
+  // Adds the product of a range of stages, from `slot` on, with the first kWidth tokens. While a batch is multiplied,
+  // the constants are prepared of a group that begins with the next: a stage brings the groups that begin within it and
+  // with the stage that follows.
+  template <int kWidth = kTokens, class Blocks>
   __device__ __forceinline__ void multiply(Sums& sums, Slot& slot, const Blocks& blocks, int group_size,
                                            StepRange range) const {
     GroupEnds<kStageRows> ends(group_size, range);
@@ -238,7 +240,7 @@ class HopperTile {
         for (int i = 0; i < kBatchTiles; ++i)
 #pragma unroll
           for (int b = 0; b < kBlocks; ++b)
-            wgmma(T{}, sums.v[b], weight[batch][i][b], act + 2 * (batch * kBatchTiles + i));
+            wgmma(T{}, first_of<kWidth / 2>(sums.v[b]), weight[batch][i][b], act + 2 * (batch * kBatchTiles + i));
         wgmma_commit();
         if (batch == 0 ? every_batch : is_end) blocks.prepare(constants, group[batch]);
         // The batch before is done: its registers are free, and after a stage's last batch so is its slot.

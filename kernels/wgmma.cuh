@@ -95,6 +95,13 @@ __device__ __forceinline__ u64 wgmma_descriptor(u32 address) {
 template <int kTokens>
 inline constexpr bool kHasWgmma = false;
 
+// The first of a thread's sums, for fewer tokens than there are sums of.
+template <int kFirst, int kAll>
+__device__ __forceinline__ float (&first_of(float (&sums)[kAll]))[kFirst] {
+  static_assert(kFirst <= kAll, "there are not so many");
+  return reinterpret_cast<float(&)[kFirst]>(sums);
+}
+
 MARLIN_WGMMA(16, 8, 9, 10, 11, 12)
 MARLIN_WGMMA(24, 12, 13, 14, 15, 16)
 MARLIN_WGMMA(32, 16, 17, 18, 19, 20)

@@ -34,6 +34,9 @@ _OTHER_ROWS = (8, 16, 24, 32)
 #: The largest height of `SmallExperts`.
 _MAX_SMALL_ROWS = 32
 
+#: Up to so many experts, a tile more is much.
+_FEW_EXPERTS = 16
+
 #: Columns of a result up to which an expert has few blocks.
 _FEW_COLUMNS = 1024
 
@@ -67,13 +70,15 @@ class _Shape(NamedTuple):
 def tile_rows_for(problem: ExpertProblem) -> int:
     """Returns how many rows of an expert are multiplied together.
 
-    The smallest height that nearly all experts' rows fit, as a second tile reads their weights again; where there is
-    none, the one whose tiles together take the least time. A product with one token has one row an expert.
+    The smallest height that nearly all experts' rows fit, as a second tile reads their weights again, and with few
+    experts keeps all multiprocessors busy for another round; where there is none, the one whose tiles together take the
+    least time. A product with one token has one row an expert.
     """
     if problem.num_pairs == problem.top_k:
         return 8
     mean = problem.mean_rows
-    likely = mean + 2 * math.sqrt(mean)
+    is_for_all = problem.num_experts <= _FEW_EXPERTS and mean >= 32
+    likely = mean + (3 if is_for_all else 2) * math.sqrt(mean)
     heights = _heights(problem)
     large = [rows for rows in heights if rows >= 96] or heights[-1:]
     best = min(large, key=lambda rows: _expected_tiles(mean, rows) * _stage_time(rows))
