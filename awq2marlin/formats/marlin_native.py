@@ -26,7 +26,7 @@ from awq2marlin.layout.scheme import Scheme
 MARLIN_QUANT_METHOD = "marlin_native"
 FORMAT_VERSION = 1
 
-_SGLANG_CAVEAT = "The plugin was run on a GPU with one model only"
+_SGLANG_CAVEAT = "So far, the plugin has run on a GPU with one model only"
 
 
 class MarlinNative(MarlinTensors):
