@@ -77,14 +77,11 @@ class Proven:
         expected = np.frombuffer(self.data(), np.uint8)
         if not np.array_equal(found, expected):
             at = int(np.argmax(found != expected)) if found.size == expected.size else min(found.size, expected.size)
-            raise refuse(
-                "contradiction",
-                f"it does not hold what the module's shape and the config mean (first at byte {at}), so the "
-                "conversion could not be undone; "
-                f"{self.meaning or 'the checkpoint is damaged or of another format'}",
-                file=self.file,
-                tensor=self.name,
+            message = (
+                f"{self.meaning or 'the checkpoint is damaged or of another format'} (from byte {at} on, it does not "
+                "hold what the module's shape and the config mean, so the conversion could not be undone)"
             )
+            raise refuse("contradiction", message, file=self.file, tensor=self.name)
 
 
 def middle_zero_points(layout: PartLayout, rows: int, columns: int) -> bytes:

@@ -24,7 +24,7 @@ def made(tmp_path_factory):
 def large(tmp_path_factory):
     """A checkpoint of three shards of several pieces each, with its conversion."""
     folder = tmp_path_factory.mktemp("large")
-    make_source(folder / "source", size_k=1024, size_n=4096, layers=2, shards=3)
+    make_source(folder / "source", size_k=2048, size_n=4096, layers=2, shards=3)
     convert(folder / "source", folder / "marlin")
     return folder
 

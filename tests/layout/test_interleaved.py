@@ -170,7 +170,8 @@ def test_zero_points_go_there_and_back_beside_their_scales(target, groups, colum
     assert hashlib.sha256((tmp_path / "back").read_bytes()).digest() == hashlib.sha256(stored.tobytes()).digest()
 
 
-def test_codes_in_turn_go_in_runs_of_rows(tmp_path):
+def test_codes_in_turn_go_in_runs_of_rows(tmp_path, monkeypatch):
+    monkeypatch.setattr("awq2marlin.layout.repack.PIECE_BYTES", 1 << 19)
     codes = np.random.default_rng(1).integers(0, 16, (2048, 1032), np.uint8)
     repack = Repack(InterleavedCodes("qweight", 4, *codes.shape), PartLayout("qweight", 4, *codes.shape))
     assert len([*repack.pieces(0, 0)]) > 2

@@ -291,7 +291,10 @@ def test_a_tensor_with_n_first_on_both_sides_is_one_piece():
 
 @pytest.mark.parametrize("inverse", [False, True])
 @pytest.mark.parametrize("workers", [1, 2, 4])
-def test_a_file_of_several_tensors_is_rewritten_in_order_by_any_number_of_threads(tmp_path, workers, inverse):
+def test_a_file_of_several_tensors_is_rewritten_in_order_by_any_number_of_threads(
+    tmp_path, monkeypatch, workers, inverse
+):
+    monkeypatch.setattr("awq2marlin.layout.repack.PIECE_BYTES", 1 << 19)
     repacks, old, new = [], b"", b""
     for kind, bits, rows, columns in (
         (Codes, 4, 1024, 4160),
