@@ -14,7 +14,7 @@ struct GemmArguments {
   const u32* qzeros;     // [num_groups, size_n / f], or null: every zero point is 2^(bits-1)
   const u16* bias;       // [size_n], plain order, or null
   u16* out;              // [size_m, size_n], contiguous
-  float* workspace;      // [splits, size_m, size_n] partial sums for sum_splits, or null: this launch finishes the job
+  float* workspace;      // partial sums that a second launch adds, or null: this launch finishes the job
   int size_m, size_n, size_k, group_size;  // group_size = size_k when there is one group
   int num_splits;        // blocks (of a cluster, without a workspace) that share K
   i64 a_stride, qweight_stride, scales_stride, qzeros_stride;

@@ -6,8 +6,11 @@
 // the tokens, in shared memory with 128-byte swizzle.
 //
 // A block walks over the tiles. One thread asks the hardware for boxes of activations and weights (TMA). It runs ahead
-// into the next tile's first stages while the result of the current one is rounded and leaves, copied by the hardware
-// too.
+// into the next tile's first stages while the result of the current one is rounded and leaves.
+//
+// Tiles that would fill a last wave in part only are split along K (`num_splits`). With two splits the halves of a tile
+// are multiplied by a cluster of two blocks, each of which finishes half of the tokens. Otherwise the parts' sums go
+// through a workspace, and a second launch adds them (`Sum`). Either way they are added in the order of K.
 //
 // Two mbarriers per stage: `full` counts the bytes that have arrived, `empty` the multiplying warps that are done with
 // it.
@@ -45,12 +48,15 @@ class WideGemm {
   static constexpr int kTileBytes = L::kTileWords * 4;
   static constexpr int kStageBytes = kActBytes + kStageTiles * kTiles * kTileBytes;
   static_assert(kStageBytes % 1024 == 0 && kActBytes % 1024 == 0, "a swizzle pattern starts on 1024 bytes");
-  static constexpr int kRowBytes = (kColumns + 8) * 2;  // the padding spreads the rows of a fragment over the banks
-  static_assert(kTokens <= kMathThreads, "a thread sends a row");
   static constexpr int kScaleBytes = kColumns * 2, kGroupBytes = kTiles * L::kGroupBytes;  // scales, then zero points
   static constexpr int kGroupsOffset = kStages * kStageBytes;
+
+  // A warpgroup's results leave in rounds, through two buffers in turn. Pairs are of octets of tokens.
+  static constexpr int kPairs = kTokens / 16, kRoundPairs = 4;
+  static constexpr int kRowBytes = (kTileColumns + 8) * 2;  // the padding spreads the rows of a fragment over the banks
+  static constexpr int kRoundBytes = kRoundPairs * 16 * kRowBytes;
   static constexpr int kRowsOffset = kGroupsOffset + kStages * kBatches * kGroupBytes;
-  static constexpr int kBarriersOffset = kRowsOffset + kTokens * kRowBytes;
+  static constexpr int kBarriersOffset = kRowsOffset + kWarpgroups * 2 * kRoundBytes;
 
   // A multiprocessor has 65536 registers, 168 for each of 384 threads in multiples of 8. Warps that only copy give up
   // most of theirs.
@@ -65,7 +71,7 @@ class WideGemm {
   static __device__ __forceinline__ void run(const TensorMap& a_map, const TensorMap& qweight_map,
                                              const GemmArguments& args) {
     extern __shared__ __align__(1024) unsigned char shared[];
-    const WideGemm gemm(args, shared_address(shared));
+    const WideGemm gemm(args, shared_address(shared), whole_tiles(args, gridDim.x));
     if (threadIdx.x == 0) gemm.init_barriers();
     start_next_launch();
     wait_for_last_launch();
@@ -79,8 +85,32 @@ class WideGemm {
     }
   }
 
+  // The second launch when the first left sums in the workspace. grid: split tiles, pairs of octets of their tokens.
+  struct Sum {
+    static constexpr int kThreads = kMathThreads, kSharedBytes = kWarpgroups * 16 * kRowBytes;
+    static __device__ __forceinline__ void run(const GemmArguments& args) {
+      extern __shared__ __align__(1024) unsigned char shared[];
+      const WideGemm gemm(args, shared_address(shared), num_tiles(args) - int(gridDim.x));
+      start_next_launch();
+      wait_for_last_launch();
+      gemm.sum_pair(blockIdx.x, blockIdx.y);
+    }
+  };
+
  private:
-  __device__ __forceinline__ WideGemm(const GemmArguments& args, u32 shared)
+  static __device__ __forceinline__ int num_tiles(const GemmArguments& args) {
+    return (args.size_n + kColumns - 1) / kColumns * ((args.size_m + kTokens - 1) / kTokens);
+  }
+
+  // The first tiles, which are not split: as many as fill all waves but the last one. Blocks of a cluster have one
+  // split tile each and nothing after it, as its sums meet where the ring was.
+  static __device__ __forceinline__ int whole_tiles(const GemmArguments& args, int num_blocks) {
+    const int tiles = num_tiles(args), last = tiles % num_blocks;
+    const bool splits = args.num_splits > 1 && (args.workspace || args.num_splits * last <= num_blocks);
+    return splits ? tiles - last : tiles;
+  }
+
+  __device__ __forceinline__ WideGemm(const GemmArguments& args, u32 shared, int num_whole)
       : args(args),
         shared(shared),
         warp(__shfl_sync(0xffffffffu, threadIdx.x / kWarpLanes, 0)),  // the same in all lanes, and the compiler knows
@@ -88,7 +118,8 @@ class WideGemm {
         warpgroup(warp / kWarpgroupWarps),
         tiles_n((args.size_n + kColumns - 1) / kColumns),
         tiles_m((args.size_m + kTokens - 1) / kTokens),
-        num_places(tiles_n * tiles_m * args.num_splits) {}
+        num_whole(num_whole),
+        num_places(num_whole + (tiles_n * tiles_m - num_whole) * args.num_splits) {}
 
   __device__ __forceinline__ void init_barriers() const {
     for (int slot = 0; slot < kStages; ++slot) {
@@ -100,9 +131,9 @@ class WideGemm {
 
   using Slot = RingSlot<kStages>;
 
-  // A tile, and a part of K.
+  // A tile, and a part of K. `part` counts the parts of all split tiles; negative: the tile is whole.
   struct Place {
-    int first_column, first_token, split;
+    int first_column, first_token, part;
     StepRange range;
   };
 
@@ -110,11 +141,14 @@ class WideGemm {
   // that is when the fewest bytes must be read, as activations have four times the bytes of 4-bit weights.
   __device__ __forceinline__ Place place(int i) const {
     constexpr int kHeight = 1024 / kTokens;
-    const int split = i % args.num_splits, tile = i / args.num_splits;
+    const int part = i - num_whole;
+    const bool is_whole = part < 0;
+    const int tile = is_whole ? i : num_whole + part / args.num_splits;
+    const int split = is_whole ? 0 : part % args.num_splits, num_splits = is_whole ? 1 : args.num_splits;
     const int band = tile / (kHeight * tiles_n), in_band = tile - band * kHeight * tiles_n;
     const int height = min(kHeight, tiles_m - band * kHeight);
-    return {in_band / height * kColumns, (band * kHeight + in_band % height) * kTokens, split,
-            split_steps(args.size_k / kStageRows, split, args.num_splits)};
+    return {in_band / height * kColumns, (band * kHeight + in_band % height) * kTokens, part,
+            split_steps(args.size_k / kStageRows, split, num_splits)};
   }
 
   // ---- the copying thread -------------------------------------------------------------------------------------------
@@ -171,6 +205,7 @@ class WideGemm {
 
   // The next place's first scales are on their way while this one's result leaves.
   __device__ __forceinline__ void multiply() const {
+    if (int(blockIdx.x) >= num_places) return;
     Slot slot;
     Place at = place(blockIdx.x);
     Groups groups = groups_of(at);
@@ -183,14 +218,15 @@ class WideGemm {
       const Place next = place(min(i + int(gridDim.x), num_places - 1));
       const Groups next_groups = groups_of(next);
       next_groups.read(group, first_group(next), lane);
-      if (args.workspace)
-        store_parts(sums, groups, at);
+      if (at.part < 0)
+        store_rows<0, kPairs>(sums, groups, at);
+      else if (args.workspace)
+        store_part(sums, at);
       else
-        store_rows(sums, groups, at);
+        store_with_peer(sums, groups, at);
       at = next;
       groups = next_groups;
     }
-    bulk_wait();
   }
 
   __device__ __forceinline__ Constants prepare(const Groups& groups, const typename Groups::Group& group) const {
@@ -256,61 +292,122 @@ class WideGemm {
 
   // ---- how sums leave: lane l holds columns l/4 and l/4 + 8 of a block, tokens 8 t + 2 (l mod 4) and + 1 ------------
 
-  __device__ __forceinline__ int block_column() const {
-    return warpgroup * kTileColumns + warp % kWarpgroupWarps * kBlockColumns;
-  }
-
-  // Rounds the tile into rows in shared memory, and sends each where it belongs. The hardware copies them while the
-  // next tile is multiplied. A fragment of eight columns and tokens is stored transposed.
-  __device__ __forceinline__ void store_rows(const Sums& sums, const Groups& groups, const Place& at) const {
-    const int column = block_column() + lane / 4;
+  // What a lane's two columns of sums are multiplied by, and what is added.
+  struct Finish {
     float scales[2], biases[2];
+  };
+  __device__ __forceinline__ Finish finish_of(const Groups& groups, const Place& at) const {
+    const int column = at.first_column + warpgroup * kTileColumns + warp % kWarpgroupWarps * kBlockColumns + lane / 4;
+    Finish finish;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      scales[half] = groups.final_scale(lane, half);
-      const int n = min(at.first_column + column + 8 * half, args.size_n - 1);
-      biases[half] = args.bias ? low_float(T{}, args.bias[n]) : 0.f;
+      finish.scales[half] = groups.final_scale(lane, half);
+      finish.biases[half] = args.bias ? low_float(T{}, args.bias[min(column + 8 * half, args.size_n - 1)]) : 0.f;
     }
-    const u32 rows_sh = shared + kRowsOffset;
-    const u32 fragments_sh =
-        rows_sh + (lane % 8 + lane / 16 * 8) * kRowBytes + (block_column() + lane / 8 % 2 * 8) * 2;
-    bulk_wait_read();
-    barrier_some<kMathThreads>();  // the rows before have left
-#pragma unroll
-    for (int t = 0; t < kTokens / 8; t += 2) {
-      u32 fragments[4];
-#pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const int half = i % 2, first = 4 * (t + i / 2) + 2 * half;
-        const float scale = scales[half], bias = biases[half];
-        fragments[i] = pack2(T{}, scale * sums[first] + bias, scale * sums[first + 1] + bias);
-      }
-      stmatrix_x4_transposed(fragments_sh + t * 8 * kRowBytes, fragments);
-    }
-    fence_proxy_async();
-    barrier_some<kMathThreads>();
-    const int token = threadIdx.x, columns = min(kColumns, args.size_n - at.first_column);
-    if (token < min(kTokens, args.size_m - at.first_token) && columns > 0)
-      bulk_store(args.out + i64(at.first_token + token) * args.size_n + at.first_column, rows_sh + token * kRowBytes,
-                 2 * columns);
-    bulk_commit();
+    return finish;
   }
 
-  // Leaves a split's sums to sum_splits. Eight lanes write 32 bytes, a sector.
-  __device__ __forceinline__ void store_parts(const Sums& sums, const Groups& groups, const Place& at) const {
-    const int token = at.first_token + 2 * (lane % 4), column = at.first_column + block_column() + lane / 4;
-    const float scales[2] = {groups.final_scale(lane, 0), groups.final_scale(lane, 1)};
-    float* part = args.workspace + (i64(at.split) * args.size_m + token) * args.size_n + column;
+  __device__ __forceinline__ void meet_warpgroup() const {
+    barrier_of<kWarpgroupWarps * kWarpLanes>(1 + warpgroup);
+  }
+
+  // Rounds pairs [kBegin, kEnd) of the tile and stores them.
+  template <int kBegin, int kEnd>
+  __device__ __forceinline__ void store_rows(const Sums& sums, const Groups& groups, const Place& at) const {
+    const Finish finish = finish_of(groups, at);
+    const u32 rows_sh = shared + kRowsOffset + warpgroup * 2 * kRoundBytes;
+    meet_warpgroup();  // the rows before have left
 #pragma unroll
-    for (int t = 0; t < kTokens / 8; ++t) {
+    for (int pair = kBegin; pair < kEnd; pair += kRoundPairs) {
+      const u32 round_sh = rows_sh + (pair - kBegin) / kRoundPairs % 2 * kRoundBytes;
 #pragma unroll
-      for (int half = 0; half < 2; ++half)
+      for (int i = 0; i < kRoundPairs; ++i)
+        if (pair + i < kEnd) round_pair(round_sh + i * 16 * kRowBytes, sums + 8 * (pair + i), finish);
+      meet_warpgroup();
 #pragma unroll
-        for (int v = 0; v < 2; ++v)
-          if (token + 8 * t + v < args.size_m && column + 8 * half < args.size_n)
-            part[v * args.size_n + 8 * half] = scales[half] * sums[4 * t + 2 * half + v];
-      part += 8 * i64(args.size_n);
+      for (int i = 0; i < kRoundPairs; ++i)
+        if (pair + i < kEnd) send_pair(round_sh + i * 16 * kRowBytes, at, pair + i);
     }
+  }
+
+  // Rounds the sums of 16 tokens into rows in shared memory. A fragment of eight columns and tokens is stored
+  // transposed.
+  __device__ __forceinline__ void round_pair(u32 rows_sh, const float* sums, const Finish& finish) const {
+    u32 fragments[4];
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const int half = i % 2, first = 4 * (i / 2) + 2 * half;
+      const float scale = finish.scales[half], bias = finish.biases[half];
+      fragments[i] = pack2(T{}, scale * sums[first] + bias, scale * sums[first + 1] + bias);
+    }
+    const int column = warp % kWarpgroupWarps * kBlockColumns + lane / 8 % 2 * 8;
+    stmatrix_x4_transposed(rows_sh + (lane % 8 + lane / 16 * 8) * kRowBytes + column * 2, fragments);
+  }
+
+  // Stores those rows: eight threads have one.
+  __device__ __forceinline__ void send_pair(u32 rows_sh, const Place& at, int pair) const {
+    const int thread = threadIdx.x % (kWarpgroupWarps * kWarpLanes), row = thread / 8, chunk = thread % 8;
+    const int token = at.first_token + 16 * pair + row, column = at.first_column + warpgroup * kTileColumns + 8 * chunk;
+    u32 v[4];
+    load_shared(v, rows_sh + row * kRowBytes + chunk * 16);
+    if (token < args.size_m && column < args.size_n)
+      *reinterpret_cast<U32x4*>(args.out + i64(token) * args.size_n + column) = {v[0], v[1], v[2], v[3]};
+  }
+
+  // Sums on their way: a thread's four of an octet of tokens lie side by side, and so do threads.
+  static constexpr int kOctetBytes = kMathThreads * 16;
+
+  // Gives the other block of the cluster, which has the other half of K, the sums of its tokens, and finishes ours.
+  __device__ __forceinline__ void store_with_peer(Sums& sums, const Groups& groups, const Place& at) const {
+    constexpr int kMiddle = (kPairs + 1) / 2;
+    cluster_sync();  // both blocks are done with their rings
+    if (at.part % 2 == 0)
+      share<0, kMiddle>(sums, groups, at);
+    else
+      share<kMiddle, kPairs>(sums, groups, at);
+  }
+  template <int kBegin, int kEnd>
+  __device__ __forceinline__ void share(Sums& sums, const Groups& groups, const Place& at) const {
+    const u32 ours = shared + threadIdx.x * 16, theirs = cluster_address(ours, at.part % 2 ^ 1);
+#pragma unroll
+    for (int octet = 0; octet < 2 * kPairs; ++octet) {
+      constexpr int kTheirs = kBegin == 0 ? 2 * kEnd : 0;  // the first octet that the other block finishes
+      if (octet < 2 * kBegin || octet >= 2 * kEnd)
+        store_cluster(theirs + (octet - kTheirs) * kOctetBytes, quad(sums, octet));
+    }
+    cluster_sync();
+#pragma unroll
+    for (int octet = 2 * kBegin; octet < 2 * kEnd; ++octet) {
+      u32 v[4];
+      load_shared(v, ours + (octet - 2 * kBegin) * kOctetBytes);
+#pragma unroll
+      for (int i = 0; i < 4; ++i) sums[4 * octet + i] += __uint_as_float(v[i]);
+    }
+    store_rows<kBegin, kEnd>(sums, groups, at);
+  }
+  static __device__ __forceinline__ F32x4 quad(const Sums& sums, int octet) {
+    return {sums[4 * octet], sums[4 * octet + 1], sums[4 * octet + 2], sums[4 * octet + 3]};
+  }
+
+  // The workspace has a tile for each part, in the same order.
+  __device__ __forceinline__ F32x4* part_octet(int part, int octet) const {
+    return reinterpret_cast<F32x4*>(args.workspace) + (i64(part) * 2 * kPairs + octet) * kMathThreads + threadIdx.x;
+  }
+  __device__ __forceinline__ void store_part(const Sums& sums, const Place& at) const {
+#pragma unroll
+    for (int octet = 0; octet < 2 * kPairs; ++octet) *part_octet(at.part, octet) = quad(sums, octet);
+  }
+  __device__ __forceinline__ void sum_pair(int split_tile, int pair) const {
+    const int first_part = split_tile * args.num_splits;
+    const Place at = place(num_whole + first_part);
+    F32x4 sums[2] = {};
+    for (int split = 0; split < args.num_splits; ++split)
+#pragma unroll
+      for (int i = 0; i < 2; ++i) accumulate(sums[i], *part_octet(first_part + split, 2 * pair + i));
+    const u32 rows_sh = shared + warpgroup * 16 * kRowBytes;
+    round_pair(rows_sh, reinterpret_cast<const float*>(sums), finish_of(groups_of(at), at));
+    meet_warpgroup();
+    send_pair(rows_sh, at, pair);
   }
 
   // ---- where things are ---------------------------------------------------------------------------------------------
@@ -326,7 +423,7 @@ class WideGemm {
 
   const GemmArguments& args;
   const u32 shared;
-  const int warp, lane, warpgroup, tiles_n, tiles_m, num_places;
+  const int warp, lane, warpgroup, tiles_n, tiles_m, num_whole, num_places;
 };
 
 }  // namespace marlin

@@ -302,16 +302,6 @@ __device__ __forceinline__ void stmatrix_x4_transposed(u32 address, const u32 (&
                "r"(v[1]), "r"(v[2]), "r"(v[3])
                : "memory");
 }
-// Copies from shared to global memory behind the thread's back: addresses and size are multiples of 16 bytes. What was
-// written there must have passed fence_proxy_async and a barrier.
-__device__ __forceinline__ void bulk_store(void* to, u32 from, u32 bytes) {
-  asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(to), "r"(from), "r"(bytes)
-               : "memory");
-}
-__device__ __forceinline__ void bulk_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
-// Until this thread's copies have read their shared memory; or until they are complete.
-__device__ __forceinline__ void bulk_wait_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
-__device__ __forceinline__ void bulk_wait() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
 
 // What this thread wrote to shared memory, or saw written, becomes visible to its wgmma, which read through another
 // proxy.

@@ -9,7 +9,7 @@ import torch
 
 from awq2marlin.gemm.checks import GemmTensors, LayerShape, check_addresses, check_gemm
 from awq2marlin.gemm.driver import Blocks, Device, PreparedKernel, device_of, load_kernels, tensor_map
-from awq2marlin.gemm.families.base import Dtype, GemmConfig, GemmProblem, sum_splits_source
+from awq2marlin.gemm.families.base import SUM_THREADS, Dtype, GemmConfig, GemmProblem
 from awq2marlin.gemm.select import sources_up_to
 from awq2marlin.gemm.source import repack_source
 from awq2marlin.layout.marlin import GPTQ_MARLIN_TILE, MARLIN_TILE_N
@@ -82,12 +82,14 @@ class GemmCall:
             map_at = partial(tensor_map, matrix.shape, matrix.stride(0), matrix.itemsize, box, device.index)
             self._maps.append((_ADDRESSES.index(box.tensor), map_at))
         self._out_shape = (problem.size_m, problem.size_n)
-        self._workspace_shape = None
+        self._workspace_size = 0
         if config.num_splits > 1 and config.reduction == "workspace":
-            self._workspace_shape = (config.num_splits, *self._out_shape)
-            grid = (min(-(-problem.size_m * problem.size_n // 1024), 1 << 16), 1, 1)
-            source = sum_splits_source(problem.dtype)
-            self._sum = PreparedKernel(source, device, Blocks(grid, 256, overlaps=overlaps), 0, count, numbers)
+            self._workspace_size = config.workspace_bytes(problem) // 4
+        if self._workspace_size:
+            blocks = Blocks(
+                config.sum_grid(problem), SUM_THREADS, shared_bytes=config.sum_shared_bytes, overlaps=overlaps
+            )
+            self._sum = PreparedKernel(config.sum_source, device, blocks, 0, count, numbers)
 
     def __call__(
         self,
@@ -119,8 +121,8 @@ class GemmCall:
         if out is None:
             out = a.new_empty(self._out_shape)
         workspace, workspace_at = None, 0
-        if self._workspace_shape is not None:
-            workspace = a.new_empty(self._workspace_shape, dtype=torch.float32)
+        if self._workspace_size:
+            workspace = a.new_empty(self._workspace_size, dtype=torch.float32)
             workspace_at = workspace.data_ptr()
         addresses = (a_at, qweight_at, scales_at, qzeros_at, bias_at, out.data_ptr(), workspace_at)
         self._multiply(*[map_at(addresses[which]) for which, map_at in self._maps], *addresses)

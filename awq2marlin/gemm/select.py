@@ -7,7 +7,7 @@ from dataclasses import replace
 from itertools import product
 
 from awq2marlin.gemm.families import FAMILIES
-from awq2marlin.gemm.families.base import ANY_NUMBER, DTYPES, Capability, GemmConfig, GemmProblem, sum_splits_source
+from awq2marlin.gemm.families.base import ANY_NUMBER, DTYPES, Capability, GemmConfig, GemmProblem
 from awq2marlin.gemm.source import KernelSource, repack_source
 
 
@@ -47,19 +47,20 @@ def sources_up_to(largest: GemmProblem) -> dict[KernelSource, int]:
     Args:
         largest: the layer's product for the largest number of tokens to come.
     """
-    sources = {sum_splits_source(largest.dtype): 0}
+    sources: dict[KernelSource, int] = {}
     for problem in (replace(largest, size_m=size_m) for size_m in first_tokens() if size_m <= largest.size_m):
         for config in candidates_for(problem):
-            sources[config.source] = config.shared_bytes
+            sources |= {config.source: config.shared_bytes, config.sum_source: config.sum_shared_bytes}
     return sources
 
 
 def all_sources(capability: Capability) -> list[KernelSource]:
     """Returns every kernel that a GPU of that compute capability can be asked for."""
-    sources = {repack_source(4), repack_source(8), *map(sum_splits_source, DTYPES)}
+    sources = {repack_source(4), repack_source(8)}
     sizes_k = (256, 192)  # a multiple of 128, and one of 64 only
     for dtype, bits, group, size_m, size_k in product(DTYPES, (4, 8), (32, 64, 128), first_tokens(), sizes_k):
         if size_k % group == 0:
             problem = GemmProblem(size_m, 256, size_k, group, bits, dtype, capability)
-            sources |= {config.source for config in all_configs(problem)}
+            for config in all_configs(problem):
+                sources |= {config.source, config.sum_source}
     return sorted(sources, key=lambda source: source.name)

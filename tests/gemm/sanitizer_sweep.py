@@ -7,10 +7,13 @@ With ``memcheck`` add ``--report-api-errors no``: the CUDA bindings look up func
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 
 from awq2marlin.gemm import ops
 from awq2marlin.gemm.checks import GemmTensors
+from awq2marlin.gemm.families.wide import WideConfig
 from awq2marlin.gemm.launch import launch_gemm, problem_of
 from awq2marlin.gemm.select import all_configs
 from tests.gemm.gemm_cases import random_layer, random_tokens
@@ -24,7 +27,7 @@ def main() -> None:
             layer = random_layer(
                 size_k, size_n, group_size, num_bits=num_bits, dtype=dtype, has_bias=True, device="cuda"
             )
-            for size_m in (1, 9, 17, 25, 33, 130):
+            for size_m in (1, 9, 17, 25, 33, 130, 300):
                 a = random_tokens(size_m, layer)
                 tensors = GemmTensors(a, layer.qweight, layer.scales, layer.qzeros, layer.bias, num_bits)
                 problem = problem_of(tensors)
@@ -33,6 +36,10 @@ def main() -> None:
                     for num_splits, reduction in reductions:
                         launch_gemm(config.with_splits(num_splits, reduction), problem, tensors)
                         launches += 1
+                        if isinstance(config, WideConfig):  # few blocks, which walk over tiles and split the last ones
+                            few = replace(problem, multiprocessors=2 if num_bits == 4 else 4)
+                            launch_gemm(config.with_splits(num_splits, reduction), few, tensors)
+                            launches += 1
             ops.repack_awq(
                 torch.zeros(64, size_n * num_bits // 32, dtype=torch.int32, device="cuda"), num_bits=num_bits
             )

@@ -34,6 +34,7 @@ CAPABILITIES = [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)]
 SIZES_M = [1, 2, 8, 9, 16, 17, 24, 25, 32, 33, 48, 64, 65, 96, 128, 129, 192, 512, 1000, 70_000]
 SHAPES = [(128, 64), (64, 128), (192, 128), (4096, 4096), (28672, 8192), (8192, 57344), (1344, 1280)]
 ROOT = Path(__file__).parents[2]
+RESULTS = [ROOT / "benchmarks" / "results" / f"{name}_h100.json" for name in ("gemm", "gemm_wide")]
 
 
 def problems(capability):
@@ -136,6 +137,23 @@ def test_with_splits_changes_nothing_else():
         assert changed.with_splits(1, config.reduction) == config
 
 
+def test_tiles_that_would_fill_a_last_wave_in_part_are_split():
+    problem = GemmProblem(1024, 10240, 8192, 128, 4, "fp16")
+    whole = next(config for config in all_configs(problem) if type(config) is WideConfig and config.tokens == 256)
+    halves, parts = whole.with_splits(2, "cluster"), whole.with_splits(3, "workspace")
+    assert whole.split_tiles(problem) == 0
+    assert halves.split_tiles(problem) == parts.split_tiles(problem) == 4 * 80 % 132
+    assert (halves.cluster, parts.cluster) == (2, 1)
+    assert parts.workspace_bytes(problem) == 3 * 56 * 128 * 256 * 4
+    assert parts.sum_grid(problem) == (56, 16, 1)
+
+    narrow = replace(problem, size_n=12288)  # 384 tiles, 120 of them in the last wave: no two blocks for each
+    assert (halves.split_tiles(narrow), parts.split_tiles(narrow)) == (0, 120)
+    full = replace(problem, size_n=132 * 128)
+    assert halves.split_tiles(full) == parts.split_tiles(full) == parts.workspace_bytes(full) == 0
+    assert halves.grid(replace(problem, multiprocessors=7)) == (6, 1, 1)
+
+
 # --- the one place that picks -----------------------------------------------------------------------------
 
 
@@ -168,8 +186,8 @@ def test_whatever_is_picked_covers_the_output_and_fits_the_gpu(capability):
 
 
 def test_the_picks_are_those_that_the_benchmark_timed():
-    rows = json.loads((ROOT / "benchmarks" / "results" / "gemm_h100.json").read_text("utf-8"))["rows"]
-    for row in rows:
+    few, many = (json.loads(path.read_text("utf-8"))["rows"] for path in RESULTS)
+    for row in [row for row in few if row["M"] <= 128] + many:
         config = pick_config(GemmProblem(row["M"], row["N"], row["K"], 128, 4, "fp16", (9, 0), 132))
         picked = config.source.name, config.num_splits, config.reduction
         assert picked == (row["kernel"], row["splits"], row["reduction"]), row

@@ -1,6 +1,7 @@
 """The kernels on a GPU: every kernel, not only the one that would be picked, on every alignment."""
 
 import threading
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,7 +10,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from awq2marlin.errors import KernelUnavailableError
 from awq2marlin.gemm import jit, ops
 from awq2marlin.gemm.checks import GemmTensors
-from awq2marlin.gemm.families.base import GemmProblem
+from awq2marlin.gemm.families.base import HOPPER, GemmProblem
+from awq2marlin.gemm.families.wide import WideConfig
 from awq2marlin.gemm.launch import launch_gemm
 from awq2marlin.gemm.select import all_configs, pick_config
 from tests.gemm.gemm_cases import DTYPES, SMALL_SHAPES, Layer, assert_product, random_layer, random_tokens
@@ -38,11 +40,11 @@ def problem_of(size_m, layer):
     )
 
 
-def run(config, a, layer):
+def run(config, a, layer, problem=None):
     """Runs a config into poisoned memory: what no block writes stays NaN."""
     out = torch.full((a.shape[0], layer.size_n), float("nan"), dtype=a.dtype, device=a.device)
     tensors = GemmTensors(a, layer.qweight, layer.scales, layer.qzeros, layer.bias, layer.num_bits)
-    return launch_gemm(config, problem_of(a.shape[0], layer), tensors, out)
+    return launch_gemm(config, problem or problem_of(a.shape[0], layer), tensors, out)
 
 
 def variants(problem):
@@ -92,6 +94,54 @@ def test_identity_returns_the_decoded_weight_bit_for_bit(group_size, has_zeros, 
         for config in configs:
             rows = [run(config, eye[start : start + size_m], layer) for start in range(0, layer.size_k, size_m)]
             assert torch.equal(torch.cat(rows), decoded), config
+
+
+def walks(size_m, layer, multiprocessors):
+    """Every kernel whose blocks walk over tiles, with few blocks, and its last wave split in every way."""
+    problem = replace(problem_of(size_m, layer), multiprocessors=multiprocessors)
+    for config in all_configs(problem):
+        if isinstance(config, WideConfig):
+            for num_splits, reduction in ((1, "workspace"), (2, "cluster"), (2, "workspace"), (5, "workspace")):
+                yield problem, config.with_splits(num_splits, reduction)
+
+
+@pytest.mark.parametrize("multiprocessors", [2, 5, 8])
+@pytest.mark.parametrize(("dtype", "num_bits"), KINDS)
+def test_a_last_wave_of_tiles_is_split(dtype, num_bits, multiprocessors):
+    split = set()
+    for size_k, size_n, group_size in ((384, 1088, 64), (128, 448, -1)):
+        layer = gpu_layer(size_k, size_n, group_size, num_bits=num_bits, dtype=DTYPES[dtype], has_bias=True)
+        for size_m in (130, 257, 999):
+            a = random_tokens(size_m, layer)
+            for problem, config in walks(size_m, layer, multiprocessors):
+                out = run(config, a, layer, problem)
+                assert_product(out, a, layer)
+                for _ in range(3):
+                    assert torch.equal(run(config, a, layer, problem), out), config
+                if config.split_tiles(problem):
+                    split.add((config.num_splits, config.reduction))
+    if problem_of(130, layer).capability == HOPPER:
+        assert split == {(2, "cluster"), (2, "workspace"), (5, "workspace")}
+
+
+def test_split_tiles_return_the_decoded_weight_bit_for_bit():
+    layer = gpu_layer(512, 448, 128)
+    eye = torch.eye(512, dtype=torch.float16, device="cuda")
+    for problem, config in walks(512, layer, 6):
+        assert torch.equal(run(config, eye, layer, problem), layer.weight.half()), config
+
+
+def test_split_tiles_survive_a_captured_graph():
+    layer = gpu_layer(1024, 448, 128)
+    a = random_tokens(700, layer)
+    for problem, config in walks(700, layer, 4):
+        expected = run(config, a, layer, problem)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            outs = [run(config, a, layer, problem) for _ in range(2)]
+        for _ in range(3):
+            graph.replay()
+        assert all(torch.equal(out, expected) for out in outs), config
 
 
 @pytest.mark.parametrize("size_k", [64, 128])

@@ -36,6 +36,9 @@ MAX_SPLITS = 8
 #: The most that partial sums may take where they go through global memory.
 MAX_WORKSPACE_BYTES = 64 << 20
 
+#: Threads of a block of the launch that adds sums.
+SUM_THREADS = 256
+
 #: Shared memory of a multiprocessor of compute capability 9.0.
 SHARED_BYTES = 228 << 10
 
@@ -210,12 +213,17 @@ class GemmConfig(ABC):
     def resident_blocks(self) -> int:
         """Blocks that a multiprocessor holds at once: the compiler's limit on registers follows."""
 
+    @property
+    def implementation(self) -> str:
+        """The class with its template arguments."""
+        arguments = ", ".join(map(str, (CPP_TYPES[self.dtype], *self.template_arguments)))
+        return f"{self.template}<{arguments}>"
+
     @functools.cached_property
     def source(self) -> KernelSource:
         """The instantiation that it runs."""
-        arguments = ", ".join(map(str, (CPP_TYPES[self.dtype], *self.template_arguments)))
         return instantiation(
-            f"{self.template}<{arguments}>",
+            self.implementation,
             self.header,
             self.parameters,
             threads=self.threads,
@@ -251,6 +259,22 @@ class GemmConfig(ABC):
     def workspace_bytes(self, problem: GemmProblem) -> int:
         """Returns what the parts' sums take where they go through global memory."""
         return 4 * self.num_splits * problem.size_m * problem.size_n
+
+    # ---- the second launch, which adds what the first one left in a workspace --------------------------------
+
+    @property
+    def sum_source(self) -> KernelSource:
+        """Its kernel."""
+        return sum_splits_source(self.dtype)
+
+    @property
+    def sum_shared_bytes(self) -> int:
+        """Dynamic shared memory of its blocks, in bytes."""
+        return 0
+
+    def sum_grid(self, problem: GemmProblem) -> tuple[int, int, int]:
+        """Returns its blocks."""
+        return min(-(-problem.size_m * problem.size_n // 1024), 1 << 16), 1, 1
 
 
 class StepTimes(NamedTuple):
@@ -303,7 +327,7 @@ def sum_splits_source(dtype: Dtype) -> KernelSource:
         f"""\
 #include "gemm_base.cuh"
 using namespace marlin;
-extern "C" __global__ void __launch_bounds__(256) {ENTRY_POINT}(MARLIN_GEMM_PARAMETERS) {{
+extern "C" __global__ void __launch_bounds__({SUM_THREADS}) {ENTRY_POINT}(MARLIN_GEMM_PARAMETERS) {{
   sum_splits<{CPP_TYPES[dtype]}>(MARLIN_GEMM_ARGUMENTS);
 }}
 """,

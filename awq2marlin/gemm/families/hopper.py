@@ -48,7 +48,7 @@ CANDIDATES = (
 _MEGABYTE = 0.23
 
 #: By how much more tokens than one block has are slower than estimated: the GPU comes near its power limit.
-_MANY_TOKENS = 1.055
+_MANY_TOKENS = 1.11
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ from typing import NamedTuple
 from awq2marlin.gemm.families.base import (
     ANY_NUMBER,
     HOPPER,
-    MAX_WORKSPACE_BYTES,
+    SUM_THREADS,
     Box,
     GemmConfig,
     GemmProblem,
@@ -18,12 +18,20 @@ from awq2marlin.gemm.families.base import (
     group_bytes,
     overlapped,
 )
+from awq2marlin.gemm.source import KernelSource, instantiation
 
 #: Shared memory that a block can have.
 _ROOM = 227 << 10
 
+#: The most that the sums of split tiles may take: where there are more, to split them saves nothing.
+_MAX_WORKSPACE_BYTES = 24 << 20
+
+#: A warpgroup's rounded row, and what both of them need for two rounds of 64 tokens.
+_ROW_BYTES = 2 * (64 + 8)
+_ROUNDS_BYTES = 2 * 2 * 64 * _ROW_BYTES
+
 #: What a megabyte of sums takes, in microseconds, on its way into a workspace and out of it.
-_MEGABYTE = 0.11
+_MEGABYTE = 0.46
 
 
 class _Candidate(NamedTuple):
@@ -37,23 +45,23 @@ class _Candidate(NamedTuple):
 #: Bits, tokens, microseconds of a step of 64 rows; those of 4 bits are fitted to a sweep over the shapes of
 #: ``benchmarks/gemm.py`` (208 tokens lie between their neighbours), those of 8 bits are guesses.
 CANDIDATES = (
-    _Candidate(4, 256, 0.69),
-    _Candidate(4, 208, 0.572),
-    _Candidate(4, 192, 0.544),
-    _Candidate(4, 176, 0.533),
-    _Candidate(4, 128, 0.456),
-    _Candidate(8, 256, 0.72),
-    _Candidate(8, 192, 0.57),
+    _Candidate(4, 256, 0.735),
+    _Candidate(4, 208, 0.61),
+    _Candidate(4, 192, 0.58),
+    _Candidate(4, 176, 0.56),
+    _Candidate(4, 128, 0.457),
+    _Candidate(8, 256, 0.77),
+    _Candidate(8, 192, 0.61),
     _Candidate(8, 128, 0.48),
 )
 
-#: What each tile takes beside its steps, and a second launch that sums.
-_ENDS, _SUMMING = 2.3, 4.6
+#: What each tile takes beside its steps, a second launch that sums, and summing in a cluster.
+_ENDS, _SUMMING, _SHARING = 1.5, 1.5, 4.1
 
 
 @dataclass(frozen=True, kw_only=True)
 class WideConfig(GemmConfig):
-    """The shortest estimate wins. Blocks that share K leave their sums in a workspace.
+    """The shortest estimate wins. Only tiles that would fill a last wave in part are split along K.
 
     Attributes:
         tokens: of a tile.
@@ -82,22 +90,72 @@ class WideConfig(GemmConfig):
                 yield cls(dtype=problem.dtype, reduction="workspace", **candidate._asdict())
 
     def launches(self, problem: GemmProblem) -> Iterator[GemmConfig]:
-        """Yields it with every number of splits whose sums fit the workspace."""
+        """Yields it with whole tiles, with a last wave split by two in clusters, and by every number otherwise."""
         for launch in super().launches(problem):
-            if launch.num_splits == 1 or launch.workspace_bytes(problem) <= MAX_WORKSPACE_BYTES:
+            if launch.num_splits == 1 or 0 < launch.workspace_bytes(problem) <= _MAX_WORKSPACE_BYTES:
                 yield launch
+        in_clusters = self.with_splits(2, "cluster")
+        if in_clusters.split_tiles(problem) and problem.size_k >= 128 and problem.multiprocessors > 1:
+            yield in_clusters
 
     def cost(self, problem: GemmProblem) -> float:
         """Returns the estimate in microseconds."""
-        waves = -(-self._places(problem) // problem.multiprocessors)
-        multiplying = waves * -(-problem.size_k // (64 * self.num_splits)) * self.step
-        summing = _SUMMING + _MEGABYTE * 2e-6 * self.workspace_bytes(problem) if self.num_splits > 1 else 0.0
-        return overlapped(multiplying, problem.reading_microseconds) + waves * _ENDS + summing
+        num_tiles, split_tiles, blocks = self._num_tiles(problem), self.split_tiles(problem), self.grid(problem)[0]
+        steps = -(-problem.size_k // 64)
+        waves = -(-(num_tiles - split_tiles) // blocks)
+        multiplying = waves * steps * self.step
+        if split_tiles:
+            last_waves = -(-split_tiles * self.num_splits // blocks)
+            multiplying += last_waves * -(-steps // self.num_splits) * self.step
+            waves += last_waves
+        return (
+            overlapped(multiplying, problem.reading_microseconds) + waves * _ENDS + self._summing(problem, split_tiles)
+        )
 
-    def _places(self, problem: GemmProblem) -> int:
-        """Returns how many tiles there are to multiply, a split of K counting as one."""
+    def _summing(self, problem: GemmProblem, split_tiles: int) -> float:
+        """Returns what adding the parts' sums takes, in microseconds."""
+        if not split_tiles:
+            return 0.0
+        if self.reduction == "cluster":
+            return _SHARING
+        return _SUMMING + _MEGABYTE * 1e-6 * self.workspace_bytes(problem)
+
+    def _num_tiles(self, problem: GemmProblem) -> int:
         columns, tokens = self.tile
-        return -(-problem.size_n // columns) * -(-problem.size_m // tokens) * self.num_splits
+        return -(-problem.size_n // columns) * -(-problem.size_m // tokens)
+
+    def split_tiles(self, problem: GemmProblem) -> int:
+        """Returns how many tiles are split: those of the last wave, if it is not full."""
+        blocks = self.grid(problem)[0]
+        last = self._num_tiles(problem) % blocks
+        is_split = self.num_splits > 1 and (self.reduction == "workspace" or self.num_splits * last <= blocks)
+        return last if is_split else 0
+
+    def workspace_bytes(self, problem: GemmProblem) -> int:
+        """Returns what the parts' sums take, a tile each."""
+        columns, tokens = self.tile
+        return 4 * self.num_splits * self.split_tiles(problem) * columns * tokens
+
+    @property
+    def sum_source(self) -> KernelSource:
+        """The kernel of the second launch."""
+        return instantiation(
+            f"{self.implementation}::Sum",
+            self.header,
+            "MARLIN_GEMM",
+            threads=SUM_THREADS,
+            resident_blocks=4,
+            shared_bytes=self.sum_shared_bytes,
+        )
+
+    @property
+    def sum_shared_bytes(self) -> int:
+        """Dynamic shared memory of its blocks: 16 rounded rows of both warpgroups."""
+        return 2 * 16 * _ROW_BYTES
+
+    def sum_grid(self, problem: GemmProblem) -> tuple[int, int, int]:
+        """Returns its blocks: split tiles, and 16 tokens of each."""
+        return self.split_tiles(problem), self.tokens // 16, 1
 
     @property
     def tile(self) -> tuple[int, int]:
@@ -117,7 +175,7 @@ class WideConfig(GemmConfig):
     @functools.cached_property
     def stages(self) -> int:
         """Stages of the pipeline through shared memory: as many as find room, up to 8."""
-        return min(8, (_ROOM - self._row_bytes) // self._stage_bytes)
+        return min(8, (_ROOM - _ROUNDS_BYTES) // self._stage_bytes)
 
     @property
     def _stage_bytes(self) -> int:
@@ -125,14 +183,9 @@ class WideConfig(GemmConfig):
         return 64 * (2 * self.tokens + 128 * self.num_bits // 8) + 2 * 2 * group_bytes(self.num_bits) + 16
 
     @property
-    def _row_bytes(self) -> int:
-        """The rounded rows of a result."""
-        return self.tokens * 2 * (128 + 8)
-
-    @property
     def shared_bytes(self) -> int:
         """Shared memory of a block."""
-        return self.stages * self._stage_bytes + self._row_bytes
+        return self.stages * self._stage_bytes + _ROUNDS_BYTES
 
     @property
     def resident_blocks(self) -> int:
@@ -144,10 +197,12 @@ class WideConfig(GemmConfig):
         """What follows the type among the kernel's template arguments."""
         return self.num_bits, self.tokens, self.stages
 
-    def with_splits(self, num_splits: int, reduction: Reduction | None = None) -> GemmConfig:  # noqa: ARG002
-        """Returns the config with K shared; the sums go through a workspace, as blocks that stay form no clusters."""
-        return replace(self, num_splits=num_splits)
+    def with_splits(self, num_splits: int, reduction: Reduction | None = None) -> WideConfig:
+        """Returns the config with K shared: by two blocks in a cluster if wished, else through a workspace."""
+        in_cluster = num_splits == 2 and reduction == "cluster"
+        return replace(self, num_splits=num_splits, reduction="cluster" if in_cluster else "workspace")
 
     def grid(self, problem: GemmProblem) -> tuple[int, int, int]:
-        """Returns as many blocks as the GPU holds, or as there are tiles for: they walk over them."""
-        return min(self._places(problem), problem.multiprocessors), 1, 1
+        """Returns as many blocks as the GPU holds, or as there are parts of tiles: they walk over them."""
+        blocks = min(self._num_tiles(problem) * self.num_splits, problem.multiprocessors)
+        return max(blocks // self.cluster * self.cluster, self.cluster), 1, 1
