@@ -294,11 +294,11 @@ def test_a_tensor_begins_where_its_widest_load_may():
         (checks.check_block_addresses, BlockTensors, block),
     ):
         check(kind(**arguments))
-        for name in ("topk_ids", "topk_weights", *(each for each in arguments if each.endswith("qzeros"))):
+        for name in ("topk_ids", "topk_weights"):
             check(kind(**arguments | {name: misplaced(arguments[name])}))
         check(kind(**arguments | {"topk_weights": misplaced(SHARES.half())}))
         for name in arguments:
-            if name.endswith(("qweight", "scales", "bias", "hidden")) or name == "a":
+            if name.endswith(("qweight", "qzeros", "scales", "bias", "hidden")) or name == "a":
                 with pytest.raises(ValueError, match=f"^{name} must begin at a multiple of (8|16) bytes"):
                     check(kind(**arguments | {name: misplaced(arguments[name])}))
     checks.check_gemm_addresses(ExpertTensors(**gemm | {"topk_weights": None, "qzeros": None, "bias": None}))
