@@ -16,7 +16,7 @@ struct GemmArguments {
   u16* out;              // [size_m, size_n], contiguous
   float* workspace;      // partial sums that a second launch adds, or null: this launch finishes the job
   int size_m, size_n, size_k, group_size;  // group_size = size_k when there is one group
-  int num_splits;        // blocks (of a cluster, without a workspace) that share K
+  int num_splits;        // blocks (of a cluster, without a workspace) that share K; negative: that share all tiles' K
   i64 a_stride, qweight_stride, scales_stride, qzeros_stride;
 };
 
@@ -240,8 +240,8 @@ __device__ __forceinline__ bool splits_are_cluster(const GemmArguments& args) {
 }
 
 // Writes the block's tile out, or sums it with those of the blocks that share its columns. The order of summation is
-// that of K, whoever comes first: two runs give the same bits. `num_threads` threads call it, after a barrier among
-// them; threads of the block that do not must call skip_finish instead.
+// that of K, whoever comes first: two runs give the same bits. `num_threads` threads call it, all of the block, after a
+// barrier among them.
 template <class T, int kColumns>
 __device__ __forceinline__ void finish_tile(const GemmArguments& args, SumTile<kColumns> tile, int split,
                                             int first_token, int num_tokens, int first_column, int num_threads) {
@@ -277,15 +277,6 @@ __device__ __forceinline__ void finish_tile(const GemmArguments& args, SumTile<k
     const int token = i / kQuads, column = 4 * (i % kQuads);
     if (column < columns) store_quad<T>(args, first_token + token, first_column + column, tile.quad(token, column));
   }
-}
-
-__device__ __forceinline__ void skip_finish(const GemmArguments& args) {
-#if MARLIN_HAS_CLUSTERS
-  if (splits_are_cluster(args)) {
-    cluster_sync();
-    cluster_leave();
-  }
-#endif
 }
 
 // The second launch when the first left partial sums in the workspace: one thread for four columns of a row.

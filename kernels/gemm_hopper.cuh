@@ -7,9 +7,12 @@
 //
 // Two mbarriers per stage: `full` says that the copies have arrived, `empty` that all eight multiplying warps are done
 // with them.
+//
+// Scales are applied to weights, or, where groups are long and sums few, to a group's sums: that takes fewer
+// instructions and more registers.
 #pragma once
 
-#include "gemm_base.cuh"
+#include "hopper_patches.cuh"
 #include "wgmma.cuh"
 
 namespace marlin {
@@ -27,7 +30,10 @@ struct HopperRegisters {
 };
 
 // A tile of 256 columns by kTokens tokens: how stages are copied and multiplied, whoever says which.
-template <class T, int kBits, int kTokens, int kRingStages>
+//
+// wgmma reads through another proxy than the one that copies went through. Either the warps that multiply fence the two
+// at every stage, or (kPublishes) those that copy wait for their copies and do it, which costs nothing there.
+template <class T, int kBits, int kTokens, int kRingStages, bool kPublishes = false>
 class HopperTile {
   using D = Decoder<T, kBits>;
 
@@ -148,7 +154,27 @@ class HopperTile {
                          min(count, copier.num_groups - copier.group));
       copier.group += count;
     }
-    mbarrier_arrive_after_copies(full(slot.index));
+    if (kPublishes)
+      cp_async_commit();
+    else
+      mbarrier_arrive_after_copies(full(slot.index));
+  }
+
+  // Says that a stage has arrived; so many stages may still be under way. Those that are not published yet may be no
+  // more than kStages - 3: the last stage is released while the next is multiplied.
+  static constexpr int kUnpublished = kStages - 4;
+  template <int kPending>
+  __device__ __forceinline__ void publish(Slot& slot) const {
+    cp_async_wait<kPending>();
+    fence_proxy_async();
+    mbarrier_arrive(full(slot.index));
+    slot.advance();
+  }
+  // The same for the last of so many stages.
+  template <int kPending = kUnpublished - 1>
+  __device__ __forceinline__ void publish_last(Slot& slot, int num_stages) const {
+    if (kPending < num_stages) publish<kPending>(slot);
+    if constexpr (kPending > 0) publish_last<kPending - 1>(slot, num_stages);
   }
 
   // ---- the multiplying warps ----------------------------------------------------------------------------------------
@@ -187,6 +213,11 @@ class HopperTile {
 #pragma unroll
       for (int b = 0; b < kBlocks; ++b) constants.set(b, groups.scales(group, b), groups.zeros(group, b));
     }
+    __device__ __forceinline__ void prepare(typename D::Offsets (&offsets)[kBlocks], const Group& group) const {
+#pragma unroll
+      for (int b = 0; b < kBlocks; ++b) offsets[b] = D::offsets(groups.zeros(group, b));
+    }
+    __device__ __forceinline__ u32 scales(const Group& group, int b) const { return groups.scales(group, b); }
     // Where the lane's words lie in a row of tiles.
     __device__ __forceinline__ u32 words_place() const {
       return (core.warp % kWarpgroupWarps * L::kTileWords + core.lane * L::kLaneWords + core.warpgroup * kWords) * 4;
@@ -194,10 +225,6 @@ class HopperTile {
     __device__ __forceinline__ void load_words(u32 (&words)[kWords], u32 row_sh) const { load_shared(words, row_sh); }
     __device__ __forceinline__ float final_scale(int b, int half) const {
       return groups.final_scale(core.lane, 2 * b + half);
-    }
-    // The column of its block b, of the block's 256.
-    __device__ __forceinline__ int first_column(int b) const {
-      return core.warp % kWarpgroupWarps * kTileColumns + (kBlocks * core.warpgroup + b) * kBlockColumns;
     }
 
    private:
@@ -224,7 +251,7 @@ class HopperTile {
     int released = 0;
     for (int step = range.begin; step < range.end; ++step) {
       mbarrier_wait(full(slot.index), slot.parity);
-      fence_proxy_async();
+      if (!kPublishes) fence_proxy_async();
       u32 words[kStageTiles][kWords];
 #pragma unroll
       for (int i = 0; i < kStageTiles; ++i) blocks.load_words(words[i], tile_sh(slot.index, i, 0) + words_sh);
@@ -257,25 +284,110 @@ class HopperTile {
     if (range.begin < range.end && lane == 0) mbarrier_arrive(empty(released));
   }
 
-  // Puts the sums where any thread can read them. Lane l holds columns l/4 and l/4 + 8 of a block, tokens
-  // 8 t + 2 (l mod 4) and + 1.
+  // The same for groups of two stages, or a single group, and whole pairs of stages. Weights are not scaled. A group's
+  // sums are, when the next group's first weights are decoded.
   template <class Blocks>
-  __device__ __forceinline__ void deposit(const Sums& sums, const Blocks& blocks, const SumTile<kColumns>& tile) const {
+  __device__ __forceinline__ void multiply_pairs(Sums& sums, RingSlot<kStages / 2>& pair, const Blocks& blocks,
+                                                 bool is_single, StepRange range) const {
+    static_assert(kStages % 2 == 0, "pairs of stages");
+    static_assert(kPublishes, "no fence here");
+    typename Blocks::Group group;
+    blocks.read(group, is_single ? 0 : range.begin / 2);
+    typename D::Offsets offsets[kBlocks];
+    blocks.prepare(offsets, group);
+    u32 scales[kBlocks];
+    Sums group_sums;
+
+    u32 weight[kBatches][kBatchTiles][kBlocks][4];  // one batch is multiplied while the next is decoded
+    const u32 words_sh = blocks.words_place();
+    const u64 first_act = wgmma_descriptor(shared);
+    int released = 0;
+#pragma unroll 1
+    for (int step = range.begin; step < range.end; step += 2) {
+      const bool is_first = step == range.begin;
 #pragma unroll
-    for (int b = 0; b < kBlocks; ++b)
+      for (int which = 0; which < 2; ++which) {
+        const int slot = 2 * pair.index + which;
+        mbarrier_wait(full(slot), pair.parity);
+        u32 words[kStageTiles][kWords];
 #pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const float scale = blocks.final_scale(b, half);
+        for (int i = 0; i < kStageTiles; ++i) blocks.load_words(words[i], tile_sh(slot, i, 0) + words_sh);
+        const u64 act = first_act + u32(slot * (kStageBytes / 16));
+        decode_batch(weight[0], words, offsets);
+        if (which == 0) {
+          wgmma_wait<0>();
+          if (!is_first) add_scaled(sums, group_sums, scales);
 #pragma unroll
-        for (int t = 0; t < kTokens / 8; ++t)
-#pragma unroll
-          for (int i = 0; i < 2; ++i)
-            tile.at(8 * t + 2 * (lane % 4) + i, blocks.first_column(b) + lane / 4 + 8 * half) =
-                scale * sums.v[b][4 * t + 2 * half + i];
+          for (int b = 0; b < kBlocks; ++b) scales[b] = blocks.scales(group, b);
+          issue_batch<false>(group_sums, weight[0], act);
+        } else {
+          issue_batch<true>(group_sums, weight[0], act);
+          if (!is_single) blocks.read_group(group, groups_sh(slot, 0, 0), lane);
+        }
+        wgmma_wait<1>();  // the stage before is done
+        __syncwarp();     // all lanes have read their words
+        if (!(is_first && which == 0) && lane == 0) mbarrier_arrive(empty(released));
+        released = slot;
+        decode_batch(weight[1], words + kBatchTiles, offsets);
+        issue_batch<true>(group_sums, weight[1], act + 2 * kBatchTiles);
+        if (which == 1 && !is_single) blocks.prepare(offsets, group);
+        wgmma_wait<1>();  // the first batch is done: its registers are free
       }
+      pair.advance();
+    }
+    wgmma_wait<0>();
+    if (range.begin < range.end) {
+      if (lane == 0) mbarrier_arrive(empty(released));
+      add_scaled(sums, group_sums, scales);
+    }
+  }
+
+  // A single group's scales belong to whole columns: they are applied at the end.
+  template <class Blocks>
+  __device__ __forceinline__ void apply_final_scales(Sums& sums, const Blocks& blocks) const {
+#pragma unroll
+    for (int b = 0; b < kBlocks; ++b) {
+      const float scales[2] = {blocks.final_scale(b, 0), blocks.final_scale(b, 1)};
+#pragma unroll
+      for (int i = 0; i < kSums; ++i) sums.v[b][i] *= scales[i / 2 % 2];
+    }
   }
 
  private:
+  // Multiplies a batch. If it does not add, it takes the place of the sums.
+  template <bool kAdds>
+  static __device__ __forceinline__ void issue_batch(Sums& sums, const u32 (&weight)[kBatchTiles][kBlocks][4],
+                                                     u64 act) {
+    wgmma_fence();
+#pragma unroll
+    for (int i = 0; i < kBatchTiles; ++i)
+#pragma unroll
+      for (int b = 0; b < kBlocks; ++b)
+        if (kAdds || i > 0)
+          wgmma(T{}, sums.v[b], weight[i][b], act + 2 * i);
+        else
+          wgmma<false>(T{}, sums.v[b], weight[i][b], act);
+    wgmma_commit();
+  }
+
+  static __device__ __forceinline__ void add_scaled(Sums& sums, const Sums& group_sums, const u32 (&scales)[kBlocks]) {
+#pragma unroll
+    for (int b = 0; b < kBlocks; ++b) {
+      const float pair[2] = {low_float(T{}, scales[b]), high_float(T{}, scales[b])};
+#pragma unroll
+      for (int i = 0; i < kSums; ++i) sums.v[b][i] += group_sums.v[b][i] * pair[i / 2 % 2];
+    }
+  }
+
+  static __device__ __forceinline__ void decode_batch(u32 (&weight)[kBatchTiles][kBlocks][4],
+                                                      const u32 (*words)[kWords],
+                                                      const typename D::Offsets (&offsets)[kBlocks]) {
+#pragma unroll
+    for (int i = 0; i < kBatchTiles; ++i)
+#pragma unroll
+      for (int b = 0; b < kBlocks; ++b) D::decode(weight[i][b], words[i] + b * L::kBlockWords, offsets[b]);
+  }
+
   static __device__ __forceinline__ void decode_batch(u32 (&weight)[kBatchTiles][kBlocks][4],
                                                       const u32 (*words)[kWords], const Constants& constants) {
 #pragma unroll
@@ -301,70 +413,186 @@ class HopperTile {
   const u32 shared, barriers;
 };
 
-template <class T, int kBits, int kTokens, int kStages, int kResidentBlocks>
+// kScalesSums: scales are applied to a group's sums, and a group has two stages or is the only one.
+template <class T, int kBits, int kTokens, int kStages, bool kScalesSums>
 class HopperGemm {
-  using Core = HopperTile<T, kBits, kTokens, kStages>;
-  static constexpr int kColumns = Core::kColumns;
-  static constexpr int kSumBytes = SumTile<kColumns>::bytes(kTokens);
-  static constexpr int kBarriersOffset = Core::kRingBytes > kSumBytes ? Core::kRingBytes : kSumBytes;
-  static_assert(kResidentBlocks == 1 || kTokens == 32, "the sums must fit the registers");
-  using Registers = HopperRegisters<kResidentBlocks>;
+  using Core = HopperTile<T, kBits, kTokens, kStages, true>;
+  using Tile = Patches<T, kTokens, Core::kColumns>;
+  static_assert(!kScalesSums || kTokens <= 64, "two sets of sums must fit the registers");
+  static_assert(Tile::kReceivedBytes <= Core::kRingBytes, "parts of sums come where the stages were");
+  using Registers = HopperRegisters<1>;
+  static constexpr int kStepStages = kScalesSums ? 2 : 1;  // of a step, in which splits and runs are counted
+  static constexpr int kStepRows = kStepStages * Core::kStageRows;
 
  public:
   static constexpr int kThreads = Core::kThreads;
-  static constexpr int kSharedBytes = kBarriersOffset + Core::kBarrierBytes;
+  static constexpr int kSharedBytes = Core::kRingBytes + Core::kBarrierBytes + 8;
 
-  // grid: (splits, tiles of 256 columns, tiles of tokens); without a workspace the splits of a tile form a cluster.
+  // grid: (splits, tiles of 256 columns, tiles of tokens); without a workspace the splits of a tile form a cluster. If
+  // blocks share all tiles evenly (num_splits is negative): (blocks).
   static __device__ __forceinline__ void run(const GemmArguments& args) {
     extern __shared__ __align__(1024) unsigned char shared[];
-    const Core core(shared, shared_address(shared) + kBarriersOffset);
+    const u32 barriers = shared_address(shared) + Core::kRingBytes;
+    const Core core(shared, barriers);
+    const HopperGemm gemm{args, core, barriers + Core::kBarrierBytes, args.size_k / kStepRows, share_of(args)};
     core.init_barriers();
+    if (threadIdx.x == 0 && splits_are_cluster(args)) gemm.expect_parts();
     start_next_launch();
+    if (core.warp >= Core::kMathWarps) gemm.prefetch();
     wait_for_last_launch();
     __syncthreads();
-    const StepRange range = split_steps(args.size_k / Core::kStageRows, blockIdx.x, args.num_splits);
     if (core.warp >= Core::kMathWarps) {
       give_registers<Registers::kCopy>();
-      copy(args, core, range);
-      skip_finish(args);
+      gemm.copy();
     } else {
       take_registers<Registers::kMath>();
-      multiply(args, core, range, {reinterpret_cast<float*>(shared)});
+      gemm.multiply(shared_address(shared));
     }
   }
 
  private:
+  // The block's steps, counted through all tiles of columns.
+  static __device__ __forceinline__ StepRange share_of(const GemmArguments& args) {
+    const int tile_steps = args.size_k / kStepRows, first = blockIdx.y * tile_steps;
+    const int tiles_n = (args.size_n + Core::kColumns - 1) / Core::kColumns;
+    if (args.num_splits < 0) return Runs{tile_steps, tiles_n * tile_steps, -args.num_splits}.of(blockIdx.x);
+    const StepRange range = split_steps(tile_steps, blockIdx.x, args.num_splits);
+    return {first + range.begin, first + range.end};
+  }
+
+  // What the block has of one tile; it may be nothing, if there are more splits than steps.
+  struct Segment {
+    int tile;
+    StepRange steps;  // counted through all tiles
+
+    __device__ __forceinline__ int num_steps() const { return steps.end - steps.begin; }
+  };
+  __device__ __forceinline__ Segment segment(int begin) const {
+    const int tile = u32(begin) / u32(tile_steps);
+    return {tile, {begin, min(share.end, (tile + 1) * tile_steps)}};
+  }
+  __device__ __forceinline__ StepRange stages_of(const Segment& segment) const {
+    const int first = segment.tile * tile_steps;
+    return {(segment.steps.begin - first) * kStepStages, (segment.steps.end - first) * kStepStages};
+  }
+
   // Tiles past the last column repeat the last: what comes of them is not stored.
-  static __device__ __forceinline__ int tile_n(const GemmArguments& args, int w) {
-    return min(int(blockIdx.y) * Core::kWarpgroupWarps + w, args.size_n / kTileColumns - 1);
+  __device__ __forceinline__ int tile_n(const Segment& segment) const {
+    return min(segment.tile * Core::kWarpgroupWarps + core.warp % Core::kWarpgroupWarps,
+               args.size_n / kTileColumns - 1);
   }
 
-  static __device__ __forceinline__ void copy(const GemmArguments& args, const Core& core, StepRange range) {
+  // What is needed first, into L2: all that may be done before the kernel before us is through.
+  __device__ __forceinline__ void prefetch() const {
+    constexpr int kLineWords = 32, kTileLines = Core::L::kTileWords / kLineWords;
+    const Segment first = segment(share.begin);
+    const StepRange stages = stages_of(first);
+    const int rows = min(stages.end - stages.begin, kStages) * Core::kStageTiles;
+    const u32* tile = args.qweight + i64(stages.begin) * Core::kStageTiles * args.qweight_stride +
+                      i64(tile_n(first)) * Core::L::kTileWords;
+    for (int line = core.lane; line < rows * kTileLines; line += kWarpLanes)
+      prefetch_l2(tile + line / kTileLines * args.qweight_stride + line % kTileLines * kLineWords);
+    const i64 group = args.group_size < args.size_k ? stages.begin * Core::kStageRows / args.group_size : 0;
+    if (core.lane == 0) prefetch_l2(args.scales + group * args.scales_stride + tile_n(first) * kTileColumns);
+    if (core.lane == 1 && args.qzeros)
+      prefetch_l2(args.qzeros + group * args.qzeros_stride + tile_n(first) * Core::L::kTileZeroWords);
+  }
+
+  __device__ __forceinline__ void copy() const {
     const int first_token = blockIdx.z * kTokens;
-    typename Core::Copier copier =
-        core.make_copier(args.a + i64(first_token) * args.a_stride, args, tile_n(args, core.warp - Core::kMathWarps),
-                         range, [&](int token) { return min(token, args.size_m - 1 - first_token) * args.a_stride; });
-    typename Core::Slot slot;
+    typename Core::Slot slot, published;
+    int count = 0;
 #pragma unroll 1  // there are few registers here
-    for (int step = range.begin; step < range.end; ++step) {
-      core.wait_empty(slot);
-      core.copy_stage(copier, slot, args.qweight_stride, args.group_size);
-      slot.advance();
+    for (int step = share.begin; step < share.end;) {
+      const Segment now = segment(step);
+      const StepRange stages = stages_of(now);
+      typename Core::Copier copier =
+          core.make_copier(args.a + i64(first_token) * args.a_stride, args, tile_n(now), stages,
+                           [&](int token) { return min(token, args.size_m - 1 - first_token) * args.a_stride; });
+#pragma unroll 1
+      for (int stage = stages.begin; stage < stages.end; ++stage, ++count) {
+        core.wait_empty(slot);
+        core.copy_stage(copier, slot, args.qweight_stride, args.group_size);
+        slot.advance();
+        if (count >= Core::kUnpublished) core.template publish<Core::kUnpublished>(published);
+      }
+      step = now.steps.end;
     }
-    cp_async_wait_all();  // a block must not leave while copies to it are under way
+    core.publish_last(published, count);
+    if (splits_are_cluster(args)) cluster_leave();  // with the warps that multiply
   }
 
-  static __device__ __forceinline__ void multiply(const GemmArguments& args, const Core& core, StepRange range,
-                                                  const SumTile<kColumns>& tile) {
-    const typename Core::OwnBlocks blocks(args, core, tile_n(args, core.warp % Core::kWarpgroupWarps));
-    typename Core::Sums sums;
-    typename Core::Slot slot;
-    core.multiply(sums, slot, blocks, args.group_size, range);
-    barrier_some<Core::kMathThreads>();  // the sums go where the stages were
-    core.deposit(sums, blocks, tile);
-    barrier_some<Core::kMathThreads>();
-    finish_tile<T, kColumns>(args, tile, blockIdx.x, blockIdx.z * kTokens, kTokens, blockIdx.y * kColumns,
-                             Core::kMathThreads);
+  __device__ __forceinline__ void multiply(u32 shared) const {
+    RingSlot<kStages / kStepStages> slot;
+    int step = share.begin;
+#pragma unroll 1
+    do {
+      const Segment now = segment(step);
+      const typename Core::OwnBlocks blocks(args, core, tile_n(now));
+      const bool is_single = args.group_size >= args.size_k;
+      typename Core::Sums sums;
+      if constexpr (kScalesSums)
+        core.multiply_pairs(sums, slot, blocks, is_single, stages_of(now));
+      else
+        core.multiply(sums, slot, blocks, args.group_size, stages_of(now));
+      if (is_single) core.apply_final_scales(sums, blocks);
+      finish(sums, now, shared);
+      step = now.steps.end;
+    } while (step < share.end);
+  }
+
+  __device__ __forceinline__ void finish(const typename Core::Sums& sums, const Segment& now, u32 shared) const {
+    const Tile patches(args, now.tile, blockIdx.z, core.lane);
+    const int first_patch = core.warp % Core::kWarpgroupWarps * Core::kWarpgroups + core.warpgroup;
+    if (splits_are_cluster(args)) {
+      // All blocks of the cluster are done with their stages, where parts may go now. What they read has arrived, so
+      // this barrier has no memory to order.
+      cluster_leave();
+      patches.send(sums.v, first_patch, shared, parts_barrier);
+      barrier_some<Core::kMathThreads>();
+      mbarrier_wait(parts_barrier, 0);
+      patches.template finish_received<Core::kMathWarps>(shared, core.warp);
+    } else if (args.num_splits > 1) {
+      patches.store_parts(sums.v, first_patch, patches.place_of(blockIdx.x));
+    } else if (now.num_steps() < tile_steps) {
+      patches.store_parts(sums.v, first_patch, Runs::place(blockIdx.x, share, now.tile * tile_steps));
+    } else {
+      patches.store_whole(sums.v, first_patch);
+    }
+  }
+
+  // Before any block of the cluster sends: cluster_leave lies between.
+  __device__ __forceinline__ void expect_parts() const {
+    mbarrier_init(parts_barrier, 1);
+    fence_mbarrier_init();
+    mbarrier_arrive_expecting(parts_barrier, Tile(args, blockIdx.y, blockIdx.z, 0).expected_bytes(blockIdx.x));
+  }
+
+ public:
+  const GemmArguments& args;
+  const Core& core;
+  const u32 parts_barrier;
+  const int tile_steps;
+  const StepRange share;
+};
+
+// The second launch when parts of tiles were left in the workspace.
+template <class T, int kTokens, int kStepRows>
+class HopperSum {
+ public:
+  static constexpr int kThreads = 256;
+  static constexpr int kSharedBytes = 0;
+
+  // grid: (eights of tokens, tiles of 256 columns, tiles of tokens); a warp finishes a patch.
+  static __device__ __forceinline__ void run(const GemmArguments& args) {
+    start_next_launch();
+    wait_for_last_launch();
+    const Patches<T, kTokens, 256> patches(args, blockIdx.y, blockIdx.z, threadIdx.x % kWarpLanes);
+    const int patch = (blockIdx.x * kThreads + threadIdx.x) / kWarpLanes, tile_steps = args.size_k / kStepRows;
+    if (args.num_splits > 0)
+      patches.finish_parts(patch);
+    else
+      patches.finish_parts(patch, {tile_steps, int(gridDim.y) * tile_steps, -args.num_splits}, blockIdx.y);
   }
 };
 

@@ -24,10 +24,11 @@ class SmallGemm {
   static constexpr int kQuads = kTileColumns / 4;
   static constexpr int kMaxSplits = 8;  // what every GPU with clusters takes
   static constexpr int kReceivedBytes = (kTokens * kQuads + kMaxSplits) * 16;
+  static constexpr int kBarrierOffset = kWarps * kWarpBytes + kReceivedBytes;
 
  public:
   static constexpr int kThreads = kWarps * kWarpLanes;
-  static constexpr int kSharedBytes = kWarps * kWarpBytes + kReceivedBytes;
+  static constexpr int kSharedBytes = kBarrierOffset + 16;
 
   // grid: (splits, tiles of 64 columns, 1); without a workspace the splits of a tile form a cluster.
   static __device__ __forceinline__ void run(const GemmArguments& args) {
@@ -35,7 +36,10 @@ class SmallGemm {
     const int warp = threadIdx.x / kWarpLanes, lane = threadIdx.x % kWarpLanes;
     start_next_launch();
 #if MARLIN_HAS_CLUSTERS
-    if (splits_are_cluster(args)) cluster_arrive();
+    if (splits_are_cluster(args)) {
+      if (threadIdx.x == 0) expect_parts(args, shared_address(shared) + kBarrierOffset);
+      cluster_arrive();
+    }
 #endif
     SmallGemm gemm(args, shared + warp * kWarpBytes, lane);
     gemm.prefetch(warp);
@@ -116,19 +120,21 @@ class SmallGemm {
 
   // The warps' sums, and those of the blocks that share the columns, added up in the order of K: out, or to the
   // workspace. Within a cluster block r finishes every num_splits-th four columns from the r-th on; the others write
-  // their parts of those into its shared memory, each to a place of its own, so that one barrier is enough.
+  // their parts of those into its shared memory, each to a place of its own, and its barrier counts the bytes.
   static __device__ __forceinline__ void finish(const GemmArguments& args, unsigned char* shared) {
     const int split = blockIdx.x, first_column = blockIdx.y * kTileColumns;
     const int quads = min(args.size_m, kTokens) * kQuads;
 #if MARLIN_HAS_CLUSTERS
     if (splits_are_cluster(args)) {
       const u32 received = shared_address(shared) + kWarps * kWarpBytes;
+      const u32 barrier = shared_address(shared) + kBarrierOffset;
       const int quads_each = (quads + args.num_splits - 1) / args.num_splits;
       cluster_wait();
       for (int i = threadIdx.x; i < quads; i += kThreads)
-        store_cluster(cluster_address(received + (split * quads_each + i / args.num_splits) * 16, i % args.num_splits),
-                      sum_warps(shared, i / kQuads, 4 * (i % kQuads)));
-      cluster_sync();
+        store_cluster_async(
+            cluster_address(received + (split * quads_each + i / args.num_splits) * 16, i % args.num_splits),
+            sum_warps(shared, i / kQuads, 4 * (i % kQuads)), cluster_address(barrier, i % args.num_splits));
+      mbarrier_wait(barrier, 0);
       for (int i = threadIdx.x; i * args.num_splits + split < quads; i += kThreads) {
         F32x4 sum = {0.f, 0.f, 0.f, 0.f};
         for (int rank = 0; rank < args.num_splits; ++rank)
@@ -148,6 +154,16 @@ class SmallGemm {
         store_quad<T>(args, token, first_column + column, sum);
     }
   }
+
+#if MARLIN_HAS_CLUSTERS
+  // What comes from all blocks of the cluster for this one's quads; before the cluster_arrive that allows it.
+  static __device__ __forceinline__ void expect_parts(const GemmArguments& args, u32 barrier) {
+    const int quads = min(args.size_m, kTokens) * kQuads, splits = args.num_splits;
+    mbarrier_init(barrier, 1);
+    fence_mbarrier_init();
+    mbarrier_arrive_expecting(barrier, u32(quads - int(blockIdx.x) + splits - 1) / u32(splits) * splits * 16);
+  }
+#endif
 
   // A stage's activations; its weights lie behind them. Groups lie apart: a copy of weights begins on 128 bytes.
   __device__ __forceinline__ u32 stage_sh(int slot) const { return shared_address(shared) + slot * kStageBytes; }

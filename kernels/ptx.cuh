@@ -89,6 +89,13 @@ __device__ __forceinline__ void ldmatrix_x4_transposed(u32 (&v)[4], u32 address)
                : "r"(address)
                : "memory");
 }
+// Of 8 x 8 numbers of 16 bits, of which a lane has two of a row, the transposed.
+__device__ __forceinline__ u32 transpose_8x8(u32 v) {
+  u32 d;
+  asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(d) : "r"(v));
+  return d;
+}
+
 __device__ __forceinline__ void load_shared(u32 (&v)[4], u32 address) {
   asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
                : "=r"(v[0]), "=r"(v[1]), "=r"(v[2]), "=r"(v[3])
@@ -100,6 +107,19 @@ __device__ __forceinline__ void load_shared(u32 (&v)[2], u32 address) {
 }
 __device__ __forceinline__ void load_shared(u32 (&v)[1], u32 address) {
   asm volatile("ld.shared.u32 %0, [%1];" : "=r"(v[0]) : "r"(address) : "memory");
+}
+
+__device__ __forceinline__ void store_shared(u32 address, F32x4 v) {
+  asm volatile("st.shared.v4.f32 [%0], {%1, %2, %3, %4};" ::"r"(address), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w)
+               : "memory");
+}
+__device__ __forceinline__ F32x4 load_shared_quad(u32 address) {
+  F32x4 v;
+  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w)
+               : "r"(address)
+               : "memory");
+  return v;
 }
 
 // A barrier among the first kThreads threads of a block that has others.
@@ -234,6 +254,14 @@ __device__ __forceinline__ void store_cluster(u32 address, F32x4 v) {
   asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};"
                :
                : "r"(address), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w)
+               : "memory");
+}
+
+// The same without waiting: a barrier in the block that has the address hears of the 16 bytes, which then can be seen.
+__device__ __forceinline__ void store_cluster_async(u32 address, F32x4 v, u32 barrier) {
+  asm volatile("st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];"
+               :
+               : "r"(address), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w), "r"(barrier)
                : "memory");
 }
 

@@ -75,20 +75,23 @@ __device__ __forceinline__ u64 wgmma_descriptor(u32 address) {
 #define MARLIN_SUMS_120 MARLIN_SUMS_112, MARLIN_EIGHT_SUMS(112)
 #define MARLIN_SUMS_128 MARLIN_SUMS_120, MARLIN_EIGHT_SUMS(120)
 
-#define MARLIN_WGMMA_OF(Type, type, tokens, sums, a0, a1, a2, a3, b_place)                                            \
+#define MARLIN_WGMMA_OF(Type, type, tokens, sums, a0, a1, a2, a3, b_place, adds_place)                                \
+  template <bool kAdds = true>                                                                                        \
   __device__ __forceinline__ void wgmma(Type, float (&d)[sums], const u32 (&a)[4], u64 b) {                           \
     asm volatile("wgmma.mma_async.sync.aligned.m64n" #tokens "k16.f32." type "." type " {" MARLIN_PLACES_##sums "}, " \
-                 "{%" #a0 ", %" #a1 ", %" #a2 ", %" #a3 "}, %" #b_place ", 1, 1, 1, 0;"                               \
+                 "{%" #a0 ", %" #a1 ", %" #a2 ", %" #a3 "}, %" #b_place ", %" #adds_place ", 1, 1, 0;"                \
                  : MARLIN_SUMS_##sums                                                                                 \
-                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b));                                               \
+                 : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(kAdds));                                   \
   }
 
-// wgmma for so many tokens and half as many sums. The operands behind the sums follow: four of A, and B's descriptor.
-#define MARLIN_WGMMA(tokens, sums, a1, a2, a3, b_place)                                                      \
-  static_assert(2 * sums == tokens && sums + 1 == a1 && a1 + 1 == a2 && a2 + 1 == a3 && a3 + 1 == b_place,   \
+// wgmma for so many tokens and half as many sums. The operands behind the sums follow: four of A, B's descriptor, and whether
+// the product is added to the sums or takes their place.
+#define MARLIN_WGMMA(tokens, sums, a1, a2, a3, b_place, adds_place)                                          \
+  static_assert(2 * sums == tokens && sums + 1 == a1 && a1 + 1 == a2 && a2 + 1 == a3 && a3 + 1 == b_place && \
+                    b_place + 1 == adds_place,                                                               \
                 "the places of operands are counted from the sums");                                         \
-  MARLIN_WGMMA_OF(Half, "f16", tokens, sums, sums, a1, a2, a3, b_place)                                      \
-  MARLIN_WGMMA_OF(Bfloat16, "bf16", tokens, sums, sums, a1, a2, a3, b_place)                                 \
+  MARLIN_WGMMA_OF(Half, "f16", tokens, sums, sums, a1, a2, a3, b_place, adds_place)                          \
+  MARLIN_WGMMA_OF(Bfloat16, "bf16", tokens, sums, sums, a1, a2, a3, b_place, adds_place)                     \
   template <>                                                                                                \
   inline constexpr bool kHasWgmma<tokens> = true;
 
@@ -102,19 +105,19 @@ __device__ __forceinline__ float (&first_of(float (&sums)[kAll]))[kFirst] {
   return reinterpret_cast<float(&)[kFirst]>(sums);
 }
 
-MARLIN_WGMMA(16, 8, 9, 10, 11, 12)
-MARLIN_WGMMA(24, 12, 13, 14, 15, 16)
-MARLIN_WGMMA(32, 16, 17, 18, 19, 20)
-MARLIN_WGMMA(48, 24, 25, 26, 27, 28)
-MARLIN_WGMMA(64, 32, 33, 34, 35, 36)
-MARLIN_WGMMA(80, 40, 41, 42, 43, 44)
-MARLIN_WGMMA(96, 48, 49, 50, 51, 52)
-MARLIN_WGMMA(112, 56, 57, 58, 59, 60)
-MARLIN_WGMMA(128, 64, 65, 66, 67, 68)
-MARLIN_WGMMA(144, 72, 73, 74, 75, 76)
-MARLIN_WGMMA(176, 88, 89, 90, 91, 92)
-MARLIN_WGMMA(192, 96, 97, 98, 99, 100)
-MARLIN_WGMMA(208, 104, 105, 106, 107, 108)
-MARLIN_WGMMA(256, 128, 129, 130, 131, 132)
+MARLIN_WGMMA(16, 8, 9, 10, 11, 12, 13)
+MARLIN_WGMMA(24, 12, 13, 14, 15, 16, 17)
+MARLIN_WGMMA(32, 16, 17, 18, 19, 20, 21)
+MARLIN_WGMMA(48, 24, 25, 26, 27, 28, 29)
+MARLIN_WGMMA(64, 32, 33, 34, 35, 36, 37)
+MARLIN_WGMMA(80, 40, 41, 42, 43, 44, 45)
+MARLIN_WGMMA(96, 48, 49, 50, 51, 52, 53)
+MARLIN_WGMMA(112, 56, 57, 58, 59, 60, 61)
+MARLIN_WGMMA(128, 64, 65, 66, 67, 68, 69)
+MARLIN_WGMMA(144, 72, 73, 74, 75, 76, 77)
+MARLIN_WGMMA(176, 88, 89, 90, 91, 92, 93)
+MARLIN_WGMMA(192, 96, 97, 98, 99, 100, 101)
+MARLIN_WGMMA(208, 104, 105, 106, 107, 108, 109)
+MARLIN_WGMMA(256, 128, 129, 130, 131, 132, 133)
 
 }  // namespace marlin

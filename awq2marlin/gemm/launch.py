@@ -68,7 +68,7 @@ class GemmCall:
             problem.size_n,
             problem.size_k,
             problem.group_size,
-            config.num_splits,
+            config.splits_argument(problem),
             a.stride(0),
             qweight.stride(0),
             scales.stride(0),
@@ -83,7 +83,7 @@ class GemmCall:
             self._maps.append((_ADDRESSES.index(box.tensor), map_at))
         self._out_shape = (problem.size_m, problem.size_n)
         self._workspace_size = 0
-        if config.num_splits > 1 and config.reduction == "workspace":
+        if config.needs_workspace:
             self._workspace_size = config.workspace_bytes(problem) // 4
         if self._workspace_size:
             blocks = Blocks(

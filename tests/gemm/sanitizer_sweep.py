@@ -33,12 +33,13 @@ def main() -> None:
                 problem = problem_of(tensors)
                 reductions = [(1, "workspace"), (2, "workspace")] + [(2, "cluster")] * problem.has_clusters
                 for config in all_configs(problem):
-                    for num_splits, reduction in reductions:
-                        launch_gemm(config.with_splits(num_splits, reduction), problem, tensors)
+                    runs = [launch for launch in config.launches(problem) if launch.reduction == "runs"]
+                    for launch in [*(config.with_splits(*each) for each in reductions), *runs]:
+                        launch_gemm(launch, problem, tensors)
                         launches += 1
                         if isinstance(config, WideConfig):  # few blocks, which walk over tiles and split the last ones
                             few = replace(problem, multiprocessors=2 if num_bits == 4 else 4)
-                            launch_gemm(config.with_splits(num_splits, reduction), few, tensors)
+                            launch_gemm(launch, few, tensors)
                             launches += 1
             ops.repack_awq(
                 torch.zeros(64, size_n * num_bits // 32, dtype=torch.int32, device="cuda"), num_bits=num_bits

@@ -48,13 +48,14 @@ def run(config, a, layer, problem=None):
 
 
 def variants(problem):
-    """Every kernel that serves a problem, whole and split, with either way to sum the splits."""
+    """Every kernel that serves a problem, whole and split, with every way to sum the splits."""
     for config in all_configs(problem):
         yield config.with_splits(1)
         yield config.with_splits(3, "workspace")
         if problem.has_clusters:
             yield config.with_splits(2, "cluster")
             yield config.with_splits(8, "cluster")
+        yield from (launch for launch in config.launches(problem) if launch.reduction == "runs")
 
 
 def groups_that_divide(size_k):
@@ -152,6 +153,19 @@ def test_one_group_as_large_as_k(size_k):
         assert_product(run(config, a, layer), a, layer)
 
 
+@pytest.mark.parametrize("group_size", [32, 128, -1])
+def test_runs_end_within_tiles_and_cover_several(group_size):
+    multiprocessors = torch.cuda.get_device_properties(0).multi_processor_count
+    for size_k, tiles in ((512, multiprocessors // 2 + 3), (384, 2 * multiprocessors + 5), (256, multiprocessors)):
+        layer = gpu_layer(size_k, 256 * tiles - 64, group_size, has_bias=True)
+        for size_m in (17, 40, 64, 96):
+            a = random_tokens(size_m, layer)
+            for config in all_configs(problem_of(size_m, layer)):
+                for launch in config.launches(problem_of(size_m, layer)):
+                    if launch.reduction == "runs":
+                        assert_product(run(launch, a, layer), a, layer)
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_golden_layers_give_the_product(case):
     qweight, scales, qzeros = (golden(case, name) for name in ("marlin_qweight", "marlin_scales", "marlin_qzeros"))
@@ -173,12 +187,13 @@ def test_two_runs_give_the_same_bits(group_size):
                 assert torch.equal(run(config, a, layer), first), config
 
 
-def test_both_ways_to_sum_splits_give_the_same_bits():
-    layer = gpu_layer(2048, 256, 64)
-    problem = problem_of(16, layer)
+@pytest.mark.parametrize(("size_m", "group_size"), [(16, 64), (33, 128), (100, 32), (128, 128)])
+def test_both_ways_to_sum_splits_give_the_same_bits(size_m, group_size):
+    layer = gpu_layer(2048, 320, group_size, has_bias=True)
+    problem = problem_of(size_m, layer)
     if not problem.has_clusters:
         pytest.skip("This GPU has no clusters, so there is one way only.")
-    a = random_tokens(16, layer)
+    a = random_tokens(size_m, layer)
     for config in all_configs(problem):
         outs = [run(config.with_splits(5, reduction), a, layer) for reduction in ("cluster", "workspace")]
         assert torch.equal(*outs), config

@@ -17,7 +17,7 @@ from typing import ClassVar, Literal, NamedTuple, get_args
 from awq2marlin.gemm.source import ENTRY_POINT, KernelSource, instantiation
 
 Dtype = Literal["fp16", "bf16"]
-Reduction = Literal["cluster", "workspace"]
+Reduction = Literal["cluster", "workspace", "runs"]
 Capability = tuple[int, int]
 
 DTYPES: tuple[Dtype, ...] = get_args(Dtype)
@@ -139,7 +139,8 @@ class GemmConfig(ABC):
         dtype: the type of everything that is not packed.
         num_bits: 4 or 8.
         num_splits: blocks that share K.
-        reduction: how their sums come together.
+        reduction: how their sums come together. With ``"runs"`` no tile has a number of splits of its own: all blocks
+            that run at once share all tiles' K evenly, and leave parts in the workspace.
     """
 
     header: ClassVar[str]
@@ -260,6 +261,20 @@ class GemmConfig(ABC):
         """Returns what the parts' sums take where they go through global memory."""
         return 4 * self.num_splits * problem.size_m * problem.size_n
 
+    @property
+    def needs_workspace(self) -> bool:
+        """Whether a second launch adds up what this one left in a workspace."""
+        return self.reduction == "runs" or (self.reduction == "workspace" and self.num_splits > 1)
+
+    def splits_argument(self, problem: GemmProblem) -> int:  # noqa: ARG002 - of families whose blocks share all tiles
+        """Returns what the kernel is told of the splits."""
+        return self.num_splits
+
+    @property
+    def split_rows(self) -> int:
+        """Rows of K that a split has a whole number of."""
+        return 64
+
     # ---- the second launch, which adds what the first one left in a workspace --------------------------------
 
     @property
@@ -296,7 +311,7 @@ class StepTimes(NamedTuple):
         """Estimates a launch: waves of blocks, each with its steps and its ends."""
         splits, tiles_n, tiles_m = config.grid(problem)
         waves = -(-tiles_n * tiles_m // (config.blocks_at_once(problem) // splits))
-        steps = -(-problem.size_k // (64 * splits))
+        steps = -(-problem.size_k // (config.split_rows * splits)) * config.split_rows / 64
         summing = 0.0
         if splits > 1:
             summing = self.workspace if config.reduction == "workspace" else waves * self.cluster

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from awq2marlin.gemm.families.base import (
     ANY_NUMBER,
+    CPP_TYPES,
     HOPPER,
     MAX_WORKSPACE_BYTES,
+    SUM_THREADS,
     GemmConfig,
     GemmProblem,
     StepTimes,
     group_bytes,
-    sum_bytes,
+    overlapped,
 )
+from awq2marlin.gemm.source import KernelSource, instantiation
 
 
 class _Candidate(NamedTuple):
@@ -24,28 +28,30 @@ class _Candidate(NamedTuple):
 
     num_bits: int
     tokens: int
-    blocks: int
     stages: int
     times: StepTimes
+    run_step: float
 
 
 CANDIDATES = (
-    # bits, tokens, blocks of a multiprocessor, stages, microseconds
-    _Candidate(4, 32, 1, 8, StepTimes(step=0.44, ends=3.0, cluster=1.8, workspace=2.4)),
-    _Candidate(4, 32, 2, 8, StepTimes(step=0.88, ends=2.4, cluster=4.1, workspace=4.1)),
-    _Candidate(4, 48, 1, 8, StepTimes(step=0.48, ends=3.3, cluster=2.1, workspace=2.4)),
-    _Candidate(4, 64, 1, 8, StepTimes(step=0.53, ends=3.3, cluster=2.4, workspace=2.4)),
-    _Candidate(4, 96, 1, 8, StepTimes(step=0.62, ends=3.0, cluster=3.7, workspace=2.4)),
-    _Candidate(4, 128, 1, 8, StepTimes(step=0.70, ends=2.8, cluster=4.5, workspace=2.4)),
-    _Candidate(8, 32, 1, 6, StepTimes(step=0.45, ends=3.1, cluster=2.2, workspace=2.1)),
-    _Candidate(8, 48, 1, 6, StepTimes(step=0.49, ends=3.4, cluster=2.5, workspace=2.1)),
-    _Candidate(8, 64, 1, 6, StepTimes(step=0.53, ends=3.5, cluster=2.7, workspace=2.1)),
-    _Candidate(8, 96, 1, 6, StepTimes(step=0.61, ends=3.4, cluster=4.1, workspace=2.1)),
-    _Candidate(8, 128, 1, 6, StepTimes(step=0.72, ends=3.3, cluster=4.6, workspace=2.1)),
+    # bits, tokens, stages, microseconds
+    _Candidate(4, 32, 8, StepTimes(step=0.42, ends=2.4, cluster=1.8, workspace=2.2), 0.47),
+    _Candidate(4, 48, 8, StepTimes(step=0.44, ends=2.1, cluster=2.1, workspace=2.2), 0.48),
+    _Candidate(4, 64, 8, StepTimes(step=0.48, ends=2.4, cluster=2.6, workspace=2.2), 0.51),
+    _Candidate(4, 96, 8, StepTimes(step=0.61, ends=2.8, cluster=3.2, workspace=2.4), 0.65),
+    _Candidate(4, 128, 8, StepTimes(step=0.70, ends=2.8, cluster=4.5, workspace=2.4), 0.84),
+    _Candidate(8, 32, 6, StepTimes(step=0.45, ends=3.1, cluster=2.2, workspace=2.1), 0.50),
+    _Candidate(8, 48, 6, StepTimes(step=0.49, ends=3.4, cluster=2.5, workspace=2.1), 0.55),
+    _Candidate(8, 64, 6, StepTimes(step=0.53, ends=3.5, cluster=2.7, workspace=2.1), 0.59),
+    _Candidate(8, 96, 6, StepTimes(step=0.61, ends=3.4, cluster=4.1, workspace=2.1), 0.68),
+    _Candidate(8, 128, 6, StepTimes(step=0.72, ends=3.3, cluster=4.6, workspace=2.1), 0.81),
 )
 
 #: What a megabyte of sums takes, in microseconds, on its way into a workspace and out of it.
 _MEGABYTE = 0.23
+
+#: What every further tile of a run takes beside its steps.
+_NEXT_TILE = 1.0
 
 #: By how much more tokens than one block has are slower than estimated: the GPU comes near its power limit.
 _MANY_TOKENS = 1.11
@@ -58,29 +64,38 @@ class HopperConfig(GemmConfig):
     Attributes:
         tokens: of a block.
         stages: of the pipeline through shared memory.
-        blocks: that a multiprocessor holds at once; two are possible with 32 tokens.
+        scales_sums: whether scales are applied to the sums of a group, of 128 rows or the only one, and not to weights.
         times: what a launch takes.
+        run_step: what a step takes with equal runs, where blocks are at different rows, in microseconds.
     """
 
     header = "gemm_hopper.cuh"
     template = "HopperGemm"
-    token_ranges = (range(17, ANY_NUMBER),)
+    token_ranges = (range(17, 129), range(129, ANY_NUMBER))
     capabilities = (HOPPER, HOPPER)
 
     tokens: int
     stages: int
-    blocks: int
+    scales_sums: bool
     times: StepTimes
+    run_step: float
 
     @classmethod
     def candidates(cls, problem: GemmProblem) -> Iterator[GemmConfig]:
-        """Yields those for the bits."""
+        """Yields those for the bits; above 128 tokens only the highest tiles, which read weights least often."""
+        has_long_groups = problem.size_k % 128 == 0 and problem.group_size in (128, problem.size_k)
         for candidate in CANDIDATES:
-            if candidate.num_bits == problem.num_bits:
-                yield cls(dtype=problem.dtype, reduction=problem.reduction, **candidate._asdict())
+            is_high_enough = problem.size_m <= 128 or candidate.tokens == 128
+            if candidate.num_bits == problem.num_bits and is_high_enough:
+                yield cls(
+                    dtype=problem.dtype,
+                    reduction=problem.reduction,
+                    scales_sums=has_long_groups and candidate.tokens <= 64,
+                    **candidate._asdict(),
+                )
 
     def launches(self, problem: GemmProblem) -> Iterator[GemmConfig]:
-        """Yields it with every number of splits, as clusters and through a workspace.
+        """Yields it with every number of splits, as clusters and through a workspace, and with equal runs.
 
         Clusters are the faster way to sum, but leave multiprocessors over; blocks without one go anywhere.
         """
@@ -88,13 +103,27 @@ class HopperConfig(GemmConfig):
             yield launch
             if launch.num_splits > 1 and launch.workspace_bytes(problem) <= MAX_WORKSPACE_BYTES:
                 yield launch.with_splits(launch.num_splits, "workspace")
+        runs = self.with_splits(1, "runs")
+        if problem.size_m <= self.tokens and runs.workspace_bytes(problem) <= MAX_WORKSPACE_BYTES:
+            yield runs
 
     def cost(self, problem: GemmProblem) -> float:
         """Returns the estimate in microseconds."""
-        through_memory = self.num_splits > 1 and self.reduction == "workspace"
-        megabytes = 2e-6 * self.workspace_bytes(problem) if through_memory else 0
         slower = _MANY_TOKENS if problem.size_m > 128 else 1.0
-        return slower * (self.times.microseconds(self, problem) + _MEGABYTE * megabytes)
+        return slower * (self._runs_microseconds(problem) if self.reduction == "runs" else self._microseconds(problem))
+
+    def _microseconds(self, problem: GemmProblem) -> float:
+        megabytes = 8e-6 * self.num_splits * problem.size_m * problem.size_n if self.needs_workspace else 0
+        return self.times.microseconds(self, problem) + _MEGABYTE * megabytes
+
+    def _runs_microseconds(self, problem: GemmProblem) -> float:
+        columns, _ = self.tile
+        tiles, blocks = -(-problem.size_n // columns), self.blocks_at_once(problem)
+        steps = -(-tiles * (problem.size_k // self.split_rows) // blocks) * self.split_rows / 64
+        megabytes = 8e-6 * blocks * columns * problem.size_m  # a part and a half for each run, most of them early
+        ends = self.times.ends + tiles / blocks * _NEXT_TILE
+        multiplying = overlapped(steps * self.run_step, problem.reading_microseconds)
+        return multiplying + ends + self.times.workspace + _MEGABYTE * megabytes
 
     @property
     def tile(self) -> tuple[int, int]:
@@ -108,17 +137,49 @@ class HopperConfig(GemmConfig):
 
     @functools.cached_property
     def shared_bytes(self) -> int:
-        """Shared memory of a block: the stages with their groups, later the sums; then two barriers a stage."""
+        """Shared memory of a block: the stages with their groups, two barriers each, and one more."""
         columns, tokens = self.tile
         stage = 64 * (2 * tokens + columns * self.num_bits // 8) + 2 * 4 * group_bytes(self.num_bits)
-        return max(self.stages * stage, sum_bytes(columns, tokens)) + 2 * self.stages * 8
+        return self.stages * (stage + 2 * 8) + 8
+
+    @property
+    def split_rows(self) -> int:
+        """Rows of K that a split has a whole number of."""
+        return 128 if self.scales_sums else 64
+
+    def grid(self, problem: GemmProblem) -> tuple[int, int, int]:
+        """Returns the blocks of a launch: splits of K, tiles of columns, tiles of tokens; with runs all in one row."""
+        return (self.blocks_at_once(problem), 1, 1) if self.reduction == "runs" else super().grid(problem)
+
+    def splits_argument(self, problem: GemmProblem) -> int:
+        """Returns how many blocks share a tile's K, or, negative, that of all tiles."""
+        return -self.blocks_at_once(problem) if self.reduction == "runs" else self.num_splits
+
+    def workspace_bytes(self, problem: GemmProblem) -> int:
+        """Returns what the parts take, each as much as a whole tile: two of every run."""
+        columns, tokens = self.tile
+        parts = 2 * self.blocks_at_once(problem) if self.reduction == "runs" else math.prod(self.grid(problem))
+        return 4 * parts * columns * tokens
+
+    @functools.cached_property
+    def sum_source(self) -> KernelSource:
+        """The kernel of the second launch."""
+        implementation = f"HopperSum<{CPP_TYPES[self.dtype]}, {self.tokens}, {self.split_rows}>"
+        return instantiation(
+            implementation, self.header, self.parameters, threads=SUM_THREADS, resident_blocks=4, shared_bytes=0
+        )
+
+    def sum_grid(self, problem: GemmProblem) -> tuple[int, int, int]:
+        """Returns that kernel's blocks: eight tokens of a tile each."""
+        columns, tokens = self.tile
+        return -(-min(problem.size_m, tokens) // 8), -(-problem.size_n // columns), -(-problem.size_m // tokens)
 
     @property
     def resident_blocks(self) -> int:
         """Blocks that a multiprocessor holds at once."""
-        return self.blocks
+        return 1
 
     @property
     def template_arguments(self) -> tuple[int, ...]:
         """What follows the type among the kernel's template arguments."""
-        return self.num_bits, self.tokens, self.stages, self.blocks
+        return self.num_bits, self.tokens, self.stages, int(self.scales_sums)

@@ -161,7 +161,8 @@ class SmallConfig(GemmConfig):
         step = self.step_rows * (2 * tokens + columns * self.num_bits // 8) + groups * group_bytes(self.num_bits)
         of_warp = max(self.stages * step, sum_bytes(columns, tokens))
         received = (tokens * columns // 4 + MAX_SPLITS) * 16
-        return self.warps * -(-of_warp // 128) * 128 + received
+        barrier = 16
+        return self.warps * -(-of_warp // 128) * 128 + received + barrier
 
     @property
     def resident_blocks(self) -> int:
