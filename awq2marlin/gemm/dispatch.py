@@ -1,7 +1,7 @@
-"""Calls of our operators that need no gradient go to their CUDA kernels at once.
+"""How calls of our operators go through PyTorch's dispatcher: at once to their kernels where no gradient is needed.
 
-For an operator with gradients PyTorch's dispatcher calls a Python function that looks whether one is needed, and that
-goes back to the dispatcher for the function that does the work. This took more time than a launch does. Here the first
+For an operator with gradients the dispatcher calls a Python function that looks whether one is needed, and that goes
+back to the dispatcher for the function that does the work. This took more time than a launch does. Here the first
 function calls the second.
 """
 
@@ -15,41 +15,70 @@ import torch
 _libraries: list[torch.library.Library] = []  # an operator's functions go with the library that brought them
 
 
-def run_on_cuda(operator: str, run: Callable[..., Any]) -> None:
-    """Registers what an operator does on a CUDA device, at once where no gradient is needed.
+def run_on(backend: str, operator: str, run: Callable[..., Any]) -> None:
+    """Registers what an operator does on a kind of device, at once where no gradient is needed.
 
     Calls that need one, and those under ``torch.compile``, ``torch.func`` or a mode, go the long way round. In PyTorch
     before 2.10 all calls do.
 
     Args:
+        backend: PyTorch's name for the kind of device: ``CUDA``.
         operator: its qualified name; its gradients are registered.
         run: what takes its arguments and does its work.
     """
+    _register(operator, run, backend)
+    if hasattr(torch.library, "get_kernel"):
+        long_way = torch.library.get_kernel(operator, f"Autograd{backend}")
+        at_once = _unless_gradients_are_needed(backend, run, long_way.call_boxed)
+        _register(operator, at_once, f"Autograd{backend}", with_keyset=True)
+
+
+def refuse_gradients(operator: str) -> None:
+    """Registers that an operator has no gradients: a call that needs one says so, before anything is computed.
+
+    `torch.library.register_autograd` would compute first, and takes no operator that writes into its arguments.
+    """
+    namespace, _, name = operator.partition("::")
+    overload = getattr(getattr(torch.ops, namespace), name).default
+
+    def refuse(keys: torch._C.DispatchKeySet, *arguments: Any) -> Any:
+        if _needs_gradient(arguments):
+            public = name.removesuffix("_into")
+            raise NotImplementedError(
+                f"{public} has no gradients, and an argument requires one: call it under torch.no_grad(), or detach it"
+            )
+        with torch._C._AutoDispatchBelowAutograd():
+            return overload.redispatch(keys & torch._C._after_autograd_keyset, *arguments)
+
+    _register(operator, refuse, "Autograd", with_keyset=True)
+
+
+def _register(operator: str, function: Callable[..., Any], key: str, *, with_keyset: bool = False) -> None:
     namespace, _, name = operator.partition("::")
     library = torch.library.Library(namespace, "FRAGMENT")  # type: ignore[no-untyped-call]
+    library.impl(name, function, key, with_keyset=with_keyset)  # type: ignore[no-untyped-call]
     _libraries.append(library)
-    library.impl(name, run, "CUDA")  # type: ignore[no-untyped-call]
-    if hasattr(torch.library, "get_kernel"):
-        long_way = torch.library.get_kernel(operator, "AutogradCUDA")
-        at_once = _unless_gradients_are_needed(run, long_way.call_boxed)
-        library.impl(name, at_once, "AutogradCUDA", with_keyset=True)  # type: ignore[no-untyped-call]
 
 
-def _unless_gradients_are_needed(run: Callable[..., Any], long_way: Callable[..., Any]) -> Callable[..., Any]:
-    key = torch._C.DispatchKey
-    only = (torch._C.DispatchKeySet(key.AutogradCUDA) | torch._C.DispatchKeySet(key.CUDA)).raw_repr()
+def _unless_gradients_are_needed(
+    backend: str, run: Callable[..., Any], long_way: Callable[..., Any]
+) -> Callable[..., Any]:
+    keys_of = torch._C.DispatchKey.__members__
+    plain = torch._C.DispatchKeySet(keys_of[backend]) | torch._C.DispatchKeySet(keys_of[f"Autograd{backend}"])
+    only = plain.raw_repr()
 
     def at_once(keys: torch._C.DispatchKeySet, *arguments: Any) -> Any:
         # Whatever else wants to see the call, such as a mode, a compiler or a lazily negated tensor, has a key, too.
-        if keys.raw_repr() == only and not (torch.is_grad_enabled() and _is_differentiable(arguments)):
+        if keys.raw_repr() == only and not _needs_gradient(arguments):
             return run(*arguments)
         return long_way(keys, *arguments)
 
     return at_once
 
 
-def _is_differentiable(arguments: tuple[Any, ...]) -> bool:
-    for each in arguments:  # noqa: SIM110 - any() takes twice the time
-        if isinstance(each, torch.Tensor) and each.requires_grad:
-            return True
+def _needs_gradient(arguments: tuple[Any, ...]) -> bool:
+    if torch.is_grad_enabled():
+        for each in arguments:  # any() takes twice the time
+            if isinstance(each, torch.Tensor) and each.requires_grad:
+                return True
     return False

@@ -23,7 +23,7 @@ from awq2marlin.gemm.checks import (
     check_type,
     remembered,
 )
-from awq2marlin.gemm.dispatch import run_on_cuda
+from awq2marlin.gemm.dispatch import run_on
 from awq2marlin.gemm.driver import device_of
 from awq2marlin.gemm.launch import GemmCall, describe, launch_repack, load_up_to, problem_of
 from awq2marlin.gemm.select import pick_config
@@ -198,7 +198,7 @@ def _gradient(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
 
 
 torch.library.register_autograd(_GEMM, _gradient, setup_context=_keep_for_gradient)
-run_on_cuda(_GEMM, _gemm_cuda)
+run_on("CUDA", _GEMM, _gemm_cuda)
 
 
 # ---- the repack as an operator ------------------------------------------------------------------------------

@@ -378,6 +378,18 @@ def test_a_block_whose_input_requires_a_gradient_is_refused_at_once():
         ops.marlin_experts(**arguments | {"hidden": ROWS.clone().requires_grad_()})
 
 
+@pytest.mark.parametrize("name", ["hidden", "topk_weights", "out"])
+def test_a_block_that_writes_into_a_tensor_refuses_gradients_before_it_does(name):
+    arguments = arguments_of_block() | {"out": torch.full_like(ROWS, 7)}
+    arguments[name] = arguments[name].clone().requires_grad_() * 1
+    with pytest.raises(NotImplementedError, match=r"^marlin_experts has no gradients"):
+        ops.marlin_experts(**arguments)
+    assert torch.all(arguments["out"] == 7)
+    with torch.no_grad():
+        ops.marlin_experts(**arguments)
+    assert torch.equal(arguments["out"], ops.marlin_experts(**arguments_of_block()))
+
+
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 def test_opcheck_finds_nothing():
     torch.library.opcheck(torch.ops.awq2marlin.marlin_moe_gemm.default, tuple(arguments_of_gemm().values()))

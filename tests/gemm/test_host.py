@@ -5,7 +5,8 @@ import threading
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from awq2marlin.errors import KernelUnavailableError
 from awq2marlin.gemm import dispatch, driver, ops
@@ -295,6 +296,17 @@ def test_experts_are_refused_between_right_calls(stand_in):
         experts_ops._gemm_cuda(*gemm._replace(qweight=gemm.qweight[:, :8]))
 
 
+def test_autograd_knows_that_a_block_wrote_into_a_tensor(stand_in):  # noqa: ARG001 - it stands in for the driver
+    block, factor = block_of(3), torch.ones(3, 256, dtype=torch.float16, requires_grad=True)
+    out = torch.empty_like(block.hidden)
+    product = (out * factor).sum()
+    experts_ops._block_into_cuda(*block, out)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.backward()
+    with torch.inference_mode():
+        experts_ops._block_into_cuda(*block, torch.empty_like(out))
+
+
 def test_slices_whose_memory_begins_anywhere_they_may_are_taken(stand_in):
     layer = random_layer(512, 448, 128, has_bias=True)
     cut = slice(64, 448)
@@ -405,15 +417,69 @@ def test_a_compiler_sees_a_call_on_a_gpu():
             ops.marlin_gemm(a, qweight, torch.empty(2, 64, dtype=torch.float16, device="cuda"))
 
 
-def test_calls_go_straight_to_the_kernel_unless_somebody_else_wants_to_see_them():
-    key, seen = torch._C.DispatchKey, []
-    at_once = dispatch._unless_gradients_are_needed(lambda *_: seen.append("run"), lambda *_: seen.append("long way"))
-    plain = torch._C.DispatchKeySet(key.CUDA) | torch._C.DispatchKeySet(key.AutogradCUDA)
-    number, differentiable = torch.zeros(1), torch.zeros(1, requires_grad=True)
-    at_once(plain, number, None, 4)
-    at_once(plain, number, differentiable, 4)
-    with torch.no_grad():
-        at_once(plain, number, differentiable, 4)
-    for other in ("Python", "Negative", "FuncTorchDynamicLayerBackMode", "Functionalize"):
-        at_once(plain.add(getattr(key, other)), number)
-    assert seen == ["run", "long way", "run", *["long way"] * 4]
+@pytest.fixture(scope="module")
+def double():
+    """An operator that is registered on the CPU as ours are on a GPU, and how often each of its two ways was gone."""
+    name, ways = "awq2marlin_tests::double", {"calls": 0, "at once": 0}
+    torch.library.define(name, "(Tensor a, Tensor? b, int factor) -> Tensor", tags=(torch.Tag.pt2_compliant_tag,))
+    torch.library.register_fake(name, lambda a, *_: a.new_empty(a.shape))
+    torch.library.register_autograd(name, lambda _, grad: (2 * grad, None, None))
+
+    def run(a, b, factor):
+        ways["calls"] += 1
+        ways["at once"] += not torch._C._dispatch_tls_is_dispatch_key_excluded(
+            torch._C.DispatchKey.AutogradFunctionality
+        )
+        assert (b, factor) == (None, 2)
+        assert not a.is_neg()
+        return torch.from_numpy(a.detach().numpy() * factor)
+
+    dispatch.run_on("CPU", name, run)
+
+    def call(a):
+        before = dict(ways)
+        out = torch.ops.awq2marlin_tests.double.default(a, None, 2)
+        return out, ways["calls"] - before["calls"], ways["at once"] - before["at once"]
+
+    return call
+
+
+class EveryCall(TorchDispatchMode):
+    def __init__(self):
+        self.seen = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.seen.append(function)
+        return function(*args, **kwargs or {})
+
+
+@pytest.mark.skipif(not hasattr(torch.library, "get_kernel"), reason="PyTorch 2.10 brought the short way")
+def test_calls_that_need_no_gradient_go_straight_to_the_kernel(double):
+    a, differentiable = torch.rand(3), torch.rand(3, requires_grad=True)
+    for tensor in (a, torch.nn.Parameter(a, requires_grad=False)):
+        out, *ways = double(tensor)
+        assert torch.equal(out, 2 * a)
+        assert ways == [1, 1]
+    for no_gradient in (torch.no_grad, torch.inference_mode):
+        with no_gradient():
+            out, *ways = double(differentiable)
+        assert torch.equal(out, 2 * differentiable)
+        assert (ways[0], out.requires_grad) == (1, False)
+
+
+def test_whoever_wants_to_see_a_call_sees_it(double):
+    a, differentiable = torch.rand(3), torch.rand(3, requires_grad=True)
+    out, *ways = double(differentiable)
+    out.sum().backward()
+    assert (ways, differentiable.grad.tolist()) == ([1, 0], [2, 2, 2])
+    out, *ways = double(torch._neg_view(a))
+    assert torch.equal(out, -2 * a)
+    assert ways == [1, 0]
+    with EveryCall() as mode:
+        _, *ways = double(a)
+    assert torch.ops.awq2marlin_tests.double.default in mode.seen
+    assert ways == [1, 0]
+    with FakeTensorMode() as fake:
+        out, *ways = double(fake.from_tensor(a))
+    assert (type(out), ways) == (FakeTensor, [0, 0])
+    assert torch.equal(torch.vmap(lambda row: double(row)[0])(torch.ones(2, 3)), torch.full((2, 3), 2.0))

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from awq2marlin.gemm.checks import ACTIVATION_TYPES, check_dimensions, check_type, remembered
-from awq2marlin.gemm.dispatch import run_on_cuda
+from awq2marlin.gemm.dispatch import refuse_gradients, run_on
 from awq2marlin.gemm.experts import cpu
 from awq2marlin.gemm.experts.checks import (
     BlockTensors,
@@ -280,9 +280,7 @@ def _block_cuda(*arguments: Any) -> torch.Tensor:
 def _block_into_cuda(*arguments: Any) -> None:
     *tensors, out = arguments
     _prepared_block(out, *tensors)(BlockTensors(*tensors), out)
-
-
-torch.library.impl(_BLOCK_INTO, "cuda", _block_into_cuda)
+    torch.autograd.graph.increment_version(out)  # autograd does not see what a kernel writes
 
 
 @remembered
@@ -299,20 +297,6 @@ def _prepared_block(out: torch.Tensor | None, *arguments: Any) -> Callable[[Bloc
 
 # ---- no gradients -------------------------------------------------------------------------------------------
 
-
-def _refuse_gradients(operator: str) -> None:
-    """Registers that an operator has no gradients: a call that needs one says so, before anything is computed."""
-    name = operator.partition("::")[2]
-
-    def refuse(*_: Any, **__: Any) -> Any:
-        raise NotImplementedError(
-            f"{name} has no gradients, and an argument requires one: call it under torch.no_grad(), or detach it"
-        )
-
-    torch.library.register_autograd(operator, refuse, setup_context=refuse)
-
-
-_refuse_gradients(_GEMM)
-_refuse_gradients(_BLOCK)
-run_on_cuda(_GEMM, _gemm_cuda)
-run_on_cuda(_BLOCK, _block_cuda)
+for _operator, _run in ((_GEMM, _gemm_cuda), (_BLOCK, _block_cuda), (_BLOCK_INTO, _block_into_cuda)):
+    refuse_gradients(_operator)
+    run_on("CUDA", _operator, _run)
