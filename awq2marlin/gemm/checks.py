@@ -142,7 +142,7 @@ def check_addresses(**tensors: tuple[torch.Tensor | None, int]) -> None:
         if tensor is not None and tensor.data_ptr() % alignment:
             raise ValueError(
                 f"{name} must begin at a multiple of {alignment} bytes, as memory of PyTorch's own does, "
-                f"found address {tensor.data_ptr():#x}"
+                f"found address {tensor.data_ptr():#x}; {name}.clone() begins at one"
             )
 
 
@@ -283,7 +283,7 @@ def check_rows(name: str, tensor: torch.Tensor, multiple: int) -> None:
     """
     strides, sizes, offset = tensor.stride(), tensor.shape, tensor.storage_offset()
     if strides[-1] != 1 and sizes[-1] > 1:
-        raise ValueError(f"{name} must have a last stride of 1, found strides {strides}; nothing is copied silently")
+        raise ValueError(f"{name} must have a last stride of 1, found strides {strides}; call {name}.contiguous()")
     is_placed = offset % multiple == 0
     for dimension in range(len(strides) - 1):
         if strides[dimension] % multiple and sizes[dimension] > 1:
@@ -294,7 +294,7 @@ def check_rows(name: str, tensor: torch.Tensor, multiple: int) -> None:
         found = ", ".join(str(stride if size > 1 else 0) for stride, size in outer) or "0"
         raise ValueError(
             f"{name} must have {kind} and an offset that are multiples of {multiple}, as slices at multiples "
-            f"of 64 columns have, found {found} and {offset}"
+            f"of 64 columns have, found {found} and {offset}; call {name}.clone()"
         )
 
 

@@ -121,7 +121,7 @@ REFUSALS = [
     (
         {"qzeros": torch.zeros(4, 18, dtype=torch.int32)[:, :16]},
         ValueError,
-        "qzeros must have a row stride and an offset that are multiples of 4, .* found 18 and 0",
+        r"qzeros must have a row stride and an offset .* of 4, .* found 18 and 0; call qzeros.clone\(\)$",
     ),
     ({"qzeros": LAYER.scales}, TypeError, "qzeros must be torch.int32, found torch.float16"),
     ({"bias": LAYER.bias[:64]}, ValueError, r"bias must have the shape \[128\], found \[64\]"),

@@ -1,6 +1,7 @@
 """What a call hands to CUDA's driver, and what it refuses before: on any machine, as nothing is launched."""
 
 import itertools
+import re
 import threading
 
 import pytest
@@ -209,9 +210,9 @@ def misplaced(tensor):
     from numpy import frombuffer
 
     memory = torch.from_numpy(frombuffer(bytearray(tensor.nbytes + 32), dtype="uint8"))
-    start = 1 + -(memory.data_ptr() + 1) % 16 + 2
+    start = -memory.data_ptr() % 16 + tensor.itemsize
     part = torch.from_dlpack(memory[start : start + tensor.nbytes].view(tensor.dtype).view(tensor.shape))
-    assert (part.data_ptr() % 16, part.storage_offset()) == (2, 0)
+    assert (part.data_ptr() % 16, part.storage_offset()) == (tensor.itemsize, 0)
     return part
 
 
@@ -248,6 +249,21 @@ def test_a_wrong_call_is_refused_between_right_ones(stand_in, size_m):
                 multiply(wrong)
         assert len(stand_in.launched) == before
     multiply(tensors)
+
+
+def test_what_a_refusal_of_a_layout_says_to_do_helps(stand_in):
+    tensors = tensors_of(3, 512, 384, 128)
+    for name in ("a", "qweight", "scales", "qzeros"):
+        tensor = getattr(tensors, name)
+        rows, columns = tensor.shape
+        wide = torch.zeros(rows, 2 * columns + 2, dtype=tensor.dtype)
+        wrong = [misplaced(tensor), wide[:, :columns], wide.flatten()[2:][: rows * columns].view(rows, columns)]
+        for each in (*wrong, wide[:, : 2 * columns : 2], torch.zeros(columns, rows, dtype=tensor.dtype).t()):
+            with pytest.raises(ValueError, match=f"^{name} must") as refused:
+                multiply(tensors._replace(**{name: each}))
+            method = re.search(rf"{name}\.(clone|contiguous)\(\)", str(refused.value))[1]
+            multiply(tensors._replace(**{name: getattr(each, method)()}))
+            assert stand_in.launched[-1].arguments["qweight_stride"] == 768
 
 
 def test_a_tensor_that_changes_under_its_name_is_looked_at_anew(stand_in):
