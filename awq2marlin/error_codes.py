@@ -276,7 +276,7 @@ ERROR_CODES: Mapping[str, Advice] = {
         "`batch`: a bug in awq2marlin, in one item", "report it, with what `awq2marlin convert` prints for its source"
     ),
     "unfinished": Advice(
-        "the conversion into this folder, or the way back, is not finished", "run the same command again first"
+        "the conversion or the revert into this folder is not finished", "run the same command again first"
     ),
     "unfinished-download": Advice(
         "a download manager's file (`.aria2`, `.part`, `.incomplete`) beside a shard says that it is not whole",

@@ -41,7 +41,7 @@ def read_config(folder: Source) -> dict[str, Any]:
         refuse_only_gguf(folder)
         raise refuse(
             "no-config",
-            f"there is none in {printable(str(folder.where))}; "
+            f"not found in {printable(str(folder.where))}; "
             f"{checkpoints_below(folder) or 'pass a complete checkpoint folder'}",
             file=CONFIG_FILENAME,
         )

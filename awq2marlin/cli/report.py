@@ -19,6 +19,7 @@ from awq2marlin._version import __version__
 from awq2marlin.cli.differences import format_text, not_compared_text
 from awq2marlin.cli.text import size_text
 from awq2marlin.errors import DifferenceError, Problem, printable, refuse
+from awq2marlin.io.durable import replacement
 from awq2marlin.progress import Progress, Silence
 
 if TYPE_CHECKING:
@@ -174,12 +175,8 @@ def write_report(file: Path, asked: Asked, result: VerifyResult | None, problems
     pages = Environment(loader=PackageLoader("awq2marlin.cli", "."), autoescape=True)
     pages.filters["shown"] = printable
     page = pages.get_template("report.html").render(report=_report(asked, result, problems))
-    partial = file.with_name(f".{file.name}.partial")
-    try:
+    with replacement(file) as partial:
         partial.write_text(page + "\n", encoding="utf-8")
-        partial.replace(file)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _report(asked: Asked, result: VerifyResult | None, problems: Sequence[Problem]) -> _Report:

@@ -242,7 +242,8 @@ def _verification(result: VerifyResult) -> None:
     kind = "converted modules" if result.kind == "conversion" else "modules"
     equal = coloured("equal:", "green", sys.stdout)
     _say(f"{equal} {len(result.modules)} of {result.modules_total} {kind}, value for value")
-    _say(f"       {result.tensors} other tensors and {result.files} files, byte for byte")
+    tensors, files = _counted(range(result.tensors), "other tensor"), _counted(range(result.files), "file")
+    _say(f"       {tensors} and {files}, byte for byte")
     if result.kind == "conversion":
         _say(f"{printable(str(result.output))} is the conversion of {printable(str(result.source))}")
     else:
@@ -308,8 +309,8 @@ def _reversion(result: RevertResult) -> None:
     """Prints every restored file with its digest, in the form of ``sha256sum``; in a dry run with its size."""
     for file in result.files:
         _say(f"{size_text(file.size) if result.dry_run else file.sha256}  {printable(file.name)}")
-    before = f", {len(result.resumed)} shards of them by an earlier run" if result.resumed else ""
-    files = f"{_counted(result.files, 'file')}, {size_text(result.bytes)}{before}"
+    before = f" ({_counted(result.resumed, 'shard')} by an earlier run)" if result.resumed else ""
+    files = f"{_counted(result.files, 'file')}{before}, {size_text(result.bytes)}"
     if result.dry_run:
         _say(f"would restore {files} to {printable(str(result.output))}")
     else:

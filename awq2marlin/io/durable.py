@@ -7,6 +7,7 @@ import ctypes
 import errno
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 #: What ``fsync`` says of what a file system cannot sync: folders of CIFS, sshfs, drvfs and others of FUSE.
@@ -58,6 +59,29 @@ def replace_file(path: Path, data: bytes) -> None:
         stream.flush()
         sync_file(stream.fileno())
     partial.replace(path)
+
+
+@contextlib.contextmanager
+def replacement(path: Path) -> Iterator[Path]:
+    """Gives a place for a new version of a file, which then takes the file's name: complete or not at all.
+
+    Args:
+        path: the file. The place is in the same folder, and has the same ending.
+
+    Raises:
+        OSError: if it cannot be written. The error names the file, not the place, which a user never asked for.
+    """
+    partial = path.with_name(f".{path.name}.partial{path.suffix}")
+    try:
+        yield partial
+        partial.replace(path)
+    except OSError as error:
+        if error.filename is not None:
+            error.filename, error.filename2 = str(path), None
+        raise
+    finally:
+        with contextlib.suppress(OSError):  # the reason for not writing it is told already
+            partial.unlink(missing_ok=True)
 
 
 def reserve(descriptor: int, size: int) -> None:

@@ -273,7 +273,7 @@ def refuse_full_disk(transfer: Transfer, sink: Sink, work: Work) -> None:
     for disk in disks(disk_needs(todo, sink.out.root, stays=stays, low_disk=work.low_disk)):
         if disk.needed > disk.free:
             advice = ", use --low-disk" if transfer.source.origin and not work.low_disk else ""
-            what = "conversion" if transfer.verb == "convert" else "way back"
+            what = "conversion" if transfer.verb == "convert" else "revert"
             message = (
                 f"the {what} needs {disk.needed / 1e9:.2f} GB, the disk has "
                 f"{disk.free / 1e9:.2f} GB free; free some space{advice} or choose another disk"

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from awq2marlin.errors import Problem, UnavailableError, refuse
 from awq2marlin.gemm.check import GemmCheck, GemmRun
 from awq2marlin.installing import how_to_install
+from awq2marlin.io.durable import replacement
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -75,12 +76,8 @@ def plot_errors(run: GemmRun, file: Path) -> None:
         OSError: if the file cannot be written.
     """
     check_picture(file)
-    partial = file.with_name(f".{file.name}.partial{file.suffix}")
-    try:
+    with replacement(file) as partial:
         _figure(run).savefig(partial, dpi=160)
-        partial.replace(file)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def errors_as_svg(run: GemmRun) -> bytes:

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import termios
 from collections.abc import Iterator
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -615,6 +615,23 @@ def test_verify_and_revert_tell_what_they_did(made: Path, capsys: pytest.Capture
     assert out.splitlines()[:4] == [f"{hashes[name]}  {name}" for name in sorted(set(hashes) - {"pytorch_model.bin"})]
 
 
+def test_one_thing_is_not_told_as_several(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    result = awq2marlin.verify(made / "awq", made / "marlin")
+    capsys.readouterr()
+    show(replace(result, tensors=1, files=1))
+    assert capsys.readouterr().out.splitlines()[1] == "       1 other tensor and 1 file, byte for byte"
+    show(replace(result, tensors=0, files=2))
+    assert capsys.readouterr().out.splitlines()[1] == "       0 other tensors and 2 files, byte for byte"
+
+
+def test_a_resumed_revert_tells_what_the_earlier_run_did(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    result = awq2marlin.revert(made / "marlin", "again")
+    capsys.readouterr()
+    show(replace(result, resumed=(SHARD,), bytes=2_000_000, seconds=0.5))
+    told = "restored 4 files (1 shard by an earlier run), 2.0 MB in 0.5 s, all digests match"
+    assert told in capsys.readouterr().out.splitlines()
+
+
 def test_a_dry_run_of_revert_writes_nothing_and_lists_every_file(
     made: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -712,7 +729,7 @@ MISTAKES = {
     "no_such_parent": ("convert {made}/awq {made}/file/x", "a part of this path is a file"),
     "not_converted": ("revert {made}/awq x", "there is nothing to revert"),
     "over_the_source": ("revert {made}/marlin {made}/awq", "the folder is not empty"),
-    "not_a_checkpoint": ("inspect {made}", "config.json: there is none in "),
+    "not_a_checkpoint": ("inspect {made}", "config.json: not found in "),
     "a_very_long_name": ("inspect {long}", "does not allow a name this long"),
 }
 

@@ -1,6 +1,7 @@
 """`verify --report`: one page for people, from which nothing can break out."""
 
 import base64
+import errno
 import html
 import json
 import re
@@ -163,6 +164,24 @@ def test_a_page_is_complete_or_not_there(tmp_path: Path, monkeypatch: pytest.Mon
     assert main(["verify", str(source), str(output), "--report", str(file), "--quiet"]) == 1
     assert file.read_text() == "the earlier one"
     assert sorted(each.name for each in tmp_path.iterdir() if re.match(r"\.report", each.name)) == []
+
+
+@pytest.mark.parametrize("step", ["write_text", "replace"])
+def test_an_error_names_the_page_that_was_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], step: str
+) -> None:
+    source = made(tmp_path / "llama")
+    output, file = converted(source), tmp_path / "report.html"
+
+    def read_only(path: Path, *_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system", str(path))
+
+    monkeypatch.setattr(Path, step, read_only)
+    monkeypatch.setattr(Path, "unlink", read_only)
+    capsys.readouterr()
+    assert main(["verify", str(source), str(output), "--report", str(file), "--json"]) == 1
+    problem = json.loads(capsys.readouterr().out)["errors"][0]
+    assert (problem["file"], problem["code"]) == (str(file), "read-only")
 
 
 def test_it_is_told_where_the_report_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -131,7 +131,7 @@ REFUSED: dict[str, tuple[Change, str, str, str]] = {
         "config.json",
         "not quantized",
     ),
-    "no_config": (lambda folder: (folder / "config.json").unlink(), "no-config", "config.json", "there is none in "),
+    "no_config": (lambda folder: (folder / "config.json").unlink(), "no-config", "config.json", "not found in "),
     "fp32_scales": (
         edit_header(lambda h: h[f"{Q_PROJ}.scales"].update(dtype="F32", shape=[1, 128])),
         "wrong-dtype",

@@ -283,7 +283,7 @@ def test_a_checkpoint_without_quantization_is_refused(awq, refused) -> None:
 
 def test_a_missing_config_is_refused(awq, refused) -> None:
     (awq / "config.json").unlink()
-    refused("no-config", f"there is none in {awq}; pass a complete checkpoint folder")
+    refused("no-config", f"not found in {awq}; pass a complete checkpoint folder")
 
 
 def test_pickled_weights_are_refused_unopened(awq, refused) -> None:

@@ -252,7 +252,7 @@ def test_a_folder_of_models_says_which_are_in_it(run, source, tmp_path, cached):
     assert error["code"] == "no-config"
     assert (
         error["message"]
-        == f"there is none in {tmp_path / 'models'}; the checkpoints are one folder deeper; pass one of {names}"
+        == f"not found in {tmp_path / 'models'}; the checkpoints are one folder deeper; pass one of {names}"
     )
     shutil.rmtree(tmp_path / "models/one")
     assert run("inspect", "models").error["message"].endswith(f"deeper; pass {tmp_path / 'models/other'}")

@@ -87,6 +87,7 @@ def test_a_picture_that_cannot_be_finished_leaves_the_old_one(tmp_path: Path, mo
         raise OSError(errno.ENOSPC, "no space", str(file))
 
     monkeypatch.setattr(Figure, "savefig", fail)
-    with pytest.raises(OSError, match="no space"):
+    with pytest.raises(OSError, match="no space") as caught:
         plot_errors(GemmRun("cuda", "a device", (gemm_check("m.0.up", 0.3),)), picture)
+    assert caught.value.filename == str(picture)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"errors.png": b"the old one"}
