@@ -33,19 +33,23 @@ def run_on(backend: str, operator: str, run: Callable[..., Any]) -> None:
         _register(operator, at_once, f"Autograd{backend}", with_keyset=True)
 
 
-def refuse_gradients(operator: str) -> None:
+def refuse_gradients(operator: str, public_name: str) -> None:
     """Registers that an operator has no gradients: a call that needs one says so, before anything is computed.
 
     `torch.library.register_autograd` would compute first, and takes no operator that writes into its arguments.
+
+    Args:
+        operator: its qualified name.
+        public_name: what users call it by.
     """
     namespace, _, name = operator.partition("::")
     overload = getattr(getattr(torch.ops, namespace), name).default
 
     def refuse(keys: torch._C.DispatchKeySet, *arguments: Any) -> Any:
         if _needs_gradient(arguments):
-            public = name.removesuffix("_into")
             raise NotImplementedError(
-                f"{public} has no gradients, and an argument requires one: call it under torch.no_grad(), or detach it"
+                f"{public_name} has no gradients, and an argument requires one: "
+                "call it under torch.no_grad(), or detach it"
             )
         with torch._C._AutoDispatchBelowAutograd():
             return overload.redispatch(keys & torch._C._after_autograd_keyset, *arguments)

@@ -1,8 +1,10 @@
 """What a call hands to CUDA's driver, and what it refuses before: on any machine, as nothing is launched."""
 
+import gc
 import itertools
 import re
 import threading
+import weakref
 
 import pytest
 import torch
@@ -310,6 +312,29 @@ def test_experts_are_refused_between_right_calls(stand_in):
         experts_ops._gemm_cuda(*gemm._replace(a=misplaced(gemm.a)))
     with pytest.raises(ValueError, match=r"^qweight must have"):
         experts_ops._gemm_cuda(*gemm._replace(qweight=gemm.qweight[:, :8]))
+
+
+def test_what_is_remembered_of_a_call_keeps_no_tensor_alive(stand_in):  # noqa: ARG001 - it stands in for the driver
+    kept = []
+
+    def call(function, *arguments):
+        results = function(*arguments)
+        kept.extend(weakref.ref(each) for each in (*arguments, results) if torch.is_tensor(each))
+
+    def call_all():
+        tensors, block = tensors_of(300, 512, 384, 128, has_bias=True), block_of(40)
+        for a in (tensors.a, tensors.a[:0]):
+            call(ops._gemm_cuda, a, *tensors[1:])
+        call(experts_ops._block_into_cuda, *block, torch.empty_like(block.hidden))
+        call(experts_ops._gemm_cuda, block.hidden, *block[1:4], block.topk_ids, block.topk_weights, None, 4)
+
+    gc.disable()
+    try:
+        call_all()
+        assert len(kept) > 20
+        assert [each for each in kept if each() is not None] == []
+    finally:
+        gc.enable()
 
 
 def test_autograd_knows_that_a_block_wrote_into_a_tensor(stand_in):  # noqa: ARG001 - it stands in for the driver

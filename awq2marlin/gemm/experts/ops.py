@@ -295,8 +295,12 @@ def _prepared_block(out: torch.Tensor | None, *arguments: Any) -> Callable[[Bloc
     return lambda _, __: None
 
 
-# ---- no gradients -------------------------------------------------------------------------------------------
+# ---- no gradients, and what runs on a GPU -----------------------------------------------------------------
 
-for _operator, _run in ((_GEMM, _gemm_cuda), (_BLOCK, _block_cuda), (_BLOCK_INTO, _block_into_cuda)):
-    refuse_gradients(_operator)
+for _operator, _public, _run in (
+    (_GEMM, marlin_moe_gemm, _gemm_cuda),
+    (_BLOCK, marlin_experts, _block_cuda),
+    (_BLOCK_INTO, marlin_experts, _block_into_cuda),
+):
+    refuse_gradients(_operator, _public.__name__)
     run_on("CUDA", _operator, _run)
