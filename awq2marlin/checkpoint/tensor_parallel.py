@@ -8,12 +8,12 @@ vLLM decide which way a module is cut: the projections that close a block by row
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from awq2marlin.layout.marlin import GPTQ_MARLIN_TILE, MARLIN_TILE_N, fusion_group
-from awq2marlin.layout.modules import ModulePlan
+from awq2marlin.layout.modules import ModulePlan, module_name
 from awq2marlin.layout.packing import pack_factor
 
 #: Last name components of the modules that engines cut by rows.
@@ -30,6 +30,9 @@ FUSED_GATE_UP_NAMES = frozenset({"gate_up_proj", "gate_up"})
 
 #: Parts of a multimodal model's config that speak of its language model, perhaps by a part of their own.
 _TEXT_CONFIGS = ("text_config", "llm_config", "language_config", "thinker_config")
+
+#: What SGLang's Marlin experts need of the hidden size: whole tiles of 128 columns.
+_SGLANG_TILE_N = 128
 
 #: Ranks that are tried where the config does not say how many attention heads there are.
 _COMMON_SIZES = (1, 2, 4, 8, 16, 32, 64)
@@ -127,11 +130,13 @@ class ParallelSizes(NamedTuple):
         sizes: the numbers of ranks that work, ascending; empty if vLLM cannot load it at all.
         limit: why not the next one, the power of two above the largest; if none works, why not one.
         with_expert_parallel: those that work if vLLM gives every rank whole experts; empty without experts.
+        only_in_vllm: why SGLang cannot load what vLLM can, in words; empty if it can.
     """
 
     sizes: tuple[int, ...] = ()
     limit: Limit = Limit(1, "", "not looked at")
     with_expert_parallel: tuple[int, ...] = ()
+    only_in_vllm: str = ""
 
     @property
     def largest(self) -> int:
@@ -143,9 +148,15 @@ class ParallelSizes(NamedTuple):
         """Why vLLM cannot load it at all, in words; empty if it can."""
         return "" if self.sizes else self.limit.reason
 
+    @property
+    def refusals(self) -> dict[str, str]:
+        """Why engines cannot load it at all, in words, by the engine's name; without those that can."""
+        reasons = {"vLLM": self.unserved, "SGLang": self.unserved or self.only_in_vllm}
+        return {engine: reason for engine, reason in reasons.items() if reason}
+
 
 def parallel_sizes(
-    modules: Iterable[ModulePlan], bits: int, group_size: int, config: Mapping[str, Any]
+    modules: Iterable[ModulePlan], bits: int, group_size: int, config: Mapping[str, Any], tensors: Container[str] = ()
 ) -> ParallelSizes:
     """Returns over how many ranks vLLM can cut a checkpoint, and what stands in the way of more.
 
@@ -156,11 +167,12 @@ def parallel_sizes(
         bits: 4 or 8.
         group_size: rows of K that share scales, -1 for all.
         config: the model's ``config.json``.
+        tensors: names of all tensors of the checkpoint, which tell what modules have biases.
     """
     heads = Heads.of(config)
     alike: dict[_Kind, ModulePlan] = {}
     for module in modules:
-        alike.setdefault(_Kind.of(module), module)
+        alike.setdefault(_Kind.of(module, has_bias=module_name(module.name, "bias") in tensors), module)
 
     def limit(ranks: int, *, cuts_experts: bool = True) -> Limit | None:
         if heads.query % ranks:
@@ -176,7 +188,9 @@ def parallel_sizes(
     has_experts = any(kind.is_expert for kind in alike)
     whole = (size for size in tried if has_experts and limit(size, cuts_experts=False) is None)
     following = 1 << max(sizes, default=0).bit_length()
-    return ParallelSizes(sizes, limit(following) or Limit(following, "", "more ranks were not tried"), tuple(whole))
+    stop = limit(following) or Limit(following, "", "more ranks were not tried")
+    narrow = (reason for kind in alike if (reason := kind.narrow_experts(_SGLANG_TILE_N)))
+    return ParallelSizes(sizes, stop, tuple(whole), next(narrow, ""))
 
 
 def _tried_sizes(heads: Heads) -> Sequence[int]:
@@ -208,9 +222,10 @@ class _Kind(NamedTuple):
     is_padded: bool
     is_fused: bool
     is_expert: bool
+    has_bias: bool
 
     @classmethod
-    def of(cls, module: ModulePlan) -> _Kind:
+    def of(cls, module: ModulePlan, *, has_bias: bool) -> _Kind:
         """Returns the kind of a module."""
         name, group = module.name.rpartition(".")[2], fusion_group(module.name)
         return cls(
@@ -220,13 +235,22 @@ class _Kind(NamedTuple):
             module.is_padded,
             group != module.name or name in FUSED_QKV_NAMES | FUSED_GATE_UP_NAMES,
             group.endswith(".*"),
+            has_bias,
         )
+
+    def narrow_experts(self, multiple: int) -> str:
+        """Returns that these are experts whose hidden size an engine's kernel does not take; empty if it does."""
+        hidden_size = self.size_n if self.name in ROW_PARALLEL_NAMES else self.size_k
+        if not self.is_expert or hidden_size % multiple == 0:
+            return ""
+        return f"experts of hidden size {hidden_size}; its kernel needs a multiple of {multiple}"
 
     def obstacle(self, ranks: int, bits: int, group_size: int, heads: Heads) -> str | None:
         """Returns why a module of this kind cannot be cut in so many parts, in words, or None if it can."""
-        hidden_size = self.size_n if self.name in ROW_PARALLEL_NAMES else self.size_k
-        if self.is_expert and hidden_size % MARLIN_TILE_N:
-            return f"experts of hidden size {hidden_size}, which for its kernel must be a multiple of {MARLIN_TILE_N}"
+        if narrow := self.narrow_experts(MARLIN_TILE_N):
+            return narrow
+        if self.is_expert and self.has_bias:
+            return "experts with biases, which the plugin does not load"
         if self.is_padded and not self.is_fused and ranks == 1:
             return None  # as it lies in the file
         slices = self._slices(ranks, heads)

@@ -149,7 +149,8 @@ def _inspected(checkpoint: Checkpoint, manifest: Manifest | None, path: str | os
         place = str(default_output(parse_source(path)))
         fates = plan_modules(SourceCheckpoint.of(checkpoint))
         modules = [_module_info(fate, checkpoint, fates.source_layout_of(fate)) for fate in fates.modules.values()]
-    sizes = parallel_sizes(fates.modules.values(), quantization.bits, quantization.group_size, checkpoint.config)
+    bits, group_size = quantization.bits, quantization.group_size
+    sizes = parallel_sizes(fates.modules.values(), bits, group_size, checkpoint.config, checkpoint.tensors)
     return InspectResult(
         path=checkpoint.folder.where,
         format=checkpoint.format.name,

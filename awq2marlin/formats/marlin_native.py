@@ -51,7 +51,7 @@ class MarlinNative(MarlinTensors):
     library_name = "awq2marlin"  # not transformers: the Hub would show commands that build garbage
 
     def serving(
-        self, scheme: Scheme, place: str, ranks: Sequence[int] = (1,), unserved: str = ""
+        self, scheme: Scheme, place: str, ranks: Sequence[int] = (1,), refusals: Mapping[str, str] | None = None
     ) -> tuple[Serving, ...]:
         """Returns the commands of vLLM and SGLang, unless they cannot serve it, and the lines for Transformers."""
         del scheme
@@ -60,8 +60,8 @@ class MarlinNative(MarlinTensors):
         def cutting(
             engine: str, versions: str, serve: Callable[[str, str], str], option: str, caveat: str = ""
         ) -> Serving:
-            if unserved:
-                return Serving(engine, reason=unserved)
+            if refusals and engine in refusals:
+                return Serving(engine, reason=refusals[engine])
             note = f"Over several GPUs: {option} {choice(several)}" if several else "It cannot be cut for several GPUs"
             command = serve(place, f" {option} {first}" if first > 1 else "")
             return Serving(

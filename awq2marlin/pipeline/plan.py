@@ -104,7 +104,9 @@ class Plan:
         if not self.target.is_own:
             return None
         scheme = self.counterparts.target_scheme
-        return parallel_sizes(self.modules.values(), scheme.bits, scheme.group_size, self.checkpoint.config)
+        source = self.checkpoint
+        modules = self.modules.values()
+        return parallel_sizes(modules, scheme.bits, scheme.group_size, source.config, source.tensors)
 
     def serving(self, place: str) -> tuple[Serving, ...]:
         """Returns how each engine serves the output, or why it cannot.
@@ -219,7 +221,7 @@ def served(target: Format, scheme: Scheme, sizes: ParallelSizes | None, place: s
         sizes: over how many GPUs engines can cut it; None of a format that needs no loader of ours.
         place: the output's folder or repository.
     """
-    return target.serving(scheme, place, sizes.sizes, sizes.unserved) if sizes else target.serving(scheme, place)
+    return target.serving(scheme, place, sizes.sizes, sizes.refusals) if sizes else target.serving(scheme, place)
 
 
 def plan_conversion(checkpoint: Checkpoint, unaligned: Unaligned | None = None, to: str | None = None) -> Plan:

@@ -333,8 +333,8 @@ def test_inspect_tells_the_sizes_and_what_stops_the_next(folder, size, line, mad
 @pytest.mark.parametrize(
     ("name", "shape", "why"),
     [
-        ("up_proj", (160, 128), "experts of hidden size 160, which for its kernel must be a multiple of 64"),
-        ("down_proj", (128, 160), "experts of hidden size 160, which for its kernel must be a multiple of 64"),
+        ("up_proj", (160, 128), "experts of hidden size 160; its kernel needs a multiple of 64"),
+        ("down_proj", (128, 160), "experts of hidden size 160; its kernel needs a multiple of 64"),
     ],
 )
 def test_what_engines_refuse_is_told_by_the_plan_the_conversion_and_the_card(made, capsys, name, shape, why):
@@ -364,6 +364,34 @@ def test_what_engines_refuse_is_told_by_the_plan_the_conversion_and_the_card(mad
         card = (made / folder / "README.md").read_text()
         assert "vllm serve THIS_MODEL\n```\n\nOver several GPUs: --tensor-parallel-size 2 or 4.\n" in card
         assert "--model-path THIS_MODEL\n```\n\nOver several GPUs: --tp-size 2 or 4. " in card
+
+
+def test_what_only_sglang_refuses_is_told_of_sglang_alone(made, capsys):
+    """Experts of hidden size 192: vLLM's kernel takes multiples of 64, SGLang's of 128."""
+    recipe = Recipe({"a.experts.0.down_proj": (128, 192)}, group_size=64, config={"num_attention_heads": 2})
+    write_checkpoint(made / "narrow", recipe)
+    why = "experts of hidden size 192; its kernel needs a multiple of 128"
+    for arguments in (["convert", "narrow", "--dry-run"], ["convert", "narrow", "thin"], ["inspect", "thin"]):
+        assert main(arguments) == 0
+        said = capsys.readouterr().out.splitlines()
+        assert [line for line in said if "cannot: " in line] == [f"  SGLang        cannot: {why}"]
+        assert any(line.startswith("  vLLM          vllm serve ") for line in said)
+    card = (made / "thin/README.md").read_text()
+    assert f"\n\nSGLang cannot serve this checkpoint: {why}.\n\n" in card
+    assert "vllm serve THIS_MODEL" in card
+
+
+def test_biases_of_experts_are_told_before_an_engine_refuses_them(made, capsys):
+    modules = {"a.experts.0.down_proj": (128, 128)}
+    recipe = Recipe(
+        modules, group_size=64, weights={"a.experts.0.down_proj.bias": (128,)}, config={"num_attention_heads": 2}
+    )
+    write_checkpoint(made / "biased", recipe)
+    why = "experts with biases, which the plugin does not load"
+    for arguments in (["convert", "biased", "--dry-run"], ["convert", "biased", "biases"], ["inspect", "biases"]):
+        assert main(arguments) == 0
+        refusals = [line for line in capsys.readouterr().out.splitlines() if "cannot: " in line]
+        assert refusals == [f"  vLLM          cannot: {why}", f"  SGLang        cannot: {why}"]
 
 
 def test_a_card_offers_one_gpu_where_nothing_can_be_cut(tmp_path):
