@@ -209,7 +209,7 @@ class BatchLines:
     def start(self, total: int, earlier: Sequence[ItemResult]) -> None:
         self._overall.start(total, earlier)
         if earlier:
-            self.say(f"[{self._overall}] of earlier runs")
+            self.say(f"[{self._overall}] finished by earlier runs")
 
     def item(self, source: str, output: str) -> Progress:
         self.say(f"begin {printable(source)} -> {printable(output)}")

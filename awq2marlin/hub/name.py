@@ -112,7 +112,7 @@ def folder_at(source: str | os.PathLike[str], *, follow_links: bool = False) -> 
         if problem.code == "not-found" and isinstance(source, str) and _hub_name(source):
             parent = printable(source.partition("/")[0])
             hint = (
-                f"; this is read as a path, as {parent} is a folder here; for the Hub repository, pass "
+                f"; it is read as a path because {parent} is a folder here; for the Hub repository, pass "
                 f"{HUB_PREFIX}{printable(source)}"
             )
             raise CheckpointError(replace(problem, message=problem.message + hint)) from None

@@ -48,7 +48,7 @@ def test_plain_lines_tell_beginning_and_end_of_every_item():
     assert isinstance(progress, BatchLines)
     play(progress)
     assert stream.getvalue().splitlines() == [
-        "[1 of 3 (1 done)] of earlier runs",
+        "[1 of 3 (1 done)] finished by earlier runs",
         "begin m/a -> /o/a",
         "begin m/\\x1b[2Jb -> /o/b",
         "m/\\x1b[2Jb: hello \\x1b[2J",

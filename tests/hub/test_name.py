@@ -130,7 +130,7 @@ def test_a_path_with_a_typo_is_not_sent_to_the_hub(run, hub, source, tmp_path):
         message = outcome.error["message"]
         assert message == (
             "cannot open it as a checkpoint: no such file or folder (did you mean models/llama-awq?); "
-            "this is read as a path, as models is a folder here; for the Hub repository, pass hf://models/lama-awq"
+            "it is read as a path because models is a folder here; for the Hub repository, pass hf://models/lama-awq"
         )
     assert hub.requests() == []
     batch = run("inspect", "models/nothing-like-it").error["message"]
