@@ -62,7 +62,9 @@ class MarlinNative(MarlinTensors):
         ) -> Serving:
             if refusals and engine in refusals:
                 return Serving(engine, reason=refusals[engine])
-            note = f"Over several GPUs: {option} {choice(several)}" if several else "It cannot be cut for several GPUs"
+            note = (
+                f"Over several GPUs: {option} {choice(several)}" if several else "It cannot be split over several GPUs"
+            )
             command = serve(place, f" {option} {first}" if first > 1 else "")
             return Serving(
                 engine, command, install=install_command("cuda"), where=PLACE, versions=versions, note=note + caveat

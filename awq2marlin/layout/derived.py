@@ -78,8 +78,8 @@ class Proven:
         if not np.array_equal(found, expected):
             at = int(np.argmax(found != expected)) if found.size == expected.size else min(found.size, expected.size)
             message = (
-                f"{self.meaning or 'the checkpoint is damaged or of another format'} (from byte {at} on, it does not "
-                "hold what the module's shape and the config mean, so the conversion could not be undone)"
+                f"{self.meaning or 'the checkpoint is damaged or of another format'} (from byte {at} on, it is not "
+                "what the module's shape and the config call for, so the conversion could not be undone)"
             )
             raise refuse("contradiction", message, file=self.file, tensor=self.name)
 

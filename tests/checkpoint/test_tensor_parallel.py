@@ -397,7 +397,7 @@ def test_biases_of_experts_are_told_before_an_engine_refuses_them(made, capsys):
 def test_a_card_offers_one_gpu_where_nothing_can_be_cut(tmp_path):
     write_checkpoint(tmp_path / "awq", Recipe({"a.down_proj": (128, 128)}, config={"num_attention_heads": 2}))
     convert(tmp_path / "awq", tmp_path / "out")
-    assert "\n\nIt cannot be cut for several GPUs.\n" in (tmp_path / "out/README.md").read_text()
+    assert "\n\nIt cannot be split over several GPUs.\n" in (tmp_path / "out/README.md").read_text()
 
 
 def test_padding_is_advised_only_where_it_helps(tmp_path, capsys):

@@ -52,7 +52,7 @@ def test_ranks_that_are_offered_load_and_others_do_not(harness, tmp_path, shape,
     card = (model.folder / "README.md").read_text("utf-8")
     several = [ranks for ranks in offered if ranks > 1]
     assert (f"Over several GPUs: --tensor-parallel-size {choice(several)}." in card) == bool(several)
-    assert ("It cannot be cut for several GPUs" in card) == (offered == (1,))
+    assert ("It cannot be split over several GPUs" in card) == (offered == (1,))
     assert ("vLLM cannot serve this checkpoint" in card) == (not offered)
 
 
