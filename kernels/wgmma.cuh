@@ -84,8 +84,8 @@ __device__ __forceinline__ u64 wgmma_descriptor(u32 address) {
                  : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "n"(kAdds));                                   \
   }
 
-// wgmma for so many tokens and half as many sums. The operands behind the sums follow: four of A, B's descriptor, and whether
-// the product is added to the sums or takes their place.
+// wgmma for so many tokens and half as many sums. The operands behind the sums follow: four of A, B's descriptor, and
+// whether the product is added to the sums or takes their place.
 #define MARLIN_WGMMA(tokens, sums, a1, a2, a3, b_place, adds_place)                                          \
   static_assert(2 * sums == tokens && sums + 1 == a1 && a1 + 1 == a2 && a2 + 1 == a3 && a3 + 1 == b_place && \
                     b_place + 1 == adds_place,                                                               \
