@@ -87,13 +87,15 @@ def replacement(path: Path) -> Iterator[Path]:
 def reserve(descriptor: int, size: int) -> None:
     """Finds room on the disk for an empty file at once, instead of page by page as it is written; it stays empty.
 
-    Where the file system cannot do that, or there is not enough room, nothing happens: writing will tell.
+    Where the file system cannot do that, or there is not enough room, nothing happens: writing will tell. Nor on one
+    without a disk of its own: on a RAM disk, finding room costs as much time as writing.
 
     Args:
         descriptor: of the file, open for writing.
         size: bytes it is going to have.
     """
-    if _libc is not None and size > 0:
+    # Linux numbers file systems without a device under major 0.
+    if _libc is not None and size > 0 and os.major(os.fstat(descriptor).st_dev):
         allocate = getattr(_libc, "fallocate64", _libc.fallocate)
         allocate(descriptor, _KEEP_SIZE, ctypes.c_int64(0), ctypes.c_int64(size))
 
