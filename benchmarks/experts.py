@@ -26,7 +26,6 @@ have ``parts(point)``: ``block``, ``w13`` and ``w2``, each a function of a launc
 from __future__ import annotations
 
 import argparse
-import datetime
 import importlib
 import importlib.util
 import json
@@ -44,17 +43,17 @@ from unittest.mock import patch
 import torch
 from gemm import (
     ROTATED_BYTES,
-    _commit,
-    _driver_version,
     _geometric_mean,
     captured,
+    environment,
     matrix_rate,
     medians_us,
     read_bandwidth,
+    save,
 )
 from gemm_peers import pack_words
 
-from awq2marlin.gemm import jit, ops
+from awq2marlin.gemm import ops
 from awq2marlin.gemm.experts.ops import marlin_experts, marlin_moe_gemm
 from awq2marlin.layout import torch_functions as layout
 from awq2marlin.layout.packing import AWQ_PACK_ORDER
@@ -465,21 +464,9 @@ def load_harness(path: Path | None, options: Any, result: dict) -> ModuleType | 
     return harness
 
 
-def save(path: Path | None, result: dict) -> None:
-    """Writes the result, if somebody wants it."""
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(result, indent=1) + "\n")
-
-
 def measure(options: Any) -> None:
     result: dict[str, Any] = {
-        "gpu": torch.cuda.get_device_name(),
-        "driver": _driver_version(),
-        "torch": torch.__version__,
-        "nvrtc": jit.compiler_version(),
-        "date": datetime.date.today().isoformat(),
-        "commit": options.commit or _commit(),
+        **environment(options.commit),
         "absent": {},
         "rows": [],
     }

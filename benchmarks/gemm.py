@@ -349,6 +349,29 @@ def _commit() -> str:
     return answer.stdout.strip() or "unknown"
 
 
+def environment(commit: str | None = None) -> dict[str, Any]:
+    """Returns what a result has to say of where and when it was measured.
+
+    Args:
+        commit: the commit that is timed; asked of git if not given.
+    """
+    return {
+        "gpu": torch.cuda.get_device_name(),
+        "driver": _driver_version(),
+        "torch": torch.__version__,
+        "nvrtc": jit.compiler_version(),
+        "date": datetime.date.today().isoformat(),
+        "commit": commit or _commit(),
+    }
+
+
+def save(path: Path | None, result: dict) -> None:
+    """Writes the result, if somebody wants it."""
+    if path is not None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(result, indent=1) + "\n")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, help="a JSON file for the results")
@@ -359,12 +382,7 @@ def main() -> None:
 
     peaks = {"read_bandwidth": read_bandwidth(), "matrix_rate": matrix_rate()}
     result = {
-        "gpu": torch.cuda.get_device_name(),
-        "driver": _driver_version(),
-        "torch": torch.__version__,
-        "nvrtc": jit.compiler_version(),
-        "date": datetime.date.today().isoformat(),
-        "commit": options.commit or _commit(),
+        **environment(options.commit),
         "weights": f"4 bits, g = {GROUP_SIZE}, zero points, fp16",
         **peaks,
     }
@@ -382,9 +400,7 @@ def main() -> None:
     for mean in result["geometric_means"]:
         print("geometric mean: " + ", ".join(f"{key} {value:.4g}" for key, value in mean.items()))
     print("repack, TB/s read plus written:", result["repack_bytes_per_second"])
-    if options.output:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(json.dumps(result, indent=1) + "\n")
+    save(options.output, result)
 
 
 if __name__ == "__main__":

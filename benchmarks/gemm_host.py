@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import datetime
-import json
 import statistics
 import sys
 import time
@@ -21,7 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from gemm import _commit, _driver_version, captured
+from gemm import _commit, _driver_version, captured, save
 
 import awq2marlin
 from awq2marlin.gemm.checks import GemmTensors
@@ -179,9 +178,7 @@ def main() -> None:
         note = "" if gpu < min(inference, usual) else "  bound by the GPU"
         print(f"{name:44} {inference:16.1f} {usual:12.1f} {gpu:10.1f}{note}", flush=True)
     result["rows"] = rows
-    if options.output:
-        options.output.parent.mkdir(parents=True, exist_ok=True)
-        options.output.write_text(json.dumps(result, indent=1) + "\n")
+    save(options.output, result)
 
 
 if __name__ == "__main__":

@@ -12,8 +12,6 @@ kinds of a number of tokens are timed in turn, as in ``gemm.py``. Every result i
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -21,9 +19,9 @@ from itertools import product
 from pathlib import Path
 
 import torch
-from gemm import ROTATED_BYTES, Launch, _commit, _driver_version, _geometric_mean, medians_us, random_words
+from gemm import ROTATED_BYTES, Launch, _geometric_mean, environment, medians_us, random_words, save
 
-from awq2marlin.gemm import jit, ops
+from awq2marlin.gemm import ops
 from awq2marlin.gemm.checks import GemmTensors
 from awq2marlin.gemm.families.base import GemmConfig, GemmProblem
 from awq2marlin.gemm.launch import DTYPES, launch_gemm, problem_of
@@ -190,21 +188,14 @@ def main() -> None:
         kind for kind in (Kind(*each) for each in product(types, options.bits, options.groups, zeros)) if kind != USUAL
     ]
     result = {
-        "gpu": torch.cuda.get_device_name(),
-        "driver": _driver_version(),
-        "torch": torch.__version__,
-        "nvrtc": jit.compiler_version(),
-        "date": datetime.date.today().isoformat(),
-        "commit": options.commit or _commit(),
+        **environment(options.commit),
         "compared_with": str(USUAL),
         "rows": [],
     }
     for size_m, which in product(options.tokens, options.shapes):
         result["rows"] += time_shape(kinds, *SHAPES[which], size_m, options.replays)
         torch.cuda.empty_cache()
-        if options.output:
-            options.output.parent.mkdir(parents=True, exist_ok=True)
-            options.output.write_text(json.dumps(result, indent=1) + "\n")
+        save(options.output, result)
     print(", ".join(f"{key} {value}" for key, value in result.items() if key != "rows"))
     print("\n".join(table(result["rows"], list(map(str, kinds)))))
 
