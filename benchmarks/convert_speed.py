@@ -19,7 +19,6 @@ the ratios pair by pair; writes them with machine, date and commit.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
 import platform
@@ -33,6 +32,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
+
+from record import origin, save
 
 from awq2marlin._version import __version__
 from awq2marlin.checkpoint.synthetic import (
@@ -208,15 +209,13 @@ def machine() -> dict[str, object]:
         ),
         platform.processor(),
     )
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     return {
         "cpu": cpu,
         "cores": len(os.sched_getaffinity(0)),
         "kernel": platform.release(),
         "python": platform.python_version(),
         "version": __version__,
-        "commit": commit.stdout.strip(),
-        "date": datetime.date.today().isoformat(),
+        **origin(),
     }
 
 
@@ -253,8 +252,7 @@ def main() -> None:
     if options.memory:
         results["memory"] = [peak_memory(options, layers) for layers in (4, 20)]
     print(json.dumps(results, indent=1))
-    if options.out:
-        options.out.write_text(json.dumps(results, indent=1) + "\n", "utf-8")
+    save(options.out, results)
 
 
 def peak_memory(options: argparse.Namespace, layers: int) -> dict[str, object]:

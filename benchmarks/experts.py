@@ -45,13 +45,12 @@ from gemm import (
     ROTATED_BYTES,
     _geometric_mean,
     captured,
-    environment,
     matrix_rate,
     medians_us,
     read_bandwidth,
-    save,
 )
 from gemm_peers import pack_words
+from record import environment, save
 
 from awq2marlin.gemm import ops
 from awq2marlin.gemm.experts.ops import marlin_experts, marlin_moe_gemm

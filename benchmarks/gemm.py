@@ -16,12 +16,8 @@ a launch adds behind a kernel that writes its activations.
 from __future__ import annotations
 
 import argparse
-import datetime
-import functools
-import json
 import math
 import statistics
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,8 +26,9 @@ from typing import Any
 
 import torch
 from gemm_peers import PEERS, LayerNumbers, Peer, pack_words
+from record import environment, save
 
-from awq2marlin.gemm import jit, ops
+from awq2marlin.gemm import ops
 from awq2marlin.gemm.checks import GemmTensors
 from awq2marlin.gemm.driver import Blocks, PreparedKernel, device_of
 from awq2marlin.gemm.families.base import GemmProblem
@@ -335,41 +332,6 @@ def _peer_means(rows: list[dict], key: str, prefix: str) -> dict[str, float]:
 
 def _geometric_mean(values: list[float]) -> float:
     return math.exp(statistics.fmean(map(math.log, values)))
-
-
-@functools.cache
-def _driver_version() -> str:
-    query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    return subprocess.run(query, check=True, capture_output=True, text=True).stdout.splitlines()[0]
-
-
-def _commit() -> str:
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "HEAD"]
-    answer = subprocess.run(command, check=False, capture_output=True, text=True)
-    return answer.stdout.strip() or "unknown"
-
-
-def environment(commit: str | None = None) -> dict[str, Any]:
-    """Returns what a result has to say of where and when it was measured.
-
-    Args:
-        commit: the commit that is timed; asked of git if not given.
-    """
-    return {
-        "gpu": torch.cuda.get_device_name(),
-        "driver": _driver_version(),
-        "torch": torch.__version__,
-        "nvrtc": jit.compiler_version(),
-        "date": datetime.date.today().isoformat(),
-        "commit": commit or _commit(),
-    }
-
-
-def save(path: Path | None, result: dict) -> None:
-    """Writes the result, if somebody wants it."""
-    if path is not None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(result, indent=1) + "\n")
 
 
 def main() -> None:

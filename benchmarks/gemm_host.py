@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import datetime
 import statistics
 import sys
 import time
@@ -20,7 +19,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from gemm import _commit, _driver_version, captured, save
+from gemm import captured
+from record import environment, save
 
 import awq2marlin
 from awq2marlin.gemm.checks import GemmTensors
@@ -158,12 +158,8 @@ def main() -> None:
 
     calls = dense_calls() | expert_calls() | vllm_calls() | bare_launch()
     result = {
-        "gpu": torch.cuda.get_device_name(),
-        "driver": _driver_version(),
-        "torch": torch.__version__,
+        **environment(options.commit),
         "python": sys.version.split()[0],
-        "date": datetime.date.today().isoformat(),
-        "commit": options.commit or _commit(),
         "calls": options.calls,
         "repeats": options.repeats,
     }

@@ -19,7 +19,8 @@ from itertools import product
 from pathlib import Path
 
 import torch
-from gemm import ROTATED_BYTES, Launch, _geometric_mean, environment, medians_us, random_words, save
+from gemm import ROTATED_BYTES, Launch, _geometric_mean, medians_us, random_words
+from record import environment, save
 
 from awq2marlin.gemm import ops
 from awq2marlin.gemm.checks import GemmTensors

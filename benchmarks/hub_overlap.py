@@ -17,7 +17,6 @@ medians, writes them with machine, date and commit.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
 import platform
@@ -32,6 +31,8 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+
+from record import origin, save  # noqa: E402
 
 from awq2marlin._version import __version__  # noqa: E402
 from awq2marlin.checkpoint.synthetic import llama_recipe, write_checkpoint  # noqa: E402
@@ -157,20 +158,15 @@ def main() -> None:
         result = run(folder, arguments.runs, ["--verify", arguments.verify])
     finally:
         shutil.rmtree(folder)
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], capture_output=True, text=True, cwd=ROOT, check=False
-    ).stdout.strip()
     result = {
         "what": "convert org/model over a link as slow as the conversion",
-        "date": datetime.datetime.now(datetime.timezone.utc).date().isoformat(),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "version": __version__,
-        "commit": commit,
+        **origin(),
         **result,
     }
     print(json.dumps(result, indent=1))
-    if arguments.out:
-        arguments.out.write_text(json.dumps(result, indent=1) + "\n")
+    save(arguments.out, result)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ keeps that much of the weights in the host's pinned memory, which is measured th
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
 import statistics
@@ -31,6 +30,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from random_models import Model, write_model
+from record import earlier, origin, save
 
 MIB = 1 << 20
 KINDS = ("awq", "marlin")
@@ -235,11 +235,10 @@ def main() -> int:
 
     with tempfile.TemporaryDirectory(dir=options.work) as work:
         row = measure(options.engine, options.layers, options.repeats, options.cpu_offload_gb, Path(work))
-    document = json.loads(options.out.read_text()) if options.out.exists() else {"rows": []}
-    document["date"] = datetime.date.today().isoformat()
-    document["rows"] = [each for each in document["rows"] if each["engine"] != options.engine] + [row]
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(document, indent=1) + "\n")
+    document = earlier(options.out)
+    document["rows"] = [each for each in document["rows"] if each["engine"] != options.engine]
+    document["rows"].append({**row, **origin()})
+    save(options.out, document)
     return 1 if "error" in row["marlin"] or not row["same_tokens"] else 0
 
 

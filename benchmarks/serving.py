@@ -22,7 +22,6 @@ probabilities of the two best, so that a difference between engines can be judge
 from __future__ import annotations
 
 import argparse
-import datetime
 import fcntl
 import json
 import os
@@ -42,6 +41,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from random_models import FORMATS, Model, write_model
+from record import earlier, origin, save
 
 #: Prompts that go in together, as vLLM takes them.
 Batch = list[dict[str, list[int]]]
@@ -259,7 +259,7 @@ def note(found: dict[str, Any], key: str, values: list[float], digits: int) -> N
     found[key] = {"median": round(statistics.median(every), digits), "all": every}
 
 
-def run_engine(name: str, folder: Path, work: Path, rounds: int, out: Path) -> None:
+def run_engine(name: str, work: Path, rounds: int, out: Path) -> None:
     """Starts an engine in this process, measures whenever it is its turn, and writes what was found so far."""
     begin = time.perf_counter()
     import torch
@@ -267,6 +267,7 @@ def run_engine(name: str, folder: Path, work: Path, rounds: int, out: Path) -> N
     from cuda_graphs import Replays
 
     engine = ENGINES[name]
+    folder = work / engine.checkpoint
     method = json.loads((folder / "config.json").read_text())["quantization_config"]["quant_method"]
     title = f"{FORMATS[method]} {engine.title}" if engine.checkpoint == "source" else engine.title
     found: dict[str, Any] = {"title": title, "vllm": vllm.__version__, "torch": torch.__version__}
@@ -279,14 +280,7 @@ def run_engine(name: str, folder: Path, work: Path, rounds: int, out: Path) -> N
     vocabulary = json.loads((folder / "config.json").read_text())["vocab_size"]
     for _ in turns(name, work, rounds):
         measure(partial(timed, llm), partial(said, llm), vocabulary, found, replays)
-        write_whole(out, found)
-
-
-def write_whole(path: Path, document: dict[str, Any]) -> None:
-    """Writes a document, or leaves what was there."""
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(document, indent=1) + "\n")
-    partial.replace(path)
+        save(out, found)
 
 
 def compile_beforehand(folder: Path) -> float:
@@ -382,25 +376,6 @@ def what_one_found(title: str, name: str, work: Path, ended: int | None) -> dict
     return {"title": title, "error": "not ready in time" if ended == -signal.SIGTERM else last}
 
 
-def commit() -> str:
-    """Returns the commit of this package, or of what a file beside it says it was packed from; empty if unknown."""
-    packed = Path(__file__).resolve().parent.parent / "commit"
-    if packed.exists():
-        return packed.read_text().strip()
-    command = ["git", "-C", str(packed.parent), "rev-parse", "HEAD"]
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
-
-
-def driver() -> str:
-    """Returns the version of the GPU's driver; empty if there is none."""
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-    except FileNotFoundError:
-        return ""
-    return done.stdout.partition("\n")[0].strip()
-
-
 def differences(found: dict[str, Any]) -> dict[str, Any]:
     """Returns how the engines' words differ from those of the first: where, and how close the two best tokens were."""
     ran = {name: each["said"] for name, each in found.items() if "said" in each}
@@ -447,57 +422,6 @@ def table(found: dict[str, Any]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="results, JSON; rows of other models in it are kept")
-    parser.add_argument("--format", choices=FORMATS, default="awq", help="of the source (awq)")
-    parser.add_argument("--without-zero-points", action="store_true", help="a symmetric checkpoint")
-    parser.add_argument("--experts", action="store_true", help="a mixture of experts of Qwen3-30B-A3B's shapes")
-    parser.add_argument("--layers", type=int, help="of Llama-3-8B's 32 (all), or of Qwen3-30B-A3B's 48 (24)")
-    parser.add_argument("--only", nargs="+", choices=ENGINES, metavar="ENGINE", help=f"of {', '.join(ENGINES)}")
-    parser.add_argument("--rounds", type=int, default=1, help="how often each engine measures, in turn (1)")
-    parser.add_argument("--patience", type=float, default=900, help="seconds for engines to start (900)")
-    parser.add_argument("--work", type=Path, help="folder for models, logs and caches; a temporary one if not given")
-    parser.add_argument("--models", type=Path, help="folder whose models are served; made there if they are missing")
-    parser.add_argument("--only-models", action="store_true", help="make them, compile the kernels, and stop")
-    parser.add_argument("--engine", choices=ENGINES, help=argparse.SUPPRESS)
-    options = parser.parse_args()
-    if options.engine:
-        folder = options.work / ENGINES[options.engine].checkpoint
-        run_engine(options.engine, folder, options.work, options.rounds, options.out)
-        return 0
-
-    model = MODELS[options.experts]
-    zero_points = not options.without_zero_points and options.format not in ("gptq", "auto-round")
-    layers = options.layers or model.layers
-    model = replace(model, layers=layers, format=options.format, zero_points=zero_points)
-    row = {"format": model.format, "zero_points": model.zero_points, "experts": model.experts}
-    row |= {"layers": model.layers, "rounds": options.rounds, "commit": commit(), "driver": driver()}
-    row |= {"date": datetime.date.today().isoformat()}
-    document = json.loads(options.out.read_text()) if options.out.exists() else {"rows": []}
-
-    def keep(found: dict[str, Any]) -> None:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        rows = [*document["rows"], {**row, "engines": found, "words": differences(found)}]
-        write_whole(options.out, {**document, "rows": rows})
-
-    with tempfile.TemporaryDirectory(dir=options.work) as folder:
-        work = Path(folder)
-        models = options.models or work
-        row["bytes"] = make_models(model, models)
-        row["compile_seconds"] = compile_beforehand(models / "marlin")
-        if options.only_models:
-            print(json.dumps(row))
-            return 0
-        link_models(models, work)
-        is_served = model.zero_points or model.format != "awq"
-        names = options.only or [name for name, each in ENGINES.items() if is_served or each.checkpoint == "marlin"]
-        found = run_all(names, work, options.patience, options.rounds, keep=keep)
-    keep(found)
-    print(table(found), json.dumps(differences(found)), sep="\n")
-    return 1 if any("error" in each for each in found.values()) else 0
-
-
 def link_models(models: Path, work: Path) -> None:
     """Makes models known in the folder where engines look for them."""
     if models != work:
@@ -520,6 +444,87 @@ def make_models(model: Model, folder: Path) -> int:
     index = json.loads((folder / "source" / "model.safetensors.index.json").read_text())
     size: int = index["metadata"]["total_size"]
     return size
+
+
+# --- the command ------------------------------------------------------------------------------------------
+
+
+def make_parser(description: str | None, engines: dict[str, Engine]) -> argparse.ArgumentParser:
+    """Returns a parser of the options that `measure_all` goes by, those of one engine's process among them."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="results, JSON; rows of other models in it are kept")
+    parser.add_argument("--only", nargs="+", choices=engines, metavar="ENGINE", help=f"of {', '.join(engines)}")
+    parser.add_argument("--rounds", type=int, default=1, help="how often each engine measures, in turn (1)")
+    parser.add_argument("--patience", type=float, default=900, help="seconds for engines to start (900)")
+    parser.add_argument("--work", type=Path, help="folder for models, logs and caches; a temporary one if not given")
+    parser.add_argument("--models", type=Path, help="folder whose models are served; made there if they are missing")
+    parser.add_argument("--only-models", action="store_true", help="make them, compile the kernels, and stop")
+    parser.add_argument("--engine", choices=engines, help=argparse.SUPPRESS)
+    return parser
+
+
+def measure_all(
+    model: Model,
+    row: dict[str, Any],
+    options: Any,
+    names: list[str],
+    engines: dict[str, Engine] = ENGINES,
+    script: str = __file__,
+) -> int:
+    """Makes a model, measures engines that serve it, keeps what they found after every round, and prints it.
+
+    Args:
+        model: the source.
+        row: what the result says of the model.
+        options: of `make_parser`.
+        names: of the engines.
+        engines: what the names stand for.
+        script: what an engine's process runs.
+
+    Returns:
+        The exit status: 1 if an engine failed.
+    """
+    row = {**row, "layers": model.layers, "rounds": options.rounds, **origin()}
+    document = earlier(options.out)
+
+    def keep(found: dict[str, Any]) -> None:
+        rows = [*document["rows"], {**row, "engines": found, "words": differences(found)}]
+        save(options.out, {**document, "rows": rows})
+
+    with tempfile.TemporaryDirectory(dir=options.work) as folder:
+        work = Path(folder)
+        models = options.models or work
+        row["bytes"] = make_models(model, models)
+        row["compile_seconds"] = compile_beforehand(models / "marlin")
+        if options.only_models:
+            print(json.dumps(row))
+            return 0
+        link_models(models, work)
+        found = run_all(names, work, options.patience, options.rounds, script, keep, engines)
+    keep(found)
+    print(table(found), json.dumps(differences(found)), sep="\n")
+    return 1 if any("error" in each for each in found.values()) else 0
+
+
+def main() -> int:
+    parser = make_parser(__doc__, ENGINES)
+    parser.add_argument("--format", choices=FORMATS, default="awq", help="of the source (awq)")
+    parser.add_argument("--without-zero-points", action="store_true", help="a symmetric checkpoint")
+    parser.add_argument("--experts", action="store_true", help="a mixture of experts of Qwen3-30B-A3B's shapes")
+    parser.add_argument("--layers", type=int, help="of Llama-3-8B's 32 (all), or of Qwen3-30B-A3B's 48 (24)")
+    options = parser.parse_args()
+    if options.engine:
+        run_engine(options.engine, options.work, options.rounds, options.out)
+        return 0
+
+    model = MODELS[options.experts]
+    zero_points = not options.without_zero_points and options.format not in ("gptq", "auto-round")
+    layers = options.layers or model.layers
+    model = replace(model, layers=layers, format=options.format, zero_points=zero_points)
+    row = {"format": model.format, "zero_points": model.zero_points, "experts": model.experts}
+    is_served = model.zero_points or model.format != "awq"
+    names = options.only or [name for name, each in ENGINES.items() if is_served or each.checkpoint == "marlin"]
+    return measure_all(model, row, options, names)
 
 
 if __name__ == "__main__":

@@ -10,11 +10,8 @@ Triton's in all three, and there is no prefix cache.
 
 from __future__ import annotations
 
-import argparse
-import datetime
 import json
 import sys
-import tempfile
 import time
 from dataclasses import replace
 from functools import partial
@@ -25,19 +22,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import serving
 import sglang_tokens
+from record import save
 from serving import (
     Batch,
     Engine,
-    commit,
-    compile_beforehand,
-    differences,
-    driver,
-    link_models,
-    make_models,
+    make_parser,
     measure,
-    run_all,
+    measure_all,
     turns,
-    write_whole,
 )
 
 _ON_SGLANG = sglang_tokens.ENVIRONMENT
@@ -77,12 +69,13 @@ def said(engine: Any, batch: Batch) -> list[list[list[float]]]:
     return rows
 
 
-def run_engine(name: str, folder: Path, work: Path, rounds: int, out: Path) -> None:
+def run_engine(name: str, work: Path, rounds: int, out: Path) -> None:
     """Starts an engine in this process, measures whenever it is its turn, and writes what was found so far."""
     begin = time.perf_counter()
     import sglang
     import torch
 
+    folder = work / ENGINES[name].checkpoint
     loaded = sglang_tokens.tell_what_is_loaded(out)
     most = max(serving.BATCHES)
     engine = sglang_tokens.make_engine(
@@ -95,46 +88,21 @@ def run_engine(name: str, folder: Path, work: Path, rounds: int, out: Path) -> N
     vocabulary = json.loads((folder / "config.json").read_text())["vocab_size"]
     for _ in turns(name, work, rounds):
         measure(partial(timed, engine), partial(said, engine), vocabulary, found)
-        write_whole(out, found)
+        save(out, found)
     engine.shutdown()
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="results, JSON; rows of other models in it are kept")
+    parser = make_parser(__doc__, ENGINES)
     parser.add_argument("--layers", type=int, default=32, help="of Llama-3-8B's 32 (all)")
-    parser.add_argument("--only", nargs="+", choices=ENGINES, default=list(ENGINES), metavar="ENGINE")
-    parser.add_argument("--rounds", type=int, default=1, help="how often each engine measures, in turn (1)")
-    parser.add_argument("--patience", type=float, default=900, help="seconds for engines to start (900)")
-    parser.add_argument("--work", type=Path, help="folder for models, logs and caches; a temporary one if not given")
-    parser.add_argument("--models", type=Path, help="folder whose models are served; made there if they are missing")
-    parser.add_argument("--engine", choices=ENGINES, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.engine:
-        folder = options.work / ENGINES[options.engine].checkpoint
-        run_engine(options.engine, folder, options.work, options.rounds, options.out)
+        run_engine(options.engine, options.work, options.rounds, options.out)
         return 0
 
     model = replace(serving.MODELS[False], layers=options.layers)
-    row = {"format": model.format, "layers": model.layers, "rounds": options.rounds, "commit": commit()}
-    row |= {"driver": driver(), "date": datetime.date.today().isoformat()}
-    document = json.loads(options.out.read_text()) if options.out.exists() else {"rows": []}
-
-    def keep(found: dict[str, Any]) -> None:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        rows = [*document["rows"], {**row, "engines": found, "words": differences(found)}]
-        write_whole(options.out, {**document, "rows": rows})
-
-    with tempfile.TemporaryDirectory(dir=options.work) as folder:
-        work = Path(folder)
-        models = options.models or work
-        row["bytes"] = make_models(model, models)
-        row["compile_seconds"] = compile_beforehand(models / "marlin")
-        link_models(models, work)
-        found = run_all(options.only, work, options.patience, options.rounds, __file__, keep, ENGINES)
-    keep(found)
-    print(serving.table(found), json.dumps(differences(found)), sep="\n")
-    return 1 if any("error" in each for each in found.values()) else 0
+    names = options.only or list(ENGINES)
+    return measure_all(model, {"format": model.format}, options, names, ENGINES, __file__)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ imported; where not, the result says so. Tokens are compared with the dense mode
 from __future__ import annotations
 
 import argparse
-import datetime
 import importlib.util
 import json
 import os
@@ -23,6 +22,8 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from record import origin, save
 
 MIB = 1 << 20
 PROMPT = list(range(5, 25))
@@ -104,7 +105,7 @@ def main() -> int:
             results["awq"] = {"error": "not run: GPTQModel, which Transformers needs to load AWQ, is not installed"}
     same = "tokens" in results["dense"] and results["marlin"].get("tokens") == results["dense"]["tokens"]
     document = {
-        "date": datetime.date.today().isoformat(),
+        **origin(),
         "checkpoint": options.folder.name,
         "device": options.device,
         "same_tokens_as_dense": same,
@@ -113,9 +114,7 @@ def main() -> int:
     for kind, result in results.items():
         print(f"{kind}: {json.dumps({name: value for name, value in result.items() if name != 'tokens'})}")
     print(f"the converted checkpoint gives the dense model's {options.tokens} tokens: {same}")
-    if options.out:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(json.dumps(document, indent=1) + "\n", "utf-8")
+    save(options.out, document)
     return 0 if same else 1
 
 

@@ -9,13 +9,12 @@ real one. Prints a line each; writes what each module's checks said.
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
-import subprocess
 import tempfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+from record import origin, save
 
 from awq2marlin import __version__, convert, revert, verify
 from awq2marlin.checkpoint.synthetic import Recipe, llama_recipe, write_checkpoint
@@ -62,10 +61,8 @@ def main() -> None:
     parser.add_argument("--plot", type=Path, help="where to draw the real model's errors")
     parser.add_argument("--out", type=Path, help="where to write the figures as JSON")
     options = parser.parse_args()
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     results: dict[str, Any] = {
-        "date": datetime.date.today().isoformat(),
-        "commit": commit.stdout.strip(),
+        **origin(),
         "version": __version__,
         "checkpoints": {},
     }
@@ -89,8 +86,7 @@ def main() -> None:
             flush=True,
         )
         results["checkpoints"][name] = run
-    if options.out:
-        options.out.write_text(json.dumps(results, indent=1) + "\n", "utf-8")
+    save(options.out, results)
 
 
 if __name__ == "__main__":

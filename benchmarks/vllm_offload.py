@@ -14,7 +14,6 @@ none on the host.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
 import subprocess
@@ -27,18 +26,16 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+from record import origin, save
 from serving import (
     ENGINES,
     ENVIRONMENT,
     MIB,
     MODELS,
     alone,
-    commit,
-    driver,
     link_models,
     make_models,
     start,
-    write_whole,
 )
 
 NAMES = ("source_marlin", "converted")
@@ -94,7 +91,7 @@ def run_engine(name: str, gib: float, work: Path, out: Path) -> None:
     options = {"enforce_eager": True, "kv_cache_memory_bytes": 1 << 30, "cpu_offload_gb": gib}
     engine = start(ENGINES[name], work / ENGINES[name].checkpoint, **options)
     del engine
-    write_whole(out, {**found, "gpu": torch.cuda.get_device_name(), "engine_dropped": memory()})
+    save(out, {**found, "gpu": torch.cuda.get_device_name(), "engine_dropped": memory()})
 
 
 def main() -> int:
@@ -133,9 +130,7 @@ def main() -> int:
         rows = list(pool.map(one, *zip(*((name, gib) for name in NAMES for gib in (0.0, options.gib)), strict=True)))
     for row in rows:
         print(json.dumps(row), flush=True)
-    document = {"commit": commit(), "driver": driver(), "date": datetime.date.today().isoformat(), "rows": rows}
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(options.out, document)
+    save(options.out, {**origin(), "rows": rows})
     return 1 if any("error" in row for row in rows) else 0
 
 

@@ -17,7 +17,6 @@ this package's kernels. When all are ready, they measure alone, in turn and in s
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import statistics
 import sys
@@ -31,20 +30,18 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from cuda_graphs import Replays
+from record import origin, save
 from serving import (
     ENGINES,
     MODELS,
     Prompts,
-    commit,
     compile_beforehand,
-    driver,
     kernels_of_layers,
     make_models,
     run_all,
     start,
     timed,
     turns,
-    write_whole,
 )
 
 NAMES = ("source_marlin", "converted_engine", "converted")
@@ -89,11 +86,12 @@ def profile(llm: Any, batch: list[dict[str, list[int]]]) -> dict[str, Any]:
     }
 
 
-def run_engine(name: str, folder: Path, work: Path, rounds: int, out: Path) -> None:
+def run_engine(name: str, work: Path, rounds: int, out: Path) -> None:
     """Starts an engine in this process, measures whenever it is its turn, and writes what was found so far."""
     import vllm
 
     replays = Replays()
+    folder = work / ENGINES[name].checkpoint
     llm = start(ENGINES[name], folder)
     found: dict[str, Any] = {"title": ENGINES[name].title, "vllm": vllm.__version__, "torch": torch.__version__}
     found |= {"gpu": torch.cuda.get_device_name(), "layers": llm.apply_model(kernels_of_layers)[0]}
@@ -104,7 +102,7 @@ def run_engine(name: str, folder: Path, work: Path, rounds: int, out: Path) -> N
         found["rounds"].append({str(count): measure(llm, replays, prompts, count) for count in BATCHES})
         if number == rounds - 1:
             found["profile"] = {str(count): profile(llm, prompts.draw(count, 128)) for count in BATCHES}
-        write_whole(out, found)
+        save(out, found)
 
 
 def main() -> int:
@@ -117,19 +115,16 @@ def main() -> int:
     parser.add_argument("--engine", choices=NAMES, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.engine:
-        folder = options.work / ENGINES[options.engine].checkpoint
-        run_engine(options.engine, folder, options.work, options.rounds, options.out)
+        run_engine(options.engine, options.work, options.rounds, options.out)
         return 0
 
-    document = {"layers": options.layers, "commit": commit(), "driver": driver()}
-    document |= {"date": datetime.date.today().isoformat()}
+    document = {"layers": options.layers, **origin()}
     with tempfile.TemporaryDirectory(dir=options.work) as folder:
         work = Path(folder)
         make_models(replace(MODELS[False], layers=options.layers), work)
         compile_beforehand(work / "marlin")
         found = run_all(list(NAMES), work, options.patience, options.rounds, __file__)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(options.out, {**document, "engines": found})
+    save(options.out, {**document, "engines": found})
     return 1 if any("error" in each for each in found.values()) else 0
 
 

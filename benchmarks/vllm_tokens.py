@@ -22,7 +22,6 @@ Ends with exit code 1 if anything differs.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
 import subprocess
@@ -40,6 +39,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from random_models import FORMATS, Model, write_model
+from record import earlier, origin, save
 
 DENSE = Model(hidden=1024, inner=2816, layers=4, heads=16, key_value_heads=4, vocabulary=4096)
 
@@ -379,11 +379,9 @@ def compare_all(
             return row
 
         rows = list(pool.map(one, names))
-    document = json.loads(out.read_text()) if out.exists() else {"rows": []}
-    document["date"] = datetime.date.today().isoformat()
-    document["rows"] += rows
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps(document, indent=1) + "\n")
+    document = earlier(out)
+    document["rows"] += [{**row, **origin()} for row in rows]
+    save(out, document)
     wrong = [row["model"] for row in rows if not row["ok"]]
     print(f"{len(rows) - len(wrong)} of {len(rows)} agree" + (f"; not: {', '.join(wrong)}" if wrong else ""))
     return 1 if wrong else 0

@@ -13,7 +13,6 @@ same adapter says them, within a bound. For ``ipc_cache``, `vllm preload` runs f
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
 import os
 import shutil
@@ -34,6 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from dense_models import dequantize
 from random_models import Model, write_model
+from record import earlier, origin, save
 from vllm_tokens import DENSE_BOUND, ENVIRONMENT, agreement, answer, draw_prompts, judge, kinds_of_layers, make_engine
 
 MODELS = {
@@ -248,12 +248,11 @@ def main() -> int:
     rows = [compare(name, each, plain, lora, options.experts) for name, each in found.items()]
     for row in rows:
         row |= {"experts": model.experts, "tensor_parallel_size": options.tp}
-        row |= {"date": datetime.date.today().isoformat()}
+        row |= origin()
         print(json.dumps(row), flush=True)
-    document = json.loads(options.out.read_text()) if options.out.exists() else {"rows": []}
+    document = earlier(options.out)
     document["rows"] += rows
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(document, indent=1) + "\n")
+    save(options.out, document)
     return 0 if all(row["ok"] for row in rows) else 1
 
 

@@ -1,5 +1,6 @@
 """The scripts of benchmarks/ that need no GPU, on small made-up inputs."""
 
+import datetime
 import importlib
 import itertools
 import json
@@ -295,7 +296,7 @@ def test_the_serving_table_has_a_column_for_every_engine_that_ran(script):
 
 
 def test_engines_measure_in_turn_and_those_that_fail_are_told(script, tmp_path, monkeypatch, capsys):
-    serving, order = script("serving"), []
+    serving, record, order = script("serving"), script("record"), []
 
     class Engine(threading.Thread):
         """Stands in for the process of an engine."""
@@ -316,7 +317,7 @@ def test_engines_measure_in_turn_and_those_that_fail_are_told(script, tmp_path, 
             for number in serving.turns(self.name, tmp_path, self.rounds):
                 order.append((number, self.name))
                 serving.note(found, "us", [float(number), 4.0], 1)
-                serving.write_whole(self.out, found)
+                record.save(self.out, found)
             self.ended = 0
 
         def poll(self):
@@ -337,6 +338,62 @@ def test_engines_measure_in_turn_and_those_that_fail_are_told(script, tmp_path, 
     assert found["converted"]["us"] == {"median": 2.5, "all": [0.0, 4.0, 1.0, 4.0]}
     assert [each["converted"]["us"]["all"] for each in kept] == [[0.0, 4.0], [0.0, 4.0, 1.0, 4.0]]
     assert "source failed:" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("name", "more"), [("serving", {"zero_points": True, "experts": 0}), ("sglang_serving", {})])
+def test_rows_of_serving_join_those_that_a_file_holds(name, more, script, tmp_path, monkeypatch):
+    serving, record, measured = script("serving"), script("record"), script(name)
+    engine = {"title": "one", "said": [], "decode_tokens_per_s": {}, "prefill_ms": {"median": 70.0}}
+    engine["decode_tokens_per_s"] = {str(count): {"median": 10.0} for count in serving.BATCHES}
+    out, seen = tmp_path / "out" / "serving.json", {}
+    record.save(out, {"note": "kept", "rows": [{"layers": 1}]})
+
+    def run_all(names, work, patience, rounds, script, keep, engines):  # noqa: ARG001
+        seen.update(names=names, script=Path(script).name, engines=engines, models=sorted(work.iterdir()))
+        keep({"source": {**engine, "title": "after a round"}})
+        seen["early"] = record.earlier(out)["rows"][1]["engines"]["source"]["title"]
+        return {"source": engine, "converted": {"title": "lost", "error": "no memory"}}
+
+    monkeypatch.setattr(serving, "run_all", run_all)
+    monkeypatch.setattr(serving, "make_models", lambda model, folder: (model.layers, folder.mkdir())[0])
+    monkeypatch.setattr(serving, "compile_beforehand", lambda folder: 0.5)  # noqa: ARG005
+    monkeypatch.setattr(record, "driver", lambda: "580.1")
+    monkeypatch.setattr(record, "commit", lambda: "abc")
+    command = [name, "--out", str(out), "--layers", "2", "--only", "source", "--models", str(tmp_path / "models")]
+    monkeypatch.setattr(sys, "argv", command)
+    assert measured.main() == 1  # an engine failed
+    assert [path.name for path in seen["models"]] == ["marlin", "source"]
+    assert (seen["names"], seen["script"], seen["early"]) == (["source"], f"{name}.py", "after a round")
+    assert seen["engines"] is measured.ENGINES
+    kept = json.loads(out.read_text())
+    assert (kept["note"], kept["rows"][0]) == ("kept", {"layers": 1})
+    row = kept["rows"][1]
+    assert row.pop("date") <= datetime.date.today().isoformat()
+    assert row.pop("engines")["source"]["title"] == "one"
+    assert row.pop("words")["compared_with"] == "source"
+    assert row == {
+        "format": "awq", **more, "layers": 2, "rounds": 1, "driver": "580.1", "commit": "abc", "bytes": 2,
+        "compile_seconds": 0.5,
+    }  # fmt: skip
+
+
+def test_a_result_says_of_what_commit_it_is(script, tmp_path, monkeypatch):
+    record = script("record")
+    assert record.origin("abc")["commit"] == "abc"
+    monkeypatch.setattr(record, "ROOT", tmp_path)
+    (tmp_path / "commit").write_text("packed\n")
+    assert record.commit() == "packed"
+
+
+def test_a_result_that_cannot_be_written_leaves_the_earlier_one(script, tmp_path):
+    record, path = script("record"), tmp_path / "result.json"
+    record.save(path, {"rows": [1]})
+    with pytest.raises(TypeError):
+        record.save(path, {"rows": [object()]})
+    assert record.earlier(path) == {"rows": [1]}
+    assert record.earlier(tmp_path / "none.json") == {"rows": []}
+    record.save(None, {"rows": [2]})
+    assert [each.name for each in tmp_path.iterdir()] == ["result.json"]
 
 
 def test_replays_of_graphs_are_watched_only_while_asked(script, monkeypatch):
@@ -498,7 +555,6 @@ def test_the_host_s_time_a_call_is_the_median_of_loops_that_take_turns(script, t
         "vllm_calls": dict,
         "bare_launch": dict,
         "gpu_us": lambda call, count: 7e6 if call is calls["two"] else 1.0,  # noqa: ARG005
-        "_driver_version": lambda: "1.0",
     }.items():
         monkeypatch.setattr(host, name, stand_in)
     monkeypatch.setattr(host.time, "perf_counter", lambda: next(clock))

@@ -1,0 +1,76 @@
+"""What every result of a benchmark says of where and when it was measured, and how results are written and read."""
+
+from __future__ import annotations
+
+import datetime
+import functools
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def commit() -> str:
+    """Returns the commit of this package, or what the file ``commit`` beside it says; empty if unknown."""
+    packed = ROOT / "commit"  # on a machine without git
+    if packed.exists():
+        return packed.read_text("utf-8").strip()
+    return _answer(["git", "-C", str(ROOT), "rev-parse", "HEAD"])
+
+
+@functools.cache
+def driver() -> str:
+    """Returns the version of the GPU's driver; empty if there is none."""
+    return _answer(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"])
+
+
+def origin(of_commit: str | None = None) -> dict[str, Any]:
+    """Returns driver, date and commit of a result.
+
+    Args:
+        of_commit: the commit that is timed; found out if not given.
+    """
+    return {"driver": driver(), "date": datetime.date.today().isoformat(), "commit": of_commit or commit()}
+
+
+def environment(of_commit: str | None = None) -> dict[str, Any]:
+    """Returns what `origin` does, and the GPU, PyTorch and the kernels' compiler.
+
+    Args:
+        of_commit: the commit that is timed; found out if not given.
+    """
+    import torch
+
+    from awq2marlin.gemm import jit
+
+    versions = {"torch": torch.__version__, "nvrtc": jit.compiler_version()}
+    return {"gpu": torch.cuda.get_device_name(), **versions, **origin(of_commit)}
+
+
+def save(path: Path | None, result: dict[str, Any]) -> None:
+    """Writes a result whole, or leaves what was there; does nothing if nobody wants a file."""
+    if path is None:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.partial")
+    partial.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+    partial.replace(path)
+
+
+def earlier(path: Path) -> dict[str, Any]:
+    """Returns the result that a file holds, for rows to be added to; one without rows if there is no file."""
+    if not path.exists():
+        return {"rows": []}
+    result: dict[str, Any] = json.loads(path.read_text("utf-8"))
+    return result
+
+
+def _answer(command: list[str]) -> str:
+    """Returns the first line that a command prints; empty if there is no such command."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    except FileNotFoundError:
+        return ""
+    return done.stdout.partition("\n")[0].strip()
