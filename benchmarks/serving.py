@@ -10,12 +10,13 @@ Marlin, the converted checkpoint on vLLM's Marlin, and the converted one as the 
 zero points vLLM's own AWQ code cannot load the source, so only the last two run. GPTQ and AutoRound are made without
 zero points, compressed-tensors and AWQ with them unless asked otherwise. This package's kernels are compiled
 beforehand. Weights are loaded by one engine at a time; its seconds and its memory are measured then. When all are
-ready, they measure alone, one after another, in as many rounds as asked for.
+ready, they measure alone, in turn, in as many rounds as asked for: in a round every engine decodes once, and then
+prefills once, three times over.
 
 Decoding: tokens a second of a batch of prompts of 128 tokens, from 128 further tokens each, the prefill left out;
-three times in a round, the median of all. Of every batch also the time that the GPU takes for the CUDA graph of a
+three times in a turn, the median of all. Of every batch also the time that the GPU takes for the CUDA graph of a
 step, replayed over and over: what is left of a step is sampling, and waiting for the host. Prefill: milliseconds of one
-prompt of 2,048 tokens; five times in a round, the median of all. The first tokens of a few prompts are kept with the
+prompt of 2,048 tokens; five times in a turn, the median of all. The first tokens of a few prompts are kept with the
 probabilities of the two best, so that a difference between engines can be judged.
 """
 
@@ -50,6 +51,9 @@ MIB = 1 << 20
 BATCHES = (1, 8, 32, 64)
 PREFILL_TOKENS = 2048
 REPEATS = 3
+
+#: What the turns of a round measure.
+ROUND = ("decoding", "prefill", "prefill", "prefill")
 
 MODELS = {
     False: Model(4096, 14336, 32, 32, 8, 128256),
@@ -221,15 +225,17 @@ def said(llm: Any, batch: Batch) -> list[list[list[float]]]:
 
 
 def measure(
+    turn: int,
     timed: Callable[[Batch, int], float],
     said: Callable[[Batch], list[list[list[float]]]],
     vocabulary: int,
     found: dict[str, Any],
     replays: Any = None,
 ) -> None:
-    """Notes what an engine that has the GPU for itself can do, beside what it noted in earlier rounds.
+    """Notes what an engine that has the GPU for itself can do, beside what it noted in earlier turns.
 
     Args:
+        turn: its number; `ROUND` says what is measured then.
         timed: gets a batch and a number of tokens; returns the seconds in which every prompt gets so many.
         said: gets a batch; returns the tokens that every prompt gets, with log-probabilities.
         vocabulary: of the model.
@@ -237,6 +243,10 @@ def measure(
         replays: watches this process's CUDA graphs; None if the engine runs in another.
     """
     prompts = Prompts(vocabulary)
+    if ROUND[turn % len(ROUND)] == "prefill":
+        times = [timed(prompts.draw(1, PREFILL_TOKENS), 1) * 1e3 for _ in range(6)][1:]
+        note(found, "prefill_ms", times, 2)
+        return
     first, decoding = prompts.draw(8, 64), found.setdefault("decode_tokens_per_s", {})
     if "said" not in found:
         found["said"] = said(first)
@@ -249,12 +259,10 @@ def measure(
             note(found.setdefault("graph_us", {}), str(count), [replays.over_and_over(50)["clock_us"]], 1)
         rates = [count * new / (timed(batch, 1 + new) - timed(batch, 1)) for _ in range(REPEATS)]
         note(decoding, str(count), rates, 1)
-    times = [timed(prompts.draw(1, PREFILL_TOKENS), 1) * 1e3 for _ in range(6)][1:]
-    note(found, "prefill_ms", times, 2)
 
 
 def note(found: dict[str, Any], key: str, values: list[float], digits: int) -> None:
-    """Adds what a round measured to all that was measured, whose median it updates."""
+    """Adds what a turn measured to all that was measured, whose median it updates."""
     every = [*found.get(key, {}).get("all", []), *values]
     found[key] = {"median": round(statistics.median(every), digits), "all": every}
 
@@ -278,8 +286,8 @@ def run_engine(name: str, work: Path, rounds: int, out: Path) -> None:
     found["ready_seconds"] = round(time.perf_counter() - begin, 2)
     found["layers"] = llm.apply_model(kernels_of_layers)[0]
     vocabulary = json.loads((folder / "config.json").read_text())["vocab_size"]
-    for _ in turns(name, work, rounds):
-        measure(partial(timed, llm), partial(said, llm), vocabulary, found, replays)
+    for turn in turns(name, work, rounds):
+        measure(turn, partial(timed, llm), partial(said, llm), vocabulary, found, replays)
         save(out, found)
 
 
@@ -471,7 +479,7 @@ def measure_all(
     engines: dict[str, Engine] = ENGINES,
     script: str = __file__,
 ) -> int:
-    """Makes a model, measures engines that serve it, keeps what they found after every round, and prints it.
+    """Makes a model, measures engines that serve it, keeps what they found after every turn, and prints it.
 
     Args:
         model: the source.
@@ -500,7 +508,8 @@ def measure_all(
             print(json.dumps(row))
             return 0
         link_models(models, work)
-        found = run_all(names, work, options.patience, options.rounds, script, keep, engines)
+        count = options.rounds * len(ROUND)  # an engine's process takes every turn for a round
+        found = run_all(names, work, options.patience, count, script, keep, engines)
     keep(found)
     print(table(found), json.dumps(differences(found)), sep="\n")
     return 1 if any("error" in each for each in found.values()) else 0

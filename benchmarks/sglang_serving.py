@@ -86,8 +86,8 @@ def run_engine(name: str, work: Path, rounds: int, out: Path) -> None:
     found |= {"gpu": torch.cuda.get_device_name(), "ready_seconds": round(time.perf_counter() - begin, 2)}
     found["layers"] = json.loads(loaded.read_text())["layers"]
     vocabulary = json.loads((folder / "config.json").read_text())["vocab_size"]
-    for _ in turns(name, work, rounds):
-        measure(partial(timed, engine), partial(said, engine), vocabulary, found)
+    for turn in turns(name, work, rounds):
+        measure(turn, partial(timed, engine), partial(said, engine), vocabulary, found)
         save(out, found)
     engine.shutdown()
 

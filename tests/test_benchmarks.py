@@ -295,6 +295,20 @@ def test_the_serving_table_has_a_column_for_every_engine_that_ran(script):
     }  # fmt: skip
 
 
+def test_a_turn_of_prefill_measures_nothing_else_and_leaves_its_first_time_out(script):
+    serving, found, seconds = script("serving"), {}, itertools.cycle([9.0, 0.5, 0.25, 0.125, 0.25, 0.375])
+
+    def timed(batch, new_tokens):
+        assert [len(each["prompt_token_ids"]) for each in batch] == [2048]
+        assert new_tokens == 1
+        return next(seconds)
+
+    assert serving.ROUND.index("prefill") == 1
+    for turn in (1, 1 + len(serving.ROUND)):
+        serving.measure(turn, timed, None, 1000, found)
+    assert found == {"prefill_ms": {"median": 250.0, "all": [500.0, 250.0, 125.0, 250.0, 375.0] * 2}}
+
+
 def test_engines_measure_in_turn_and_those_that_fail_are_told(script, tmp_path, monkeypatch, capsys):
     serving, record, order = script("serving"), script("record"), []
 
