@@ -38,6 +38,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import vllm_tokens
 from random_models import FORMATS, Model
+from record import save
 from vllm_tokens import (
     DENSE_BOUND,
     KERNEL_BOUNDS,
@@ -65,6 +66,9 @@ SHAPE = "weight_shape"
 
 #: What keeps SGLang away from what needs a network or NVLink multicast.
 ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "NCCL_NVLS_ENABLE": "0", "SGLANG_PLUGINS": "awq2marlin"}
+
+#: Seconds after which an engine that has not said all is ended.
+PATIENCE = 600
 
 #: Where SGLang's process of the first rank writes what it has loaded.
 LOADED_VARIABLE = "SGLANG_TOKENS_LOADED"
@@ -119,6 +123,10 @@ def make_engine(folder: Path, ranks: int, eager: bool, **options: Any) -> Any:
 
     class TellingEngine(Engine):  # type: ignore[misc]
         run_scheduler_process_func = staticmethod(run_scheduler)
+
+        @classmethod
+        def _launch_detokenizer_subprocesses(cls, **_: Any) -> tuple[list[Any], list[str]]:
+            return [], []  # without a tokenizer nothing goes through it, and its start takes as long as an engine's
 
     settings = {
         "cuda_graph_max_bs_decode": 8,
@@ -199,7 +207,7 @@ def run_engine(folder: Path, ranks: int, eager: bool, forced: Path | None, out: 
         document["rows"] = judge(engine, prompts, json.loads(forced.read_text())["rows"])
     document |= {"sglang": sglang.__version__, "torch": torch.__version__, "gpu": torch.cuda.get_device_name()}
     document |= json.loads(loaded.read_text())
-    out.write_text(json.dumps(document))
+    save(out, document)
     engine.shutdown()
 
 
@@ -212,10 +220,16 @@ def start_engine(
     command += [] if eager else ["--graphs"]
     environment = {**os.environ, **ENVIRONMENT, "AWQ2MARLIN_KERNEL": kernel}
     with out.with_suffix(".log").open("w") as log:
-        done = subprocess.run(command, env=environment, stdout=log, stderr=log, check=False)
-    if done.returncode or not out.exists():
+        try:
+            subprocess.run(command, env=environment, stdout=log, stderr=log, timeout=PATIENCE, check=True)
+            failure = ""
+        except subprocess.CalledProcessError as error:
+            failure = f"ended with exit code {error.returncode}"
+        except subprocess.TimeoutExpired:
+            failure = f"has not said all in {PATIENCE} seconds"
+    if failure or not out.exists():
         tail = out.with_suffix(".log").read_text(errors="replace").splitlines()[-60:]
-        raise RuntimeError(f"the engine failed on {folder}:\n" + "\n".join(tail))
+        raise RuntimeError(f"the engine on {folder} {failure or 'said nothing'}:\n" + "\n".join(tail))
     document: dict[str, Any] = json.loads(out.read_text())
     return document
 

@@ -27,6 +27,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -360,29 +361,30 @@ def compare_all(
         ranks: of an engine.
         at_once: how many models are compared at the same time.
         compare_one: gets a model's name and its folder, as `prepare` made it, and returns its row.
-        out: results, JSON; rows in it are kept.
+        out: results, JSON; rows in it are kept, and each new one is written as soon as it is known.
     """
     names = [name for name in names if models[name].heads % ranks == 0]
+    document, rows = earlier(out), {}
+    preparing, writing = threading.Lock(), threading.Lock()
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(max(1, at_once)) as pool:
-        work = {name: Path(folder) / str(number) for number, name in enumerate(names)}
-        counts = {name: prepare(models[name], work[name]) for name in names}
-        print(f"{len(names)} models are made and converted", flush=True)
 
-        def one(name: str) -> dict[str, Any]:
+        def one(name: str) -> None:
+            work = Path(folder) / str(names.index(name))
             begin = time.perf_counter()
             try:
-                row = compare_one(name, work[name])
+                with preparing:
+                    converted, kept = prepare(models[name], work)
+                row = compare_one(name, work) | {"converted": converted, "kept": kept}
             except Exception as error:  # the other models' results shall not be lost
                 row = {"model": name, "tensor_parallel_size": ranks, "ok": False, "error": str(error)}
-            row["converted"], row["kept"] = counts[name]
             print(f"{name}, {ranks} rank(s), {time.perf_counter() - begin:.0f} s: {json.dumps(row)}", flush=True)
-            return row
+            with writing:
+                rows[name] = row | origin()
+                found = [*document["rows"], *(rows[each] for each in names if each in rows)]
+                save(out, {**document, "rows": found})
 
-        rows = list(pool.map(one, names))
-    document = earlier(out)
-    document["rows"] += [{**row, **origin()} for row in rows]
-    save(out, document)
-    wrong = [row["model"] for row in rows if not row["ok"]]
+        list(pool.map(one, names))
+    wrong = [name for name in names if not rows[name]["ok"]]
     print(f"{len(rows) - len(wrong)} of {len(rows)} agree" + (f"; not: {', '.join(wrong)}" if wrong else ""))
     return 1 if wrong else 0
 

@@ -205,6 +205,51 @@ def test_in_sglang_modules_that_its_marlin_does_not_take_are_compared_by_what_th
     assert not compared(name, {"theirs": far}, {"w.qweight": "2"})["ok"]
 
 
+@pytest.mark.parametrize(
+    ("does", "failure"),
+    [
+        ("import time; time.sleep(60)", "has not said all in 0.5 seconds"),
+        ("print('no GPU'); raise SystemExit(3)", "ended with exit code 3"),
+        ("print('no GPU')", "said nothing"),
+    ],
+)
+def test_an_engine_of_sglang_that_fails_or_hangs_is_told_with_the_end_of_its_log(
+    tmp_path, script, monkeypatch, does, failure
+):
+    tokens = script("sglang_tokens")
+    (tmp_path / "engine.py").write_text(does)
+    monkeypatch.setattr(tokens, "__file__", str(tmp_path / "engine.py"))
+    monkeypatch.setattr(tokens, "PATIENCE", 0.5 if "sleep" in does else 30)
+    with pytest.raises(RuntimeError, match=failure) as raised:
+        tokens.start_engine(tmp_path / "marlin", 1, True, tmp_path / "ours.json")
+    assert raised.value.args[0].endswith("no GPU" if "print" in does else ":\n")
+
+
+def test_rows_of_the_token_comparison_are_written_as_they_come_and_earlier_ones_are_kept(tmp_path, script, monkeypatch):
+    tokens = script("vllm_tokens")
+    monkeypatch.setattr(tokens, "prepare", lambda model, work: (7, 0))  # noqa: ARG005 - as the function's
+    out, seen = tmp_path / "results" / "tokens.json", []
+    out.parent.mkdir()
+    out.write_text(json.dumps({"about": "a GPU", "rows": [{"model": "earlier"}]}))
+
+    def compare(name, work):  # noqa: ARG001 - as the function's
+        seen.append([row["model"] for row in json.loads(out.read_text())["rows"]])
+        if name == "llama, g -1":
+            raise RuntimeError("the engine failed")
+        return {"model": name, "ok": True}
+
+    names = ["llama, g 128", "llama, g -1", "llama, 8 bits"]
+    assert tokens.compare_all(tokens.MODELS, names, 1, 1, compare, out) == 1
+    assert seen == [["earlier"], ["earlier", *names[:1]], ["earlier", *names[:2]]]
+    document = json.loads(out.read_text())
+    assert (document["about"], [row.get("error") for row in document["rows"]]) == (
+        "a GPU",
+        [None, None, "the engine failed", None],
+    )
+    found = {key: document["rows"][3][key] for key in ("model", "ok", "converted", "kept")}
+    assert found == {"model": "llama, 8 bits", "ok": True, "converted": 7, "kept": 0}
+
+
 def test_in_sglang_no_dense_model_is_added_up_by_atomic_operations(script):
     models = script("sglang_tokens").MODELS
     columns = {model.hidden for model in models.values()} | {model.vocabulary for model in models.values()}
