@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, NamedTuple, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -53,6 +53,12 @@ class ArgumentError(ValueError):
         return re.sub(r"\{(\w+)\}", lambda name: self._found.get(name[1]) or spell(name[1]), self._sentence)
 
 
+def one_of(words: Iterable[object]) -> str:
+    """Returns things of which one is to be taken, in one phrase: ``a, b or c``; empty without any."""
+    *several, last = [str(word) for word in words] or [""]
+    return f"{', '.join(several)} or {last}" if several else last
+
+
 class Kind(NamedTuple):
     """What an argument may be.
 
@@ -67,7 +73,7 @@ class Kind(NamedTuple):
     @property
     def needed(self) -> str:
         """The choices in one phrase, such as ``a number from 0, 'all' or 'none'``."""
-        return " or ".join(filter(None, (", ".join(self.words[:-1]), self.words[-1])))
+        return one_of(self.words)
 
     def check(self, name: str, value: object) -> None:
         """Refuses a value that is none of the choices.

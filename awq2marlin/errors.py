@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import errno
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from awq2marlin.error_codes import ERROR_CODES
@@ -203,11 +205,11 @@ def difference(code: str, message: str, *, file: str = "", tensor: str = "") -> 
 _ADVICE = {
     errno.ENOSPC: (
         "disk-full",
-        "the disk is full; free some space and run the same command again; it resumes",
+        "the disk is full; free some space and run the same command again",
     ),
     errno.EDQUOT: (
         "disk-full",
-        "your disk quota is used up; free some and run the same command again; it resumes",
+        "your disk quota is used up; free some and run the same command again",
     ),
     errno.EFBIG: ("file-too-large", "the file system or a limit (ulimit -f) does not allow a file this large"),
     errno.EACCES: ("no-permission", "permission denied; check who owns it and its mode"),
@@ -240,6 +242,20 @@ def internal_error(error: BaseException, evidence: str, code: str) -> Problem:
     """
     what = f"{type(error).__name__}: {error}"
     return Problem("", "", code, f"a bug in awq2marlin; please report it with {evidence}: {what}")
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Has system errors name a file: those of writing name none.
+
+    Args:
+        path: what is being written.
+    """
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
 
 
 def problem_from_os_error(error: OSError) -> Problem:

@@ -16,7 +16,7 @@ from typing import Any
 
 from awq2marlin._version import __version__
 from awq2marlin.error_codes import ERROR_CODES
-from awq2marlin.errors import BatchError, CheckpointError, OutputError, Problem, problem_from_os_error
+from awq2marlin.errors import BatchError, CheckpointError, OutputError, Problem, naming, problem_from_os_error
 from awq2marlin.io.digest import is_digest
 from awq2marlin.io.durable import sync_file
 from awq2marlin.io.lock import HeldError, Lock
@@ -99,7 +99,7 @@ class BatchRecord:
         for name in ("earlier", "written", "needs"):
             del document[name]
         data = (json.dumps(document, ensure_ascii=True) + "\n").encode("ascii")
-        with self._path.open("ab") as stream:
+        with naming(self._path), self._path.open("ab") as stream:
             begin = stream.seek(0, os.SEEK_END)
             try:
                 stream.write(data)

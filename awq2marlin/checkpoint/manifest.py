@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, NoReturn
 
 from awq2marlin._version import __version__
+from awq2marlin.arguments import one_of
 from awq2marlin.errors import CheckpointError, printable, refuse
 from awq2marlin.formats.names import (
     CARD_FILENAME,
@@ -211,7 +212,7 @@ def decode_manifest(data: bytes) -> Manifest:
     document = _Checked(parse_json(data, MANIFEST_FILENAME), "the manifest")
     version: int = document.get("format_version", int)
     if version not in MANIFEST_VERSIONS:
-        known = " or ".join(map(str, MANIFEST_VERSIONS))
+        known = one_of(MANIFEST_VERSIONS)
         document.bad(f"format_version is not {known}; install a newer awq2marlin")
     restores = document.restores()
     source = document.sub("source")

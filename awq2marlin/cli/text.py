@@ -130,7 +130,7 @@ def _show_plan(result: ConvertResult) -> None:
     _show_lists(result.left_behind, result.warnings)
     for note in _conversion_notes(result):
         _say(f"note       {note}")
-    _show_serving(result.serving, "it would be served by")
+    _show_serving(result.serving, "to serve it afterwards")
 
 
 def _show_serving(serving: Sequence[Serving], title: str) -> None:
@@ -161,7 +161,7 @@ def _show_conversion(result: ConvertResult) -> None:
         _say(f"verified   {_verified_text(result)}")
     if result.gemm is not None:
         show(result.gemm)
-    rate = f", {size_text(result.written_bytes / result.seconds)}/s" if result.seconds else ""
+    rate = f", {size_text(result.written_bytes / result.seconds)}/s" if result.written_bytes and result.seconds else ""
     before = f"; {len(result.resumed)} of {len(result.shards)} shards were already there" if result.resumed else ""
     _say(f"wrote      {size_text(result.written_bytes)} in {result.seconds:.1f} s{rate}{before}")
     if result.pushed is not None:
@@ -171,7 +171,7 @@ def _show_conversion(result: ConvertResult) -> None:
     _show_lists(result.left_behind, result.warnings)
     for note in _conversion_notes(result):
         _say(f"note       {note}")
-    _show_serving(result.serving, "it is served by")
+    _show_serving(result.serving, "to serve it")
 
 
 def _verified_text(result: ConvertResult) -> str:
@@ -380,7 +380,7 @@ def _inspection(result: InspectResult) -> None:
         _say(line)
     _show_lists(result.left_behind, result.warnings)
     if result.format == _own_format():
-        _show_serving(result.serving, "it is served by")
+        _show_serving(result.serving, "to serve it")
 
 
 def _own_format() -> str:
@@ -429,6 +429,6 @@ def _demonstration(result: DemoResult) -> None:
         _say(f"     {file.sha256}  {printable(file.name)}")
     _say(f"5. compared  all {result.identical} files with the first checkpoint: identical, byte for byte")
     if result.kept:
-        _say(f"left in {printable(str(result.folder))}: awq/, marlin/, reverted/")
+        _say(f"kept in {printable(str(result.folder))}: awq/, marlin/, reverted/")
     else:
         _say("the files were removed; 'awq2marlin demo FOLDER' keeps them")

@@ -24,7 +24,7 @@ from awq2marlin.formats.serving import Serving
 from awq2marlin.layout.modules import ModulePlan, Unaligned
 from awq2marlin.pipeline.checks import Checks
 from awq2marlin.pipeline.model_card import model_card
-from awq2marlin.pipeline.output import OutputFolder, refuse_overlap
+from awq2marlin.pipeline.output import OutputFolder, hindrance, refuse_overlap
 from awq2marlin.pipeline.plan import Plan, plan_conversion
 from awq2marlin.pipeline.preflight import (
     LOW_DISK_IGNORED,
@@ -209,7 +209,10 @@ def convert(
     ignored = [LOW_DISK_IGNORED] if low_disk and folder.origin is None and target is None else []
     place = target.repo_id if target and low_disk else str(root)
     result = _planned(plan, root, ignored, place)
-    if not dry_run:
+    if dry_run:
+        hindered = hindrance(root, plan.transfer.digest, partial(owned_files, root, overwrite))
+        result = replace(result, warnings=(*result.warnings, *hindered))
+    else:
         checks = Checks(plan, root, 0 if verify == "none" else verify, device, workers, progress)
         work = Work(progress, workers, executor, low_disk)
         if low_disk or folder.origin is not None:  # each shard while the next is fetched, not all at the end

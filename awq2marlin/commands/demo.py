@@ -13,7 +13,7 @@ from awq2marlin.checkpoint.synthetic import llama_recipe, write_checkpoint
 from awq2marlin.commands.convert import ConvertResult, convert
 from awq2marlin.commands.revert import RevertResult, revert
 from awq2marlin.commands.verify import VerifyResult, verify
-from awq2marlin.errors import OutputError, Problem, difference
+from awq2marlin.errors import OutputError, Problem, difference, naming
 from awq2marlin.progress import Progress, Silence
 
 
@@ -64,7 +64,8 @@ def demo(folder: str | os.PathLike[str] | None = None, *, progress: Progress | N
             if root.exists() and (not root.is_dir() or any(root.iterdir())):
                 raise OutputError(Problem(str(root), "", "not-empty", "the folder is not empty; choose another"))
         source, marlin, back = root / "awq", root / "marlin", root / "reverted"
-        write_checkpoint(source, llama_recipe(576, 1536, 4, 192, 4096, group_size=64, shards=2))
+        with naming(source):
+            write_checkpoint(source, llama_recipe(576, 1536, 4, 192, 4096, group_size=64, shards=2))
         progress.note(f"made an AWQ checkpoint of random weights in {source}")
         conversion = convert(source, marlin, verify="none", progress=progress)
         verification = verify(source, marlin, progress=progress)

@@ -19,7 +19,7 @@ from awq2marlin.formats.names import CONFIG_FILENAME
 from awq2marlin.io.digest import FileDigest, digest_of, digest_of_file, hexdigest
 from awq2marlin.io.stream import NamedPath
 from awq2marlin.pipeline.journal import read_journal
-from awq2marlin.pipeline.output import as_output_errors, refuse_overlap
+from awq2marlin.pipeline.output import as_output_errors, hindrance, refuse_overlap
 from awq2marlin.pipeline.preflight import LOW_DISK_IGNORED, open_source_of_run, output_folder, refuse_full_disk
 from awq2marlin.pipeline.resume import trusted_shards
 from awq2marlin.pipeline.reversion import plan_reversion, recorded_files
@@ -62,7 +62,7 @@ class RevertResult:
             converted checkpoint, so that the tensors are those of the original but the files are not.
         dry_run: whether nothing was written.
         resumed: shards that an earlier run had restored.
-        lacks: what the output's file system cannot do, and what that means.
+        lacks: what the output's file system cannot do, and what that means; with ``dry_run``, why the run would stop.
     """
 
     source: Path | str
@@ -133,7 +133,12 @@ def revert(
     if restores == "tensors":
         progress.note("an engine saved this checkpoint: the original tensors are restored, but not the original files")
     result = _planned(source, transfer, root)
-    if not dry_run:
+    if dry_run:
+        hindered = hindrance(root, transfer.digest, lambda: [] if overwrite else None)
+        for line in hindered:
+            progress.note(line)
+        result = replace(result, lacks=hindered)
+    else:
         kept = _kept_files(root, transfer, recorded_files(source, transfer), overwrite, progress)
         transfer = transfer.keeping(kept.keys())
         work = Work(progress, workers, executor, low_disk, with_sha256=True)

@@ -10,13 +10,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from awq2marlin.arguments import one_of
 from awq2marlin.errors import Problem, printable, refuse
 from awq2marlin.formats.awq_gemm import AWQ_GEMM
 from awq2marlin.formats.base import Fault, Quantization, StoredModule, find_modules
 from awq2marlin.formats.config import first_of, method_of, scheme_of
 from awq2marlin.formats.marlin_tensors import MarlinTensors
 from awq2marlin.formats.names import CONFIG_FILENAME, MANIFEST_FILENAME
-from awq2marlin.formats.serving import Serving, choice, in_sglang, in_transformers, in_vllm
+from awq2marlin.formats.serving import Serving, in_sglang, in_transformers, in_vllm
 from awq2marlin.installing import PLACE, install_command
 from awq2marlin.io.safetensors import TensorInfo
 from awq2marlin.layout.marlin import padded_shapes, paddings, unaligned_reason
@@ -63,7 +64,7 @@ class MarlinNative(MarlinTensors):
             if refusals and engine in refusals:
                 return Serving(engine, reason=refusals[engine])
             note = (
-                f"Over several GPUs: {option} {choice(several)}" if several else "It cannot be split over several GPUs"
+                f"Over several GPUs: {option} {one_of(several)}" if several else "It cannot be split over several GPUs"
             )
             command = serve(place, f" {option} {first}" if first > 1 else "")
             return Serving(

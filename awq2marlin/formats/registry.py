@@ -12,7 +12,7 @@ from dataclasses import replace
 from importlib import import_module
 from typing import Any
 
-from awq2marlin.arguments import ArgumentError
+from awq2marlin.arguments import ArgumentError, one_of
 from awq2marlin.errors import printable
 from awq2marlin.formats.awq_gemm import AWQ_GEMM as AWQ_GEMM
 from awq2marlin.formats.base import Format, Quantization
@@ -103,7 +103,7 @@ def target_named(name: str | None) -> Format:
         return DEFAULT_TARGET
     target = next((format for format in formats() if format.is_target and format.layout_name == name), None)
     if target is None:
-        targets = " or ".join(repr(format.layout_name) for format in formats() if format.is_target)
+        targets = one_of(repr(format.layout_name) for format in formats() if format.is_target)
         raise ArgumentError("{to} must be {targets}, found {name}", targets=targets, name=printable(repr(name)))
     return target
 

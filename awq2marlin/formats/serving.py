@@ -62,12 +62,6 @@ def in_transformers(place: str, first: str = "") -> str:
     )
 
 
-def choice(sizes: list[int]) -> str:
-    """Returns numbers of which one is to be taken, in words; empty without any."""
-    several = [str(size) for size in sizes]
-    return " or ".join(filter(None, (", ".join(several[:-1]), *several[-1:])))
-
-
 def _argument(place: str) -> str:
     """Returns a place as one word of a shell that is no option."""
     return shlex.quote(f"./{place}" if place.startswith("-") else place)

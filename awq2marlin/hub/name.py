@@ -86,7 +86,7 @@ def parse_source(source: str | os.PathLike[str]) -> Path | HubName:
 
 def is_ambiguous(source: str | os.PathLike[str]) -> bool:
     """Returns whether a folder here and a repository of the Hub could both be meant; the folder is taken."""
-    return isinstance(source, str) and os.path.lexists(source) and _hub_name(source) is not None
+    return isinstance(source, str) and Path(source).is_dir() and _hub_name(source) is not None
 
 
 def links_text(folder: Folder) -> Iterator[str]:

@@ -76,8 +76,7 @@ def replacement(path: Path) -> Iterator[Path]:
         yield partial
         partial.replace(path)
     except OSError as error:
-        if error.filename is not None:
-            error.filename, error.filename2 = str(path), None
+        error.filename, error.filename2 = str(path), None
         raise
     finally:
         with contextlib.suppress(OSError):  # the reason for not writing it is told already

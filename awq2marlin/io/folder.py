@@ -181,12 +181,9 @@ class Folder:
         except (OSError, RuntimeError, ValueError) as error:
             raise _unopened(given, error) from None
         if not root.is_dir():
-            raise refuse(
-                "not-a-folder",
-                "a checkpoint is a folder with config.json and .safetensors files; pass the folder "
-                f"{printable(str(given.parent))}",
-                file=str(given),
-            )
+            needed, parent = "a checkpoint is a folder with config.json and .safetensors files", given.parent
+            advice = f"pass the folder {printable(str(parent))}" if (parent / "config.json").exists() else "pass one"
+            raise refuse("not-a-folder", f"this is a file; {needed}; {advice}", file=str(given))
         root = _default_snapshot(root)
         try:
             list(root.iterdir())

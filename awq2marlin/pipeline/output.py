@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
-from awq2marlin.errors import OutputError, Problem, printable, problem_from_os_error
+from awq2marlin.errors import Awq2MarlinError, OutputError, Problem, printable, problem_from_os_error
 from awq2marlin.formats.names import CONFIG_FILENAME
 from awq2marlin.io.digest import digest_of_file
 from awq2marlin.io.durable import sync_file, sync_folder
@@ -289,6 +289,27 @@ class OutputFolder:
             sync_folder(self.root)
 
 
+def hindrance(root: Path, plan: str, owned: Owned) -> tuple[str, ...]:
+    """Returns why a run would not begin in a folder as it is now, without touching it; empty if it would.
+
+    Args:
+        root: the folder; need not exist.
+        plan: digest of the plan.
+        owned: as for `claim`.
+    """
+    try:
+        with as_output_errors(root):
+            _refuse_unusable(root)
+            removable, journal = owned(), read_journal(root)
+            if journal is None:
+                _refuse_foreign(root, removable)
+            else:
+                _refuse_another_plan(root, journal, plan, removable)
+    except Awq2MarlinError as error:
+        return (f"without --dry-run this stops: {error}",)
+    return ()
+
+
 @contextmanager
 def claim(
     root: Path,
@@ -447,6 +468,17 @@ def _refuse_foreign(root: Path, owned: Iterable[str] | None) -> None:
     raise _refused("not-empty", root, f"the folder is not empty ({shown}{more}); choose another, or an empty one")
 
 
+def _refuse_another_plan(root: Path, journal: Journal, plan: str, owned: Iterable[str] | None) -> None:
+    """Refuses a folder with an unfinished run of another plan, unless that may be removed."""
+    if journal.plan != plan and owned is None:
+        raise _refused(
+            "other-plan",
+            root,
+            "the folder holds an unfinished conversion of another source, other options or another "
+            f"version; finish that one, {_START_ANEW}",
+        )
+
+
 def _open_journal(
     root: Path,
     plan: str,
@@ -462,13 +494,8 @@ def _open_journal(
     journal = read_journal(root)
     if journal is None:
         _refuse_foreign(root, owned)
-    elif journal.plan != plan and owned is None:
-        raise _refused(
-            "other-plan",
-            root,
-            "the folder holds an unfinished conversion of another source, other options or another "
-            f"version; finish that one, {_START_ANEW}",
-        )
+    else:
+        _refuse_another_plan(root, journal, plan, owned)
     _remove_leftovers(root / WORK_DIRECTORY)
     ours = {*(owned or ()), *(journal.names if journal else ())}
     _refuse_clashes(root, names, ours)
@@ -524,9 +551,10 @@ def _remove_leftovers(work: Path) -> None:
 
 @contextmanager
 def as_output_errors(root: Path) -> Iterator[None]:
-    """Turns system errors met while writing ``root`` into words for the user."""
+    """Turns system errors met while writing ``root``, a folder that a run resumes in, into words for the user."""
     try:
         yield
     except OSError as error:
         problem = problem_from_os_error(error)
-        raise OutputError(Problem(problem.file or str(root), "", problem.code, problem.message)) from None
+        resumes = "; it resumes" if problem.code == "disk-full" else ""
+        raise OutputError(replace(problem, file=problem.file or str(root), message=problem.message + resumes)) from None

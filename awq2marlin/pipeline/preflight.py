@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 #: What is said of ``--low-disk`` where there is nothing that it could remove.
-LOW_DISK_IGNORED = "low_disk (--low-disk) does nothing for a folder: your own files are never removed"
+LOW_DISK_IGNORED = "--low-disk (low_disk) does nothing for a folder: your own files are never removed"
 
 
 def output_folder(
@@ -90,7 +90,10 @@ def open_source_of_run(
     name = parse_source(source)
     if not isinstance(name, HubName):
         if is_ambiguous(source):
-            progress.note(f"{source} is a folder here, and is used; for the Hub repository, pass {HUB_PREFIX}{source}")
+            progress.note(
+                f"reading the folder {source}, which is here; for the Hub repository of that name, pass "
+                f"{HUB_PREFIX}{source}"
+            )
         found = folder_at(source, follow_links=follow_links)
         for line in links_text(found):
             progress.note(line)

@@ -478,6 +478,35 @@ def test_dry_run_writes_nothing_and_tells_what_becomes_of_every_module(
     assert "not carried over: pytorch_model.bin (pickled weights)" in lines
 
 
+def test_a_dry_run_says_what_would_stop_the_run(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def warned(command: str, *arguments: object) -> list[str]:
+        before = {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
+        document = read_json(run(capsys, command, *arguments, "--dry-run", "--json")[1], command, 0)
+        assert {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()} == before
+        return [line for line in document["warnings"] if "--dry-run" in line]
+
+    stops = "without --dry-run this stops: "
+    assert warned("convert", made / "awq", "output") == []
+    run(capsys, "convert", made / "awq", "output", "-q")
+    finished = "output: the folder holds a finished conversion; use --overwrite to replace it, or choose another folder"
+    assert warned("convert", made / "awq", "output") == [stops + finished]
+    assert f"warning    {stops}{finished}" in run(capsys, "convert", made / "awq", "output", "--dry-run")[1]
+    assert warned("convert", made / "awq", "output", "--overwrite") == []
+    assert "finished conversion" not in run(capsys, "convert", made / "awq", "output", "--overwrite", "-q")[2]
+
+    Path("taken").mkdir()
+    Path("taken/notes.txt").write_text("mine")
+    mine = "taken: the folder is not empty (notes.txt); choose another, or an empty one"
+    assert warned("convert", made / "awq", "taken", "--overwrite") == [stops + mine]
+    assert warned("revert", "output", "taken") == [stops + mine]
+    assert warned("revert", "output", "taken", "--overwrite") == []
+    assert f"{stops}{mine}\n" in run(capsys, "revert", "output", "taken", "--dry-run")[2]
+    Path("taken/file").write_text("mine")
+    assert warned("convert", made / "awq", "taken/file") == [
+        f"{stops}taken/file: a file of this name exists; choose another output folder"
+    ]
+
+
 def test_dry_run_of_padding_tells_the_sizes(made: Path, capsys: pytest.CaptureFixture[str]) -> None:
     _, out, _ = run(capsys, "convert", made / "awq", "output", "--dry-run", "--unaligned", "pad")
     lines = [" ".join(line.split()) for line in out.splitlines()]
@@ -664,7 +693,7 @@ def test_demo_shows_a_round_trip(capsys: pytest.CaptureFixture[str]) -> None:
     assert code == 0
     assert sorted(path.name for path in Path("kept").iterdir()) == ["awq", "marlin", "reverted"]
     assert oracle.file_hashes(Path("kept/awq")) == oracle.file_hashes(Path("kept/reverted"))
-    assert "left in kept: awq/, marlin/, reverted/" in out
+    assert "kept in kept: awq/, marlin/, reverted/" in out
 
 
 # --- progress ------------------------------------------------------------------------------------------------------

@@ -64,7 +64,7 @@ def test_what_was_compared_is_told_and_what_is_left_to_compare(say, asked, told)
 
 
 def test_low_disk_of_a_folder_is_told_to_do_nothing(say):
-    told = "low_disk (--low-disk) does nothing for a folder: your own files are never removed"
+    told = "--low-disk (low_disk) does nothing for a folder: your own files are never removed"
     assert f"warning    {told}" in say("convert", "awq", "--low-disk", "--dry-run").out.splitlines()
     assert told in json.loads(say("convert", "awq", "--low-disk", "--json").out)["warnings"]
     assert convert("awq", "again").warnings == ()

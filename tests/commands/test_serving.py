@@ -72,8 +72,8 @@ def test_commands_take_any_name_as_it_is(awq: Path, name: str) -> None:
 def test_the_last_lines_are_what_to_do_next(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["convert", "awq"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[lines.index("it is served by") :] == [
-        "it is served by",
+    assert lines[lines.index("to serve it") :] == [
+        "to serve it",
         "  vLLM          vllm serve awq-marlin",
         "                Over several GPUs: --tensor-parallel-size 2 or 4",
         "  SGLang        sglang serve --model-path awq-marlin",

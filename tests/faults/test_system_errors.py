@@ -202,6 +202,23 @@ def test_a_limit_on_file_sizes_is_told(large, tmp_path):
     assert contents(out) == contents(large / "marlin")
 
 
+def test_a_full_disk_is_told_with_the_file_that_does_not_fit(source, run, small_disk, tmp_path):
+    disk = small_disk("64k")
+    (disk / "rest").write_bytes(bytes(64 << 10))
+    assert run("convert", source, tmp_path / "out").code == 0
+    told = "the disk is full; free some space and run the same command again"
+    page, record, folder = disk / "page.html", disk / "record.jsonl", disk / "demo"
+    (tmp_path / "list.txt").write_text(f"{source}\n")
+    for file, *arguments in (
+        (page, "verify", source, tmp_path / "out", "--report", page),
+        (record, "batch", tmp_path / "list.txt", "--out-dir", tmp_path / "batch", "--record", record),
+        (folder / "awq", "demo", folder),
+    ):
+        error = refused(run(*arguments))
+        assert (error["file"], error["message"]) == (str(file), told)
+    assert sorted(path.name for path in disk.iterdir()) == ["demo", "record.jsonl", "rest"]
+
+
 def test_a_read_only_file_system_is_told(source, run, small_disk):
     disk = small_disk("1m", "ro")
     error = refused(run("convert", source, disk / "out"))

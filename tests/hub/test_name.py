@@ -138,6 +138,20 @@ def test_a_path_with_a_typo_is_not_sent_to_the_hub(run, hub, source, tmp_path):
     assert parse_source("hf://models/lama-awq") == HubName("models/lama-awq")
 
 
+def test_a_file_is_told_from_a_folder_and_from_a_repository(run, source, tmp_path):
+    shutil.copytree(source, tmp_path / "models/llama-awq")
+    Path("models/llama.gguf").write_text("GGUF")
+    needed = "this is a file; a checkpoint is a folder with config.json and .safetensors files; "
+    for name, advice in (
+        ("models/llama.gguf", "pass one"),
+        ("models/llama-awq/config.json", "pass the folder models/llama-awq"),
+    ):
+        outcome = run("convert", name)
+        assert (outcome.code, outcome.error["code"]) == (1, "not-a-folder")
+        assert outcome.error["message"] == needed + advice
+        assert "reading the folder" not in outcome.err
+
+
 def test_every_error_of_a_bare_name_says_that_there_is_no_such_folder(run, hub, monkeypatch):
     told = "there is no such folder here, and "
     assert told in run("inspect", "org/nothing").error["message"]
