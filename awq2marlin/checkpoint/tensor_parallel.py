@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from awq2marlin.layout.marlin import GPTQ_MARLIN_TILE, MARLIN_TILE_N, fusion_group
-from awq2marlin.layout.modules import ModulePlan, module_name
+from awq2marlin.layout.modules import ModulePlan, is_output_embedding, module_name
 from awq2marlin.layout.packing import pack_factor
 
 #: Last name components of the modules that engines cut by rows.
@@ -33,6 +33,10 @@ _TEXT_CONFIGS = ("text_config", "llm_config", "language_config", "thinker_config
 
 #: What SGLang's Marlin experts need of the hidden size: whole tiles of 128 columns.
 _SGLANG_TILE_N = 128
+#: What SGLang pads a vocabulary to a multiple of.
+_SGLANG_VOCABULARY = 64
+#: Last name component of a module that SGLang's models multiply themselves.
+_SGLANG_READS_ITSELF = "kv_b_proj"
 
 #: Ranks that are tried where the config does not say how many attention heads there are.
 _COMMON_SIZES = (1, 2, 4, 8, 16, 32, 64)
@@ -189,8 +193,8 @@ def parallel_sizes(
     whole = (size for size in tried if has_experts and limit(size, cuts_experts=False) is None)
     following = 1 << max(sizes, default=0).bit_length()
     stop = limit(following) or Limit(following, "", "more ranks were not tried")
-    narrow = (reason for kind in alike if (reason := kind.narrow_experts(_SGLANG_TILE_N)))
-    return ParallelSizes(sizes, stop, tuple(whole), next(narrow, ""))
+    only_in_vllm = filter(None, (kind.refusal_of_sglang(bits) for kind in alike))
+    return ParallelSizes(sizes, stop, tuple(whole), next(only_in_vllm, ""))
 
 
 def _tried_sizes(heads: Heads) -> Sequence[int]:
@@ -223,6 +227,7 @@ class _Kind(NamedTuple):
     is_fused: bool
     is_expert: bool
     has_bias: bool
+    has_zero_points: bool
 
     @classmethod
     def of(cls, module: ModulePlan, *, has_bias: bool) -> _Kind:
@@ -236,6 +241,7 @@ class _Kind(NamedTuple):
             group != module.name or name in FUSED_QKV_NAMES | FUSED_GATE_UP_NAMES,
             group.endswith(".*"),
             has_bias,
+            "qzeros" in module.parts,
         )
 
     def narrow_experts(self, multiple: int) -> str:
@@ -244,6 +250,19 @@ class _Kind(NamedTuple):
         if not self.is_expert or hidden_size % multiple == 0:
             return ""
         return f"experts of hidden size {hidden_size}; its kernel needs a multiple of {multiple}"
+
+    def refusal_of_sglang(self, bits: int) -> str:
+        """Returns why SGLang cannot load what vLLM may, in words; empty if it can."""
+        if self.name == _SGLANG_READS_ITSELF and not (bits == 4 and self.has_zero_points):
+            found = f"in {bits} bits" if bits != 4 else "without zero points"
+            return f"{self.name} {found}; its models read that module themselves, as 4 bits with zero points only"
+        if is_output_embedding(self.name) and self.size_n % _SGLANG_VOCABULARY:
+            padded = -self.size_n % _SGLANG_VOCABULARY + self.size_n
+            return (
+                f"a quantized output embedding of {self.size_n} entries; it would pad the vocabulary to {padded}, "
+                "which it can only if that is not quantized"
+            )
+        return self.narrow_experts(_SGLANG_TILE_N)
 
     def obstacle(self, ranks: int, bits: int, group_size: int, heads: Heads) -> str | None:
         """Returns why a module of this kind cannot be cut in so many parts, in words, or None if it can."""

@@ -381,6 +381,40 @@ def test_what_only_sglang_refuses_is_told_of_sglang_alone(made, capsys):
     assert "vllm serve THIS_MODEL" in card
 
 
+@pytest.mark.parametrize(
+    ("recipe", "why"),
+    [
+        (
+            Recipe({"a.kv_b_proj": (128, 128)}, bits=8),
+            "kv_b_proj in 8 bits; its models read that module themselves, as 4 bits with zero points only",
+        ),
+        (
+            Recipe({"a.kv_b_proj": (128, 128)}, has_qzeros=False, zero_point=False),
+            "kv_b_proj without zero points; its models read that module themselves, as 4 bits with zero points only",
+        ),
+        (Recipe({"a.kv_b_proj": (128, 128)}), ""),
+        (
+            Recipe({"a.q_proj": (128, 128), "lm_head": (128, 1000)}),
+            "a quantized output embedding of 1000 entries; it would pad the vocabulary to 1024, which it can only if "
+            "that is not quantized",
+        ),
+        (Recipe({"a.q_proj": (128, 128), "lm_head": (128, 1024)}), ""),
+        (Recipe({"a.q_proj": (128, 128)}, weights={"lm_head.weight": (1000, 128)}), ""),
+    ],
+)
+def test_modules_that_sglang_cannot_read_are_told_where_its_command_would_stand(tmp_path, capsys, recipe, why):
+    write_checkpoint(tmp_path / "awq", recipe)
+    out = str(tmp_path / "out")
+    for arguments in (["convert", str(tmp_path / "awq"), out], ["inspect", out]):
+        assert main(arguments) == 0
+        said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  SGLang  ")]
+        assert said == [f"  SGLang        cannot: {why}" if why else f"  SGLang        sglang serve --model-path {out}"]
+    card = (tmp_path / "out/README.md").read_text()
+    assert (f"\n\nSGLang cannot serve this checkpoint: {why}.\n\n" in card) == bool(why)
+    assert ("sglang serve" in card) != bool(why)
+    assert "vllm serve THIS_MODEL" in card
+
+
 def test_biases_of_experts_are_told_before_an_engine_refuses_them(made, capsys):
     modules = {"a.experts.0.down_proj": (128, 128)}
     recipe = Recipe(
