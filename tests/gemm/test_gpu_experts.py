@@ -21,6 +21,7 @@ from tests.gemm.expert_cases import (
 )
 from tests.gemm.gemm_cases import DTYPES
 from tests.gemm.stand_in import forget_prepared_calls
+from tests.skips import ONE_GPU
 
 pytestmark = pytest.mark.gpu
 
@@ -525,11 +526,26 @@ def test_refusals_leave_the_process_working():
 
 def test_every_device_has_its_own_kernels():
     if torch.cuda.device_count() < 2:
-        pytest.skip("There is one GPU only.")
+        pytest.skip(ONE_GPU)
     block = gpu_block(8, 256, 128, (64, 64))
     ids, shares = routing(20, 2, 8)
     x = random_rows(20, block.w13)
     there = [each.to("cuda:1") for each in (x, *block.arguments, ids, shares)]
-    out = ops.marlin_experts(*there)
-    assert out.device.index == 1
-    assert torch.equal(out.cpu(), block(x, ids, shares).cpu())
+    outs = [ops.marlin_experts(*there)]
+
+    def compute():  # the thread's device is the first one
+        outs.append(ops.marlin_experts(*there))
+        with torch.cuda.stream(torch.cuda.Stream(1)):
+            outs.append(ops.marlin_experts(*there))
+            torch.cuda.current_stream().synchronize()
+        outs.append(block(x, ids, shares))
+
+    threads = [threading.Thread(target=compute) for _ in range(4)]
+    for each in threads:
+        each.start()
+    for each in threads:
+        each.join()
+    torch.cuda.synchronize(0)
+    assert sorted(out.device.index for out in outs) == [0] * 4 + [1] * 9
+    assert torch.cuda.current_device() == 0
+    assert all(torch.equal(out.cpu(), block(x, ids, shares).cpu()) for out in outs)
