@@ -86,7 +86,10 @@ class PlainPart(torch.Tensor):
             (rows[1] - rows[0], columns[1] - columns[0]),
             strides=((right - left) * _column_unit(layout), 1),  # those of what `read` returns
             dtype=tiled.dtype,
-            device=torch.device("cpu"),
+            # It has no memory. As a tensor of the CPU it could be given to another one as its data, which would then
+            # end the process when it is read; so torch takes it for one of this kind, and gets the CPU for an answer.
+            device=torch.device("meta"),
+            dispatch_device=True,
         )
         made._tiled, made._layout, made._rows, made._columns = tiled, layout, rows, columns
         return made
@@ -96,8 +99,13 @@ class PlainPart(torch.Tensor):
         """Cuts without reading; does everything else with plain tensors.
 
         Raises:
-            TypeError: if it would be written to, which the Marlin tensor would not know of.
+            TypeError: if it would be written to, which the Marlin tensor would not know of, or become the data of
+                another tensor, for which it has no memory.
         """
+        if func is torch.ops.prim.device.default:
+            return torch.device("cpu")
+        if func is torch.ops.aten._has_compatible_shallow_copy_type.default:  # what torch asks before ``.data =``
+            raise TypeError("a tensor in plain order has no memory that could be another's data; clone it first")
         is_cut = func is torch.ops.aten.slice.Tensor and len(args) <= 4  # the fifth would be a step
         if is_cut:
             return args[0]._cut(*args[1:])

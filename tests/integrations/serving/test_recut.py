@@ -1,5 +1,6 @@
 """Cuts that are not whole tiles: what a rank holds is its slice of the AWQ source, padded as the kernels need it."""
 
+import contextlib
 from copy import copy
 from dataclasses import replace
 from unittest import mock
@@ -307,6 +308,22 @@ def test_what_is_written_to_it_is_not_lost_without_a_word(write):
     _, tiled, said = module_of("qweight", 64, 80, Scheme(4, 32, zero_point=True))
     with pytest.raises(TypeError, match="clone it first"):
         write(plain_part("qweight", tiled, "m", 64, said))
+
+
+@pytest.mark.parametrize("mode", [contextlib.nullcontext, torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("is_taken", [True, False], ids=["taken", "given"])
+def test_it_is_not_made_another_tensor_s_data_which_would_end_the_process(mode, is_taken):
+    plain, tiled, said = module_of("qweight", 64, 80, Scheme(4, 32, zero_point=True))
+    other, cut = torch.zeros(64, 5, dtype=torch.int32), plain_part("qweight", tiled, "m", 64, said)[:, :5]
+    target, source = (other, cut) if is_taken else (cut, other)
+    with mode():
+        with pytest.raises((RuntimeError, TypeError), match=r"incompatible tensor type|clone it first"):
+            target.data = source
+        assert not other.any()
+        other.data = cut.data  # which is read
+        assert torch.equal(other, plain[:, :5])
+        assert torch.equal(cut.clone(), plain[:, :5])
+        assert cut.device == other.device == torch.device("cpu")
 
 
 @pytest.mark.parametrize(("part", "bits"), [("qweight", 4), ("qweight", 8), ("qzeros", 4), ("scales", 4)])
