@@ -12,7 +12,7 @@ from functools import cached_property, lru_cache, partial
 
 from awq2marlin.formats.base import DerivedTensor, Format, StoredModule
 from awq2marlin.formats.registry import KEPT
-from awq2marlin.io.safetensors import Header, TensorInfo, encode_header
+from awq2marlin.io.safetensors import Header, TensorIndex, TensorInfo, encode_header
 from awq2marlin.layout.derived import Made, Proven, middle_zero_points
 from awq2marlin.layout.modules import ModulePlan, module_name
 from awq2marlin.layout.repack import Companion, Holder, PartLayout, Repack, Rewrite
@@ -144,6 +144,19 @@ class Counterparts:
             if row.target is not None:
                 yield place, row.target.name
 
+    def telling(self, index: TensorIndex) -> Iterator[tuple[str, TensorInfo, Proven]]:
+        """Yields the source's tensors that say what the headers leave open, each with its file and what it must say.
+
+        Args:
+            index: of the source's tensors.
+        """
+        for module in self.rewritten:
+            for derived in _derived(self.source_layout_of(module), *self.stored_sizes(module), self.scheme).values():
+                tensor = index.tensors.get(module_name(module.name, derived.suffix)) if derived.is_telling else None
+                if tensor is not None and _is_as_derived(tensor, derived):
+                    file = index.shard_of[tensor.name]
+                    yield file, tensor, _proven(file, tensor, derived)
+
     def is_part(self, module: ModulePlan, part: str, tensor: TensorInfo) -> bool:
         """Returns whether a tensor of a part's name is one: a copy that does not count may be of another shape.
 
@@ -184,10 +197,10 @@ class Counterparts:
         part = next((part for part in module.parts if layout.suffixes[part] == suffix), None)
         if part is None or not self.is_part(module, part, tensor):
             derived = _derived(layout, *self.stored_sizes(module), self.scheme).get(suffix)
-            if derived is None or (tensor.dtype, tensor.shape) != (derived.dtype, derived.shape):  # a bias, or a copy
+            if derived is None or not _is_as_derived(tensor, derived):  # a bias, or a copy
                 yield TensorInfo(tensor.name, tensor.dtype, tensor.shape, position, position + tensor.size), None
             else:
-                yield None, Proven(file, tensor.name, tensor.size, derived.data, derived.meaning, derived.is_telling)
+                yield None, _proven(file, tensor, derived)
             return
         layout, repack = self.layout_of(module), self.repack(module, part, file, tensor.name)
         shape = _shape(layout, part, module.padded_k, module.padded_n, self.scheme)
@@ -232,6 +245,14 @@ def _shape(format: Format, part: str, size_k: int, size_n: int, scheme: Scheme) 
 
 def _derived(format: Format, size_k: int, size_n: int, scheme: Scheme) -> dict[str, DerivedTensor]:
     return {derived.suffix: derived for derived in format.derived(size_k, size_n, scheme)}
+
+
+def _is_as_derived(tensor: TensorInfo, derived: DerivedTensor) -> bool:
+    return (tensor.dtype, tensor.shape) == (derived.dtype, derived.shape)
+
+
+def _proven(file: str, tensor: TensorInfo, derived: DerivedTensor) -> Proven:
+    return Proven(file, tensor.name, tensor.size, derived.data, derived.meaning)
 
 
 def inverse_row(row: Row, file: str) -> Row:

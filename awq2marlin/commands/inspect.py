@@ -26,7 +26,7 @@ from awq2marlin.io.safetensors import TensorIndex
 from awq2marlin.io.source import Source
 from awq2marlin.layout.modules import ModulePlan
 from awq2marlin.pipeline.journal import refuse_unfinished
-from awq2marlin.pipeline.plan import plan_modules, served
+from awq2marlin.pipeline.plan import plan_modules, refuse_what_is_told_otherwise, served
 from awq2marlin.pipeline.preflight import default_output
 
 
@@ -148,6 +148,7 @@ def _inspected(checkpoint: Checkpoint, manifest: Manifest | None, path: str | os
     else:
         place = str(default_output(parse_source(path)))
         fates = plan_modules(SourceCheckpoint.of(checkpoint))
+        refuse_what_is_told_otherwise(fates, checkpoint)
         modules = [_module_info(fate, checkpoint, fates.source_layout_of(fate)) for fate in fates.modules.values()]
     bits, group_size = quantization.bits, quantization.group_size
     sizes = parallel_sizes(fates.modules.values(), bits, group_size, checkpoint.config, checkpoint.tensors)

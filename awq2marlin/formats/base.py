@@ -107,7 +107,8 @@ class DerivedTensor(NamedTuple):
         data: returns its bytes; picklable.
         is_optional: whether a source may lack it; a target never writes it then.
         meaning: what it means if it holds something else, for messages.
-        is_telling: whether it says what the shapes of the other tensors leave open.
+        is_telling: whether it says what the shapes of the other tensors leave open, so that it is looked at before
+            anything is written.
     """
 
     suffix: str

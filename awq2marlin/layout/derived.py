@@ -51,7 +51,6 @@ class Proven:
         size: its bytes.
         data: returns the bytes that follow; picklable.
         meaning: what it means if they do not, for messages.
-        is_telling: whether it says what the headers leave open, so that it is looked at before anything is written.
     """
 
     file: str
@@ -59,7 +58,6 @@ class Proven:
     size: int
     data: Callable[[], bytes]
     meaning: str = ""
-    is_telling: bool = False
 
     beside: ClassVar[None] = None
 

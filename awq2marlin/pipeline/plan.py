@@ -30,7 +30,6 @@ from awq2marlin.formats.registry import DEFAULT_TARGET, KEPT, target_named
 from awq2marlin.formats.serving import Serving
 from awq2marlin.io.safetensors import Header, TensorIndex
 from awq2marlin.io.strict_json import encode_json
-from awq2marlin.layout.derived import Proven
 from awq2marlin.layout.marlin import fusion_group
 from awq2marlin.layout.modules import DEFAULT_UNALIGNED, UNALIGNED_CHOICES, Linear, ModulePlan, Unaligned, module_name
 from awq2marlin.layout.scheme import Scheme
@@ -267,7 +266,7 @@ def plan_conversion(checkpoint: Checkpoint, unaligned: Unaligned | None = None, 
             "into another file of a copy, and correct the index if there is one"
         )
         raise CheckpointError(Problem(name, "", "contradiction", message) for name in emptied)
-    _refuse_what_is_told_otherwise(shards, checkpoint)
+    refuse_what_is_told_otherwise(counterparts, checkpoint)
     return Plan(checkpoint, counterparts, unaligned, shards)
 
 
@@ -392,22 +391,28 @@ def _refuse_denied_zero_points(counterparts: Counterparts, checkpoint: Checkpoin
         raise CheckpointError(problems)
 
 
-def _refuse_what_is_told_otherwise(shards: Sequence[ShardPlan], checkpoint: Checkpoint) -> None:
-    """Proves tensors that say what the headers leave open: one for each answer; the others follow while they stream."""
+def refuse_what_is_told_otherwise(counterparts: Counterparts, checkpoint: Checkpoint) -> None:
+    """Proves tensors that say what the headers leave open: one for each answer; the others follow while they stream.
+
+    Args:
+        counterparts: what becomes of the modules.
+        checkpoint: the source.
+
+    Raises:
+        CheckpointError: if one says another thing, so that the conversion could not be undone.
+    """
     problems: list[Problem] = []
     seen: set[bytes] = set()
-    for shard in shards:
-        for span in shard.spans:
-            rewrite = span.rewrite
-            if not isinstance(rewrite, Proven) or not rewrite.is_telling or rewrite.data() in seen:
-                continue
-            seen.add(rewrite.data())
-            begin, end = (shard.source.data_start + offset for offset in span.source)
-            found = np.frombuffer(checkpoint.folder.read_range(shard.name, begin, end), np.uint8)
-            try:
-                rewrite.rewrite(found, found[:0])
-            except CheckpointError as error:
-                problems += error.problems
+    for shard, tensor, proven in counterparts.telling(checkpoint.index):
+        if proven.data() in seen:
+            continue
+        seen.add(proven.data())
+        start = checkpoint.shards[shard].data_start
+        found = np.frombuffer(checkpoint.folder.read_range(shard, start + tensor.start, start + tensor.end), np.uint8)
+        try:
+            proven.rewrite(found, found[:0])
+        except CheckpointError as error:
+            problems += error.problems
     if problems:
         raise CheckpointError(problems)
 

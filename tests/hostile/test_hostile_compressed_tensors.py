@@ -203,6 +203,12 @@ def test_what_could_not_be_given_back_is_refused_by_name(source: Path, tmp_path:
 
 
 @pytest.mark.parametrize("name", sorted(peers.ODD_ROWS))
+def test_inspect_promises_nothing_of_a_module_whose_k_ends_inside_a_word(run, name: str) -> None:
+    outcome = run("inspect", peers.checkpoint(name))
+    outcome.refused("contradiction", "K ends inside a word", tensor=f"{O_PROJ}.weight_shape")
+
+
+@pytest.mark.parametrize("name", sorted(peers.ODD_ROWS))
 def test_k_that_ends_inside_a_word_is_refused_before_a_byte_is_written(tmp_path: Path, run, name: str) -> None:
     outcome = run("convert", peers.checkpoint(name), tmp_path / "out", "--unaligned", "pad", "--dry-run")
     outcome.refused("contradiction", "K ends inside a word", tensor=f"{O_PROJ}.weight_shape")
