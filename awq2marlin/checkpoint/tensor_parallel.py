@@ -33,8 +33,8 @@ _TEXT_CONFIGS = ("text_config", "llm_config", "language_config", "thinker_config
 
 #: What SGLang's Marlin experts need of the hidden size: whole tiles of 128 columns.
 _SGLANG_TILE_N = 128
-#: What SGLang pads a vocabulary to a multiple of.
-_SGLANG_VOCABULARY = 64
+#: What engines pad a vocabulary to a multiple of.
+_VOCABULARY = 64
 #: Last name component of a module that SGLang's models multiply themselves.
 _SGLANG_READS_ITSELF = "kv_b_proj"
 
@@ -256,8 +256,8 @@ class _Kind(NamedTuple):
         if self.name == _SGLANG_READS_ITSELF and not (bits == 4 and self.has_zero_points):
             found = f"in {bits} bits" if bits != 4 else "without zero points"
             return f"{self.name} {found}; its models read that module themselves, as 4 bits with zero points only"
-        if is_output_embedding(self.name) and self.size_n % _SGLANG_VOCABULARY:
-            padded = -self.size_n % _SGLANG_VOCABULARY + self.size_n
+        if is_output_embedding(self.name) and self.size_n % _VOCABULARY:
+            padded = -self.size_n % _VOCABULARY + self.size_n
             return (
                 f"a quantized output embedding of {self.size_n} entries; it would pad the vocabulary to {padded}, "
                 "which it can only if that is not quantized"
@@ -281,6 +281,8 @@ class _Kind(NamedTuple):
     def _slices(self, ranks: int, heads: Heads) -> tuple[int, list[int]] | str:
         """Returns rows and widths of one rank's part, or why the ranks do not divide the module."""
         size_k, size_n, name = self.size_k, self.size_n, self.name
+        if is_output_embedding(name):
+            size_n += -size_n % _VOCABULARY
         if name in REPLICATED_NAMES:
             return size_k, [size_n]
         if name in ROW_PARALLEL_NAMES:

@@ -163,6 +163,13 @@ def test_modules_fused_in_the_file_are_cut_part_by_part():
     assert largest(module("mlp.gate_up_proj", 4096, 2 * 1280)) == 32  # 40 columns each
 
 
+def test_a_quantized_output_embedding_is_cut_as_vllm_pads_the_vocabulary():
+    assert largest(module("lm_head", 4096, 1000, converted=False), heads=(32, 32)) == 32  # of 1024, 32 each
+    assert largest(module("model.output", 4096, 1000, converted=False), heads=(12, 12)) == 4  # 3 does not divide 1024
+    assert largest(module("lm_head", 4096, 32064, converted=False), heads=(64, 64)) == 8  # 16 ranks would cut words
+    assert largest(module("lm_head", 4096, 32064, converted=False), heads=(64, 64), bits=8) == 16
+
+
 def test_replicated_modules_are_not_cut_and_heads_of_the_text_part_count():
     assert largest(module("mlp.gate", 4096, 64)) == 32
     assert largest(LLAMA_8B[0], heads=None, text_config={"num_attention_heads": 4}) == 4

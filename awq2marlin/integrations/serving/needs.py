@@ -27,7 +27,7 @@ class Need:
         module: where it is, below the engine's package.
         name: what it is called there, with dots for what is inside.
         arguments: what it is called with, by name.
-        attributes: what must be in it.
+        attributes: what must be in it, or declared there as that of its instances.
         optional: further arguments, which it gets where it takes them.
     """
 
@@ -50,7 +50,8 @@ class Need:
                 found = getattr(found, part)
         except (ImportError, AttributeError):
             return [place]
-        lost = [f"{place}.{each}" for each in self.attributes if not hasattr(found, each)]
+        declared = getattr(found, "__annotations__", {})
+        lost = [f"{place}.{each}" for each in self.attributes if not hasattr(found, each) and each not in declared]
         return lost + [f"{place}({each})" for each in self._misfits(found)] if self.arguments else lost
 
     def _misfits(self, found: Any) -> Iterator[str]:

@@ -129,7 +129,9 @@ class MarlinNativeConfig(ServingConfig, QuantizationConfig):  # type: ignore[mis
         if isinstance(layer, LinearBase):
             return self._linear_method(prefix)
         if isinstance(layer, ParallelLMHead) and self.contents.layout([prefix]) == "awq":
-            return self._linear_method(prefix)
+            from awq2marlin.integrations.vllm.linear import OutputEmbeddingMethod
+
+            return OutputEmbeddingMethod(self.contents, prefix, [prefix])
         return None
 
     def parts(self, prefix: str) -> list[str]:

@@ -23,6 +23,8 @@ ALWAYS = (
     Need(f"{_LAYERS}.linear", "UnquantizedLinearMethod"),
     Need(f"{_LAYERS}.linear", "register_weight_loader_v2_supported_method"),
     Need(f"{_LAYERS}.vocab_parallel_embedding", "ParallelLMHead"),
+    Need(f"{_LAYERS}.vocab_parallel_embedding", "VocabParallelEmbeddingShardIndices", (),
+         ("org_vocab_start_index", "org_vocab_end_index")),
     Need("model_executor", "parameter"),
     *needed_parameters("model_executor.parameter"),
     Need(

@@ -21,7 +21,7 @@ def place(monkeypatch):
 
     module = ModuleType("vllm.made_up")
     module.multiply, module.anything = multiply, lambda **options: options
-    module.Kinds = type("Kinds", (), {"MARLIN": 1})
+    module.Kinds = type("Kinds", (), {"MARLIN": 1, "__annotations__": {"size": int}})
     monkeypatch.setitem(sys.modules, "vllm", ModuleType("vllm"))
     monkeypatch.setitem(sys.modules, "vllm.made_up", module)
 
@@ -37,6 +37,7 @@ def place(monkeypatch):
         (Need("made_up", "anything", ("x", "y")), []),
         (Need("made_up", "Kinds.MARLIN"), []),
         (Need("made_up", "Kinds", (), ("MARLIN", "BATCHED")), ["vllm.made_up.Kinds.BATCHED"]),
+        (Need("made_up", "Kinds", (), ("size",)), []),
         (Need("made_up", "divide", ("x",)), ["vllm.made_up.divide"]),
         (Need("elsewhere", "multiply"), ["vllm.elsewhere.multiply"]),
     ],
