@@ -11,26 +11,41 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 _libraries: list[torch.library.Library] = []  # an operator's functions go with the library that brought them
 
 
-def run_on(backend: str, operator: str, run: Callable[..., Any]) -> None:
+def run_on(backend: str, operator: str, run: Callable[..., Any], public_name: str) -> None:
     """Registers what an operator does on a kind of device, at once where no gradient is needed.
 
     Calls that need one, and those under ``torch.compile``, ``torch.func`` or a mode, go the long way round. In PyTorch
-    before 2.10 all calls do.
+    before 2.10 all calls do. A call with derivatives in forward mode, which would be lost, is refused; before 2.10 not
+    under ``torch.vmap``.
 
     Args:
-        backend: PyTorch's name for the kind of device: ``CUDA``.
+        backend: PyTorch's name for the kind of device: ``CPU`` or ``CUDA``.
         operator: its qualified name; its gradients are registered.
         run: what takes its arguments and does its work.
+        public_name: what users call it by.
     """
+    if not hasattr(torch.library, "get_kernel"):
+
+        def run_or_refuse(*arguments: Any) -> Any:
+            _refuse_tangents(arguments, public_name)
+            return run(*arguments)
+
+        _register(operator, run_or_refuse, backend)
+        return
     _register(operator, run, backend)
-    if hasattr(torch.library, "get_kernel"):
-        long_way = torch.library.get_kernel(operator, f"Autograd{backend}")
-        at_once = _unless_gradients_are_needed(backend, run, long_way.call_boxed)
-        _register(operator, at_once, f"Autograd{backend}", with_keyset=True)
+    long_way = torch.library.get_kernel(operator, f"Autograd{backend}").call_boxed
+
+    def refuse_or_go(keys: torch._C.DispatchKeySet, *arguments: Any) -> Any:
+        _refuse_tangents(arguments, public_name)
+        return long_way(keys, *arguments)
+
+    at_once = _unless_gradients_are_needed(backend, run, refuse_or_go)
+    _register(operator, at_once, f"Autograd{backend}", with_keyset=True)
 
 
 def refuse_gradients(operator: str, public_name: str) -> None:
@@ -46,6 +61,7 @@ def refuse_gradients(operator: str, public_name: str) -> None:
     overload = getattr(getattr(torch.ops, namespace), name).default
 
     def refuse(keys: torch._C.DispatchKeySet, *arguments: Any) -> Any:
+        _refuse_tangents(arguments, public_name)
         if _needs_gradient(arguments):
             raise NotImplementedError(
                 f"{public_name} has no gradients, and an argument requires one: "
@@ -73,7 +89,7 @@ def _unless_gradients_are_needed(
 
     def at_once(keys: torch._C.DispatchKeySet, *arguments: Any) -> Any:
         # Whatever else wants to see the call, such as a mode, a compiler or a lazily negated tensor, has a key, too.
-        if keys.raw_repr() == only and not _needs_gradient(arguments):
+        if keys.raw_repr() == only and forward_ad._current_level < 0 and not _needs_gradient(arguments):
             return run(*arguments)
         return long_way(keys, *arguments)
 
@@ -86,3 +102,22 @@ def _needs_gradient(arguments: tuple[Any, ...]) -> bool:
             if isinstance(each, torch.Tensor) and each.requires_grad:
                 return True
     return False
+
+
+def _refuse_tangents(arguments: tuple[Any, ...], public_name: str) -> None:
+    """Refuses derivatives in forward mode, as ``torch.func.jvp`` asks for them.
+
+    A tangent that an operator knows nothing of is lost without a word, as if the result did not depend on the argument.
+    """
+    if forward_ad._current_level < 0:  # nearly always
+        return
+    for each in arguments:
+        if isinstance(each, torch.Tensor) and _has_tangent(each):
+            raise NotImplementedError(
+                f"{public_name} has no derivatives in forward mode (torch.func.jvp, jacfwd), and an argument has a "
+                "tangent: detach it"
+            )
+
+
+def _has_tangent(tensor: torch.Tensor) -> bool:
+    return forward_ad.unpack_dual(tensor).tangent is not None  # type: ignore[no-untyped-call]

@@ -51,7 +51,8 @@ def marlin_gemm(
 
     Sums are formed in fp32 (float64 on a CPU) and rounded once; two runs give the same bits. N, K and the
     group size follow from the shapes; with G = 1 ``scales`` is in the 32-wide order of a single group.
-    ``a`` and ``bias`` have gradients, for which the whole weight is decoded; ``scales`` has none.
+    ``a`` and ``bias`` have gradients, for which the whole weight is decoded; ``scales`` has none. Derivatives in
+    forward mode (``torch.func.jvp``) are refused.
 
     Args:
         a: activations, fp16 or bf16 [M, K], any M from 0; rows may have a stride (a multiple of 8, at most 2^23).
@@ -67,6 +68,7 @@ def marlin_gemm(
     Raises:
         TypeError: a tensor's dtype is not the one needed.
         ValueError: shapes that do not fit, a layout that would have to be copied, tensors on several devices.
+        NotImplementedError: ``scales`` requires a gradient, or an argument has a tangent of forward mode.
         KernelUnavailableError: the kernel cannot be compiled or run here, or a CUDA graph capture met a
             kernel that is not loaded yet (call `warm_up` before the capture).
     """
@@ -145,7 +147,6 @@ def _gemm_fake(*arguments: Any) -> torch.Tensor:
     return tensors.a.new_empty((tensors.a.shape[0], check_gemm(tensors).size_n))
 
 
-@torch.library.impl(_GEMM, "cpu")
 def _gemm_cpu(*arguments: Any) -> torch.Tensor:
     tensors = GemmTensors(*arguments)
     check_gemm(tensors)
@@ -198,7 +199,8 @@ def _gradient(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
 
 
 torch.library.register_autograd(_GEMM, _gradient, setup_context=_keep_for_gradient)
-run_on("CUDA", _GEMM, _gemm_cuda)
+run_on("CPU", _GEMM, _gemm_cpu, marlin_gemm.__name__)
+run_on("CUDA", _GEMM, _gemm_cuda, marlin_gemm.__name__)
 
 
 # ---- the repack as an operator ------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 from awq2marlin.gemm import ops as dense
 from awq2marlin.gemm.experts import checks, launch, ops
@@ -388,6 +389,26 @@ def test_a_block_that_writes_into_a_tensor_refuses_gradients_before_it_does(name
     with torch.no_grad():
         ops.marlin_experts(**arguments)
     assert torch.equal(arguments["out"], ops.marlin_experts(**arguments_of_block()))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # PyTorch's own, when torch.func loads its rules
+@pytest.mark.parametrize("name", ["hidden", "topk_weights", "w2_bias", "out"])
+def test_derivatives_of_experts_in_forward_mode_are_refused_and_not_lost(name):
+    tangent = r" has no derivatives in forward mode .*detach it"
+    arguments = arguments_of_block() | {"out": torch.full_like(ROWS, 7), "w2_bias": torch.zeros(4, 256).half()}
+    if name != "out":
+        arguments["out"] = None
+
+    def block(tensor):
+        return ops.marlin_experts(**arguments | {name: tensor})
+
+    with pytest.raises(NotImplementedError, match="marlin_experts" + tangent):
+        torch.func.jvp(block, (arguments[name],), (arguments[name],))
+    if name == "hidden":
+        with pytest.raises(NotImplementedError, match="marlin_experts" + tangent):
+            torch.func.jacfwd(block)(arguments[name])
+        with torch.no_grad(), forward_ad.dual_level(), pytest.raises(NotImplementedError, match="gemm" + tangent):
+            ops.marlin_moe_gemm(**arguments_of_gemm() | {"a": forward_ad.make_dual(ROWS, ROWS)})
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")

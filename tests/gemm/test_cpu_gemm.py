@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch.autograd import forward_ad
 
 from awq2marlin.gemm import checks, ops
 from awq2marlin.gemm import cpu as cpu_gemm
@@ -195,6 +196,31 @@ def test_activations_and_bias_have_the_gradients_of_the_decoded_weight():
     ops.marlin_gemm(a, layer.qweight, layer.scales, layer.qzeros, bias).backward(grad)
     torch.testing.assert_close(a.grad.double(), grad.double() @ layer.weight.t(), rtol=2e-3, atol=2e-3)
     torch.testing.assert_close(bias.grad.double(), grad.double().sum(0), rtol=2e-3, atol=2e-3)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # PyTorch's own, when torch.func loads its rules
+@pytest.mark.parametrize("transform", ["jvp", "jacfwd", "dual tensors", "compiled"])
+@pytest.mark.parametrize("name", ["a", "bias", "scales"])
+def test_derivatives_in_forward_mode_are_refused_and_not_lost(name, transform):
+    layer = random_layer(128, 64, 64, has_bias=True)
+    whole = {"a": random_tokens(2, layer), "scales": layer.scales, "bias": layer.bias}
+    given = whole[name]
+
+    def product(tensor):
+        arguments = whole | {name: tensor}
+        return ops.marlin_gemm(arguments["a"], layer.qweight, arguments["scales"], layer.qzeros, arguments["bias"])
+
+    def jvp(tensor):
+        return torch.func.jvp(product, (tensor,), (tensor,))
+
+    def with_dual_tensors(tensor):
+        with torch.no_grad(), forward_ad.dual_level():
+            return product(forward_ad.make_dual(tensor, tensor))
+
+    refused = pytest.raises(Exception if transform == "compiled" else NotImplementedError, match="forward mode")
+    call = {"jvp": jvp, "jacfwd": torch.func.jacfwd(product), "dual tensors": with_dual_tensors}.get(transform)
+    with refused:
+        (call or torch.compile(jvp, backend="aot_eager", fullgraph=True))(given)
 
 
 def test_scales_have_no_gradient_and_say_so():

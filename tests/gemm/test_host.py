@@ -9,6 +9,7 @@ import weakref
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from awq2marlin.errors import KernelUnavailableError
@@ -475,7 +476,7 @@ def double():
         assert not a.is_neg()
         return torch.from_numpy(a.detach().numpy() * factor)
 
-    dispatch.run_on("CPU", name, run)
+    dispatch.run_on("CPU", name, run, "double")
 
     def call(a):
         before = dict(ways)
@@ -524,3 +525,12 @@ def test_whoever_wants_to_see_a_call_sees_it(double):
         out, *ways = double(fake.from_tensor(a))
     assert (type(out), ways) == (FakeTensor, [0, 0])
     assert torch.equal(torch.vmap(lambda row: double(row)[0])(torch.ones(2, 3)), torch.full((2, 3), 2.0))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # PyTorch's own, when torch.func loads its rules
+def test_a_tangent_is_refused_and_not_lost(double):
+    a = torch.rand(3)
+    with pytest.raises(NotImplementedError, match=r"^double has no derivatives in forward mode"):
+        torch.func.jvp(lambda a: double(a)[0], (a,), (a,))
+    with forward_ad.dual_level():
+        assert torch.equal(double(a)[0], 2 * a)  # it has none

@@ -68,7 +68,7 @@ def marlin_moe_gemm(
     Raises:
         TypeError: a tensor's dtype is not the one needed.
         ValueError: shapes that do not fit, a layout that would have to be copied, tensors on several devices.
-        NotImplementedError: an argument requires a gradient.
+        NotImplementedError: an argument requires a gradient, or has a tangent of forward mode.
         KernelUnavailableError: the kernel cannot be compiled or run here, or a CUDA graph capture met a
             kernel that is not loaded yet (call this once before the capture).
     """
@@ -303,4 +303,4 @@ for _operator, _public, _run in (
     (_BLOCK_INTO, marlin_experts, _block_into_cuda),
 ):
     refuse_gradients(_operator, _public.__name__)
-    run_on("CUDA", _operator, _run)
+    run_on("CUDA", _operator, _run, _public.__name__)
