@@ -131,7 +131,7 @@ class MarlinExperts(torch.nn.Module):
     def stack(self) -> None:
         """Moves the experts' tensors one after the other, if `marlin_experts` takes them; takes one layer's memory."""
         self._stack = None
-        if not self._can_be_stacked():
+        if self.reason_apart():
             return
         numbers = range(self.num_experts)
         gates, ups, downs = ([self._layer(number, role) for number in numbers] for role in ("gate", "up", "down"))
@@ -154,19 +154,26 @@ class MarlinExperts(torch.nn.Module):
             and (shown.data_ptr() == stack.w2_qweight.data_ptr())
         )
 
-    def _can_be_stacked(self) -> bool:
-        if self._activation is None or "gate" not in self.roles or self.num_experts > MAX_EXPERTS:
-            return False
+    def reason_apart(self) -> str:
+        """Returns why the experts are computed one after the other, in words; empty if all are at once."""
+        if "gate" not in self.roles:
+            return "they have no gate"
+        if self._activation is None:
+            return "their activation is neither SiLU nor GELU"
+        if self.num_experts > MAX_EXPERTS:
+            return f"there are more than {MAX_EXPERTS}"
         for role in ("gate", "up", "down"):
             layers = [self._layer(number, role) for number in range(self.num_experts)]
             if any(_kind_of(layer) != _kind_of(layers[0]) for layer in layers):
-                return False
+                return "their tensors are not alike"
         first, up, down = (self._layer(0, role) for role in ("gate", "up", "down"))
-        is_whole = all(
-            (each.padded_k, each.padded_n) == (each.in_features, each.out_features) for each in (first, down)
-        )
-        has_tensors = first.qweight.device.type in ("cpu", "cuda") and _place_of(first) == _place_of(down)
-        return is_whole and has_tensors and first.bias is None and down.bias is None and _kind_of(first) == _kind_of(up)
+        if any((each.padded_k, each.padded_n) != (each.in_features, each.out_features) for each in (first, down)):
+            return "they are padded"
+        if first.bias is not None or down.bias is not None:
+            return "they have biases"
+        if _kind_of(first) != _kind_of(up) or _place_of(first) != _place_of(down):
+            return "their tensors are not alike"
+        return "" if first.qweight.device.type in ("cpu", "cuda") else "they are on neither a GPU nor the CPU"
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> MarlinExperts:
         """Applies what ``to``, ``half`` and the like do to the single tensors, and moves them together again."""
@@ -233,7 +240,10 @@ def activation_of(experts: Any) -> str | None:
     if not experts.has_gate or getattr(gate, "__module__", "") != "transformers.integrations.moe":
         return None  # the model's code gates in a way of its own
     activation = getattr(experts, "act_fn", None)
-    if isinstance(activation, torch.nn.GELU):
-        return {"none": "gelu", "tanh": "gelu_tanh"}.get(activation.approximate)
+    kind = type(activation)
+    if kind is torch.nn.GELU:
+        return {"none": "gelu", "tanh": "gelu_tanh"}.get(activation.approximate)  # type: ignore[union-attr]
+    if kind.__module__ not in (torch.nn.SiLU.__module__, "transformers.activations"):
+        return None  # another one's of that name may be another function
     names = {"SiLU": "silu", "SiLUActivation": "silu", "GELUActivation": "gelu", "GELUTanh": "gelu_tanh"}
-    return names.get(type(activation).__name__)
+    return names.get(kind.__name__)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,11 @@ from awq2marlin.io.folder import Folder, read_header_of
 from awq2marlin.io.safetensors import TensorIndex
 from awq2marlin.layout.marlin import padded_shapes
 from awq2marlin.layout.modules import ModulePlan, module_name
+
+logger = logging.getLogger(__name__)
+
+#: The parameters of a module of Transformers' experts that are packed.
+_PROJECTIONS = {"gate_up_proj", "up_proj", "down_proj"}
 
 
 def read_headers(paths: Iterable[str]) -> TensorIndex:
@@ -102,11 +109,15 @@ class Skeleton:
         for name, parameter in self._model.named_parameters():
             if parameter.dtype != self._dtypes[name] and not any(pattern.search(name) for pattern in wide):
                 parameter.data = parameter.data.to(self._dtypes[name])
+        apart: set[str] = set()
         for module in self._model.modules():
             if isinstance(module, MarlinLinear):
                 module.requires_grad_(False)
             if isinstance(module, MarlinExperts):
                 module.stack()
+                apart |= {module.reason_apart()} - {""}
+        if apart:
+            logger.warning("experts are computed one after the other, which is slower: %s", "; ".join(sorted(apart)))
 
     def _replace_linear(self, name: str, plan: ModulePlan) -> list[Problem]:
         old = self._model.get_submodule(name)
@@ -152,9 +163,15 @@ class Skeleton:
 
     def _replace_experts(self, name: str, plan: ExpertsPlan) -> list[Problem]:
         old = self._model.get_submodule(name)
+        some = next(member for members in plan.members.values() for member in members.values())
         if not _is_replaceable(old):
-            some = next(member for members in plan.members.values() for member in members.values())
             return [self._unfit(some, f"the experts of {type(old).__name__} are not supported packed")]
+        if besides := _tensors_besides(old):
+            message = (
+                f"the experts of {type(old).__name__} also have {', '.join(besides)}; experts with tensors besides "
+                "their projections, such as an activation that was learned, are not supported packed"
+            )
+            return [self._unfit(some, message)]
         needed = {"up", "down", *(["gate"] if old.has_gate else [])}
         problems = [*_missing_experts(plan, old.num_experts, needed), *self._expert_problems(name, plan)]
         if problems:
@@ -223,6 +240,12 @@ def _missing_experts(plan: ExpertsPlan, num_experts: int, needed: Iterable[str])
         for projection in sorted(plan.roles.get(role, role) for role in needed)
         if projection not in plan.members.get(number, {})
     ]
+
+
+def _tensors_besides(experts: torch.nn.Module) -> list[str]:
+    """Returns the names of an experts module's tensors that are no projections, which nobody would load."""
+    names = {name for name, _ in chain(experts.named_parameters(), experts.named_buffers())}
+    return sorted(names - _PROJECTIONS)
 
 
 def _is_replaceable(experts: Any) -> bool:

@@ -282,7 +282,8 @@ class OwnExperts(VllmMarlinExperts):  # type: ignore[misc]
 def _task_of(layer: Any) -> ExpertsTask:
     """Returns what a model of vLLM asks of its experts."""
     moe, parallel = layer.moe_config, layer.moe_config.moe_parallel_config
-    factors = (getattr(layer, f"swiglu_{name}", None) for name in ("limit", "alpha", "beta"))
+    names = ("limit", "alpha", "beta")  # vLLM's own experts go by the config, its layers say the same
+    factors = (getattr(place, f"swiglu_{name}", None) for place in (layer, moe) for name in names)
     return ExpertsTask(
         activation=moe.activation.value,
         is_gated=moe.is_act_and_mul,

@@ -200,6 +200,14 @@ def test_the_model_s_activation_is_known_by_its_kind(name: str, expected: str | 
         function = known.get(expected, lambda each: torch.nn.functional.gelu(each, approximate="tanh"))
         torch.testing.assert_close(ACT2FN[name](x), function(x))
 
+    if expected:
+
+        class SiLU(torch.nn.Module):  # of that name, and of a model's own code
+            pass
+
+        experts.act_fn = SiLU()
+        assert activation_of(experts) is None
+
     class Gated(type(experts)):  # type: ignore[misc]
         def _apply_gate(self, both: torch.Tensor) -> torch.Tensor:
             return both

@@ -273,6 +273,43 @@ def test_a_whole_module_that_is_missing_is_named(broken: Callable[..., Path], ar
         AutoModelForCausalLM.from_pretrained(folder)
 
 
+def with_activation(source: Path, target: Path, name: str) -> Path:
+    """A copy of a checkpoint whose config names another activation."""
+    shutil.copytree(source, target)
+    config = json.loads((target / "config.json").read_text("utf-8"))
+    (target / "config.json").write_text(json.dumps({**config, "hidden_act": name}))
+    return target
+
+
+@pytest.mark.parametrize(
+    ("activation", "is_apart"), [("gelu_pytorch_tanh", False), ("relu2", True), ("quick_gelu", True)]
+)
+def test_experts_of_other_activations_are_right_and_slow_ones_are_told_once(
+    make_case: MakeCase,
+    prompt: torch.Tensor,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    activation: str,
+    is_apart: bool,
+) -> None:
+    case = make_case("mixtral")
+    folders = (with_activation(getattr(case, kind), tmp_path / kind, activation) for kind in ("awq", "marlin", "dense"))
+    case = Case(*folders)
+    assert_as_exact_as_dense(case, prompt)
+    told = [record.getMessage() for record in caplog.records if "one after" in record.getMessage()]
+    expected = "experts are computed one after the other, which is slower: their activation is neither SiLU nor GELU"
+    assert told == [expected] * is_apart
+
+
+@pytest.mark.parametrize(("activation", "tensor"), [("prelu", "act_fn.weight"), ("xielu", "act_fn.alpha_p")])
+def test_experts_whose_activation_was_learned_are_refused(
+    make_case: MakeCase, tmp_path: Path, activation: str, tensor: str
+) -> None:
+    folder = with_activation(make_case("mixtral").marlin, tmp_path / "other", activation)
+    with pytest.raises(CheckpointError, match=rf"experts\.0\.\w+: the experts of MixtralExperts also have .*{tensor}"):
+        AutoModelForCausalLM.from_pretrained(folder)
+
+
 def test_an_expert_of_another_size_is_refused(make_case: MakeCase, tmp_path: Path) -> None:
     shutil.copytree(make_case("mixtral").marlin, tmp_path / "other")
     path, expert = tmp_path / "other" / "model.safetensors", "model.layers.1.block_sparse_moe.experts.2"

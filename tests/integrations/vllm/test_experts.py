@@ -65,6 +65,7 @@ def test_ours_stand_where_vllm_calls_its_marlin_experts(experts, model, monkeypa
     [
         ({"moe": {"is_lora_enabled": True}}, "takes no LoRA adapters on experts"),
         ({"swiglu_limit": 7.0}, "an activation with limits or factors"),
+        ({"moe": {"swiglu_limit": 7.0}}, "an activation with limits or factors"),
     ],
 )
 def test_vllm_s_experts_serve_what_ours_cannot(experts, model, monkeypatch, caplog, change, said):
