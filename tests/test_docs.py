@@ -208,6 +208,15 @@ def test_documents_are_in_plain_english(path):
     assert not found, f"{_name(path)} has what this dictionary's keys say; its values are better"
 
 
+@pytest.mark.parametrize("path", [path for path in _documents() if path.parent in (ROOT, DOCS)], ids=_name)
+def test_lines_of_documents_but_those_of_tables_fit_120_columns(path):
+    lines = enumerate(path.read_text("utf-8").splitlines(), 1)
+    long = [
+        f"{_name(path)}:{number}" for number, line in lines if len(line) > 120 and not line.lstrip().startswith("|")
+    ]
+    assert not long
+
+
 def _options() -> dict[str, set[str]]:
     """The options of every command, as its ``--help`` shows them."""
     group = typer.main.get_command(app)
