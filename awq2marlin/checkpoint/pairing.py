@@ -82,10 +82,7 @@ def expected_tensors(index: TensorIndex, counterparts: Counterparts) -> dict[str
 
 
 def _same_names(expected: Mapping[str, list[TensorInfo]], converted: Checkpoint) -> None:
-    there, needed = (
-        _places({file: header.tensors for file, header in converted.shards.items()}),
-        _places({file: _named(tensors) for file, tensors in expected.items()}),
-    )
+    needed, there = _files_of_names(expected, converted)
     for name in sorted({*needed, *there}):
         if name not in there:
             raise refuse(
@@ -104,10 +101,7 @@ def _same_names(expected: Mapping[str, list[TensorInfo]], converted: Checkpoint)
 
 
 def _same_files(expected: Mapping[str, list[TensorInfo]], converted: Checkpoint) -> None:
-    there, needed = (
-        _places({file: header.tensors for file, header in converted.shards.items()}),
-        _places({file: _named(tensors) for file, tensors in expected.items()}),
-    )
+    needed, there = _files_of_names(expected, converted)
     for name in sorted(needed):
         if needed[name] != there[name]:
             places = " and ".join(map(printable, needed[name]))
@@ -135,6 +129,14 @@ def _same_shapes(expected: Mapping[str, list[TensorInfo]], converted: Checkpoint
 
 def _named(tensors: Iterable[TensorInfo]) -> list[str]:
     return [tensor.name for tensor in tensors]
+
+
+def _files_of_names(
+    expected: Mapping[str, list[TensorInfo]], converted: Checkpoint
+) -> tuple[dict[str, list[str]], dict[str, list[str]]]:
+    """Returns the files of every tensor: those that need it, and those that have it."""
+    needed = {file: _named(tensors) for file, tensors in expected.items()}
+    return _places(needed), _places({file: header.tensors for file, header in converted.shards.items()})
 
 
 def _places(names: Mapping[str, Iterable[str]]) -> dict[str, list[str]]:

@@ -306,7 +306,7 @@ def hindrance(root: Path, plan: str, owned: Owned) -> tuple[str, ...]:
             else:
                 _refuse_another_plan(root, journal, plan, removable)
     except Awq2MarlinError as error:
-        return (f"without --dry-run this stops: {error}",)
+        return (f"a run would stop: {error}",)
     return ()
 
 

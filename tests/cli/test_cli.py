@@ -483,9 +483,9 @@ def test_a_dry_run_says_what_would_stop_the_run(made: Path, capsys: pytest.Captu
         before = {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()}
         document = read_json(run(capsys, command, *arguments, "--dry-run", "--json")[1], command, 0)
         assert {path: path.read_bytes() for path in Path().rglob("*") if path.is_file()} == before
-        return [line for line in document["warnings"] if "--dry-run" in line]
+        return [line for line in document["warnings"] if "would stop" in line]
 
-    stops = "without --dry-run this stops: "
+    stops = "a run would stop: "
     assert warned("convert", made / "awq", "output") == []
     run(capsys, "convert", made / "awq", "output", "-q")
     finished = "output: the folder holds a finished conversion; use --overwrite to replace it, or choose another folder"
