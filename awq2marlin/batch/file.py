@@ -9,6 +9,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -114,8 +115,9 @@ def check_options(options: Mapping[str, Any], place: str) -> Iterator[str]:
     """
     for name, value in options.items():
         if name not in OPTIONS:
-            known = ", ".join(OPTIONS)
-            yield f"{place}: unknown option {printable(str(name))!r}; the options are {known}"
+            meant = "".join(f"; did you mean {each!r}?" for each in get_close_matches(str(name), OPTIONS, 1))
+            advice = meant or f"; the options are {', '.join(OPTIONS)}"
+            yield f"{place}: unknown option {printable(str(name))!r}{advice}"
             continue
         try:
             OPTIONS[name].check(name, value)
@@ -135,7 +137,8 @@ def _checked(entries: Iterable[Entry], file: str, problems: list[Problem]) -> li
         source = plain.pop("source", None)
         wrong = list(check_options(plain, place))
         if not _TEXT.takes(source):
-            wrong.insert(0, f"{place}: source must be a folder or a repository, found {printable(repr(source))}")
+            found_instead = "nothing" if source is None else printable(repr(source))
+            wrong.insert(0, f"{place}: source must be a folder or a repository, found {found_instead}")
         problems += [_problem(file, each) for each in wrong]
         items.append(BatchItem(place, str(source), plain))
     return items

@@ -32,7 +32,7 @@ BY_NAME = {
     "LocalTokenNotFoundError": ("hub-unauthorized", "log in with 'hf auth login', or set HF_TOKEN"),
     "OfflineModeIsEnabled": (
         "hub-offline",
-        "HF_HUB_OFFLINE is set, and the cache lacks what is needed; unset it",
+        "HF_HUB_OFFLINE is set, but the cache lacks what is needed; unset it",
     ),
     "TimeoutException": ("hub-unreachable", "{host} did not answer in time; {network}"),
     "TransportError": ("hub-unreachable", "the connection to {host} failed; {network}"),
@@ -135,6 +135,8 @@ def hub_url() -> str:
     from huggingface_hub import constants
 
     parts = urlsplit(constants.ENDPOINT)
+    if not parts.hostname:  # it is no address
+        return constants.ENDPOINT.rpartition("@")[2]
     return f"{parts.scheme}://{parts.hostname}" + (f":{parts.port}" if parts.port else "")
 
 
@@ -169,7 +171,7 @@ def _words(error: BaseException, repo_id: str) -> dict[str, str]:
     told = (getattr(error, "server_message", None) or "").strip().partition("\n")[0].rstrip(".")
     wait = response.headers.get("Retry-After", "") if response is not None else ""
     return {
-        "host": hub_url().partition("://")[2],
+        "host": hub_url().rpartition("://")[2],
         "url": f"{hub_url()}/{repo_id}",
         "settings": f"{hub_url()}/settings/tokens",
         "network": _NETWORK,

@@ -440,7 +440,7 @@ def _open_cached(name: HubName, commit: str | None) -> Repository:
                 str(name),
                 "",
                 "hub-offline",
-                "HF_HUB_OFFLINE is set, and the cache does not have this repository or this revision; "
+                "HF_HUB_OFFLINE is set, but the cache does not have this repository or this revision; "
                 "unset it, or download it first where there is a network",
             )
         )

@@ -63,11 +63,11 @@ def test_every_problem_is_told_at_once_in_the_list_s_order(tmp_path):
         *['{"source": "a", "overwrite": "yes"}'] * 5,
     ]
     messages = refusals(tmp_path / "models.jsonl", "\n".join(lines))
-    assert messages[0].startswith("line 1: unknown option 'verfy'; the options are output, unaligned")
+    assert messages[0] == "line 1: unknown option 'verfy'; did you mean 'verify'?"
     assert [message.split(":")[0] for message in messages] == [
         f"line {number}" for number in (1, 2, 3, 4, 5, 5, 5, 5, 7, 8, 9, 10, 11)
     ]
-    assert "source must be a folder or a repository, found None" in messages[2]
+    assert "source must be a folder or a repository, found nothing" in messages[2]
     assert "twice" in messages[3]
     assert {message.split(": ")[1].split(" must be")[0] for message in messages[4:8]} == {
         "source",

@@ -106,6 +106,8 @@ def test_no_connection(hub, monkeypatch):
     assert "HTTPS_PROXY" in problem.message
     monkeypatch.setattr(constants, "ENDPOINT", "http://no-such-host.invalid")
     assert "no-such-host.invalid" in read().message
+    monkeypatch.setattr(constants, "ENDPOINT", "hub.example")  # no address
+    assert "the connection to hub.example failed" in read().message
 
 
 def test_offline(monkeypatch):
@@ -152,3 +154,5 @@ def test_a_token_is_never_repeated(hub, monkeypatch):
     assert without_token("a-token-of-another-form!") == "hf_***!"
     monkeypatch.setattr(constants, "ENDPOINT", "https://me:secret@hub.example:8443/hub")
     assert hub_url() == "https://hub.example:8443"
+    monkeypatch.setattr(constants, "ENDPOINT", "me:secret@hub.example")  # no address
+    assert hub_url() == "hub.example"
