@@ -1,7 +1,7 @@
 """Whether SGLang says the same with a converted checkpoint as with its source: greedy tokens and log-probabilities.
 
     python benchmarks/sglang_tokens.py --out benchmarks/results/sglang_tokens_h100.json [--graphs] [--tp 2]
-        [--only NAME ...]
+        [--only NAME ...] [--keep FOLDER]
 
 The models and the comparison are those of benchmarks/vllm_tokens.py. Each engine has a process of its own. The source
 runs on SGLang's own code for its format, which takes Marlin. Once both are loaded, every tensor of every layer must
@@ -334,6 +334,7 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", choices=MODELS, default=list(MODELS), metavar="NAME")
     parser.add_argument("--side-by-side", type=int, default=4, help="engines that run at the same time")
     parser.add_argument("--graphs", action="store_true", help="with CUDA graphs, not eagerly")
+    parser.add_argument("--keep", type=Path, metavar="FOLDER", help="made for models and for what engines write")
     parser.add_argument("--engine", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--forced", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -346,7 +347,8 @@ def main() -> int:
         def compare_one(name: str, work: Path) -> dict[str, Any]:
             return compare(name, MODELS[name], options.tp, not options.graphs, work, engines)
 
-        return compare_all(MODELS, options.only, options.tp, len(options.only), compare_one, options.out)
+        at_once = len(options.only)
+        return compare_all(MODELS, options.only, options.tp, at_once, compare_one, options.out, options.keep)
 
 
 if __name__ == "__main__":

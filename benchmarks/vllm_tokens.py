@@ -31,6 +31,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -352,6 +353,7 @@ def compare_all(
     at_once: int,
     compare_one: Callable[[str, Path], dict[str, Any]],
     out: Path,
+    keep: Path | None = None,
 ) -> int:
     """Makes, converts and compares models, adds the rows to a file, and returns the exit code.
 
@@ -362,14 +364,16 @@ def compare_all(
         at_once: how many models are compared at the same time.
         compare_one: gets a model's name and its folder, as `prepare` made it, and returns its row.
         out: results, JSON; rows in it are kept, and each new one is written as soon as it is known.
+        keep: the folder to be made for models and for what engines write; a temporary one if not given.
     """
     names = [name for name in names if models[name].heads % ranks == 0]
     document, rows = earlier(out), {}
     preparing, writing = threading.Lock(), threading.Lock()
-    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(max(1, at_once)) as pool:
+    place = nullcontext(keep) if keep else tempfile.TemporaryDirectory()
+    with place as folder, ThreadPoolExecutor(max(1, at_once)) as pool:
 
         def one(name: str) -> None:
-            work = Path(folder) / str(names.index(name))
+            work = Path(folder, str(names.index(name)))
             begin = time.perf_counter()
             try:
                 with preparing:

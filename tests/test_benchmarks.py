@@ -227,7 +227,6 @@ def test_an_engine_of_sglang_that_fails_or_hangs_is_told_with_the_end_of_its_log
 
 def test_rows_of_the_token_comparison_are_written_as_they_come_and_earlier_ones_are_kept(tmp_path, script, monkeypatch):
     tokens = script("vllm_tokens")
-    monkeypatch.setattr(tokens, "prepare", lambda model, work: (7, 0))  # noqa: ARG005 - as the function's
     out, seen = tmp_path / "results" / "tokens.json", []
     out.parent.mkdir()
     out.write_text(json.dumps({"about": "a GPU", "rows": [{"model": "earlier"}]}))
@@ -239,7 +238,9 @@ def test_rows_of_the_token_comparison_are_written_as_they_come_and_earlier_ones_
         return {"model": name, "ok": True}
 
     names = ["llama, g 128", "llama, g -1", "llama, 8 bits"]
-    assert tokens.compare_all(tokens.MODELS, names, 1, 1, compare, out) == 1
+    monkeypatch.setattr(tokens, "prepare", lambda model, work: (work.mkdir(parents=True), (7, 0))[1])  # noqa: ARG005
+    assert tokens.compare_all(tokens.MODELS, names, 1, 1, compare, out, tmp_path / "kept") == 1
+    assert sorted(each.name for each in (tmp_path / "kept").iterdir()) == ["0", "1", "2"]
     assert seen == [["earlier"], ["earlier", *names[:1]], ["earlier", *names[:2]]]
     document = json.loads(out.read_text())
     assert (document["about"], [row.get("error") for row in document["rows"]]) == (
@@ -292,6 +293,50 @@ def test_a_digest_tells_tensors_apart_by_their_bits(script):
     layer.factor += 1e-7
     second = digests(layer)
     assert [name for name in first if first[name] != second[name]] == ["factor"]
+
+
+@pytest.fixture
+def mixtral(tmp_path, script):
+    """A small Mixtral in AWQ, and the script that computes it in float64."""
+    make = script("random_models")
+    make.write_model(tmp_path / "source", make.Model(128, 64, 2, 4, 2, 64, group_size=32, experts=4))
+    ties = script("router_ties")
+    return ties, ties.Mixtral(tmp_path / "source")
+
+
+def test_a_mixtral_in_float64_says_what_transformers_does(tmp_path, script, mixtral):
+    import torch
+
+    transformers = pytest.importorskip("transformers")
+    ties, model = mixtral
+    script("dense_models").dequantize(tmp_path / "source", tmp_path / "dense", torch.float32)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=torch.float32)
+    text = torch.randint(3, 64, (19,), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = theirs(text[None]).logits[0].log_softmax(-1)
+    found, margins = model.logprobs(text.tolist())
+    assert (found - expected).abs().max() < 1e-4
+    assert margins.shape == (2, 19)
+    swapped, _ = model.logprobs(text.tolist(), ties.Tie(1, 7))
+    moved = (swapped - found).abs().amax(-1) > 1e-6
+    assert moved.nonzero().flatten().tolist() == [7]  # of the last layer's tokens no other sees it
+
+
+def test_an_engine_that_decided_a_tie_the_other_way_is_near_to_float64_with_that_tie_swapped(mixtral):
+    ties, model = mixtral
+    prompt, tokens = [5, 9, 33, 12], [7, 20, 41]
+    _, margins = model.logprobs([*prompt, *tokens[:-1]])
+    nearest = ties.Tie(*divmod(int(margins.argmin()), margins.shape[1]))
+    said = {
+        name: [model.logprobs([*prompt, *tokens[:-1]], tie)[0][3 + at, token].item() for at, token in enumerate(tokens)]
+        for name, tie in {"as the router": None, "the other way": nearest}.items()
+    }
+    found = ties.look_at(model, prompt, tokens, said)
+    first = found["ties"][0]
+    assert (first["layer"], first["token"]) == nearest
+    assert (found["apart"]["as the router"], first["apart_if_swapped"]["the other way"]) == (0, 0)
+    assert found["apart"]["the other way"] == first["apart_if_swapped"]["as the router"] == first["moves_logprobs_by"]
+    assert first["moves_logprobs_by"] > 0.01
 
 
 def test_a_variant_must_give_the_same_bits_and_an_adapter_must_do_something(script):
