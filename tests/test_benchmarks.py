@@ -362,6 +362,73 @@ def test_a_variant_must_give_the_same_bits_and_an_adapter_must_do_something(scri
     assert compare("cpu offload", {"error": "no memory"}, plain, {})["error"] == "no memory"
 
 
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory):
+    """The folder of a dequantized Qwen3-MoE, and what it is."""
+    import torch
+
+    folder = tmp_path_factory.mktemp("mixture")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(FOLDER)
+        models = importlib.import_module("random_models")
+        model = models.Model(64, 32, 2, 4, 2, 128, experts=8, top_k=4, head_size=16, group_size=32)
+        models.write_model(folder / "source", model)
+        importlib.import_module("dense_models").dequantize(folder / "source", folder / "dense", torch.float32)
+    return folder / "dense", model
+
+
+def test_the_mixture_in_float64_is_that_of_transformers(script, mixture):
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    exact = script("near_ties").Exact(*mixture)
+    tokens = torch.randint(3, 128, (40,), generator=torch.Generator().manual_seed(1))
+    theirs = AutoModelForCausalLM.from_pretrained(
+        mixture[0], dtype=torch.float64, experts_implementation="eager", attn_implementation="eager"
+    )
+    with torch.no_grad():
+        expected = theirs(tokens[None]).logits[0].log_softmax(-1)
+    found, margins = exact(tokens.tolist())
+    assert (found - expected).abs().max() < 1e-5  # the angles of Transformers are fp32
+    assert margins.shape == (2, 40)
+
+
+@pytest.mark.parametrize("other", ["own", "marlin"])
+def test_the_near_tie_that_a_kernel_decided_otherwise_is_found(script, mixture, monkeypatch, other):
+    import torch
+
+    near_ties = script("near_ties")
+    exact = near_ties.Exact(*mixture)
+    text = torch.randint(3, 128, (20,), generator=torch.Generator().manual_seed(2)).tolist()
+    prompt, tokens = text[:12], text[12:]
+
+    def said(logprobs):
+        return {"tokens": tokens, "logprobs": [logprobs[12 + n - 1, token].item() for n, token in enumerate(tokens)]}
+
+    logprobs, margins = exact(text)
+    layer, position = 0, margins[0, :12].argmin().item()
+    turned, _ = exact(text, (layer, position))
+    assert torch.equal(turned[:position], logprobs[:position])
+    monkeypatch.setattr(near_ties, "NEAR", 10.0)  # every choice is tried
+    monkeypatch.setattr(near_ties, "APART", 0.01)
+    kernels = {"own": said(logprobs), "marlin": said(logprobs), other: said(turned)}
+    rows = near_ties.compare(exact, prompt, **kernels)
+    far = [row for row in rows if "turned" in row]
+    assert len(far) >= 2
+    for row in far:
+        assert row["other"] == other
+        place = 12 + row["token"] - 1
+        assert row["turned"] == {
+            "margin": margins[layer, position].item(), "layer": layer, "tokens_before": place - position,
+            "logprob": row[other],
+        }  # fmt: skip
+    found = near_ties.summary(rows)
+    assert (found["tokens"], found["apart"], found["without_a_near_tie"]) == (8, len(far), 0)
+    assert found["apart_from_float64_turned"] == 0.0
+    monkeypatch.setattr(near_ties, "NEAR", 0.0)  # no choice is near
+    assert near_ties.summary(near_ties.compare(exact, prompt, **kernels))["without_a_near_tie"] == len(far)
+
+
 def test_the_serving_table_has_a_column_for_every_engine_that_ran(script):
     serving = script("serving")
     first = [[7, -0.25, 8, -1.0], [4, -0.5, 3, -0.625]]
