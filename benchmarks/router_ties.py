@@ -1,13 +1,13 @@
-"""Whether a router's near-tie explains how far answers of a small Mixtral are apart.
+"""Whether a router's near-tie explains how far answers of a small Mixtral or Qwen3-MoE are apart.
 
     python benchmarks/sglang_tokens.py --only "mixtral, g 128" --keep FOLDER --out tokens.json
-    python benchmarks/router_ties.py FOLDER/0/source FOLDER/0/{ours,theirs,own}*.json --out ties.json
+    python benchmarks/router_ties.py FOLDER/0/source FOLDER/0/{ours,theirs,own}*.json --out ties.json [--nearest 40]
 
-Each token of a Mixtral goes through two of its experts. Where the router's second and third choice are nearly as good
-as each other, rounding decides, and answers then differ by much more than rounding. For every text that an engine gave,
-this computes the log-probabilities of its tokens in float64, from the dequantized source: once as the router decides,
-and once for each of its nearest ties, with that one decided the other way. An engine whose log-probabilities are far
-from the first and near to one of the others has decided that tie the other way.
+Each token goes through a few experts. Where the router's last choice and the next one are nearly as good as each other,
+rounding decides, and answers then differ by much more than rounding. For every text that an engine gave, this computes
+the log-probabilities of its tokens in float64, from the dequantized source: once as the router decides, and once for
+each of its nearest ties, with that one decided the other way. An engine whose log-probabilities are far from the first
+and near to one of the others has decided that tie the other way. Models are those of the comparison of tokens.
 """
 
 from __future__ import annotations
@@ -29,12 +29,9 @@ from dense_models import dequantize
 from record import origin, save
 from vllm_tokens import draw_prompts
 
-#: How many of a text's nearest ties are looked at.
-NEAREST = 4
-
 
 class Tie(NamedTuple):
-    """A choice of two experts for a token.
+    """The last choice of experts for a token.
 
     Attributes:
         layer: where.
@@ -45,8 +42,8 @@ class Tie(NamedTuple):
     token: int
 
 
-class Mixtral:
-    """A Mixtral in float64: its arithmetic, and nothing that makes it fast."""
+class Mixture:
+    """A Mixtral or Qwen3-MoE in float64: its arithmetic, and nothing that makes it fast."""
 
     def __init__(self, source: Path) -> None:
         """Reads an AWQ checkpoint."""
@@ -56,16 +53,20 @@ class Mixtral:
             dequantize(source, Path(folder) / "dense", torch.float32)
             weights = load_file(Path(folder) / "dense" / "model.safetensors")
         self._weights = {name: weight.to(self.device, torch.float64) for name, weight in weights.items()}
+        if self.config["model_type"] == "mixtral":
+            self._block, self._parts = "block_sparse_moe", ("w1", "w3", "w2")
+        else:
+            self._block, self._parts = "mlp", ("gate_proj", "up_proj", "down_proj")
 
     def logprobs(self, tokens: list[int], swapped: Tie | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns log-probabilities of the tokens that follow, and how near the router's ties are.
 
         Args:
             tokens: a text.
-            swapped: where the router's second and third choice change places.
+            swapped: where the router's last choice gives way to the next one.
 
         Returns:
-            float64 ``[tokens, vocabulary]``, and the second choice's logit less the third's, ``[layers, tokens]``.
+            float64 ``[tokens, vocabulary]``, and the last choice's logit less the next one's, ``[layers, tokens]``.
         """
         x = self._weights["model.embed_tokens.weight"][torch.tensor(tokens, device=self.device)]
         margins = []
@@ -74,7 +75,7 @@ class Mixtral:
             x = x + self._attention(f"{layer}.self_attn", self._norm(x, f"{layer}.input_layernorm"))
             here = swapped.token if swapped and swapped.layer == number else None
             normed = self._norm(x, f"{layer}.post_attention_layernorm")
-            added, margin = self._experts(f"{layer}.block_sparse_moe", normed, here)
+            added, margin = self._experts(f"{layer}.{self._block}", normed, here)
             x = x + added
             margins.append(margin)
         logits = self._linear("lm_head", self._norm(x, "model.norm"))
@@ -95,6 +96,8 @@ class Mixtral:
         query, key, value = (
             self._linear(f"{name}.{part}_proj", x).unflatten(-1, (-1, size)).transpose(0, 1) for part in "qkv"
         )
+        if f"{name}.q_norm.weight" in self._weights:
+            query, key = self._norm(query, f"{name}.q_norm"), self._norm(key, f"{name}.k_norm")
         query, key = self._rotated(query), self._rotated(key)
         key, value = key.repeat_interleave(repeats, 0), value.repeat_interleave(repeats, 0)
         scores = query @ key.transpose(1, 2) / size**0.5
@@ -112,20 +115,24 @@ class Mixtral:
 
     def _experts(self, name: str, x: torch.Tensor, swapped: int | None) -> tuple[torch.Tensor, torch.Tensor]:
         logits = self._linear(f"{name}.gate", x)
-        best, order = logits.topk(3)
-        chosen = order[:, :2].clone()
+        count = self.config["num_experts_per_tok"]
+        best, order = logits.topk(count + 1)
+        chosen = order[:, :count].clone()
         if swapped is not None:
-            chosen[swapped, 1] = order[swapped, 2]
+            chosen[swapped, -1] = order[swapped, -1]
         shares = logits.gather(1, chosen).softmax(-1)
         total = torch.zeros_like(x)
-        for expert in range(self.config["num_local_experts"]):
-            gate, up = (self._linear(f"{name}.experts.{expert}.{part}", x) for part in ("w1", "w3"))
-            out = self._linear(f"{name}.experts.{expert}.w2", torch.nn.functional.silu(gate) * up)
-            total += out * (shares * (chosen == expert)).sum(-1, keepdim=True)
-        return total, best[:, 1] - best[:, 2]
+        for expert in chosen.flatten().bincount().nonzero().flatten().tolist():
+            rows, which = (chosen == expert).nonzero(as_tuple=True)
+            gate, up, down = (f"{name}.experts.{expert}.{part}" for part in self._parts)
+            inner = torch.nn.functional.silu(self._linear(gate, x[rows])) * self._linear(up, x[rows])
+            total[rows] += self._linear(down, inner) * shares[rows, which, None]
+        return total, best[:, -2] - best[:, -1]
 
 
-def look_at(model: Mixtral, prompt: list[int], tokens: list[int], said: dict[str, list[float]]) -> dict[str, Any]:
+def look_at(
+    model: Mixture, prompt: list[int], tokens: list[int], said: dict[str, list[float]], nearest: int
+) -> dict[str, Any]:
     """Returns how far engines are from float64, and from float64 with a tie decided the other way.
 
     Args:
@@ -133,6 +140,7 @@ def look_at(model: Mixtral, prompt: list[int], tokens: list[int], said: dict[str
         prompt: what it was asked.
         tokens: what it said.
         said: the log-probabilities of these tokens, by the engine's name.
+        nearest: how many of the text's nearest ties are looked at.
     """
     text, first = [*prompt, *tokens][:-1], len(prompt) - 1
     at = torch.arange(first, len(text), device=model.device), torch.tensor(tokens, device=model.device)
@@ -143,7 +151,7 @@ def look_at(model: Mixtral, prompt: list[int], tokens: list[int], said: dict[str
 
     everything, margins = model.logprobs(text)
     exact, ties = everything[at], []
-    for place in margins.flatten().argsort()[:NEAREST].tolist():
+    for place in margins.flatten().argsort()[:nearest].tolist():
         tie = Tie(*divmod(place, margins.shape[1]))
         other = model.logprobs(text, tie)[0][at]
         ties.append(
@@ -162,9 +170,10 @@ def main() -> int:
     parser.add_argument("source", type=Path, help="the AWQ checkpoint")
     parser.add_argument("engines", type=Path, nargs="+", help="what engines said of it, as sglang_tokens.py keeps it")
     parser.add_argument("--out", type=Path, help="results, JSON")
+    parser.add_argument("--nearest", type=int, default=4, help="how many of a text's nearest ties are looked at (4)")
     options = parser.parse_args()
 
-    model = Mixtral(options.source)
+    model = Mixture(options.source)
     together, short = draw_prompts(model.config["vocab_size"])
     said = {str(path): json.loads(path.read_text("utf-8")) for path in options.engines}
     rows = []
@@ -174,7 +183,9 @@ def main() -> int:
             for name, document in said.items():
                 texts[tuple(document[key][number]["tokens"])][name] = document[key][number]["logprobs"]
             for tokens, values in texts.items():
-                rows.append({"way": way, "prompt": number, **look_at(model, prompt, list(tokens), values)})
+                rows.append(
+                    {"way": way, "prompt": number, **look_at(model, prompt, list(tokens), values, options.nearest)}
+                )
     save(options.out, {**origin(), "rows": rows})
     pairs = [(each, name) for each in rows for name in each["apart"]]
     nearest = [min(row["apart"][name], *(tie["apart_if_swapped"][name] for tie in row["ties"])) for row, name in pairs]

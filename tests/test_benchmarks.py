@@ -295,20 +295,21 @@ def test_a_digest_tells_tensors_apart_by_their_bits(script):
     assert [name for name in first if first[name] != second[name]] == ["factor"]
 
 
-@pytest.fixture
-def mixtral(tmp_path, script):
-    """A small Mixtral in AWQ, and the script that computes it in float64."""
+@pytest.fixture(params=["mixtral", "qwen3_moe"])
+def mixture(tmp_path, script, request):
+    """A small mixture of experts in AWQ, and the script that computes it in float64."""
     make = script("random_models")
-    make.write_model(tmp_path / "source", make.Model(128, 64, 2, 4, 2, 64, group_size=32, experts=4))
+    more = {"mixtral": {"experts": 4}, "qwen3_moe": {"experts": 8, "top_k": 4, "head_size": 16}}[request.param]
+    make.write_model(tmp_path / "source", make.Model(128, 64, 2, 4, 2, 64, group_size=32, **more))
     ties = script("router_ties")
-    return ties, ties.Mixtral(tmp_path / "source")
+    return ties, ties.Mixture(tmp_path / "source")
 
 
-def test_a_mixtral_in_float64_says_what_transformers_does(tmp_path, script, mixtral):
+def test_a_mixture_in_float64_says_what_transformers_does(tmp_path, script, mixture):
     import torch
 
     transformers = pytest.importorskip("transformers")
-    ties, model = mixtral
+    ties, model = mixture
     script("dense_models").dequantize(tmp_path / "source", tmp_path / "dense", torch.float32)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "dense", dtype=torch.float32)
     text = torch.randint(3, 64, (19,), generator=torch.Generator().manual_seed(1))
@@ -322,8 +323,8 @@ def test_a_mixtral_in_float64_says_what_transformers_does(tmp_path, script, mixt
     assert moved.nonzero().flatten().tolist() == [7]  # of the last layer's tokens no other sees it
 
 
-def test_an_engine_that_decided_a_tie_the_other_way_is_near_to_float64_with_that_tie_swapped(mixtral):
-    ties, model = mixtral
+def test_an_engine_that_decided_a_tie_the_other_way_is_near_to_float64_with_that_tie_swapped(mixture):
+    ties, model = mixture
     prompt, tokens = [5, 9, 33, 12], [7, 20, 41]
     _, margins = model.logprobs([*prompt, *tokens[:-1]])
     nearest = ties.Tie(*divmod(int(margins.argmin()), margins.shape[1]))
@@ -331,7 +332,7 @@ def test_an_engine_that_decided_a_tie_the_other_way_is_near_to_float64_with_that
         name: [model.logprobs([*prompt, *tokens[:-1]], tie)[0][3 + at, token].item() for at, token in enumerate(tokens)]
         for name, tie in {"as the router": None, "the other way": nearest}.items()
     }
-    found = ties.look_at(model, prompt, tokens, said)
+    found = ties.look_at(model, prompt, tokens, said, 4)
     first = found["ties"][0]
     assert (first["layer"], first["token"]) == nearest
     assert (found["apart"]["as the router"], first["apart_if_swapped"]["the other way"]) == (0, 0)
@@ -360,73 +361,6 @@ def test_a_variant_must_give_the_same_bits_and_an_adapter_must_do_something(scri
     assert not compare("lora, dequantized", far, plain, other)["ok"]
     assert not compare("lora, dequantized", far, plain, other, experts=True)["ok"]  # one of two is too many
     assert compare("cpu offload", {"error": "no memory"}, plain, {})["error"] == "no memory"
-
-
-@pytest.fixture(scope="module")
-def mixture(tmp_path_factory):
-    """The folder of a dequantized Qwen3-MoE, and what it is."""
-    import torch
-
-    folder = tmp_path_factory.mktemp("mixture")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(FOLDER)
-        models = importlib.import_module("random_models")
-        model = models.Model(64, 32, 2, 4, 2, 128, experts=8, top_k=4, head_size=16, group_size=32)
-        models.write_model(folder / "source", model)
-        importlib.import_module("dense_models").dequantize(folder / "source", folder / "dense", torch.float32)
-    return folder / "dense", model
-
-
-def test_the_mixture_in_float64_is_that_of_transformers(script, mixture):
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    exact = script("near_ties").Exact(*mixture)
-    tokens = torch.randint(3, 128, (40,), generator=torch.Generator().manual_seed(1))
-    theirs = AutoModelForCausalLM.from_pretrained(
-        mixture[0], dtype=torch.float64, experts_implementation="eager", attn_implementation="eager"
-    )
-    with torch.no_grad():
-        expected = theirs(tokens[None]).logits[0].log_softmax(-1)
-    found, margins = exact(tokens.tolist())
-    assert (found - expected).abs().max() < 1e-5  # the angles of Transformers are fp32
-    assert margins.shape == (2, 40)
-
-
-@pytest.mark.parametrize("other", ["own", "marlin"])
-def test_the_near_tie_that_a_kernel_decided_otherwise_is_found(script, mixture, monkeypatch, other):
-    import torch
-
-    near_ties = script("near_ties")
-    exact = near_ties.Exact(*mixture)
-    text = torch.randint(3, 128, (20,), generator=torch.Generator().manual_seed(2)).tolist()
-    prompt, tokens = text[:12], text[12:]
-
-    def said(logprobs):
-        return {"tokens": tokens, "logprobs": [logprobs[12 + n - 1, token].item() for n, token in enumerate(tokens)]}
-
-    logprobs, margins = exact(text)
-    layer, position = 0, margins[0, :12].argmin().item()
-    turned, _ = exact(text, (layer, position))
-    assert torch.equal(turned[:position], logprobs[:position])
-    monkeypatch.setattr(near_ties, "NEAR", 10.0)  # every choice is tried
-    monkeypatch.setattr(near_ties, "APART", 0.01)
-    kernels = {"own": said(logprobs), "marlin": said(logprobs), other: said(turned)}
-    rows = near_ties.compare(exact, prompt, **kernels)
-    far = [row for row in rows if "turned" in row]
-    assert len(far) >= 2
-    for row in far:
-        assert row["other"] == other
-        place = 12 + row["token"] - 1
-        assert row["turned"] == {
-            "margin": margins[layer, position].item(), "layer": layer, "tokens_before": place - position,
-            "logprob": row[other],
-        }  # fmt: skip
-    found = near_ties.summary(rows)
-    assert (found["tokens"], found["apart"], found["without_a_near_tie"]) == (8, len(far), 0)
-    assert found["apart_from_float64_turned"] == 0.0
-    monkeypatch.setattr(near_ties, "NEAR", 0.0)  # no choice is near
-    assert near_ties.summary(near_ties.compare(exact, prompt, **kernels))["without_a_near_tie"] == len(far)
 
 
 def test_the_serving_table_has_a_column_for_every_engine_that_ran(script):
