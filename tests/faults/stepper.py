@@ -8,6 +8,7 @@ signal. A step is a system call that changes the folder; the disturbance comes j
 """
 
 import errno
+import gc
 import json
 import os
 import signal
@@ -111,4 +112,5 @@ if __name__ == "__main__":
     for arguments in (["convert", warm / "source", warm / "out", "-q"], ["revert", warm / "out", warm / "back", "-q"]):
         if main([str(each) for each in arguments]) != 0:
             sys.exit("the warm-up failed")
+    gc.freeze()  # a child that looks for cycles would copy every page that it looks at: half of its time
     serve()

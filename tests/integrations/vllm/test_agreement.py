@@ -3,8 +3,8 @@
 import pytest
 
 from awq2marlin import inspect
+from awq2marlin.arguments import one_of
 from awq2marlin.errors import CheckpointError
-from awq2marlin.formats.serving import choice
 from tests.integrations.serving.mixtures import layer_of, make_model
 
 #: Group size, hidden size, heads, key and value heads, size of a head, inner size: aligned, padded, cut within
@@ -51,7 +51,7 @@ def test_ranks_that_are_offered_load_and_others_do_not(harness, tmp_path, shape,
     assert list(offered) == [ranks for ranks in range(1, heads + 1) if is_served(ranks)]
     card = (model.folder / "README.md").read_text("utf-8")
     several = [ranks for ranks in offered if ranks > 1]
-    assert (f"Over several GPUs: --tensor-parallel-size {choice(several)}." in card) == bool(several)
+    assert (f"Over several GPUs: --tensor-parallel-size {one_of(several)}." in card) == bool(several)
     assert ("It cannot be split over several GPUs" in card) == (offered == (1,))
     assert ("vLLM cannot serve this checkpoint" in card) == (not offered)
 
