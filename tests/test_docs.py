@@ -123,7 +123,7 @@ def test_the_benchmarks_name_every_result_and_its_commit():
     text = (DOCS / "benchmarks.md").read_text("utf-8")
     stored = {path.name for path in (ROOT / "benchmarks" / "results").iterdir()}
     assert stored == set(re.findall(r"\(\.\./benchmarks/results/([^)]+)\)", text))
-    told = text + "".join(path.read_text("utf-8") for path in (DOCS / "vllm.md", DOCS / "transformers.md"))
+    told = text + "".join((DOCS / f"{name}.md").read_text("utf-8") for name in ("vllm", "sglang", "transformers"))
     told += (ROOT / "kernels" / "README.md").read_text("utf-8")
     for name in sorted(stored):
         commits = re.findall(r'"commit": "([0-9a-f]{7,})', (ROOT / "benchmarks" / "results" / name).read_text("utf-8"))

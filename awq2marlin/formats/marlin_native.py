@@ -27,7 +27,7 @@ from awq2marlin.layout.scheme import Scheme
 MARLIN_QUANT_METHOD = "marlin_native"
 FORMAT_VERSION = 1
 
-_SGLANG_CAVEAT = "So far, the plugin has run on a GPU with one model only"
+_SGLANG_CAVEAT = "So far, the plugin ran on one H100, with small models"
 
 
 class MarlinNative(MarlinTensors):
