@@ -178,18 +178,18 @@ def main() -> int:
     said = {str(path): json.loads(path.read_text("utf-8")) for path in options.engines}
     rows = []
     for way, prompts, key in (("together", together, "rows"), ("alone", short + together, "alone")):
-        for number, prompt in enumerate(prompts):
+        count = min(len(document[key]) for document in said.values())  # in vLLM only short ones go in alone
+        for number, prompt in enumerate(prompts[:count]):
             texts: dict[tuple[int, ...], dict[str, list[float]]] = defaultdict(dict)
             for name, document in said.items():
                 texts[tuple(document[key][number]["tokens"])][name] = document[key][number]["logprobs"]
             for tokens, values in texts.items():
-                rows.append(
-                    {"way": way, "prompt": number, **look_at(model, prompt, list(tokens), values, options.nearest)}
-                )
+                found = look_at(model, prompt, list(tokens), values, options.nearest)
+                rows.append({"way": way, "prompt": number, **found})
     save(options.out, {**origin(), "rows": rows})
     pairs = [(each, name) for each in rows for name in each["apart"]]
     nearest = [min(row["apart"][name], *(tie["apart_if_swapped"][name] for tie in row["ties"])) for row, name in pairs]
-    print(f"{len(pairs)} texts of {len(said)} engines in {len(prompts) + len(together)} prompts: from float64 at most")
+    print(f"{len(pairs)} texts of {len(said)} engines: from float64 at most")
     print(f"{max(row['apart'][name] for row, name in pairs)} apart, with one tie decided either way {max(nearest)}")
     return 0
 

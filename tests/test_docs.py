@@ -143,13 +143,16 @@ def test_the_figures_of_the_readme_are_those_of_the_stored_results():
         assert words.format(rates[0] / rates[1]) in text
     prefill = converted["prefill_ms"]["median"] / source["prefill_ms"]["median"]
     assert f"Prefill takes {prefill:.2f} times as long" in text
-    h100 = [_rows("serving_h100.json")[number]["engines"] for number in (0, 1)]
-    dense, experts = (
+    h100 = [row["engines"] for row in _rows("serving_h100.json")]
+    dense, experts, earlier = (
         [one["converted"]["decode_tokens_per_s"][b]["median"] / one["source"]["decode_tokens_per_s"][b]["median"]
          for b in ("1", "8", "32", "64")]
-        for one in h100
+        for one in h100[:3]
     )  # fmt: skip
-    assert f"on an H100 {dense[0]:.2f} and {dense[3]:.2f} times" in text
+    before = f"({earlier[0]:.2f} and {earlier[3]:.2f} in an earlier run)"
+    assert f"on an H100 {dense[0]:.2f} and {dense[3]:.2f} times {before}" in text
+    prefill = h100[0]["converted"]["prefill_ms"]["median"] / h100[0]["source"]["prefill_ms"]["median"]
+    assert f"on the H200, {prefill:.2f} times on the H100" in text
     assert f"{experts[0]:.2f} times as many at batch 1, and {min(experts[1:]):.2f} to {max(experts[1:]):.2f}" in text
     saved = source["load_allocated_peak_mib"] - converted["load_allocated_peak_mib"]
     assert f"{saved / 1024:.0f} GiB less GPU memory" in text
