@@ -560,7 +560,7 @@ def test_the_client_s_progress_bars_are_as_they_were(marlin):
 
 
 def test_an_interrupted_command_says_that_it_resumes(hub, marlin):
-    hub.misbehave("/lfs/upload/*", bytes_per_second=100_000, times=None)
+    hub.misbehave("/lfs/upload/*", bytes_per_second=300_000, times=None)
     process = subprocess.Popen(
         [sys.executable, "-m", "awq2marlin", "push", str(marlin), "org/new"],
         stdout=subprocess.PIPE,

@@ -24,7 +24,7 @@ def test_fewer_than_one_worker_is_refused():
 def test_idle_threads_help_in_their_own_run_only(tmp_path):
     """A short call returns when it is done, though a long one is under way in the same process."""
     source = tmp_path / "source"
-    source.write_bytes(bytes(range(256)) * (64 << 12))  # 64 pieces
+    source.write_bytes(bytes(range(256)) * (32 << 12))  # 16 pieces
 
     def slow(task, report):
         def tell(count):
