@@ -8,6 +8,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from awq2marlin.arguments import one_of
 from awq2marlin.errors import Problem, UnavailableError, refuse
 from awq2marlin.gemm.check import GemmCheck, GemmRun
 from awq2marlin.installing import how_to_install
@@ -56,9 +57,9 @@ def check_picture(file: Path) -> None:
     check_matplotlib("--plot")
     from matplotlib.figure import Figure
 
-    endings = [f".{ending}" for ending in sorted(Figure().canvas.get_supported_filetypes())]
+    endings = {f".{ending}" for ending in Figure().canvas.get_supported_filetypes()}
     if file.suffix.lower() not in endings:
-        message = f"a picture's name must end in .png, or another of {', '.join(endings)}"
+        message = f"a picture's name must end in .png, or in {one_of(sorted(endings - {'.png'}))}"
         raise refuse("unknown-picture", message, file=str(file))
     file.parent.stat()
 
