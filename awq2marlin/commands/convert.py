@@ -60,7 +60,8 @@ class ConvertResult:
         shards: bytes of every output shard, by name.
         files: bytes of every side file carried over, by name.
         left_behind: files of the source that are not carried over, with the reason.
-        warnings: what is to know of the source, and which files are left behind.
+        warnings: what is to know of the source, and which files are left behind; with ``dry_run`` also what would stop
+            a run.
         source_bytes: bytes of the source's shards.
         output_bytes: bytes of the output's shards.
         resumed: shards that an earlier run had finished.

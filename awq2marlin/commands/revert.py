@@ -62,7 +62,7 @@ class RevertResult:
             converted checkpoint, so that the tensors are those of the original but the files are not.
         dry_run: whether nothing was written.
         resumed: shards that an earlier run had restored.
-        lacks: what the output's file system cannot do, and what that means; with ``dry_run``, why the run would stop.
+        lacks: what the output's file system cannot do, and what that means; with ``dry_run``, what would stop a run.
     """
 
     source: Path | str
