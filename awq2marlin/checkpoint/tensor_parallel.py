@@ -256,12 +256,6 @@ class _Kind(NamedTuple):
         if self.name == _SGLANG_READS_ITSELF and not (bits == 4 and self.has_zero_points):
             found = f"in {bits} bits" if bits != 4 else "without zero points"
             return f"{self.name} {found}; its models read that module themselves, as 4 bits with zero points only"
-        if is_output_embedding(self.name) and self.size_n % _VOCABULARY:
-            padded = -self.size_n % _VOCABULARY + self.size_n
-            return (
-                f"a quantized output embedding of {self.size_n} entries; it would pad the vocabulary to {padded}, "
-                "which it can only if that is not quantized"
-            )
         return self.narrow_experts(_SGLANG_TILE_N)
 
     def obstacle(self, ranks: int, bits: int, group_size: int, heads: Heads) -> str | None:

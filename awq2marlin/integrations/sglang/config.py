@@ -183,7 +183,7 @@ class MarlinNativeConfig(ServingConfig, QuantizationConfig):  # type: ignore[mis
         if isinstance(layer, LinearBase):
             return self._linear_method(prefix)
         if isinstance(layer, ParallelLMHead):
-            return self._head_method(layer, prefix)
+            return self._head_method(prefix)
         return None
 
     @cached_property
@@ -234,18 +234,12 @@ class MarlinNativeConfig(ServingConfig, QuantizationConfig):  # type: ignore[mis
             return UnquantizedLinearMethod()
         return MarlinNativeLinearMethod(self, prefix, self.parts(prefix))
 
-    def _head_method(self, layer: Any, prefix: str) -> QuantizeMethodBase | None:
-        from awq2marlin.integrations.sglang.linear import MarlinNativeLinearMethod
+    def _head_method(self, prefix: str) -> QuantizeMethodBase | None:
+        from awq2marlin.integrations.sglang.linear import OutputEmbeddingMethod
 
         if self.names.find(prefix) is None or self.layout(prefix) != "awq":
             return None
-        if layer.num_embeddings_padded != layer.org_vocab_size:
-            message = (
-                f"the vocabulary has {layer.org_vocab_size} entries, which SGLang pads to "
-                f"{layer.num_embeddings_padded}; it can pad an output embedding only if that is not quantized"
-            )
-            raise refuse("unsupported-engine", message, tensor=prefix)
-        return MarlinNativeLinearMethod(self, prefix, self.parts(prefix))
+        return OutputEmbeddingMethod(self, prefix, self.parts(prefix))
 
     def _experts_method(self, layer: Any, prefix: str) -> QuantizeMethodBase | None:
         SGLANG.require(EXPERTS, sglang.__version__)

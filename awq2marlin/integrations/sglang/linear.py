@@ -13,6 +13,7 @@ from awq2marlin.errors import refuse
 from awq2marlin.integrations.serving.kernels import LinearKernel
 from awq2marlin.integrations.serving.linear import MarlinLinear
 from awq2marlin.integrations.serving.record import LoadRecord
+from awq2marlin.integrations.serving.vocabulary import PaddedVocabulary
 from awq2marlin.integrations.sglang.kernels import RECUT_NOTE, kernel_of
 
 #: Last name component of a module whose weight SGLang's models multiply themselves: they read it between loading and
@@ -90,6 +91,10 @@ class MarlinNativeLinearMethod(MarlinLinear, LinearMethodBase):  # type: ignore[
 
     def _refuse(self, message: str) -> NoReturn:
         raise refuse("unsupported-engine", message, tensor=self.prefix)
+
+
+class OutputEmbeddingMethod(PaddedVocabulary, MarlinNativeLinearMethod):
+    """The same of a quantized output embedding."""
 
 
 # Its parameters cut and join themselves.

@@ -26,6 +26,8 @@ ALWAYS = (
     Need(f"{_LAYERS}.quantization.unquant", "UnquantizedLinearMethod"),
     Need(f"{_LAYERS}.quantization.utils", "get_scalar_types"),
     Need(f"{_LAYERS}.vocab_parallel_embedding", "ParallelLMHead"),
+    Need(f"{_LAYERS}.vocab_parallel_embedding", "VocabParallelEmbeddingShardIndices", (),
+         ("org_vocab_start_index", "org_vocab_end_index")),
     Need(_LAYERS, "parameter"),
     *needed_parameters(f"{_LAYERS}.parameter"),
     Need(f"{_LAYERS}.quantization.marlin_utils", "marlin_make_workspace", ("device",)),

@@ -11,6 +11,7 @@ from sglang.srt.configs.load_config import LoadConfig
 from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.layers.moe.fused_moe_triton.layer import FusedMoE
 from sglang.srt.layers.moe.topk import StandardTopKOutput
+from sglang.srt.layers.vocab_parallel_embedding import ParallelLMHead
 from sglang.srt.model_loader.loader import get_model_loader
 from sglang.srt.plugins.hook_registry import HookRegistry
 from sglang.srt.runtime_context import get_context, get_parallel
@@ -89,6 +90,12 @@ def build(kind, model, prefix, *sizes, rank=0, ranks=1, **options):
     options = {"bias": False, "params_dtype": torch.half, **options}
     with as_rank(rank, ranks):
         return getattr(sglang_linear, kind)(*sizes, quant_config=model.config, prefix=prefix, **options)
+
+
+def output_embedding(model, rows, columns, rank=0, ranks=1, prefix="lm_head"):
+    """Returns SGLang's output embedding, empty, as one rank of several holds it."""
+    with as_rank(rank, ranks):
+        return ParallelLMHead(rows, columns, quant_config=model.config, prefix=prefix, params_dtype=torch.half)
 
 
 def experts_layer(model, prefix, experts, hidden, inner, rank=0, ranks=1, apart=1, dtype=torch.half, **options):

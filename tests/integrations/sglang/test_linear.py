@@ -25,28 +25,10 @@ def test_awq_modules_with_zero_points_are_repacked_and_padded(harness, tmp_path,
     harness.assert_holds(layer, model, model.values(names[0]))
 
 
-@pytest.mark.parametrize(("rank", "ranks"), [(0, 1), (1, 2)])
-def test_a_quantized_output_embedding_is_repacked(harness, tmp_path, rank, ranks):
-    from sglang.srt.layers.vocab_parallel_embedding import ParallelLMHead
-
+def test_an_output_embedding_that_is_not_in_the_checkpoint_is_not_quantized(harness, tmp_path):
     model = harness.Model(tmp_path, {"lm_head": (128, 256), "a.down_proj": (128, 64)}, group_size=64)
-    with harness.as_rank(rank, ranks):
-        head = ParallelLMHead(256, 128, quant_config=model.config, prefix="lm_head", params_dtype=harness.torch.half)
-        other = ParallelLMHead(256, 128, quant_config=model.config, prefix="head", params_dtype=harness.torch.half)
-        harness.load(head, model, {None: "lm_head"})
-    harness.finish(head)
-    harness.assert_holds(head, model, harness.columns(model.values("lm_head"), rank, ranks))
-    assert type(other.quant_method).__name__ == "UnquantizedEmbeddingMethod"
-
-
-def test_an_output_embedding_that_sglang_would_pad_is_refused(harness, tmp_path):
-    from sglang.srt.layers.vocab_parallel_embedding import ParallelLMHead
-
-    model = harness.Model(tmp_path, {"lm_head": (128, 200), "a.down_proj": (128, 64)}, group_size=64)
-    with harness.as_rank(0, 1):
-        problem = problem_of(ParallelLMHead, 200, 128, quant_config=model.config, prefix="lm_head")
-    assert problem.code == "unsupported-engine"
-    assert "the vocabulary has 200 entries, which SGLang pads to 256" in problem.message
+    head = harness.output_embedding(model, 256, 128, prefix="head")
+    assert type(head.quant_method).__name__ == "UnquantizedEmbeddingMethod"
 
 
 @pytest.mark.parametrize(("bits", "has_qzeros"), [(4, False), (8, True)])

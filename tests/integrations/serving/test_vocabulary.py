@@ -1,0 +1,41 @@
+"""A quantized output embedding, whose vocabulary engines pad: a rank holds its part, and zeros behind it."""
+
+import pytest
+
+from tests.integrations.serving.plugins import problem_of
+
+
+@pytest.mark.parametrize(("rank", "ranks"), [(0, 1), (1, 2)])
+def test_a_quantized_output_embedding_is_repacked(harness, tmp_path, rank, ranks):
+    model = harness.Model(tmp_path, {"lm_head": (128, 256), "a.down_proj": (128, 64)}, group_size=64)
+    head = harness.output_embedding(model, 256, 128, rank, ranks)
+    harness.load(head, model, {None: "lm_head"})
+    harness.finish(head)
+    harness.assert_holds(head, model, harness.columns(model.values("lm_head"), rank, ranks))
+
+
+@pytest.mark.parametrize("kind", [(4, 64, True), (4, 64, False), (8, -1, False), (8, 64, True)], ids=str)
+@pytest.mark.parametrize(("entries", "ranks"), [(200, 1), (200, 2), (72, 4), (1000, 8)])
+def test_a_vocabulary_is_padded_as_engines_pad_it(harness, tmp_path, kind, entries, ranks):
+    """72 entries are padded to 128, 32 on each of 4 ranks: the third has 8 of them, the last has none."""
+    bits, group_size, has_qzeros = kind
+    modules = {"lm_head": (128, entries), "a.down_proj": (128, 64)}
+    model = harness.Model(tmp_path, modules, bits=bits, group_size=group_size, has_qzeros=has_qzeros, heads=(8, 8))
+    width = (entries + 63) // 64 * 64 // ranks
+    for rank in range(ranks):
+        head = harness.output_embedding(model, entries, 128, rank, ranks)
+        for part in head.quant_method.parts:
+            getattr(head, part).data.fill_(-1)  # what is allocated may hold anything
+        harness.load(head, model, {None: "lm_head"})
+        harness.finish(head)
+        mine = slice(rank * width, (rank + 1) * width)
+        expected = [None if each is None else each[:, mine] for each in model.values("lm_head")]
+        harness.assert_holds(head, model, expected)
+        assert head.scales.shape[1] == (width + 63) // 64 * 64
+
+
+def test_another_vocabulary_than_the_model_s_is_refused(harness, tmp_path):
+    model = harness.Model(tmp_path, {"lm_head": (128, 192), "a.down_proj": (128, 64)}, group_size=64)
+    problem = problem_of(harness.load, harness.output_embedding(model, 256, 128), model, {None: "lm_head"})
+    assert (problem.code, problem.tensor) == ("wrong-shape", "lm_head")
+    assert problem.message == "it has 192 columns, but the vocabulary of the model has 256 entries"
