@@ -8,10 +8,13 @@ function calls the second.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from functools import wraps
+from typing import Any, TypeVar, cast
 
 import torch
 from torch.autograd import forward_ad
+
+Call = TypeVar("Call", bound=Callable[..., Any])
 
 _libraries: list[torch.library.Library] = []  # an operator's functions go with the library that brought them
 
@@ -20,8 +23,8 @@ def run_on(backend: str, operator: str, run: Callable[..., Any], public_name: st
     """Registers what an operator does on a kind of device, at once where no gradient is needed.
 
     Calls that need one, and those under ``torch.compile``, ``torch.func`` or a mode, go the long way round. In PyTorch
-    before 2.10 all calls do. A call with derivatives in forward mode, which would be lost, is refused; before 2.10 not
-    under ``torch.vmap``.
+    before 2.10 all calls do. A call with derivatives in forward mode, which would be lost, is refused; before 2.10,
+    under ``torch.func``, only a call of the public function is, see `refusing_tangents`.
 
     Args:
         backend: PyTorch's name for the kind of device: ``CPU`` or ``CUDA``.
@@ -46,6 +49,22 @@ def run_on(backend: str, operator: str, run: Callable[..., Any], public_name: st
 
     at_once = _unless_gradients_are_needed(backend, run, refuse_or_go)
     _register(operator, at_once, f"Autograd{backend}", with_keyset=True)
+
+
+def refusing_tangents(function: Call) -> Call:
+    """Decorates the public call of an operator that `run_on` registers.
+
+    PyTorch before 2.10 lets only such a call see the derivatives in forward mode of ``torch.func``.
+    """
+    if hasattr(torch.library, "get_kernel"):
+        return function
+
+    @wraps(function)
+    def refuse_or_call(*arguments: Any, **options: Any) -> Any:
+        _refuse_tangents((*arguments, *options.values()), function.__name__)
+        return function(*arguments, **options)
+
+    return cast(Call, refuse_or_call)
 
 
 def refuse_gradients(operator: str, public_name: str) -> None:
@@ -120,4 +139,6 @@ def _refuse_tangents(arguments: tuple[Any, ...], public_name: str) -> None:
 
 
 def _has_tangent(tensor: torch.Tensor) -> bool:
+    if torch._C._functorch.is_gradtrackingtensor(tensor):  # outside of operators: of torch.func.jvp
+        return True
     return forward_ad.unpack_dual(tensor).tangent is not None  # type: ignore[no-untyped-call]

@@ -23,7 +23,7 @@ from awq2marlin.gemm.checks import (
     check_type,
     remembered,
 )
-from awq2marlin.gemm.dispatch import run_on
+from awq2marlin.gemm.dispatch import refusing_tangents, run_on
 from awq2marlin.gemm.driver import device_of
 from awq2marlin.gemm.launch import GemmCall, describe, launch_repack, load_up_to, problem_of
 from awq2marlin.gemm.select import pick_config
@@ -38,6 +38,7 @@ _REPACK = "awq2marlin::awq_marlin_repack"
 # ---- the public calls -------------------------------------------------------------------------------------
 
 
+@refusing_tangents
 def marlin_gemm(
     a: torch.Tensor,
     qweight: torch.Tensor,

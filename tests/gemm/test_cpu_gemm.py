@@ -1,5 +1,7 @@
 """The operator without a GPU: values, shapes, refusals, compilation by torch."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -221,6 +223,27 @@ def test_derivatives_in_forward_mode_are_refused_and_not_lost(name, transform):
     call = {"jvp": jvp, "jacfwd": torch.func.jacfwd(product), "dual tensors": with_dual_tensors}.get(transform)
     with refused:
         (call or torch.compile(jvp, backend="aot_eager", fullgraph=True))(given)
+
+
+def test_older_versions_of_pytorch_refuse_them_in_the_public_call():
+    script = """
+import torch
+if hasattr(torch.library, "get_kernel"):
+    del torch.library.get_kernel
+from awq2marlin import marlin_gemm
+weight, scales = torch.zeros(8, 128, dtype=torch.int32), torch.ones(1, 64, dtype=torch.half)
+a = torch.ones(1, 128, dtype=torch.half)
+assert marlin_gemm(a, weight, scales).shape == (1, 64)
+for transform in (lambda f: torch.func.jvp(f, (a,), (a,)), lambda f: torch.func.jacfwd(f)(a)):
+    try:
+        transform(lambda a: marlin_gemm(a, qweight=weight, scales=scales))
+    except NotImplementedError as error:
+        print(error)
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert [line.split(" (")[0] for line in done.stdout.splitlines()] == 2 * [
+        "marlin_gemm has no derivatives in forward mode"
+    ]
 
 
 def test_scales_have_no_gradient_and_say_so():
