@@ -16,6 +16,14 @@ from awq2marlin.commands.verify import VerifyResult, verify
 from awq2marlin.errors import OutputError, Problem, difference, naming
 from awq2marlin.progress import Progress, Silence
 
+#: What a loader needs to know besides sizes, so that the checkpoints that are kept can be tried in Transformers.
+_LOADABLE = {
+    "num_attention_heads": 9,
+    "num_key_value_heads": 3,
+    "max_position_embeddings": 2048,
+    "torch_dtype": "float16",
+}
+
 
 @dataclass(frozen=True)
 class DemoResult:
@@ -65,7 +73,8 @@ def demo(folder: str | os.PathLike[str] | None = None, *, progress: Progress | N
                 raise OutputError(Problem(str(root), "", "not-empty", "the folder is not empty; choose another"))
         source, marlin, back = root / "awq", root / "marlin", root / "reverted"
         with naming(source):
-            write_checkpoint(source, llama_recipe(576, 1536, 4, 192, 4096, group_size=64, shards=2))
+            recipe = llama_recipe(576, 1536, 4, 192, 4096, group_size=64, shards=2, config=_LOADABLE)
+            write_checkpoint(source, recipe)
         progress.note(f"made an AWQ checkpoint of random weights in {source}")
         conversion = convert(source, marlin, verify="none", progress=progress)
         verification = verify(source, marlin, progress=progress)

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, core_model_loading
 from transformers.core_model_loading import Chunk, WeightConverter
 
-from awq2marlin import convert
+from awq2marlin import convert, demo
 from awq2marlin.errors import CheckpointError, UnavailableError
 from awq2marlin.gemm.linear import MarlinLinear
 from awq2marlin.integrations.transformers import MarlinNativeConfig, names, versions
@@ -84,6 +84,13 @@ def test_gives_them_where_modules_are_padded(make_case: MakeCase, prompt: torch.
     layer = packed_layers(case.load())["model.layers.0.self_attn.q_proj"]
     assert (layer.in_features, layer.padded_k, layer.padded_n) == (192, 192, 256)
     assert_as_exact_as_dense(case, prompt)
+
+
+def test_what_the_demonstration_keeps_can_be_loaded(tmp_path: Path) -> None:
+    demo(tmp_path / "shown")
+    found = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "shown" / "marlin"), torch.tensor([[5, 2, 3]]))
+    assert found.shape == (1, 3, 4096)
+    assert found.isfinite().all()
 
 
 def test_every_quantized_layer_is_packed_and_frozen(make_case: MakeCase) -> None:
