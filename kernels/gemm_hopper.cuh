@@ -31,13 +31,12 @@ struct HopperRegisters {
 
 // A tile of 256 columns by kTokens tokens: how stages are copied and multiplied, whoever says which.
 //
-// wgmma reads through another proxy than the one that copies went through. Either the warps that multiply fence the two
-// at every stage, or (kPublishes) those that copy wait for their copies and do it, which costs nothing there.
-template <class T, int kBits, int kTokens, int kRingStages, bool kPublishes = false>
+// wgmma reads through another proxy than the one that copies went through. The warps that copy wait for their copies
+// and fence the two, which costs nothing there.
+template <class T, int kBits, int kTokens, int kRingStages>
 class HopperTile {
-  using D = Decoder<T, kBits>;
-
  public:
+  using D = Decoder<T, kBits>;
   using L = Layout<kBits>;
 
   static constexpr int kStages = kRingStages;
@@ -154,27 +153,27 @@ class HopperTile {
                          min(count, copier.num_groups - copier.group));
       copier.group += count;
     }
-    if (kPublishes)
-      cp_async_commit();
-    else
-      mbarrier_arrive_after_copies(full(slot.index));
+    cp_async_commit();
   }
 
   // Says that a stage has arrived; so many stages may still be under way. Those that are not published yet may be no
   // more than kStages - 3: the last stage is released while the next is multiplied.
-  static constexpr int kUnpublished = kStages - 4;
-  template <int kPending>
-  __device__ __forceinline__ void publish(Slot& slot) const {
-    cp_async_wait<kPending>();
-    fence_proxy_async();
-    mbarrier_arrive(full(slot.index));
-    slot.advance();
+  static constexpr int kUnpublished = kStages > 4 ? kStages - 4 : 1;
+  // `next` is the slot that comes next; it begins with -kUnpublished.
+  template <int kPending = kUnpublished>
+  __device__ __forceinline__ void publish(int& next) const {
+    if (next >= 0) {
+      cp_async_wait<kPending>();
+      fence_proxy_async();
+      mbarrier_arrive(full(next));
+    }
+    if (++next == kStages) next = 0;
   }
-  // The same for the last of so many stages.
+  // The same for the last stages.
   template <int kPending = kUnpublished - 1>
-  __device__ __forceinline__ void publish_last(Slot& slot, int num_stages) const {
-    if (kPending < num_stages) publish<kPending>(slot);
-    if constexpr (kPending > 0) publish_last<kPending - 1>(slot, num_stages);
+  __device__ __forceinline__ void publish_last(int& next) const {
+    publish<kPending>(next);
+    if constexpr (kPending > 0) publish_last<kPending - 1>(next);
   }
 
   // ---- the multiplying warps ----------------------------------------------------------------------------------------
@@ -251,7 +250,6 @@ class HopperTile {
     int released = 0;
     for (int step = range.begin; step < range.end; ++step) {
       mbarrier_wait(full(slot.index), slot.parity);
-      if (!kPublishes) fence_proxy_async();
       u32 words[kStageTiles][kWords];
 #pragma unroll
       for (int i = 0; i < kStageTiles; ++i) blocks.load_words(words[i], tile_sh(slot.index, i, 0) + words_sh);
@@ -286,11 +284,10 @@ class HopperTile {
 
   // The same for groups of two stages, or a single group, and whole pairs of stages. Weights are not scaled. A group's
   // sums are, when the next group's first weights are decoded.
-  template <class Blocks>
+  template <int kWidth = kTokens, class Blocks>
   __device__ __forceinline__ void multiply_pairs(Sums& sums, RingSlot<kStages / 2>& pair, const Blocks& blocks,
                                                  bool is_single, StepRange range) const {
     static_assert(kStages % 2 == 0, "pairs of stages");
-    static_assert(kPublishes, "no fence here");
     typename Blocks::Group group;
     blocks.read(group, is_single ? 0 : range.begin / 2);
     typename D::Offsets offsets[kBlocks];
@@ -316,12 +313,12 @@ class HopperTile {
         decode_batch(weight[0], words, offsets);
         if (which == 0) {
           wgmma_wait<0>();
-          if (!is_first) add_scaled(sums, group_sums, scales);
+          if (!is_first) add_scaled<kWidth>(sums, group_sums, scales);
 #pragma unroll
           for (int b = 0; b < kBlocks; ++b) scales[b] = blocks.scales(group, b);
-          issue_batch<false>(group_sums, weight[0], act);
+          issue_batch<kWidth, false>(group_sums, weight[0], act);
         } else {
-          issue_batch<true>(group_sums, weight[0], act);
+          issue_batch<kWidth, true>(group_sums, weight[0], act);
           if (!is_single) blocks.read_group(group, groups_sh(slot, 0, 0), lane);
         }
         wgmma_wait<1>();  // the stage before is done
@@ -329,7 +326,7 @@ class HopperTile {
         if (!(is_first && which == 0) && lane == 0) mbarrier_arrive(empty(released));
         released = slot;
         decode_batch(weight[1], words + kBatchTiles, offsets);
-        issue_batch<true>(group_sums, weight[1], act + 2 * kBatchTiles);
+        issue_batch<kWidth, true>(group_sums, weight[1], act + 2 * kBatchTiles);
         if (which == 1 && !is_single) blocks.prepare(offsets, group);
         wgmma_wait<1>();  // the first batch is done: its registers are free
       }
@@ -338,7 +335,7 @@ class HopperTile {
     wgmma_wait<0>();
     if (range.begin < range.end) {
       if (lane == 0) mbarrier_arrive(empty(released));
-      add_scaled(sums, group_sums, scales);
+      add_scaled<kWidth>(sums, group_sums, scales);
     }
   }
 
@@ -355,7 +352,7 @@ class HopperTile {
 
  private:
   // Multiplies a batch. If it does not add, it takes the place of the sums.
-  template <bool kAdds>
+  template <int kWidth, bool kAdds>
   static __device__ __forceinline__ void issue_batch(Sums& sums, const u32 (&weight)[kBatchTiles][kBlocks][4],
                                                      u64 act) {
     wgmma_fence();
@@ -364,18 +361,19 @@ class HopperTile {
 #pragma unroll
       for (int b = 0; b < kBlocks; ++b)
         if (kAdds || i > 0)
-          wgmma(T{}, sums.v[b], weight[i][b], act + 2 * i);
+          wgmma(T{}, first_of<kWidth / 2>(sums.v[b]), weight[i][b], act + 2 * i);
         else
-          wgmma<false>(T{}, sums.v[b], weight[i][b], act);
+          wgmma<false>(T{}, first_of<kWidth / 2>(sums.v[b]), weight[i][b], act);
     wgmma_commit();
   }
 
+  template <int kWidth>
   static __device__ __forceinline__ void add_scaled(Sums& sums, const Sums& group_sums, const u32 (&scales)[kBlocks]) {
 #pragma unroll
     for (int b = 0; b < kBlocks; ++b) {
       const float pair[2] = {low_float(T{}, scales[b]), high_float(T{}, scales[b])};
 #pragma unroll
-      for (int i = 0; i < kSums; ++i) sums.v[b][i] += group_sums.v[b][i] * pair[i / 2 % 2];
+      for (int i = 0; i < kWidth / 2; ++i) sums.v[b][i] += group_sums.v[b][i] * pair[i / 2 % 2];
     }
   }
 
@@ -416,7 +414,7 @@ class HopperTile {
 // kScalesSums: scales are applied to a group's sums, and a group has two stages or is the only one.
 template <class T, int kBits, int kTokens, int kStages, bool kScalesSums>
 class HopperGemm {
-  using Core = HopperTile<T, kBits, kTokens, kStages, true>;
+  using Core = HopperTile<T, kBits, kTokens, kStages>;
   using Tile = Patches<T, kTokens, Core::kColumns>;
   static_assert(!kScalesSums || kTokens <= 64, "two sets of sums must fit the registers");
   static_assert(Tile::kReceivedBytes <= Core::kRingBytes, "parts of sums come where the stages were");
@@ -500,8 +498,8 @@ class HopperGemm {
 
   __device__ __forceinline__ void copy() const {
     const int first_token = blockIdx.z * kTokens;
-    typename Core::Slot slot, published;
-    int count = 0;
+    typename Core::Slot slot;
+    int next = -Core::kUnpublished;
 #pragma unroll 1  // there are few registers here
     for (int step = share.begin; step < share.end;) {
       const Segment now = segment(step);
@@ -510,15 +508,15 @@ class HopperGemm {
           core.make_copier(args.a + i64(first_token) * args.a_stride, args, tile_n(now), stages,
                            [&](int token) { return min(token, args.size_m - 1 - first_token) * args.a_stride; });
 #pragma unroll 1
-      for (int stage = stages.begin; stage < stages.end; ++stage, ++count) {
+      for (int stage = stages.begin; stage < stages.end; ++stage) {
         core.wait_empty(slot);
         core.copy_stage(copier, slot, args.qweight_stride, args.group_size);
         slot.advance();
-        if (count >= Core::kUnpublished) core.template publish<Core::kUnpublished>(published);
+        core.publish(next);
       }
       step = now.steps.end;
     }
-    core.publish_last(published, count);
+    core.publish_last(next);
     if (splits_are_cluster(args)) cluster_leave();  // with the warps that multiply
   }
 
