@@ -12,6 +12,7 @@ import traceback
 from collections.abc import Mapping
 from concurrent.futures import Executor
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,9 +49,10 @@ from awq2marlin.io.source import RepoCommit
 from awq2marlin.io.stream import NamedPath
 from awq2marlin.io.workers import StoppedError
 from awq2marlin.pipeline.journal import read_journal
-from awq2marlin.pipeline.output import tidy
+from awq2marlin.pipeline.output import hindrance, refuse_overlap, tidy
 from awq2marlin.pipeline.plan import plan_conversion
-from awq2marlin.pipeline.preflight import disk_needs
+from awq2marlin.pipeline.preflight import disk_needs, owned_files
+from awq2marlin.pipeline.record import refuse_unreadable
 from awq2marlin.progress import Progress
 from awq2marlin.verification.headers import same_json
 
@@ -185,7 +187,11 @@ def _plan_only(job: Job, progress: Progress) -> ItemResult:
     options = job.options
     checkpoint = open_checkpoint(open_source(job.item.source, follow_links=options.follow_links), options.choice)
     plan = plan_conversion(checkpoint, options.unaligned, options.to)
-    for warning in checkpoint.warnings:
+    refuse_unreadable(plan)
+    refuse_overlap(checkpoint.folder.root, job.output)
+    owned = partial(owned_files, job.output, options.overwrite)
+    hindered = () if _holds_finished(job.output) else hindrance(job.output, plan.transfer.digest, owned)
+    for warning in (*checkpoint.warnings, *hindered):
         progress.note(warning)
     needs = disk_needs(plan.transfer, job.output, stays=not options.passes_on, low_disk=options.low_disk)
     return job.result(

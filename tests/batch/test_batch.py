@@ -124,6 +124,22 @@ def test_a_batch_without_failures_exits_0(models, run, tmp_path, monkeypatch):
     assert not Path("two.yaml.record.jsonl.lock").exists()
 
 
+def test_a_dry_run_says_what_would_stop_an_item(models, listed, run, tmp_path):
+    source = models.sources[0]
+    listed.write_text(f"{source}\n")
+    folder = tmp_path / "out" / f"{source.name}-marlin"
+    folder.mkdir(parents=True)
+    (folder / "notes.txt").write_text("mine")
+    outcome = run("batch", "models.txt", "--out-dir", "out", "--dry-run")
+    assert outcome.code == 0
+    assert f"{source}: a run would stop: " in outcome.err
+    assert "the folder is not empty (notes.txt)" in outcome.err
+    assert [path.name for path in folder.iterdir()] == ["notes.txt"]
+    (folder / "notes.txt").unlink()
+    assert run("batch", "models.txt", "--out-dir", "out").code == 0
+    assert "would stop" not in run("batch", "models.txt", "--out-dir", "out", "--dry-run", "--record", "new.jsonl").err
+
+
 def test_a_dry_run_plans_every_item_and_writes_nothing(listed, run, tmp_path):
     outcome = run("batch", listed, "--out-dir", "out", "--dry-run", "--jobs", 2)
     assert outcome.code == 1
