@@ -30,12 +30,21 @@ distributed = pytest.importorskip("distributed", reason=NO_DASK)
 
 
 @pytest.fixture(scope="module")
-def dask():
+def two_processes():
     """A cluster of two processes on loopback."""
     with distributed.LocalCluster(
         n_workers=2, threads_per_worker=1, processes=True, dashboard_address=":0", silence_logs=50
     ) as running:
         yield running
+
+
+@pytest.fixture
+def dask(two_processes):
+    """That cluster, with both of its workers: those that an earlier test has killed are started again."""
+    deadline = time.monotonic() + 60
+    while len(two_processes.scheduler.workers) < 2 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return two_processes
 
 
 @pytest.fixture(scope="module")
