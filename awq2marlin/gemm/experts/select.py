@@ -208,7 +208,7 @@ def _hopper(problem: ExpertProblem, rows: int) -> HopperExpertsConfig:
 def _shapes(problem: ExpertProblem, rows: int, *, is_one_token: bool) -> tuple[_Shape, ...]:
     """Returns the swept shapes of a height: the first is picked, or the first later one that alone runs in one go."""
     size_k = problem.size_k
-    warps = 8 if problem.capability[0] == 10 else 12  # with more, 10.x has too few registers for each
+    warps = 8 if problem.capability[0] == 10 else 12  # with more there are too few registers for each
     if problem.is_gated and rows == 8:
         return _Shape(4, 2, 128, 2, 8), _Shape(2, 2, 128, 2, 8), _Shape(2, 2, 64, 2, warps)
     if problem.is_gated:
@@ -218,7 +218,7 @@ def _shapes(problem: ExpertProblem, rows: int, *, is_one_token: bool) -> tuple[_
     if rows == 8 and is_one_token:
         return (_Shape(2, 3, 128, 1, 10) if size_k >= 1024 else _Shape(2, 3, 64, 1, 12),)
     if rows == 8:
-        return (_Shape(2, 2, 128, 1, 16) if size_k >= 512 else _Shape(1, 3, 64, 2, warps),)
+        return (_Shape(2, 2, 128, 1, 16) if size_k >= 512 else _Shape(1, 2, 64, 2, warps),)
     if rows == 16 and problem.capability[0] == 12:
         return (_Shape(2, 2, 64, 1, 8),)
     return ({16: _Shape(2, 2, 128, 2, 8), 24: _Shape(4, 2, 64, 2, 8), 32: _Shape(2, 3, 64, 1, 8)}[rows],)
