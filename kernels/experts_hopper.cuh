@@ -17,10 +17,21 @@
 
 namespace marlin {
 
+// Two blocks of a multiprocessor have few registers, too few for two sets of sums and every column's numbers twice.
+template <bool kHasFew>
+struct ColumnsFor {
+  using Type = TwoRegisters;
+};
+template <>
+struct ColumnsFor<true> {
+  using Type = OneRegister;
+};
+
 // kScalesSums: as in HopperGemm.
 template <class T, int kBits, int kTokens, int kStages, int kResidentBlocks, bool kScalesSums, Activation kActivation>
 class HopperExperts {
-  using Core = HopperTile<T, kBits, kTokens, kStages, false, TwoRegisters>;
+  using Columns = typename ColumnsFor<kScalesSums && kResidentBlocks == 2>::Type;
+  using Core = HopperTile<T, kBits, kTokens, kStages, false, Columns>;
   using L = typename Core::L;
   using Walk = RingSlot<kScalesSums ? kStages / 2 : kStages>;
   static constexpr bool kGated = kActivation != Activation::kNone;

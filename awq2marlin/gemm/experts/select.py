@@ -34,8 +34,8 @@ _OTHER_ROWS = (8, 16, 24, 32)
 #: The largest height of `SmallExperts`.
 _MAX_SMALL_ROWS = 32
 
-#: With more rows a lane has no registers for two sets of sums; by how many blocks share a multiprocessor.
-_MAX_SCALED_ROWS = {1: 80, 2: 16}
+#: With more rows a lane has no registers for two sets of sums; by how many blocks share a multiprocessor, and by bits.
+_MAX_SCALED_ROWS = {1: {4: 80, 8: 80}, 2: {4: 24, 8: 16}}
 
 #: Up to so many experts, a tile more is much.
 _FEW_EXPERTS = 16
@@ -189,7 +189,7 @@ def _hopper(problem: ExpertProblem, rows: int) -> HopperExpertsConfig:
     """
     has_long_groups = problem.size_k % 128 == 0 and problem.group_size in (128, problem.size_k)
     blocks = 2 if rows <= (24 if has_long_groups and problem.num_bits == 4 else 32) else 1
-    scales_sums = has_long_groups and rows <= _MAX_SCALED_ROWS[blocks]
+    scales_sums = has_long_groups and rows <= _MAX_SCALED_ROWS[blocks][problem.num_bits]
     room = (113 if blocks == 2 else 227) << 10
     config = HopperExpertsConfig(
         dtype=problem.dtype,
