@@ -17,28 +17,15 @@
 
 namespace marlin {
 
-// Two blocks of a multiprocessor have few registers, too few for two sets of sums and every column's numbers twice.
-template <bool kHasFew>
-struct ColumnsFor {
-  using Type = TwoRegisters;
-};
-template <>
-struct ColumnsFor<true> {
-  using Type = OneRegister;
-};
-
-// kScalesSums: as in HopperGemm.
-template <class T, int kBits, int kTokens, int kStages, int kResidentBlocks, bool kScalesSums, Activation kActivation>
+template <class T, int kBits, int kTokens, int kStages, int kResidentBlocks, Activation kActivation>
 class HopperExperts {
-  using Columns = typename ColumnsFor<kScalesSums && kResidentBlocks == 2>::Type;
-  using Core = HopperTile<T, kBits, kTokens, kStages, false, Columns>;
+  using Core = HopperTile<T, kBits, kTokens, kStages>;
   using L = typename Core::L;
-  using Walk = RingSlot<kScalesSums ? kStages / 2 : kStages>;
   static constexpr bool kGated = kActivation != Activation::kNone;
   static constexpr int kOutColumns = kGated ? Core::kColumns / 2 : Core::kColumns;
   static constexpr int kStepTiles = kOutColumns / kTileColumns;
   // Tiles with no more rows than that have a loop of their own, where it helps and there are registers for two.
-  static constexpr bool kHasLowTiles = kTokens >= 64 && kTokens <= (kScalesSums ? 64 : 96);
+  static constexpr bool kHasLowTiles = kTokens >= 64 && kTokens <= 96;
   static constexpr int kLowTokens = kHasLowTiles ? kTokens - 16 : kTokens;
   static constexpr int kOwnThreads = Core::kMathThreads / Core::kWarpgroups;
   static constexpr int kOwnColumns = kOutColumns / Core::kWarpgroups;
@@ -91,7 +78,6 @@ class HopperExperts {
 
   __device__ __forceinline__ void copy() const {
     typename Core::Slot slot;
-    int next = -Core::kUnpublished;
     const int w = core.warp - Core::kMathWarps;
     const int num_stages = args.size_k / Core::kStageRows;
 #pragma unroll 1
@@ -108,10 +94,9 @@ class HopperExperts {
         core.wait_empty(slot);
         core.copy_stage(copier, slot, args.qweight_stride, args.group_size, kHasLowTiles ? item.count : kTokens);
         slot.advance();
-        core.publish(next);
       }
     }
-    core.publish_last(next);
+    cp_async_wait_all();  // a block must not leave while copies to it are under way
   }
 
   // Which blocks a warp multiplies: half of one of its warpgroup's two tiles, which are neighbours, or the gate's and
@@ -131,20 +116,14 @@ class HopperExperts {
                  first_block) {}
 
     __device__ __forceinline__ void read(Group& into, int group) const { groups.read(into, group, lane); }
-    __device__ __forceinline__ void read_group(Group& into, u32 groups_sh, int which, int lane) const {
-      const u32 group_sh = groups_sh + w * Core::kTileGroupBytes + which * L::kGroupBytes;
+    __device__ __forceinline__ void read_group(Group& into, u32 first_sh, int lane) const {
+      const u32 group_sh = first_sh + w * Core::kTileGroupBytes;
       groups.read_shared(into, group_sh, group_sh + kTileColumns * 2, lane);
     }
     __device__ __forceinline__ void prepare(typename Core::Constants& constants, const Group& group) const {
 #pragma unroll
       for (int b = 0; b < Core::kBlocks; ++b) constants.set(b, groups.scales(group, b), groups.zeros(group, b));
     }
-    __device__ __forceinline__ void prepare(typename Core::D::Offsets (&offsets)[Core::kBlocks],
-                                            const Group& group) const {
-#pragma unroll
-      for (int b = 0; b < Core::kBlocks; ++b) offsets[b] = Core::D::offsets(groups.zeros(group, b));
-    }
-    __device__ __forceinline__ u32 scales(const Group& group, int b) const { return groups.scales(group, b); }
     __device__ __forceinline__ u32 words_place() const {
       return (w * L::kTileWords + lane * L::kLaneWords + first_block * L::kBlockWords) * 4;
     }
@@ -174,16 +153,17 @@ class HopperExperts {
   };
 
   __device__ __forceinline__ void multiply() const {
-    Walk slot;
+    typename Core::Slot slot;
 #pragma unroll 1
     for (int i = blockIdx.x, buffer = 0; i < num_places; i += gridDim.x, buffer ^= 1) {
       const OwnBlocks blocks(*this, i);
       fetch_rows(list.item(i / num_steps), buffer);
       typename Core::Sums sums;
+      const StepRange stages = {0, args.size_k / Core::kStageRows};
       if (kHasLowTiles && list.item(i / num_steps).count <= kLowTokens)
-        add_product<kLowTokens>(sums, slot, blocks);
+        core.template multiply<kLowTokens>(sums, slot, blocks, args.group_size, stages);
       else
-        add_product<kTokens>(sums, slot, blocks);
+        core.multiply(sums, slot, blocks, args.group_size, stages);
 
       cp_async_wait_all();
       own_barrier();  // the rows of the list are there, and the last result has left
@@ -206,16 +186,6 @@ class HopperExperts {
       own_barrier();
       leave(item.count, buffer, i % num_steps);
     }
-  }
-
-  // Multiplies a tile with so many rows.
-  template <int kWidth>
-  __device__ __forceinline__ void add_product(typename Core::Sums& sums, Walk& slot, const OwnBlocks& blocks) const {
-    const StepRange stages = {0, args.size_k / Core::kStageRows};
-    if constexpr (kScalesSums)
-      core.template multiply_pairs<kWidth>(sums, slot, blocks, args.group_size >= args.size_k, stages);
-    else
-      core.template multiply<kWidth>(sums, slot, blocks, args.group_size, stages);
   }
 
   __device__ __forceinline__ void own_barrier() const { barrier_of<kOwnThreads>(1 + core.warpgroup); }

@@ -18,7 +18,7 @@ template <class T, int kBits, int kGroupSize, int kTokenTiles, int kStepRows, in
           Activation kActivation, bool kSumsPairs>
 class SmallExperts {
   using L = Layout<kBits>;
-  using Step = SmallStep<T, kBits, kGroupSize, kTokenTiles, kStepRows, TwoRegisters>;
+  using Step = SmallStep<T, kBits, kGroupSize, kTokenTiles, kStepRows>;
 
   static constexpr bool kGated = kActivation != Activation::kNone;
   static_assert(kTiles <= 2, "sums of a lane must fit its registers");
@@ -27,8 +27,6 @@ class SmallExperts {
   static_assert(kStages >= 2, "a step is on its way while another is multiplied");
 
   static constexpr int kTokens = Step::kTokens;
-  // The first weights are on their way before it is known where the rows lie; with many there are no registers for it.
-  static constexpr bool kFetchesFirst = kTokenTiles <= 2;
   static constexpr int kStageBytes = Step::kActBytes + kTiles * Step::kWeightBytes;
   static constexpr int kSumBytes = kTiles * Step::kSumBytes;
   static constexpr int kWarpBytes = kStages * kStageBytes > kSumBytes ? kStages * kStageBytes : kSumBytes;
@@ -36,11 +34,10 @@ class SmallExperts {
   static constexpr int kMaxSplits = 8;
   // Splits send each other their parts of few rows only: with more there are blocks enough.
   static constexpr int kReceivedBytes = kTokenTiles == 1 ? (kTokens * kQuads + kMaxSplits) * kTiles * 16 : 0;
-  static constexpr int kBarrierOffset = kWarps * kWarpBytes + kReceivedBytes, kPairsOffset = kBarrierOffset + 8;
 
  public:
   static constexpr int kThreads = kWarps * kWarpLanes;
-  static constexpr int kSharedBytes = kPairsOffset + kTokens * 4;
+  static constexpr int kSharedBytes = kWarps * kWarpBytes + kReceivedBytes + kTokens * 4;
 
   // grid: (splits * steps of columns, items, 1), where an item is one of the list, a pair, or (kSumsPairs) a token.
   static __device__ __forceinline__ void run(const ExpertArguments& args) {
@@ -49,11 +46,6 @@ class SmallExperts {
     const int split = blockIdx.x % args.num_splits, step = blockIdx.x / args.num_splits;
     const bool is_cluster = kReceivedBytes > 0 && args.num_splits > 1;
 #if MARLIN_HAS_CLUSTERS
-    const u32 barrier = shared_address(shared) + kBarrierOffset;
-    if (is_cluster && threadIdx.x == 0) {
-      mbarrier_init(barrier, 1);
-      fence_mbarrier_init();
-    }
     if (is_cluster) cluster_arrive();
 #endif
     if (!args.reads_early) wait_for_last_launch();
@@ -62,23 +54,14 @@ class SmallExperts {
     const Rows rows = kSumsPairs  ? rows_of_pair(args, split)
                       : args.work ? listed_rows(args, lane)
                                   : seen_rows(args, lane);
-#if MARLIN_HAS_CLUSTERS
-    if (is_cluster && threadIdx.x == 0) {
-      const int quads = quads_of(rows), splits = args.num_splits;
-      mbarrier_arrive_expecting(barrier, u32(quads - split + splits - 1) / u32(splits) * splits * kTiles * 16);
-    }
-#endif
-    int* pairs_sh = reinterpret_cast<int*>(shared + kPairsOffset);
+    int* pairs_sh = reinterpret_cast<int*>(shared + kWarps * kWarpBytes + kReceivedBytes);
     if (rows.count == 0 && !is_cluster) {
       wait_for_last_launch();
       return;
     }
-    SmallExperts product(args, rows, shared + warp * kWarpBytes, step, lane);
-    const StepRange steps = product.steps_of(warp, kSumsPairs ? 0 : split, kSumsPairs ? 1 : args.num_splits);
-    if (kFetchesFirst) product.fetch_first_weights(steps);
-    product.find_rows(rows.pair);
     if (warp == 0 && lane < kTokens) pairs_sh[lane] = rows.pair;
-    product.sum_rows(steps);
+    SmallExperts product(args, rows, shared + warp * kWarpBytes, step, lane);
+    product.sum_rows(warp, kSumsPairs ? 0 : split, kSumsPairs ? 1 : args.num_splits);
     product.deposit();
     __syncthreads();
     finish(args, rows, shared, pairs_sh, step, split, is_cluster);
@@ -101,8 +84,8 @@ class SmallExperts {
 
   static __device__ __forceinline__ Rows listed_rows(const ExpertArguments& args, int lane) {
     const WorkList list{args.work, max_work_items(args.num_pairs, args.num_experts, kTokens)};
-    const WorkItem item = list.fresh_item(blockIdx.y);  // both are read at once, if there is such an item or not
     if (int(blockIdx.y) >= list.num_items()) return {-1, 0, 0};
+    const WorkItem item = list.fresh_item(blockIdx.y);
     return {item.expert, item.count, list.fresh_pair(item.first + min(lane, item.count - 1))};
   }
 
@@ -131,6 +114,11 @@ class SmallExperts {
         lane(lane) {
 #pragma unroll
     for (int p = 0; p < kTiles; ++p) tiles[p] = tile_of(args, step, p);
+#pragma unroll
+    for (int i = 0; i < Step::kActLoads; ++i) {
+      const u32 pair = __shfl_sync(0xffffffffu, rows.pair, Step::token_of(i, lane));
+      rows_gl_rd[i] = u32(pair / u32(args.a_pairs) * args.a_stride / 8);
+    }
   }
 
   // Tiles past the last repeat it: what comes of them is not stored.
@@ -140,22 +128,13 @@ class SmallExperts {
     return min(step * kTiles + p, num_tiles - 1);
   }
 
-  // The warp's steps: from the first on every kWarps-th.
-  __device__ __forceinline__ StepRange steps_of(int warp, int split, int num_splits) const {
+  __device__ __forceinline__ void sum_rows(int warp, int split, int num_splits) {
     const StepRange range = split_steps(args.size_k / kStepRows, split, num_splits);
-    return {range.begin + warp, count ? range.end : range.begin};
-  }
-
-  // The weights of the first steps need not wait for who computes the activations.
-  __device__ __forceinline__ void fetch_first_weights(StepRange steps) const {
+    const int end = count ? range.end : range.begin;
+    int step = range.begin + warp;
+    // The weights of the first steps need not wait for who computes the activations.
 #pragma unroll
-    for (int i = 0; i < kStages - 1; ++i) fetch_weights(steps.begin + i * kWarps, steps.end, i);
-  }
-
-  __device__ __forceinline__ void sum_rows(StepRange steps) {
-    const int end = steps.end;
-    int step = steps.begin;
-    if (!kFetchesFirst) fetch_first_weights(steps);
+    for (int i = 0; i < kStages - 1; ++i) fetch_weights(step + i * kWarps, end, i);
     Groups now, next;
     if (step < end) read_groups(next, step);
     wait_for_last_launch();
@@ -178,15 +157,6 @@ class SmallExperts {
     }
     cp_async_wait<0>();
     __syncwarp();  // the sums go where the steps were
-  }
-
-  // Where the rows lie, of which lane r has the r-th pair.
-  __device__ __forceinline__ void find_rows(int own_pair) {
-#pragma unroll
-    for (int i = 0; i < Step::kActLoads; ++i) {
-      const u32 pair = __shfl_sync(0xffffffffu, own_pair, Step::token_of(i, lane));
-      rows_gl_rd[i] = u32(pair / u32(args.a_pairs) * args.a_stride / 8);
-    }
   }
 
   __device__ __forceinline__ GroupReader<T, kBits> reader(int p) const { return {weights, tiles[p], lane}; }
@@ -229,9 +199,6 @@ class SmallExperts {
     for (int p = 0; p < kTiles; ++p) Step::deposit(sums[p], sum_tile(shared, p), reader(p), lane);
   }
 
-  // Sums of four columns of a row that leave the block, of each of its tiles.
-  static __device__ __forceinline__ int quads_of(const Rows& rows) { return (kSumsPairs ? 1 : rows.count) * kQuads; }
-
   static __device__ __forceinline__ SumTile<kTileColumns> sum_tile(unsigned char* warp_shared, int p) {
     return {reinterpret_cast<float*>(warp_shared + p * Step::kSumBytes)};
   }
@@ -254,11 +221,11 @@ class SmallExperts {
   // Everything is summed in the order of K, or of a token's choices, whoever comes first.
   static __device__ __forceinline__ void finish(const ExpertArguments& args, const Rows& rows, unsigned char* shared,
                                                 const int* pairs_sh, int step, int split, bool is_cluster) {
-    const int quads = quads_of(rows);
+    const int quads = (kSumsPairs ? 1 : rows.count) * kQuads;
 #if MARLIN_HAS_CLUSTERS
     if (is_cluster) {
       unsigned char* received_sh = shared + kWarps * kWarpBytes;
-      const u32 received = shared_address(received_sh), barrier = shared_address(shared) + kBarrierOffset;
+      const u32 received = shared_address(received_sh);
       const int quads_each = (quads + args.num_splits - 1) / args.num_splits;
       cluster_wait();
       for (int i = threadIdx.x; i < quads; i += kThreads) {
@@ -269,12 +236,11 @@ class SmallExperts {
             sum.of[p] = weighted(args, rows.expert, rows.pair, tile_of(args, step, p), 4 * (i % kQuads), sum.of[p]);
 #pragma unroll
         for (int p = 0; p < kTiles; ++p)
-          store_cluster_async(
-              cluster_address(received + ((split * quads_each + i / args.num_splits) * kTiles + p) * 16,
-                              i % args.num_splits),
-              sum.of[p], cluster_address(barrier, i % args.num_splits));
+          store_cluster(cluster_address(received + ((split * quads_each + i / args.num_splits) * kTiles + p) * 16,
+                                        i % args.num_splits),
+                        sum.of[p]);
       }
-      mbarrier_wait(barrier, 0);
+      cluster_sync();
       for (int i = threadIdx.x; i * args.num_splits + split < quads; i += kThreads) {
         Quads sum{};
         for (int rank = 0; rank < args.num_splits; ++rank)

@@ -35,8 +35,7 @@ CAPABILITIES = [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)]
 SIZES_M = [1, 2, 8, 9, 16, 17, 24, 25, 32, 33, 48, 64, 65, 96, 128, 129, 192, 512, 1000, 70_000]
 SHAPES = [(128, 64), (64, 128), (192, 128), (4096, 4096), (14336, 4096), (28672, 8192), (8192, 57344), (1344, 1280)]
 ROOT = Path(__file__).parents[2]
-#: Up to 128 tokens, kernels and costs have changed since the last whole run, in ``gemm_h100.json``.
-RESULTS = [ROOT / "benchmarks" / "results" / f"{name}_h100.json" for name in ("gemm_wide",)]
+RESULTS = [ROOT / "benchmarks" / "results" / f"{name}_h100.json" for name in ("gemm", "gemm_wide", "gemm_few")]
 
 
 def problems(capability):
@@ -121,17 +120,14 @@ def test_warpgroup_instructions_are_for_hopper_alone():
 
 def test_the_boxes_of_a_stage_are_copies_that_the_hardware_can_make():
     candidates = {config for problem in problems((9, 0)) for config in candidates_for(problem) if config.boxes}
-    assert {type(config) for config in candidates} == {HopperConfig, WideConfig}
+    assert {type(config) for config in candidates} == {WideConfig}
     for config in candidates:
         columns, tokens = config.tile
-        tokens_box, *weights_boxes = config.boxes
-        assert tokens_box.tensor == "a"
+        tokens_box, weights_box = config.boxes
+        assert (tokens_box.tensor, weights_box.tensor) == ("a", "qweight")
         assert tokens_box.numbers * tokens_box.number_bytes == 128, "a swizzled row"
         assert tokens_box.rows == tokens
-        for weights_box in weights_boxes:
-            assert weights_box.tensor == "qweight"
-            assert weights_box.rows * 16 == 64
-            assert columns % (weights_box.numbers * 64 // config.num_bits // 16) == 0
+        assert (weights_box.rows * 16, weights_box.numbers * 64 // config.num_bits) == (64, 16 * columns)
         for box in config.boxes:
             assert max(box.rows, box.numbers) <= 256
             assert box.numbers * box.number_bytes % 16 == 0
@@ -195,8 +191,15 @@ def test_whatever_is_picked_covers_the_output_and_fits_the_gpu(capability):
 
 
 def test_the_picks_are_those_that_the_benchmark_timed():
-    for row in itertools.chain(*(json.loads(path.read_text("utf-8"))["rows"] for path in RESULTS)):
+    few, many, later = (json.loads(path.read_text("utf-8"))["rows"] for path in RESULTS)
+    timed_later = {(row["K"], row["N"], row["M"]) for row in later}
+    for row in [row for row in few if row["M"] <= 128] + many + later:
         config = pick_config(GemmProblem(row["M"], row["N"], row["K"], 128, 4, "fp16", (9, 0), 132))
+        is_hopper = type(config) is HopperConfig
+        if row not in later and is_hopper and (row["M"] in range(17, 32) or row["M"] > 128):
+            continue  # its kernels changed since; the later run has 32 to 128 tokens
+        if row not in later and (row["K"], row["N"], row["M"]) in timed_later:
+            continue
         picked = config.source.name, config.num_splits, config.reduction
         assert picked == (row["kernel"], row["splits"], row["reduction"]), row
 

@@ -34,14 +34,8 @@ _OTHER_ROWS = (8, 16, 24, 32)
 #: The largest height of `SmallExperts`.
 _MAX_SMALL_ROWS = 32
 
-#: With more rows a lane has no registers for two sets of sums; by how many blocks share a multiprocessor, and by bits.
-_MAX_SCALED_ROWS = {1: {4: 80, 8: 80}, 2: {4: 24, 8: 16}}
-
 #: Up to so many experts, a tile more is much.
 _FEW_EXPERTS = 16
-
-#: A Hopper kernel is worth it with so many blocks a multiprocessor.
-_ENOUGH_BLOCKS = 0.9
 
 #: Columns of a result up to which an expert has few blocks.
 _FEW_COLUMNS = 1024
@@ -83,7 +77,7 @@ def tile_rows_for(problem: ExpertProblem) -> int:
     if problem.num_pairs == problem.top_k:
         return 8
     mean = problem.mean_rows
-    is_for_all = problem.num_experts <= _FEW_EXPERTS and mean >= 16
+    is_for_all = problem.num_experts <= _FEW_EXPERTS and mean >= 32
     likely = mean + (3 if is_for_all else 2) * math.sqrt(mean)
     heights = _heights(problem)
     large = [rows for rows in heights if rows >= 96] or heights[-1:]
@@ -119,12 +113,8 @@ def _stage_time(rows: int) -> float:
 
 
 def is_direct(problem: ExpertProblem, tile_rows: int) -> bool:
-    """Returns whether warps look at the choices themselves, so that no list of work is needed.
-
-    Then there are blocks for every pair, of which those do nothing whose expert an earlier pair has chosen, too.
-    """
-    leading = problem.top_k if problem.num_pairs == problem.top_k else problem.chosen_experts
-    return problem.num_pairs <= min(DIRECT_PAIRS, 2 * leading) and tile_rows <= _MAX_SMALL_ROWS
+    """Returns whether warps look at the choices themselves, so that no list of work is needed."""
+    return problem.num_pairs <= DIRECT_PAIRS and tile_rows <= _MAX_SMALL_ROWS
 
 
 def sums_in_cluster(problem: ExpertProblem) -> bool:
@@ -144,12 +134,11 @@ def pick_launch(problem: ExpertProblem, tile_rows: int, *, has_list: bool) -> La
     """
     candidates = list(_candidates(problem, tile_rows, is_one_token=problem.num_pairs == problem.top_k))
     large = [config for config in candidates if isinstance(config, HopperExpertsConfig)]
-    is_enough = large and large[0].blocks(problem) >= _ENOUGH_BLOCKS * problem.multiprocessors
-    if has_list and large and (is_enough or len(large) == len(candidates)):
+    if has_list and large and (len(large) == len(candidates) or large[0].blocks(problem) >= problem.multiprocessors):
         return Launch(large[0])
     small = [config for config in candidates if isinstance(config, SmallExpertsConfig)]
     if has_list and problem.out_columns <= _FEW_COLUMNS:
-        small = small[1:] or small  # smaller blocks: there are few of an expert
+        small.reverse()  # smaller blocks: there are few of an expert
     config = _by_waves(small, problem)
     return Launch(config, problem.top_k if config.sums_pairs else _splits(config, problem))
 
@@ -182,14 +171,8 @@ def _candidates(problem: ExpertProblem, rows: int, *, is_one_token: bool) -> Ite
 
 
 def _hopper(problem: ExpertProblem, rows: int) -> HopperExpertsConfig:
-    """Returns the config with as many stages as find room.
-
-    Where the sums are few, two blocks share a multiprocessor. Scales are applied to the sums of long groups, if there
-    are registers for them.
-    """
-    has_long_groups = problem.size_k % 128 == 0 and problem.group_size in (128, problem.size_k)
-    blocks = 2 if rows <= (24 if has_long_groups and problem.num_bits == 4 else 32) else 1
-    scales_sums = has_long_groups and rows <= _MAX_SCALED_ROWS[blocks][problem.num_bits]
+    """Returns the config with as many stages as find room; two blocks share a multiprocessor where the sums are few."""
+    blocks = 2 if rows <= 32 else 1
     room = (113 if blocks == 2 else 227) << 10
     config = HopperExpertsConfig(
         dtype=problem.dtype,
@@ -198,19 +181,17 @@ def _hopper(problem: ExpertProblem, rows: int) -> HopperExpertsConfig:
         tokens=rows,
         stages=8,
         blocks_at_once=blocks,
-        scales_sums=scales_sums,
     )
     while config.shared_bytes > room:
-        config = replace(config, stages=config.stages - (2 if scales_sums else 1))  # which takes stages in pairs
+        config = replace(config, stages=config.stages - 1)
     return config
 
 
 def _shapes(problem: ExpertProblem, rows: int, *, is_one_token: bool) -> tuple[_Shape, ...]:
     """Returns the swept shapes of a height: the first is picked, or the first later one that alone runs in one go."""
     size_k = problem.size_k
-    warps = 8 if problem.capability[0] == 10 else 12  # with more there are too few registers for each
     if problem.is_gated and rows == 8:
-        return _Shape(4, 2, 128, 2, 8), _Shape(2, 2, 128, 2, 8), _Shape(2, 2, 64, 2, warps)
+        return _Shape(4, 2, 128, 2, 8), _Shape(2, 2, 128, 2, 8)
     if problem.is_gated:
         return (_Shape(2, 2, 128 if rows == 16 else 64, 2, 8),)
     if rows == 8 and size_k >= 8192:
@@ -218,7 +199,8 @@ def _shapes(problem: ExpertProblem, rows: int, *, is_one_token: bool) -> tuple[_
     if rows == 8 and is_one_token:
         return (_Shape(2, 3, 128, 1, 10) if size_k >= 1024 else _Shape(2, 3, 64, 1, 12),)
     if rows == 8:
-        return (_Shape(2, 2, 128, 1, 16) if size_k >= 512 else _Shape(1, 2, 64, 2, warps),)
+        warps = 8 if problem.capability[0] == 10 else 12  # with more, 10.x has too few registers for each
+        return (_Shape(2, 2, 128, 1, 16) if size_k >= 512 else _Shape(2, 2, 64, 2, warps),)
     if rows == 16 and problem.capability[0] == 12:
         return (_Shape(2, 2, 64, 1, 8),)
     return ({16: _Shape(2, 2, 128, 2, 8), 24: _Shape(4, 2, 64, 2, 8), 32: _Shape(2, 3, 64, 1, 8)}[rows],)

@@ -1,4 +1,4 @@
-"""More than a few tokens on compute capability 9.0: warpgroup instructions, fed by copies that the hardware makes."""
+"""More than a few tokens on compute capability 9.0: warpgroup instructions, fed by a warpgroup that only copies."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from awq2marlin.gemm.families.base import (
     HOPPER,
     MAX_WORKSPACE_BYTES,
     SUM_THREADS,
-    Box,
     GemmConfig,
     GemmProblem,
     StepTimes,
@@ -36,16 +35,16 @@ class _Candidate(NamedTuple):
 
 CANDIDATES = (
     # bits, tokens, stages, microseconds
-    _Candidate(4, 32, 8, StepTimes(step=0.38, ends=1.8, cluster=1.4, workspace=1.4), 0.41),
-    _Candidate(4, 48, 8, StepTimes(step=0.43, ends=1.8, cluster=2.0, workspace=1.5), 0.46),
-    _Candidate(4, 64, 8, StepTimes(step=0.50, ends=2.0, cluster=2.2, workspace=1.1), 0.54),
-    _Candidate(4, 96, 8, StepTimes(step=0.60, ends=2.5, cluster=2.6, workspace=1.0), 0.65),
-    _Candidate(4, 128, 8, StepTimes(step=0.72, ends=3.3, cluster=3.2, workspace=0.3), 0.79),
-    _Candidate(8, 32, 6, StepTimes(step=0.35, ends=3.2, cluster=0.5, workspace=0.8), 0.61),
-    _Candidate(8, 48, 6, StepTimes(step=0.41, ends=3.1, cluster=0.9, workspace=1.5), 0.63),
-    _Candidate(8, 64, 6, StepTimes(step=0.46, ends=3.4, cluster=0.8, workspace=1.6), 0.66),
-    _Candidate(8, 96, 6, StepTimes(step=0.55, ends=3.6, cluster=3.1, workspace=1.8), 0.74),
-    _Candidate(8, 128, 6, StepTimes(step=0.73, ends=4.1, cluster=1.7, workspace=0.6), 0.81),
+    _Candidate(4, 32, 8, StepTimes(step=0.42, ends=2.4, cluster=1.8, workspace=2.2), 0.47),
+    _Candidate(4, 48, 8, StepTimes(step=0.44, ends=2.1, cluster=2.1, workspace=2.2), 0.48),
+    _Candidate(4, 64, 8, StepTimes(step=0.48, ends=2.4, cluster=2.6, workspace=2.2), 0.51),
+    _Candidate(4, 96, 8, StepTimes(step=0.61, ends=2.8, cluster=3.2, workspace=2.4), 0.65),
+    _Candidate(4, 128, 8, StepTimes(step=0.70, ends=2.8, cluster=4.5, workspace=2.4), 0.84),
+    _Candidate(8, 32, 6, StepTimes(step=0.45, ends=3.1, cluster=2.2, workspace=2.1), 0.50),
+    _Candidate(8, 48, 6, StepTimes(step=0.49, ends=3.4, cluster=2.5, workspace=2.1), 0.55),
+    _Candidate(8, 64, 6, StepTimes(step=0.53, ends=3.5, cluster=2.7, workspace=2.1), 0.59),
+    _Candidate(8, 96, 6, StepTimes(step=0.61, ends=3.4, cluster=4.1, workspace=2.1), 0.68),
+    _Candidate(8, 128, 6, StepTimes(step=0.72, ends=3.3, cluster=4.6, workspace=2.1), 0.81),
 )
 
 #: What a megabyte of sums takes, in microseconds, on its way into a workspace and out of it.
@@ -72,7 +71,6 @@ class HopperConfig(GemmConfig):
 
     header = "gemm_hopper.cuh"
     template = "HopperGemm"
-    parameters = "MARLIN_HOPPER_GEMM"
     token_ranges = (range(17, 129), range(129, ANY_NUMBER))
     capabilities = (HOPPER, HOPPER)
 
@@ -81,11 +79,6 @@ class HopperConfig(GemmConfig):
     scales_sums: bool
     times: StepTimes
     run_step: float
-
-    @classmethod
-    def serves(cls, problem: GemmProblem) -> bool:
-        """Returns whether the tokens lie apart, too: a map's rows are not known to be allowed to overlap."""
-        return super().serves(problem) and not problem.rows_overlap
 
     @classmethod
     def candidates(cls, problem: GemmProblem) -> Iterator[GemmConfig]:
@@ -138,11 +131,6 @@ class HopperConfig(GemmConfig):
         return 256, self.tokens
 
     @property
-    def boxes(self) -> tuple[Box, ...]:
-        """For each stage: 64 numbers of the tokens, and four tiles of weights by four, or with 8 bits by two."""
-        return Box("a", self.tokens, 64, 2, True), Box("qweight", 4, 256, 8, False)
-
-    @property
     def threads(self) -> int:
         """Threads of a block: two warpgroups that multiply and one that copies."""
         return 384
@@ -178,7 +166,7 @@ class HopperConfig(GemmConfig):
         """The kernel of the second launch."""
         implementation = f"HopperSum<{CPP_TYPES[self.dtype]}, {self.tokens}, {self.split_rows}>"
         return instantiation(
-            implementation, self.header, "MARLIN_GEMM", threads=SUM_THREADS, resident_blocks=4, shared_bytes=0
+            implementation, self.header, self.parameters, threads=SUM_THREADS, resident_blocks=4, shared_bytes=0
         )
 
     def sum_grid(self, problem: GemmProblem) -> tuple[int, int, int]:

@@ -1,4 +1,4 @@
-"""A hundred tokens and more on compute capability 9.0: wide tiles, over which blocks walk."""
+"""Hundreds of tokens and more on compute capability 9.0: wide tiles, over which blocks walk."""
 
 from __future__ import annotations
 
@@ -49,10 +49,10 @@ CANDIDATES = (
     _Candidate(4, 208, 0.61),
     _Candidate(4, 192, 0.58),
     _Candidate(4, 176, 0.56),
-    _Candidate(4, 128, 0.447),
+    _Candidate(4, 128, 0.457),
     _Candidate(8, 256, 0.77),
     _Candidate(8, 192, 0.61),
-    _Candidate(8, 128, 0.495),
+    _Candidate(8, 128, 0.48),
 )
 
 #: What each tile takes beside its steps, a second launch that sums, and summing in a cluster.
@@ -71,7 +71,7 @@ class WideConfig(GemmConfig):
     header = "gemm_wide.cuh"
     template = "WideGemm"
     parameters = "MARLIN_WIDE_GEMM"
-    token_ranges = (range(97, 129), range(129, ANY_NUMBER))
+    token_ranges = (range(129, ANY_NUMBER),)
     capabilities = (HOPPER, HOPPER)
 
     tokens: int
@@ -84,9 +84,9 @@ class WideConfig(GemmConfig):
 
     @classmethod
     def candidates(cls, problem: GemmProblem) -> Iterator[GemmConfig]:
-        """Yields those for the bits, and for up to 128 tokens none that has more."""
+        """Yields those for the bits."""
         for candidate in CANDIDATES:
-            if candidate.num_bits == problem.num_bits and (problem.size_m > 128 or candidate.tokens == 128):
+            if candidate.num_bits == problem.num_bits:
                 yield cls(dtype=problem.dtype, reduction="workspace", **candidate._asdict())
 
     def launches(self, problem: GemmProblem) -> Iterator[GemmConfig]:
