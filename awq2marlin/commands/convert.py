@@ -24,10 +24,11 @@ from awq2marlin.formats.serving import Serving
 from awq2marlin.layout.modules import ModulePlan, Unaligned
 from awq2marlin.pipeline.checks import Checks
 from awq2marlin.pipeline.model_card import model_card
-from awq2marlin.pipeline.output import OutputFolder, hindrance, refuse_overlap
+from awq2marlin.pipeline.output import OutputFolder, refuse_overlap
 from awq2marlin.pipeline.plan import Plan, plan_conversion
 from awq2marlin.pipeline.preflight import (
     LOW_DISK_IGNORED,
+    hindrances,
     open_source_of_run,
     open_target,
     output_folder,
@@ -211,7 +212,8 @@ def convert(
     place = target.repo_id if target and low_disk else str(root)
     result = _planned(plan, root, ignored, place)
     if dry_run:
-        hindered = hindrance(root, plan.transfer.digest, partial(owned_files, root, overwrite))
+        owned, stays = partial(owned_files, root, overwrite), target is None or not low_disk
+        hindered = hindrances(plan.transfer, root, owned, stays=stays, low_disk=low_disk)
         result = replace(result, warnings=(*result.warnings, *hindered))
     else:
         checks = Checks(plan, root, 0 if verify == "none" else verify, device, workers, progress)

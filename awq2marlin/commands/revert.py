@@ -19,8 +19,14 @@ from awq2marlin.formats.names import CONFIG_FILENAME
 from awq2marlin.io.digest import FileDigest, digest_of, digest_of_file, hexdigest
 from awq2marlin.io.stream import NamedPath
 from awq2marlin.pipeline.journal import read_journal
-from awq2marlin.pipeline.output import as_output_errors, hindrance, refuse_overlap
-from awq2marlin.pipeline.preflight import LOW_DISK_IGNORED, open_source_of_run, output_folder, refuse_full_disk
+from awq2marlin.pipeline.output import as_output_errors, refuse_overlap
+from awq2marlin.pipeline.preflight import (
+    LOW_DISK_IGNORED,
+    hindrances,
+    open_source_of_run,
+    output_folder,
+    refuse_full_disk,
+)
 from awq2marlin.pipeline.resume import trusted_shards
 from awq2marlin.pipeline.reversion import plan_reversion, recorded_files
 from awq2marlin.pipeline.run import Work, run
@@ -134,7 +140,7 @@ def revert(
         progress.note("an engine saved this checkpoint: the original tensors are restored, but not the original files")
     result = _planned(source, transfer, root)
     if dry_run:
-        hindered = hindrance(root, transfer.digest, lambda: [] if overwrite else None)
+        hindered = hindrances(transfer, root, lambda: [] if overwrite else None, stays=True, low_disk=low_disk)
         for line in hindered:
             progress.note(line)
         result = replace(result, lacks=hindered)

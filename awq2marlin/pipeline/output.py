@@ -300,14 +300,24 @@ def hindrance(root: Path, plan: str, owned: Owned) -> tuple[str, ...]:
     try:
         with as_output_errors(root):
             _refuse_unusable(root)
+            _refuse_unwritable(root)
             removable, journal = owned(), read_journal(root)
             if journal is None:
                 _refuse_foreign(root, removable)
             else:
                 _refuse_another_plan(root, journal, plan, removable)
     except Awq2MarlinError as error:
-        return (f"a run would stop: {error}",)
+        return (would_stop(error),)
     return ()
+
+
+def would_stop(reason: object) -> str:
+    """Returns how a dry run tells what would stop a run.
+
+    Args:
+        reason: an error or a problem.
+    """
+    return f"a run would stop: {reason}"
 
 
 @contextmanager
@@ -454,6 +464,17 @@ def _refuse_unusable(root: Path) -> None:
         raise _refused(
             "unsafe-link", work / FETCHED_DIRECTORY, "awq2marlin needs this name for a folder of its own; remove it"
         )
+
+
+def _refuse_unwritable(root: Path) -> None:
+    """Refuses a folder that cannot be made or written, as the system refuses it then."""
+    there = next(path for path in (root, *root.absolute().parents) if os.path.lexists(path))
+    if not there.is_dir():
+        raise OSError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+    if not os.access(there, os.W_OK | os.X_OK):
+        is_read_only = os.statvfs(there).f_flag & os.ST_RDONLY
+        number = errno.EROFS if is_read_only else errno.EACCES
+        raise OSError(number, os.strerror(number), str(there))
 
 
 def _refuse_foreign(root: Path, owned: Iterable[str] | None) -> None:

@@ -18,7 +18,7 @@ from awq2marlin.hub.name import HUB_PREFIX, HubName, folder_at, is_ambiguous, li
 from awq2marlin.io.folder import Folder
 from awq2marlin.io.source import Source
 from awq2marlin.pipeline.journal import WORK_DIRECTORY, Pinned, read_journal, refuse_unfinished
-from awq2marlin.pipeline.output import FETCHED_DIRECTORY
+from awq2marlin.pipeline.output import FETCHED_DIRECTORY, Owned, hindrance, would_stop
 from awq2marlin.pipeline.plan import Plan
 from awq2marlin.pipeline.run import Work, two_largest
 from awq2marlin.pipeline.sink import Sink
@@ -273,12 +273,42 @@ def refuse_full_disk(transfer: Transfer, sink: Sink, work: Work) -> None:
     """
     todo = replace(transfer, shards=tuple(each for each in transfer.shards if each.name not in sink.out.finished))
     stays = not sink.steps(todo.shards)
-    for disk in disks(disk_needs(todo, sink.out.root, stays=stays, low_disk=work.low_disk)):
-        if disk.needed > disk.free:
-            advice = ", use --low-disk" if transfer.source.origin and not work.low_disk else ""
-            what = "conversion" if transfer.verb == "convert" else "revert"
-            message = (
-                f"the {what} needs {disk.needed / 1e9:.2f} GB, the disk has "
-                f"{disk.free / 1e9:.2f} GB free; free some space{advice} or choose another disk"
-            )
-            raise OutputError(Problem(str(disk.folder), "", "disk-full", message))
+    problems = full_disks(todo, sink.out.root, stays=stays, low_disk=work.low_disk)
+    if problems:
+        raise OutputError(problems)
+
+
+def full_disks(transfer: Transfer, root: Path, *, stays: bool, low_disk: bool) -> list[Problem]:
+    """Returns which disks have less space than a run needs; arguments as for `disk_needs`."""
+    advice = ", use --low-disk" if transfer.source.origin and not low_disk else ""
+    what = "conversion" if transfer.verb == "convert" else "revert"
+    return [
+        Problem(
+            str(disk.folder),
+            "",
+            "disk-full",
+            f"the {what} needs {disk.needed / 1e9:.2f} GB, the disk has {disk.free / 1e9:.2f} GB free; free some "
+            f"space{advice} or choose another disk",
+        )
+        for disk in disks(disk_needs(transfer, root, stays=stays, low_disk=low_disk))
+        if disk.needed > disk.free
+    ]
+
+
+def hindrances(transfer: Transfer, root: Path, owned: Owned, *, stays: bool, low_disk: bool) -> tuple[str, ...]:
+    """Returns what would stop a run, without touching its output folder; empty if nothing is known to.
+
+    Space is looked at only where the folder is not there yet: how much an earlier run has written, or would give back,
+    is known once the folder is locked.
+
+    Args:
+        transfer: what a run reads and writes.
+        root: the output folder; need not exist.
+        owned: as for `output.claim`.
+        stays: whether the output stays there, instead of being passed on shard by shard.
+        low_disk: whether what is fetched goes to the output folder, two shards at a time.
+    """
+    found = hindrance(root, transfer.digest, owned)
+    if found or root.exists():
+        return found
+    return tuple(map(would_stop, full_disks(transfer, root, stays=stays, low_disk=low_disk)))

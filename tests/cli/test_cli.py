@@ -16,6 +16,7 @@ import termios
 from collections.abc import Iterator
 from dataclasses import fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -505,6 +506,24 @@ def test_a_dry_run_says_what_would_stop_the_run(made: Path, capsys: pytest.Captu
     assert warned("convert", made / "awq", "taken/file") == [
         f"{stops}taken/file: a file of this name exists; choose another output folder"
     ]
+    below = f"{stops}taken/file/below/it: a part of this path is a file, not a folder"
+    assert warned("convert", made / "awq", "taken/file/below/it") == [below]
+    assert warned("revert", "output", "taken/file/below/it") == [below]
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"), [(0, "permission denied"), (os.ST_RDONLY, "the file system is mounted read-only")]
+)
+def test_a_dry_run_says_that_a_place_cannot_be_written(
+    made: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, flags: int, said: str
+) -> None:
+    """For root every folder can be written, and who runs the tests cannot mount one read-only."""
+    place, access = made.absolute().parent, os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != place and access(path, mode))
+    monkeypatch.setattr(os, "statvfs", lambda _: SimpleNamespace(f_flag=flags))
+    for name in "new", "new/below/it":
+        warned = run(capsys, "convert", made / "awq", place / name, "--dry-run")[1]
+        assert f"warning    a run would stop: {place}: {said}" in warned
 
 
 def test_dry_run_of_padding_tells_the_sizes(made: Path, capsys: pytest.CaptureFixture[str]) -> None:

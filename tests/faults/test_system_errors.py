@@ -156,6 +156,13 @@ def test_a_disk_that_is_too_small_is_refused_before_a_byte_is_written(large, run
     assert error["file"] == str(disk / "out")
     assert "GB, the disk has 0.00 GB free" in error["message"]
     assert not (disk / "out").exists()
+    planned = run("convert", large / "source", disk / "out", "--dry-run")
+    assert planned.code == 0
+    assert planned.report["warnings"] == [f"a run would stop: {disk / 'out'}: {error['message']}"]
+    back = run("revert", large / "marlin", disk / "back", "--dry-run")
+    assert (back.code, len(back.report["warnings"])) == (0, 1)
+    assert f"a run would stop: {disk / 'back'}: the revert needs " in back.report["warnings"][0]
+    assert [*disk.iterdir()] == []
 
 
 def test_a_disk_that_fills_up_on_the_way_is_told_and_a_rerun_completes(large, run, small_disk, monkeypatch):
