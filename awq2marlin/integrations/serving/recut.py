@@ -17,7 +17,7 @@ from logging import Logger
 from typing import Any
 
 import torch
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from awq2marlin.formats.base import Quantization
 from awq2marlin.formats.registry import MARLIN_NATIVE
@@ -114,6 +114,14 @@ class PlainPart(torch.Tensor):
         args, kwargs = tree_map_only(cls, cls.read, (args, kwargs or {}))
         return func(*args, **kwargs)
 
+    def __dlpack__(self, **options: Any) -> Any:
+        """Returns a plain tensor for another library; this one has no memory whose address it could take."""
+        return self.read().__dlpack__(**options)
+
+    def __dlpack_device__(self) -> Any:
+        """Returns where that tensor is: on the CPU."""
+        return torch.empty(0).__dlpack_device__()
+
     def read(self) -> torch.Tensor:
         """Returns a new plain tensor of the same values, on the CPU."""
         layout, unit = self._layout, _column_unit(self._layout)
@@ -139,10 +147,10 @@ class PlainPart(torch.Tensor):
 
 
 def _written(func: Any, args: Any, kwargs: Any) -> Iterator[Any]:
-    """Yields the arguments of an operator that it writes to."""
+    """Yields the arguments of an operator that it writes to, those in lists one by one."""
     for number, each in enumerate(func._schema.arguments):
         if each.alias_info is not None and each.alias_info.is_write:
-            yield args[number] if number < len(args) else kwargs.get(each.name)
+            yield from tree_leaves(args[number] if number < len(args) else kwargs.get(each.name))
 
 
 def _column_unit(layout: PartLayout) -> int:

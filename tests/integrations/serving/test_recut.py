@@ -5,6 +5,7 @@ from copy import copy
 from dataclasses import replace
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import assume, given, settings
@@ -301,8 +302,10 @@ def test_it_can_be_shown_in_a_message():
         lambda each: each.copy_(torch.zeros(64, 10, dtype=torch.int32)),
         lambda each: each.__setitem__(slice(0, 2), 0),
         lambda each: torch.add(each, 1, out=each),
+        lambda each: torch._foreach_add_([each], 1),
+        lambda each: torch._foreach_copy_([each], [torch.zeros(64, 10, dtype=torch.int32)]),
     ],
-    ids=["add_", "copy_", "setitem", "out"],
+    ids=["add_", "copy_", "setitem", "out", "foreach_add_", "foreach_copy_"],
 )
 def test_what_is_written_to_it_is_not_lost_without_a_word(write):
     _, tiled, said = module_of("qweight", 64, 80, Scheme(4, 32, zero_point=True))
@@ -324,6 +327,14 @@ def test_it_is_not_made_another_tensor_s_data_which_would_end_the_process(mode, 
         assert torch.equal(other, plain[:, :5])
         assert torch.equal(cut.clone(), plain[:, :5])
         assert cut.device == other.device == torch.device("cpu")
+
+
+def test_other_libraries_get_its_values_and_not_an_address_that_is_none():
+    """DLPack asks for the address, which ended the process."""
+    plain, tiled, said = module_of("qweight", 64, 80, Scheme(4, 32, zero_point=True))
+    cut = plain_part("qweight", tiled, "m", 64, said)[3:, 2:5]
+    assert torch.equal(torch.from_dlpack(cut), plain[3:, 2:5])
+    assert_identical(np.from_dlpack(cut), plain[3:, 2:5].contiguous().numpy(), "dlpack")
 
 
 @pytest.mark.parametrize(("part", "bits"), [("qweight", 4), ("qweight", 8), ("qzeros", 4), ("scales", 4)])
