@@ -63,8 +63,12 @@ def layers(draw):
 NUMBERS = st.one_of(st.integers(1, 40), st.integers(1, 600), st.integers(1, 1 << 15))
 
 
+#: Rows that every kernel's grid has room for, in tiles of eight, whoever gets them.
+MOST_ROWS = 8 * (65535 - 1024)
+
+
 def with_tokens(problems, tokens):
-    return tuple(replace(each, num_pairs=tokens * each.top_k) for each in problems)
+    return tuple(replace(each, num_pairs=min(tokens, MOST_ROWS // each.top_k) * each.top_k) for each in problems)
 
 
 def check_launch(launch, problem, plan):
