@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -103,3 +105,27 @@ def assert_product(out, a, layer):
             f"{int(wrong.sum())} of {wrong.numel()} results are off; the first at token {row}, column {column}: "
             f"{out[row, column].item()} for {expected[row, column].item()}, bound {bound[row, column].item():.2e}"
         )
+
+
+def from_both_devices(there: Callable[[], torch.Tensor], here: Callable[[], torch.Tensor]) -> list[torch.Tensor]:
+    """Calls a kernel on the second GPU, then from four threads at once: there, there on a side stream, and here.
+
+    Returns:
+        what the calls gave, nine times on the second GPU and four times on the first one, once it is there.
+    """
+    outs = [there()]
+
+    def compute() -> None:  # the thread's device is the first one
+        outs.append(there())
+        with torch.cuda.stream(torch.cuda.Stream(1)):
+            outs.append(there())
+            torch.cuda.current_stream().synchronize()
+        outs.append(here())
+
+    threads = [threading.Thread(target=compute) for _ in range(4)]
+    for each in threads:
+        each.start()
+    for each in threads:
+        each.join()
+    torch.cuda.synchronize(0)
+    return outs

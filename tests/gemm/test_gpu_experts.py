@@ -19,7 +19,7 @@ from tests.gemm.expert_cases import (
     random_routing,
     random_rows,
 )
-from tests.gemm.gemm_cases import DTYPES
+from tests.gemm.gemm_cases import DTYPES, from_both_devices
 from tests.gemm.stand_in import forget_prepared_calls
 from tests.skips import ONE_GPU
 
@@ -531,21 +531,7 @@ def test_every_device_has_its_own_kernels():
     ids, shares = routing(20, 2, 8)
     x = random_rows(20, block.w13)
     there = [each.to("cuda:1") for each in (x, *block.arguments, ids, shares)]
-    outs = [ops.marlin_experts(*there)]
-
-    def compute():  # the thread's device is the first one
-        outs.append(ops.marlin_experts(*there))
-        with torch.cuda.stream(torch.cuda.Stream(1)):
-            outs.append(ops.marlin_experts(*there))
-            torch.cuda.current_stream().synchronize()
-        outs.append(block(x, ids, shares))
-
-    threads = [threading.Thread(target=compute) for _ in range(4)]
-    for each in threads:
-        each.start()
-    for each in threads:
-        each.join()
-    torch.cuda.synchronize(0)
+    outs = from_both_devices(lambda: ops.marlin_experts(*there), lambda: block(x, ids, shares))
     assert sorted(out.device.index for out in outs) == [0] * 4 + [1] * 9
     assert torch.cuda.current_device() == 0
     assert all(torch.equal(out.cpu(), block(x, ids, shares).cpu()) for out in outs)

@@ -14,7 +14,15 @@ from awq2marlin.gemm.families.base import HOPPER, GemmProblem
 from awq2marlin.gemm.families.wide import WideConfig
 from awq2marlin.gemm.launch import launch_gemm
 from awq2marlin.gemm.select import all_configs, pick_config
-from tests.gemm.gemm_cases import DTYPES, SMALL_SHAPES, Layer, assert_product, random_layer, random_tokens
+from tests.gemm.gemm_cases import (
+    DTYPES,
+    SMALL_SHAPES,
+    Layer,
+    assert_product,
+    from_both_devices,
+    random_layer,
+    random_tokens,
+)
 from tests.gemm.stand_in import forget_prepared_calls
 from tests.gemm.test_cpu_gemm import CASES, golden
 from tests.gemm.test_linear import loaded_layer
@@ -433,21 +441,7 @@ def test_every_device_has_its_own_kernels():
     layer = gpu_layer(512, 256, 128)
     a = random_tokens(20, layer)
     moved = [tensor.to("cuda:1") for tensor in (a, layer.qweight, layer.scales, layer.qzeros)]
-    outs = [ops.marlin_gemm(*moved)]
-
-    def multiply():  # the thread's device is the first one
-        outs.append(ops.marlin_gemm(*moved))
-        with torch.cuda.stream(torch.cuda.Stream(1)):
-            outs.append(ops.marlin_gemm(*moved))
-            torch.cuda.current_stream().synchronize()
-        outs.append(layer(a))
-
-    threads = [threading.Thread(target=multiply) for _ in range(4)]
-    for each in threads:
-        each.start()
-    for each in threads:
-        each.join()
-    torch.cuda.synchronize(0)
+    outs = from_both_devices(lambda: ops.marlin_gemm(*moved), lambda: layer(a))
     assert sorted(out.device.index for out in outs) == [0] * 4 + [1] * 9
     assert torch.cuda.current_device() == 0
     assert all(torch.equal(out.cpu(), layer(a).cpu()) for out in outs)
