@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+from typing import Any
+
 import torch
 
 from awq2marlin.errors import refuse
@@ -34,6 +37,27 @@ class ServingConfig:
     def get_config_filenames() -> list[str]:
         """Returns no file names: the config is always in ``config.json``."""
         return []
+
+    def untie(self, logger: logging.Logger, *configs: Any) -> None:
+        """Has a model load the quantized output embedding of its checkpoint, where its config denies that there is one.
+
+        Engines go by ``tie_word_embeddings`` and would leave the tensors out. Where a checkpoint holds an output
+        embedding that is not quantized, vLLM and Transformers do the same.
+
+        Args:
+            logger: says so.
+            configs: of the model, of which those of the text may be parts; before it is built.
+        """
+        if not self.contents.has_quantized_head:
+            return
+        tied = [config for config in configs if getattr(config, "tie_word_embeddings", False)]
+        for config in tied:
+            config.tie_word_embeddings = False
+        if tied:
+            logger.warning(
+                "config.json says tie_word_embeddings, but the checkpoint has a quantized output embedding, "
+                "which is served"
+            )
 
     def refuse_unserved(self, capability: Capability | None) -> None:
         """Refuses weights that only our kernels know, where these cannot serve them.

@@ -10,6 +10,7 @@ from awq2marlin.errors import printable, refuse
 from awq2marlin.formats.base import Quantization
 from awq2marlin.formats.names import CONFIG_FILENAME
 from awq2marlin.integrations.serving.inventory import Inventory
+from awq2marlin.layout.modules import is_output_embedding
 from awq2marlin.layout.scheme import Scheme
 
 Layout = Literal["marlin", "awq", "none"]
@@ -48,6 +49,14 @@ class Contents:
     def pack_factor(self) -> int:
         """Values per int32."""
         return self.scheme.pack_factor
+
+    @property
+    def has_quantized_head(self) -> bool:
+        """Whether the model's output embedding is quantized; it is kept in AWQ layout then."""
+        return any(
+            is_output_embedding(name) and not any(map(str.isdecimal, name.split(".")))  # not a layer's own output
+            for name in self.quantization.awq_modules
+        )
 
     def renamed(self, rename: Callable[[list[str]], list[str]]) -> Contents:
         """Returns the same contents with other names of the modules.

@@ -129,7 +129,24 @@ class Skeleton:
         new = self._packed(name, plan, with_bias=old.bias is not None)
         parent, _, child = name.rpartition(".")
         setattr(self._model.get_submodule(parent), child, new)
+        self._untie(name)
         return []
+
+    def _untie(self, name: str) -> None:
+        """Has a packed layer keep weights of its own where the model's config ties them to another's.
+
+        Transformers does the same if the files hold both, and they differ.
+        """
+        tied, weight = self._model.all_tied_weights_keys, f"{name}.weight"
+        apart = [target for target, source in tied.items() if weight in (target, source)]
+        for target in apart:
+            del tied[target]
+        if apart:
+            for config in (self._model.config, self._model.config.get_text_config()):
+                config.tie_word_embeddings = False
+            logger.warning(
+                "config.json says tie_word_embeddings, but the checkpoint has a quantized %s, which is used", name
+            )
 
     def _size_problems(self, plan: ModulePlan, name: str, size_k: int, size_n: int) -> list[Problem]:
         """Returns what is wrong with a module that the model wants of this size, under this name."""

@@ -81,6 +81,8 @@ class MarlinNativeConfig(ServingConfig, QuantizationConfig):  # type: ignore[mis
             CheckpointError: naming what is missing or cannot be served, and what to do.
         """
         _check_engine()
+        if hf_config is not None:
+            self.untie(logger, hf_config, hf_config.get_text_config())
         inventory = self._read_inventory(model_name, hf_config, revision)
         self.contents = replace(self.contents, inventory=inventory)
         self.refuse_unserved(_capability())

@@ -1,7 +1,9 @@
 """A quantized output embedding, whose vocabulary engines pad: a rank holds its part, and zeros behind it."""
 
+import logging
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -84,3 +86,12 @@ def test_ranks_that_would_cut_a_word_of_the_vocabulary_are_refused(harness, tmp_
     problem = problem_of(harness.output_embedding, model, 64, 128, 3, 16)
     assert (problem.code, problem.tensor) == ("unsupported-engine", "lm_head")
     assert problem.message.startswith("4 columns on one rank are not a multiple of 8")
+
+
+@pytest.mark.parametrize(("module", "is_tied"), [("lm_head", False), ("model.layers.0.output", True)])
+def test_a_model_whose_config_ties_a_quantized_output_embedding_loads_it(harness, tmp_path, caplog, module, is_tied):
+    model = harness.Model(tmp_path, {module: (128, 96), "a.down_proj": (128, 64)}, group_size=64)
+    whole, text, free = (SimpleNamespace(tie_word_embeddings=tied) for tied in (True, True, False))
+    model.config.untie(logging.getLogger("test"), whole, text, free, SimpleNamespace())
+    assert [each.tie_word_embeddings for each in (whole, text, free)] == [is_tied, is_tied, False]
+    assert len(caplog.records) == (0 if is_tied else 1)

@@ -3,7 +3,7 @@
 So the names that SGLang's models give their layers, what they join and how they call weight loaders are SGLang's.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from unittest import mock
 
 import pytest
@@ -152,7 +152,10 @@ class Made:
 
 
 def make(kind, folder, **options):
-    recipe = kind.recipe(**options)
+    return make_of(kind.recipe(**options), folder)
+
+
+def make_of(recipe, folder):
     write_checkpoint(folder / "awq", recipe)
     convert(folder / "awq", folder / "marlin", verify="none")
     return Made(folder / "marlin", recipe, load_file(folder / "awq" / "model.safetensors"))
@@ -216,6 +219,18 @@ def test_every_module_comes_to_its_place(harness, tmp_path, kind, rank, ranks):
     model = harness.load_model(made.folder, rank, ranks)
     assert type(model).__name__ == KINDS[kind].architecture
     assert_model_holds(harness, model, made, rank, ranks)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2"])
+def test_a_quantized_output_embedding_is_loaded_though_the_config_says_that_there_is_none(harness, tmp_path, kind):
+    tied = replace(KINDS[kind], config={**KINDS[kind].config, "tie_word_embeddings": True})
+    recipe = tied.recipe()
+    weights = {name: shape for name, shape in recipe.weights.items() if not name.startswith("lm_head")}
+    recipe = replace(recipe, modules={**recipe.modules, "lm_head": (HIDDEN, VOCABULARY)}, weights=weights)
+    made = make_of(recipe, tmp_path)
+    model = harness.load_model(made.folder)
+    assert model.lm_head is not model.model.embed_tokens
+    assert_model_holds(harness, model, made)
 
 
 def test_shared_experts_are_put_among_the_others_where_sglang_does_that(harness, tmp_path):

@@ -22,7 +22,7 @@ from awq2marlin.gemm.linear import MarlinLinear
 from awq2marlin.integrations.transformers import MarlinNativeConfig, names, versions
 from awq2marlin.integrations.transformers.experts import MarlinExperts
 from awq2marlin.integrations.transformers.versions import check_version
-from tests.integrations.transformers.checkpoints import Format, read_tensors, write_tensors
+from tests.integrations.transformers.checkpoints import Format, quantize, read_tensors, write_dense, write_tensors
 from tests.integrations.transformers.conftest import ARCHITECTURES, Case
 from tests.skips import HAS_GPU
 
@@ -100,6 +100,28 @@ def test_every_quantized_layer_is_packed_and_frozen(make_case: MakeCase) -> None
     assert layers["model.layers.1.self_attn.k_proj"].bias is not None
     assert not any(parameter.requires_grad for layer in layers.values() for parameter in layer.parameters())
     assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def test_a_quantized_output_embedding_is_loaded_though_the_config_ties_it(
+    make_case: MakeCase, prompt: torch.Tensor, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    awq = make_case("llama").awq
+    tensors, config = read_tensors(awq), json.loads((awq / "config.json").read_text("utf-8"))
+    head = quantize(tensors.pop("lm_head.weight"), Format())
+    tensors |= {f"lm_head.{part}": tensor for part, tensor in head.items()}
+    write_tensors(tmp_path / "untied", tensors, config)
+    write_tensors(tmp_path / "tied", tensors, {**config, "tie_word_embeddings": True})
+    convert(tmp_path / "tied", tmp_path / "marlin", verify="none")
+    case = Case(tmp_path / "tied", tmp_path / "marlin", write_dense(tmp_path / "dense", tmp_path / "untied"))
+    assert_as_exact_as_dense(case, prompt)
+    assert "the checkpoint has a quantized lm_head, which is used" in caplog.text
+    model = case.load()
+    model.tie_weights()
+    assert isinstance(model.lm_head, MarlinLinear)
+    model.save_pretrained(tmp_path / "saved")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    assert not again.config.tie_word_embeddings
+    assert torch.equal(logits(again, prompt), logits(model, prompt))
 
 
 def test_modules_kept_in_awq_layout_are_repacked_and_padded(make_case: MakeCase) -> None:

@@ -4,6 +4,7 @@ import json
 from unittest import mock
 
 import pytest
+from transformers import LlamaConfig
 
 import awq2marlin
 from awq2marlin.checkpoint.synthetic import Recipe, write_checkpoint
@@ -153,6 +154,14 @@ def test_a_folder_is_read_before_the_model_is_built(model):
     assert model.config.contents.inventory.zero_point_modules == MODULES.keys()
     (model.folder / "model.safetensors").unlink()
     assert problem_of(model.config.maybe_update_config, str(model.folder)).code == "no-weights"
+
+
+@pytest.mark.usefixtures("on_a_gpu")
+def test_a_quantized_output_embedding_is_loaded_though_the_config_says_that_there_is_none(harness, tmp_path):
+    made = harness.Model(tmp_path, {**MODULES, "lm_head": (192, 256)}, group_size=64, with_inventory=False)
+    config = LlamaConfig(tie_word_embeddings=True)
+    made.config.maybe_update_config(str(made.folder), hf_config=config)
+    assert not config.tie_word_embeddings
 
 
 HUB = "vllm.transformers_utils.config.get_safetensors_params_metadata"
