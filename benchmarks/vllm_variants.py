@@ -97,7 +97,8 @@ def preload(folder: Path, ranks: int, sockets: Path) -> None:
     parser = FlexibleArgumentParser()
     PreloadSubcommand.add_cli_args(parser)
     arguments = ["--model", str(folder), "--tensor-parallel-size", str(ranks), "--max-model-len", "512"]
-    arguments += ["--skip-tokenizer-init", "--enforce-eager", "--weight-cache-socket-dir", str(sockets)]
+    arguments += ["--skip-tokenizer-init", "--enforce-eager", "--disable-custom-all-reduce"]
+    arguments += ["--weight-cache-socket-dir", str(sockets)]
     arguments += ["--kernel-config", json.dumps({"linear_backend": "marlin", "moe_backend": "marlin"})]
     arguments += ["--attention-config", json.dumps({"backend": "TRITON_ATTN"})]
     PreloadSubcommand.cmd(parser.parse_args(arguments))
