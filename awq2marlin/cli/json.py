@@ -123,7 +123,7 @@ def _conversion(result: ConvertResult) -> Report:
         modules=[_module(module, verified, result.layout) for module in result.modules],
         bytes=result.output_bytes,
         seconds=result.seconds,
-        warnings=[*result.warnings, *result.lacks],
+        warnings=[*result.warnings, *result.lacks, *result.hindrances],
         left_behind=dict(result.left_behind),
         details={
             "dry_run": result.dry_run,
@@ -226,7 +226,7 @@ def _reversion(result: RevertResult) -> Report:
         files=[{"name": file.name, "bytes": file.size, "sha256": file.sha256 or None} for file in result.files],
         bytes=result.bytes,
         seconds=result.seconds,
-        warnings=list(result.lacks),
+        warnings=[*result.lacks, *result.hindrances],
         left_behind=dict(result.left_behind),
         details={"dry_run": result.dry_run, "resumed": list(result.resumed), "restores": result.restores},
     )

@@ -61,8 +61,7 @@ class ConvertResult:
         shards: bytes of every output shard, by name.
         files: bytes of every side file carried over, by name.
         left_behind: files of the source that are not carried over, with the reason.
-        warnings: what is to know of the source, and which files are left behind; with ``dry_run`` also what would stop
-            a run.
+        warnings: what is to know of the source, and which files are left behind.
         source_bytes: bytes of the source's shards.
         output_bytes: bytes of the output's shards.
         resumed: shards that an earlier run had finished.
@@ -76,6 +75,7 @@ class ConvertResult:
         lacks: what the output's file system cannot do, and what that means.
         left_behind_bytes: bytes of the files that are not carried over, by name.
         serving: how each engine serves the output, or why it cannot.
+        hindrances: with ``dry_run``, what would stop a run.
     """
 
     source: Path | str
@@ -99,6 +99,7 @@ class ConvertResult:
     lacks: tuple[str, ...] = ()
     left_behind_bytes: Mapping[str, int] = field(default_factory=dict)
     serving: tuple[Serving, ...] = ()
+    hindrances: tuple[str, ...] = ()
 
     @property
     def written_bytes(self) -> int:
@@ -213,8 +214,8 @@ def convert(
     result = _planned(plan, root, ignored, place)
     if dry_run:
         owned, stays = partial(owned_files, root, overwrite), target is None or not low_disk
-        hindered = hindrances(plan.transfer, root, owned, stays=stays, low_disk=low_disk)
-        result = replace(result, warnings=(*result.warnings, *hindered))
+        would_stop = hindrances(plan.transfer, root, owned, stays=stays, low_disk=low_disk)
+        result = replace(result, hindrances=would_stop)
     else:
         checks = Checks(plan, root, 0 if verify == "none" else verify, device, workers, progress)
         work = Work(progress, workers, executor, low_disk)

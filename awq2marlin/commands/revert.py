@@ -68,7 +68,8 @@ class RevertResult:
             converted checkpoint, so that the tensors are those of the original but the files are not.
         dry_run: whether nothing was written.
         resumed: shards that an earlier run had restored.
-        lacks: what the output's file system cannot do, and what that means; with ``dry_run``, what would stop a run.
+        lacks: what the output's file system cannot do, and what that means.
+        hindrances: with ``dry_run``, what would stop a run.
     """
 
     source: Path | str
@@ -81,6 +82,7 @@ class RevertResult:
     dry_run: bool = False
     resumed: tuple[str, ...] = ()
     lacks: tuple[str, ...] = ()
+    hindrances: tuple[str, ...] = ()
 
 
 def revert(
@@ -140,10 +142,10 @@ def revert(
         progress.note("an engine saved this checkpoint: the original tensors are restored, but not the original files")
     result = _planned(source, transfer, root)
     if dry_run:
-        hindered = hindrances(transfer, root, lambda: [] if overwrite else None, stays=True, low_disk=low_disk)
-        for line in hindered:
+        would_stop = hindrances(transfer, root, lambda: [] if overwrite else None, stays=True, low_disk=low_disk)
+        for line in would_stop:
             progress.note(line)
-        result = replace(result, lacks=hindered)
+        result = replace(result, hindrances=would_stop)
     else:
         kept = _kept_files(root, transfer, recorded_files(source, transfer), overwrite, progress)
         transfer = transfer.keeping(kept.keys())
