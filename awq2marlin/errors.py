@@ -55,6 +55,14 @@ def printable(text: str) -> str:
     return escaped(text)
 
 
+def size_text(count: float) -> str:
+    """Returns a number of bytes for people, in powers of 1000."""
+    if count < 1000:
+        return f"{count:.0f} B"
+    power = next((power for power in (1, 2, 3) if count < 999.95 * 1000**power), 4)  # 1000.0 kB is 1.0 MB
+    return f"{count / 1000**power:.1f} {'kMGT'[power - 1]}B"
+
+
 def pattern(name: str) -> str:
     """Returns a module's or tensor's name with its numbers as ``*``, so that what 80 layers share is said once."""
     return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)
@@ -211,7 +219,11 @@ _ADVICE = {
         "disk-full",
         "your disk quota is used up; free some and run the same command again",
     ),
-    errno.EFBIG: ("file-too-large", "the file system or a limit (ulimit -f) does not allow a file this large"),
+    errno.EFBIG: (
+        "file-too-large",
+        "the file system or a limit (ulimit -f) does not allow a file this large; raise the limit or choose another "
+        "disk",
+    ),
     errno.EACCES: ("no-permission", "permission denied; check who owns it and its mode"),
     errno.EPERM: ("no-permission", "the operation is not permitted; check who owns it and its mode"),
     errno.EROFS: ("read-only", "the file system is mounted read-only; choose another place"),
@@ -219,11 +231,11 @@ _ADVICE = {
         "io-error",
         "the device reported an input/output error; check the disk, then run the command again",
     ),
-    errno.ENOENT: ("not-found", "no such file or folder"),
-    errno.ENOTDIR: ("not-a-folder", "a part of this path is a file, not a folder"),
-    errno.EISDIR: ("not-a-file", "it is a folder where a file is needed"),
-    errno.ELOOP: ("unsafe-link", "too many symbolic links, or a link where a plain file is needed"),
-    errno.ENAMETOOLONG: ("name-too-long", "the file system does not allow a name this long"),
+    errno.ENOENT: ("not-found", "no such file or folder; check the path"),
+    errno.ENOTDIR: ("not-a-folder", "a part of this path is a file, not a folder; check the path"),
+    errno.EISDIR: ("not-a-file", "it is a folder where a file is needed; check the path"),
+    errno.ELOOP: ("unsafe-link", "too many symbolic links, or a link where a plain file is needed; replace the link"),
+    errno.ENAMETOOLONG: ("name-too-long", "the file system does not allow a name this long; choose a shorter one"),
     errno.EMFILE: (
         "too-many-files",
         "too many open files; raise the limit (ulimit -n) or use fewer --workers",

@@ -17,7 +17,7 @@ from awq2marlin.checkpoint.config import refuse_only_gguf
 from awq2marlin.checkpoint.downloads import refuse_unfinished
 from awq2marlin.checkpoint.index import read_index
 from awq2marlin.checkpoint.nearby import weights_below
-from awq2marlin.errors import CheckpointError, Problem, printable, refuse
+from awq2marlin.errors import CheckpointError, Problem, printable, refuse, size_text
 from awq2marlin.formats.names import (
     CARD_FILENAME,
     CONFIG_FILENAME,
@@ -147,8 +147,8 @@ def left_behind_warning(left_behind: Mapping[str, str], sizes: Mapping[str, int]
     """
     names = [name for name, reason in left_behind.items() if reason != _HIDDEN]
     if names:
-        shown = _listed(f"{printable(name)} ({bytes_text(sizes[name])}, {left_behind[name]})" for name in names)
-        total = f", {bytes_text(sum(sizes[name] for name in names))} in all" if len(names) > 1 else ""
+        shown = _listed(f"{printable(name)} ({size_text(sizes[name])}, {left_behind[name]})" for name in names)
+        total = f", {size_text(sum(sizes[name] for name in names))} in all" if len(names) > 1 else ""
         yield f"left behind, so 'revert' cannot restore it: {shown}{total}{_advice({*left_behind.values()})}"
 
 
@@ -158,11 +158,6 @@ def _advice(reasons: Set[str]) -> str:
     if reasons - {*_BY_NAME}:
         return "; --carry GLOB carries a file over"
     return "; rename it in a copy of the source" if reasons else ""
-
-
-def bytes_text(count: int) -> str:
-    """Returns an exact number of bytes for people."""
-    return f"{count:,} byte{'' if count == 1 else 's'}"
 
 
 def _why_left(name: str, choice: Choice, has_index: bool) -> str:

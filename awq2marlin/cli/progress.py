@@ -12,8 +12,8 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TextIO
 
-from awq2marlin.cli.text import outcome_text, size_text
-from awq2marlin.errors import printable
+from awq2marlin.cli.text import outcome_text
+from awq2marlin.errors import printable, size_text
 
 if TYPE_CHECKING:
     from rich.table import Table

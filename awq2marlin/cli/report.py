@@ -17,8 +17,7 @@ from typing import TYPE_CHECKING
 
 from awq2marlin._version import __version__
 from awq2marlin.cli.differences import format_text, not_compared_text
-from awq2marlin.cli.text import size_text
-from awq2marlin.errors import DifferenceError, Problem, printable, refuse
+from awq2marlin.errors import DifferenceError, Problem, printable, refuse, size_text
 from awq2marlin.io.durable import replacement
 from awq2marlin.progress import Progress, Silence
 

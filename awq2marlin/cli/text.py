@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from awq2marlin.cli.by_type import ByType
 from awq2marlin.cli.terminal import coloured, print_error, width_of
-from awq2marlin.errors import EXIT_DONE, escaped, pattern, printable
+from awq2marlin.errors import EXIT_DONE, escaped, pattern, printable, size_text
 
 if TYPE_CHECKING:
     from awq2marlin.batch.record import ItemResult
@@ -33,15 +33,6 @@ _MAX_NAMES_SHOWN = 8
 
 #: Columns of tables that hold numbers, flush right.
 _NUMBERS = {"K", "N", "modules", "size", "max error", "mean error", "of bound"}
-
-
-def size_text(count: float) -> str:
-    """Returns a number of bytes for people, in powers of 1000."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000 or unit == "GB":
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    raise AssertionError("unreachable")
 
 
 #: Prints a result for people.
@@ -127,7 +118,7 @@ def _show_plan(result: ConvertResult) -> None:
     _say(f"would write   {size_text(result.output_bytes)} to {printable(str(result.output))}")
     kept = f", keep {len(result.kept)} in AWQ layout" if result.kept or result.to == "Marlin" else ""
     _say(f"would convert {_counted(result.converted)}{kept}")
-    _show_lists(result.left_behind, result.warnings)
+    _show_lists(result.left_behind, [*result.warnings, *result.hindrances])
     for note in _conversion_notes(result):
         _say(f"note       {note}")
     _show_serving(result.serving, "to serve it afterwards")

@@ -109,14 +109,18 @@ def folder_at(source: str | os.PathLike[str], *, follow_links: bool = False) -> 
         return Folder.at(source, follow_links=follow_links)
     except CheckpointError as error:
         (problem,) = error.problems
-        if problem.code == "not-found" and isinstance(source, str) and _hub_name(source):
+        if problem.code != "not-found" or not isinstance(source, str):
+            raise
+        hint = ""
+        if _hub_name(source):
             parent = printable(source.partition("/")[0])
             hint = (
                 f"; it is read as a path because {parent} is a folder here; for the Hub repository, pass "
                 f"{HUB_PREFIX}{printable(source)}"
             )
-            raise CheckpointError(replace(problem, message=problem.message + hint)) from None
-        raise
+        elif "/" not in source:
+            hint = "; a repository of the Hub is written org/name"
+        raise CheckpointError(replace(problem, message=problem.message + hint)) from None
 
 
 def _prefixed(source: str) -> HubName:

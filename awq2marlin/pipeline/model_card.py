@@ -12,9 +12,8 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from awq2marlin._version import __version__
-from awq2marlin.checkpoint.files import bytes_text
 from awq2marlin.checkpoint.opening import Checkpoint
-from awq2marlin.errors import article, escaped, printable
+from awq2marlin.errors import article, escaped, printable, size_text
 from awq2marlin.formats.serving import Serving
 from awq2marlin.pipeline.plan import Plan
 
@@ -166,7 +165,7 @@ def _what_to_know(checkpoint: Checkpoint) -> str:
         parts.append("".join(f"* {_plain(oddity)}\n" for oddity in checkpoint.oddities))
     if left:
         shown = list(left)[:_MAX_FILES_SHOWN]
-        lines = [f"* {_code(name)}: {bytes_text(checkpoint.left_behind_bytes[name])}, {left[name]}\n" for name in shown]
+        lines = [f"* {_code(name)}: {size_text(checkpoint.left_behind_bytes[name])}, {left[name]}\n" for name in shown]
         more = f"* and {len(left) - len(shown)} more\n" if len(left) > len(shown) else ""
         parts.append(f"These files of the source were left behind and cannot be restored:\n\n{''.join(lines)}{more}")
     return "## What to know about the source\n\n" + "\n".join(parts) + "\n" if parts else ""

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from awq2marlin.checkpoint.manifest import decode_manifest, read_manifest
-from awq2marlin.errors import CheckpointError, HubError, OutputError, Problem
+from awq2marlin.errors import CheckpointError, HubError, OutputError, Problem, size_text
 from awq2marlin.formats.names import CONFIG_FILENAME, MANIFEST_FILENAME
 from awq2marlin.formats.registry import DEFAULT_TARGET
 from awq2marlin.hub.name import HUB_PREFIX, HubName, folder_at, is_ambiguous, links_text, parse_source
@@ -287,8 +287,8 @@ def full_disks(transfer: Transfer, root: Path, *, stays: bool, low_disk: bool) -
             str(disk.folder),
             "",
             "disk-full",
-            f"the {what} needs {disk.needed / 1e9:.2f} GB, the disk has {disk.free / 1e9:.2f} GB free; free some "
-            f"space{advice} or choose another disk",
+            f"the {what} needs {size_text(disk.needed)}, {size_text(disk.needed - disk.free)} more than the disk has "
+            f"free; free some space{advice} or choose another disk",
         )
         for disk in disks(disk_needs(transfer, root, stays=stays, low_disk=low_disk))
         if disk.needed > disk.free

@@ -10,8 +10,8 @@ import pytest
 
 from awq2marlin import CheckpointError, convert, convert_many, inspect, revert, verify
 from awq2marlin.checkpoint.choice import Choice, matches
-from awq2marlin.checkpoint.files import bytes_text
 from awq2marlin.cli.app import main
+from awq2marlin.errors import size_text
 from awq2marlin.pipeline.plan import plan_conversion
 from tests.hostile.hostile_files import INDEX, MANIFEST, SHARD, pack_tensors, tree, unpack_tensors, write_awq, zeros
 
@@ -116,11 +116,11 @@ def test_what_is_left_behind_is_told_with_its_bytes_everywhere(awq: Path, tmp_pa
     code, told, _ = report(capsys, "convert", awq, tmp_path / "out")
     assert (code, told["left_behind"], told["details"]["left_behind_bytes"]) == (0, LEFT, sizes)
     (warning,) = told["warnings"]
-    assert "consolidated.safetensors (3 bytes, the same weights in another form)" in warning
+    assert "consolidated.safetensors (3 B, the same weights in another form)" in warning
     total = sum(sizes.values()) - sizes[".gitattributes"]
-    assert warning.endswith(f" and 2 more, {total} bytes in all; --carry GLOB carries a file over")
+    assert warning.endswith(f" and 2 more, {size_text(total)} in all; --carry GLOB carries a file over")
     card = (tmp_path / "out" / "README.md").read_text()
-    assert all(f"* `{name}`: {bytes_text(sizes[name])}, {reason}\n" in card for name, reason in LEFT.items())
+    assert all(f"* `{name}`: {size_text(sizes[name])}, {reason}\n" in card for name, reason in LEFT.items())
     assert "Every file except those left behind is restored byte for byte" in card
     assert main(["convert", str(awq), "--dry-run"]) == 0
     assert f"warning    {warning}" in capsys.readouterr().out
@@ -195,7 +195,7 @@ def test_a_conversion_of_then_that_left_more_behind_still_equals_its_source(awq:
     (tmp_path / "out" / MANIFEST).write_text(json.dumps(document))
     result = verify(awq, tmp_path / "out")  # though the source alone could not be opened: stray.safetensors is none
     assert (result.kind, result.modules_total) == ("conversion", 1)
-    assert "spk_dict.pt (1 byte, as --leave says)" in result.notes[0]
+    assert "spk_dict.pt (1 B, as --leave says)" in result.notes[0]
 
 
 # --- without an index ----------------------------------------------------------------------------------------------
@@ -370,7 +370,7 @@ def test_an_index_with_a_name_too_many_says_what_to_do(tmp_path: Path) -> None:
         f"{INDEX} is not used, so all 2 .safetensors files in the folder count as the checkpoint"
     )
     assert result.warnings[0].endswith("; the output gets an index")
-    assert result.warnings[1].endswith(f"{INDEX} ({(awq / INDEX).stat().st_size:,} bytes, as --leave says)")
+    assert result.warnings[1].endswith(f"{INDEX} ({size_text((awq / INDEX).stat().st_size)}, as --leave says)")
     assert len(result.shards) == 2
     assert "model.gone.weight" not in json.loads((tmp_path / "out" / INDEX).read_text())["weight_map"]
     assert verify(awq, tmp_path / "out").kind == "conversion"

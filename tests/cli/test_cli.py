@@ -28,8 +28,9 @@ from awq2marlin.checkpoint.synthetic import write_checkpoint
 from awq2marlin.cli import progress as shown_progress
 from awq2marlin.cli.app import app, main
 from awq2marlin.cli.json import report_of
-from awq2marlin.cli.text import show, size_text
+from awq2marlin.cli.text import show
 from awq2marlin.commands.options import TARGET_OPTIONS, ConvertOptions, RevertOptions
+from awq2marlin.errors import size_text
 from awq2marlin.pipeline.shard import ShardResult, ShardTask, rewrite_shard
 from tests.e2e import oracle
 from tests.e2e.inputs import hub_snapshot, layer, plain, say
@@ -302,7 +303,10 @@ FAILURES = {
 
 @pytest.mark.parametrize("command", FAILURES)
 def test_a_failure_is_told_on_both_streams_and_exits_1(command: str, capsys: pytest.CaptureFixture[str]) -> None:
-    message = "nowhere: cannot open it as a checkpoint: no such file or folder"
+    message = (
+        "nowhere: cannot open it as a checkpoint: no such file or folder; check the path; a repository of the Hub is "
+        "written org/name"
+    )
     assert run(capsys, *FAILURES[command]) == (1, "", f"error: {message}\n")
     assert run(capsys, *FAILURES[command], "--quiet") == (1, "", f"error: {message}\n")
     code, out, err = run(capsys, *FAILURES[command], "--json")
@@ -506,7 +510,7 @@ def test_a_dry_run_says_what_would_stop_the_run(made: Path, capsys: pytest.Captu
     assert warned("convert", made / "awq", "taken/file") == [
         f"{stops}taken/file: a file of this name exists; choose another output folder"
     ]
-    below = f"{stops}taken/file/below/it: a part of this path is a file, not a folder"
+    below = f"{stops}taken/file/below/it: a part of this path is a file, not a folder; check the path"
     assert warned("convert", made / "awq", "taken/file/below/it") == [below]
     assert warned("revert", "output", "taken/file/below/it") == [below]
 
@@ -802,7 +806,7 @@ def test_a_picture_that_cannot_be_drawn_is_refused_before_the_work(
     code, out, err = run(capsys, *arguments, "errors.xyz")
     assert (code, out) == (1, "")
     assert "errors.xyz: a picture's name must end in .png" in err
-    assert run(capsys, *arguments, "none/errors.png")[2] == "error: none: no such file or folder\n"
+    assert run(capsys, *arguments, "none/errors.png")[2] == "error: none: no such file or folder; check the path\n"
 
 
 FULL = "error: cannot write to standard output: no space left on device\n"
@@ -816,7 +820,7 @@ FULL = "error: cannot write to standard output: no space left on device\n"
         ("inspect {made}/awq", ""),
         (
             "inspect {made}/none --json",
-            "error: {made}/none: cannot open it as a checkpoint: no such file or folder\n",
+            "error: {made}/none: cannot open it as a checkpoint: no such file or folder; check the path\n",
         ),
         ("revert {made}/marlin back --quiet --json", ""),
         ("--help", ""),

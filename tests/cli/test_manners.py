@@ -15,7 +15,7 @@ from awq2marlin import convert, convert_many, revert, verify
 from awq2marlin.batch import record as batch_record
 from awq2marlin.checkpoint.synthetic import llama_recipe, write_checkpoint
 from awq2marlin.cli.app import main
-from awq2marlin.cli.text import size_text
+from awq2marlin.errors import size_text
 from awq2marlin.io.folder import Folder
 from awq2marlin.progress import Silence, Stage
 

@@ -129,7 +129,7 @@ def test_a_path_with_a_typo_is_not_sent_to_the_hub(run, hub, source, tmp_path):
         assert (outcome.code, outcome.error["code"]) == (1, "not-found"), outcome.err
         message = outcome.error["message"]
         assert message == (
-            "cannot open it as a checkpoint: no such file or folder (did you mean models/llama-awq?); "
+            "cannot open it as a checkpoint: no such file or folder; check the path (did you mean models/llama-awq?); "
             "it is read as a path because models is a folder here; for the Hub repository, pass hf://models/lama-awq"
         )
     assert hub.requests() == []
