@@ -1,7 +1,8 @@
 """How fast vLLM serves a checkpoint and the converted one, on every kernel that it may take for them.
 
     python benchmarks/serving.py --out benchmarks/results/serving_h100.json
-        [--without-zero-points] [--format auto-round] [--experts [--layers 48]] [--rounds 4]
+        [--without-zero-points] [--format auto-round] [--experts [--layers 48]] [--rounds 4] [--batches 1 64]
+        [--own-process]
 
 Makes a model of Llama-3-8B's shapes from random weights, or with --experts a mixture of experts of Qwen3-30B-A3B's
 shapes (128 experts, 8 of them for a token; half of its layers, so that all engines fit). Converts it, and starts four
@@ -18,6 +19,9 @@ three times in a turn, the median of all. Of every batch also the time that the 
 step, replayed over and over: what is left of a step is sampling, and waiting for the host. Prefill: milliseconds of one
 prompt of 2,048 tokens; five times in a turn, the median of all. The first tokens of a few prompts are kept with the
 probabilities of the two best, so that a difference between engines can be judged.
+
+vLLM's engine runs in the process that asks, so that its memory and its graphs can be seen. With --own-process it has
+one of its own, as `vllm serve` and vLLM's default have it, and only the rates are measured.
 """
 
 from __future__ import annotations
@@ -32,7 +36,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -86,10 +90,17 @@ ENGINES = {
 }
 
 ENVIRONMENT = {
-    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine's memory is this process's
+    "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine's memory is this process's, unless it is to have its own
     "VLLM_ALLOW_INSECURE_SERIALIZATION": "1",
     "HF_HUB_OFFLINE": "1",
 }
+
+#: What says that vLLM's engine has a process of its own.
+OWN_PROCESS = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
+
+#: Variables that engines do not get. With the first, vLLM leaves PyTorch that many threads for its steps, which wait
+#: for each other on the processors that a step needs; without it, it takes one.
+NOT_FOR_ENGINES = ("OMP_NUM_THREADS",)
 
 
 # --- one engine, in a process of its own ------------------------------------------------------------------
@@ -231,6 +242,7 @@ def measure(
     vocabulary: int,
     found: dict[str, Any],
     replays: Any = None,
+    batches: Iterable[int] = BATCHES,
 ) -> None:
     """Notes what an engine that has the GPU for itself can do, beside what it noted in earlier turns.
 
@@ -241,6 +253,7 @@ def measure(
         vocabulary: of the model.
         found: gets the figures.
         replays: watches this process's CUDA graphs; None if the engine runs in another.
+        batches: how many prompts are decoded at once.
     """
     prompts = Prompts(vocabulary)
     if ROUND[turn % len(ROUND)] == "prefill":
@@ -250,7 +263,7 @@ def measure(
     first, decoding = prompts.draw(8, 64), found.setdefault("decode_tokens_per_s", {})
     if "said" not in found:
         found["said"] = said(first)
-    for count in BATCHES:
+    for count in batches:
         batch, new = prompts.draw(count, 128), 128
         with nullcontext() if replays is None else replays.watched():
             timed(batch, 4)
@@ -267,8 +280,8 @@ def note(found: dict[str, Any], key: str, values: list[float], digits: int) -> N
     found[key] = {"median": round(statistics.median(every), digits), "all": every}
 
 
-def run_engine(name: str, work: Path, rounds: int, out: Path) -> None:
-    """Starts an engine in this process, measures whenever it is its turn, and writes what was found so far."""
+def run_engine(name: str, work: Path, rounds: int, out: Path, batches: Iterable[int] = BATCHES) -> None:
+    """Starts an engine, measures whenever it is its turn, and writes what was found so far."""
     begin = time.perf_counter()
     import torch
     import vllm
@@ -280,14 +293,17 @@ def run_engine(name: str, work: Path, rounds: int, out: Path) -> None:
     title = f"{FORMATS[method]} {engine.title}" if engine.checkpoint == "source" else engine.title
     found: dict[str, Any] = {"title": title, "vllm": vllm.__version__, "torch": torch.__version__}
     found |= {"gpu": torch.cuda.get_device_name(), "import_seconds": round(time.perf_counter() - begin, 2)}
-    measured_load(work, found)
-    replays = Replays()
+    is_here, replays = os.environ.items().isdisjoint(OWN_PROCESS.items()), None
+    if is_here:
+        measured_load(work, found)
+        replays = Replays()
     llm = start(engine, folder)
     found["ready_seconds"] = round(time.perf_counter() - begin, 2)
+    found |= {"threads": torch.get_num_threads()} if is_here else {}
     found["layers"] = llm.apply_model(kernels_of_layers)[0]
     vocabulary = json.loads((folder / "config.json").read_text())["vocab_size"]
     for turn in turns(name, work, rounds):
-        measure(turn, partial(timed, llm), partial(said, llm), vocabulary, found, replays)
+        measure(turn, partial(timed, llm), partial(said, llm), vocabulary, found, replays, batches)
         save(out, found)
 
 
@@ -327,6 +343,7 @@ def run_all(
     script: str = __file__,
     keep: Callable[[dict[str, Any]], None] = lambda found: None,  # noqa: ARG005
     engines: dict[str, Engine] = ENGINES,
+    arguments: Iterable[str] = (),
 ) -> dict[str, Any]:
     """Runs every engine in a process of its own, by a script; returns what each found, or how it ended.
 
@@ -338,14 +355,17 @@ def run_all(
         script: what the processes run.
         keep: gets what all have found after every round.
         engines: what the names stand for.
+        arguments: further ones for the script.
     """
     processes = {}
     for name in names:
         environment = {**os.environ, **ENVIRONMENT, **engines[name].environment}
+        for variable in NOT_FOR_ENGINES:
+            environment.pop(variable, None)
         for variable in ("VLLM_CACHE_ROOT", "TRITON_CACHE_DIR"):  # nobody finds what another compiled
             environment[variable] = str(work / f"{name}.{variable.lower()}")
         command = [sys.executable, script, "--engine", name, "--work", str(work), "--out", str(work / f"{name}.json")]
-        command += ["--rounds", str(rounds)]
+        command += ["--rounds", str(rounds), *arguments]
         with (work / f"{name}.log").open("w") as log:
             processes[name] = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
 
@@ -405,14 +425,14 @@ def differences(found: dict[str, Any]) -> dict[str, Any]:
     return {"compared_with": first, "engines": rows}
 
 
-def table(found: dict[str, Any]) -> str:
-    """Returns the figures as a Markdown table, an engine a column."""
+def table(found: dict[str, Any], batches: Iterable[int] = BATCHES) -> str:
+    """Returns the figures of some batches as a Markdown table, an engine a column."""
     ran = {name: each for name, each in found.items() if "error" not in each}
     rows = [["", *(each["title"] for each in ran.values())], ["---"] * (len(ran) + 1)]
-    for count in BATCHES:
+    for count in batches:
         medians = (each["decode_tokens_per_s"][str(count)]["median"] for each in ran.values())
         rows.append([f"decoding, batch {count}, tokens/s", *(f"{median:.0f}" for median in medians)])
-    for count in BATCHES if all("graph_us" in each for each in ran.values()) else ():
+    for count in batches if all("graph_us" in each for each in ran.values()) else ():
         medians = (each["graph_us"][str(count)]["median"] for each in ran.values())
         rows.append([f"GPU time of a step's CUDA graph, batch {count}, us", *(f"{median:.0f}" for median in medians)])
     rows.append(
@@ -463,6 +483,9 @@ def make_parser(description: str | None, engines: dict[str, Engine]) -> argparse
     parser.add_argument("--out", type=Path, required=True, help="results, JSON; rows of other models in it are kept")
     parser.add_argument("--only", nargs="+", choices=engines, metavar="ENGINE", help=f"of {', '.join(engines)}")
     parser.add_argument("--rounds", type=int, default=1, help="how often each engine measures, in turn (1)")
+    parser.add_argument(
+        "--batches", nargs="+", type=int, choices=BATCHES, default=list(BATCHES), help="prompts decoded at once (all)"
+    )
     parser.add_argument("--patience", type=float, default=900, help="seconds for engines to start (900)")
     parser.add_argument("--work", type=Path, help="folder for models, logs and caches; a temporary one if not given")
     parser.add_argument("--models", type=Path, help="folder whose models are served; made there if they are missing")
@@ -509,9 +532,10 @@ def measure_all(
             return 0
         link_models(models, work)
         count = options.rounds * len(ROUND)  # an engine's process takes every turn for a round
-        found = run_all(names, work, options.patience, count, script, keep, engines)
+        batches = ["--batches", *map(str, options.batches)]
+        found = run_all(names, work, options.patience, count, script, keep, engines, batches)
     keep(found)
-    print(table(found), json.dumps(differences(found)), sep="\n")
+    print(table(found, options.batches), json.dumps(differences(found)), sep="\n")
     return 1 if any("error" in each for each in found.values()) else 0
 
 
@@ -521,9 +545,10 @@ def main() -> int:
     parser.add_argument("--without-zero-points", action="store_true", help="a symmetric checkpoint")
     parser.add_argument("--experts", action="store_true", help="a mixture of experts of Qwen3-30B-A3B's shapes")
     parser.add_argument("--layers", type=int, help="of Llama-3-8B's 32 (all), or of Qwen3-30B-A3B's 48 (24)")
+    parser.add_argument("--own-process", action="store_true", help="vLLM's engine in a process of its own")
     options = parser.parse_args()
     if options.engine:
-        run_engine(options.engine, options.work, options.rounds, options.out)
+        run_engine(options.engine, options.work, options.rounds, options.out, options.batches)
         return 0
 
     model = MODELS[options.experts]
@@ -531,9 +556,13 @@ def main() -> int:
     layers = options.layers or model.layers
     model = replace(model, layers=layers, format=options.format, zero_points=zero_points)
     row = {"format": model.format, "zero_points": model.zero_points, "experts": model.experts}
+    engines = ENGINES
+    if options.own_process:
+        row["own_process"] = True
+        engines = {name: replace(e, environment=e.environment | OWN_PROCESS) for name, e in ENGINES.items()}
     is_served = model.zero_points or model.format != "awq"
     names = options.only or [name for name, each in ENGINES.items() if is_served or each.checkpoint == "marlin"]
-    return measure_all(model, row, options, names)
+    return measure_all(model, row, options, names, engines)
 
 
 if __name__ == "__main__":

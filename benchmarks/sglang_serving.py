@@ -69,7 +69,7 @@ def said(engine: Any, batch: Batch) -> list[list[list[float]]]:
     return rows
 
 
-def run_engine(name: str, work: Path, rounds: int, out: Path) -> None:
+def run_engine(name: str, work: Path, rounds: int, out: Path, batches: list[int]) -> None:
     """Starts an engine in this process, measures whenever it is its turn, and writes what was found so far."""
     begin = time.perf_counter()
     import sglang
@@ -87,7 +87,7 @@ def run_engine(name: str, work: Path, rounds: int, out: Path) -> None:
     found["layers"] = json.loads(loaded.read_text())["layers"]
     vocabulary = json.loads((folder / "config.json").read_text())["vocab_size"]
     for turn in turns(name, work, rounds):
-        measure(turn, partial(timed, engine), partial(said, engine), vocabulary, found)
+        measure(turn, partial(timed, engine), partial(said, engine), vocabulary, found, batches=batches)
         save(out, found)
     engine.shutdown()
 
@@ -97,7 +97,7 @@ def main() -> int:
     parser.add_argument("--layers", type=int, default=32, help="of Llama-3-8B's 32 (all)")
     options = parser.parse_args()
     if options.engine:
-        run_engine(options.engine, options.work, options.rounds, options.out)
+        run_engine(options.engine, options.work, options.rounds, options.out, options.batches)
         return 0
 
     model = replace(serving.MODELS[False], layers=options.layers)

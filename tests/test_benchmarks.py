@@ -9,10 +9,11 @@ import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from safetensors import safe_open
 
 from awq2marlin import convert, inspect, verify
@@ -401,14 +402,16 @@ def test_a_turn_of_prefill_measures_nothing_else_and_leaves_its_first_time_out(s
 
 
 def test_engines_measure_in_turn_and_those_that_fail_are_told(script, tmp_path, monkeypatch, capsys):
-    serving, record, order = script("serving"), script("record"), []
+    serving, record, order, environments = script("serving"), script("record"), [], []
 
     class Engine(threading.Thread):
         """Stands in for the process of an engine."""
 
-        def __init__(self, command, stdout, **_):
+        def __init__(self, command, env, stdout, **_):
             super().__init__()
             options = dict(itertools.pairwise(command))
+            assert command[-3:] == ["--batches", "1", "64"]
+            environments.append(env)
             self.name, self.out, self.ended = options["--engine"], Path(options["--out"]), None
             self.rounds, self.log = int(options["--rounds"]), Path(stdout.name)
             self.start()
@@ -436,13 +439,39 @@ def test_engines_measure_in_turn_and_those_that_fail_are_told(script, tmp_path, 
             pass
 
     monkeypatch.setattr(serving.subprocess, "Popen", Engine)
-    kept = []
-    found = serving.run_all(["source", "converted_engine", "converted"], tmp_path, 60, 2, keep=kept.append)
+    monkeypatch.setenv("OMP_NUM_THREADS", "4")
+    kept, arguments = [], ["--batches", "1", "64"]
+    names = ["source", "converted_engine", "converted"]
+    found = serving.run_all(names, tmp_path, 60, 2, keep=kept.append, arguments=arguments)
     assert order == [(0, "converted_engine"), (0, "converted"), (1, "converted_engine"), (1, "converted")]
     assert found["source"] == {"title": "source, vLLM's default", "error": "no memory"}
     assert found["converted"]["us"] == {"median": 2.5, "all": [0.0, 4.0, 1.0, 4.0]}
     assert [each["converted"]["us"]["all"] for each in kept] == [[0.0, 4.0], [0.0, 4.0, 1.0, 4.0]]
     assert "source failed:" in capsys.readouterr().err
+    assert not any("OMP_NUM_THREADS" in each for each in environments)  # vLLM would run its steps on four threads
+    assert [each.get("AWQ2MARLIN_KERNEL") for each in environments] == [None, "engine", None]
+
+
+@pytest.mark.parametrize("is_here", [True, False])
+def test_memory_and_graphs_are_measured_where_the_engine_is_in_this_process(is_here, script, tmp_path, monkeypatch):
+    serving, asked = script("serving"), []
+    engine = SimpleNamespace(apply_model=lambda function: [{}])  # noqa: ARG005
+    monkeypatch.setitem(sys.modules, "vllm", SimpleNamespace(__version__="0.33.0"))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "H100")
+    for name, value in (serving.ENVIRONMENT | ({} if is_here else serving.OWN_PROCESS)).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(serving, "measured_load", lambda work, found: asked.append("load"))  # noqa: ARG005
+    monkeypatch.setattr(serving, "start", lambda engine_asked, folder: engine)  # noqa: ARG005
+    monkeypatch.setattr(serving, "turns", lambda name, work, rounds: range(rounds))  # noqa: ARG005
+    monkeypatch.setattr(serving, "measure", lambda *arguments: asked.append(arguments[-2:]))
+    monkeypatch.setattr(torch.cuda.CUDAGraph, "replay", torch.cuda.CUDAGraph.replay)  # put back afterwards
+    (tmp_path / "marlin").mkdir()
+    config = {"quantization_config": {"quant_method": "marlin_native"}, "vocab_size": 64}
+    (tmp_path / "marlin" / "config.json").write_text(json.dumps(config))
+    serving.run_engine("converted", tmp_path, 1, tmp_path / "converted.json", [1, 64])
+    (replays, batches) = asked[-1]
+    assert (asked[0] == "load", replays is not None, batches) == (is_here, is_here, [1, 64])
+    assert ("threads" in json.loads((tmp_path / "converted.json").read_text())) == is_here
 
 
 @pytest.mark.parametrize(("name", "more"), [("serving", {"zero_points": True, "experts": 0}), ("sglang_serving", {})])
@@ -453,8 +482,9 @@ def test_rows_of_serving_join_those_that_a_file_holds(name, more, script, tmp_pa
     out, seen = tmp_path / "out" / "serving.json", {}
     record.save(out, {"note": "kept", "rows": [{"layers": 1}]})
 
-    def run_all(names, work, patience, rounds, script, keep, engines):  # noqa: ARG001
+    def run_all(names, work, patience, rounds, script, keep, engines, arguments):  # noqa: ARG001
         seen.update(names=names, script=Path(script).name, engines=engines, models=sorted(work.iterdir()))
+        seen["arguments"] = arguments
         keep({"source": {**engine, "title": "after a round"}})
         seen["early"] = record.earlier(out)["rows"][1]["engines"]["source"]["title"]
         return {"source": engine, "converted": {"title": "lost", "error": "no memory"}}
@@ -470,6 +500,7 @@ def test_rows_of_serving_join_those_that_a_file_holds(name, more, script, tmp_pa
     assert [path.name for path in seen["models"]] == ["marlin", "source"]
     assert (seen["names"], seen["script"], seen["early"]) == (["source"], f"{name}.py", "after a round")
     assert seen["engines"] is measured.ENGINES
+    assert seen["arguments"] == ["--batches", "1", "8", "32", "64"]
     kept = json.loads(out.read_text())
     assert (kept["note"], kept["rows"][0]) == ("kept", {"layers": 1})
     row = kept["rows"][1]
