@@ -23,8 +23,9 @@ def run_on(backend: str, operator: str, run: Callable[..., Any], public_name: st
     """Registers what an operator does on a kind of device, at once where no gradient is needed.
 
     Calls that need one, and those under ``torch.compile``, ``torch.func`` or a mode, go the long way round. In PyTorch
-    before 2.10 all calls do. A call with derivatives in forward mode, which would be lost, is refused; before 2.10,
-    under ``torch.func``, only a call of the public function is, see `refusing_tangents`.
+    before 2.10 all calls do. A call with derivatives in forward mode, which would be lost, is refused, and so is one
+    with gradients of ``torch.func``, which PyTorch takes of no such operator; before 2.10, under ``torch.func``, only a
+    call of the public function is, see `refusing_transforms`.
 
     Args:
         backend: PyTorch's name for the kind of device: ``CPU`` or ``CUDA``.
@@ -35,7 +36,7 @@ def run_on(backend: str, operator: str, run: Callable[..., Any], public_name: st
     if not hasattr(torch.library, "get_kernel"):
 
         def run_or_refuse(*arguments: Any) -> Any:
-            _refuse_tangents(arguments, public_name)
+            _refuse_transforms(arguments, public_name)
             return run(*arguments)
 
         _register(operator, run_or_refuse, backend)
@@ -44,24 +45,24 @@ def run_on(backend: str, operator: str, run: Callable[..., Any], public_name: st
     long_way = torch.library.get_kernel(operator, f"Autograd{backend}").call_boxed
 
     def refuse_or_go(keys: torch._C.DispatchKeySet, *arguments: Any) -> Any:
-        _refuse_tangents(arguments, public_name)
+        _refuse_transforms(arguments, public_name)
         return long_way(keys, *arguments)
 
     at_once = _unless_gradients_are_needed(backend, run, refuse_or_go)
     _register(operator, at_once, f"Autograd{backend}", with_keyset=True)
 
 
-def refusing_tangents(function: Call) -> Call:
+def refusing_transforms(function: Call) -> Call:
     """Decorates the public call of an operator that `run_on` registers.
 
-    PyTorch before 2.10 lets only such a call see the derivatives in forward mode of ``torch.func``.
+    PyTorch before 2.10 lets only such a call see the derivatives of ``torch.func``.
     """
     if hasattr(torch.library, "get_kernel"):
         return function
 
     @wraps(function)
     def refuse_or_call(*arguments: Any, **options: Any) -> Any:
-        _refuse_tangents((*arguments, *options.values()), function.__name__)
+        _refuse_transforms((*arguments, *options.values()), function.__name__)
         return function(*arguments, **options)
 
     return cast(Call, refuse_or_call)
@@ -121,6 +122,19 @@ def _needs_gradient(arguments: tuple[Any, ...]) -> bool:
             if isinstance(each, torch.Tensor) and each.requires_grad:
                 return True
     return False
+
+
+def _refuse_transforms(arguments: tuple[Any, ...], public_name: str) -> None:
+    """Refuses derivatives that an operator with gradients does not have: those in forward mode, and of ``torch.func``.
+
+    PyTorch would say of the latter that an autograd.Function must override a static method.
+    """
+    _refuse_tangents(arguments, public_name)
+    if torch._C._are_functorch_transforms_active() and _needs_gradient(arguments):
+        raise NotImplementedError(
+            f"{public_name} has no gradients under torch.func (grad, vjp, jacrev), and an argument requires one: use "
+            "backward(), torch.autograd.grad or torch.autograd.functional, or detach it"
+        )
 
 
 def _refuse_tangents(arguments: tuple[Any, ...], public_name: str) -> None:

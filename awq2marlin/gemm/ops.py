@@ -23,7 +23,7 @@ from awq2marlin.gemm.checks import (
     check_type,
     remembered,
 )
-from awq2marlin.gemm.dispatch import refusing_tangents, run_on
+from awq2marlin.gemm.dispatch import refusing_transforms, run_on
 from awq2marlin.gemm.driver import device_of
 from awq2marlin.gemm.launch import GemmCall, describe, launch_repack, load_up_to, problem_of
 from awq2marlin.gemm.select import pick_config
@@ -38,7 +38,7 @@ _REPACK = "awq2marlin::awq_marlin_repack"
 # ---- the public calls -------------------------------------------------------------------------------------
 
 
-@refusing_tangents
+@refusing_transforms
 def marlin_gemm(
     a: torch.Tensor,
     qweight: torch.Tensor,
@@ -53,7 +53,7 @@ def marlin_gemm(
     Sums are formed in fp32 (float64 on a CPU) and rounded once; two runs give the same bits. N, K and the
     group size follow from the shapes; with G = 1 ``scales`` is in the 32-wide order of a single group.
     ``a`` and ``bias`` have gradients, for which the whole weight is decoded; ``scales`` has none. Derivatives in
-    forward mode (``torch.func.jvp``) are refused.
+    forward mode and of ``torch.func`` (``jvp``, ``grad``) are refused.
 
     Args:
         a: activations, fp16 or bf16 [M, K], any M from 0; rows may have a stride (a multiple of 8, at most 2^23).
@@ -69,7 +69,8 @@ def marlin_gemm(
     Raises:
         TypeError: a tensor's dtype is not the one needed.
         ValueError: shapes that do not fit, a layout that would have to be copied, tensors on several devices.
-        NotImplementedError: ``scales`` requires a gradient, or an argument has a tangent of forward mode.
+        NotImplementedError: ``scales`` requires a gradient, or an argument has a tangent of forward mode or a gradient
+            of ``torch.func``.
         KernelUnavailableError: the kernel cannot be compiled or run here, or a CUDA graph capture met a
             kernel that is not loaded yet (call `warm_up` before the capture).
     """

@@ -225,6 +225,39 @@ def test_derivatives_in_forward_mode_are_refused_and_not_lost(name, transform):
         (call or torch.compile(jvp, backend="aot_eager", fullgraph=True))(given)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # PyTorch's own, when torch.func loads its rules
+@pytest.mark.parametrize("transform", ["grad", "vjp", "jacrev", "of each row"])
+@pytest.mark.parametrize("name", ["a", "bias"])
+def test_gradients_of_torch_func_are_refused_in_our_words(name, transform):
+    layer = random_layer(128, 64, 64, has_bias=True)
+    whole = {"a": random_tokens(2, layer), "bias": layer.bias}
+
+    def total(tensor):
+        arguments = whole | {name: tensor}
+        return ops.marlin_gemm(arguments["a"], layer.qweight, layer.scales, layer.qzeros, arguments["bias"]).sum()
+
+    call = {
+        "grad": torch.func.grad(total), "vjp": lambda tensor: torch.func.vjp(total, tensor),
+        "jacrev": torch.func.jacrev(total),
+        "of each row": lambda tensor: torch.vmap(torch.func.grad(total))(tensor[None]),
+    }[transform]  # fmt: skip
+    with pytest.raises(
+        NotImplementedError, match=r"^marlin_gemm has no gradients under torch.func .* use backward\(\)"
+    ):
+        call(whole[name])
+    gradient = torch.autograd.functional.vjp(total, whole[name])[1]  # what it names instead
+    assert gradient.shape == whole[name].shape
+    assert gradient.any()
+
+
+def test_rows_of_torch_vmap_have_gradients():
+    layer = random_layer(128, 64, 64)
+    a = random_tokens(4, layer).reshape(2, 2, 128).requires_grad_()
+    torch.vmap(lambda rows: ops.marlin_gemm(rows, layer.qweight, layer.scales, layer.qzeros))(a).sum().backward()
+    assert torch.equal(a.grad[0, 0], a.grad[1, 1])
+    assert a.grad.any()
+
+
 def test_older_versions_of_pytorch_refuse_them_in_the_public_call():
     script = """
 import torch
@@ -234,16 +267,18 @@ from awq2marlin import marlin_gemm
 weight, scales = torch.zeros(8, 128, dtype=torch.int32), torch.ones(1, 64, dtype=torch.half)
 a = torch.ones(1, 128, dtype=torch.half)
 assert marlin_gemm(a, weight, scales).shape == (1, 64)
-for transform in (lambda f: torch.func.jvp(f, (a,), (a,)), lambda f: torch.func.jacfwd(f)(a)):
+for transform in (
+    lambda f: torch.func.jvp(f, (a,), (a,)), lambda f: torch.func.jacfwd(f)(a), lambda f: torch.func.vjp(f, a)
+):
     try:
         transform(lambda a: marlin_gemm(a, qweight=weight, scales=scales))
     except NotImplementedError as error:
         print(error)
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
-    assert [line.split(" (")[0] for line in done.stdout.splitlines()] == 2 * [
-        "marlin_gemm has no derivatives in forward mode"
-    ]
+    assert [line.split(" (")[0] for line in done.stdout.splitlines()] == [
+        *2 * ["marlin_gemm has no derivatives in forward mode"], "marlin_gemm has no gradients under torch.func",
+    ]  # fmt: skip
 
 
 def test_scales_have_no_gradient_and_say_so():
