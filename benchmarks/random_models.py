@@ -44,6 +44,7 @@ class Model:
         dtype: of scales and unquantized tensors.
         format: ``awq``, ``gptq`` (its first version), ``auto-round`` (its default packing) or ``compressed-tensors``;
             the second and the third without zero points only.
+        quantized_head: whether the output embedding is quantized as well; in AWQ only.
     """
 
     hidden: int
@@ -61,6 +62,7 @@ class Model:
     zero_points: bool = True
     dtype: torch.dtype = torch.float16
     format: str = "awq"
+    quantized_head: bool = False
 
     @property
     def kind(self) -> str:
@@ -119,6 +121,7 @@ class Model:
             }
         if self.format == "awq":
             own = {"quant_method": "awq", "zero_point": self.zero_points, "version": "gemm"}
+            own |= {"lm_head": True} if self.quantized_head else {}
         elif self.format == "gptq":
             own = {"quant_method": "gptq", "sym": True, "desc_act": False, "checkpoint_format": "gptq"}
         else:
@@ -154,11 +157,19 @@ class _Maker:
         hidden = model.hidden
         yield {
             "model.embed_tokens.weight": self.normal(model.vocabulary, hidden, std=1.0),
-            "lm_head.weight": self.normal(model.vocabulary, hidden, std=3 * hidden**-0.5),
+            **dict(self.head()),
             "model.norm.weight": self.ones(hidden),
         }
         for layer in range(model.layers):
             yield dict(self.layer(f"model.layers.{layer}"))
+
+    def head(self) -> Iterator[tuple[str, torch.Tensor]]:
+        hidden, vocabulary = self.model.hidden, self.model.vocabulary
+        if not self.model.quantized_head:
+            yield "lm_head.weight", self.normal(vocabulary, hidden, std=3 * hidden**-0.5)
+            return
+        for name, tensor in self.module("lm_head", hidden, vocabulary):
+            yield name, 3 * tensor if name.endswith(".scales") else tensor
 
     def layer(self, prefix: str) -> Iterator[tuple[str, torch.Tensor]]:
         model = self.model

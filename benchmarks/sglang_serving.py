@@ -31,6 +31,7 @@ from serving import (
     measure_all,
     turns,
 )
+from vllm_tokens import Way
 
 _ON_SGLANG = sglang_tokens.ENVIRONMENT
 
@@ -79,12 +80,12 @@ def run_engine(name: str, work: Path, rounds: int, out: Path, batches: list[int]
     loaded = sglang_tokens.tell_what_is_loaded(out)
     most = max(serving.BATCHES)
     engine = sglang_tokens.make_engine(
-        folder, 1, eager=False, context_length=4096, max_running_requests=most, cuda_graph_max_bs_decode=most,
+        folder, Way(eager=False), context_length=4096, max_running_requests=most, cuda_graph_max_bs_decode=most,
         max_total_tokens=1 << 15,
     )  # fmt: skip
     found: dict[str, Any] = {"title": ENGINES[name].title, "sglang": sglang.__version__, "torch": torch.__version__}
     found |= {"gpu": torch.cuda.get_device_name(), "ready_seconds": round(time.perf_counter() - begin, 2)}
-    found["layers"] = json.loads(loaded.read_text())["layers"]
+    found["layers"] = sglang_tokens.what_is_loaded(loaded)["layers"]
     vocabulary = json.loads((folder / "config.json").read_text())["vocab_size"]
     for turn in turns(name, work, rounds):
         measure(turn, partial(timed, engine), partial(said, engine), vocabulary, found, batches=batches)

@@ -1,11 +1,11 @@
 """Whether SGLang says the same with a converted checkpoint as with its source: greedy tokens and log-probabilities.
 
-    python benchmarks/sglang_tokens.py --out benchmarks/results/sglang_tokens_h100.json [--graphs] [--tp 2]
-        [--only NAME ...] [--keep FOLDER]
+    python benchmarks/sglang_tokens.py --out benchmarks/results/sglang_tokens_h100.json [--graphs]
+        [--tp 2 [--expert-parallel]] [--only NAME ...] [--keep FOLDER]
 
 The models and the comparison are those of benchmarks/vllm_tokens.py. Each engine has a process of its own. The source
 runs on SGLang's own code for its format, which takes Marlin. Once both are loaded, every tensor of every layer must
-have the same bits in both: what SGLang repacked at its start, and what `awq2marlin convert` wrote. Then every
+have the same bits in both, on every rank: what SGLang repacked at its start, and what `awq2marlin convert` wrote. Every
 log-probability of prompts that go in alone must have the same bits, too. Prompts that go in together may differ by
 rounding, since SGLang batches them by when they arrive.
 
@@ -13,8 +13,9 @@ SGLang's Marlin adds up by atomic operations where N is below 2048 and K is not,
 two starts on one and the same checkpoint do not give the same bits. Dense models are therefore made with a smaller K
 here. Mixtures of experts run twice, source and converted, and differences are judged by how far two starts are apart.
 
-Where SGLang's AWQ code cannot load a kind (no zero points), the reference is the dequantized model in plain fp16. The
-converted checkpoint runs once more on this package's kernels. Ends with exit code 1 if anything differs.
+Where SGLang's AWQ code cannot load a kind (no zero points, 8 bits, a quantized output embedding), the reference is the
+dequantized model in plain fp16. The converted checkpoint runs once more on this package's kernels. Ends with exit code
+1 if anything differs.
 """
 
 from __future__ import annotations
@@ -43,11 +44,11 @@ from vllm_tokens import (
     DENSE_BOUND,
     KERNEL_BOUNDS,
     NEW_TOKENS,
+    Way,
     agreement,
     compare_all,
     compare_own,
     draw_prompts,
-    serves_source,
 )
 
 #: The largest K whose products SGLang's Marlin adds up in the same order every time, whatever N is, and of which two
@@ -65,12 +66,22 @@ OTHER_NAMES = {"weight_packed": "qweight", "weight_scale": "scales", "weight_zer
 SHAPE = "weight_shape"
 
 #: What keeps SGLang away from what needs a network or NVLink multicast.
-ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "NCCL_NVLS_ENABLE": "0", "SGLANG_PLUGINS": "awq2marlin"}
+ENVIRONMENT = {
+    "HF_HUB_OFFLINE": "1",
+    "NCCL_NVLS_ENABLE": "0",
+    "NVSHMEM_DISABLE_NVLS": "1",
+    "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1",
+    "SGLANG_PLUGINS": "awq2marlin",
+    "SGLANG_ENABLE_TP_MEMORY_INBALANCE_CHECK": "0",  # engines side by side start when they like
+}
 
 #: Seconds after which an engine that has not said all is ended.
 PATIENCE = 600
 
-#: Where SGLang's process of the first rank writes what it has loaded.
+#: Tokens of a prefill for which there are CUDA graphs: enough for every prompt here. SGLang would capture 58 sizes.
+PREFILL_GRAPHS = [8, 32, 72, 136, 304, 576]
+
+#: Where SGLang's process of a rank writes what it has loaded; the rank's number is put behind it.
 LOADED_VARIABLE = "SGLANG_TOKENS_LOADED"
 
 
@@ -102,22 +113,32 @@ def run_scheduler(*arguments: Any, **options: Any) -> None:
 
     def load_and_tell(runner: Any) -> None:
         load(runner)
-        if rank == 0:
-            loaded = {"layers": kinds_of_layers(runner.model), "tensors": digests(runner.model)}
-            Path(os.environ[LOADED_VARIABLE]).write_text(json.dumps(loaded))
+        loaded = {"layers": kinds_of_layers(runner.model), "tensors": digests(runner.model)}
+        save(Path(f"{os.environ[LOADED_VARIABLE]}{rank}"), loaded)
 
     ModelRunner.load_model = load_and_tell
     run_scheduler_process(*arguments, **options)
 
 
-def tell_what_is_loaded(out: Path) -> Path:
-    """Has the engine of this process write what it has loaded beside ``out``; returns the file."""
+def tell_what_is_loaded(out: Path, ranks: int = 1) -> list[Path]:
+    """Has the engine of this process write what it has loaded beside ``out``; returns the files, one for each rank."""
     loaded = out.with_suffix(".loaded")
     os.environ[LOADED_VARIABLE] = str(loaded)
-    return loaded
+    return [Path(f"{loaded}{rank}") for rank in range(ranks)]
 
 
-def make_engine(folder: Path, ranks: int, eager: bool, **options: Any) -> Any:
+def what_is_loaded(files: list[Path]) -> dict[str, Any]:
+    """Returns the first rank's layers, and the tensors of all ranks; a name says of which unless it is the first."""
+    found = [json.loads(file.read_text()) for file in files]
+    tensors = {
+        f"rank {rank}: {name}" if rank else name: digest
+        for rank, each in enumerate(found)
+        for name, digest in each["tensors"].items()
+    }
+    return {"layers": found[0]["layers"], "tensors": tensors}
+
+
+def make_engine(folder: Path, way: Way, **options: Any) -> Any:
     """Returns SGLang's engine on a checkpoint, with what makes its arithmetic the same every time."""
     from sglang.srt.entrypoints.engine import Engine
 
@@ -138,8 +159,9 @@ def make_engine(folder: Path, ranks: int, eager: bool, **options: Any) -> Any:
     }
     return TellingEngine(
         model_path=str(folder),
-        tp_size=ranks,
-        disable_cuda_graph=eager,
+        tp_size=way.ranks,
+        ep_size=way.ranks if way.expert_parallel else 1,
+        disable_cuda_graph=way.eager,
         skip_tokenizer_init=True,
         attention_backend="triton",
         sampling_backend="pytorch",
@@ -191,33 +213,36 @@ def judge(engine: Any, prompts: list[list[int]], said: list[dict[str, Any]]) -> 
     return rows
 
 
-def run_engine(folder: Path, ranks: int, eager: bool, forced: Path | None, out: Path) -> None:
+def run_engine(folder: Path, way: Way, forced: Path | None, out: Path) -> None:
     """Generates in this process and writes what came out; ``forced`` holds tokens whose probabilities are asked for."""
     import sglang
 
-    loaded = tell_what_is_loaded(out)
+    loaded = tell_what_is_loaded(out, way.ranks)
     begin = time.perf_counter()
-    engine = make_engine(folder, ranks, eager)
+    engine = make_engine(folder, way, cuda_graph_bs_prefill=PREFILL_GRAPHS)
     document: dict[str, Any] = {"seconds": round(time.perf_counter() - begin, 2)}
     prompts, short = draw_prompts(json.loads((folder / "config.json").read_text())["vocab_size"])
     if forced is None:
         document["rows"] = answer(engine, prompts)
         document["alone"] = [row for prompt in short + prompts for row in answer(engine, [prompt])]
     else:
+        while not forced.exists():  # another engine is still at it
+            time.sleep(0.1)
         document["rows"] = judge(engine, prompts, json.loads(forced.read_text())["rows"])
     document |= {"sglang": sglang.__version__, "torch": torch.__version__, "gpu": torch.cuda.get_device_name()}
-    document |= json.loads(loaded.read_text())
+    document |= what_is_loaded(loaded)
     save(out, document)
     engine.shutdown()
 
 
 def start_engine(
-    folder: Path, ranks: int, eager: bool, out: Path, forced: Path | None = None, kernel: str = "engine"
+    folder: Path, way: Way, out: Path, forced: Path | None = None, kernel: str = "engine"
 ) -> dict[str, Any]:
     """Runs `run_engine` in a process of its own and returns what it wrote."""
-    command = [sys.executable, __file__, "--engine", str(folder), "--tp", str(ranks), "--out", str(out)]
+    command = [sys.executable, __file__, "--engine", str(folder), "--tp", str(way.ranks), "--out", str(out)]
     command += ["--forced", str(forced)] if forced else []
-    command += [] if eager else ["--graphs"]
+    command += [] if way.eager else ["--graphs"]
+    command += ["--expert-parallel"] if way.expert_parallel else []
     environment = {**os.environ, **ENVIRONMENT, "AWQ2MARLIN_KERNEL": kernel}
     with out.with_suffix(".log").open("w") as log:
         try:
@@ -228,6 +253,7 @@ def start_engine(
         except subprocess.TimeoutExpired:
             failure = f"has not said all in {PATIENCE} seconds"
     if failure or not out.exists():
+        save(out, {"failure": failure})  # whoever waits for it shall not wait longer
         tail = out.with_suffix(".log").read_text(errors="replace").splitlines()[-60:]
         raise RuntimeError(f"the engine on {folder} {failure or 'said nothing'}:\n" + "\n".join(tail))
     document: dict[str, Any] = json.loads(out.read_text())
@@ -273,31 +299,40 @@ def compare_with_source(
     return row
 
 
+def serves_source(model: Model, ranks: int) -> bool:
+    """Returns whether SGLang's own code can load a source. It fails at a quantized output embedding, too."""
+    return vllm_tokens.serves_source(model, ranks) and not model.quantized_head
+
+
 def all_on_marlin(model: Model) -> bool:
     """Returns whether SGLang's Marlin takes the shapes of every module of a source."""
     return model.hidden % 128 == 0 and model.inner % 128 == 0
 
 
-def compare(name: str, model: Model, ranks: int, eager: bool, work: Path, pool: ThreadPoolExecutor) -> dict[str, Any]:
+def compare(name: str, model: Model, way: Way, work: Path, pool: ThreadPoolExecutor) -> dict[str, Any]:
     """Returns how the engines' words compare, for one model that is prepared; engines start in ``pool``."""
     from dense_models import dequantize
 
     def start(checkpoint: str, out: str, kernel: str = "engine", forced: Path | None = None) -> Future[dict[str, Any]]:
-        return pool.submit(start_engine, work / checkpoint, ranks, eager, work / f"{out}.json", forced, kernel)
+        return pool.submit(start_engine, work / checkpoint, way, work / f"{out}.json", forced, kernel)
 
-    row: dict[str, Any] = {"model": name, "tensor_parallel_size": ranks, "cuda_graphs": not eager}
+    row: dict[str, Any] = {"model": name, "tensor_parallel_size": way.ranks, "cuda_graphs": not way.eager}
+    row |= {"expert_parallel": True} if way.expert_parallel else {}
     only_own = model.bits == 8 and model.zero_points
-    has_source = serves_source(model, ranks)
+    has_source = serves_source(model, way.ranks)
     runs = {"own": start("marlin", "own", "own")}
     if not only_own:
         runs["ours"] = start("marlin", "ours")
     if has_source:
         runs["theirs"] = start("source", "theirs")
+    else:
+        dequantize(work / "source", work / "dense", model.dtype)
+        runs["dense"] = start("dense", "dense", forced=work / ("own.json" if only_own else "ours.json"))
     if model.experts:
         runs |= {f"{key}_again": start(*_AGAIN[key]) for key in ("ours", "theirs") if key in runs}
     done = {key: run.result() for key, run in runs.items()}
     own = done["own"]
-    ours = done.get("ours", own)
+    ours, theirs = done.get("ours", own), done["theirs" if has_source else "dense"]
     noise = 0.0
     for again in ("ours", "theirs"):
         if f"{again}_again" in done:
@@ -306,11 +341,8 @@ def compare(name: str, model: Model, ranks: int, eager: bool, work: Path, pool: 
                 noise = max(noise, found[f"{again}_again_{what}_max_logprob_difference"])
                 row |= found
     if has_source:
-        theirs = done["theirs"]
         row |= compare_with_source(model, ours, theirs, noise if model.experts else None)
     else:
-        dequantize(work / "source", work / "dense", model.dtype)
-        theirs = start("dense", "dense", forced=work / ("own.json" if only_own else "ours.json")).result()
         row["reference"] = "dequantized model, fp16"
         row |= agreement("together", ours["rows"], theirs["rows"])
         row["together_same_tokens"] = sum(each["best"] == each["logprobs"] for each in theirs["rows"])
@@ -331,6 +363,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="results, JSON; rows of other runs in it are kept")
     parser.add_argument("--tp", type=int, default=1, help="tensor-parallel size")
+    parser.add_argument("--expert-parallel", action="store_true", help="every rank has whole experts")
     parser.add_argument("--only", nargs="+", choices=MODELS, default=list(MODELS), metavar="NAME")
     parser.add_argument("--side-by-side", type=int, default=4, help="engines that run at the same time")
     parser.add_argument("--graphs", action="store_true", help="with CUDA graphs, not eagerly")
@@ -338,14 +371,15 @@ def main() -> int:
     parser.add_argument("--engine", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--forced", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
+    way = Way(options.tp, not options.graphs, options.expert_parallel)
     if options.engine:
-        run_engine(options.engine, options.tp, not options.graphs, options.forced, options.out)
+        run_engine(options.engine, way, options.forced, options.out)
         return 0
 
     with ThreadPoolExecutor(options.side_by_side) as engines:
 
         def compare_one(name: str, work: Path) -> dict[str, Any]:
-            return compare(name, MODELS[name], options.tp, not options.graphs, work, engines)
+            return compare(name, MODELS[name], way, work, engines)
 
         at_once = len(options.only)
         return compare_all(MODELS, options.only, options.tp, at_once, compare_one, options.out, options.keep)

@@ -56,6 +56,7 @@ MODELS = {
     "llama, 8 bits without zero points": Model(1024, 2816, 4, 16, 4, 4096, bits=8, zero_points=False),
     "mixtral, 8 bits": Model(1024, 1024, 4, 16, 4, 4096, experts=4, bits=8),
     "llama, 8 bits": Model(1024, 2816, 4, 16, 4, 4096, bits=8),
+    "llama with a quantized output embedding, g 128": replace(DENSE, quantized_head=True),
     "llama, bf16": Model(1024, 2816, 4, 16, 4, 4096, dtype=torch.bfloat16),
     "llama, cut within tiles by two, g 32": Model(512, 1344, 4, 8, 2, 4096, group_size=32),
     "compressed-tensors, g 128": replace(DENSE, format="compressed-tensors"),

@@ -127,6 +127,20 @@ def test_random_models_of_other_formats_convert_whole_and_mean_something(tmp_pat
     assert 0.5 < weight.std() * 256**0.5 < 2
 
 
+def test_a_random_model_with_a_quantized_output_embedding_keeps_it_in_awq_layout(tmp_path, script):
+    import torch
+
+    random_models, dense_models = script("random_models"), script("dense_models")
+    random_models.write_model(tmp_path / "awq", random_models.Model(128, 128, 1, 2, 2, 64, quantized_head=True))
+    result = convert(tmp_path / "awq", tmp_path / "marlin")
+    assert (len(result.converted), [each.name for each in result.kept]) == (7, ["lm_head"])
+    dense_models.dequantize(tmp_path / "awq", tmp_path / "dense", torch.float32)
+    with safe_open(tmp_path / "dense" / "model.safetensors", "pt") as file:
+        head, other = file.get_tensor("lm_head.weight"), file.get_tensor("model.layers.0.mlp.up_proj.weight")
+    assert head.shape == (64, 128)
+    assert 2 < head.std() / other.std() < 4  # so that tokens differ in probability
+
+
 def test_every_model_of_the_token_comparison_is_what_its_name_says(script):
     models = script("vllm_tokens").MODELS
     assert {model.experts > 0 for model in models.values()} == {True, False}
@@ -138,6 +152,7 @@ def test_every_model_of_the_token_comparison_is_what_its_name_says(script):
         )
         assert (model.bits == 8) == ("8 bits" in name)
         assert (str(model.dtype) == "torch.bfloat16") == ("bf16" in name)
+        assert model.quantized_head == ("quantized output embedding" in name)
 
 
 def test_where_two_kernels_differ_the_gap_of_the_two_best_is_told(script):
@@ -161,16 +176,16 @@ def compared(tmp_path, script, monkeypatch):
     tokens = script("sglang_tokens")
     about = {"layers": {"Linear": 1}, "sglang": "0.5.23", "torch": "2.14.1", "gpu": "a GPU", "seconds": 1.5}
 
-    def compare(model, said=None, source=None):
+    def compare(model, said=None, source=None, way=None):
         def start(*arguments):
-            name = arguments[3].stem
+            name = arguments[2].stem
             words = [(said or {}).get(name, {"tokens": [5, 6], "logprobs": [-0.5, -0.75], "gaps": [2.0, 1.0]})]
             held = (source if name.startswith("theirs") else None) or {"w.qweight": "1"}
             return {**about, "alone": words, "rows": words, "tensors": held}
 
         monkeypatch.setattr(tokens, "start_engine", start)
         with ThreadPoolExecutor(2) as pool:
-            return tokens.compare(model, tokens.MODELS[model], 1, True, tmp_path, pool)
+            return tokens.compare(model, tokens.MODELS[model], way or tokens.Way(), tmp_path, pool)
 
     return compare
 
@@ -222,8 +237,46 @@ def test_an_engine_of_sglang_that_fails_or_hangs_is_told_with_the_end_of_its_log
     monkeypatch.setattr(tokens, "__file__", str(tmp_path / "engine.py"))
     monkeypatch.setattr(tokens, "PATIENCE", 0.5 if "sleep" in does else 30)
     with pytest.raises(RuntimeError, match=failure) as raised:
-        tokens.start_engine(tmp_path / "marlin", 1, True, tmp_path / "ours.json")
+        tokens.start_engine(tmp_path / "marlin", tokens.Way(), tmp_path / "ours.json")
     assert raised.value.args[0].endswith("no GPU" if "print" in does else ":\n")
+    told = json.loads((tmp_path / "ours.json").read_text())["failure"]  # to whoever waits for what it says
+    assert (told or "said nothing") == failure
+
+
+def test_an_engine_of_sglang_is_asked_for_the_ranks_that_share_tensors_or_experts(tmp_path, script, monkeypatch):
+    tokens = script("sglang_tokens")
+    (tmp_path / "engine.py").write_text(
+        "import json, os, pathlib, sys\nat = pathlib.Path(sys.argv[sys.argv.index('--out') + 1])\n"
+        "at.write_text(json.dumps({'arguments': sys.argv[1:], 'nvls': os.environ['NCCL_NVLS_ENABLE']}))\n"
+    )
+    monkeypatch.setattr(tokens, "__file__", str(tmp_path / "engine.py"))
+    out = tmp_path / "ours.json"
+    told = tokens.start_engine(tmp_path / "marlin", tokens.Way(2, True, True), out, tmp_path / "own.json")
+    folder = ["--engine", str(tmp_path / "marlin"), "--tp", "2", "--out", str(out)]
+    assert told == {
+        "arguments": [*folder, "--forced", str(tmp_path / "own.json"), "--expert-parallel"],
+        "nvls": "0",
+    }
+    assert tokens.start_engine(tmp_path / "marlin", tokens.Way(eager=False), out)["arguments"][-1] == "--graphs"
+
+
+def test_a_comparison_of_experts_on_several_ranks_says_how_they_shared_them(compared, script):
+    way = script("vllm_tokens").Way(2, True, True)
+    row = compared("mixtral, g 128", way=way)
+    assert (row["tensor_parallel_size"], row["expert_parallel"], row["ok"]) == (2, True, True)
+    assert "expert_parallel" not in compared("mixtral, g 128")
+
+
+def test_where_sglang_cannot_load_the_source_the_dequantized_model_judges(compared, script, monkeypatch):
+    judged = []
+    dense_models = script("dense_models")
+    monkeypatch.setattr(dense_models, "dequantize", lambda *arguments: judged.append(arguments[1].name))
+    words = {"tokens": [5, 6], "logprobs": [-0.5, -0.75], "gaps": [2.0, 1.0], "best": [-0.5, -0.75]}
+    for name in ("llama, 8 bits", "llama with a quantized output embedding, g 128", "llama without zero points"):
+        row = compared(name, {"dense": words})
+        assert (row["reference"], row["together_same_tokens"], row["ok"]) == ("dequantized model, fp16", 1, True)
+        assert ("own_ok" in row) == (name != "llama, 8 bits")
+    assert judged == ["dense"] * 3
 
 
 def test_rows_of_the_token_comparison_are_written_as_they_come_and_earlier_ones_are_kept(tmp_path, script, monkeypatch):
@@ -258,8 +311,8 @@ def test_in_sglang_no_dense_model_is_added_up_by_atomic_operations(script):
     assert max(max(model.hidden, model.inner) for model in models.values()) < 2048 <= max(columns)
 
 
-@pytest.mark.parametrize(("rank", "writes"), [(0, True), (1, False)])
-def test_only_the_first_rank_of_sglang_writes_what_it_has_loaded(tmp_path, script, monkeypatch, rank, writes):
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_every_rank_of_sglang_writes_what_it_has_loaded(tmp_path, script, monkeypatch, ranks):
     import torch
 
     tokens = script("sglang_tokens")
@@ -275,11 +328,15 @@ def test_only_the_first_rank_of_sglang_writes_what_it_has_loaded(tmp_path, scrip
         module = ModuleType(f"sglang.srt.{name}")
         module.run_scheduler_process = module.ModelRunner = found
         monkeypatch.setitem(sys.modules, module.__name__, module)
-    written = tmp_path / "loaded.json"
-    monkeypatch.setenv(tokens.LOADED_VARIABLE, str(written))
-    tokens.run_scheduler(None, None, 0, rank, pp_rank=0)
-    assert written.exists() == writes
-    assert not writes or json.loads(written.read_text())["tensors"].keys() == {"weight", "bias"}
+    monkeypatch.setenv(tokens.LOADED_VARIABLE, "")
+    files = tokens.tell_what_is_loaded(tmp_path / "ours.json", ranks)
+    load = ModelRunner.load_model
+    for rank in range(ranks):
+        tokens.run_scheduler(None, None, 0, rank, pp_rank=0)
+        ModelRunner.load_model = load  # each rank is a process of its own
+    found = tokens.what_is_loaded(files)
+    names = [f"{rank}{name}" for rank in ("", "rank 1: ")[:ranks] for name in ("weight", "bias")]
+    assert sorted(found["tensors"]) == sorted(names)
 
 
 def test_a_digest_tells_tensors_apart_by_their_bits(script):
