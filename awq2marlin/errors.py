@@ -270,6 +270,15 @@ def naming(path: Path) -> Iterator[None]:
         raise
 
 
+def _is_nowhere() -> bool:
+    """Returns whether this process's working directory was removed."""
+    try:
+        Path.cwd()
+    except FileNotFoundError:
+        return True
+    return False
+
+
 def problem_from_os_error(error: OSError) -> Problem:
     """Returns what an operating system error means for a user and what to do about it.
 
@@ -279,4 +288,6 @@ def problem_from_os_error(error: OSError) -> Problem:
     code, advice = _ADVICE.get(error.errno or 0, ("os-error", (error.strerror or str(error)).lower()))
     name = error.filename
     file = name.decode(errors="backslashreplace") if isinstance(name, bytes) else str(name or "")
+    if error.errno == errno.ENOENT and not Path(file).is_absolute() and _is_nowhere():
+        advice = "the working directory was removed; change to another one and run the command again"
     return Problem(file, "", code, advice)

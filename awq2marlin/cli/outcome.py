@@ -219,6 +219,7 @@ def guarded(command_line: Callable[[], int]) -> int:
     Args:
         command_line: what to run; returns an exit code.
     """
+    _open_closed_streams()
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a name that the terminal cannot show must not end the command
             stream.reconfigure(errors="backslashreplace")
@@ -234,6 +235,16 @@ def guarded(command_line: Callable[[], int]) -> int:
     else:
         return code
     return EXIT_FAILED
+
+
+def _open_closed_streams() -> None:
+    """Has standard streams that were closed (``>&-``) take everything, or give nothing; Python has None for them.
+
+    So nothing else is opened under the number of one, either, and gets what is meant for it.
+    """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: PTH123, SIM115 - stays open
 
 
 def _silence(*streams: TextIO) -> None:

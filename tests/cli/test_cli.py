@@ -893,3 +893,29 @@ def test_a_reader_that_leaves_is_no_error_worth_telling(arguments: str, made: Pa
     told = [line for line in err.decode().splitlines() if not line.startswith(("usage error:", "Try 'awq2marlin"))]
     assert told == []
     assert process.returncode in (1, 2)
+
+
+@pytest.mark.parametrize("closed", [0, 1, 2])
+def test_a_standard_stream_that_is_closed_stops_nothing(closed: int, made: Path) -> None:
+    """As with ``>&-``, which some supervisors do."""
+    command = f"batch - --record record.jsonl {closed}>&-" if closed else "batch - 0<&-"
+    command = f"{sys.executable} -m awq2marlin {command}"
+    done = subprocess.run(
+        ["sh", "-c", command], input=f"{made / 'awq'}\n", capture_output=True, text=True, timeout=60, check=False
+    )
+    if closed == 0:
+        assert (done.returncode, done.stderr) == (1, "error: standard input: the list is empty\n")
+    else:
+        assert done.returncode == 0, done.stderr
+        assert Path("awq-marlin/config.json").exists()
+        assert "Traceback" not in done.stderr
+
+
+def test_a_working_directory_that_was_removed_is_told() -> None:
+    Path("gone").mkdir()
+    command = f"cd gone && rmdir ../gone && {sys.executable} -m awq2marlin inspect ./model"
+    environment = {**os.environ, "PYTHONPATH": str(Path(awq2marlin.__file__).parent.parent)}
+    done = subprocess.run(["sh", "-c", command], capture_output=True, text=True, env=environment, check=False)
+    said = "the working directory was removed; change to another one and run the command again"
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == f"error: model: cannot open it as a checkpoint: {said}\n"
