@@ -17,6 +17,9 @@ from awq2marlin.io.strict_json import parse_json
 
 _KEY = "quantization_config"
 
+#: What JSON values are called that are no objects, nor null.
+_KINDS = {list: "a list", str: "a string", int: "a number", float: "a number", bool: "true or false"}
+
 
 class Document(NamedTuple):
     """A quantization config, and where it stands.
@@ -105,7 +108,7 @@ def quantization_documents(config: Mapping[str, Any]) -> list[Document]:
     Raises:
         CheckpointError: if one is no object.
     """
-    found = [Document(place, _object(value, place)) for place, value in _places(config, ())]
+    found = [Document(place, _object(value, place, _KEY)) for place, value in _places(config, ())]
     return [each for each in found if each.content] or found
 
 
@@ -152,7 +155,7 @@ def _places(part: Any, path: tuple[str, ...]) -> Iterator[tuple[str, Any]]:
     for key, method in FORMER_CONFIG_KEYS.items():
         if part.get(key) is not None:
             place = _place((*path, key))
-            yield place, {**_object(part[key], place), "quant_method": method}
+            yield place, {**_object(part[key], place, key), "quant_method": method}
     for key, each in part.items():
         if not _is_key(key):
             yield from _places(each, (*path, key))
@@ -276,7 +279,16 @@ def _stripped(part: Any) -> Any:
     return [_stripped(each) for each in part] if isinstance(part, list) else part
 
 
-def _object(value: Any, file: str) -> dict[str, Any]:
+def _object(value: Any, file: str, key: str = "") -> dict[str, Any]:
+    """Returns a value that must be an object.
+
+    Args:
+        value: of a config.
+        file: where it stands, for messages.
+        key: what it stands under; empty if it is the whole file.
+    """
     if not isinstance(value, dict):
-        raise refuse("bad-config", f"it must hold a JSON object, found {type(value).__name__}", file=file)
+        found = _KINDS.get(type(value), "null")
+        must = f"{key} must be" if key else "it must hold"
+        raise refuse("bad-config", f"{must} a JSON object, found {found}; download the file again", file=file)
     return value

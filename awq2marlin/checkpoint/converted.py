@@ -244,7 +244,9 @@ def _source_document(manifest: Manifest) -> Document:
     for name in LEGACY_CONFIG_FILENAMES:
         if name in manifest.texts and (content := _parsed(manifest, name)):
             if not isinstance(content, dict):
-                raise refuse("bad-config", "it must hold a JSON object", file=_in_manifest(name))
+                raise refuse(
+                    "bad-config", "it must hold a JSON object; download the manifest again", file=_in_manifest(name)
+                )
             return Document(name, content)
     message = "the source config in it has no quantization config; download the checkpoint again"
     raise refuse("bad-manifest", message, file=MANIFEST_FILENAME)

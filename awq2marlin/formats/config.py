@@ -55,7 +55,8 @@ def first_of(document: Mapping[str, Any], keys: Collection[str], place: str) -> 
     """
     found = {key: document[key] for key in keys if document.get(key) is not None}
     if not found:
-        raise refuse("bad-config", f"the quantization config has none of {', '.join(keys)}", file=place)
+        message = f"the quantization config lacks {' or '.join(keys)}; download the file again, or correct it"
+        raise refuse("bad-config", message, file=place)
     if len(set(map(repr, found.values()))) > 1:
         said = ", but ".join(f"{key} is {printable(repr(value))}" for key, value in found.items())
         raise refuse("contradiction", f"{said}; correct a copy of the config", file=place)
@@ -68,17 +69,21 @@ def scheme_of(bits: Any, group_size: Any, zero_point: Any, place: str) -> Scheme
     Raises:
         CheckpointError: if one is of the wrong type or not supported.
     """
-    if type(bits) is not int or bits not in AWQ_SUPPORTED_BITS:
+    for name, value, code in (("bits", bits, "unsupported-bits"), ("group_size", group_size, "unsupported-group-size")):
+        if type(value) is not int:
+            message = f"{name} must be a whole number, found {printable(repr(value))}; correct a copy of the config"
+            raise refuse(code, message, file=place)
+    if bits not in AWQ_SUPPORTED_BITS:
         raise refuse(
             "unsupported-bits",
-            f"it is quantized to {printable(repr(bits))} bits; "
+            f"it is quantized to {printable(str(bits))} bits; "
             f"{' and '.join(map(str, AWQ_SUPPORTED_BITS))} are supported; look for another version of this model",
             file=place,
         )
-    if type(group_size) is not int or group_size not in MARLIN_SUPPORTED_GROUP_SIZES:
+    if group_size not in MARLIN_SUPPORTED_GROUP_SIZES:
         raise refuse(
             "unsupported-group-size",
-            f"its group size is {printable(repr(group_size))}; "
+            f"its group size is {printable(str(group_size))}; "
             f"{', '.join(map(str, MARLIN_SUPPORTED_GROUP_SIZES))} are supported; look for another "
             "version of this model",
             file=place,

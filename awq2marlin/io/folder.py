@@ -217,7 +217,7 @@ class Folder:
                 file=name,
             )
         if not stat.S_ISREG(mode):
-            raise refuse("not-a-file", "it is not a regular file", file=name)
+            raise refuse("not-a-file", "it is not a regular file; put the file itself there", file=name)
         return resolved
 
     def _unreached(self, name: str, error: OSError) -> CheckpointError:
@@ -525,7 +525,7 @@ def open_regular(path: Path, name: str) -> BinaryIO:
         raise refuse(problem.code, problem.message, file=name) from None
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise refuse("not-a-file", "it is not a regular file", file=name)
+        raise refuse("not-a-file", "it is not a regular file; put the file itself there", file=name)
     return NamedFile(descriptor, name)
 
 

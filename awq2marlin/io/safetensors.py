@@ -136,7 +136,9 @@ def read_header(stream: BinaryIO, file_size: int, file: str) -> Header:
     """
     length_bytes = stream.read(LENGTH_BYTES)
     if len(length_bytes) < LENGTH_BYTES:
-        raise refuse("truncated", f"it has {file_size} bytes, too few for a safetensors file", file=file)
+        raise refuse(
+            "truncated", f"it has {file_size} bytes, too few for a safetensors file; download it again", file=file
+        )
     length = int.from_bytes(length_bytes, "little")
     if length > MAX_HEADER_BYTES:
         text_there = text_in_place_of(length_bytes + stream.read(HEAD_BYTES - LENGTH_BYTES), file)
@@ -173,7 +175,8 @@ def parse_header(text: bytes, data_size: int, file: str) -> Header:
         CheckpointError: if anything about it breaks the format's rules.
     """
     if not text.startswith(b"{"):
-        raise refuse("bad-header", "the header does not begin with '{'; this is not a safetensors file", file=file)
+        message = "the header does not begin with '{': this is not a safetensors file; download it again"
+        raise refuse("bad-header", message, file=file)
     document = parse_json(text, file)
     metadata = document.pop("__metadata__", None)
     metadata = {} if metadata is None else metadata

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from codecs import BOM_UTF8
 from typing import Any, NoReturn
 
 from awq2marlin.errors import printable, refuse
@@ -18,6 +19,8 @@ MAX_VALUES = 8_000_000
 #: Above this many bytes only ASCII is taken, as Python and Transformers write it: otherwise one character could make
 #: all the others take four bytes each.
 _MAX_UNICODE_BYTES = 32_000_000
+
+_REMEDY = "; download the file again, or correct it"
 
 #: What may be a zero with a sign; it also stands in names, so this only says where to look closer.
 _SIGNED_ZERO = b"-0"
@@ -61,16 +64,25 @@ def parse_json(text: bytes, file: str, *, constants: bool = False) -> Any:
             parse_int=whole if _SIGNED_ZERO in text and not constants else None,
         )
     except UnicodeDecodeError as error:
-        raise refuse("bad-json", f"it is not UTF-8 (byte {error.start})", file=file) from None
+        raise refuse("bad-json", f"it is not UTF-8 (byte {error.start}){_REMEDY}", file=file) from None
     except RecursionError:
         raise refuse("bad-json", "the JSON is nested too deeply", file=file) from None
     except ValueError as error:
         found = impostor(text[:HEAD_BYTES])
         if found is not None and not found.is_json:
             raise found.refusal(file) from None
-        raise refuse("bad-json", f"it is not valid JSON ({printable(str(error))})", file=file) from None
+        raise refuse("bad-json", f"{_fault(text, error)}{_REMEDY}", file=file) from None
     _refuse_depth(document, file)
     return document
+
+
+def _fault(text: bytes, error: ValueError) -> str:
+    """Returns why a text is no JSON."""
+    if not text.strip():
+        return "it is empty"
+    if text.startswith(BOM_UTF8):
+        return "it begins with a byte order mark (BOM), which JSON must not have"
+    return f"it is not valid JSON ({printable(str(error))})"
 
 
 def _twice(pairs: list[tuple[str, Any]]) -> str:

@@ -51,7 +51,7 @@ def test_what_is_left_behind_is_told_once_by_a_plan_too(tmp_path, capsys):
         assert main(["batch", str(tmp_path / "list"), "--out-dir", str(tmp_path), *options]) == 0
         (line,) = (line for line in capsys.readouterr().err.splitlines() if "pytorch_model.bin" in line)
         assert line.startswith(
-            f"{tmp_path / 'a'}: left behind, so 'revert' cannot restore it: pytorch_model.bin (5 bytes"
+            f"{tmp_path / 'a'}: left behind, so 'revert' cannot restore it: pytorch_model.bin (5 B, pickled weights)"
         )
 
 

@@ -316,7 +316,10 @@ def test_half_a_file_beside_the_only_one_is_refused_by_its_name(awq: Path) -> No
     (awq / "model-2.safetensors").write_bytes(b"half")
     (problem,) = refused(awq)
     assert (problem.code, problem.file) == ("no-index", INDEX)
-    assert "model-2.safetensors cannot be read (it has 4 bytes, too few for a safetensors file)" in problem.message
+    assert (
+        "model-2.safetensors cannot be read (it has 4 bytes, too few for a safetensors file; download it again)"
+        in problem.message
+    )
 
 
 def test_without_an_index_the_numbers_of_shards_tell_what_is_missing(awq: Path) -> None:

@@ -428,7 +428,7 @@ def test_a_file_that_the_manifest_names_must_be_there(marlin, refused) -> None:
         ('{"a": 1, "a": 2}', "duplicate-key", "'a'"),
         ("[]", "bad-manifest", "has no quantization config"),
         ("{}", "bad-manifest", "has no quantization config"),
-        ('{"quantization_config": 3}', "bad-config", "must hold a JSON object, found int"),
+        ('{"quantization_config": 3}', "bad-config", "quantization_config must be a JSON object, found a number"),
         ('{"quantization_config": {"quant_method": "fp8"}}', "foreign-format", "FP8"),
         ('{"quantization_config": {"quant_method": "marlin_native"}}', "bad-manifest", "it belongs to another"),
     ],
