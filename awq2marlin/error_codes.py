@@ -216,7 +216,9 @@ ERROR_CODES: Mapping[str, Advice] = {
         "the output folder holds foreign files or a finished conversion",
         "choose another folder, or use `--overwrite` for an earlier conversion",
     ),
-    "not-found": Advice("no such file or folder, or a link points to none", "check the name; fetch the file again"),
+    "not-found": Advice(
+        "no such file or folder, or a link to one that does not exist", "check the name; fetch the file again"
+    ),
     "not-quantized": Advice("the checkpoint has no quantization config", "pass one that is quantized"),
     "not-shared": Advice(
         "`--dask`, or Python: a worker of the executor wrote its shard where this process does not see it",

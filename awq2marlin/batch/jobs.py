@@ -208,7 +208,10 @@ def _clashes(jobs: Sequence[Job]) -> Iterator[str]:
         if target is not None:
             other = targets.setdefault((target.repo_id, target.branch), job)
             if other is not job:
-                yield f"{job.item.place}: it would be pushed where {other.item.place} is; give it its own 'push_to'"
+                yield (
+                    f"{job.item.place}: it would be pushed to the repository of {other.item.place}; give it its own "
+                    "'push_to'"
+                )
     sources = {Path(job.source): job for job in jobs if not job.source.startswith(HUB_PREFIX)}
     for job in jobs:
         for what, path, others in (

@@ -256,7 +256,7 @@ def _refuse_missing_numbers(names: Sequence[str]) -> None:
         missing = [number for number in range(first, first + count) if number not in there]
         if missing:
             message = (
-                f"there is no {INDEX_FILENAME}, and by the names of {_listed(map(printable, names))} "
+                f"there is no {INDEX_FILENAME}, and the names of {_listed(map(printable, names))} say that "
                 f"{len(missing)} of {count} files are missing; download them too, or exclude with "
                 "--leave what does not belong to the checkpoint"
             )

@@ -180,7 +180,7 @@ def parallel_sizes(
 
     def limit(ranks: int, *, cuts_experts: bool = True) -> Limit | None:
         if heads.query % ranks:
-            return Limit(ranks, "", f"{heads.query} attention heads cannot be shared out evenly")
+            return Limit(ranks, "", f"{heads.query} attention heads cannot be split evenly")
         for kind, module in alike.items():
             reason = kind.obstacle(ranks if cuts_experts or not kind.is_expert else 1, bits, group_size, heads)
             if reason:
@@ -281,7 +281,7 @@ class _Kind(NamedTuple):
             return size_k, [size_n]
         if name in ROW_PARALLEL_NAMES:
             return f"{size_k} rows are not a multiple of {ranks}" if size_k % ranks else (size_k // ranks, [size_n])
-        uneven = f"{size_n} columns cannot be shared out evenly"
+        uneven = f"{size_n} columns cannot be split evenly"
         if name in FUSED_QKV_NAMES and heads.query:
             head_size, rest = divmod(size_n, heads.query + 2 * heads.key_value)
             query = _share(heads.query * head_size, ranks)

@@ -64,7 +64,7 @@ def convert(
         typer.Argument(
             metavar="OUTPUT",
             parser=opt.path,
-            help="Folder to write. By default ./<name>-marlin; with --to also -awq or -ct.",
+            help="Folder to write. By default ./<name>-marlin, with --to also ./<name>-awq or ./<name>-ct.",
         ),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the plan and write nothing.")] = False,
@@ -112,8 +112,8 @@ def batch(
         Path,
         typer.Argument(
             metavar="FILE",
-            help="List of sources: one a line, or with options for each item in .yaml, .json or .jsonl. - reads lines "
-            "from standard input.",
+            help="List of sources: one per line, or a .yaml, .json or .jsonl file with options for each item. With - "
+            "lines are read from standard input.",
         ),
     ],
     out_dir: Annotated[
@@ -122,7 +122,7 @@ def batch(
     jobs: opt.Jobs = 1,
     part: opt.Part = None,
     retry_failed: Annotated[
-        bool, typer.Option("--retry-failed", help="Also try again what failed in an earlier run.")
+        bool, typer.Option("--retry-failed", help="Also retry what failed in an earlier run.")
     ] = False,
     record: Annotated[
         Path | None,
@@ -272,7 +272,7 @@ def revert(
     quiet: opt.Quiet = False,
     as_json: opt.Json = False,
 ) -> None:
-    """Restore the checkpoint that another was converted from, byte for byte.
+    """Restore the source of a conversion, byte for byte.
 
     Prints the SHA-256 of each file. If interrupted, run it again to continue.
     """
@@ -350,7 +350,7 @@ def inspect(
     quiet: opt.Quiet = False,
     as_json: opt.Json = False,
 ) -> None:
-    """Show what a checkpoint is, and what of it Marlin can take.
+    """Show what a checkpoint is, and which of its modules Marlin can take.
 
     Prints format, bits, group size, and all modules with their shapes. Downloads no weights.
     """

@@ -27,7 +27,7 @@ def sides_text(result: VerifyResult) -> Iterator[str]:
 def not_compared_text(result: VerifyResult) -> str:
     """Returns what belongs to the formats of two checkpoints; tensors by their last name components, counted."""
     told = [f"{label} {_names_text(each.not_compared)}" for label, each in zip("AB", result.formats, strict=True)]
-    return f"of the format, not compared: {'; '.join(told)}"
+    return f"specific to the format, not compared: {'; '.join(told)}"
 
 
 def differences_text(result: VerifyResult, differences: Differences) -> str:

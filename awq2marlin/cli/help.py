@@ -29,7 +29,7 @@ _EXIT_CODES = (
 EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
     "": (
         ("See it work, without a model", "awq2marlin demo"),
-        ("What is this checkpoint, and what of it can Marlin take?", "awq2marlin inspect ./Llama-3-8B-AWQ"),
+        ("What is this checkpoint, and which of its modules can Marlin take?", "awq2marlin inspect ./Llama-3-8B-AWQ"),
         ("Convert it to ./Llama-3-8B-AWQ-marlin", "awq2marlin convert ./Llama-3-8B-AWQ"),
     ),
     "convert": (
@@ -46,7 +46,7 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
     ),
     "batch": (
         ("Convert every source in models.txt, two at a time", "awq2marlin batch models.txt --jobs 2 --out-dir ./out"),
-        ("See whether all of them can be converted, and fit the disk", "awq2marlin batch models.txt --dry-run"),
+        ("Check that all of them can be converted and fit on the disk", "awq2marlin batch models.txt --dry-run"),
         ("Job 3 of an array of 20", "awq2marlin batch models.txt --part 3/20"),
         ("A list from another program", "ls -d ./models/* | awq2marlin batch - --record done.jsonl"),
     ),
@@ -57,7 +57,7 @@ EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
             "awq2marlin verify ./Llama-3-8B-AWQ ./Llama-3-8B-AWQ-marlin --modules 8 --device cuda",
         ),
         (
-            "Two quantizations of one model, with a page to pass on",
+            "Two quantizations of one model, with a page to share",
             "awq2marlin verify org/one org/other --report page.html",
         ),
     ),
@@ -132,7 +132,7 @@ def _page(command: Any, context: Any, name: str) -> Iterator[str]:
     yield ""
     if commands:
         yield from _wrapped(_EXIT_CODES, width)
-    yield from _wrapped(f"Read on: {where_to_read(*PAGES[name])}.", width)
+    yield from _wrapped(f"See also: {where_to_read(*PAGES[name])}.", width)
 
 
 def _list(title: str, rows: Sequence[tuple[str, str]], width: int) -> Iterator[str]:

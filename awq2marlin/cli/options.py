@@ -108,7 +108,7 @@ Source = Annotated[
     str,
     typer.Argument(
         metavar="SOURCE",
-        help="Checkpoint folder, or Hub repository: org/name[@revision] (a folder of that name goes first), "
+        help="Checkpoint folder, or Hub repository: org/name[@revision] (a folder of that name takes precedence), "
         "hf://org/name[@revision], or https://huggingface.co/org/name.",
     ),
 ]
@@ -120,7 +120,9 @@ Workers = Annotated[
 ]
 Jobs = Annotated[
     Any,
-    typer.Option(metavar="N", parser=_number(MAX_WORKERS), help="Conversions at the same time. They share --workers."),
+    typer.Option(
+        metavar="N", parser=_number(MAX_WORKERS), help="Conversions to run at the same time. They share --workers."
+    ),
 ]
 To = Annotated[
     str | None,
@@ -198,7 +200,7 @@ LowDisk = Annotated[
         "--low-disk",
         help="Hub sources only: delete each source shard once it is converted and checked. Needs space for the output "
         "plus two shards. With --push-to, also for local sources: upload each finished shard at once and keep "
-        "nothing here. Not with --device.",
+        "nothing locally. Not with --device.",
     ),
 ]
 PushTo = Annotated[
@@ -209,7 +211,7 @@ PushAllTo = Annotated[
     str | None,
     typer.Option(
         metavar="ORG",
-        help="Upload every result to the Hub, to a repository under this owner, named like the output folder.",
+        help="Upload every result to the Hub, to a repository under this owner, with the name of the output folder.",
     ),
 ]
 Private = Annotated[
@@ -238,7 +240,9 @@ Dask = Annotated[
 ]
 Part = Annotated[
     Any,
-    typer.Option(metavar="I/N", parser=_part, help="Take only the I-th of N parts: one for each job of an array."),
+    typer.Option(
+        metavar="I/N", parser=_part, help="Convert only the I-th of N parts of the list: one for each job of an array."
+    ),
 ]
 Picture = Annotated[Path | None, typer.Option(metavar="FILE.png", help="With --device: plot the GEMM error per layer.")]
 ReportFile = Annotated[

@@ -196,10 +196,10 @@ def _batch(result: BatchResult) -> None:
             _say(outcome_text(item))
     untried = sum(item.exit_code != EXIT_DONE for item in earlier)
     if untried:
-        _say(f"not tried again: {untried} that failed in an earlier run; use --retry-failed")
+        _say(f"not retried: {untried} that failed in an earlier run; use --retry-failed")
     elif failed and not result.dry_run:
         how = "with --retry-failed" if result.record else "again"  # without a record nobody knows what failed
-        _say(f"run the same command {how} to try what failed again")
+        _say(f"run the same command {how} to retry what failed")
     wrote = sum(item.written for item in result.items if not item.earlier)
     took = "" if result.dry_run else f" in {result.seconds:.1f} s"
     _say(f"{'would write' if result.dry_run else 'wrote'} {size_text(wrote)}{took}")
@@ -279,7 +279,7 @@ def _doctor(result: DoctorResult) -> None:
     """Prints what the machine has and what is missing."""
     machine = result.machine
     _say(f"PyTorch    {result.torch_version} (CUDA {result.torch_cuda or 'none'})")
-    _say(f"driver     {'serves CUDA ' + machine.driver_version if machine.driver_version else 'none'}")
+    _say(f"driver     {'supports CUDA ' + machine.driver_version if machine.driver_version else 'none'}")
     for device in machine.devices:
         capability = ".".join(map(str, device.capability))
         fit = "" if device.is_supported else ", too old: 8.0 is needed"
@@ -413,7 +413,7 @@ def _demonstration(result: DemoResult) -> None:
     made = f"{_counted(conversion.modules)}, {size_text(conversion.source_bytes)}"
     _say(f"1. made      an AWQ checkpoint of random weights: {made}")
     _say(f"2. converted {_counted(conversion.converted)} to the Marlin layout in {conversion.seconds:.2f} s")
-    _say(f"             and kept {len(conversion.kept)} that it cannot take (attention 576 wide)")
+    _say(f"             and kept {len(conversion.kept)} that Marlin cannot take (attention 576 wide)")
     _say(f"3. verified  {_counted(verification.modules)} value for value in {verification.seconds:.2f} s")
     _say(f"4. reverted  to AWQ in {reversion.seconds:.2f} s:")
     for file in reversion.files:

@@ -183,8 +183,8 @@ def _version_lacks(nvrtc: str | None, driver: str | None) -> list[Lack]:
     major = nvrtc.partition(".")[0]
     return [
         Lack(
-            f"NVRTC {nvrtc} compiles for CUDA {major}; the driver serves {driver}.",
-            f"Install a driver that serves CUDA {major}.",
+            f"NVRTC {nvrtc} compiles for CUDA {major}; the driver supports {driver}.",
+            f"Install a driver that supports CUDA {major}.",
         )
     ]
 
@@ -195,5 +195,10 @@ def _cache_lacks(folder: Path) -> list[Lack]:
     if not existing.is_dir() or not os.access(existing, os.W_OK):
         return [Lack(f"Compiled kernels cannot be kept in {folder}.", other)]
     if folder.is_dir() and not is_private(folder):
-        return [Lack(f"Others may write {folder}, so kernels in it are not used: each process compiles.", other)]
+        return [
+            Lack(
+                f"Other users can write to {folder}, so kernels in it are not used: each process compiles its own.",
+                other,
+            )
+        ]
     return []

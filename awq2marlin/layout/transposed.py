@@ -180,7 +180,7 @@ class SignedZeroPoints(Transposed):
     def _unpack(self, data: Bytes, first: int, count: int, plain: Bytes) -> None:
         values = data.reshape(-1, self.rows)[:, first : first + count] + np.uint8(1 << (self.bits - 1))  # wraps around
         if (values > np.uint8((1 << self.bits) - 1)).any():
-            raise StrayBitsError(f"a zero point is none of {self.bits} bits")
+            raise StrayBitsError(f"a zero point does not fit into {self.bits} bits")
         fields = _filled(values.reshape(-1), self.row_bytes // 4 * pack_factor(self.bits) * count)
         shifted = fields.reshape(-1, pack_factor(self.bits), count) << self._shifts
         self._packed(count).unpack(np.bitwise_or.reduce(shifted, axis=1).reshape(-1).view(np.uint8), plain)

@@ -152,7 +152,7 @@ def _what_was_checked(plan: Plan, verified: Sequence[str], gemm: GemmRun | None)
 
 def _gemm_rows(gemm: GemmRun) -> Iterator[tuple[str, str]]:
     what = f"run through the Marlin GEMM ({printable(gemm.device_name)})"
-    yield what, f"{len(gemm.checks)}: identity activations gave every weight back, bit for bit"
+    yield what, f"{len(gemm.checks)}: identity activations reproduced every weight, bit for bit"
     if gemm.checks:
         worst = max(check.max_relative for check in gemm.checks)
         yield "largest error with random activations, against float64", f"{worst:.1%} of the bound"

@@ -459,10 +459,14 @@ def _refuse_unusable(root: Path) -> None:
         raise _refused("not-a-folder", root, "a file of this name exists; choose another output folder")
     work = root / WORK_DIRECTORY
     if work.is_symlink() or (work.exists() and not work.is_dir()):
-        raise _refused("unsafe-link", work, "awq2marlin needs this name for a folder of its own; remove it")
+        raise _refused(
+            "unsafe-link", work, "awq2marlin needs this name for its own folder; remove or rename what is there"
+        )
     if (work / FETCHED_DIRECTORY).is_symlink():
         raise _refused(
-            "unsafe-link", work / FETCHED_DIRECTORY, "awq2marlin needs this name for a folder of its own; remove it"
+            "unsafe-link",
+            work / FETCHED_DIRECTORY,
+            "awq2marlin needs this name for its own folder; remove or rename what is there",
         )
 
 

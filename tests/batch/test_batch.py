@@ -93,7 +93,7 @@ def test_a_rerun_touches_nothing_and_failures_are_tried_only_when_asked(models, 
     assert outcome.code == 1, "the batch has items that failed"
     assert outcome.report["details"]["earlier"] == MODELS
     assert "20 items: 17 done (17 of them by earlier runs), 3 failed" in people.out
-    assert "not tried again: 3 that failed in an earlier run; use --retry-failed" in people.out
+    assert "not retried: 3 that failed in an earlier run; use --retry-failed" in people.out
     assert Path(RECORD).read_bytes() == recorded
 
     mended = models.folder / "model-15"

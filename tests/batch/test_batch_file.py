@@ -174,7 +174,7 @@ def test_wrong_options_of_all_items_are_refused(tmp_path, monkeypatch):
     assert "is not a repository name" in clashes({"source": "a", "push_to": "a/b/c"})[0]
     assert "a pull request is opened on main" in clashes("a", push_to="org", create_pr=True, revision="x")[0]
     pushed_twice = clashes({"source": "a", "push_to": "org/x"}, {"source": "b", "output": "x"}, push_to="org")
-    assert pushed_twice == ["item 2: it would be pushed where item 1 is; give it its own 'push_to'"]
+    assert pushed_twice == ["item 2: it would be pushed to the repository of item 1; give it its own 'push_to'"]
     for wrong in ({"jobs": 0}, {"workers": 0}, {"part": (3, 2)}, {"part": (0, 2)}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             convert_many(["a"], **wrong)

@@ -230,7 +230,7 @@ EXPERT = "mlp.experts.7"
             (1, 2),
             (4, GATE, "44 columns on one rank are not a multiple of 8"),
         ),
-        ([module("mlp.gate_proj", 4096, 64)], (9, 3), (1,), (2, "", "9 attention heads cannot be shared out evenly")),
+        ([module("mlp.gate_proj", 4096, 64)], (9, 3), (1,), (2, "", "9 attention heads cannot be split evenly")),
         (
             [module("mlp.gate_proj", 64, 96, padded=(128, 128))],
             (4, 4),

@@ -100,7 +100,7 @@ def test_the_program_names_every_command_and_exit_code(shown: Any) -> None:
 def test_the_way_to_the_documents(command: str, shown: Any) -> None:
     assert [page for page in PAGES[command] if not (ROOT / page).exists()] == []
     told = " ".join(shown(command, 80).split("\n\n")[-1].split())
-    assert told.endswith(f"Read on: {', '.join(PAGES[command])} (in a clone of awq2marlin).")
+    assert told.endswith(f"See also: {', '.join(PAGES[command])} (in a clone of awq2marlin).")
     assert {*EXAMPLES} == {*PAGES} == {"", *COMMANDS}
 
 

@@ -177,7 +177,7 @@ def test_a_minus_is_standard_input(made, say, monkeypatch):
     text = io.TextIOWrapper(io.BytesIO(b"# a list\n\n  awq  \nnothing\n"))
     monkeypatch.setattr(sys, "stdin", text)
     told = say("batch", "-", "--out-dir", "out", code=1)
-    assert "2 items: 1 done, 1 failed\nrun the same command again to try what failed again\n" in told.out
+    assert "2 items: 1 done, 1 failed\nrun the same command again to retry what failed\n" in told.out
     assert "no record is kept for a list from standard input; pass --record FILE to keep one" in told.err
     assert sorted(path.name for path in made.iterdir()) == ["awq", "out"]
     assert (made / "out/awq-marlin/config.json").is_file()

@@ -114,10 +114,10 @@ REFUSED: dict[str, tuple[Change, str, str, str]] = {
     ),
     "bitsandbytes": (only({"quant_method": "bitsandbytes"}), "foreign-format", "config.json", "bitsandbytes"),
     "three_bits": (say(bits=3), "unsupported-bits", "config.json", "3 bits; 4 and 8"),
-    "bits_as_text": (say(bits="4"), "unsupported-bits", "config.json", "'4' bits"),
+    "bits_as_text": (say(bits="4"), "unsupported-bits", "config.json", "bits must be a whole number, found '4'"),
     "group_size_16": (say(group_size=16), "unsupported-group-size", "config.json", "16; -1, 32, 64, 128"),
-    "no_bits": (say(remove=("bits",)), "bad-config", "config.json", "none of bits, w_bit"),
-    "no_group_size": (say(remove=("group_size",)), "bad-config", "config.json", "none of group_size, q_group_size"),
+    "no_bits": (say(remove=("bits",)), "bad-config", "config.json", "lacks bits or w_bit"),
+    "no_group_size": (say(remove=("group_size",)), "bad-config", "config.json", "lacks group_size or q_group_size"),
     "two_bits_said": (say(w_bit=8), "contradiction", "config.json", "bits is 4, but w_bit is 8; correct"),
     "two_configs_that_differ": (
         old_config("quant_config.json", only=False, q_group_size=128),

@@ -61,9 +61,9 @@ def test_a_conversion_leaves_them_behind_and_says_so_everywhere(named, tmp_path,
     assert not left & {*report["details"]["side_files"], *(each["name"] for each in report["files"])}
     (warning,) = report["warnings"]
     assert warning.startswith("left behind, so 'revert' cannot restore it: ")
-    assert f"fig:1.txt (9 bytes, {REASON})" in warning
+    assert f"fig:1.txt (9 B, {REASON})" in warning
     assert warning.endswith("rename it in a copy of the source")
-    assert f"* `license`: 7 bytes, {REASON}" in (out / "README.md").read_text()
+    assert f"* `license`: 7 B, {REASON}" in (out / "README.md").read_text()
     manifest = json.loads((out / MANIFEST).read_text())
     assert manifest["left_behind"] == dict.fromkeys(left, REASON)
     assert not left & {*manifest["files"]}

@@ -197,7 +197,7 @@ def test_machine_facts_tell_of_a_cache_that_is_no_folder(tmp_path, monkeypatch):
 def test_machine_facts_tell_of_a_cache_that_others_may_write(cache):
     cache.put("key", b"machine code")
     cache.folder.chmod(0o777)
-    assert any("Others may write" in lack.what for lack in machine.machine_facts().lacks)
+    assert any("Other users can write to" in lack.what for lack in machine.machine_facts().lacks)
 
 
 def driver_that_says(code, version=12080):

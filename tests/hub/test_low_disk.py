@@ -221,7 +221,7 @@ def test_a_place_that_is_a_link_is_refused(tmp_path):
     elsewhere.mkdir()
     (tmp_path / "out" / WORK).mkdir(parents=True)
     (tmp_path / "out" / WORK / "source").symlink_to(elsewhere)
-    with pytest.raises(Exception, match="needs this name for a folder of its own"):
+    with pytest.raises(Exception, match="needs this name for its own folder"):
         convert(REPO, tmp_path / "out", low_disk=True)
     assert list(elsewhere.iterdir()) == []
 

@@ -154,7 +154,7 @@ def test_a_field_past_the_last_value_that_is_not_zero_is_refused(kind, bits, row
 def test_a_signed_zero_point_of_more_bits_is_refused(value):
     tensor = np.zeros((10, 3), np.int8)
     tensor[7, 2] = value
-    with pytest.raises(StrayBitsError, match="a zero point is none of 4 bits"):
+    with pytest.raises(StrayBitsError, match="a zero point does not fit into 4 bits"):
         SignedZeroPoints("qzeros", 4, 3, 10).unpack(as_bytes(tensor), filled(3 * 8))
 
 

@@ -156,7 +156,7 @@ def test_the_table_tells_what_was_checked_and_what_was_not(awq: Path) -> None:
     checks = tuple(GemmCheck("m", 64, 64, "float16", (1, 16), 0.1, 0.01, error, 0.2) for error in (0.125, 0.031))
     checked = card_of(awq, verified=("a", "b"), gemm=GemmRun("cuda", "NVIDIA H200\x1b[31m", checks))
     assert "| 2 of 3: no difference |" in checked
-    assert r"(NVIDIA H200\x1b[31m) | 2: identity activations gave every weight back, bit for bit |" in checked
+    assert r"(NVIDIA H200\x1b[31m) | 2: identity activations reproduced every weight, bit for bit |" in checked
     assert "| 12.5% of the bound |" in checked
 
 

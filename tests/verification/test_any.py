@@ -471,7 +471,10 @@ def test_two_models_are_summed_up(made: Path, run: Any) -> None:
     assert firsts[0] == "first place in each module:"
     assert len(firsts) == 8
     assert firsts[1].startswith(f"  {FILE}: {DOWN}.weight_packed: value at row 0, column ")
-    assert tail == "of the format, not compared: A README.md, config.json; B README.md, config.json, 7 x weight_shape"
+    assert (
+        tail
+        == "specific to the format, not compared: A README.md, config.json; B README.md, config.json, 7 x weight_shape"
+    )
 
 
 def test_a_long_list_is_cut_and_counted(tmp_path: Path, run: Any) -> None:
@@ -515,7 +518,7 @@ def test_text_and_json_of_two_equal_checkpoints(made: Path, run: Any) -> None:
     assert (code, lines[0]) == (0, "equal: 7 of 7 modules, value for value")
     assert lines[2] == "two checkpoints of the same model, compared by values:"
     assert lines[3].startswith(f"A  {made / 'compressed-tensors'}: compressed-tensors, 4 bits")
-    assert lines[5].startswith("of the format, not compared: A README.md, config.json, 7 x weight_shape; B ")
+    assert lines[5].startswith("specific to the format, not compared: A README.md, config.json, 7 x weight_shape; B ")
     code, out, _ = run("verify", made / "compressed-tensors", made / "padded", "--json")
     differences = json.loads(out)["details"]["differences"]
     assert (code, differences["modules"], differences["others"]) == (0, [], 0)

@@ -208,15 +208,15 @@ class ExpertsTask(NamedTuple):
         if self.has_limits:
             return f"{ours} does not compute an activation with limits or factors"
         if self.has_lora:
-            return f"{ours} takes no LoRA adapters on experts"
+            return f"{ours} does not support LoRA adapters on experts"
         if self.is_sent:
             return f"{ours} does not serve tokens that are sent between GPUs"
         if not self.is_summed:
-            return f"{ours} sums the products of a token's experts, which this model wants apart"
+            return f"{ours} sums the products of a token's experts, which this model needs separately"
         if self.top_k > MAX_TOP_K:
-            return f"{ours} serves {MAX_TOP_K} experts a token at most, this model has {self.top_k}"
+            return f"{ours} supports at most {MAX_TOP_K} experts per token, this model has {self.top_k}"
         if self.num_experts > MAX_EXPERTS:
-            return f"{ours} serves {MAX_EXPERTS} experts at most, this rank has {self.num_experts}"
+            return f"{ours} supports at most {MAX_EXPERTS} experts, this rank has {self.num_experts}"
         return None
 
 

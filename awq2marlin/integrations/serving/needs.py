@@ -110,7 +110,7 @@ class Engine:
         return (
             f"{self.name} {printable(version)} lacks what this awq2marlin uses of it: {', '.join(lost)}. It was tried "
             f"with {self._tried()}; install {'one of those' if len(self.tried) > 1 else 'that'}, or a newer "
-            "awq2marlin, or take the AWQ checkpoint back with 'awq2marlin revert'"
+            "awq2marlin, or get the AWQ checkpoint back with 'awq2marlin revert'"
         )
 
     def require(self, needs: tuple[Need, ...], version: str) -> None:

@@ -51,7 +51,7 @@ def test_a_vllm_that_lacks_something_is_refused_with_all_of_it():
     needs = (Need("made_up", "divide"), Need("made_up", "multiply", ("x", "weight")), Need("elsewhere", "Layer"))
     assert VLLM.missing_reason(needs, "0.40.0\x1b") == (
         "vLLM 0.40.0\\x1b lacks what this awq2marlin uses of it: vllm.made_up.divide, vllm.elsewhere.Layer. It was "
-        "tried with 0.25, 0.29 and 0.33; install one of those, or a newer awq2marlin, or take the AWQ checkpoint back "
+        "tried with 0.25, 0.29 and 0.33; install one of those, or a newer awq2marlin, or get the AWQ checkpoint back "
         "with 'awq2marlin revert'"
     )
     assert VLLM.missing_reason(needs[1:2], "0.40.0") is None

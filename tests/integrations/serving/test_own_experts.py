@@ -167,11 +167,11 @@ PLAIN = ExpertsTask("silu", True, False, 8, 128)
         ({"is_gated": False}, "with a gate only"),
         ({"activation": "swigluoai"}, "does not compute the activation 'swigluoai'"),
         ({"has_limits": True}, "an activation with limits or factors"),
-        ({"has_lora": True}, "takes no LoRA adapters on experts"),
+        ({"has_lora": True}, "does not support LoRA adapters on experts"),
         ({"is_sent": True}, "tokens that are sent between GPUs"),
-        ({"is_summed": False}, "which this model wants apart"),
-        ({"top_k": 33}, "32 experts a token at most, this model has 33"),
-        ({"num_experts": 1025}, "1024 experts at most, this rank has 1025"),
+        ({"is_summed": False}, "which this model needs separately"),
+        ({"top_k": 33}, "at most 32 experts per token, this model has 33"),
+        ({"num_experts": 1025}, "at most 1024 experts, this rank has 1025"),
     ],
 )
 def test_what_ours_cannot_is_left_to_the_engine_and_said_once(caplog, monkeypatch, changes, said):

@@ -63,7 +63,7 @@ def test_ours_stand_where_vllm_calls_its_marlin_experts(experts, model, monkeypa
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"moe": {"is_lora_enabled": True}}, "takes no LoRA adapters on experts"),
+        ({"moe": {"is_lora_enabled": True}}, "does not support LoRA adapters on experts"),
         ({"swiglu_limit": 7.0}, "an activation with limits or factors"),
         ({"moe": {"swiglu_limit": 7.0}}, "an activation with limits or factors"),
     ],
