@@ -1,5 +1,7 @@
 """What the plugin uses of vLLM is there, and all of it is looked up. The first test runs without vLLM."""
 
+import importlib
+
 import pytest
 
 from awq2marlin.integrations.vllm.needs import ALWAYS, EXPERTS, VLLM
@@ -34,3 +36,21 @@ def test_all_that_the_plugin_imports_of_vllm_is_looked_up():
     from awq2marlin.integrations import vllm as plugin
 
     assert_imports_are_looked_up(plugin, VLLM, (*ALWAYS, *EXPERTS), NOT_LOOKED_UP)
+
+
+@pytest.mark.usefixtures("harness")
+@pytest.mark.parametrize(
+    ("module", "owner", "name"),
+    [
+        ("vllm.model_executor.layers.fused_moe", "RoutedExperts", "_expert_routing_tables"),
+        ("vllm.model_executor.layers.quantization.auto_awq", "AutoAWQMoEMethod", "_setup_kernel"),
+        ("vllm.model_executor.layers.fused_moe.config", "FusedMoEParallelConfig", "use_batched_activation_format"),
+        ("vllm.model_executor.layers.fused_moe.experts.marlin_moe", "MarlinExperts", "is_supported_config"),
+    ],
+)
+def test_what_the_plugin_calls_of_layers_and_their_configs_is_looked_up(module, owner, name, monkeypatch):
+    found = getattr(importlib.import_module(module), owner)
+    place = next(base for base in found.__mro__ if name in vars(base))
+    monkeypatch.delattr(place, name)
+    lost = [each for need in EXPERTS for each in need.lacks("vllm")]
+    assert lost == [f"{module}.{owner}.{name}"]
