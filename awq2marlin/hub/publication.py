@@ -255,8 +255,13 @@ class Publication:
             try:
                 info = self._api.model_info(self.repo_id)
             except RepositoryNotFoundError:
-                if self.target.create_pr:  # there is nothing to propose a change of
-                    raise
+                if self.target.create_pr:
+                    raise _refused(
+                        self.repo_id,
+                        "hub-not-found",
+                        "a pull request needs a repository that is there, and there is none of this name, or your "
+                        "token may not see it: check the name, or leave out --create-pr, and it is created",
+                    ) from None
                 return
         self.exists, self.repo_id = True, info.id
         if self.target.private and not info.private:

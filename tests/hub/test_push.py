@@ -292,7 +292,8 @@ def test_a_pull_request_proposes_the_change(hub, marlin, other, monkeypatch):
     assert result.url == result.pull_request
     assert held(hub) == before
     assert held(hub, revision="refs/pr/1") == as_pushed(marlin)
-    refused("hub-not-found", marlin, "org/nothing", create_pr=True)
+    message = refused("hub-not-found", marlin, "org/nothing", create_pr=True)
+    assert message.endswith("check the name, or leave out --create-pr, and it is created")
 
 
 def test_a_public_repository_is_no_private_one(hub, marlin):
