@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from awq2marlin.checkpoint.converted import ConvertedCheckpoint
@@ -141,8 +142,9 @@ def revert(
     if restores == "tensors":
         progress.note("an engine saved this checkpoint: the original tensors are restored, but not the original files")
     result = _planned(source, transfer, root)
+    owned = partial(_owned, root, transfer.names, overwrite)
     if dry_run:
-        would_stop = hindrances(transfer, root, lambda: [] if overwrite else None, stays=True, low_disk=low_disk)
+        would_stop = hindrances(transfer, root, owned, stays=True, low_disk=low_disk)
         for line in would_stop:
             progress.note(line)
         result = replace(result, hindrances=would_stop)
@@ -150,7 +152,7 @@ def revert(
         kept = _kept_files(root, transfer, recorded_files(source, transfer), overwrite, progress)
         transfer = transfer.keeping(kept.keys())
         work = Work(progress, workers, executor, low_disk, with_sha256=True)
-        with open_sink(transfer, root, lambda: [] if overwrite else None, pinned, progress) as sink:
+        with open_sink(transfer, root, owned, pinned, progress) as sink:
             trusted = trusted_shards(transfer, sink, work)
             refuse_full_disk(transfer, sink, work)
             made = run(transfer, sink, work)
@@ -171,6 +173,24 @@ def _without(result: RevertResult, names: Sequence[str]) -> RevertResult:
     )
     left = {**result.left_behind, **dict.fromkeys(names, CANNOT_HOLD)}
     return replace(result, left_behind=left, lacks=(*result.lacks, lack))
+
+
+def _owned(root: Path, names: Collection[str], overwrite: bool) -> list[str] | None:
+    """Returns the files of ``root`` that may be removed, none in any case; None if it must be empty.
+
+    Raises:
+        OutputError: if it must be, and holds files of these names.
+    """
+    if overwrite:
+        return []
+    present = [name for name in names if os.path.lexists(root / name)]
+    if present and read_journal(root) is None:
+        message = (
+            f"the folder is not empty ({printable(present[0])}); choose another, or use --overwrite, which keeps files "
+            "that equal the restored ones and refuses others of their names"
+        )
+        raise OutputError(Problem(str(root), "", "not-empty", message))
+    return None
 
 
 def _kept_files(
