@@ -178,7 +178,7 @@ def _text_of(stream: BinaryIO, name: str) -> str:
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise BatchError(_problem(name, f"it is not UTF-8 (byte {error.start})")) from None
+        raise BatchError(_problem(name, f"it is not UTF-8 (byte {error.start}); is it a list of sources?")) from None
 
 
 def _json_entries(text: str, file: str) -> Iterator[Entry]:

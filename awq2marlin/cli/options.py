@@ -87,7 +87,7 @@ def _part(value: str) -> tuple[int, int]:
     number, _, count = value.partition("/")
     if number.isdecimal() and count.isdecimal() and len(value) < 20 and 1 <= int(number) <= int(count):
         return int(number), int(count)
-    raise typer.BadParameter(f"{printable(value)!r} is not of the form 3/20, with a number from 1 to the count")
+    raise typer.BadParameter(f"{printable(value)!r} must be I/N, such as 3/20, with I from 1 to N")
 
 
 def _formats(begun: str) -> list[str]:

@@ -53,8 +53,9 @@ class Contents:
     @property
     def has_quantized_head(self) -> bool:
         """Whether the model's output embedding is quantized; it is kept in AWQ layout then."""
+        parents = ("", "model", "language_model")  # what a layer or an encoder calls its output is none
         return any(
-            is_output_embedding(name) and not any(map(str.isdecimal, name.split(".")))  # not a layer's own output
+            is_output_embedding(name) and (not name.endswith("output") or name.rpartition(".")[0] in parents)
             for name in self.quantization.awq_modules
         )
 

@@ -88,7 +88,10 @@ def test_ranks_that_would_cut_a_word_of_the_vocabulary_are_refused(harness, tmp_
     assert problem.message.startswith("4 columns on one rank are not a multiple of 8")
 
 
-@pytest.mark.parametrize(("module", "is_tied"), [("lm_head", False), ("model.layers.0.output", True)])
+@pytest.mark.parametrize(
+    ("module", "is_tied"),
+    [("lm_head", False), ("language_model.output", False), ("model.layers.0.output", True), ("visual.output", True)],
+)
 def test_a_model_whose_config_ties_a_quantized_output_embedding_loads_it(harness, tmp_path, caplog, module, is_tied):
     model = harness.Model(tmp_path, {module: (128, 96), "a.down_proj": (128, 64)}, group_size=64)
     whole, text, free = (SimpleNamespace(tie_word_embeddings=tied) for tied in (True, True, False))
