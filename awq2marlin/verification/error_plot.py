@@ -115,7 +115,11 @@ def _figure(run: GemmRun) -> Figure:
     axes.axhline(1, color="black", linestyle="--", linewidth=1)
     axes.annotate("the bound", (0, 1), xycoords=("axes fraction", "data"), xytext=(4, 3), textcoords="offset points")
     axes.set_ylim(bottom=0)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    layers = [depth_of(check.name) for check in run.checks] or [0]
+    axes.set_xlim(min(layers) - 0.5, max(layers) + 0.5)
+    axes.xaxis.set_major_locator(
+        MaxNLocator(integer=True, min_n_ticks=1)
+    )  # otherwise one layer has fractions beside it
     axes.set_xlabel("layer")
     axes.set_ylabel("largest |output - float64 reference| / bound")
     axes.set_title(f"Marlin GEMM against float64, {run.device_name}", loc="left")

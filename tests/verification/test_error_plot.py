@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 
 from awq2marlin import CheckpointError, UnavailableError
 from awq2marlin.gemm.check import GemmCheck, GemmRun
-from awq2marlin.verification.error_plot import check_picture, depth_of, plot_errors
+from awq2marlin.verification.error_plot import _figure, check_picture, depth_of, plot_errors
 
 
 def gemm_check(name: str, relative: float) -> GemmCheck:
@@ -37,6 +37,14 @@ def test_every_module_is_a_point_at_its_depth_and_part_of_the_bound(
     checks = [gemm_check("m.10.up", 0.3), gemm_check("m.2.up", 0.1), gemm_check("m.2.down", 0.2)]
     plot_errors(GemmRun("cuda", "a device", tuple(checks)), tmp_path / "errors.png")
     assert drawn == {"down": [(2, 0.2)], "up": [(2, 0.1), (10, 0.3)]}
+
+
+@pytest.mark.parametrize(("names", "ticks"), [(["m.0.up"], [0]), (["m.3.up", "m.4.up"], [3, 4]), (["head"], [-1])])
+def test_layers_are_whole_numbers_however_few_there_are(names: list[str], ticks: list[int]) -> None:
+    figure = _figure(GemmRun("cuda", "a device", tuple(gemm_check(name, 0.3) for name in names)))
+    (axes,) = figure.axes
+    first, last = axes.get_xlim()
+    assert [each for each in axes.get_xticks() if first <= each <= last] == ticks
 
 
 def test_the_file_is_a_picture(tmp_path: Path) -> None:
