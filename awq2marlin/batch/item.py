@@ -47,6 +47,7 @@ from awq2marlin.io.digest import digest_of_file
 from awq2marlin.io.folder import Folder
 from awq2marlin.io.source import RepoCommit
 from awq2marlin.io.stream import NamedPath
+from awq2marlin.io.strict_json import same_json
 from awq2marlin.io.workers import StoppedError
 from awq2marlin.pipeline.journal import read_journal
 from awq2marlin.pipeline.output import hindrance, refuse_overlap, tidy
@@ -54,7 +55,6 @@ from awq2marlin.pipeline.plan import plan_conversion
 from awq2marlin.pipeline.preflight import disk_needs, owned_files
 from awq2marlin.pipeline.record import refuse_unreadable
 from awq2marlin.progress import Progress
-from awq2marlin.verification.headers import same_json
 
 
 def known(job: Job, record: BatchRecord, retry_failed: bool) -> ItemResult | None:

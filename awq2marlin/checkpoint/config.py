@@ -13,9 +13,11 @@ from awq2marlin.formats.names import CONFIG_FILENAME, LEGACY_CONFIG_FILENAMES
 from awq2marlin.formats.plain_transformers import with_stop, without_stop
 from awq2marlin.formats.registry import FORMER_CONFIG_KEYS, recognise
 from awq2marlin.io.source import Source
-from awq2marlin.io.strict_json import parse_json
+from awq2marlin.io.strict_json import parse_json, same_json
 
 _KEY = "quantization_config"
+
+_MAX_KEYS_SHOWN = 8
 
 #: What JSON values are called that are no objects, nor null.
 _KINDS = {list: "a list", str: "a string", int: "a number", float: "a number", bool: "true or false"}
@@ -270,6 +272,21 @@ def without_quantization(config: Mapping[str, Any]) -> dict[str, Any]:
         config: any ``config.json``, that of a conversion too.
     """
     return {key: _stripped(value) for key, value in without_stop(config).items() if not _is_key(key)}
+
+
+def changed_keys(one: Mapping[str, Any], other: Mapping[str, Any]) -> str:
+    """Returns under which keys two configs differ, but for how they are quantized, in words; empty if under none.
+
+    Args:
+        one: a ``config.json``.
+        other: another one.
+    """
+    left, right = without_quantization(one), without_quantization(other)
+    keys = sorted(
+        key for key in {*left, *right} if not (key in left and key in right and same_json(left[key], right[key]))
+    )
+    more = f" and {len(keys) - _MAX_KEYS_SHOWN} more" if len(keys) > _MAX_KEYS_SHOWN else ""
+    return ", ".join(map(printable, keys[:_MAX_KEYS_SHOWN])) + more
 
 
 def _stripped(part: Any) -> Any:

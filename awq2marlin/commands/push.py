@@ -6,15 +6,13 @@ once. Nothing is changed on the Hub before the whole folder was found sound.
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
-from awq2marlin.checkpoint.config import without_quantization
+from awq2marlin.checkpoint.config import changed_keys
 from awq2marlin.checkpoint.converted import ConvertedCheckpoint
 from awq2marlin.checkpoint.manifest import Manifest
 from awq2marlin.checkpoint.opening import Checkpoint
@@ -175,18 +173,14 @@ def _finished_checkpoint(root: Path) -> ConvertedCheckpoint:
 def _check_config(checkpoint: Checkpoint, manifest: Manifest) -> None:
     """Compares the keys of the config that a conversion does not touch with the source's text in the manifest."""
     source = parse_json(manifest.texts[CONFIG_FILENAME].encode("utf-8"), MANIFEST_FILENAME, constants=True)
-    known = without_quantization(source) if isinstance(source, dict) else None
-    if _canonical(known) != _canonical(without_quantization(checkpoint.config)):
+    keys = changed_keys(source if isinstance(source, dict) else {}, checkpoint.config)
+    if keys:
         raise difference(
             "config",
-            "a key other than quantization_config differs from the source's, which is in the "
-            "manifest: convert again, or edit the config on the Hub if you want the change",
+            f"it differs from the source's, which is in the manifest, in {keys}: convert again, or edit the config on "
+            "the Hub if you want the change",
             file=CONFIG_FILENAME,
         )
-
-
-def _canonical(document: Any) -> str:
-    return json.dumps(document, sort_keys=True)
 
 
 def _contents(checkpoint: Checkpoint, manifest: Manifest, repo_id: str) -> dict[str, Content]:

@@ -124,6 +124,11 @@ def _refuse_depth(document: Any, file: str) -> None:
     raise refuse("bad-json", f"the JSON is nested too deeply, more than {_MAX_DEPTH} levels", file=file)
 
 
+def same_json(left: Any, right: Any) -> bool:
+    """Returns whether two documents hold the same; to Python, false equals 0 and NaN does not equal NaN."""
+    return json.dumps(left, sort_keys=True) == json.dumps(right, sort_keys=True)
+
+
 def encode_json(document: Any) -> bytes:
     """Returns a JSON side file's bytes."""
     return (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode("utf-8", "backslashreplace")

@@ -15,15 +15,15 @@ from typing import TypeVar
 
 import numpy as np
 
-from awq2marlin.checkpoint.config import without_quantization
-from awq2marlin.errors import Problem, printable
+from awq2marlin.checkpoint.config import changed_keys
+from awq2marlin.errors import Problem
 from awq2marlin.formats.base import DerivedTensor
 from awq2marlin.formats.names import CONFIG_FILENAME, INDEX_FILENAME, MANIFEST_FILENAME
 from awq2marlin.io.safetensors import TensorInfo
 from awq2marlin.layout.modules import ModulePlan, module_name
 from awq2marlin.progress import Progress
 from awq2marlin.verification.differences import Count, Differences, ModuleDifference, total
-from awq2marlin.verification.headers import first_difference, same_json
+from awq2marlin.verification.headers import first_difference
 from awq2marlin.verification.numbers import Side, compare_module, compared_bytes
 from awq2marlin.verification.sampling import Modules, sample_modules
 from awq2marlin.verification.values import BAND_BYTES, place_of
@@ -259,11 +259,9 @@ def _of_the_format(side: Side) -> tuple[str, ...]:
 
 def _notes(sides: Sides, modules: Sequence[str]) -> Iterator[str]:
     """Yields what a reader wants to know, and is no difference: other keys of the config, another type of scales."""
-    one, other = (without_quantization(side.opened.checkpoint.config) for side in sides)
-    keys = sorted(key for key in {*one, *other} if not same_json(one.get(key), other.get(key)))
+    keys = changed_keys(*(side.opened.checkpoint.config for side in sides))
     if keys:
-        more = f" and {len(keys) - 8} more" if len(keys) > 8 else ""
-        yield f"{CONFIG_FILENAME}: A and B differ in {', '.join(map(printable, keys[:8]))}{more}"
+        yield f"{CONFIG_FILENAME}: A and B differ in {keys}"
     types = [[_scale_type(side, name) for name in modules] for side in sides]
     pairs = [(left, right) for left, right in zip(*types, strict=True) if left != right]
     if pairs:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Sequence
 from functools import partial
-from typing import Any
 
-from awq2marlin.checkpoint.config import without_quantization
+from awq2marlin.checkpoint.config import changed_keys
 from awq2marlin.checkpoint.counterparts import Counterparts
 from awq2marlin.checkpoint.index import converted_index, made_index
 from awq2marlin.checkpoint.manifest import Manifest
@@ -16,6 +15,7 @@ from awq2marlin.errors import difference
 from awq2marlin.formats.base import Quantization
 from awq2marlin.formats.names import CARD_FILENAME, CONFIG_FILENAME, INDEX_FILENAME, MANIFEST_FILENAME
 from awq2marlin.io.source import Source
+from awq2marlin.io.strict_json import same_json
 from awq2marlin.layout.modules import ModulePlan
 from awq2marlin.verification.values import BAND_BYTES
 
@@ -97,15 +97,9 @@ def compare_configs(source: Checkpoint, output: Checkpoint, modules: Collection[
             f"quantization_config differs from what the source implies, in {', '.join(keys) or 'an additional key'}",
             file=CONFIG_FILENAME,
         )
-    if whole and not same_json(without_quantization(source.config), without_quantization(output.config)):
-        raise difference(
-            "config", "a key other than quantization_config differs from the source's", file=CONFIG_FILENAME
-        )
-
-
-def same_json(left: Any, right: Any) -> bool:
-    """Returns whether two documents hold the same; to Python, false equals 0 and NaN does not equal NaN."""
-    return json.dumps(left, sort_keys=True) == json.dumps(right, sort_keys=True)
+    keys_apart = changed_keys(source.config, output.config) if whole else ""
+    if keys_apart:
+        raise difference("config", f"it differs from the source's in {keys_apart}", file=CONFIG_FILENAME)
 
 
 def _compare_manifest(source: Checkpoint, manifest: Manifest, files: Sequence[str]) -> None:

@@ -234,10 +234,18 @@ def edit_quantization(edit: Callable[[dict[str, Any]], Any]) -> Callable[[Path],
 
 
 CONFIG_CHANGES: dict[str, tuple[Callable[[Path], None], str, str]] = {
-    "a_key_changed": (edit_json("config.json", lambda c: c.update(model_type="gpt2")), "config", "a key other than"),
-    "a_key_added": (edit_json("config.json", lambda c: c.update(x=1)), "config", "a key other than"),
-    "a_key_removed": (edit_json("config.json", lambda c: c.pop("model_type")), "config", "a key other than"),
-    "another_type": (edit_json("config.json", lambda c: c.update(tie_word_embeddings=0)), "config", "a key other than"),
+    "a_key_changed": (
+        edit_json("config.json", lambda c: c.update(model_type="gpt2")),
+        "config",
+        "the source's in model_type",
+    ),
+    "a_key_added": (edit_json("config.json", lambda c: c.update(x=1)), "config", "the source's in x"),
+    "a_key_removed": (edit_json("config.json", lambda c: c.pop("model_type")), "config", "the source's in model_type"),
+    "another_type": (
+        edit_json("config.json", lambda c: c.update(tie_word_embeddings=0)),
+        "config",
+        "the source's in tie_word_embeddings",
+    ),
     "zero_point": (edit_quantization(lambda q: q.update(zero_point=False)), "config", "in zero_point"),
     "zero_point_as_a_number": (edit_quantization(lambda q: q.update(format_version=1.0)), "unsupported-format", ""),
     "bits": (edit_quantization(lambda q: q.update(bits=8)), "config", "in bits"),
