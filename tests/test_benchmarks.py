@@ -243,6 +243,35 @@ def test_an_engine_of_sglang_that_fails_or_hangs_is_told_with_the_end_of_its_log
     assert (told or "said nothing") == failure
 
 
+class Judge:
+    """What SGLang's engine says of the tokens of a prompt: of the last one of the vocabulary, that it is the first."""
+
+    def generate(self, input_ids, **options):  # noqa: ARG002 - as SGLang's
+        said = [[(-0.5, token if token < 63 else 0, None) for token in ids] for ids in input_ids]
+        best = [[[(-0.25, 7, None)] for _ in ids] for ids in input_ids]
+        pairs = zip(said, best, strict=True)
+        return [{"meta_info": {"input_token_logprobs": one, "input_top_logprobs": two}} for one, two in pairs]
+
+
+def test_an_engine_of_sglang_judges_the_last_token_of_the_vocabulary_too(script):
+    judge = script("sglang_tokens").judge
+    rows = judge(Judge(), [[5, 6], [4]], [{"tokens": [63, 8]}, {"tokens": [9]}])
+    assert [row["tokens"] for row in rows] == [[63, 8], [9]]
+    assert rows[0]["logprobs"] == [-0.5, -0.5]
+    assert rows[0]["best"] == [-0.25, -0.25]
+
+
+def test_log_probabilities_of_other_tokens_are_no_judgement(script, monkeypatch):
+    monkeypatch.setattr(
+        Judge, "generate", lambda self, input_ids, **_: GENERATE(self, [ids[::-1] for ids in input_ids])
+    )
+    with pytest.raises(RuntimeError, match="other tokens"):
+        script("sglang_tokens").judge(Judge(), [[5, 6]], [{"tokens": [7, 8]}])
+
+
+GENERATE = Judge.generate
+
+
 def test_an_engine_of_sglang_is_asked_for_the_ranks_that_share_tensors_or_experts(tmp_path, script, monkeypatch):
     tokens = script("sglang_tokens")
     (tmp_path / "engine.py").write_text(
