@@ -1,12 +1,13 @@
-"""Every kernel once on ragged edges, small enough for compute-sanitizer.
+"""Every kernel once on ragged edges, small enough for compute-sanitizer; then on a K that goes round every ring twice.
 
-compute-sanitizer --tool racecheck python tests/gemm/sanitizer_sweep.py
+compute-sanitizer --tool racecheck python tests/gemm/sanitizer_sweep.py [short] [long]
 
 With ``memcheck`` add ``--report-api-errors no``: the CUDA bindings look up functions that older drivers do not have.
 """
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 
 import torch
@@ -19,7 +20,8 @@ from awq2marlin.gemm.select import all_configs
 from tests.gemm.gemm_cases import random_layer, random_tokens
 
 
-def main() -> None:
+def sweep_edges() -> int:
+    """Every kernel on every ragged edge, with few steps."""
     launches = 0
     for num_bits, dtype in ((4, torch.float16), (8, torch.bfloat16)):
         # The second half of K = 384 begins within a group of 128 rows.
@@ -44,9 +46,32 @@ def main() -> None:
             ops.repack_awq(
                 torch.zeros(64, size_n * num_bits // 32, dtype=torch.int32, device="cuda"), num_bits=num_bits
             )
+    return launches
+
+
+def sweep_rings() -> int:
+    """One launch of each kernel in which every place of its ring is used again, and equal runs over two tiles."""
+    launches = 0
+    for num_bits, dtype, group_size in ((4, torch.float16, 128), (4, torch.bfloat16, 32), (8, torch.float16, -1)):
+        layer = random_layer(1024, 320, group_size, num_bits=num_bits, dtype=dtype, device="cuda")
+        for size_m in (9, 33, 130):
+            tensors = GemmTensors(
+                random_tokens(size_m, layer), layer.qweight, layer.scales, layer.qzeros, None, num_bits
+            )
+            problem = replace(problem_of(tensors), multiprocessors=2)  # few blocks, which have many steps each
+            for config in all_configs(problem):
+                runs = [launch for launch in config.launches(problem) if launch.reduction == "runs"]
+                for launch in (config.with_splits(1, "workspace"), *runs):
+                    launch_gemm(launch, problem, tensors)
+                    launches += 1
+    return launches
+
+
+def main(parts: list[str]) -> None:
+    launches = sum(sweep() for part, sweep in (("short", sweep_edges), ("long", sweep_rings)) if part in parts)
     torch.cuda.synchronize()
     print(f"{launches} launches")
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:] or ["short", "long"])

@@ -14,11 +14,16 @@ from tests.gemm.expert_cases import random_block, random_routing, random_rows
 
 def main() -> None:
     calls = 0
-    for num_bits, dtype, groups in ((4, torch.float16, (64, 32)), (8, torch.bfloat16, (-1, 64))):
-        block = random_block(
-            5, 192, 128, groups, num_bits=num_bits, dtype=dtype, has_bias=True, has_zeros=num_bits == 4, device="cuda"
-        )
-        for tokens, top_k in ((1, 2), (1, 8), (3, 3), (9, 2), (33, 2), (70, 3), (130, 4), (300, 2)):
+    counts = ((1, 2), (1, 8), (3, 3), (9, 2), (33, 2), (70, 3), (130, 4), (300, 2))
+    for num_bits, dtype, hidden, groups in (
+        (4, torch.float16, 192, (64, 32)),
+        (8, torch.bfloat16, 256, (-1, 64)),
+        (4, torch.float16, 256, (128, 128)),
+        (4, torch.float16, 1024, (128, -1)),  # goes round every ring twice
+    ):
+        options = {"num_bits": num_bits, "dtype": dtype, "has_bias": True, "has_zeros": num_bits == 4}
+        block = random_block(5, hidden, 128, groups, **options, device="cuda")
+        for tokens, top_k in counts if hidden < 1024 else ((1, 2), (9, 2), (70, 3)):
             for kind in ("uniform", "foreign", "one"):
                 ids, shares = random_routing(tokens, top_k, 5, kind, device="cuda")
                 rows = random_rows(tokens, block.w13)
