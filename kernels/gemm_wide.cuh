@@ -1,4 +1,4 @@
-// The GEMM for hundreds of tokens and more on compute capability 9.0: wgmma over tiles of 128 columns by up to 256
+// The GEMM for a hundred tokens and more on compute capability 9.0: wgmma over tiles of 128 columns by up to 256
 // tokens, in blocks that stay.
 //
 // A weight is decoded once for twice the tokens that gemm_hopper.cuh has. Each of two warpgroups multiplies one tile of

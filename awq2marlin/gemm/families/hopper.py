@@ -39,7 +39,7 @@ CANDIDATES = (
     _Candidate(4, 48, 8, StepTimes(step=0.44, ends=2.1, cluster=2.1, workspace=2.2), 0.48),
     _Candidate(4, 64, 8, StepTimes(step=0.48, ends=2.4, cluster=2.6, workspace=2.2), 0.51),
     _Candidate(4, 96, 8, StepTimes(step=0.61, ends=2.8, cluster=3.2, workspace=2.4), 0.65),
-    _Candidate(4, 128, 8, StepTimes(step=0.70, ends=2.8, cluster=4.5, workspace=2.4), 0.84),
+    _Candidate(4, 128, 8, StepTimes(step=0.78, ends=2.8, cluster=4.7, workspace=1.9), 0.85),
     _Candidate(8, 32, 6, StepTimes(step=0.45, ends=3.1, cluster=2.2, workspace=2.1), 0.50),
     _Candidate(8, 48, 6, StepTimes(step=0.49, ends=3.4, cluster=2.5, workspace=2.1), 0.55),
     _Candidate(8, 64, 6, StepTimes(step=0.53, ends=3.5, cluster=2.7, workspace=2.1), 0.59),

@@ -1,4 +1,4 @@
-"""Hundreds of tokens and more on compute capability 9.0: wide tiles, over which blocks walk."""
+"""A hundred tokens and more on compute capability 9.0: wide tiles, over which blocks walk."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ class WideConfig(GemmConfig):
     header = "gemm_wide.cuh"
     template = "WideGemm"
     parameters = "MARLIN_WIDE_GEMM"
-    token_ranges = (range(129, ANY_NUMBER),)
+    token_ranges = (range(97, 129), range(129, ANY_NUMBER))
     capabilities = (HOPPER, HOPPER)
 
     tokens: int
@@ -84,9 +84,10 @@ class WideConfig(GemmConfig):
 
     @classmethod
     def candidates(cls, problem: GemmProblem) -> Iterator[GemmConfig]:
-        """Yields those for the bits."""
+        """Yields those for the bits, and for up to 128 tokens only what was timed there: 4 bits, 128 tokens."""
         for candidate in CANDIDATES:
-            if candidate.num_bits == problem.num_bits:
+            is_fit = problem.size_m > 128 or (candidate.num_bits, candidate.tokens) == (4, 128)
+            if candidate.num_bits == problem.num_bits and is_fit:
                 yield cls(dtype=problem.dtype, reduction="workspace", **candidate._asdict())
 
     def launches(self, problem: GemmProblem) -> Iterator[GemmConfig]:
