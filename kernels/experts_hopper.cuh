@@ -19,7 +19,7 @@ namespace marlin {
 
 template <class T, int kBits, int kTokens, int kStages, int kResidentBlocks, Activation kActivation>
 class HopperExperts {
-  using Core = HopperTile<T, kBits, kTokens, kStages>;
+  using Core = HopperTile<T, kBits, kTokens, kStages, false, TwoRegisters>;
   using L = typename Core::L;
   static constexpr bool kGated = kActivation != Activation::kNone;
   static constexpr int kOutColumns = kGated ? Core::kColumns / 2 : Core::kColumns;

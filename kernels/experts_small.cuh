@@ -18,7 +18,7 @@ template <class T, int kBits, int kGroupSize, int kTokenTiles, int kStepRows, in
           Activation kActivation, bool kSumsPairs>
 class SmallExperts {
   using L = Layout<kBits>;
-  using Step = SmallStep<T, kBits, kGroupSize, kTokenTiles, kStepRows>;
+  using Step = SmallStep<T, kBits, kGroupSize, kTokenTiles, kStepRows, TwoRegisters>;
 
   static constexpr bool kGated = kActivation != Activation::kNone;
   static_assert(kTiles <= 2, "sums of a lane must fit its registers");

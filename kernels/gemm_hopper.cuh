@@ -33,9 +33,9 @@ struct HopperRegisters {
 //
 // wgmma reads through another proxy than the one that copies went through. Either the warps that multiply fence the two
 // at every stage, or (kPublishes) those that copy wait for their copies and do it, which costs nothing there.
-template <class T, int kBits, int kTokens, int kRingStages, bool kPublishes = false>
+template <class T, int kBits, int kTokens, int kRingStages, bool kPublishes, class Columns>
 class HopperTile {
-  using D = Decoder<T, kBits>;
+  using D = Decoder<T, kBits, Columns>;
 
  public:
   using L = Layout<kBits>;
@@ -186,12 +186,11 @@ class HopperTile {
   // What turns a word of one block into weights.
   struct Constants {
     typename D::Offsets offsets[kBlocks];
-    u32 scales[kBlocks][2];
+    Columns scales[kBlocks];
 
     __device__ __forceinline__ void set(int b, u32 pair_of_scales, u32 pair_of_zeros) {
       offsets[b] = D::offsets(pair_of_zeros);
-      scales[b][0] = low_twice(pair_of_scales);
-      scales[b][1] = high_twice(pair_of_scales);
+      scales[b] = Columns(pair_of_scales);
     }
   };
 
@@ -395,7 +394,7 @@ class HopperTile {
 #pragma unroll
       for (int b = 0; b < kBlocks; ++b) {
         D::decode(weight[i][b], words[i] + b * L::kBlockWords, constants.offsets[b]);
-        scale<T>(weight[i][b], constants.scales[b][0], constants.scales[b][1]);
+        scale<T>(weight[i][b], constants.scales[b]);
       }
   }
 
@@ -416,7 +415,7 @@ class HopperTile {
 // kScalesSums: scales are applied to a group's sums, and a group has two stages or is the only one.
 template <class T, int kBits, int kTokens, int kStages, bool kScalesSums>
 class HopperGemm {
-  using Core = HopperTile<T, kBits, kTokens, kStages, true>;
+  using Core = HopperTile<T, kBits, kTokens, kStages, true, OneRegister>;
   using Tile = Patches<T, kTokens, Core::kColumns>;
   static_assert(!kScalesSums || kTokens <= 64, "two sets of sums must fit the registers");
   static_assert(Tile::kReceivedBytes <= Core::kRingBytes, "parts of sums come where the stages were");

@@ -12,7 +12,7 @@ namespace marlin {
 template <class T, int kBits, int kTokenTiles, int kStages>
 class PortableGemm {
   using L = Layout<kBits>;
-  using D = Decoder<T, kBits>;
+  using D = Decoder<T, kBits, TwoRegisters>;
 
   static constexpr int kWarpsN = 4, kWarpsK = 2;
   static constexpr int kTokens = 8 * kTokenTiles;
@@ -123,12 +123,12 @@ class PortableGemm {
 #pragma unroll
     for (int j = 0; j < kTileBlocks; ++j) {
       const auto offsets = D::offsets(groups.zeros(group, j));
-      const u32 scales = groups.scales(group, j), first = low_twice(scales), second = high_twice(scales);
+      const TwoRegisters scales(groups.scales(group, j));
 #pragma unroll
       for (int i = 0; i < kWarpTiles; ++i) {
         u32 weight[4];
         D::decode(weight, words[i] + j * L::kBlockWords, offsets);
-        scale<T>(weight, first, second);
+        scale<T>(weight, scales);
 #pragma unroll
         for (int t = 0; t < kTokenTiles; ++t) mma(T{}, sums[t][j], weight, act[t][2 * i], act[t][2 * i + 1]);
       }

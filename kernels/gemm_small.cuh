@@ -13,7 +13,7 @@ namespace marlin {
 template <class T, int kBits, int kGroupSize, int kTokenTiles, int kStepRows, int kWarps, int kStages>
 class SmallGemm {
   using L = Layout<kBits>;
-  using Step = SmallStep<T, kBits, kGroupSize, kTokenTiles, kStepRows>;
+  using Step = SmallStep<T, kBits, kGroupSize, kTokenTiles, kStepRows, OneRegister>;
   using Groups = typename Step::Groups;
 
   static_assert(kStages >= 2, "a step is on its way while another is multiplied");

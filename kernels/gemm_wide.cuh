@@ -29,7 +29,7 @@ namespace marlin {
 
 template <class T, int kBits, int kTokens, int kStages>
 class WideGemm {
-  using D = Decoder<T, kBits>;
+  using D = Decoder<T, kBits, TwoRegisters>;  // with one the assembler serializes wgmma
   using L = Layout<kBits>;
   using Groups = GroupReader<T, kBits, 1>;
   static constexpr int kWarpgroups = 2, kWarpgroupWarps = 4;
@@ -192,7 +192,7 @@ class WideGemm {
   // What turns a lane's word into weights.
   struct Constants {
     typename D::Offsets offsets;
-    u32 scales[2];
+    TwoRegisters scales;
   };
 
   __device__ __forceinline__ Groups groups_of(const Place& at) const {
@@ -230,8 +230,7 @@ class WideGemm {
   }
 
   __device__ __forceinline__ Constants prepare(const Groups& groups, const typename Groups::Group& group) const {
-    const u32 scales = groups.scales(group, 0);
-    return {D::offsets(groups.zeros(group, 0)), {low_twice(scales), high_twice(scales)}};
+    return {D::offsets(groups.zeros(group, 0)), TwoRegisters(groups.scales(group, 0))};
   }
 
   // One tile of 16 rows is decoded while the one before is multiplied. Meanwhile the constants are prepared of a group
@@ -259,7 +258,7 @@ class WideGemm {
 #pragma unroll
       for (int t = 0; t < kStageTiles; ++t) {
         D::decode(weight[t % 2], words[t], constants.offsets);
-        scale<T>(weight[t % 2], constants.scales[0], constants.scales[1]);
+        scale<T>(weight[t % 2], constants.scales);
         wgmma_fence();
         wgmma(T{}, sums, weight[t % 2], act + 2 * t);
         wgmma_commit();

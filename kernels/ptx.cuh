@@ -136,30 +136,40 @@ __device__ __forceinline__ void barrier_of(int number) {
 
 // ---- arithmetic on two 16-bit numbers in a register -----------------------------------------------------------------
 
-__device__ __forceinline__ u32 fma2(Half, u32 a, u32 b, u32 c) {
-  u32 d;
-  asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
-  return d;
-}
-__device__ __forceinline__ u32 fma2(Bfloat16, u32 a, u32 b, u32 c) {
-  u32 d;
-  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(d) : "r"(a), "r"(b), "r"(c));
-  return d;
-}
-__device__ __forceinline__ u32 add2(Half, u32 a, u32 b) {
-  u32 d;
-  asm("add.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
-  return d;
-}
-// Compute capability 8.x has no addition or product of bf16 pairs: a fused multiply-add rounds once, so it is the same.
-__device__ __forceinline__ u32 add2(Bfloat16 t, u32 a, u32 b) { return fma2(t, a, 0x3f803f80u, b); }
+// One half of a register, meant twice. Instructions have that for nothing, where the one that uses it doubles it:
+// written apart it would be an instruction of its own, and a register.
+struct LowTwice {
+  u32 v;
+};
+struct HighTwice {
+  u32 v;
+};
 
-__device__ __forceinline__ u32 mul2(Half, u32 a, u32 b) {
-  u32 d;
-  asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(d) : "r"(a), "r"(b));
-  return d;
-}
-__device__ __forceinline__ u32 mul2(Bfloat16 t, u32 a, u32 b) { return fma2(t, a, b, 0x80008000u); }
+#define MARLIN_PAIR_OPERATION(name, Type, instruction)                                                               \
+  __device__ __forceinline__ u32 name(Type, u32 a, u32 b) {                                                          \
+    u32 d;                                                                                                           \
+    asm("{.reg .b32 b; mov.b32 b, %2; " instruction ";}" : "=r"(d) : "r"(a), "r"(b));                                \
+    return d;                                                                                                        \
+  }                                                                                                                  \
+  MARLIN_PAIR_OPERATION_TWICE(name, Type, instruction, LowTwice, "low")                                              \
+  MARLIN_PAIR_OPERATION_TWICE(name, Type, instruction, HighTwice, "high")
+#define MARLIN_PAIR_OPERATION_TWICE(name, Type, instruction, Twice, half)                                            \
+  __device__ __forceinline__ u32 name(Type, u32 a, Twice b) {                                                        \
+    u32 d;                                                                                                           \
+    asm("{.reg .b16 low, high; .reg .b32 b; mov.b32 {low, high}, %2; mov.b32 b, {" half ", " half "}; " instruction  \
+        ";}"                                                                                                         \
+        : "=r"(d)                                                                                                    \
+        : "r"(a), "r"(b.v));                                                                                         \
+    return d;                                                                                                        \
+  }
+
+MARLIN_PAIR_OPERATION(add2, Half, "add.rn.f16x2 %0, %1, b")
+MARLIN_PAIR_OPERATION(mul2, Half, "mul.rn.f16x2 %0, %1, b")
+// A sixteenth of a, plus b.
+MARLIN_PAIR_OPERATION(add2_sixteenth, Half, ".reg .b32 s; mov.b32 s, 0x2c002c00; fma.rn.f16x2 %0, %1, s, b")
+// Compute capability 8.x has no addition or product of bf16 pairs: a fused multiply-add rounds once, so it is the same.
+MARLIN_PAIR_OPERATION(add2, Bfloat16, ".reg .b32 one; mov.b32 one, 0x3f803f80; fma.rn.bf16x2 %0, %1, one, b")
+MARLIN_PAIR_OPERATION(mul2, Bfloat16, ".reg .b32 none; mov.b32 none, 0x80008000; fma.rn.bf16x2 %0, %1, b, none")
 
 __device__ __forceinline__ u32 pack2(Half, float low, float high) {
   u32 d;

@@ -11,10 +11,10 @@
 
 namespace marlin {
 
-template <class T, int kBits, int kGroupSize, int kTokenTiles, int kStepRows>
+template <class T, int kBits, int kGroupSize, int kTokenTiles, int kStepRows, class Columns>
 struct SmallStep {
   using L = Layout<kBits>;
-  using D = Decoder<T, kBits>;
+  using D = Decoder<T, kBits, Columns>;
   using Reader = GroupReader<T, kBits>;
 
   static_assert(kGroupSize == 32 || kGroupSize == 64 || kGroupSize == 128, "a single group is read as one of these");
@@ -104,7 +104,7 @@ struct SmallStep {
       for (int j = 0; j < kTileBlocks; ++j) {
         u32 weight[4];
         D::decode(weight, words + j * L::kBlockWords, D::offsets(groups.zeros(group, j)));
-        if (!kScalesSums) scale<T>(weight, low_twice(groups.scales(group, j)), high_twice(groups.scales(group, j)));
+        if (!kScalesSums) scale<T>(weight, Columns(groups.scales(group, j)));
 #pragma unroll
         for (int t = 0; t < kTokenTiles; ++t)
           mma(T{}, (kScalesSums ? partial : sums)[t][j], weight, act[t][2 * (i % 2)], act[t][2 * (i % 2) + 1]);
