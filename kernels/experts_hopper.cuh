@@ -19,7 +19,7 @@ namespace marlin {
 
 template <class T, int kBits, int kTokens, int kStages, int kResidentBlocks, Activation kActivation>
 class HopperExperts {
-  using Core = HopperTile<T, kBits, kTokens, kStages, false, TwoRegisters>;
+  using Core = HopperTile<T, kBits, kTokens, kStages, CopiedBy::kWarps, TwoRegisters>;
   using L = typename Core::L;
   static constexpr bool kGated = kActivation != Activation::kNone;
   static constexpr int kOutColumns = kGated ? Core::kColumns / 2 : Core::kColumns;
@@ -116,8 +116,8 @@ class HopperExperts {
                  first_block) {}
 
     __device__ __forceinline__ void read(Group& into, int group) const { groups.read(into, group, lane); }
-    __device__ __forceinline__ void read_group(Group& into, u32 first_sh, int lane) const {
-      const u32 group_sh = first_sh + w * Core::kTileGroupBytes;
+    __device__ __forceinline__ void read_group(Group& into, u32 groups_sh, int which, int lane) const {
+      const u32 group_sh = groups_sh + w * Core::kTileGroupBytes + which * L::kGroupBytes;
       groups.read_shared(into, group_sh, group_sh + kTileColumns * 2, lane);
     }
     __device__ __forceinline__ void prepare(typename Core::Constants& constants, const Group& group) const {

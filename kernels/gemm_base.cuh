@@ -189,6 +189,67 @@ class GroupEnds {
   int rows_left;
 };
 
+#if MARLIN_HAS_CLUSTERS
+// The groups of neighbouring tiles, which the hardware copies when a thread says so: each as [scales of all tiles][zero
+// points of all tiles]. A stage brings those that begin after its first 32 rows and with the next stage.
+template <int kBits, int kTiles, int kStageRows>
+class BulkGroups {
+  using L = Layout<kBits>;
+  static constexpr int kScaleBytes = kTileColumns * 2, kZeroBytes = L::kTileZeroWords * 4;  // of a tile
+
+ public:
+  static constexpr int kBytes = kTiles * L::kGroupBytes;
+
+  // `tiles` are there, of kTiles.
+  __device__ __forceinline__ BulkGroups(const GemmArguments& args, int first_tile, int tiles, StepRange range)
+      : args(args),
+        scales_gl_rd(args.scales + first_tile * kTileColumns),
+        zeros_gl_rd(args.qzeros + first_tile * L::kTileZeroWords),
+        scale_bytes(tiles * kScaleBytes),
+        zero_bytes(args.qzeros ? tiles * kZeroBytes : 0),
+        ends(args.group_size, range),
+        end(range.begin * kStageRows / args.group_size + 1),
+        count(0) {}
+
+  // Goes on to the groups of the next stage.
+  __device__ __forceinline__ void take() {
+    const int at_once = args.group_size < kStageRows ? 2 : 1;
+    count = ends.take() ? min(at_once, args.size_k / args.group_size - end) : 0;
+    end += count;
+  }
+  // Their scales and zero points, of which the barrier must know.
+  __device__ __forceinline__ u32 bytes_of_scales() const { return count * scale_bytes; }
+  __device__ __forceinline__ u32 bytes_of_zeros() const { return count * zero_bytes; }
+  __device__ __forceinline__ void load_scales(u32 groups_sh, u32 barrier) const {
+#pragma unroll 1
+    for (int i = 0; i < count; ++i)
+      bulk_load(scales(groups_sh + i * kBytes, 0), scales_gl_rd + (end - count + i) * args.scales_stride, scale_bytes,
+                barrier);
+  }
+  __device__ __forceinline__ void load_zeros(u32 groups_sh, u32 barrier) const {
+    if (zero_bytes == 0) return;
+#pragma unroll 1
+    for (int i = 0; i < count; ++i)
+      bulk_load(zeros(groups_sh + i * kBytes, 0), zeros_gl_rd + (end - count + i) * args.qzeros_stride, zero_bytes,
+                barrier);
+  }
+
+  // Where a tile's scales and zero points lie in a group.
+  static __device__ __forceinline__ u32 scales(u32 group_sh, int tile) { return group_sh + tile * kScaleBytes; }
+  static __device__ __forceinline__ u32 zeros(u32 group_sh, int tile) {
+    return group_sh + kTiles * kScaleBytes + tile * kZeroBytes;
+  }
+
+ private:
+  const GemmArguments& args;
+  const u16* scales_gl_rd;
+  const u32* zeros_gl_rd;
+  u32 scale_bytes, zero_bytes;
+  GroupEnds<kStageRows> ends;
+  int end, count;  // of a stage's groups: the first that it does not bring, and how many it brings
+};
+#endif
+
 // Which slot of a ring in shared memory a step uses, and the parity of the barriers' phase in that round.
 template <int kStages>
 struct RingSlot {

@@ -1,12 +1,14 @@
-// The GEMM for many tokens on compute capability 9.0: wgmma, fed by a warpgroup that does nothing but copy.
+// The GEMM for more than a few tokens on compute capability 9.0: wgmma, fed by copies that the hardware makes.
 //
 // A block computes 256 columns by 32 to 128 tokens. Each of a warpgroup's four warps takes one tile of 64 columns,
 // and block j of the four tiles together is one m64 operand A, transposed and in registers: a lane's words serve
 // without a shuffle. The first warpgroup multiplies blocks 0 and 1 of every tile, the second blocks 2 and 3, so each
-// weight is decoded once per block. Operand B is the tokens, in shared memory with 128-byte swizzle.
+// weight is decoded once per block. Operand B is the tokens, in shared memory with 128-byte swizzle. The
+// hardware copies boxes of them and of the weights (TMA), scales and zero points, when a thread of each warp of a third
+// warpgroup says so.
 //
-// Two mbarriers per stage: `full` says that the copies have arrived, `empty` that all eight multiplying warps are done
-// with them.
+// Two mbarriers per stage: `full` counts the bytes that have arrived, `empty` the multiplying warps that are done with
+// them.
 //
 // Scales are applied to weights, or, where groups are long and sums few, to a group's sums: that takes fewer
 // instructions and more registers.
@@ -14,6 +16,12 @@
 
 #include "hopper_patches.cuh"
 #include "wgmma.cuh"
+
+// The maps are of the activations, in boxes of 64 numbers of kTokens tokens with 128-byte swizzle, and of the weights
+// in numbers of 8 bytes, in boxes of 256 by four: four tiles in a row with 4 bits, two with 8.
+#define MARLIN_HOPPER_GEMM_PARAMETERS \
+  const __grid_constant__ TensorMap a_map, const __grid_constant__ TensorMap qweight_map, MARLIN_GEMM_PARAMETERS
+#define MARLIN_HOPPER_GEMM_ARGUMENTS a_map, qweight_map, MARLIN_GEMM_ARGUMENTS
 
 namespace marlin {
 
@@ -31,9 +39,11 @@ struct HopperRegisters {
 
 // A tile of 256 columns by kTokens tokens: how stages are copied and multiplied, whoever says which.
 //
-// wgmma reads through another proxy than the one that copies went through. Either the warps that multiply fence the two
-// at every stage, or (kPublishes) those that copy wait for their copies and do it, which costs nothing there.
-template <class T, int kBits, int kTokens, int kRingStages, bool kPublishes, class Columns>
+// Either the warps of the third warpgroup copy, or the hardware does at their word. wgmma reads through the hardware's
+// proxy. Copies of warps go through another, so that the warps that multiply fence the two at every stage. No argument
+// has a default: one that is lost must not compile.
+enum class CopiedBy { kWarps, kHardware };
+template <class T, int kBits, int kTokens, int kRingStages, CopiedBy kCopiedBy, class Columns>
 class HopperTile {
   using D = Decoder<T, kBits, Columns>;
 
@@ -41,6 +51,7 @@ class HopperTile {
   using L = Layout<kBits>;
 
   static constexpr int kStages = kRingStages;
+  static constexpr bool kByHardware = kCopiedBy == CopiedBy::kHardware;
   static constexpr int kWarpgroups = 2;
   static constexpr int kWarpgroupWarps = 4;
   static constexpr int kMathWarps = kWarpgroups * kWarpgroupWarps;
@@ -89,17 +100,72 @@ class HopperTile {
   __device__ __forceinline__ void init_barriers() const {
     if (threadIdx.x == 0)
       for (int slot = 0; slot < kStages; ++slot) {
-        mbarrier_init(full(slot), kCopyThreads);
+        mbarrier_init(full(slot), kByHardware ? kCopyWarps : kCopyThreads);
         mbarrier_init(empty(slot), kMathWarps);
       }
+    if (kByHardware && threadIdx.x == 0) fence_mbarrier_init();
   }
 
   using Slot = RingSlot<kStages>;
+  static constexpr int kBoxTiles = kByHardware ? 16 / kBits : kWarpgroupWarps;  // side by side in shared memory
 
-  // ---- the copying warps --------------------------------------------------------------------------------------------
+  // A slot that was never used counts as empty.
+  __device__ __forceinline__ void wait_empty(const Slot& slot) const {
+    mbarrier_wait(empty(slot.index), slot.parity ^ 1);
+  }
+
+  // ---- copies that the hardware makes: a thread of each copying warp asks for some ----------------------------------
+
+  // Of what they ask for: tokens, weights, scales, zero points. What lies past the last column is not copied, or zero,
+  // and what comes of it is not stored.
+  struct Boxes {
+    static_assert(kByHardware, "the barriers count other arrivals when warps copy");
+    static_assert(kBoxTiles * L::kTileWords == 2 * 256 && kStageTiles == 4, "a box of weights is 256 by 4 by 8 bytes");
+    using Groups = BulkGroups<kBits, kWarpgroupWarps, kStageRows>;
+    static_assert(kBatches * Groups::kBytes == kStageGroupBytes, "a stage has room for the groups that it brings");
+    Groups groups;
+    int first_tile, end_tile, first_token, stage;
+  };
+  __device__ __forceinline__ Boxes make_boxes(const GemmArguments& args, int first_tile, int first_token,
+                                              StepRange range) const {
+    const int end_tile = min(first_tile + kWarpgroupWarps, args.size_n / kTileColumns);
+    return {{args, first_tile, end_tile - first_tile, range}, first_tile, end_tile, first_token, range.begin};
+  }
+
+  __device__ __forceinline__ void load_stage(Boxes& boxes, const Slot& slot, const TensorMap& a_map,
+                                             const TensorMap& qweight_map) const {
+    const u32 barrier = full(slot.index);
+    const int which = warp - kMathWarps;
+    if (which == 0) {
+      mbarrier_arrive_expecting(barrier, kActBytes);
+      box_load(shared + slot.index * kStageBytes, a_map, boxes.stage * kStageRows, boxes.first_token, barrier);
+    } else if (which == 1) {
+      constexpr int kBoxBytes = kStageTiles * kBoxTiles * L::kTileWords * 4;
+      const int count = (boxes.end_tile - boxes.first_tile + kBoxTiles - 1) / kBoxTiles;
+      mbarrier_arrive_expecting(barrier, count * kBoxBytes);
+#pragma unroll
+      for (int i = 0; i < kWarpgroupWarps / kBoxTiles; ++i)
+        if (i < count)
+          box_load(tile_sh(slot.index, 0, i * kBoxTiles), qweight_map,
+                   (boxes.first_tile + i * kBoxTiles) * (L::kTileWords / 2), boxes.stage * kStageTiles, barrier);
+    } else {
+      boxes.groups.take();
+      if (which == 2) {
+        mbarrier_arrive_expecting(barrier, boxes.groups.bytes_of_scales());
+        boxes.groups.load_scales(groups_sh(slot.index), barrier);
+      } else {
+        mbarrier_arrive_expecting(barrier, boxes.groups.bytes_of_zeros());
+        boxes.groups.load_zeros(groups_sh(slot.index), barrier);
+      }
+    }
+    ++boxes.stage;
+  }
+
+  // ---- copies that the copying warps make ---------------------------------------------------------------------------
 
   // What one copying thread fetches for every stage. Pointers move on; nothing is computed twice.
   struct Copier {
+    static_assert(!kByHardware, "the barriers count other arrivals when the hardware copies");
     const u16* act_gl_rd;             // its chunk of row 0
     u32 token_offsets[kActLoads];     // from there to its tokens, in chunks of eight numbers
     const u32* weights_gl_rd;         // the warp's tile
@@ -126,11 +192,6 @@ class HopperTile {
     return copier;
   }
 
-  // A slot that was never used counts as empty.
-  __device__ __forceinline__ void wait_empty(const Slot& slot) const {
-    mbarrier_wait(empty(slot.index), slot.parity ^ 1);
-  }
-
   // Tokens from `num_tokens` on need not be copied.
   __device__ __forceinline__ void copy_stage(Copier& copier, const Slot& slot, i64 qweight_stride, int group_size,
                                              int num_tokens = kTokens) const {
@@ -150,31 +211,11 @@ class HopperTile {
     }
     if (copier.ends.take()) {
       const int count = group_size < kStageRows ? kBatches : 1;
-      copier.groups.copy(groups_sh(slot.index, warp - kMathWarps, 0), copier.group,
+      copier.groups.copy(groups_sh(slot.index) + (warp - kMathWarps) * kTileGroupBytes, copier.group,
                          min(count, copier.num_groups - copier.group));
       copier.group += count;
     }
-    if (kPublishes)
-      cp_async_commit();
-    else
-      mbarrier_arrive_after_copies(full(slot.index));
-  }
-
-  // Says that a stage has arrived; so many stages may still be under way. Those that are not published yet may be no
-  // more than kStages - 3: the last stage is released while the next is multiplied.
-  static constexpr int kUnpublished = kStages - 4;
-  template <int kPending>
-  __device__ __forceinline__ void publish(Slot& slot) const {
-    cp_async_wait<kPending>();
-    fence_proxy_async();
-    mbarrier_arrive(full(slot.index));
-    slot.advance();
-  }
-  // The same for the last of so many stages.
-  template <int kPending = kUnpublished - 1>
-  __device__ __forceinline__ void publish_last(Slot& slot, int num_stages) const {
-    if (kPending < num_stages) publish<kPending>(slot);
-    if constexpr (kPending > 0) publish_last<kPending - 1>(slot, num_stages);
+    mbarrier_arrive_after_copies(full(slot.index));
   }
 
   // ---- the multiplying warps ----------------------------------------------------------------------------------------
@@ -203,10 +244,12 @@ class HopperTile {
         : groups(args, tile_n, core.lane, kBlocks * core.warpgroup), core(core) {}
 
     __device__ __forceinline__ void read(Group& into, int group) const { groups.read(into, group, core.lane); }
-    // The same from shared memory, counted from where the first tile has its own.
-    __device__ __forceinline__ void read_group(Group& into, u32 first_sh, int lane) const {
-      const u32 group_sh = first_sh + core.warp % kWarpgroupWarps * kTileGroupBytes;
-      groups.read_shared(into, group_sh, group_sh + kTileColumns * 2, lane);
+    // The same from shared memory, of the groups that a stage brought.
+    __device__ __forceinline__ void read_group(Group& into, u32 groups_sh, int which, int lane) const {
+      using Copied = BulkGroups<kBits, kWarpgroupWarps, kStageRows>;
+      const u32 group_sh = groups_sh + which * Copied::kBytes;
+      const int w = core.warp % kWarpgroupWarps;
+      groups.read_shared(into, Copied::scales(group_sh, w), Copied::zeros(group_sh, w), lane);
     }
     __device__ __forceinline__ void prepare(Constants& constants, const Group& group) const {
 #pragma unroll
@@ -217,9 +260,10 @@ class HopperTile {
       for (int b = 0; b < kBlocks; ++b) offsets[b] = D::offsets(groups.zeros(group, b));
     }
     __device__ __forceinline__ u32 scales(const Group& group, int b) const { return groups.scales(group, b); }
-    // Where the lane's words lie in a row of tiles.
+    // Where the lane's words lie, counted from a row of tiles.
     __device__ __forceinline__ u32 words_place() const {
-      return (core.warp % kWarpgroupWarps * L::kTileWords + core.lane * L::kLaneWords + core.warpgroup * kWords) * 4;
+      return core.tile_sh(0, 0, core.warp % kWarpgroupWarps) - core.tile_sh(0, 0, 0) +
+             (core.lane * L::kLaneWords + core.warpgroup * kWords) * 4;
     }
     __device__ __forceinline__ void load_words(u32 (&words)[kWords], u32 row_sh) const { load_shared(words, row_sh); }
     __device__ __forceinline__ float final_scale(int b, int half) const {
@@ -250,13 +294,13 @@ class HopperTile {
     int released = 0;
     for (int step = range.begin; step < range.end; ++step) {
       mbarrier_wait(full(slot.index), slot.parity);
-      if (!kPublishes) fence_proxy_async();
+      if (!kByHardware) fence_proxy_async();
       u32 words[kStageTiles][kWords];
 #pragma unroll
       for (int i = 0; i < kStageTiles; ++i) blocks.load_words(words[i], tile_sh(slot.index, i, 0) + words_sh);
       const bool is_end = ends.take();
-      if (is_end) blocks.read_group(group[1], groups_sh(slot.index, 0, every_batch), group_lane);
-      if (every_batch) blocks.read_group(group[0], groups_sh(slot.index, 0, 0), group_lane);
+      if (is_end) blocks.read_group(group[1], groups_sh(slot.index), every_batch, group_lane);
+      if (every_batch) blocks.read_group(group[0], groups_sh(slot.index), 0, group_lane);
       const u64 act = wgmma_descriptor(shared + slot.index * kStageBytes);
 #pragma unroll
       for (int batch = 0; batch < kBatches; ++batch) {
@@ -289,7 +333,7 @@ class HopperTile {
   __device__ __forceinline__ void multiply_pairs(Sums& sums, RingSlot<kStages / 2>& pair, const Blocks& blocks,
                                                  bool is_single, StepRange range) const {
     static_assert(kStages % 2 == 0, "pairs of stages");
-    static_assert(kPublishes, "no fence here");
+    static_assert(kByHardware, "no fence here");
     typename Blocks::Group group;
     blocks.read(group, is_single ? 0 : range.begin / 2);
     typename D::Offsets offsets[kBlocks];
@@ -321,7 +365,7 @@ class HopperTile {
           issue_batch<false>(group_sums, weight[0], act);
         } else {
           issue_batch<true>(group_sums, weight[0], act);
-          if (!is_single) blocks.read_group(group, groups_sh(slot, 0, 0), lane);
+          if (!is_single) blocks.read_group(group, groups_sh(slot), 0, lane);
         }
         wgmma_wait<1>();  // the stage before is done
         __syncwarp();     // all lanes have read their words
@@ -400,11 +444,13 @@ class HopperTile {
 
   // ---- where things are ---------------------------------------------------------------------------------------------
 
-  __device__ __forceinline__ u32 groups_sh(int slot, int w, int which) const {
-    return shared + kStages * kStageBytes + slot * kStageGroupBytes + w * kTileGroupBytes + which * L::kGroupBytes;
+  // Copied by the hardware, two groups of all tiles; by warps, two of each tile.
+  __device__ __forceinline__ u32 groups_sh(int slot) const {
+    return shared + kStages * kStageBytes + slot * kStageGroupBytes;
   }
   __device__ __forceinline__ u32 tile_sh(int slot, int tile, int w) const {
-    return shared + slot * kStageBytes + kActBytes + (tile * kWarpgroupWarps + w) * (L::kTileWords * 4);
+    const int place = (w / kBoxTiles * kStageTiles + tile) * kBoxTiles + w % kBoxTiles;
+    return shared + slot * kStageBytes + kActBytes + place * (L::kTileWords * 4);
   }
   __device__ __forceinline__ u32 full(int slot) const { return barriers + 8 * slot; }
   __device__ __forceinline__ u32 empty(int slot) const { return barriers + 8 * (kStages + slot); }
@@ -415,12 +461,13 @@ class HopperTile {
 // kScalesSums: scales are applied to a group's sums, and a group has two stages or is the only one.
 template <class T, int kBits, int kTokens, int kStages, bool kScalesSums>
 class HopperGemm {
-  using Core = HopperTile<T, kBits, kTokens, kStages, true, OneRegister>;
+  using Core = HopperTile<T, kBits, kTokens, kStages, CopiedBy::kHardware, OneRegister>;
   using Tile = Patches<T, kTokens, Core::kColumns>;
+  static constexpr int kStepStages = kScalesSums ? 2 : 1;  // of a step, in which splits and runs are counted
   static_assert(!kScalesSums || kTokens <= 64, "two sets of sums must fit the registers");
+  static_assert(!kScalesSums || kStages % kStepStages == 0, "a step does not go round the ring's end");
   static_assert(Tile::kReceivedBytes <= Core::kRingBytes, "parts of sums come where the stages were");
   using Registers = HopperRegisters<1>;
-  static constexpr int kStepStages = kScalesSums ? 2 : 1;  // of a step, in which splits and runs are counted
   static constexpr int kStepRows = kStepStages * Core::kStageRows;
 
  public:
@@ -429,7 +476,8 @@ class HopperGemm {
 
   // grid: (splits, tiles of 256 columns, tiles of tokens); without a workspace the splits of a tile form a cluster. If
   // blocks share all tiles evenly (num_splits is negative): (blocks).
-  static __device__ __forceinline__ void run(const GemmArguments& args) {
+  static __device__ __forceinline__ void run(const TensorMap& a_map, const TensorMap& qweight_map,
+                                             const GemmArguments& args) {
     extern __shared__ __align__(1024) unsigned char shared[];
     const u32 barriers = shared_address(shared) + Core::kRingBytes;
     const Core core(shared, barriers);
@@ -442,7 +490,9 @@ class HopperGemm {
     __syncthreads();
     if (core.warp >= Core::kMathWarps) {
       give_registers<Registers::kCopy>();
-      gemm.copy();
+      if (core.lane == 0) gemm.copy(a_map, qweight_map);
+      __syncwarp();
+      if (splits_are_cluster(args)) cluster_leave();  // with the warps that multiply
     } else {
       take_registers<Registers::kMath>();
       gemm.multiply(shared_address(shared));
@@ -497,28 +547,20 @@ class HopperGemm {
       prefetch_l2(args.qzeros + group * args.qzeros_stride + tile_n(first) * Core::L::kTileZeroWords);
   }
 
-  __device__ __forceinline__ void copy() const {
-    const int first_token = blockIdx.z * kTokens;
-    typename Core::Slot slot, published;
-    int count = 0;
-#pragma unroll 1  // there are few registers here
+  __device__ __forceinline__ void copy(const TensorMap& a_map, const TensorMap& qweight_map) const {
+    typename Core::Slot slot;
+#pragma unroll 1
     for (int step = share.begin; step < share.end;) {
       const Segment now = segment(step);
       const StepRange stages = stages_of(now);
-      typename Core::Copier copier =
-          core.make_copier(args.a + i64(first_token) * args.a_stride, args, tile_n(now), stages,
-                           [&](int token) { return min(token, args.size_m - 1 - first_token) * args.a_stride; });
+      auto boxes = core.make_boxes(args, now.tile * Core::kWarpgroupWarps, blockIdx.z * kTokens, stages);
 #pragma unroll 1
-      for (int stage = stages.begin; stage < stages.end; ++stage, ++count) {
+      for (int stage = stages.begin; stage < stages.end; ++stage, slot.advance()) {
         core.wait_empty(slot);
-        core.copy_stage(copier, slot, args.qweight_stride, args.group_size);
-        slot.advance();
-        if (count >= Core::kUnpublished) core.template publish<Core::kUnpublished>(published);
+        core.load_stage(boxes, slot, a_map, qweight_map);
       }
       step = now.steps.end;
     }
-    core.publish_last(published, count);
-    if (splits_are_cluster(args)) cluster_leave();  // with the warps that multiply
   }
 
   __device__ __forceinline__ void multiply(u32 shared) const {

@@ -1,4 +1,4 @@
-"""More than a few tokens on compute capability 9.0: warpgroup instructions, fed by a warpgroup that only copies."""
+"""More than a few tokens on compute capability 9.0: warpgroup instructions, fed by copies that the hardware makes."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from awq2marlin.gemm.families.base import (
     HOPPER,
     MAX_WORKSPACE_BYTES,
     SUM_THREADS,
+    Box,
     GemmConfig,
     GemmProblem,
     StepTimes,
@@ -71,6 +72,7 @@ class HopperConfig(GemmConfig):
 
     header = "gemm_hopper.cuh"
     template = "HopperGemm"
+    parameters = "MARLIN_HOPPER_GEMM"
     token_ranges = (range(17, 129), range(129, ANY_NUMBER))
     capabilities = (HOPPER, HOPPER)
 
@@ -79,6 +81,11 @@ class HopperConfig(GemmConfig):
     scales_sums: bool
     times: StepTimes
     run_step: float
+
+    @classmethod
+    def serves(cls, problem: GemmProblem) -> bool:
+        """Returns whether the tokens lie apart, too: a map's rows are not known to be allowed to overlap."""
+        return super().serves(problem) and not problem.rows_overlap
 
     @classmethod
     def candidates(cls, problem: GemmProblem) -> Iterator[GemmConfig]:
@@ -131,6 +138,11 @@ class HopperConfig(GemmConfig):
         return 256, self.tokens
 
     @property
+    def boxes(self) -> tuple[Box, ...]:
+        """For each stage: 64 numbers of the tokens, and four tiles of weights by four, or with 8 bits by two."""
+        return Box("a", self.tokens, 64, 2, True), Box("qweight", 4, 256, 8, False)
+
+    @property
     def threads(self) -> int:
         """Threads of a block: two warpgroups that multiply and one that copies."""
         return 384
@@ -166,7 +178,7 @@ class HopperConfig(GemmConfig):
         """The kernel of the second launch."""
         implementation = f"HopperSum<{CPP_TYPES[self.dtype]}, {self.tokens}, {self.split_rows}>"
         return instantiation(
-            implementation, self.header, self.parameters, threads=SUM_THREADS, resident_blocks=4, shared_bytes=0
+            implementation, self.header, "MARLIN_GEMM", threads=SUM_THREADS, resident_blocks=4, shared_bytes=0
         )
 
     def sum_grid(self, problem: GemmProblem) -> tuple[int, int, int]:
