@@ -195,6 +195,7 @@ __device__ __forceinline__ void align_experts(const AlignArguments& args) {
   for (int p = first_pair; p < args.num_pairs; p += kThreads * kBlocks) {
     const int expert = expert_of(args.topk_ids, args.has_long_ids, p, args.num_experts);
     if (expert >= 0) atomicAdd(counts + expert, 1);
+    if (args.topk_weights) prefetch_l2(args.topk_weights + p);
   }
   all_blocks<kBlocks>();
 
@@ -219,7 +220,8 @@ __device__ __forceinline__ void align_experts(const AlignArguments& args) {
     if (lane == kWarpLanes - 1) warp_pairs[warp] = pairs_to_here, warp_items[warp] = items_to_here;
     __syncthreads();
     int pairs_before = pairs_done, items_before = items_done;
-    for (int w = 0; w < kWarps; ++w) {
+    const int used_warps = min(kWarps, (args.num_experts - base + kWarpLanes - 1) / kWarpLanes);
+    for (int w = 0; w < used_warps; ++w) {
       if (w < warp) pairs_before += warp_pairs[w], items_before += warp_items[w];
       pairs_done += warp_pairs[w], items_done += warp_items[w];
     }
@@ -251,24 +253,43 @@ struct SumArguments {
   int num_tokens, top_k, num_experts, size_n, has_long_ids;
 };
 
+// A bit for each of a token's choices that is somebody's.
+__device__ __forceinline__ u32 known_choices(const SumArguments& args, int token) {
+  u32 known = 0;
+#pragma unroll 8
+  for (int choice = 0; choice < args.top_k; ++choice) {
+    const int pair = token * args.top_k + choice;
+    known |= u32(fresh_expert_of(args.topk_ids, args.has_long_ids, pair, args.num_experts) >= 0) << choice;
+  }
+  return known;
+}
+
 // Adds up each token's rows in the order of its choices, in fp32: a thread for eight columns. Rows that are nobody's
-// were never written.
+// were never written. Choices were there before the products began, so they are read before the last has ended.
 template <class T>
 __device__ __forceinline__ void sum_experts(const SumArguments& args) {
+  constexpr int kAtOnce = 8;  // rows on their way
   start_next_launch();
-  wait_for_last_launch();
   const int chunks = args.size_n / 8;
   const i64 size = i64(args.num_tokens) * chunks;
   for (i64 i = i64(blockIdx.x) * blockDim.x + threadIdx.x; i < size; i += i64(gridDim.x) * blockDim.x) {
     const int token = int(i / chunks), column = 8 * int(i % chunks);
+    u32 known = known_choices(args, token);
+    wait_for_last_launch();
+    const u16* row = args.rows + i64(token) * args.top_k * args.size_n + column;
     F32x4 low = {0.f, 0.f, 0.f, 0.f}, high = low;
-#pragma unroll 4
-    for (int choice = 0; choice < args.top_k; ++choice) {
-      const int pair = token * args.top_k + choice;
-      if (expert_of(args.topk_ids, args.has_long_ids, pair, args.num_experts) < 0) continue;
-      const U32x4 v = *reinterpret_cast<const U32x4*>(args.rows + i64(pair) * args.size_n + column);
-      accumulate(low, {low_float(T{}, v.x), high_float(T{}, v.x), low_float(T{}, v.y), high_float(T{}, v.y)});
-      accumulate(high, {low_float(T{}, v.z), high_float(T{}, v.z), low_float(T{}, v.w), high_float(T{}, v.w)});
+    for (; known; known >>= kAtOnce, row += i64(kAtOnce) * args.size_n) {
+      U32x4 rows[kAtOnce];
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j)
+        if (known >> j & 1) rows[j] = *reinterpret_cast<const U32x4*>(row + i64(j) * args.size_n);
+#pragma unroll
+      for (int j = 0; j < kAtOnce; ++j) {
+        if (!(known >> j & 1)) continue;
+        const U32x4 v = rows[j];
+        accumulate(low, {low_float(T{}, v.x), high_float(T{}, v.x), low_float(T{}, v.y), high_float(T{}, v.y)});
+        accumulate(high, {low_float(T{}, v.z), high_float(T{}, v.z), low_float(T{}, v.w), high_float(T{}, v.w)});
+      }
     }
     u16* out = args.out + i64(token) * args.size_n + column;
     *reinterpret_cast<U32x4*>(out) = {pack2(T{}, low.x, low.y), pack2(T{}, low.z, low.w), pack2(T{}, high.x, high.y),

@@ -34,10 +34,11 @@ class SmallExperts {
   static constexpr int kMaxSplits = 8;
   // Splits send each other their parts of few rows only: with more there are blocks enough.
   static constexpr int kReceivedBytes = kTokenTiles == 1 ? (kTokens * kQuads + kMaxSplits) * kTiles * 16 : 0;
+  static constexpr int kBarrierOffset = kWarps * kWarpBytes + kReceivedBytes, kPairsOffset = kBarrierOffset + 8;
 
  public:
   static constexpr int kThreads = kWarps * kWarpLanes;
-  static constexpr int kSharedBytes = kWarps * kWarpBytes + kReceivedBytes + kTokens * 4;
+  static constexpr int kSharedBytes = kPairsOffset + kTokens * 4;
 
   // grid: (splits * steps of columns, items, 1), where an item is one of the list, a pair, or (kSumsPairs) a token.
   static __device__ __forceinline__ void run(const ExpertArguments& args) {
@@ -46,6 +47,11 @@ class SmallExperts {
     const int split = blockIdx.x % args.num_splits, step = blockIdx.x / args.num_splits;
     const bool is_cluster = kReceivedBytes > 0 && args.num_splits > 1;
 #if MARLIN_HAS_CLUSTERS
+    const u32 barrier = shared_address(shared) + kBarrierOffset;
+    if (is_cluster && threadIdx.x == 0) {
+      mbarrier_init(barrier, 1);
+      fence_mbarrier_init();
+    }
     if (is_cluster) cluster_arrive();
 #endif
     if (!args.reads_early) wait_for_last_launch();
@@ -54,7 +60,13 @@ class SmallExperts {
     const Rows rows = kSumsPairs  ? rows_of_pair(args, split)
                       : args.work ? listed_rows(args, lane)
                                   : seen_rows(args, lane);
-    int* pairs_sh = reinterpret_cast<int*>(shared + kWarps * kWarpBytes + kReceivedBytes);
+#if MARLIN_HAS_CLUSTERS
+    if (is_cluster && threadIdx.x == 0) {
+      const int quads = quads_of(rows), splits = args.num_splits;
+      mbarrier_arrive_expecting(barrier, u32(quads - split + splits - 1) / u32(splits) * splits * kTiles * 16);
+    }
+#endif
+    int* pairs_sh = reinterpret_cast<int*>(shared + kPairsOffset);
     if (rows.count == 0 && !is_cluster) {
       wait_for_last_launch();
       return;
@@ -84,8 +96,8 @@ class SmallExperts {
 
   static __device__ __forceinline__ Rows listed_rows(const ExpertArguments& args, int lane) {
     const WorkList list{args.work, max_work_items(args.num_pairs, args.num_experts, kTokens)};
+    const WorkItem item = list.fresh_item(blockIdx.y);  // both are read at once, if there is such an item or not
     if (int(blockIdx.y) >= list.num_items()) return {-1, 0, 0};
-    const WorkItem item = list.fresh_item(blockIdx.y);
     return {item.expert, item.count, list.fresh_pair(item.first + min(lane, item.count - 1))};
   }
 
@@ -199,6 +211,9 @@ class SmallExperts {
     for (int p = 0; p < kTiles; ++p) Step::deposit(sums[p], sum_tile(shared, p), reader(p), lane);
   }
 
+  // Sums of four columns of a row that leave the block, of each of its tiles.
+  static __device__ __forceinline__ int quads_of(const Rows& rows) { return (kSumsPairs ? 1 : rows.count) * kQuads; }
+
   static __device__ __forceinline__ SumTile<kTileColumns> sum_tile(unsigned char* warp_shared, int p) {
     return {reinterpret_cast<float*>(warp_shared + p * Step::kSumBytes)};
   }
@@ -221,11 +236,11 @@ class SmallExperts {
   // Everything is summed in the order of K, or of a token's choices, whoever comes first.
   static __device__ __forceinline__ void finish(const ExpertArguments& args, const Rows& rows, unsigned char* shared,
                                                 const int* pairs_sh, int step, int split, bool is_cluster) {
-    const int quads = (kSumsPairs ? 1 : rows.count) * kQuads;
+    const int quads = quads_of(rows);
 #if MARLIN_HAS_CLUSTERS
     if (is_cluster) {
       unsigned char* received_sh = shared + kWarps * kWarpBytes;
-      const u32 received = shared_address(received_sh);
+      const u32 received = shared_address(received_sh), barrier = shared_address(shared) + kBarrierOffset;
       const int quads_each = (quads + args.num_splits - 1) / args.num_splits;
       cluster_wait();
       for (int i = threadIdx.x; i < quads; i += kThreads) {
@@ -236,11 +251,12 @@ class SmallExperts {
             sum.of[p] = weighted(args, rows.expert, rows.pair, tile_of(args, step, p), 4 * (i % kQuads), sum.of[p]);
 #pragma unroll
         for (int p = 0; p < kTiles; ++p)
-          store_cluster(cluster_address(received + ((split * quads_each + i / args.num_splits) * kTiles + p) * 16,
-                                        i % args.num_splits),
-                        sum.of[p]);
+          store_cluster_async(
+              cluster_address(received + ((split * quads_each + i / args.num_splits) * kTiles + p) * 16,
+                              i % args.num_splits),
+              sum.of[p], cluster_address(barrier, i % args.num_splits));
       }
-      cluster_sync();
+      mbarrier_wait(barrier, 0);
       for (int i = threadIdx.x; i * args.num_splits + split < quads; i += kThreads) {
         Quads sum{};
         for (int rank = 0; rank < args.num_splits; ++rank)
