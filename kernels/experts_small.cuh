@@ -27,6 +27,8 @@ class SmallExperts {
   static_assert(kStages >= 2, "a step is on its way while another is multiplied");
 
   static constexpr int kTokens = Step::kTokens;
+  // The first weights are on their way before it is known where the rows lie; with many there are no registers for it.
+  static constexpr bool kFetchesFirst = kTokenTiles <= 2;
   static constexpr int kStageBytes = Step::kActBytes + kTiles * Step::kWeightBytes;
   static constexpr int kSumBytes = kTiles * Step::kSumBytes;
   static constexpr int kWarpBytes = kStages * kStageBytes > kSumBytes ? kStages * kStageBytes : kSumBytes;
@@ -71,9 +73,12 @@ class SmallExperts {
       wait_for_last_launch();
       return;
     }
-    if (warp == 0 && lane < kTokens) pairs_sh[lane] = rows.pair;
     SmallExperts product(args, rows, shared + warp * kWarpBytes, step, lane);
-    product.sum_rows(warp, kSumsPairs ? 0 : split, kSumsPairs ? 1 : args.num_splits);
+    const StepRange steps = product.steps_of(warp, kSumsPairs ? 0 : split, kSumsPairs ? 1 : args.num_splits);
+    if (kFetchesFirst) product.fetch_first_weights(steps);
+    product.find_rows(rows.pair);
+    if (warp == 0 && lane < kTokens) pairs_sh[lane] = rows.pair;
+    product.sum_rows(steps);
     product.deposit();
     __syncthreads();
     finish(args, rows, shared, pairs_sh, step, split, is_cluster);
@@ -126,11 +131,6 @@ class SmallExperts {
         lane(lane) {
 #pragma unroll
     for (int p = 0; p < kTiles; ++p) tiles[p] = tile_of(args, step, p);
-#pragma unroll
-    for (int i = 0; i < Step::kActLoads; ++i) {
-      const u32 pair = __shfl_sync(0xffffffffu, rows.pair, Step::token_of(i, lane));
-      rows_gl_rd[i] = u32(pair / u32(args.a_pairs) * args.a_stride / 8);
-    }
   }
 
   // Tiles past the last repeat it: what comes of them is not stored.
@@ -140,13 +140,22 @@ class SmallExperts {
     return min(step * kTiles + p, num_tiles - 1);
   }
 
-  __device__ __forceinline__ void sum_rows(int warp, int split, int num_splits) {
+  // The warp's steps: from the first on every kWarps-th.
+  __device__ __forceinline__ StepRange steps_of(int warp, int split, int num_splits) const {
     const StepRange range = split_steps(args.size_k / kStepRows, split, num_splits);
-    const int end = count ? range.end : range.begin;
-    int step = range.begin + warp;
-    // The weights of the first steps need not wait for who computes the activations.
+    return {range.begin + warp, count ? range.end : range.begin};
+  }
+
+  // The weights of the first steps need not wait for who computes the activations.
+  __device__ __forceinline__ void fetch_first_weights(StepRange steps) const {
 #pragma unroll
-    for (int i = 0; i < kStages - 1; ++i) fetch_weights(step + i * kWarps, end, i);
+    for (int i = 0; i < kStages - 1; ++i) fetch_weights(steps.begin + i * kWarps, steps.end, i);
+  }
+
+  __device__ __forceinline__ void sum_rows(StepRange steps) {
+    const int end = steps.end;
+    int step = steps.begin;
+    if (!kFetchesFirst) fetch_first_weights(steps);
     Groups now, next;
     if (step < end) read_groups(next, step);
     wait_for_last_launch();
@@ -169,6 +178,15 @@ class SmallExperts {
     }
     cp_async_wait<0>();
     __syncwarp();  // the sums go where the steps were
+  }
+
+  // Where the rows lie, of which lane r has the r-th pair.
+  __device__ __forceinline__ void find_rows(int own_pair) {
+#pragma unroll
+    for (int i = 0; i < Step::kActLoads; ++i) {
+      const u32 pair = __shfl_sync(0xffffffffu, own_pair, Step::token_of(i, lane));
+      rows_gl_rd[i] = u32(pair / u32(args.a_pairs) * args.a_stride / 8);
+    }
   }
 
   __device__ __forceinline__ GroupReader<T, kBits> reader(int p) const { return {weights, tiles[p], lane}; }
