@@ -141,6 +141,14 @@ def test_a_warm_up_knows_the_kernels_of_all_fewer_tokens(num_bits):
     assert {config.tile_rows for config in picked} > {8, 16, 32, 64, 96, 128}
 
 
+def test_few_pairs_need_no_list_unless_most_share_an_expert():
+    problem = ExpertProblem(32, 8, 128, 512, 1024, 128, 4, "fp16", "none", True, HOPPER, 132)
+    assert not make_plan(problem).has_list
+    assert make_plan(replace(problem, num_experts=8)).has_list
+    assert not make_plan(replace(problem, num_pairs=8, num_experts=2)).has_list  # one token
+    assert make_plan(replace(problem, num_pairs=40)).has_list
+
+
 def test_more_tokens_than_a_grid_has_room_for_are_refused_in_a_sentence():
     problem = ExpertProblem(32 << 16, 32, 8, 2048, 4096, 128, 4, "fp16", "none", True, (8, 0), 108)
     with pytest.raises(ValueError, match="the experts of 65536 tokens are more than one launch can have on this GPU"):

@@ -113,8 +113,12 @@ def _stage_time(rows: int) -> float:
 
 
 def is_direct(problem: ExpertProblem, tile_rows: int) -> bool:
-    """Returns whether warps look at the choices themselves, so that no list of work is needed."""
-    return problem.num_pairs <= DIRECT_PAIRS and tile_rows <= _MAX_SMALL_ROWS
+    """Returns whether warps look at the choices themselves, so that no list of work is needed.
+
+    Then there are blocks for every pair, of which those do nothing whose expert an earlier pair has chosen, too.
+    """
+    leading = problem.top_k if problem.num_pairs == problem.top_k else problem.chosen_experts
+    return problem.num_pairs <= min(DIRECT_PAIRS, 2 * leading) and tile_rows <= _MAX_SMALL_ROWS
 
 
 def sums_in_cluster(problem: ExpertProblem) -> bool:
@@ -138,7 +142,7 @@ def pick_launch(problem: ExpertProblem, tile_rows: int, *, has_list: bool) -> La
         return Launch(large[0])
     small = [config for config in candidates if isinstance(config, SmallExpertsConfig)]
     if has_list and problem.out_columns <= _FEW_COLUMNS:
-        small.reverse()  # smaller blocks: there are few of an expert
+        small = small[1:] or small  # smaller blocks: there are few of an expert
     config = _by_waves(small, problem)
     return Launch(config, problem.top_k if config.sums_pairs else _splits(config, problem))
 
@@ -190,8 +194,9 @@ def _hopper(problem: ExpertProblem, rows: int) -> HopperExpertsConfig:
 def _shapes(problem: ExpertProblem, rows: int, *, is_one_token: bool) -> tuple[_Shape, ...]:
     """Returns the swept shapes of a height: the first is picked, or the first later one that alone runs in one go."""
     size_k = problem.size_k
+    warps = 8 if problem.capability[0] == 10 else 12  # with more there are too few registers for each
     if problem.is_gated and rows == 8:
-        return _Shape(4, 2, 128, 2, 8), _Shape(2, 2, 128, 2, 8)
+        return _Shape(4, 2, 128, 2, 8), _Shape(2, 2, 128, 2, 8), _Shape(2, 2, 64, 2, warps)
     if problem.is_gated:
         return (_Shape(2, 2, 128 if rows == 16 else 64, 2, 8),)
     if rows == 8 and size_k >= 8192:
@@ -199,8 +204,7 @@ def _shapes(problem: ExpertProblem, rows: int, *, is_one_token: bool) -> tuple[_
     if rows == 8 and is_one_token:
         return (_Shape(2, 3, 128, 1, 10) if size_k >= 1024 else _Shape(2, 3, 64, 1, 12),)
     if rows == 8:
-        warps = 8 if problem.capability[0] == 10 else 12  # with more, 10.x has too few registers for each
-        return (_Shape(2, 2, 128, 1, 16) if size_k >= 512 else _Shape(2, 2, 64, 2, warps),)
+        return (_Shape(2, 2, 128, 1, 16) if size_k >= 512 else _Shape(1, 2, 64, 2, warps),)
     if rows == 16 and problem.capability[0] == 12:
         return (_Shape(2, 2, 64, 1, 8),)
     return ({16: _Shape(2, 2, 128, 2, 8), 24: _Shape(4, 2, 64, 2, 8), 32: _Shape(2, 3, 64, 1, 8)}[rows],)
