@@ -78,6 +78,7 @@ class HopperExperts {
 
   __device__ __forceinline__ void copy() const {
     typename Core::Slot slot;
+    int next = -Core::kUnpublished;
     const int w = core.warp - Core::kMathWarps;
     const int num_stages = args.size_k / Core::kStageRows;
 #pragma unroll 1
@@ -94,9 +95,10 @@ class HopperExperts {
         core.wait_empty(slot);
         core.copy_stage(copier, slot, args.qweight_stride, args.group_size, kHasLowTiles ? item.count : kTokens);
         slot.advance();
+        core.publish(next);
       }
     }
-    cp_async_wait_all();  // a block must not leave while copies to it are under way
+    core.publish_last(next);  // a block must not leave while copies to it are under way
   }
 
   // Which blocks a warp multiplies: half of one of its warpgroup's two tiles, which are neighbours, or the gate's and

@@ -40,8 +40,8 @@ struct HopperRegisters {
 // A tile of 256 columns by kTokens tokens: how stages are copied and multiplied, whoever says which.
 //
 // Either the warps of the third warpgroup copy, or the hardware does at their word. wgmma reads through the hardware's
-// proxy. Copies of warps go through another, so that the warps that multiply fence the two at every stage. No argument
-// has a default: one that is lost must not compile.
+// proxy. Copies of warps go through another: those that copy wait for their copies and fence the two, which costs
+// nothing there. No argument has a default: one that is lost must not compile.
 enum class CopiedBy { kWarps, kHardware };
 template <class T, int kBits, int kTokens, int kRingStages, CopiedBy kCopiedBy, class Columns>
 class HopperTile {
@@ -215,7 +215,28 @@ class HopperTile {
                          min(count, copier.num_groups - copier.group));
       copier.group += count;
     }
-    mbarrier_arrive_after_copies(full(slot.index));
+    cp_async_commit();
+  }
+
+  // Says that a stage has arrived; so many stages may still be under way. Those that are not published yet may be no
+  // more than kStages - 3: the last stage is released while the next is multiplied.
+  static constexpr int kUnpublished = kStages > 4 ? kStages - 4 : 1;
+  static_assert(kUnpublished <= kStages - 2, "what is not yet published must leave the others a slot to release");
+  // `next` is the slot that comes next; it begins with -kUnpublished.
+  template <int kPending = kUnpublished>
+  __device__ __forceinline__ void publish(int& next) const {
+    if (next >= 0) {
+      cp_async_wait<kPending>();
+      fence_proxy_async();
+      mbarrier_arrive(full(next));
+    }
+    if (++next == kStages) next = 0;
+  }
+  // The same for the last stages.
+  template <int kPending = kUnpublished - 1>
+  __device__ __forceinline__ void publish_last(int& next) const {
+    publish<kPending>(next);
+    if constexpr (kPending > 0) publish_last<kPending - 1>(next);
   }
 
   // ---- the multiplying warps ----------------------------------------------------------------------------------------
@@ -294,7 +315,6 @@ class HopperTile {
     int released = 0;
     for (int step = range.begin; step < range.end; ++step) {
       mbarrier_wait(full(slot.index), slot.parity);
-      if (!kByHardware) fence_proxy_async();
       u32 words[kStageTiles][kWords];
 #pragma unroll
       for (int i = 0; i < kStageTiles; ++i) blocks.load_words(words[i], tile_sh(slot.index, i, 0) + words_sh);
@@ -333,7 +353,6 @@ class HopperTile {
   __device__ __forceinline__ void multiply_pairs(Sums& sums, RingSlot<kStages / 2>& pair, const Blocks& blocks,
                                                  bool is_single, StepRange range) const {
     static_assert(kStages % 2 == 0, "pairs of stages");
-    static_assert(kByHardware, "no fence here");
     typename Blocks::Group group;
     blocks.read(group, is_single ? 0 : range.begin / 2);
     typename D::Offsets offsets[kBlocks];
