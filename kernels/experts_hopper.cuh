@@ -17,15 +17,29 @@
 
 namespace marlin {
 
-template <class T, int kBits, int kTokens, int kStages, int kResidentBlocks, Activation kActivation>
+// Two blocks of a multiprocessor have few registers, too few for two sets of sums and every column's numbers twice.
+template <bool kHasFew>
+struct ColumnsFor {
+  using Type = TwoRegisters;
+};
+template <>
+struct ColumnsFor<true> {
+  using Type = OneRegister;
+};
+
+// kScalesSums: as in HopperGemm.
+template <class T, int kBits, int kTokens, int kStages, int kResidentBlocks, bool kScalesSums, Activation kActivation>
 class HopperExperts {
-  using Core = HopperTile<T, kBits, kTokens, kStages, CopiedBy::kWarps, TwoRegisters>;
+  using Columns = typename ColumnsFor<kScalesSums && kResidentBlocks == 2>::Type;
+  using Core = HopperTile<T, kBits, kTokens, kStages, CopiedBy::kWarps, Columns>;
+  static_assert(!kScalesSums || kStages % 2 == 0, "a pair of stages does not go round the ring's end");
   using L = typename Core::L;
+  using Walk = RingSlot<kScalesSums ? kStages / 2 : kStages>;
   static constexpr bool kGated = kActivation != Activation::kNone;
   static constexpr int kOutColumns = kGated ? Core::kColumns / 2 : Core::kColumns;
   static constexpr int kStepTiles = kOutColumns / kTileColumns;
   // Tiles with no more rows than that have a loop of their own, where it helps and there are registers for two.
-  static constexpr bool kHasLowTiles = kTokens >= 64 && kTokens <= 96;
+  static constexpr bool kHasLowTiles = kTokens >= 64 && kTokens <= (kScalesSums ? 64 : 96);
   static constexpr int kLowTokens = kHasLowTiles ? kTokens - 16 : kTokens;
   static constexpr int kOwnThreads = Core::kMathThreads / Core::kWarpgroups;
   static constexpr int kOwnColumns = kOutColumns / Core::kWarpgroups;
@@ -126,6 +140,12 @@ class HopperExperts {
 #pragma unroll
       for (int b = 0; b < Core::kBlocks; ++b) constants.set(b, groups.scales(group, b), groups.zeros(group, b));
     }
+    __device__ __forceinline__ void prepare(typename Core::D::Offsets (&offsets)[Core::kBlocks],
+                                            const Group& group) const {
+#pragma unroll
+      for (int b = 0; b < Core::kBlocks; ++b) offsets[b] = Core::D::offsets(groups.zeros(group, b));
+    }
+    __device__ __forceinline__ u32 scales(const Group& group, int b) const { return groups.scales(group, b); }
     __device__ __forceinline__ u32 words_place() const {
       return (w * L::kTileWords + lane * L::kLaneWords + first_block * L::kBlockWords) * 4;
     }
@@ -155,17 +175,16 @@ class HopperExperts {
   };
 
   __device__ __forceinline__ void multiply() const {
-    typename Core::Slot slot;
+    Walk slot;
 #pragma unroll 1
     for (int i = blockIdx.x, buffer = 0; i < num_places; i += gridDim.x, buffer ^= 1) {
       const OwnBlocks blocks(*this, i);
       fetch_rows(list.item(i / num_steps), buffer);
       typename Core::Sums sums;
-      const StepRange stages = {0, args.size_k / Core::kStageRows};
       if (kHasLowTiles && list.item(i / num_steps).count <= kLowTokens)
-        core.template multiply<kLowTokens>(sums, slot, blocks, args.group_size, stages);
+        add_product<kLowTokens>(sums, slot, blocks);
       else
-        core.multiply(sums, slot, blocks, args.group_size, stages);
+        add_product<kTokens>(sums, slot, blocks);
 
       cp_async_wait_all();
       own_barrier();  // the rows of the list are there, and the last result has left
@@ -188,6 +207,16 @@ class HopperExperts {
       own_barrier();
       leave(item.count, buffer, i % num_steps);
     }
+  }
+
+  // Multiplies a tile with so many rows.
+  template <int kWidth>
+  __device__ __forceinline__ void add_product(typename Core::Sums& sums, Walk& slot, const OwnBlocks& blocks) const {
+    const StepRange stages = {0, args.size_k / Core::kStageRows};
+    if constexpr (kScalesSums)
+      core.template multiply_pairs<kWidth>(sums, slot, blocks, args.group_size >= args.size_k, stages);
+    else
+      core.template multiply<kWidth>(sums, slot, blocks, args.group_size, stages);
   }
 
   __device__ __forceinline__ void own_barrier() const { barrier_of<kOwnThreads>(1 + core.warpgroup); }

@@ -45,9 +45,8 @@ struct HopperRegisters {
 enum class CopiedBy { kWarps, kHardware };
 template <class T, int kBits, int kTokens, int kRingStages, CopiedBy kCopiedBy, class Columns>
 class HopperTile {
-  using D = Decoder<T, kBits, Columns>;
-
  public:
+  using D = Decoder<T, kBits, Columns>;
   using L = Layout<kBits>;
 
   static constexpr int kStages = kRingStages;
@@ -349,7 +348,7 @@ class HopperTile {
 
   // The same for groups of two stages, or a single group, and whole pairs of stages. Weights are not scaled. A group's
   // sums are, when the next group's first weights are decoded.
-  template <class Blocks>
+  template <int kWidth = kTokens, class Blocks>
   __device__ __forceinline__ void multiply_pairs(Sums& sums, RingSlot<kStages / 2>& pair, const Blocks& blocks,
                                                  bool is_single, StepRange range) const {
     static_assert(kStages % 2 == 0, "pairs of stages");
@@ -378,12 +377,12 @@ class HopperTile {
         decode_batch(weight[0], words, offsets);
         if (which == 0) {
           wgmma_wait<0>();
-          if (!is_first) add_scaled(sums, group_sums, scales);
+          if (!is_first) add_scaled<kWidth>(sums, group_sums, scales);
 #pragma unroll
           for (int b = 0; b < kBlocks; ++b) scales[b] = blocks.scales(group, b);
-          issue_batch<false>(group_sums, weight[0], act);
+          issue_batch<kWidth, false>(group_sums, weight[0], act);
         } else {
-          issue_batch<true>(group_sums, weight[0], act);
+          issue_batch<kWidth, true>(group_sums, weight[0], act);
           if (!is_single) blocks.read_group(group, groups_sh(slot), 0, lane);
         }
         wgmma_wait<1>();  // the stage before is done
@@ -391,7 +390,7 @@ class HopperTile {
         if (!(is_first && which == 0) && lane == 0) mbarrier_arrive(empty(released));
         released = slot;
         decode_batch(weight[1], words + kBatchTiles, offsets);
-        issue_batch<true>(group_sums, weight[1], act + 2 * kBatchTiles);
+        issue_batch<kWidth, true>(group_sums, weight[1], act + 2 * kBatchTiles);
         if (which == 1 && !is_single) blocks.prepare(offsets, group);
         wgmma_wait<1>();  // the first batch is done: its registers are free
       }
@@ -400,7 +399,7 @@ class HopperTile {
     wgmma_wait<0>();
     if (range.begin < range.end) {
       if (lane == 0) mbarrier_arrive(empty(released));
-      add_scaled(sums, group_sums, scales);
+      add_scaled<kWidth>(sums, group_sums, scales);
     }
   }
 
@@ -417,7 +416,7 @@ class HopperTile {
 
  private:
   // Multiplies a batch. If it does not add, it takes the place of the sums.
-  template <bool kAdds>
+  template <int kWidth, bool kAdds>
   static __device__ __forceinline__ void issue_batch(Sums& sums, const u32 (&weight)[kBatchTiles][kBlocks][4],
                                                      u64 act) {
     wgmma_fence();
@@ -426,18 +425,19 @@ class HopperTile {
 #pragma unroll
       for (int b = 0; b < kBlocks; ++b)
         if (kAdds || i > 0)
-          wgmma(T{}, sums.v[b], weight[i][b], act + 2 * i);
+          wgmma(T{}, first_of<kWidth / 2>(sums.v[b]), weight[i][b], act + 2 * i);
         else
-          wgmma<false>(T{}, sums.v[b], weight[i][b], act);
+          wgmma<false>(T{}, first_of<kWidth / 2>(sums.v[b]), weight[i][b], act);
     wgmma_commit();
   }
 
+  template <int kWidth>
   static __device__ __forceinline__ void add_scaled(Sums& sums, const Sums& group_sums, const u32 (&scales)[kBlocks]) {
 #pragma unroll
     for (int b = 0; b < kBlocks; ++b) {
       const float pair[2] = {low_float(T{}, scales[b]), high_float(T{}, scales[b])};
 #pragma unroll
-      for (int i = 0; i < kSums; ++i) sums.v[b][i] += group_sums.v[b][i] * pair[i / 2 % 2];
+      for (int i = 0; i < kWidth / 2; ++i) sums.v[b][i] += group_sums.v[b][i] * pair[i / 2 % 2];
     }
   }
 

@@ -85,6 +85,10 @@ def check_launch(launch, problem, plan):
         assert plan.has_list
         assert problem.capability == HOPPER
         assert config.stages >= 3
+        if config.scales_sums:
+            assert config.stages % 2 == 0
+            assert problem.size_k % 128 == 0
+            assert problem.group_size in (128, problem.size_k)
         assert config.activation != "gelu" or config.tokens <= 96  # the error function leaves no registers for more
         assert num_splits == 1
         return

@@ -203,6 +203,7 @@ class HopperExpertsConfig(ExpertsConfig):
         tokens: rows of a tile.
         stages: of the pipeline through shared memory.
         blocks_at_once: that a multiprocessor holds.
+        scales_sums: whether scales are applied to the sums of a group, of 128 rows or the only one, and not to weights.
     """
 
     header = "experts_hopper.cuh"
@@ -210,6 +211,7 @@ class HopperExpertsConfig(ExpertsConfig):
     tokens: int
     stages: int
     blocks_at_once: int = 1
+    scales_sums: bool = False
 
     @property
     def tile_rows(self) -> int:
@@ -244,8 +246,9 @@ class HopperExpertsConfig(ExpertsConfig):
     @property
     def implementation(self) -> str:
         """The instantiated C++ class."""
-        numbers = ", ".join(map(str, (self.num_bits, self.tokens, self.stages, self.blocks_at_once)))
-        return f"HopperExperts<{CPP_TYPES[self.dtype]}, {numbers}, Activation::{_CPP_ACTIVATIONS[self.activation]}>"
+        numbers = (self.num_bits, self.tokens, self.stages, self.blocks_at_once, str(self.scales_sums).lower())
+        activation = f"Activation::{_CPP_ACTIVATIONS[self.activation]}"
+        return f"HopperExperts<{CPP_TYPES[self.dtype]}, {', '.join(map(str, numbers))}, {activation}>"
 
 
 @functools.cache

@@ -34,8 +34,14 @@ _OTHER_ROWS = (8, 16, 24, 32)
 #: The largest height of `SmallExperts`.
 _MAX_SMALL_ROWS = 32
 
+#: With more rows a lane has no registers for two sets of sums; by how many blocks share a multiprocessor, and by bits.
+_MAX_SCALED_ROWS = {1: {4: 80, 8: 80}, 2: {4: 24, 8: 16}}
+
 #: Up to so many experts, a tile more is much.
 _FEW_EXPERTS = 16
+
+#: A Hopper kernel is worth it with so many blocks a multiprocessor.
+_ENOUGH_BLOCKS = 0.9
 
 #: Columns of a result up to which an expert has few blocks.
 _FEW_COLUMNS = 1024
@@ -77,7 +83,7 @@ def tile_rows_for(problem: ExpertProblem) -> int:
     if problem.num_pairs == problem.top_k:
         return 8
     mean = problem.mean_rows
-    is_for_all = problem.num_experts <= _FEW_EXPERTS and mean >= 32
+    is_for_all = problem.num_experts <= _FEW_EXPERTS and mean >= 16
     likely = mean + (3 if is_for_all else 2) * math.sqrt(mean)
     heights = _heights(problem)
     large = [rows for rows in heights if rows >= 96] or heights[-1:]
@@ -138,7 +144,8 @@ def pick_launch(problem: ExpertProblem, tile_rows: int, *, has_list: bool) -> La
     """
     candidates = list(_candidates(problem, tile_rows, is_one_token=problem.num_pairs == problem.top_k))
     large = [config for config in candidates if isinstance(config, HopperExpertsConfig)]
-    if has_list and large and (len(large) == len(candidates) or large[0].blocks(problem) >= problem.multiprocessors):
+    is_enough = large and large[0].blocks(problem) >= _ENOUGH_BLOCKS * problem.multiprocessors
+    if has_list and large and (is_enough or len(large) == len(candidates)):
         return Launch(large[0])
     small = [config for config in candidates if isinstance(config, SmallExpertsConfig)]
     if has_list and problem.out_columns <= _FEW_COLUMNS:
@@ -175,8 +182,14 @@ def _candidates(problem: ExpertProblem, rows: int, *, is_one_token: bool) -> Ite
 
 
 def _hopper(problem: ExpertProblem, rows: int) -> HopperExpertsConfig:
-    """Returns the config with as many stages as find room; two blocks share a multiprocessor where the sums are few."""
-    blocks = 2 if rows <= 32 else 1
+    """Returns the config with as many stages as find room.
+
+    Where the sums are few, two blocks share a multiprocessor. Scales are applied to the sums of long groups, if there
+    are registers for them.
+    """
+    has_long_groups = problem.size_k % 128 == 0 and problem.group_size in (128, problem.size_k)
+    blocks = 2 if rows <= (24 if has_long_groups and problem.num_bits == 4 else 32) else 1
+    scales_sums = has_long_groups and rows <= _MAX_SCALED_ROWS[blocks][problem.num_bits]
     room = (113 if blocks == 2 else 227) << 10
     config = HopperExpertsConfig(
         dtype=problem.dtype,
@@ -185,9 +198,10 @@ def _hopper(problem: ExpertProblem, rows: int) -> HopperExpertsConfig:
         tokens=rows,
         stages=8,
         blocks_at_once=blocks,
+        scales_sums=scales_sums,
     )
     while config.shared_bytes > room:
-        config = replace(config, stages=config.stages - 1)
+        config = replace(config, stages=config.stages - (2 if scales_sums else 1))  # which takes stages in pairs
     return config
 
 
