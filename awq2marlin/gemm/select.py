@@ -48,8 +48,10 @@ def sources_up_to(largest: GemmProblem) -> dict[KernelSource, int]:
         largest: the layer's product for the largest number of tokens to come.
     """
     sources: dict[KernelSource, int] = {}
-    for problem in (replace(largest, size_m=size_m) for size_m in first_tokens() if size_m <= largest.size_m):
-        for config in candidates_for(problem):
+    # Whether tokens share memory is not known before they come, and such tokens have other kernels.
+    tokens = [size_m for size_m in first_tokens() if size_m <= largest.size_m]
+    for size_m, rows_overlap in product(tokens, (False, True)):
+        for config in candidates_for(replace(largest, size_m=size_m, rows_overlap=rows_overlap)):
             sources |= {config.source: config.shared_bytes, config.sum_source: config.sum_shared_bytes}
     return sources
 

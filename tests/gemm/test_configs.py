@@ -225,7 +225,10 @@ def test_candidates_change_at_the_first_tokens_only():
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_a_warm_up_knows_whatever_may_be_picked(capability):
     for problem in problems(capability):
-        assert sources_up_to(problem)[pick_config(problem).source] == pick_config(problem).shared_bytes
+        known = sources_up_to(problem)
+        for rows_overlap in (False, True):
+            picked = pick_config(replace(problem, rows_overlap=rows_overlap))
+            assert known[picked.source] == picked.shared_bytes
 
 
 def test_a_warm_up_for_few_tokens_leaves_out_the_rest():
