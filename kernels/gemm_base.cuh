@@ -189,11 +189,10 @@ class GroupEnds {
   int rows_left;
 };
 
-#if MARLIN_HAS_CLUSTERS
-// The groups of neighbouring tiles, which the hardware copies when a thread says so: each as [scales of all tiles][zero
-// points of all tiles]. A stage brings those that begin after its first 32 rows and with the next stage.
+// A warp copies the groups of neighbouring tiles to shared memory, each as [scales of all tiles][zero points of all
+// tiles]. A stage brings those that begin after its first 32 rows and with the next stage: two at most.
 template <int kBits, int kTiles, int kStageRows>
-class BulkGroups {
+class StageGroups {
   using L = Layout<kBits>;
   static constexpr int kScaleBytes = kTileColumns * 2, kZeroBytes = L::kTileZeroWords * 4;  // of a tile
 
@@ -201,54 +200,57 @@ class BulkGroups {
   static constexpr int kBytes = kTiles * L::kGroupBytes;
 
   // `tiles` are there, of kTiles.
-  __device__ __forceinline__ BulkGroups(const GemmArguments& args, int first_tile, int tiles, StepRange range)
-      : args(args),
-        scales_gl_rd(args.scales + first_tile * kTileColumns),
-        zeros_gl_rd(args.qzeros + first_tile * L::kTileZeroWords),
-        scale_bytes(tiles * kScaleBytes),
-        zero_bytes(args.qzeros ? tiles * kZeroBytes : 0),
+  __device__ __forceinline__ StageGroups(const GemmArguments& args, int first_tile, int tiles, int lane,
+                                         StepRange range)
+      : scales{reinterpret_cast<const char*>(args.scales + first_tile * kTileColumns), 2 * args.scales_stride,
+               tiles * kScaleBytes},
+        zeros{reinterpret_cast<const char*>(args.qzeros + first_tile * L::kTileZeroWords), 4 * args.qzeros_stride,
+              args.qzeros ? tiles * kZeroBytes : 0},
+        lane(lane),
+        at_once(args.group_size < kStageRows ? 2 : 1),
+        num_groups(args.size_k / args.group_size),
         ends(args.group_size, range),
-        end(range.begin * kStageRows / args.group_size + 1),
-        count(0) {}
+        next(range.begin * kStageRows / args.group_size + 1) {}
 
-  // Goes on to the groups of the next stage.
-  __device__ __forceinline__ void take() {
-    const int at_once = args.group_size < kStageRows ? 2 : 1;
-    count = ends.take() ? min(at_once, args.size_k / args.group_size - end) : 0;
-    end += count;
-  }
-  // Their scales and zero points, of which the barrier must know.
-  __device__ __forceinline__ u32 bytes_of_scales() const { return count * scale_bytes; }
-  __device__ __forceinline__ u32 bytes_of_zeros() const { return count * zero_bytes; }
-  __device__ __forceinline__ void load_scales(u32 groups_sh, u32 barrier) const {
-#pragma unroll 1
-    for (int i = 0; i < count; ++i)
-      bulk_load(scales(groups_sh + i * kBytes, 0), scales_gl_rd + (end - count + i) * args.scales_stride, scale_bytes,
-                barrier);
-  }
-  __device__ __forceinline__ void load_zeros(u32 groups_sh, u32 barrier) const {
-    if (zero_bytes == 0) return;
-#pragma unroll 1
-    for (int i = 0; i < count; ++i)
-      bulk_load(zeros(groups_sh + i * kBytes, 0), zeros_gl_rd + (end - count + i) * args.qzeros_stride, zero_bytes,
-                barrier);
+  // Copies what the next stage brings.
+  __device__ __forceinline__ void copy(u32 groups_sh) {
+    if (!ends.take()) return;
+    const int count = min(at_once, num_groups - next);
+    copy<kTiles * kScaleBytes>(scales, groups_sh + scales_place(0), count);
+    copy<kTiles * kZeroBytes>(zeros, groups_sh + zeros_place(0), count);
+    next += count;
   }
 
   // Where a tile's scales and zero points lie in a group.
-  static __device__ __forceinline__ u32 scales(u32 group_sh, int tile) { return group_sh + tile * kScaleBytes; }
-  static __device__ __forceinline__ u32 zeros(u32 group_sh, int tile) {
-    return group_sh + kTiles * kScaleBytes + tile * kZeroBytes;
-  }
+  static __device__ __forceinline__ u32 scales_place(int tile) { return tile * kScaleBytes; }
+  static __device__ __forceinline__ u32 zeros_place(int tile) { return kTiles * kScaleBytes + tile * kZeroBytes; }
 
  private:
-  const GemmArguments& args;
-  const u16* scales_gl_rd;
-  const u32* zeros_gl_rd;
-  u32 scale_bytes, zero_bytes;
+  struct Rows {
+    const char* gl_rd;
+    i64 stride;
+    int bytes;
+  };
+
+  // Of `count` groups. Half of the lanes have one each, if they are enough.
+  template <int kMaxBytes>
+  __device__ __forceinline__ void copy(const Rows& rows, u32 place_sh, int count) const {
+    constexpr int kLanes = kMaxBytes / 16 <= kWarpLanes / 2 ? kWarpLanes / 2 : kWarpLanes;
+    static_assert(kMaxBytes <= 16 * kLanes, "a lane copies 16 bytes of a group");
+    const int chunk = lane % kLanes * 16;
+#pragma unroll
+    for (int i = 0; i < 2; i += kWarpLanes / kLanes) {
+      const int which = i + lane / kLanes;
+      if (which < count && chunk < rows.bytes)
+        cp_async_16(place_sh + which * kBytes + chunk, rows.gl_rd + (next + which) * rows.stride + chunk);
+    }
+  }
+
+  const Rows scales, zeros;
+  const int lane, at_once, num_groups;
   GroupEnds<kStageRows> ends;
-  int end, count;  // of a stage's groups: the first that it does not bring, and how many it brings
+  int next;  // group
 };
-#endif
 
 // Which slot of a ring in shared memory a step uses, and the parity of the barriers' phase in that round.
 template <int kStages>

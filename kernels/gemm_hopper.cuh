@@ -3,12 +3,13 @@
 // A block computes 256 columns by 32 to 128 tokens. Each of a warpgroup's four warps takes one tile of 64 columns,
 // and block j of the four tiles together is one m64 operand A, transposed and in registers: a lane's words serve
 // without a shuffle. The first warpgroup multiplies blocks 0 and 1 of every tile, the second blocks 2 and 3, so each
-// weight is decoded once per block. Operand B is the tokens, in shared memory with 128-byte swizzle. The
-// hardware copies boxes of them and of the weights (TMA), scales and zero points, when a thread of each warp of a third
-// warpgroup says so.
+// weight is decoded once per block. Operand B is the tokens, in shared memory with 128-byte swizzle. The hardware
+// copies boxes of them and of the weights (TMA) when threads of a third warpgroup say so. Scales and zero points are
+// few bytes, which a warp copies faster than it can be asked for them (kernels/README.md).
 //
-// Two mbarriers per stage: `full` counts the bytes that have arrived, `empty` the multiplying warps that are done with
-// them.
+// Two mbarriers per stage: `full` counts what has arrived, `empty` the multiplying threads that are done with it. All
+// of them arrive. A lane of each warp, behind a __syncwarp, would do, but is no faster, and compute-sanitizer's
+// racecheck does not follow it.
 //
 // Scales are applied to weights, or, where groups are long and sums few, to a group's sums: that takes fewer
 // instructions and more registers.
@@ -99,8 +100,8 @@ class HopperTile {
   __device__ __forceinline__ void init_barriers() const {
     if (threadIdx.x == 0)
       for (int slot = 0; slot < kStages; ++slot) {
-        mbarrier_init(full(slot), kByHardware ? kCopyWarps : kCopyThreads);
-        mbarrier_init(empty(slot), kMathWarps);
+        mbarrier_init(full(slot), kByHardware ? kCopyArrivals : kCopyThreads);
+        mbarrier_init(empty(slot), kMathThreads);
       }
     if (kByHardware && threadIdx.x == 0) fence_mbarrier_init();
   }
@@ -113,14 +114,22 @@ class HopperTile {
     mbarrier_wait(empty(slot.index), slot.parity ^ 1);
   }
 
-  // ---- copies that the hardware makes: a thread of each copying warp asks for some ----------------------------------
+  // ---- copies that the hardware makes ------------------------------------------------------------------------------
 
-  // Of what they ask for: tokens, weights, scales, zero points. What lies past the last column is not copied, or zero,
-  // and what comes of it is not stored.
+  // A thread each asks for the tokens and for every box of weights. A warp copies scales and zero points.
+  static constexpr int kWeightBoxes = kWarpgroupWarps / kBoxTiles;
+  static constexpr int kTokenWarp = kMathWarps, kGroupWarp = kTokenWarp + 1, kFirstWeightWarp = kTokenWarp + 2;
+  static constexpr int kCopyArrivals = 1 + kWeightBoxes + kWarpLanes;
+  static_assert(2 + kWeightBoxes <= kCopyWarps, "a warp for each");
+  __device__ __forceinline__ bool copies() const {
+    return warp == kGroupWarp || (lane == 0 && warp < kFirstWeightWarp + kWeightBoxes);
+  }
+
+  // What lies past the last column is not copied, or zero, and what comes of it is not stored.
   struct Boxes {
     static_assert(kByHardware, "the barriers count other arrivals when warps copy");
     static_assert(kBoxTiles * L::kTileWords == 2 * 256 && kStageTiles == 4, "a box of weights is 256 by 4 by 8 bytes");
-    using Groups = BulkGroups<kBits, kWarpgroupWarps, kStageRows>;
+    using Groups = StageGroups<kBits, kWarpgroupWarps, kStageRows>;
     static_assert(kBatches * Groups::kBytes == kStageGroupBytes, "a stage has room for the groups that it brings");
     Groups groups;
     int first_tile, end_tile, first_token, stage;
@@ -128,34 +137,24 @@ class HopperTile {
   __device__ __forceinline__ Boxes make_boxes(const GemmArguments& args, int first_tile, int first_token,
                                               StepRange range) const {
     const int end_tile = min(first_tile + kWarpgroupWarps, args.size_n / kTileColumns);
-    return {{args, first_tile, end_tile - first_tile, range}, first_tile, end_tile, first_token, range.begin};
+    return {{args, first_tile, end_tile - first_tile, lane, range}, first_tile, end_tile, first_token, range.begin};
   }
 
   __device__ __forceinline__ void load_stage(Boxes& boxes, const Slot& slot, const TensorMap& a_map,
                                              const TensorMap& qweight_map) const {
     const u32 barrier = full(slot.index);
-    const int which = warp - kMathWarps;
-    if (which == 0) {
+    if (warp == kTokenWarp) {
       mbarrier_arrive_expecting(barrier, kActBytes);
       box_load(shared + slot.index * kStageBytes, a_map, boxes.stage * kStageRows, boxes.first_token, barrier);
-    } else if (which == 1) {
-      constexpr int kBoxBytes = kStageTiles * kBoxTiles * L::kTileWords * 4;
-      const int count = (boxes.end_tile - boxes.first_tile + kBoxTiles - 1) / kBoxTiles;
-      mbarrier_arrive_expecting(barrier, count * kBoxBytes);
-#pragma unroll
-      for (int i = 0; i < kWarpgroupWarps / kBoxTiles; ++i)
-        if (i < count)
-          box_load(tile_sh(slot.index, 0, i * kBoxTiles), qweight_map,
-                   (boxes.first_tile + i * kBoxTiles) * (L::kTileWords / 2), boxes.stage * kStageTiles, barrier);
+    } else if (warp == kGroupWarp) {
+      boxes.groups.copy(groups_sh(slot.index));
+      mbarrier_arrive_after_copies(barrier);
     } else {
-      boxes.groups.take();
-      if (which == 2) {
-        mbarrier_arrive_expecting(barrier, boxes.groups.bytes_of_scales());
-        boxes.groups.load_scales(groups_sh(slot.index), barrier);
-      } else {
-        mbarrier_arrive_expecting(barrier, boxes.groups.bytes_of_zeros());
-        boxes.groups.load_zeros(groups_sh(slot.index), barrier);
-      }
+      const int w = (warp - kFirstWeightWarp) * kBoxTiles, tile = boxes.first_tile + w;
+      mbarrier_arrive_expecting(barrier, tile < boxes.end_tile ? kStageTiles * kBoxTiles * L::kTileWords * 4 : 0);
+      if (tile < boxes.end_tile)
+        box_load(tile_sh(slot.index, 0, w), qweight_map, tile * (L::kTileWords / 2), boxes.stage * kStageTiles,
+                 barrier);
     }
     ++boxes.stage;
   }
@@ -266,10 +265,10 @@ class HopperTile {
     __device__ __forceinline__ void read(Group& into, int group) const { groups.read(into, group, core.lane); }
     // The same from shared memory, of the groups that a stage brought.
     __device__ __forceinline__ void read_group(Group& into, u32 groups_sh, int which, int lane) const {
-      using Copied = BulkGroups<kBits, kWarpgroupWarps, kStageRows>;
+      using Copied = StageGroups<kBits, kWarpgroupWarps, kStageRows>;
       const u32 group_sh = groups_sh + which * Copied::kBytes;
       const int w = core.warp % kWarpgroupWarps;
-      groups.read_shared(into, Copied::scales(group_sh, w), Copied::zeros(group_sh, w), lane);
+      groups.read_shared(into, group_sh + Copied::scales_place(w), group_sh + Copied::zeros_place(w), lane);
     }
     __device__ __forceinline__ void prepare(Constants& constants, const Group& group) const {
 #pragma unroll
@@ -335,15 +334,14 @@ class HopperTile {
         // The batch before is done: its registers are free, and after a stage's last batch so is its slot.
         wgmma_wait<1>();
         if (batch == 0) {
-          __syncwarp();  // all lanes have read their words
-          if (step > range.begin && lane == 0) mbarrier_arrive(empty(released));
+          if (step > range.begin) mbarrier_arrive(empty(released));
           released = slot.index;
         }
       }
       slot.advance();
     }
     wgmma_wait<0>();
-    if (range.begin < range.end && lane == 0) mbarrier_arrive(empty(released));
+    if (range.begin < range.end) mbarrier_arrive(empty(released));
   }
 
   // The same for groups of two stages, or a single group, and whole pairs of stages. Weights are not scaled. A group's
@@ -386,8 +384,7 @@ class HopperTile {
           if (!is_single) blocks.read_group(group, groups_sh(slot), 0, lane);
         }
         wgmma_wait<1>();  // the stage before is done
-        __syncwarp();     // all lanes have read their words
-        if (!(is_first && which == 0) && lane == 0) mbarrier_arrive(empty(released));
+        if (!(is_first && which == 0)) mbarrier_arrive(empty(released));
         released = slot;
         decode_batch(weight[1], words + kBatchTiles, offsets);
         issue_batch<kWidth, true>(group_sums, weight[1], act + 2 * kBatchTiles);
@@ -398,7 +395,7 @@ class HopperTile {
     }
     wgmma_wait<0>();
     if (range.begin < range.end) {
-      if (lane == 0) mbarrier_arrive(empty(released));
+      mbarrier_arrive(empty(released));
       add_scaled<kWidth>(sums, group_sums, scales);
     }
   }
@@ -509,7 +506,7 @@ class HopperGemm {
     __syncthreads();
     if (core.warp >= Core::kMathWarps) {
       give_registers<Registers::kCopy>();
-      if (core.lane == 0) gemm.copy(a_map, qweight_map);
+      if (core.copies()) gemm.copy(a_map, qweight_map);
       __syncwarp();
       if (splits_are_cluster(args)) cluster_leave();  // with the warps that multiply
     } else {

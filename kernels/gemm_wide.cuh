@@ -12,8 +12,8 @@
 // are multiplied by a cluster of two blocks, each of which finishes half of the tokens. Otherwise the parts' sums go
 // through a workspace, and a second launch adds them (`Sum`). Either way they are added in the order of K.
 //
-// Two mbarriers per stage: `full` counts the bytes that have arrived, `empty` the multiplying warps that are done with
-// it.
+// Two mbarriers per stage: `full` counts the bytes that have arrived, `empty` the multiplying threads that are done
+// with them.
 #pragma once
 
 #include "gemm_base.cuh"
@@ -124,7 +124,7 @@ class WideGemm {
   __device__ __forceinline__ void init_barriers() const {
     for (int slot = 0; slot < kStages; ++slot) {
       mbarrier_init(full(slot), 1);
-      mbarrier_init(empty(slot), kMathWarps);
+      mbarrier_init(empty(slot), kMathThreads);
     }
     fence_mbarrier_init();
   }
@@ -266,14 +266,14 @@ class WideGemm {
         if (t == kStageTiles - 1 && is_end) constants = prepare(groups, group[1]);
         wgmma_wait<1>();  // the tile before is done: its registers are free, and after a stage's last its slot
         if (t == 0) {
-          if (step > range.begin) release(released);
+          if (step > range.begin) mbarrier_arrive(empty(released));
           released = slot.index;
         }
       }
       slot.advance();
     }
     wgmma_wait<0>();
-    if (range.begin < range.end) release(released);
+    if (range.begin < range.end) mbarrier_arrive(empty(released));
   }
 
   __device__ __forceinline__ void read_group(typename Groups::Group& into, const Groups& groups, int slot,
@@ -283,11 +283,6 @@ class WideGemm {
     groups.read_shared(into, scales_sh, zeros_sh, lane);
   }
 
-  // The warp is done with a slot.
-  __device__ __forceinline__ void release(int slot) const {
-    __syncwarp();  // all lanes have read their words
-    if (lane == 0) mbarrier_arrive(empty(slot));
-  }
 
   // ---- how sums leave: lane l holds columns l/4 and l/4 + 8 of a block, tokens 8 t + 2 (l mod 4) and + 1 ------------
 
