@@ -89,7 +89,7 @@ def test_every_launch_of_every_candidate_has_a_cost(capability):
 
 def row_of(config):
     """The candidate, whatever the problem was."""
-    of_the_problem = {"num_splits": 1, "reduction": "cluster", "group_rows": 0}
+    of_the_problem = {"num_splits": 1, "reduction": "cluster", "group_rows": 0, "is_alone": True}
     return replace(config, **{name: value for name, value in of_the_problem.items() if hasattr(config, name)})
 
 
@@ -106,6 +106,14 @@ def test_every_candidate_is_picked_by_some_problem():
         assert config in candidates
         missing.discard(config)
     assert not missing
+
+
+def test_a_multiprocessor_has_no_room_for_more_small_blocks_than_are_counted():
+    for problem in problems(HOPPER):
+        for config in all_configs(problem):
+            if isinstance(config, SmallConfig):
+                assert config.kernel_bytes <= config.shared_bytes <= problem.shared_limit
+                assert (config.resident_blocks + 1) * (config.shared_bytes + 1024) > families.SHARED_BYTES
 
 
 def test_every_problem_has_a_portable_kernel():

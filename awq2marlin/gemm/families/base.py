@@ -205,6 +205,11 @@ class GemmConfig(ABC):
         """Dynamic shared memory of a block, in bytes."""
 
     @property
+    def kernel_bytes(self) -> int:
+        """What of it the kernel itself counts: a launch may ask for more, to keep other blocks away."""
+        return self.shared_bytes
+
+    @property
     @abstractmethod
     def template_arguments(self) -> tuple[int, ...]:
         """What follows the type among the kernel's template arguments."""
@@ -229,7 +234,7 @@ class GemmConfig(ABC):
             self.parameters,
             threads=self.threads,
             resident_blocks=self.resident_blocks,
-            shared_bytes=self.shared_bytes,
+            shared_bytes=self.kernel_bytes,
         )
 
     # ---- the launch ------------------------------------------------------------------------------------------

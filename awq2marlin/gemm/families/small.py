@@ -20,6 +20,10 @@ from awq2marlin.gemm.families.base import (
 )
 
 
+#: Shared memory that every block takes beside its own.
+_RESERVED_BYTES = 1024
+
+
 class SmallTimes(NamedTuple):
     """What a launch takes, in microseconds on an H100, fitted to a sweep over the shapes of ``benchmarks/gemm.py``.
 
@@ -73,6 +77,11 @@ CANDIDATES = (
 class SmallConfig(GemmConfig):
     """The shortest estimate wins.
 
+    A multiprocessor must hold as many blocks as is counted with, and not one more: of 128 blocks it would get two while
+    others get none, and the launch takes 1.5 times as long. How many registers the compiler finds decides that only as
+    long as they are many: `Bfloat16, 4, 32, 2, 64, 8, 3` has 128, and room for a second block. So a launch asks for
+    shared memory that leaves no such room (H100, 2026-11-26: 17.4 instead of 27.0 µs for 8192 x 8192 and 16 tokens).
+
     Attributes:
         group_rows: the group size, or any that divides K when there is one group.
         token_tiles: tokens, in eights.
@@ -81,6 +90,7 @@ class SmallConfig(GemmConfig):
         stages: steps in shared memory, one of which is being multiplied.
         resident_warps: what the registers of a multiprocessor hold.
         times: what a launch takes.
+        is_alone: whether shared memory keeps further blocks away.
     """
 
     header = "gemm_small.cuh"
@@ -94,6 +104,7 @@ class SmallConfig(GemmConfig):
     stages: int
     resident_warps: int
     times: SmallTimes
+    is_alone: bool
 
     @classmethod
     def serves(cls, problem: GemmProblem) -> bool:
@@ -113,6 +124,7 @@ class SmallConfig(GemmConfig):
                 dtype=problem.dtype,
                 reduction=problem.reduction,
                 group_rows=candidate.step_rows if is_single else problem.group_size,
+                is_alone=problem.capability == HOPPER,
                 **candidate._asdict(),
             )
             if config.shared_bytes <= problem.shared_limit:
@@ -152,8 +164,8 @@ class SmallConfig(GemmConfig):
         return 32 * self.warps
 
     @functools.cached_property
-    def shared_bytes(self) -> int:
-        """Shared memory of a block: each warp's steps, later its sums; what other blocks send."""
+    def kernel_bytes(self) -> int:
+        """Shared memory that the kernel uses: each warp's steps, later its sums; what other blocks send."""
         columns, tokens = self.tile
         groups = max(1, self.step_rows // self.group_rows)
         step = self.step_rows * (2 * tokens + columns * self.num_bits // 8) + groups * group_bytes(self.num_bits)
@@ -162,11 +174,20 @@ class SmallConfig(GemmConfig):
         barrier = 16
         return self.warps * -(-of_warp // 128) * 128 + received + barrier
 
+    @functools.cached_property
+    def shared_bytes(self) -> int:
+        """Shared memory of a block, too much for one block more than the registers are sure to hold."""
+        too_much = SHARED_BYTES // (self._blocks_by_registers + 1) - _RESERVED_BYTES + 128
+        return max(self.kernel_bytes, too_much) if self.is_alone else self.kernel_bytes
+
+    @property
+    def _blocks_by_registers(self) -> int:
+        return self.resident_warps // self.warps
+
     @property
     def resident_blocks(self) -> int:
         """Blocks that a multiprocessor holds at once, by registers and by shared memory."""
-        by_shared_memory = SHARED_BYTES // (self.shared_bytes + 1024)
-        return max(1, min(self.resident_warps // self.warps, by_shared_memory))
+        return max(1, min(self._blocks_by_registers, SHARED_BYTES // (self.shared_bytes + _RESERVED_BYTES)))
 
     @property
     def template_arguments(self) -> tuple[int, ...]:
