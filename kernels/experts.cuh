@@ -61,6 +61,18 @@ __device__ __forceinline__ int fresh_expert_of(const void* ids, int has_long_ids
   return high == 0 && low < u32(num_experts) ? int(low) : -1;
 }
 
+// How a lane keeps its columns' scales and zero points: in few registers where sums leave no others.
+template <bool kHasFew>
+struct ColumnsOf {
+  using Type = TwoRegisters;
+};
+template <>
+struct ColumnsOf<true> {
+  using Type = OneRegister;
+};
+template <bool kHasFew>
+using ColumnsFor = typename ColumnsOf<kHasFew>::Type;
+
 // Up to a tile's height of pairs that chose one expert.
 struct WorkItem {
   int expert, first, count;  // `first`: of the list's rows

@@ -17,20 +17,11 @@
 
 namespace marlin {
 
-// Two blocks of a multiprocessor have few registers, too few for two sets of sums and every column's numbers twice.
-template <bool kHasFew>
-struct ColumnsFor {
-  using Type = TwoRegisters;
-};
-template <>
-struct ColumnsFor<true> {
-  using Type = OneRegister;
-};
-
 // kScalesSums: as in HopperGemm.
 template <class T, int kBits, int kTokens, int kStages, int kResidentBlocks, bool kScalesSums, Activation kActivation>
 class HopperExperts {
-  using Columns = typename ColumnsFor<kScalesSums && kResidentBlocks == 2>::Type;
+  // Two blocks of a multiprocessor have few registers, too few for two sets of sums and every column's numbers twice.
+  using Columns = ColumnsFor<kScalesSums && kResidentBlocks == 2>;
   using Core = HopperTile<T, kBits, kTokens, kStages, CopiedBy::kWarps, Columns>;
   static_assert(!kScalesSums || kStages % 2 == 0, "a pair of stages does not go round the ring's end");
   using L = typename Core::L;

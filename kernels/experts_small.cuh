@@ -18,9 +18,9 @@ template <class T, int kBits, int kGroupSize, int kTokenTiles, int kStepRows, in
           Activation kActivation, bool kSumsPairs>
 class SmallExperts {
   using L = Layout<kBits>;
-  using Step = SmallStep<T, kBits, kGroupSize, kTokenTiles, kStepRows, TwoRegisters>;
-
   static constexpr bool kGated = kActivation != Activation::kNone;
+  using Step = SmallStep<T, kBits, kGroupSize, kTokenTiles, kStepRows, ColumnsFor<(kGated && kTokenTiles == 4)>>;
+
   static_assert(kTiles <= 2, "sums of a lane must fit its registers");
   static_assert(!kGated || kTiles == 2, "the gate's columns and the up projection's");
   static_assert(!kSumsPairs || (kTokenTiles == 1 && !kGated), "one row, not gated");
