@@ -94,12 +94,16 @@ def tile_rows_for(problem: ExpertProblem) -> int:
 def _heights(problem: ExpertProblem) -> tuple[int, ...]:
     heights = _HOPPER_ROWS if problem.capability == HOPPER else _OTHER_ROWS
     most = _MAX_ROWS[problem.num_bits] if problem.activation != "gelu" else _MAX_GELU_ROWS
-    has_many_scales = problem.is_gated and problem.group_size == 32  # which take registers, too
     if problem.capability[0] == 10:
-        most = (24 if problem.num_bits == 4 else 8) if has_many_scales else 32
+        most = (24 if problem.num_bits == 4 else 8) if _has_many_scales(problem) else 32
     if problem.capability[0] == 12:
-        most = 8 if has_many_scales else 24
+        most = 8 if _has_many_scales(problem) else 24
     return tuple(rows for rows in heights if rows <= most)
+
+
+def _has_many_scales(problem: ExpertProblem) -> bool:
+    """Returns whether scales take many registers, too."""
+    return problem.is_gated and problem.group_size == 32
 
 
 def _expected_tiles(mean: float, rows: int) -> float:
@@ -176,7 +180,9 @@ def _candidates(problem: ExpertProblem, rows: int, *, is_one_token: bool) -> Ite
     """Yields the configs of a height. They depend on the layer, and of the tokens only on whether it is one."""
     if problem.capability == HOPPER and (rows > 16 or (rows == 16 and problem.size_k <= 512)):
         yield _hopper(problem, rows)
-    if rows <= _MAX_SMALL_ROWS:
+    has_few_registers = problem.num_bits == 8 and _has_many_scales(problem)
+    most = 24 if problem.capability == HOPPER and has_few_registers else _MAX_SMALL_ROWS
+    if rows <= most:
         for shape in _shapes(problem, rows, is_one_token=is_one_token):
             yield _small(problem, rows, shape, sums_pairs=is_one_token and sums_in_cluster(problem))
 
