@@ -153,6 +153,21 @@ def test_few_pairs_need_no_list_unless_most_share_an_expert():
     assert make_plan(replace(problem, num_pairs=40)).has_list
 
 
+@pytest.mark.parametrize("num_bits", [4, 8])
+@pytest.mark.parametrize(("group_size", "rows", "is_hopper"), [(128, 32, True), (14336, 32, True), (64, 24, False)])
+def test_few_experts_with_16_rows_have_tiles_of_32_where_scales_go_to_sums(num_bits, group_size, rows, is_hopper):
+    """Mixtral-8x7B with 64 tokens: with short groups tiles of 32 rows take a third longer (H100, 2026-11-26)."""
+    down = ExpertProblem(128, 2, 8, 4096, 14336, group_size, num_bits, "fp16", "none", True, HOPPER, 132)
+    plan = make_plan(down)
+    assert plan.tile_rows == rows
+    assert isinstance(plan.launches[0].config, HopperExpertsConfig) == is_hopper
+    if is_hopper:
+        assert plan.launches[0].config.scales_sums
+        assert plan.launches[0].config.blocks_at_once == 1
+    elsewhere = make_plan(replace(down, capability=(8, 0), multiprocessors=108))
+    assert elsewhere.tile_rows == 24
+
+
 def test_more_tokens_than_a_grid_has_room_for_are_refused_in_a_sentence():
     problem = ExpertProblem(32 << 16, 32, 8, 2048, 4096, 128, 4, "fp16", "none", True, (8, 0), 108)
     with pytest.raises(ValueError, match="the experts of 65536 tokens are more than one launch can have on this GPU"):

@@ -40,8 +40,8 @@ _MAX_SCALED_ROWS = {1: {4: 80, 8: 80}, 2: {4: 24, 8: 16}}
 #: Up to so many experts, a tile more is much.
 _FEW_EXPERTS = 16
 
-#: A Hopper kernel is worth it with so many blocks a multiprocessor.
-_ENOUGH_BLOCKS = 0.9
+#: A Hopper kernel is worth it with so many blocks a multiprocessor, by how many that holds at once.
+_ENOUGH_BLOCKS = {1: 0.9, 2: 1.0}
 
 #: Columns of a result up to which an expert has few blocks.
 _FEW_COLUMNS = 1024
@@ -83,7 +83,8 @@ def tile_rows_for(problem: ExpertProblem) -> int:
     if problem.num_pairs == problem.top_k:
         return 8
     mean = problem.mean_rows
-    is_for_all = problem.num_experts <= _FEW_EXPERTS and mean >= 16
+    from_mean = 16 if problem.capability == HOPPER and _blocks_at_once(problem, 32) == 1 else 32
+    is_for_all = problem.num_experts <= _FEW_EXPERTS and mean >= from_mean
     likely = mean + (3 if is_for_all else 2) * math.sqrt(mean)
     heights = _heights(problem)
     large = [rows for rows in heights if rows >= 96] or heights[-1:]
@@ -147,11 +148,12 @@ def pick_launch(problem: ExpertProblem, tile_rows: int, *, has_list: bool) -> La
         has_list: whether there is a list of work, without which only few rows can be multiplied.
     """
     candidates = list(_candidates(problem, tile_rows, is_one_token=problem.num_pairs == problem.top_k))
-    large = [config for config in candidates if isinstance(config, HopperExpertsConfig)]
-    is_enough = large and large[0].blocks(problem) >= _ENOUGH_BLOCKS * problem.multiprocessors
-    if has_list and large and (is_enough or len(large) == len(candidates)):
-        return Launch(large[0])
     small = [config for config in candidates if isinstance(config, SmallExpertsConfig)]
+    large = next((config for config in candidates if isinstance(config, HopperExpertsConfig)), None)
+    if has_list and large:
+        enough = _ENOUGH_BLOCKS[large.blocks_at_once] * problem.multiprocessors
+        if not small or large.blocks(problem) >= enough:
+            return Launch(large)
     if has_list and problem.out_columns <= _FEW_COLUMNS:
         small = small[1:] or small  # smaller blocks: there are few of an expert
     config = _by_waves(small, problem)
@@ -187,15 +189,23 @@ def _candidates(problem: ExpertProblem, rows: int, *, is_one_token: bool) -> Ite
             yield _small(problem, rows, shape, sums_pairs=is_one_token and sums_in_cluster(problem))
 
 
+def _has_long_groups(problem: ExpertProblem) -> bool:
+    """Returns whether scales may be applied to sums: a group is two stages of a Hopper kernel, or the only one."""
+    return problem.size_k % 128 == 0 and problem.group_size in (128, problem.size_k)
+
+
+def _blocks_at_once(problem: ExpertProblem, rows: int) -> int:
+    """Returns how many blocks of a Hopper kernel share a multiprocessor: two where the sums are few."""
+    return 2 if rows <= (24 if _has_long_groups(problem) else 32) else 1
+
+
 def _hopper(problem: ExpertProblem, rows: int) -> HopperExpertsConfig:
     """Returns the config with as many stages as find room.
 
-    Where the sums are few, two blocks share a multiprocessor. Scales are applied to the sums of long groups, if there
-    are registers for them.
+    Scales are applied to the sums of long groups, if there are registers for them.
     """
-    has_long_groups = problem.size_k % 128 == 0 and problem.group_size in (128, problem.size_k)
-    blocks = 2 if rows <= (24 if has_long_groups and problem.num_bits == 4 else 32) else 1
-    scales_sums = has_long_groups and rows <= _MAX_SCALED_ROWS[blocks][problem.num_bits]
+    blocks = _blocks_at_once(problem, rows)
+    scales_sums = _has_long_groups(problem) and rows <= _MAX_SCALED_ROWS[blocks][problem.num_bits]
     room = (113 if blocks == 2 else 227) << 10
     config = HopperExpertsConfig(
         dtype=problem.dtype,
