@@ -41,11 +41,11 @@ CANDIDATES = (
     _Candidate(4, 64, 8, StepTimes(step=0.48, ends=2.4, cluster=2.6, workspace=2.2), 0.51),
     _Candidate(4, 96, 8, StepTimes(step=0.61, ends=2.8, cluster=3.2, workspace=2.4), 0.65),
     _Candidate(4, 128, 8, StepTimes(step=0.78, ends=2.8, cluster=4.7, workspace=1.9), 0.85),
-    _Candidate(8, 32, 6, StepTimes(step=0.45, ends=3.1, cluster=2.2, workspace=2.1), 0.50),
-    _Candidate(8, 48, 6, StepTimes(step=0.49, ends=3.4, cluster=2.5, workspace=2.1), 0.55),
-    _Candidate(8, 64, 6, StepTimes(step=0.53, ends=3.5, cluster=2.7, workspace=2.1), 0.59),
-    _Candidate(8, 96, 6, StepTimes(step=0.61, ends=3.4, cluster=4.1, workspace=2.1), 0.68),
-    _Candidate(8, 128, 6, StepTimes(step=0.72, ends=3.3, cluster=4.6, workspace=2.1), 0.81),
+    _Candidate(8, 32, 6, StepTimes(step=0.40, ends=2.7, cluster=2.4, workspace=1.9), 0.61),
+    _Candidate(8, 48, 6, StepTimes(step=0.43, ends=3.5, cluster=2.0, workspace=2.4), 0.63),
+    _Candidate(8, 64, 6, StepTimes(step=0.48, ends=4.0, cluster=2.0, workspace=2.7), 0.67),
+    _Candidate(8, 96, 6, StepTimes(step=0.59, ends=3.6, cluster=2.8, workspace=2.6), 0.76),
+    _Candidate(8, 128, 6, StepTimes(step=0.72, ends=3.7, cluster=5.0, workspace=1.8), 0.78),
 )
 
 #: What a megabyte of sums takes, in microseconds, on its way into a workspace and out of it.
@@ -53,6 +53,10 @@ _MEGABYTE = 0.23
 
 #: What every further tile of a run takes beside its steps.
 _NEXT_TILE = 1.0
+
+#: By how much tiles of 48 and 64 tokens are slower than estimated where weights are scaled instead of sums, as with
+#: groups of less than 128 rows. Tiles of 32 are not.
+_SCALED_WEIGHTS = 1.1
 
 #: By how much more tokens than one block has are slower than estimated: the GPU comes near its power limit.
 _MANY_TOKENS = 1.11
@@ -117,6 +121,8 @@ class HopperConfig(GemmConfig):
     def cost(self, problem: GemmProblem) -> float:
         """Returns the estimate in microseconds."""
         slower = _MANY_TOKENS if problem.size_m > 128 else 1.0
+        if self.tokens in (48, 64) and not self.scales_sums:
+            slower *= _SCALED_WEIGHTS
         return slower * (self._runs_microseconds(problem) if self.reduction == "runs" else self._microseconds(problem))
 
     def _microseconds(self, problem: GemmProblem) -> float:

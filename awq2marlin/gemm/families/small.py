@@ -19,7 +19,6 @@ from awq2marlin.gemm.families.base import (
     sum_bytes,
 )
 
-
 #: Shared memory that every block takes beside its own.
 _RESERVED_BYTES = 1024
 
@@ -62,14 +61,14 @@ CANDIDATES = (
     _Candidate(4, 2, 64, 8, 2, 12, SmallTimes(0.74, 0.38, 1.6, 0.8)),
     _Candidate(4, 3, 64, 8, 3, 8, SmallTimes(0.84, 0.46, 2.3, 0.1)),
     _Candidate(4, 4, 64, 8, 3, 8, SmallTimes(1.08, 0.56, 1.9, 0.7)),
-    _Candidate(8, 1, 128, 8, 2, 20, SmallTimes(0.94, 0.63, 1.9, 0.6)),
-    _Candidate(8, 1, 64, 2, 2, 20, SmallTimes(0.60, 0.20, 1.9, 0.5)),
-    _Candidate(8, 1, 64, 8, 2, 20, SmallTimes(0.41, 0.61, 2.8, 0.0)),
-    _Candidate(8, 2, 128, 8, 2, 12, SmallTimes(1.01, 0.81, 2.5, 0.6)),
-    _Candidate(8, 2, 64, 2, 4, 12, SmallTimes(0.47, 0.20, 2.4, 1.9)),
-    _Candidate(8, 2, 64, 8, 2, 12, SmallTimes(0.74, 0.36, 2.1, 1.0)),
-    _Candidate(8, 3, 64, 8, 2, 8, SmallTimes(0.85, 0.56, 2.2, 0.9)),
-    _Candidate(8, 4, 64, 8, 2, 8, SmallTimes(1.15, 0.45, 2.3, 1.0)),
+    _Candidate(8, 1, 64, 2, 2, 20, SmallTimes(0.61, 0.33, 1.9, 0.5)),
+    _Candidate(8, 1, 64, 8, 3, 20, SmallTimes(0.43, 0.40, 2.0, 0.3)),
+    _Candidate(8, 1, 64, 8, 2, 20, SmallTimes(0.49, 0.57, 3.0, 0.0)),
+    _Candidate(8, 2, 128, 8, 2, 12, SmallTimes(1.24, 0.94, 2.9, 0.6)),
+    _Candidate(8, 2, 64, 2, 4, 12, SmallTimes(0.68, 0.19, 2.2, 1.6)),
+    _Candidate(8, 2, 64, 8, 3, 12, SmallTimes(0.78, 0.38, 1.4, 0.8)),
+    _Candidate(8, 3, 64, 8, 3, 8, SmallTimes(0.76, 0.49, 2.2, 0.8)),
+    _Candidate(8, 4, 64, 8, 3, 8, SmallTimes(0.96, 0.44, 2.3, 1.0)),
 )
 
 
