@@ -12,7 +12,7 @@ from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from awq2marlin.layout.marlin import GPTQ_MARLIN_TILE, MARLIN_TILE_N, fusion_group
+from awq2marlin.layout.marlin import GPTQ_MARLIN_TILE, MARLIN_TILE_N, fused_siblings, fusion_group
 from awq2marlin.layout.modules import ModulePlan, is_output_embedding, module_name
 from awq2marlin.layout.packing import pack_factor
 
@@ -37,6 +37,11 @@ _SGLANG_TILE_N = 128
 _VOCABULARY = 64
 #: Last name component of a module that SGLang's models multiply themselves.
 _SGLANG_READS_ITSELF = "kv_b_proj"
+
+#: Modules of which engines make one matrix, unless a model is of one of these types. SGLang joins their tensors itself,
+#: before the plugin sees them.
+_LOW_RANK_NAMES = frozenset({"q_a_proj", "kv_a_proj_with_mqa"})
+_KEEPS_LOW_RANK_APART = frozenset({"minicpm3"})
 
 #: Ranks that are tried where the config does not say how many attention heads there are.
 _COMMON_SIZES = (1, 2, 4, 8, 16, 32, 64)
@@ -173,6 +178,12 @@ def parallel_sizes(
         config: the model's ``config.json``.
         tensors: names of all tensors of the checkpoint, which tell what modules have biases.
     """
+    modules = list(modules)
+    joined = _joined(modules, config)
+    for each in joined:
+        if reason := each.mixed(tensors):
+            return ParallelSizes(limit=Limit(1, next(iter(each.modules)), reason))
+
     heads = Heads.of(config)
     alike: dict[_Kind, ModulePlan] = {}
     for module in modules:
@@ -193,8 +204,59 @@ def parallel_sizes(
     whole = (size for size in tried if has_experts and limit(size, cuts_experts=False) is None)
     following = 1 << max(sizes, default=0).bit_length()
     stop = limit(following) or Limit(following, "", "more ranks were not tried")
-    only_in_vllm = filter(None, (kind.refusal_of_sglang(bits) for kind in alike))
+    only_in_vllm = filter(None, [*(kind.refusal_of_sglang(bits) for kind in alike), *map(_Joined.unjoinable, joined)])
     return ParallelSizes(sizes, stop, tuple(whole), next(only_in_vllm, ""))
+
+
+class _Joined(NamedTuple):
+    """Quantized modules that stand side by side and of which engines make one matrix.
+
+    Attributes:
+        modules: those that there are, by their full names.
+        names: full names of all that belong together, whether they exist or not.
+    """
+
+    modules: dict[str, ModulePlan]
+    names: Sequence[str]
+
+    def mixed(self, tensors: Container[str]) -> str:
+        """Returns that some of them are not quantized, which engines cannot join with the others; empty if all are.
+
+        Args:
+            tensors: names of all tensors of the checkpoint.
+        """
+        plain = [name for name in self.names if name not in self.modules and module_name(name, "weight") in tensors]
+        if not plain:
+            return ""
+        return f"{self._said(self.modules)} quantized and {self._said(plain)} not; its models join them in one matrix"
+
+    def unjoinable(self) -> str:
+        """Returns why SGLang cannot join the tensors of these modules before it loads them; empty if it can."""
+        if {name.rpartition(".")[2] for name in self.modules} != _LOW_RANK_NAMES:
+            return ""
+        if any(module.is_padded for module in self.modules.values()):
+            found = "padded"
+        elif len({module.converted for module in self.modules.values()}) > 1:
+            found = "in two layouts"
+        else:
+            return ""
+        return f"{self._said(self.modules)} {found}; its models join them before they are loaded"
+
+    def _said(self, chosen: Container[str]) -> str:
+        """Returns the last components of names in their usual order, and the verb for them."""
+        last = [name.rpartition(".")[2] for name in self.names if name in chosen]
+        return f"{' and '.join(last)} {'is' if len(last) == 1 else 'are'}"
+
+
+def _joined(modules: Iterable[ModulePlan], config: Mapping[str, Any]) -> list[_Joined]:
+    """Returns the quantized modules that a model's engines join, by the place; no experts."""
+    apart = any(document.get("model_type") in _KEEPS_LOW_RANK_APART for document in _language_configs(config))
+    found: dict[str, _Joined] = {}
+    for module in modules:
+        names = fused_siblings(module.name)
+        if len(names) > 1 and not (apart and module.name.rpartition(".")[2] in _LOW_RANK_NAMES):
+            found.setdefault(names[0], _Joined({}, names)).modules[module.name] = module
+    return list(found.values())
 
 
 def _tried_sizes(heads: Heads) -> Sequence[int]:

@@ -166,7 +166,7 @@ FUSED_SIBLINGS: tuple[tuple[str, ...], ...] = (
     ("in_proj_b", "in_proj_a"),
 )
 
-_FAMILY = {name: family[0] for family in FUSED_SIBLINGS for name in family}
+_FAMILY = {name: family for family in FUSED_SIBLINGS for name in family}
 _EXPERT = re.compile(r"^((?:.*\.)?[^.]*experts)\.[0-9]+(?:\.|$)")
 
 
@@ -192,4 +192,16 @@ def fusion_group(module: str) -> str:
         return f"{expert[1]}.*"
     parent, _, name = module.rpartition(".")
     family = _FAMILY.get(name)
-    return f"{parent}.{family}+" if family else module
+    return f"{parent}.{family[0]}+" if family else module
+
+
+def fused_siblings(module: str) -> list[str]:
+    """Returns the names under which a module and those that runtimes fuse with it stand, whether they exist or not.
+
+    Args:
+        module: the module's full name. Of an expert's only its own is returned.
+    """
+    if is_expert(module):
+        return [module]
+    parent, dot, name = module.rpartition(".")
+    return [f"{parent}{dot}{each}" for each in _FAMILY.get(name, (name,))]

@@ -416,6 +416,66 @@ def test_modules_that_sglang_cannot_read_are_told_where_its_command_would_stand(
     assert "vllm serve THIS_MODEL" in card
 
 
+def lines_of(capsys, *arguments):
+    """Returns what a command says of vLLM and of SGLang, one line each."""
+    assert main([str(each) for each in arguments]) == 0
+    said = capsys.readouterr().out.splitlines()
+    return [line.split(maxsplit=1)[1] for line in said if line.startswith(("  vLLM  ", "  SGLang  "))]
+
+
+@pytest.mark.parametrize(
+    ("quantized", "plain", "why"),
+    [
+        (["q_proj", "k_proj"], ["v_proj"], "q_proj and k_proj are quantized and v_proj is not"),
+        (["q_proj"], ["k_proj", "v_proj"], "q_proj is quantized and k_proj and v_proj are not"),
+        (["up_proj"], ["gate_proj"], "up_proj is quantized and gate_proj is not"),
+        (["kv_a_proj_with_mqa"], ["q_a_proj"], "kv_a_proj_with_mqa is quantized and q_a_proj is not"),
+        (["q_proj", "k_proj", "v_proj"], ["o_proj", "g_norm"], ""),
+        (["q_proj", "kv_a_proj_with_mqa"], ["kv_b_proj"], ""),  # a DeepSeek whose queries have no low rank
+    ],
+)
+def test_modules_quantized_beside_plain_ones_that_engines_join_with_them_are_told(
+    tmp_path, capsys, quantized, plain, why
+):
+    weights = {f"model.layers.0.a.{name}.weight": (128, 128) for name in plain}
+    modules = {f"model.layers.0.a.{name}": (128, 128) for name in quantized}
+    write_checkpoint(tmp_path / "awq", Recipe(modules, weights, config={"num_attention_heads": 2}))
+    out = tmp_path / "out"
+    reason = f"cannot: {why}; its models join them in one matrix"
+    for arguments in (["convert", tmp_path / "awq", out, "--dry-run"], ["convert", tmp_path / "awq", out]):
+        vllm, sglang = lines_of(capsys, *arguments)
+        assert (vllm == reason, sglang == reason) == (bool(why), bool(why))
+        assert vllm.startswith("cannot: " if why else "vllm serve ")
+    assert lines_of(capsys, "inspect", out) == [vllm, sglang]
+    card = (out / "README.md").read_text()
+    for engine in "vLLM", "SGLang":
+        assert (f"\n\n{engine} cannot serve this checkpoint: {why}; its models" in card) == bool(why)
+
+
+@pytest.mark.parametrize(
+    ("names", "config", "unaligned", "is_refused"),
+    [
+        (["q_a_proj", "kv_a_proj_with_mqa"], {"model_type": "deepseek_v3"}, "pad", True),
+        (["q_a_proj", "kv_a_proj_with_mqa"], {"model_type": "deepseek_v3"}, "keep", False),
+        (["q_a_proj", "kv_a_proj_with_mqa"], {"model_type": "minicpm3"}, "pad", False),
+        (["q_a_proj", "kv_a_proj_with_mqa"], {"text_config": {"model_type": "minicpm3"}}, "pad", False),
+        (["q_proj", "kv_a_proj_with_mqa"], {"model_type": "deepseek_v2"}, "pad", False),
+    ],
+)
+def test_padded_modules_that_sglang_joins_before_it_loads_them_are_told(
+    tmp_path, capsys, names, config, unaligned, is_refused
+):
+    modules = {f"model.layers.0.self_attn.{name}": (96, 96) for name in names}
+    write_checkpoint(tmp_path / "awq", Recipe(modules, group_size=32, config=config))
+    out = tmp_path / "out"
+    vllm, sglang = lines_of(capsys, "convert", tmp_path / "awq", out, "--unaligned", unaligned)
+    why = "q_a_proj and kv_a_proj_with_mqa are padded; its models join them before they are loaded"
+    assert sglang == (f"cannot: {why}" if is_refused else f"sglang serve --model-path {out}")
+    assert vllm == f"vllm serve {out}"
+    assert lines_of(capsys, "inspect", out) == [vllm, sglang]
+    assert (f"SGLang cannot serve this checkpoint: {why}." in (out / "README.md").read_text()) == is_refused
+
+
 def test_biases_of_experts_are_told_before_an_engine_refuses_them(made, capsys):
     modules = {"a.experts.0.down_proj": (128, 128)}
     recipe = Recipe(

@@ -277,6 +277,18 @@ def test_members_under_different_parents_do_not_fuse(family):
     assert marlin.fusion_group(f"model.layers.1.x.{family[0]}") != marlin.fusion_group(f"model.layers.0.x.{family[1]}")
 
 
+@pytest.mark.parametrize("family", FAMILIES, ids="-".join)
+@pytest.mark.parametrize("parent", ["", "model.layers.3.self_attn."])
+def test_siblings_are_a_whole_family_under_the_same_parent(family, parent):
+    for name in family:
+        assert marlin.fused_siblings(parent + name) == [parent + each for each in family]
+
+
+@pytest.mark.parametrize("module", ["lm_head", "model.layers.0.mlp.down_proj", "model.layers.0.mlp.experts.3.w1"])
+def test_other_modules_and_experts_have_no_siblings_but_themselves(module):
+    assert marlin.fused_siblings(module) == [module]
+
+
 def test_the_table_holds_no_name_twice():
     names = [name for family in marlin.FUSED_SIBLINGS for name in family]
     assert len(set(names)) == len(names)
