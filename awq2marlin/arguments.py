@@ -72,7 +72,7 @@ class Kind(NamedTuple):
 
     @property
     def needed(self) -> str:
-        """The choices in one phrase, such as ``a number from 0, 'all' or 'none'``."""
+        """The choices in one phrase, such as ``a number >= 0, 'all' or 'none'``."""
         return one_of(self.words)
 
     def check(self, name: str, value: object) -> None:
@@ -105,20 +105,22 @@ def kind_of(hint: Any) -> Kind:
     if hint == Texts:
         text = kind_of(str)
         return Kind(
-            ("a list of texts",), lambda value: isinstance(value, (list, tuple)) and all(map(text.takes, value))
+            ("a list of non-empty strings",),
+            lambda value: isinstance(value, (list, tuple)) and all(map(text.takes, value)),
         )
     if get_origin(hint) is Literal:
         return Kind(tuple(map(repr, get_args(hint))), lambda value: value in get_args(hint))
     if get_origin(hint) is Annotated:
         bounds: range = hint.__metadata__[0]
-        end = f" to {bounds.stop - 1}" if bounds.stop < sys.maxsize else ""
-        return Kind((f"a number from {bounds.start}{end}",), lambda value: type(value) is int and value in bounds)
+        is_bounded = bounds.stop < sys.maxsize
+        what = f"a number from {bounds.start} to {bounds.stop - 1}" if is_bounded else f"a number >= {bounds.start}"
+        return Kind((what,), lambda value: type(value) is int and value in bounds)
     if hint is NoneType:
         return Kind((), lambda value: value is None)
     if hint is bool:
         return Kind(("true or false",), lambda value: type(value) is bool)
     if hint is str:
-        return Kind(("text",), lambda value: isinstance(value, str) and bool(value) and "\0" not in value)
+        return Kind(("a non-empty string",), lambda value: isinstance(value, str) and bool(value) and "\0" not in value)
     article = "an" if hint.__name__[0] in "AEIOU" else "a"
     return Kind((f"{article} {hint.__name__}",), lambda value: isinstance(value, hint))
 

@@ -161,7 +161,7 @@ def test_a_list_gives_each_item_its_patterns(awq: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("value", ["*.bin", [1], [""], None, {"a": 1}])
 def test_patterns_are_lists_of_texts(awq: Path, value: Any) -> None:
-    with pytest.raises(ValueError, match="leave must be a list of texts"):
+    with pytest.raises(ValueError, match="leave must be a list of non-empty strings"):
         convert(awq, leave=value)
 
 

@@ -27,26 +27,26 @@ WRONG: dict[str, dict[str, Any]] = {
     "workers must be a number from 1 to 256, found 257": {"workers": 257},
     "workers must be a number from 1 to 256, found True": {"workers": True},
     "overwrite must be true or false, found 1": {"overwrite": 1},
-    "verify must be a number from 0, 'all' or 'none', found -1": {"verify": -1},
-    "verify must be a number from 0, 'all' or 'none', found 'some'": {"verify": "some"},
+    "verify must be a number >= 0, 'all' or 'none', found -1": {"verify": -1},
+    "verify must be a number >= 0, 'all' or 'none', found 'some'": {"verify": "some"},
     "device must be 'auto', 'cpu' or 'cuda', found 'tpu'": {"device": "tpu"},
     "device needs verify: it runs the modules that are compared": {"device": "cpu", "verify": 0},
     "device needs the whole source, which low_disk removes; use 'verify' afterwards": {
         "device": "cpu",
         "low_disk": True,
     },
-    "push_to must be text or a PushTarget, found 7": {"push_to": 7},
+    "push_to must be a non-empty string or a PushTarget, found 7": {"push_to": 7},
     "'verify' is not a repository name (org/name)": {"push_to": "verify"},
     "'{verify}' is not a repository name (org/name)": {"push_to": "{verify}"},
     "commit_message needs push_to": {"commit_message": "x"},
-    "commit_message must be text, found ''": {"push_to": "org/name", "commit_message": ""},
+    "commit_message must be a non-empty string, found ''": {"push_to": "org/name", "commit_message": ""},
 }
 
 WRONG_BESIDE_EACH_OTHER: dict[str, dict[str, Any]] = {
     "private needs push_to": {"private": True},
     f"revision needs push_to{SOURCE}": {"revision": "x"},
     "revision must be a branch, not a commit": {"push_to": "org/name", "revision": "a" * 40},
-    "revision must be text, found ''": {"push_to": "org/name", "revision": ""},
+    "revision must be a non-empty string, found ''": {"push_to": "org/name", "revision": ""},
     "a pull request is opened on main; drop revision": {"push_to": "org/name", "revision": "x", "create_pr": True},
 }
 
@@ -123,7 +123,7 @@ def test_verify_takes_the_number_of_modules_by_either_name(tmp_path: Path) -> No
     with pytest.raises(ValueError, match="two names of one argument; give only modules"):
         verify(tmp_path, tmp_path, modules=1, layers=2)
     for name in ("modules", "layers"):
-        with pytest.raises(ValueError, match=f"{name} must be a number from 0 or 'all', found 'none'"):
+        with pytest.raises(ValueError, match=f"{name} must be a number >= 0 or 'all', found 'none'"):
             verify(tmp_path, tmp_path, **{name: "none"})
 
 
@@ -167,7 +167,7 @@ def test_a_type_says_what_an_argument_may_be() -> None:
     Options(size="any")
     with pytest.raises(ValueError, match="size must be a number from 2 to 4 or 'any', found 5"):
         Options(size=5)
-    with pytest.raises(ValueError, match="name must be text, found ''"):
+    with pytest.raises(ValueError, match="name must be a non-empty string, found ''"):
         Options(name="")
     assert kind_of(Literal["a", "b"] | bool | None).needed == "'a', 'b' or true or false"
 
