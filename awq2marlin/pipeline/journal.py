@@ -119,7 +119,7 @@ def read_journal(root: Path) -> Journal | None:
     try:
         return _parse_journal(parse_json(path.read_bytes(), JOURNAL_FILENAME))
     except (CheckpointError, KeyError, TypeError, AttributeError, ValueError):
-        message = "the journal of the unfinished conversion is damaged; remove this output folder and convert again"
+        message = "the journal of the unfinished run is damaged; remove this output folder and run the command again"
         raise OutputError(Problem(str(path), "", "bad-journal", message)) from None
 
 

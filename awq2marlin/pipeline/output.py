@@ -219,7 +219,7 @@ class OutputFolder:
                 raise _refused(
                     "other-plan",
                     self.root,
-                    "the folder holds an unfinished conversion of another source: "
+                    "the folder holds an unfinished run from another source: "
                     f"{printable(name)} has changed; {_START_ANEW}",
                 )
             note(f"{printable(name)} has changed; it is written again")
@@ -499,7 +499,7 @@ def _refuse_another_plan(root: Path, journal: Journal, plan: str, owned: Iterabl
         raise _refused(
             "other-plan",
             root,
-            "the folder holds an unfinished conversion of another source, other options or another "
+            "the folder holds an unfinished run from another source, with other options or of another "
             f"version; finish that one, {_START_ANEW}",
         )
 

@@ -219,7 +219,7 @@ def test_nothing_is_left_of_an_unfinished_conversion(made, tmp_path, monkeypatch
         with pytest.raises(KeyboardInterrupt):
             convert(made / "model-awq", out)
     assert {"README.md", MANIFEST} <= contents(out).keys()
-    with pytest.raises(OutputError, match="unfinished conversion of another source"):
+    with pytest.raises(OutputError, match="unfinished run from another source"):
         revert(made / "model-marlin", out)
     revert(made / "model-marlin", out, overwrite=True)
     assert contents(out) == contents(made / "model-awq")

@@ -107,7 +107,7 @@ def test_a_journal_of_another_source_is_refused(unfinished, run, tmp_path):
     before = digests(unfinished)
     error = refused(run("convert", other, unfinished))
     assert (error["code"], error["file"]) == ("other-plan", str(unfinished))
-    assert "unfinished conversion of another source, other options or another version" in error["message"]
+    assert "unfinished run from another source, with other options or of another version" in error["message"]
     assert digests(unfinished) == before
 
 
@@ -166,7 +166,7 @@ def test_a_damaged_journal_gives_a_clear_message(unfinished, source, run, journa
     error = refused(run("convert", source, unfinished, *overwrite))
     assert error["code"] == "bad-journal"
     assert error["file"].endswith("out/.awq2marlin/journal.json")
-    assert "remove this output folder and convert again" in error["message"]
+    assert "remove this output folder and run the command again" in error["message"]
     assert digests(unfinished) == before
 
 
