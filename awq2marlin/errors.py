@@ -285,7 +285,7 @@ def problem_from_os_error(error: OSError) -> Problem:
     Args:
         error: as raised by a system call; its ``filename`` is named if it has one.
     """
-    code, advice = _ADVICE.get(error.errno or 0, ("os-error", (error.strerror or str(error)).lower()))
+    code, advice = _ADVICE.get(error.errno or 0, ("os-error", error.strerror.lower() if error.strerror else str(error)))
     name = error.filename
     file = name.decode(errors="backslashreplace") if isinstance(name, bytes) else str(name or "")
     if error.errno == errno.ENOENT and not Path(file).is_absolute() and _is_nowhere():

@@ -4,7 +4,8 @@ import errno
 
 import pytest
 
-from awq2marlin.errors import _ADVICE, problem_from_os_error, size_text
+from awq2marlin.errors import _ADVICE, OutputError, problem_from_os_error, size_text
+from awq2marlin.pipeline.output import as_output_errors
 
 
 @pytest.mark.parametrize(
@@ -23,3 +24,13 @@ def test_what_the_system_refuses_is_told_with_what_to_do(number):
     problem = problem_from_os_error(OSError(number, "the system's words", "some/file"))
     assert problem.file == "some/file"
     assert ";" in problem.message
+
+
+def test_a_library_that_cannot_be_loaded_is_no_fault_of_the_output_folder(tmp_path):
+    """Llvmlite raises an OSError of its own words, without a number."""
+    with pytest.raises(OutputError) as caught, as_output_errors(tmp_path):
+        raise OSError("Could not load libllvmlite.so")
+    assert str(caught.value) == "Could not load libllvmlite.so"
+    with pytest.raises(OutputError, match="no space") as caught, as_output_errors(tmp_path):
+        raise OSError(errno.ENOSR, "No space for streams")
+    assert caught.value.problems[0].file == str(tmp_path)
