@@ -14,6 +14,7 @@ import shlex
 import shutil
 import statistics
 from collections.abc import Iterator
+from operator import truediv
 from pathlib import Path
 from typing import Any
 
@@ -164,6 +165,36 @@ def test_the_figures_of_the_readme_are_those_of_the_stored_results():
         of_best.setdefault(row["M"], []).append(ours / min(peers))
     means = [statistics.geometric_mean(each) for each in of_best.values()]
     assert f"takes {min(means):.2f} to {max(means):.2f} times as long" in text
+
+
+def _mean_and_worst(rows: list[dict[str, Any]], ours: str, peers: str) -> str:
+    ratios = [row[ours] / min(row[peers].values()) for row in rows]
+    return f"{statistics.geometric_mean(ratios):.2f} ({max(ratios):.2f})"
+
+
+def test_the_figures_of_the_gemm_are_those_of_the_stored_results():
+    text = (ROOT / "kernels" / "README.md").read_text("utf-8")
+    sizes: dict[int, list[dict[str, Any]]] = {}
+    for row in _rows("gemm_h100.json"):
+        sizes.setdefault(row["M"], []).append(row)
+    for size, rows in sizes.items():
+        times = [[row[key] for row in rows] for key in ("us", "after_us")]
+        times += [[row["peers_us"][peer] for row in rows] for peer in ("marlin", "machete", "humming")]
+        times.append([row["matmul_us"] for row in rows])
+        floors = [row["floor_us"] for row in rows]
+        cells = [f"{statistics.geometric_mean(map(truediv, each, floors)):.2f}" for each in times]
+        cells += [_mean_and_worst(rows, "us", "peers_us"), _mean_and_worst(rows, "after_us", "peers_after_us")]
+        assert "| " + " | ".join([str(size), *cells]) + " | " in text
+    dense = [statistics.geometric_mean(row["matmul_us"] / row["us"] for row in sizes[size]) for size in sizes]
+    first, *many = dense[list(sizes).index(256) :]
+    said = f"{first:.2f} times as long with 256 tokens, and {min(many):.2f} to {max(many):.2f} times beyond"
+    told = " ".join(text.split())
+    assert f"An fp16 product takes {said}" in told
+    few: dict[int, list[float]] = {}
+    for row in _rows("gemm_few_h100.json"):
+        few.setdefault(row["M"], []).append(row["us"] / row["before_us"])
+    said = "{:.2f}, {:.2f} and {:.2f} times as long with 32, 48 and 64 tokens, and {:.2f} and {:.2f} with 96 and 128"
+    assert said.format(*map(statistics.geometric_mean, few.values())) in told
 
 
 LINK = re.compile(r"!?\[[^\]\[]*\]\((?P<target>[^()\s]+)\)")
