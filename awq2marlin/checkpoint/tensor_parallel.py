@@ -8,11 +8,11 @@ vLLM decide which way a module is cut: the projections that close a block by row
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from awq2marlin.layout.marlin import GPTQ_MARLIN_TILE, MARLIN_TILE_N, fused_siblings, fusion_group
+from awq2marlin.layout.marlin import GPTQ_MARLIN_TILE, MARLIN_TILE_N, fused_siblings, fusion_group, is_expert
 from awq2marlin.layout.modules import ModulePlan, is_output_embedding, module_name
 from awq2marlin.layout.packing import pack_factor
 
@@ -41,7 +41,7 @@ _SGLANG_READS_ITSELF = "kv_b_proj"
 #: Modules of which engines make one matrix, unless a model is of one of these types. SGLang joins their tensors itself,
 #: before the plugin sees them.
 _LOW_RANK_NAMES = frozenset({"q_a_proj", "kv_a_proj_with_mqa"})
-_KEEPS_LOW_RANK_APART = frozenset({"minicpm3"})
+_KEEPS_LOW_RANK_APART = frozenset({"minicpm3", "sarvam_mla"})
 
 #: Ranks that are tried where the config does not say how many attention heads there are.
 _COMMON_SIZES = (1, 2, 4, 8, 16, 32, 64)
@@ -165,7 +165,7 @@ class ParallelSizes(NamedTuple):
 
 
 def parallel_sizes(
-    modules: Iterable[ModulePlan], bits: int, group_size: int, config: Mapping[str, Any], tensors: Container[str] = ()
+    modules: Iterable[ModulePlan], bits: int, group_size: int, config: Mapping[str, Any], tensors: Collection[str] = ()
 ) -> ParallelSizes:
     """Returns over how many ranks vLLM can cut a checkpoint, and what stands in the way of more.
 
@@ -183,6 +183,10 @@ def parallel_sizes(
     for each in joined:
         if reason := each.mixed(tensors):
             return ParallelSizes(limit=Limit(1, next(iter(each.modules)), reason))
+
+    if plain := _plain_expert(modules, tensors):
+        reason = "experts of which some are quantized and some are not; it computes those of a layer together"
+        return ParallelSizes(limit=Limit(1, plain, reason))
 
     heads = Heads.of(config)
     alike: dict[_Kind, ModulePlan] = {}
@@ -257,6 +261,19 @@ def _joined(modules: Iterable[ModulePlan], config: Mapping[str, Any]) -> list[_J
         if len(names) > 1 and not (apart and module.name.rpartition(".")[2] in _LOW_RANK_NAMES):
             found.setdefault(names[0], _Joined({}, names)).modules[module.name] = module
     return list(found.values())
+
+
+def _plain_expert(modules: Iterable[ModulePlan], tensors: Collection[str]) -> str:
+    """Returns the first module of an expert that is not quantized beside others of its layer that are; or nothing.
+
+    Args:
+        modules: every quantized module.
+        tensors: names of all tensors of the checkpoint.
+    """
+    quantized = {module.name for module in modules if is_expert(module.name)}
+    layers = {fusion_group(name) for name in quantized}
+    weights = (name.removesuffix(".weight") for name in tensors if layers and name.endswith(".weight"))
+    return min((name for name in weights if name not in quantized and fusion_group(name) in layers), default="")
 
 
 def _tried_sizes(heads: Heads) -> Sequence[int]:

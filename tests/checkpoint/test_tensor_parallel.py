@@ -459,6 +459,7 @@ def test_modules_quantized_beside_plain_ones_that_engines_join_with_them_are_tol
         (["q_a_proj", "kv_a_proj_with_mqa"], {"model_type": "deepseek_v3"}, "keep", False),
         (["q_a_proj", "kv_a_proj_with_mqa"], {"model_type": "minicpm3"}, "pad", False),
         (["q_a_proj", "kv_a_proj_with_mqa"], {"text_config": {"model_type": "minicpm3"}}, "pad", False),
+        (["q_a_proj", "kv_a_proj_with_mqa"], {"model_type": "sarvam_mla"}, "pad", False),
         (["q_proj", "kv_a_proj_with_mqa"], {"model_type": "deepseek_v2"}, "pad", False),
     ],
 )
@@ -474,6 +475,29 @@ def test_padded_modules_that_sglang_joins_before_it_loads_them_are_told(
     assert vllm == f"vllm serve {out}"
     assert lines_of(capsys, "inspect", out) == [vllm, sglang]
     assert (f"SGLang cannot serve this checkpoint: {why}." in (out / "README.md").read_text()) == is_refused
+
+
+@pytest.mark.parametrize(
+    ("plain", "is_refused"),
+    [("experts.1.up_proj", True), ("experts.2.up_proj", True), ("experts.0.down_proj", True), ("gate", False),
+     ("shared_experts.up_proj", False)],
+)  # fmt: skip
+def test_experts_quantized_beside_plain_ones_of_their_layer_are_told(tmp_path, capsys, plain, is_refused):
+    layer = "model.layers.0.mlp"
+    modules = {f"{layer}.experts.{number}.up_proj": (128, 128) for number in range(2)}
+    modules.pop(f"{layer}.{plain}", None)
+    weights = {f"{layer}.{plain}.weight": (128, 128), "model.layers.1.mlp.experts.0.up_proj.weight": (128, 128)}
+    write_checkpoint(tmp_path / "awq", Recipe(modules, weights))
+    out = tmp_path / "out"
+    why = "experts of which some are quantized and some are not; it computes those of a layer together"
+    for arguments in (["convert", tmp_path / "awq", out, "--dry-run"], ["convert", tmp_path / "awq", out]):
+        vllm, sglang = lines_of(capsys, *arguments)
+        assert (vllm == f"cannot: {why}", sglang == f"cannot: {why}") == (is_refused, is_refused)
+    assert lines_of(capsys, "inspect", out) == [vllm, sglang]
+    found = inspect(out).parallel_sizes
+    assert (found.limit == Limit(1, f"{layer}.{plain}", why)) == is_refused
+    for engine in "vLLM", "SGLang":
+        assert (f"{engine} cannot serve this checkpoint: {why}." in (out / "README.md").read_text()) == is_refused
 
 
 def test_biases_of_experts_are_told_before_an_engine_refuses_them(made, capsys):

@@ -120,14 +120,31 @@ class Contents:
         return next(iter(found))
 
     def layout_of_experts(self, parent: str) -> Layout:
-        """Returns the layout of the experts below a module; conversion gives all of them the same.
+        """Returns the layout of the experts below a module; conversion gives all that are quantized the same.
 
         Args:
             parent: the experts' parent, such as ``model.layers.0.mlp.experts``.
+
+        Raises:
+            CheckpointError: if some of them are quantized and some are not.
         """
         if is_any_below(self.quantization.unquantized_modules, parent):
+            self._refuse_mixed_experts(parent)
             return "none"
         return "awq" if is_any_below(self.quantization.awq_modules, parent) else "marlin"
+
+    def _refuse_mixed_experts(self, parent: str) -> None:
+        """Refuses experts of which some are quantized: engines would leave those out without a word."""
+        known = self.inventory.modules if self.inventory else frozenset()
+        quantized = _first_expert(self.quantization.awq_modules | known, parent)
+        plain = _first_expert(self.quantization.unquantized_modules, parent)
+        if quantized and plain:
+            raise refuse(
+                "unsupported-engine",
+                f"the engine computes the experts of a layer together. Here {printable(plain)} is not quantized, but "
+                f"{printable(quantized)} is. Quantize all experts of a layer, or none",
+                file=CONFIG_FILENAME,
+            )
 
     def has_zero_points(self, modules: Collection[str]) -> bool:
         """Returns whether modules have ``qzeros``.
@@ -158,3 +175,9 @@ class Contents:
 def is_any_below(names: Collection[str], parent: str) -> bool:
     """Returns whether one of the names is a module inside a parent."""
     return any(name.startswith(f"{parent}.") for name in names)
+
+
+def _first_expert(names: Collection[str], parent: str) -> str:
+    """Returns the first of the names that is of a numbered expert inside a parent; empty if there is none."""
+    experts = (name for name in names if name.startswith(f"{parent}.") and name[len(parent) + 1].isdecimal())
+    return min(experts, default="")

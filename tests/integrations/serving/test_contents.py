@@ -174,6 +174,23 @@ def test_the_layout_of_experts_is_that_of_the_modules_below_them():
     assert [contents.layout_of_experts(f"{layer}.experts") for layer in "abc"] == ["awq", "none", "marlin"]
 
 
+@pytest.mark.parametrize("plain", ["a.experts.1.up", "a.experts.0.down"])
+@pytest.mark.parametrize("layout", ["awq", "marlin"])
+def test_experts_of_which_some_are_not_quantized_are_refused_by_name(plain, layout):
+    said = quantization(awq_modules={"a.experts.0.up"} if layout == "awq" else set(), unquantized_modules={plain})
+    contents = Contents(said, Inventory(frozenset(), 1, frozenset({"a.experts.0.up"})))
+    with pytest.raises(CheckpointError) as refused:
+        contents.layout_of_experts("a.experts")
+    (problem,) = refused.value.problems
+    assert (problem.code, problem.file) == ("unsupported-engine", "config.json")
+    assert f"{plain} is not quantized, but a.experts.0.up is" in problem.message
+
+
+def test_a_router_below_experts_that_is_not_quantized_is_none_of_them():
+    contents = Contents(quantization(awq_modules={"a.shared.up"}, unquantized_modules={"a.0.up", "a.router"}))
+    assert contents.layout_of_experts("a") == "none"
+
+
 def test_zero_points_are_those_of_the_headers_where_the_config_says_none():
     said = quantization(zero_point=False)
     assert not Contents(said).has_zero_points(["q"])

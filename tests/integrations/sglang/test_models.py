@@ -233,6 +233,17 @@ def test_a_quantized_output_embedding_is_loaded_though_the_config_says_that_ther
     assert_model_holds(harness, model, made)
 
 
+def test_experts_that_are_not_all_quantized_are_refused(harness, tmp_path):
+    """SGLang would leave out, without a word, the tensors of those that are."""
+    recipe, plain = QWEN3_MOE.recipe(), "model.layers.0.mlp.experts.3.up_proj"
+    modules = {name: size for name, size in recipe.modules.items() if name != plain}
+    made = make_of(
+        replace(recipe, modules=modules, weights={**recipe.weights, f"{plain}.weight": (INNER, HIDDEN)}), tmp_path
+    )
+    with pytest.raises(CheckpointError, match=f"{plain} is not quantized, but model.layers.0.mlp.experts.0.down_proj"):
+        harness.load_model(made.folder)
+
+
 def test_shared_experts_are_put_among_the_others_where_sglang_does_that(harness, tmp_path):
     """For DeepSeek-V3's 256 experts, and on a GPU; here SGLang is told that it may."""
     from sglang.srt.models.deepseek_common.utils import quant_blocks_shared_experts_fusion
