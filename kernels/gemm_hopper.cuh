@@ -5,7 +5,8 @@
 // without a shuffle. The first warpgroup multiplies blocks 0 and 1 of every tile, the second blocks 2 and 3, so each
 // weight is decoded once per block. Operand B is the tokens, in shared memory with 128-byte swizzle. The hardware
 // copies boxes of them and of the weights (TMA) when threads of a third warpgroup say so. Scales and zero points are
-// few bytes, which a warp copies faster than it can be asked for them (kernels/README.md).
+// few bytes, which a warp copies faster itself (kernels/README.md). Where nearly all the time goes into memory (8 bits,
+// scales on sums), the third warpgroup's warps copy everything.
 //
 // Two mbarriers per stage: `full` counts what has arrived, `empty` the multiplying threads that are done with it. All
 // of them arrive. A lane of each warp, behind a __syncwarp, would do, but is no faster, and compute-sanitizer's
@@ -216,8 +217,8 @@ class HopperTile {
     cp_async_commit();
   }
 
-  // Says that a stage has arrived; so many stages may still be under way. Those that are not published yet may be no
-  // more than kStages - 3: the last stage is released while the next is multiplied.
+  // Says that a stage has arrived; so many stages may still be under way. At least two must be published beside those:
+  // a stage is released while the next one is multiplied.
   static constexpr int kUnpublished = kStages > 4 ? kStages - 4 : 1;
   static_assert(kUnpublished <= kStages - 2, "what is not yet published must leave the others a slot to release");
   // `next` is the slot that comes next; it begins with -kUnpublished.
@@ -465,7 +466,7 @@ class HopperTile {
 
   // ---- where things are ---------------------------------------------------------------------------------------------
 
-  // Copied by the hardware, two groups of all tiles; by warps, two of each tile.
+  // Two groups of all tiles side by side where tokens and weights come in boxes; else two groups tile by tile.
   __device__ __forceinline__ u32 groups_sh(int slot) const {
     return shared + kStages * kStageBytes + slot * kStageGroupBytes;
   }

@@ -283,7 +283,6 @@ class WideGemm {
     groups.read_shared(into, scales_sh, zeros_sh, lane);
   }
 
-
   // ---- how sums leave: lane l holds columns l/4 and l/4 + 8 of a block, tokens 8 t + 2 (l mod 4) and + 1 ------------
 
   // What a lane's two columns of sums are multiplied by, and what is added.
