@@ -140,12 +140,14 @@ class ParallelSizes(NamedTuple):
         limit: why not the next one, the power of two above the largest; if none works, why not one.
         with_expert_parallel: those that work if vLLM gives every rank whole experts; empty without experts.
         only_in_vllm: why SGLang cannot load what vLLM can, in words; empty if it can.
+        not_in_transformers: why Transformers cannot load it, in words; empty if it can.
     """
 
     sizes: tuple[int, ...] = ()
     limit: Limit = Limit(1, "", "not looked at")
     with_expert_parallel: tuple[int, ...] = ()
     only_in_vllm: str = ""
+    not_in_transformers: str = ""
 
     @property
     def largest(self) -> int:
@@ -160,7 +162,11 @@ class ParallelSizes(NamedTuple):
     @property
     def refusals(self) -> dict[str, str]:
         """Why engines cannot load it at all, in words, by the engine's name; without those that can."""
-        reasons = {"vLLM": self.unserved, "SGLang": self.unserved or self.only_in_vllm}
+        reasons = {
+            "vLLM": self.unserved,
+            "SGLang": self.unserved or self.only_in_vllm,
+            "Transformers": self.not_in_transformers,
+        }
         return {engine: reason for engine, reason in reasons.items() if reason}
 
 
@@ -186,7 +192,7 @@ def parallel_sizes(
 
     if plain := _plain_expert(modules, tensors):
         reason = "experts of which some are quantized and some are not; it computes those of a layer together"
-        return ParallelSizes(limit=Limit(1, plain, reason))
+        return ParallelSizes(limit=Limit(1, plain, reason), not_in_transformers=reason)
 
     heads = Heads.of(config)
     alike: dict[_Kind, ModulePlan] = {}

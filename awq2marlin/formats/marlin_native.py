@@ -54,15 +54,16 @@ class MarlinNative(MarlinTensors):
     def serving(
         self, scheme: Scheme, place: str, ranks: Sequence[int] = (1,), refusals: Mapping[str, str] | None = None
     ) -> tuple[Serving, ...]:
-        """Returns the commands of vLLM and SGLang, unless they cannot serve it, and the lines for Transformers."""
+        """Returns the commands of vLLM and SGLang and the lines for Transformers, or why one cannot serve it."""
         del scheme
         several, first = [size for size in ranks if size > 1], min(ranks, default=1)
+        refused = refusals or {}
 
         def cutting(
             engine: str, versions: str, serve: Callable[[str, str], str], option: str, caveat: str = ""
         ) -> Serving:
-            if refusals and engine in refusals:
-                return Serving(engine, reason=refusals[engine])
+            if engine in refused:
+                return Serving(engine, reason=refused[engine])
             note = (
                 f"Over several GPUs: {option} {one_of(several)}" if several else "It cannot be split over several GPUs"
             )
@@ -75,7 +76,9 @@ class MarlinNative(MarlinTensors):
         return (
             cutting("vLLM", "0.25 or newer", in_vllm, "--tensor-parallel-size"),
             cutting("SGLang", "0.5.23 or newer", in_sglang, "--tp-size", f". {_SGLANG_CAVEAT}"),
-            Serving(
+            Serving("Transformers", reason=refused["Transformers"])
+            if "Transformers" in refused
+            else Serving(
                 "Transformers",
                 in_transformers(place, imported),
                 language="python",

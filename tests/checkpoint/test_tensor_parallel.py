@@ -496,8 +496,10 @@ def test_experts_quantized_beside_plain_ones_of_their_layer_are_told(tmp_path, c
     assert lines_of(capsys, "inspect", out) == [vllm, sglang]
     found = inspect(out).parallel_sizes
     assert (found.limit == Limit(1, f"{layer}.{plain}", why)) == is_refused
-    for engine in "vLLM", "SGLang":
+    for engine in "vLLM", "SGLang", "Transformers":
         assert (f"{engine} cannot serve this checkpoint: {why}." in (out / "README.md").read_text()) == is_refused
+    (transformers,) = (each for each in inspect(out).serving if each.engine == "Transformers")
+    assert (transformers.reason, bool(transformers.command)) == ((why, False) if is_refused else ("", True))
 
 
 def test_biases_of_experts_are_told_before_an_engine_refuses_them(made, capsys):
