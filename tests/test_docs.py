@@ -159,12 +159,29 @@ def test_the_figures_of_the_readme_are_those_of_the_stored_results():
     assert f"{saved / 1024:.0f} GiB less GPU memory" in text
     loaded = _rows("load_h200.json")[0]["awq"]
     assert f"{loaded['process_seconds']:.1f} of {loaded['ready_seconds']:.1f} seconds" in text
+    linear, of_experts = (
+        [statistics.geometric_mean(ratios) for ratios in of_best.values()]
+        for of_best in (_linear_of_best(), _experts_of_best())
+    )
+    assert f"a linear layer takes {min(linear):.2f} to {max(linear):.2f} times as long" in text
+    assert f"a layer of experts takes {min(of_experts):.2f} to {max(of_experts):.2f} times as long" in text
+
+
+def _linear_of_best() -> dict[int, list[float]]:
+    """Returns how long our GEMM takes beside the fastest peer, for each shape, by number of tokens."""
+    of_best: dict[int, list[float]] = {}
+    for row in _rows("gemm_h100.json"):
+        of_best.setdefault(row["M"], []).append(row["us"] / min(row["peers_us"].values()))
+    return of_best
+
+
+def _experts_of_best() -> dict[int, list[float]]:
+    """The same of a layer of experts, for each model."""
     of_best: dict[int, list[float]] = {}
     for row in _rows("experts_h100.json"):
         ours, *peers = (times["block"] for times in row["us"].values())
         of_best.setdefault(row["M"], []).append(ours / min(peers))
-    means = [statistics.geometric_mean(each) for each in of_best.values()]
-    assert f"takes {min(means):.2f} to {max(means):.2f} times as long" in text
+    return of_best
 
 
 def _mean_and_worst(rows: list[dict[str, Any]], ours: str, peers: str) -> str:
