@@ -41,7 +41,7 @@ _SGLANG_READS_ITSELF = "kv_b_proj"
 #: Modules of which engines make one matrix, unless a model is of one of these types. SGLang joins their tensors itself,
 #: before the plugin sees them.
 _LOW_RANK_NAMES = frozenset({"q_a_proj", "kv_a_proj_with_mqa"})
-_KEEPS_LOW_RANK_APART = frozenset({"minicpm3", "sarvam_mla"})
+_KEEPS_LOW_RANK_APART = ("minicpm3", "sarvam_mla")  # no set: what a config says may be anything, even unhashable
 
 #: Ranks that are tried where the config does not say how many attention heads there are.
 _COMMON_SIZES = (1, 2, 4, 8, 16, 32, 64)
