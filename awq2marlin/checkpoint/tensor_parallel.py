@@ -185,14 +185,8 @@ def parallel_sizes(
         tensors: names of all tensors of the checkpoint, which tell what modules have biases.
     """
     modules = list(modules)
-    joined = _joined(modules, config)
-    for each in joined:
-        if reason := each.mixed(tensors):
-            return ParallelSizes(limit=Limit(1, next(iter(each.modules)), reason))
-
-    if plain := _plain_expert(modules, tensors):
-        reason = "experts of which some are quantized and some are not; it computes those of a layer together"
-        return ParallelSizes(limit=Limit(1, plain, reason), not_in_transformers=reason)
+    if mixture := mixed(modules, config, tensors):
+        return mixture
 
     heads = Heads.of(config)
     alike: dict[_Kind, ModulePlan] = {}
@@ -214,8 +208,28 @@ def parallel_sizes(
     whole = (size for size in tried if has_experts and limit(size, cuts_experts=False) is None)
     following = 1 << max(sizes, default=0).bit_length()
     stop = limit(following) or Limit(following, "", "more ranks were not tried")
-    only_in_vllm = filter(None, [*(kind.refusal_of_sglang(bits) for kind in alike), *map(_Joined.unjoinable, joined)])
+    only_in_vllm = filter(
+        None, [*(kind.refusal_of_sglang(bits) for kind in alike), *map(_Joined.unjoinable, _joined(modules, config))]
+    )
     return ParallelSizes(sizes, stop, tuple(whole), next(only_in_vllm, ""))
+
+
+def mixed(modules: Iterable[ModulePlan], config: Mapping[str, Any], tensors: Collection[str]) -> ParallelSizes | None:
+    """Returns that engines cannot load a checkpoint, as they join quantized modules with others; None if they do not.
+
+    Args:
+        modules: every quantized module.
+        config: the model's ``config.json``.
+        tensors: names of all tensors of the checkpoint.
+    """
+    modules = list(modules)
+    for each in _joined(modules, config):
+        if reason := each.mixed(tensors):
+            return ParallelSizes(limit=Limit(1, next(iter(each.modules)), reason))
+    if plain := _plain_expert(modules, tensors):
+        reason = "experts of which some are quantized and some are not; it computes those of a layer together"
+        return ParallelSizes(limit=Limit(1, plain, reason), not_in_transformers=reason)
+    return None
 
 
 class _Joined(NamedTuple):

@@ -46,11 +46,9 @@ class AwqGemm(Awq):
 
     purpose = "AWQ's layout, which engines read without a plugin."
 
-    def serving(
-        self, scheme: Scheme, place: str, ranks: Sequence[int] = (1,), refusals: Mapping[str, str] | None = None
-    ) -> tuple[Serving, ...]:
+    def serving(self, scheme: Scheme, place: str, ranks: Sequence[int] = (1,)) -> tuple[Serving, ...]:
         """Returns the plain commands, and which engines take these bits."""
-        del ranks, refusals
+        del ranks
         if scheme.bits != 4:
             advice = "In compressed-tensors it takes 8 bits, if all zero points are 128"
             reason = f"it takes AWQ checkpoints of 4 bits only. {advice}"

@@ -378,7 +378,6 @@ class Format(ABC):
         scheme: Scheme,  # noqa: ARG002
         place: str,  # noqa: ARG002
         ranks: Sequence[int] = (1,),  # noqa: ARG002
-        refusals: Mapping[str, str] | None = None,  # noqa: ARG002
     ) -> tuple[Serving, ...]:
         """Returns how each engine serves an output, or why it cannot; nothing of a format that is only read.
 
@@ -386,7 +385,6 @@ class Format(ABC):
             scheme: of the output.
             place: its folder or repository.
             ranks: of an own format, the tensor-parallel sizes in which engines serve it.
-            refusals: of an own format, why engines do not serve it, in words, by the engine's name.
         """
         return ()
 

@@ -88,11 +88,9 @@ class CompressedTensors(Format):
         "scales": TransposedScales,
     }
 
-    def serving(
-        self, scheme: Scheme, place: str, ranks: Sequence[int] = (1,), refusals: Mapping[str, str] | None = None
-    ) -> tuple[Serving, ...]:
+    def serving(self, scheme: Scheme, place: str, ranks: Sequence[int] = (1,)) -> tuple[Serving, ...]:
         """Returns the plain commands, and which engines take these bits."""
-        del ranks, refusals
+        del ranks
         if scheme.bits == 8 and scheme.zero_point:
             reason = "it has no Marlin kernel for 8 bits with zero points"
             engines = (Serving("vLLM", reason=reason), Serving("SGLang", reason=reason))

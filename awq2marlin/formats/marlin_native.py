@@ -51,19 +51,14 @@ class MarlinNative(MarlinTensors):
     purpose = "the layout of the Marlin kernels, so engines need not repack them at every start."
     library_name = "awq2marlin"  # not transformers: the Hub would show commands that build garbage
 
-    def serving(
-        self, scheme: Scheme, place: str, ranks: Sequence[int] = (1,), refusals: Mapping[str, str] | None = None
-    ) -> tuple[Serving, ...]:
-        """Returns the commands of vLLM and SGLang and the lines for Transformers, or why one cannot serve it."""
+    def serving(self, scheme: Scheme, place: str, ranks: Sequence[int] = (1,)) -> tuple[Serving, ...]:
+        """Returns the commands of vLLM and SGLang and the lines for Transformers."""
         del scheme
         several, first = [size for size in ranks if size > 1], min(ranks, default=1)
-        refused = refusals or {}
 
         def cutting(
             engine: str, versions: str, serve: Callable[[str, str], str], option: str, caveat: str = ""
         ) -> Serving:
-            if engine in refused:
-                return Serving(engine, reason=refused[engine])
             note = (
                 f"Over several GPUs: {option} {one_of(several)}" if several else "It cannot be split over several GPUs"
             )
@@ -76,9 +71,7 @@ class MarlinNative(MarlinTensors):
         return (
             cutting("vLLM", "0.25 or newer", in_vllm, "--tensor-parallel-size"),
             cutting("SGLang", "0.5.23 or newer", in_sglang, "--tp-size", f". {_SGLANG_CAVEAT}"),
-            Serving("Transformers", reason=refused["Transformers"])
-            if "Transformers" in refused
-            else Serving(
+            Serving(
                 "Transformers",
                 in_transformers(place, imported),
                 language="python",

@@ -22,7 +22,7 @@ from awq2marlin.checkpoint.counterparts import Counterparts
 from awq2marlin.checkpoint.index import converted_index, made_index, target_weight_map
 from awq2marlin.checkpoint.opening import Checkpoint, needs_index
 from awq2marlin.checkpoint.source import SourceCheckpoint
-from awq2marlin.checkpoint.tensor_parallel import ParallelSizes, parallel_sizes
+from awq2marlin.checkpoint.tensor_parallel import ParallelSizes, mixed, parallel_sizes
 from awq2marlin.errors import CheckpointError, Problem, refuse
 from awq2marlin.formats.base import Format, Quantization
 from awq2marlin.formats.names import CARD_FILENAME, CONFIG_FILENAME, INDEX_FILENAME, MANIFEST_FILENAME
@@ -113,7 +113,17 @@ class Plan:
         Args:
             place: the output's folder or repository.
         """
-        return served(self.target, self.counterparts.target_scheme, self.parallel_sizes, place)
+        return served(self.target, self.counterparts.target_scheme, self.parallel_sizes or self._mixture(), place)
+
+    def _mixture(self) -> ParallelSizes | None:
+        """Returns why engines cannot load the output with code of their own; None if they decide that for themselves.
+
+        They refuse layers that they would have to join of quantized and other modules, or lose a part without a word:
+        read in vLLM 0.33 (``is_layer_skipped``, ``should_ignore_layer``). How Transformers loads it is not known.
+        """
+        source = self.checkpoint
+        found = mixed(self.modules.values(), source.config, source.tensors)
+        return found and found._replace(not_in_transformers="")
 
     def config(self) -> dict[str, Any]:
         """Returns the output's ``config.json``."""
@@ -217,10 +227,16 @@ def served(target: Format, scheme: Scheme, sizes: ParallelSizes | None, place: s
     Args:
         target: the format.
         scheme: of the output.
-        sizes: over how many GPUs engines can cut it; None of a format that needs no loader of ours.
+        sizes: over how many GPUs engines can cut it, and which cannot load it; None if engines decide that.
         place: the output's folder or repository.
     """
-    return target.serving(scheme, place, sizes.sizes, sizes.refusals) if sizes else target.serving(scheme, place)
+    if sizes is None:
+        return target.serving(scheme, place)
+    ways, refusals = target.serving(scheme, place, sizes.sizes), sizes.refusals
+    return tuple(
+        Serving(each.engine, reason=refusals[each.engine]) if each.command and each.engine in refusals else each
+        for each in ways
+    )
 
 
 def plan_conversion(checkpoint: Checkpoint, unaligned: Unaligned | None = None, to: str | None = None) -> Plan:

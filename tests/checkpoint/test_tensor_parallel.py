@@ -452,6 +452,25 @@ def test_modules_quantized_beside_plain_ones_that_engines_join_with_them_are_tol
         assert (f"\n\n{engine} cannot serve this checkpoint: {why}; its models" in card) == bool(why)
 
 
+@pytest.mark.parametrize(("plain", "is_refused"), [("q_proj", True), ("o_proj", False), ("experts.1.up_proj", True)])
+def test_modules_that_engines_join_are_told_of_formats_that_need_no_plugin_too(tmp_path, capsys, plain, is_refused):
+    names = {"q_proj", "k_proj", "v_proj", "experts.0.up_proj"} - {plain}
+    modules = {f"model.layers.0.a.{name}": (128, 128) for name in names}
+    weights = {f"model.layers.0.a.{plain}.weight": (128, 128)}
+    write_checkpoint(tmp_path / "source", Recipe(modules, weights, config={"num_attention_heads": 2}))
+    source = tmp_path / "source"
+    for target in "compressed-tensors", "awq":
+        out = tmp_path / target
+        for more in ["--dry-run"], []:
+            vllm, sglang = lines_of(capsys, "convert", source, out, "--to", target, *more)
+            assert (vllm.startswith("cannot: "), sglang.startswith("cannot: ")) == (is_refused, is_refused)
+            assert vllm.startswith("vllm serve ") != is_refused
+        card = (out / "README.md").read_text()
+        assert ("vLLM cannot serve this checkpoint: " in card) == ("vllm serve" not in card) == is_refused
+        assert "Transformers cannot" not in card
+        source = out
+
+
 @pytest.mark.parametrize(
     ("names", "config", "unaligned", "is_refused"),
     [
