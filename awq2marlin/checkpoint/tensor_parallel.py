@@ -185,8 +185,9 @@ def parallel_sizes(
         tensors: names of all tensors of the checkpoint, which tell what modules have biases.
     """
     modules = list(modules)
-    if mixture := mixed(modules, config, tensors):
-        return mixture
+    joined = _joined(modules, config)
+    if found := _mixture(joined, modules, tensors):
+        return found
 
     heads = Heads.of(config)
     alike: dict[_Kind, ModulePlan] = {}
@@ -208,13 +209,11 @@ def parallel_sizes(
     whole = (size for size in tried if has_experts and limit(size, cuts_experts=False) is None)
     following = 1 << max(sizes, default=0).bit_length()
     stop = limit(following) or Limit(following, "", "more ranks were not tried")
-    only_in_vllm = filter(
-        None, [*(kind.refusal_of_sglang(bits) for kind in alike), *map(_Joined.unjoinable, _joined(modules, config))]
-    )
+    only_in_vllm = filter(None, [*(kind.refusal_of_sglang(bits) for kind in alike), *map(_Joined.unjoinable, joined)])
     return ParallelSizes(sizes, stop, tuple(whole), next(only_in_vllm, ""))
 
 
-def mixed(modules: Iterable[ModulePlan], config: Mapping[str, Any], tensors: Collection[str]) -> ParallelSizes | None:
+def mixture(modules: Iterable[ModulePlan], config: Mapping[str, Any], tensors: Collection[str]) -> ParallelSizes | None:
     """Returns that engines cannot load a checkpoint, as they join quantized modules with others; None if they do not.
 
     Args:
@@ -223,13 +222,7 @@ def mixed(modules: Iterable[ModulePlan], config: Mapping[str, Any], tensors: Col
         tensors: names of all tensors of the checkpoint.
     """
     modules = list(modules)
-    for each in _joined(modules, config):
-        if reason := each.mixed(tensors):
-            return ParallelSizes(limit=Limit(1, next(iter(each.modules)), reason))
-    if plain := _plain_expert(modules, tensors):
-        reason = "experts of which some are quantized and some are not; it computes those of a layer together"
-        return ParallelSizes(limit=Limit(1, plain, reason), not_in_transformers=reason)
-    return None
+    return _mixture(_joined(modules, config), modules, tensors)
 
 
 class _Joined(NamedTuple):
@@ -281,6 +274,18 @@ def _joined(modules: Iterable[ModulePlan], config: Mapping[str, Any]) -> list[_J
         if len(names) > 1 and not (apart and module.name.rpartition(".")[2] in _LOW_RANK_NAMES):
             found.setdefault(names[0], _Joined({}, names)).modules[module.name] = module
     return list(found.values())
+
+
+def _mixture(
+    joined: Iterable[_Joined], modules: Iterable[ModulePlan], tensors: Collection[str]
+) -> ParallelSizes | None:
+    for each in joined:
+        if reason := each.mixed(tensors):
+            return ParallelSizes(limit=Limit(1, next(iter(each.modules)), reason))
+    if plain := _plain_expert(modules, tensors):
+        reason = "experts of which some are quantized and some are not; it computes those of a layer together"
+        return ParallelSizes(limit=Limit(1, plain, reason), not_in_transformers=reason)
+    return None
 
 
 def _plain_expert(modules: Iterable[ModulePlan], tensors: Collection[str]) -> str:

@@ -582,7 +582,7 @@ def as_output_errors(root: Path) -> Iterator[None]:
     except OSError as error:
         problem = problem_from_os_error(error)
         resumes = "; it resumes" if problem.code == "disk-full" else ""
-        file = problem.file or (
-            "" if error.errno is None else str(root)
-        )  # a library that cannot be loaded has no number
-        raise OutputError(replace(problem, file=file, message=problem.message + resumes)) from None
+        # Without a number it is no fault of the folder, but of a library that cannot be loaded.
+        folder = "" if error.errno is None else str(root)
+        message = problem.message + resumes
+        raise OutputError(replace(problem, file=problem.file or folder, message=message)) from None

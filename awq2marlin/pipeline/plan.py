@@ -22,7 +22,7 @@ from awq2marlin.checkpoint.counterparts import Counterparts
 from awq2marlin.checkpoint.index import converted_index, made_index, target_weight_map
 from awq2marlin.checkpoint.opening import Checkpoint, needs_index
 from awq2marlin.checkpoint.source import SourceCheckpoint
-from awq2marlin.checkpoint.tensor_parallel import ParallelSizes, mixed, parallel_sizes
+from awq2marlin.checkpoint.tensor_parallel import ParallelSizes, mixture, parallel_sizes
 from awq2marlin.errors import CheckpointError, Problem, refuse
 from awq2marlin.formats.base import Format, Quantization
 from awq2marlin.formats.names import CARD_FILENAME, CONFIG_FILENAME, INDEX_FILENAME, MANIFEST_FILENAME
@@ -113,8 +113,9 @@ class Plan:
         Args:
             place: the output's folder or repository.
         """
-        return served(self.target, self.counterparts.target_scheme, self.parallel_sizes or self._mixture(), place)
+        return served(self.target, self.counterparts.target_scheme, self.parallel_sizes or self._mixture, place)
 
+    @cached_property
     def _mixture(self) -> ParallelSizes | None:
         """Returns why engines cannot load the output with code of their own; None if they decide that for themselves.
 
@@ -122,7 +123,7 @@ class Plan:
         read in vLLM 0.33 (``is_layer_skipped``, ``should_ignore_layer``). How Transformers loads it is not known.
         """
         source = self.checkpoint
-        found = mixed(self.modules.values(), source.config, source.tensors)
+        found = mixture(self.modules.values(), source.config, source.tensors)
         return found and found._replace(not_in_transformers="")
 
     def config(self) -> dict[str, Any]:

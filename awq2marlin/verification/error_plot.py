@@ -117,9 +117,8 @@ def _figure(run: GemmRun) -> Figure:
     axes.set_ylim(bottom=0)
     layers = [depth_of(check.name) for check in run.checks] or [0]
     axes.set_xlim(min(layers) - 0.5, max(layers) + 0.5)
-    axes.xaxis.set_major_locator(
-        MaxNLocator(integer=True, min_n_ticks=1)
-    )  # otherwise one layer has fractions beside it
+    # With the usual two ticks at least, a single layer would have fractions beside it.
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.set_xlabel("layer")
     axes.set_ylabel("largest |output - float64 reference| / bound")
     axes.set_title(f"Marlin GEMM against float64, {run.device_name}", loc="left")
