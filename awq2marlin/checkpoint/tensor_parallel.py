@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from awq2marlin.layout.marlin import GPTQ_MARLIN_TILE, MARLIN_TILE_N, fused_siblings, fusion_group, is_expert
-from awq2marlin.layout.modules import ModulePlan, is_output_embedding, module_name
+from awq2marlin.layout.modules import ModulePlan, is_models_output_embedding, module_name
 from awq2marlin.layout.packing import pack_factor
 
 #: Last name components of the modules that engines cut by rows.
@@ -330,6 +330,7 @@ class _Kind(NamedTuple):
     is_padded: bool
     is_fused: bool
     is_expert: bool
+    is_vocabulary: bool
     has_bias: bool
     has_zero_points: bool
 
@@ -344,6 +345,7 @@ class _Kind(NamedTuple):
             module.is_padded,
             group != module.name or name in FUSED_QKV_NAMES | FUSED_GATE_UP_NAMES,
             group.endswith(".*"),
+            is_models_output_embedding(module.name),
             has_bias,
             "qzeros" in module.parts,
         )
@@ -379,7 +381,7 @@ class _Kind(NamedTuple):
     def _slices(self, ranks: int, heads: Heads) -> tuple[int, list[int]] | str:
         """Returns rows and widths of one rank's part, or why the ranks do not divide the module."""
         size_k, size_n, name = self.size_k, self.size_n, self.name
-        if is_output_embedding(name):
+        if self.is_vocabulary:
             size_n += -size_n % _VOCABULARY
         if name in REPLICATED_NAMES:
             return size_k, [size_n]

@@ -19,6 +19,9 @@ DEFAULT_UNALIGNED: Unaligned = "keep"
 
 #: Last name components that mark the output embedding, which is never converted.
 OUTPUT_EMBEDDING_NAMES = frozenset({"lm_head", "output", "embed_out"})
+#: Parents of which ``output`` is the whole model's. What a layer or an encoder calls its output is no embedding; it is
+#: not converted either, because the format's rule goes by the last component alone.
+_PARENTS_OF_OUTPUT = frozenset({"", "model", "language_model"})
 
 #: Data types of scales that Marlin kernels take.
 SCALE_DTYPES = ("F16", "BF16")
@@ -30,6 +33,12 @@ SCALE_BYTES = 2
 def is_output_embedding(module: str) -> bool:
     """Returns whether the module's last name component marks the output embedding."""
     return module.rpartition(".")[2] in OUTPUT_EMBEDDING_NAMES
+
+
+def is_models_output_embedding(module: str) -> bool:
+    """Returns whether a module is the output embedding of the whole model, not only named like one."""
+    parent, _, name = module.rpartition(".")
+    return is_output_embedding(module) and (name != "output" or parent in _PARENTS_OF_OUTPUT)
 
 
 def module_name(module: str, part: str) -> str:

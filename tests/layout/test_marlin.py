@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from awq2marlin.layout import marlin
 from awq2marlin.layout import packing as awq
 from awq2marlin.layout import torch_functions as layout
-from awq2marlin.layout.modules import is_output_embedding
+from awq2marlin.layout.modules import is_models_output_embedding, is_output_embedding
 from tests.shapes import MODEL_SHAPES, SMALL_SHAPES, UNALIGNED_SHAPES
 
 # --- constants --------------------------------------------------------------------------------------------
@@ -382,6 +382,22 @@ def test_the_output_embedding_is_known_by_its_last_name_component(name):
 @pytest.mark.parametrize("name", ["", "lm_head.linear", "layers.0.attn.output_proj", "output.dense", "my_lm_head"])
 def test_other_modules_are_no_output_embedding(name):
     assert not is_output_embedding(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "is_models"),
+    [
+        ("lm_head", True),
+        ("language_model.lm_head", True),
+        ("output", True),
+        ("language_model.output", True),
+        ("model.layers.0.attn.output", False),
+        ("visual.output", False),
+        ("output.dense", False),
+    ],
+)
+def test_what_a_layer_calls_its_output_is_not_the_models(name, is_models):
+    assert is_models_output_embedding(name) == is_models
 
 
 # --- the field's checks -----------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from awq2marlin.errors import printable, refuse
 from awq2marlin.formats.base import Quantization
 from awq2marlin.formats.names import CONFIG_FILENAME
 from awq2marlin.integrations.serving.inventory import Inventory
-from awq2marlin.layout.modules import is_output_embedding
+from awq2marlin.layout.modules import is_models_output_embedding
 from awq2marlin.layout.scheme import Scheme
 
 Layout = Literal["marlin", "awq", "none"]
@@ -53,11 +53,7 @@ class Contents:
     @property
     def has_quantized_head(self) -> bool:
         """Whether the model's output embedding is quantized; it is kept in AWQ layout then."""
-        parents = ("", "model", "language_model")  # what a layer or an encoder calls its output is none
-        return any(
-            is_output_embedding(name) and (not name.endswith("output") or name.rpartition(".")[0] in parents)
-            for name in self.quantization.awq_modules
-        )
+        return any(map(is_models_output_embedding, self.quantization.awq_modules))
 
     def renamed(self, rename: Callable[[list[str]], list[str]]) -> Contents:
         """Returns the same contents with other names of the modules.
