@@ -134,21 +134,15 @@ def push_folder(
         progress.start("upload", sum(identities[name].size for name in missing))
         publication.commit(missing, commit_message or DEFAULT_MESSAGE, identities, progress)
         progress.finish()
-    return PushResult(
-        source=checkpoint.folder.root,
-        repo_id=publication.repo_id,
-        revision=publication.revision,
-        url=publication.url,
-        commit=publication.commits[-1] if publication.commits else None,
-        pull_request=publication.pull_request,
+    return PushResult.of(
+        publication,
+        checkpoint.folder.root,
+        (PushedFile(name, identities[name].size, identities[name].sha256, name in missing) for name in files),
         created=created,
-        dry_run=dry_run,
-        files=tuple(
-            PushedFile(name, identities[name].size, identities[name].sha256, name in missing) for name in sorted(files)
-        ),
         removed=removed,
+        started=started,
+        dry_run=dry_run,
         left_behind=checkpoint.left_behind,
-        seconds=time.perf_counter() - started,
     )
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+import time
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
-from awq2marlin.hub.publication import FileIdentity
+from awq2marlin.hub.publication import FileIdentity, Publication
 from awq2marlin.io.digest import FileDigest, digest_of_file
 from awq2marlin.io.stream import NamedPath
 
@@ -63,6 +65,46 @@ class PushResult:
     removed: tuple[str, ...]
     left_behind: Mapping[str, str]
     seconds: float
+
+    @classmethod
+    def of(
+        cls,
+        publication: Publication,
+        source: Path,
+        files: Iterable[PushedFile],
+        *,
+        created: bool,
+        removed: tuple[str, ...],
+        started: float,
+        dry_run: bool = False,
+        left_behind: Mapping[str, str] = MappingProxyType({}),
+    ) -> PushResult:
+        """Returns what a push did to a repository, which says the rest itself.
+
+        Args:
+            publication: the repository, with what was committed.
+            source: as the attribute.
+            files: as the attribute, in any order.
+            created: as the attribute.
+            removed: as the attribute.
+            started: when the push began, by `time.perf_counter`.
+            dry_run: as the attribute.
+            left_behind: as the attribute.
+        """
+        return cls(
+            source=source,
+            repo_id=publication.repo_id,
+            revision=publication.revision,
+            url=publication.url,
+            commit=publication.commits[-1] if publication.commits else None,
+            pull_request=publication.pull_request,
+            created=created,
+            dry_run=dry_run,
+            files=tuple(sorted(files, key=lambda file: file.name)),
+            removed=removed,
+            left_behind=left_behind,
+            seconds=time.perf_counter() - started,
+        )
 
     @property
     def uploaded_bytes(self) -> int:

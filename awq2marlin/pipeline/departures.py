@@ -166,18 +166,11 @@ class Relay:
 
     def result(self) -> PushResult:
         """Returns what was sent where, once all is there."""
-        publication = self._publication
-        return PushResult(
-            source=self.out.root,
-            repo_id=publication.repo_id,
-            revision=publication.revision,
-            url=publication.url,
-            commit=publication.commits[-1] if publication.commits else None,
-            pull_request=publication.pull_request,
+        return PushResult.of(
+            self._publication,
+            self.out.root,
+            self._departures.files,
             created=self._created,
-            dry_run=False,
-            files=tuple(sorted(self._departures.files, key=lambda file: file.name)),
             removed=self._removed,
-            left_behind={},
-            seconds=time.perf_counter() - self._started,
+            started=self._started,
         )
