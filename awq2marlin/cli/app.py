@@ -18,7 +18,7 @@ import typer
 
 from awq2marlin._version import __version__
 from awq2marlin.cli import options as opt
-from awq2marlin.cli.help import Command, Group
+from awq2marlin.cli.help import Command, Group, description
 from awq2marlin.cli.outcome import guarded, how_interrupted, run, tell_usage_error, told_of_termination
 from awq2marlin.commands.options import ABOUT_TARGET, ConvertOptions, RevertOptions, VerifyOptions
 from awq2marlin.errors import EXIT_DONE, EXIT_USAGE
@@ -35,12 +35,17 @@ if TYPE_CHECKING:
 
 app = typer.Typer(
     name="awq2marlin",
-    help="Convert quantized checkpoints to the Marlin layout: offline, streamed, verified, reversible byte for byte.",
+    help=description(""),
     cls=Group,
     rich_markup_mode=None,  # which would take [@revision] for markup, and hide it
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+def _command(name: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Registers a command under its name, with its description."""
+    return app.command(name, cls=Command, help=description(name))
 
 
 @app.callback(invoke_without_command=True)
@@ -56,8 +61,8 @@ def _root(
         raise typer.Exit(EXIT_USAGE)
 
 
-@app.command(cls=Command)
-def convert(
+@_command("convert")
+def _convert(
     source: opt.Source,
     output: Annotated[
         Path | None,
@@ -87,13 +92,6 @@ def convert(
     quiet: opt.Quiet = False,
     as_json: opt.Json = False,
 ) -> None:
-    """Convert a checkpoint to Marlin's layout, or to another format.
-
-    Reads AWQ, GPTQ, AutoRound, compressed-tensors and Marlin-native checkpoints. Writes AWQ, compressed-tensors and
-    Marlin-native ones.
-
-    If interrupted, run it again to continue.
-    """
     options = opt.made(ConvertOptions, locals())
 
     def work(progress: Progress | None) -> Any:
@@ -106,8 +104,8 @@ def convert(
     run("convert", work, [source, output or ""], quiet, as_json)
 
 
-@app.command(cls=Command)
-def batch(
+@_command("batch")
+def _batch(
     file: Annotated[
         Path,
         typer.Argument(
@@ -150,10 +148,6 @@ def batch(
     quiet: opt.Quiet = False,
     as_json: opt.Json = False,
 ) -> None:
-    """Convert many checkpoints. If one fails, the others go on.
-
-    If interrupted, run it again to continue: finished items are not repeated.
-    """
     given = locals()
     from awq2marlin.batch.file import OPTIONS
 
@@ -190,8 +184,8 @@ def batch(
     run("batch", work, [file], quiet, as_json)
 
 
-@app.command(cls=Command)
-def verify(
+@_command("verify")
+def _verify(
     source: opt.Source,
     output: Annotated[
         str,
@@ -209,10 +203,6 @@ def verify(
     quiet: opt.Quiet = False,
     as_json: opt.Json = False,
 ) -> None:
-    """Compare a conversion with its source, or any two checkpoints.
-
-    Compares all values one by one. The exit code is 3 if any differ.
-    """
     options = opt.made(VerifyOptions, locals())
     if plot is not None and device is None:
         raise opt.UsageError("--plot needs --device: there is nothing to plot otherwise")
@@ -237,8 +227,8 @@ def verify(
     run("verify", work, [source, output], quiet, as_json)
 
 
-@app.command(cls=Command)
-def revert(
+@_command("revert")
+def _revert(
     converted: Annotated[
         str,
         typer.Argument(
@@ -272,10 +262,6 @@ def revert(
     quiet: opt.Quiet = False,
     as_json: opt.Json = False,
 ) -> None:
-    """Restore the source of a conversion, byte for byte.
-
-    Prints the SHA-256 of each file. If interrupted, run it again to continue.
-    """
     options = opt.made(RevertOptions, locals())
 
     def work(progress: Progress | None) -> Any:
@@ -288,8 +274,8 @@ def revert(
     run("revert", work, [converted, output or ""], quiet, as_json)
 
 
-@app.command(cls=Command)
-def push(
+@_command("push")
+def _push(
     folder: Annotated[
         Path, typer.Argument(metavar="FOLDER", parser=opt.path, help="Folder of the converted checkpoint.")
     ],
@@ -320,10 +306,6 @@ def push(
     quiet: opt.Quiet = False,
     as_json: opt.Json = False,
 ) -> None:
-    """Upload a converted checkpoint to the Hub, in one commit.
-
-    Checks every file first. If interrupted, run it again to continue.
-    """
     target = opt.made(PushTarget, {**locals(), "repo_id": repository})
 
     def work(progress: Progress | None) -> Any:
@@ -341,8 +323,8 @@ def push(
     run("push", work, [folder, repository], quiet, as_json)
 
 
-@app.command(cls=Command)
-def inspect(
+@_command("inspect")
+def _inspect(
     path: Annotated[
         str,
         typer.Argument(metavar="PATH", help="Checkpoint: folder, or Hub repository as org/name[@revision]."),
@@ -350,10 +332,6 @@ def inspect(
     quiet: opt.Quiet = False,
     as_json: opt.Json = False,
 ) -> None:
-    """Show what a checkpoint is, and which of its modules Marlin can take.
-
-    Prints format, bits, group size, and all modules with their shapes. Downloads no weights.
-    """
 
     def work(_progress: Progress | None) -> Any:
         from awq2marlin.commands.inspect import inspect
@@ -363,8 +341,8 @@ def inspect(
     run("inspect", work, [path], quiet, as_json)
 
 
-@app.command(cls=Command)
-def demo(
+@_command("demo")
+def _demo(
     folder: Annotated[
         Path | None,
         typer.Argument(metavar="FOLDER", help="Where to keep the files. By default they are removed at the end."),
@@ -372,10 +350,6 @@ def demo(
     quiet: opt.Quiet = False,
     as_json: opt.Json = False,
 ) -> None:
-    """Convert, verify and revert a small checkpoint of random weights.
-
-    Needs no model, no network and no GPU.
-    """
 
     def work(progress: Progress | None) -> Any:
         from awq2marlin.commands.demo import demo
@@ -385,12 +359,8 @@ def demo(
     run("demo", work, [], quiet, as_json)
 
 
-@app.command(cls=Command)
-def doctor(quiet: opt.Quiet = False, as_json: opt.Json = False) -> None:
-    """Show what this machine has for running the Marlin GEMM.
-
-    Reports what is missing and how to install it. convert, verify and revert need no GPU.
-    """
+@_command("doctor")
+def _doctor(quiet: opt.Quiet = False, as_json: opt.Json = False) -> None:
 
     def work(_progress: Progress | None) -> Any:
         from awq2marlin.commands.doctor import doctor

@@ -6,7 +6,6 @@ version. This one never breaks a word.
 
 from __future__ import annotations
 
-import inspect
 import shutil
 from collections.abc import Iterator, Sequence
 from textwrap import TextWrapper
@@ -25,7 +24,47 @@ _EXIT_CODES = (
     "Exit codes: 0 done, 1 failed or refused, 2 usage, 3 a difference was found, 130 interrupted, 143 terminated."
 )
 
-#: Under the empty name what stands in the help of the whole program: what an example does, and its command line.
+#: What the commands do, a string for each paragraph, and under the empty name what the program does. Of docstrings
+#: ``python -OO`` would leave nothing.
+DESCRIPTIONS: dict[str, tuple[str, ...]] = {
+    "": ("Convert quantized checkpoints to the Marlin layout: offline, streamed, verified, reversible byte for byte.",),
+    "convert": (
+        "Convert a checkpoint to Marlin's layout, or to another format.",
+        "Reads AWQ, GPTQ, AutoRound, compressed-tensors and Marlin-native checkpoints. Writes AWQ, compressed-tensors "
+        "and Marlin-native ones.",
+        "If interrupted, run it again to continue.",
+    ),
+    "batch": (
+        "Convert many checkpoints. If one fails, the others go on.",
+        "If interrupted, run it again to continue: finished items are not repeated.",
+    ),
+    "verify": (
+        "Compare a conversion with its source, or any two checkpoints.",
+        "Compares all values one by one. The exit code is 3 if any differ.",
+    ),
+    "revert": (
+        "Restore the source of a conversion, byte for byte.",
+        "Prints the SHA-256 of each file. If interrupted, run it again to continue.",
+    ),
+    "push": (
+        "Upload a converted checkpoint to the Hub, in one commit.",
+        "Checks every file first. If interrupted, run it again to continue.",
+    ),
+    "inspect": (
+        "Show what a checkpoint is, and which of its modules Marlin can take.",
+        "Prints format, bits, group size, and all modules with their shapes. Downloads no weights.",
+    ),
+    "demo": (
+        "Convert, verify and revert a small checkpoint of random weights.",
+        "Needs no model, no network and no GPU.",
+    ),
+    "doctor": (
+        "Show what this machine has for running the Marlin GEMM.",
+        "Reports what is missing and how to install it. convert, verify and revert need no GPU.",
+    ),
+}
+
+#: Examples, by command: what one does, and its command line.
 EXAMPLES: dict[str, tuple[tuple[str, str], ...]] = {
     "": (
         ("See it work, without a model", "awq2marlin demo"),
@@ -94,6 +133,11 @@ PAGES: dict[str, tuple[str, ...]] = {
 }
 
 
+def description(command: str) -> str:
+    """Returns what a command does, as one text: Typer takes it so, and passes it on to shells that complete."""
+    return "\n\n".join(DESCRIPTIONS[command])
+
+
 class Command(TyperCommand):
     """A command whose help is laid out here."""
 
@@ -119,11 +163,11 @@ def _page(command: Any, context: Any, name: str) -> Iterator[str]:
     commands = getattr(command, "commands", {})
     usage = [f"Usage: {context.command_path}", "[OPTIONS]", *map(_argument_in_usage, arguments)]
     yield from _wrapped(" ".join([*usage, "COMMAND [ARGS]..."] if commands else usage), width, later=6)
-    for paragraph in inspect.cleandoc(command.help or "").split("\n\n"):
+    for paragraph in DESCRIPTIONS[name]:
         yield ""
         yield from _wrapped(paragraph, width, first=2)
     yield from _list("Arguments", [(each.metavar, each.help or "") for each in arguments], width)
-    yield from _list("Commands", [(each, _summary(commands[each].help)) for each in commands], width)
+    yield from _list("Commands", [(each, _summary(each)) for each in commands], width)
     yield from _list("Options", [(_spelled(each), _described(each)) for each in options], width)
     yield from ("", "Examples:")
     for what, line in EXAMPLES[name]:
@@ -187,6 +231,6 @@ def _described(option: Any) -> str:
     return f"{option.help or ''}{shown}"
 
 
-def _summary(text: str | None) -> str:
-    """Returns the first sentence."""
-    return " ".join(inspect.cleandoc(text or "").split()).partition(". ")[0].rstrip(".") + "."
+def _summary(command: str) -> str:
+    """Returns the first sentence of what a command does."""
+    return DESCRIPTIONS[command][0].partition(". ")[0].rstrip(".") + "."

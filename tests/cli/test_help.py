@@ -15,7 +15,7 @@ import typer
 
 import awq2marlin
 from awq2marlin.cli.app import app, main
-from awq2marlin.cli.help import EXAMPLES, PAGES
+from awq2marlin.cli.help import DESCRIPTIONS, EXAMPLES, PAGES
 
 ROOT = Path(awq2marlin.__file__).parents[1]
 GROUP: Any = typer.main.get_command(app)
@@ -47,6 +47,7 @@ def parameters(command: str) -> list[Any]:
 def test_every_description_is_there_and_no_word_is_broken(command: str, columns: int, shown: Any) -> None:
     out = shown(command, columns)
     words = {*out.split()}
+    assert " ".join(out.split()).count(" ".join(DESCRIPTIONS[command])) == 1
     for each in parameters(command):
         assert each.help
         assert {*each.help.split()} - words == set(), each.name
@@ -89,6 +90,7 @@ def test_the_program_names_every_command_and_exit_code(shown: Any) -> None:
     out = shown("", 80)
     lines = {line.split()[0]: line for line in out.splitlines() if line.startswith("  ")}
     assert {*COMMANDS} <= {*lines}
+    assert all(GROUP.commands[name].help.startswith(lines[name].split(maxsplit=1)[1][:-1]) for name in COMMANDS)
     assert lines["batch"] == "  batch    Convert many checkpoints."
     codes = (
         "Exit codes: 0 done, 1 failed or refused, 2 usage, 3 a difference was found, 130 interrupted, 143 terminated."
@@ -101,7 +103,15 @@ def test_the_way_to_the_documents(command: str, shown: Any) -> None:
     assert [page for page in PAGES[command] if not (ROOT / page).exists()] == []
     told = " ".join(shown(command, 80).split("\n\n")[-1].split())
     assert told.endswith(f"See also: {', '.join(PAGES[command])} (in a clone of awq2marlin).")
-    assert {*EXAMPLES} == {*PAGES} == {"", *COMMANDS}
+    assert {*DESCRIPTIONS} == {*EXAMPLES} == {*PAGES} == {"", *COMMANDS}
+
+
+@pytest.mark.parametrize("command", ["", "convert"])
+def test_the_help_is_the_same_without_docstrings(command: str, shown: Any) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "80", "PYTHONDONTWRITEBYTECODE": "1"}
+    arguments = [sys.executable, "-OO", "-m", "awq2marlin", *filter(None, [command]), "--help"]
+    done = subprocess.run(arguments, env=environment, capture_output=True, text=True, check=True)
+    assert (done.stderr, done.stdout) == ("", shown(command, 80))
 
 
 @pytest.mark.parametrize("line", [line for lines in EXAMPLES.values() for _, line in lines])
