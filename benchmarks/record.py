@@ -1,4 +1,4 @@
-"""What every result of a benchmark says of where and when it was measured, and how results are written and read."""
+"""What results of benchmarks say of where, when and on which kernels they were measured; how they are kept."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import datetime
 import functools
 import json
 import subprocess
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,25 @@ def environment(of_commit: str | None = None) -> dict[str, Any]:
 
     versions = {"torch": torch.__version__, "nvrtc": jit.compiler_version()}
     return {"gpu": torch.cuda.get_device_name(), **versions, **origin(of_commit)}
+
+
+def kinds_of_layers(model: Any) -> dict[str, int]:
+    """Returns how many layers each method of an engine serves, with the kernel, experts or scheme that it names.
+
+    Args:
+        model: the engine's, vLLM's or SGLang's.
+    """
+    layers = (module for module in model.modules() if getattr(module, "quant_method", None) is not None)
+    return dict(Counter(map(_kind_of_layer, layers)))
+
+
+def _kind_of_layer(layer: Any) -> str:
+    method = layer.quant_method
+    experts = getattr(getattr(method, "moe_kernel", None), "fused_experts", None)
+    named = (getattr(method, "kernel", None), getattr(method, "experts_cls", None), getattr(layer, "scheme", None))
+    what_serves = next((each for each in (experts, *named) if each is not None), None)
+    classes = (each if isinstance(each, type) else type(each) for each in (method, what_serves) if each is not None)
+    return " ".join(each.__name__ for each in classes)
 
 
 def save(path: Path | None, result: dict[str, Any]) -> None:

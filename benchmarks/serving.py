@@ -46,7 +46,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from random_models import FORMATS, Model, write_model
-from record import earlier, origin, save
+from record import earlier, kinds_of_layers, origin, save
 
 #: Prompts that go in together, as vLLM takes them.
 Batch = list[dict[str, list[int]]]
@@ -156,20 +156,6 @@ def measured_load(work: Path, found: dict[str, Any]) -> None:
     base_loader.BaseModelLoader.load_model = load_alone
     DefaultModelLoader.load_weights = measured("read", DefaultModelLoader.load_weights)
     base_loader.process_weights_after_loading = measured("process", base_loader.process_weights_after_loading)
-
-
-def kernels_of_layers(model: Any) -> dict[str, int]:
-    """Returns how many layers each method of vLLM serves, with its kernel where it names one."""
-    found: dict[str, int] = {}
-    for module in model.modules():
-        method = getattr(module, "quant_method", None)
-        kernel = getattr(method, "kernel", None)
-        moe = getattr(method, "moe_kernel", None)
-        kernel = kernel if moe is None else moe.fused_experts
-        if method is not None:
-            key = f"{type(method).__name__} {type(kernel).__name__ if kernel is not None else ''}".strip()
-            found[key] = found.get(key, 0) + 1
-    return found
 
 
 def start(engine: Engine, folder: Path, **more: Any) -> Any:
@@ -300,7 +286,7 @@ def run_engine(name: str, work: Path, rounds: int, out: Path, batches: Iterable[
     llm = start(engine, folder)
     found["ready_seconds"] = round(time.perf_counter() - begin, 2)
     found |= {"threads": torch.get_num_threads()} if is_here else {}
-    found["layers"] = llm.apply_model(kernels_of_layers)[0]
+    found["layers"] = llm.apply_model(kinds_of_layers)[0]
     vocabulary = json.loads((folder / "config.json").read_text())["vocab_size"]
     for turn in turns(name, work, rounds):
         measure(turn, partial(timed, llm), partial(said, llm), vocabulary, found, replays, batches)

@@ -39,7 +39,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 import vllm_tokens
 from random_models import FORMATS, Model
-from record import save
+from record import kinds_of_layers, save
 from vllm_tokens import (
     DENSE_BOUND,
     KERNEL_BOUNDS,
@@ -83,18 +83,6 @@ PREFILL_GRAPHS = [8, 32, 72, 136, 304, 576]
 
 #: Where SGLang's process of a rank writes what it has loaded; the rank's number is put behind it.
 LOADED_VARIABLE = "SGLANG_TOKENS_LOADED"
-
-
-def kinds_of_layers(model: Any) -> dict[str, int]:
-    """Returns how many layers each method of SGLang serves, with its scheme or kernel where it names one."""
-    found: dict[str, int] = {}
-    for module in model.modules():
-        method = getattr(module, "quant_method", None)
-        if method is not None:
-            part = getattr(method, "kernel", None) or getattr(module, "scheme", None)
-            key = f"{type(method).__name__} {'' if part is None else type(part).__name__}".strip()
-            found[key] = found.get(key, 0) + 1
-    return found
 
 
 def digests(model: Any) -> dict[str, str]:

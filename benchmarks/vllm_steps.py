@@ -30,13 +30,12 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from cuda_graphs import Replays
-from record import origin, save
+from record import kinds_of_layers, origin, save
 from serving import (
     ENGINES,
     MODELS,
     Prompts,
     compile_beforehand,
-    kernels_of_layers,
     make_models,
     run_all,
     start,
@@ -94,7 +93,7 @@ def run_engine(name: str, work: Path, rounds: int, out: Path) -> None:
     folder = work / ENGINES[name].checkpoint
     llm = start(ENGINES[name], folder)
     found: dict[str, Any] = {"title": ENGINES[name].title, "vllm": vllm.__version__, "torch": torch.__version__}
-    found |= {"gpu": torch.cuda.get_device_name(), "layers": llm.apply_model(kernels_of_layers)[0]}
+    found |= {"gpu": torch.cuda.get_device_name(), "layers": llm.apply_model(kinds_of_layers)[0]}
     found["cudagraph_mode"] = str(llm.llm_engine.vllm_config.compilation_config.cudagraph_mode)
     prompts = Prompts(json.loads((folder / "config.json").read_text())["vocab_size"])
     found["rounds"] = []

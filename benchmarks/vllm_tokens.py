@@ -41,7 +41,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from random_models import FORMATS, Model, write_model
-from record import earlier, origin, save
+from record import earlier, kinds_of_layers, origin, save
 
 DENSE = Model(hidden=1024, inner=2816, layers=4, heads=16, key_value_heads=4, vocabulary=4096)
 
@@ -112,21 +112,6 @@ class Way:
         """Returns the options of this script that say so."""
         flags = {"--compiled": not self.eager, "--expert-parallel": self.expert_parallel}
         return ["--tp", str(self.ranks), *(flag for flag, is_on in flags.items() if is_on)]
-
-
-def kinds_of_layers(model: Any) -> dict[str, int]:
-    """Returns how many layers each method of vLLM serves, with its kernel where it names one."""
-    found: dict[str, int] = {}
-    for module in model.modules():
-        method = getattr(module, "quant_method", None)
-        if method is not None:
-            kernel = getattr(method, "kernel", None) or getattr(method, "experts_cls", None)
-            name = getattr(kernel, "__name__", type(kernel).__name__) if kernel is not None else ""
-            moe = getattr(method, "moe_kernel", None)
-            name = name if moe is None else type(moe.fused_experts).__name__
-            key = f"{type(method).__name__} {name}".strip()
-            found[key] = found.get(key, 0) + 1
-    return found
 
 
 def make_engine(folder: Path, ranks: int, eager: bool, **options: Any) -> Any:

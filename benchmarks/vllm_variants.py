@@ -33,8 +33,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from dense_models import dequantize
 from random_models import Model, write_model
-from record import earlier, origin, save
-from vllm_tokens import DENSE_BOUND, ENVIRONMENT, agreement, answer, draw_prompts, judge, kinds_of_layers, make_engine
+from record import earlier, kinds_of_layers, origin, save
+from vllm_tokens import DENSE_BOUND, ENVIRONMENT, agreement, answer, draw_prompts, judge, make_engine
 
 MODELS = {
     False: Model(hidden=1024, inner=2816, layers=4, heads=16, key_value_heads=4, vocabulary=4096),

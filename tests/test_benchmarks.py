@@ -41,6 +41,33 @@ def script(monkeypatch):
     return importlib.import_module
 
 
+def test_layers_are_counted_by_their_method_and_what_it_names(script):
+    class Linear: ...
+
+    class Marlin: ...
+
+    class Experts: ...
+
+    def layer(scheme=None, **named):
+        method = Linear()
+        vars(method).update(named)
+        return SimpleNamespace(quant_method=method, scheme=scheme)
+
+    with_experts = SimpleNamespace(fused_experts=Experts())
+    modules = [
+        SimpleNamespace(),
+        SimpleNamespace(quant_method=None),
+        layer(),
+        layer(kernel=Marlin()),
+        layer(kernel=Marlin(), moe_kernel=None),
+        layer(experts_cls=Experts),
+        layer(kernel=Marlin(), moe_kernel=with_experts),
+        layer(scheme=Marlin()),
+    ]
+    counted = script("record").kinds_of_layers(SimpleNamespace(modules=lambda: modules))
+    assert counted == {"Linear": 1, "Linear Marlin": 3, "Linear Experts": 2}
+
+
 def test_the_load_chart_is_drawn_and_its_table_holds_the_figures(tmp_path):
     vllm = {"engine": "vllm", "awq": RUN, "marlin": {**RUN, "process_seconds": 0.0625, "gpu_reserved_peak_mib": 5632.0}}
     transformers = {"engine": "transformers", "awq": {"error": "GPTQModel is missing"}, "marlin": RUN}
