@@ -194,6 +194,9 @@ def convert_many(
 
 
 def _placed(problem: Problem, source: str) -> Problem:
+    """Returns a problem with its file's whole path; the source itself it may name as the list does."""
+    if os.path.realpath(problem.file) == source:
+        return replace(problem, file=source)
     return replace(problem, file=os.path.join(source, problem.file))  # noqa: PTH118 - may be absolute or empty
 
 

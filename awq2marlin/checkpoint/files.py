@@ -145,11 +145,17 @@ def left_behind_warning(left_behind: Mapping[str, str], sizes: Mapping[str, int]
         left_behind: names with the reasons.
         sizes: bytes of each.
     """
-    names = [name for name, reason in left_behind.items() if reason != _HIDDEN]
+    hidden = unmentioned(left_behind)
+    names = [name for name in left_behind if name not in hidden]
     if names:
         shown = _listed(f"{printable(name)} ({size_text(sizes[name])}, {left_behind[name]})" for name in names)
         total = f", {size_text(sum(sizes[name] for name in names))} in all" if len(names) > 1 else ""
         yield f"left behind, so 'revert' cannot restore it: {shown}{total}{_advice({*left_behind.values()})}"
+
+
+def unmentioned(left_behind: Mapping[str, str]) -> dict[str, str]:
+    """Returns the files of which `left_behind_warning` does not speak, with the reasons: hidden ones."""
+    return {name: reason for name, reason in left_behind.items() if reason == _HIDDEN}
 
 
 def _advice(reasons: Set[str]) -> str:

@@ -190,7 +190,8 @@ def _verify(
     output: Annotated[
         str,
         typer.Argument(
-            metavar="OUTPUT", help="Its conversion, or any other checkpoint: folder or Hub repository, as SOURCE."
+            metavar="OUTPUT",
+            help="Its conversion, or any other checkpoint: folder or Hub repository, written like SOURCE.",
         ),
     ],
     modules: opt.Modules = None,

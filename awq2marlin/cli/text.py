@@ -93,6 +93,13 @@ def _show_lists(left_behind: Mapping[str, str], warnings: Sequence[str]) -> None
         _say(f"not carried over: {', '.join(names)}{more}")
 
 
+def _unmentioned(left_behind: Mapping[str, str]) -> Mapping[str, str]:
+    """Returns the files of which no warning speaks."""
+    from awq2marlin.checkpoint.files import unmentioned  # loaded long ago, where there is a result
+
+    return unmentioned(left_behind)
+
+
 @show.register
 def _conversion(result: ConvertResult) -> None:
     _show_plan(result) if result.dry_run else _show_conversion(result)
@@ -118,7 +125,7 @@ def _show_plan(result: ConvertResult) -> None:
     _say(f"would write   {size_text(result.output_bytes)} to {printable(str(result.output))}")
     kept = f", keep {len(result.kept)} in AWQ layout" if result.kept or result.to == "Marlin" else ""
     _say(f"would convert {_counted(result.converted)}{kept}")
-    _show_lists(result.left_behind, [*result.warnings, *result.hindrances])
+    _show_lists(_unmentioned(result.left_behind), [*result.warnings, *result.hindrances])
     for note in _conversion_notes(result):
         _say(f"note       {note}")
     _show_serving(result.serving, "to serve it afterwards")
@@ -126,16 +133,18 @@ def _show_plan(result: ConvertResult) -> None:
 
 def _show_serving(serving: Sequence[Serving], title: str) -> None:
     """Prints what serves a checkpoint: a command of each engine to be copied, or why one cannot."""
-    installs = {each.install: each.where for each in serving if each.install}
+    installs = {each.install: f"{each.install}{each.where and f'  # {each.where}'}" for each in serving if each.install}
     if serving:
         _say(title)
     for each in serving:
         lines = [f"cannot: {each.reason}"] if each.reason else each.command.splitlines()
         for label, line in zip_longest([each.engine], filter(None, [*lines, each.note]), fillvalue=""):
             _say(f"  {label:<13} {escaped(line)}")
-    for install, where in installs.items():
-        engines = " and ".join(each.engine for each in serving if each.install == install)
-        _say(f"  {'to install':<13} {install}{where and f', {where}'}: for {engines}")
+    if installs:
+        _say("to install what they need")
+    for install, line in installs.items():
+        engines = ", ".join(each.engine for each in serving if each.install == install)
+        _say(f"  {engines:<13} {line}")
 
 
 def _show_conversion(result: ConvertResult) -> None:
@@ -159,7 +168,7 @@ def _show_conversion(result: ConvertResult) -> None:
         _say(f"pushed     {printable(result.pushed.url)}")
     if result.output.exists():
         _say(f"output     {printable(str(result.output))}")
-    _show_lists(result.left_behind, result.warnings)
+    _show_lists(_unmentioned(result.left_behind), result.warnings)
     for note in _conversion_notes(result):
         _say(f"note       {note}")
     _show_serving(result.serving, "to serve it")
@@ -189,14 +198,13 @@ def _batch(result: BatchResult) -> None:
     verb = "could be done" if result.dry_run else "done"
     before = sum(item.exit_code == EXIT_DONE for item in earlier)
     by_earlier = f" ({before} of them by earlier runs)" if before else ""
-    total = len(result.items)
-    _say(f"{total} item{'' if total == 1 else 's'}: {done} {verb}{by_earlier}, {len(failed)} failed")
+    _say(f"{_counted(result.items, 'item')}: {done} {verb}{by_earlier}, {len(failed)} failed")
     for item in failed:
         if item.earlier:  # of the others it was told when they ended
             _say(outcome_text(item))
-    untried = sum(item.exit_code != EXIT_DONE for item in earlier)
+    untried = [item for item in earlier if item.exit_code != EXIT_DONE]
     if untried:
-        _say(f"not retried: {untried} that failed in an earlier run; use --retry-failed")
+        _say(f"not retried: {_counted(untried, 'item')} that failed in an earlier run; use --retry-failed")
     elif failed and not result.dry_run:
         how = "with --retry-failed" if result.record else "again"  # without a record nobody knows what failed
         _say(f"run the same command {how} to retry what failed")
@@ -321,7 +329,7 @@ def _push(result: PushResult) -> None:
     _say(f"checked    {_counted(result.files, 'file')}; all are as the conversion wrote them")
     _say(
         f"{would:<10} {_counted(sent, 'file')}, {size_text(result.uploaded_bytes)}"
-        + (f"; {there} are there" if there else "")
+        + (f"; {there} already there" if there else "")
     )
     if result.removed:
         removed = "would remove" if result.dry_run else "removed"
@@ -344,7 +352,7 @@ def _inspection(result: InspectResult) -> None:
     zero_points = "with" if result.zero_point else "without"
     model = f", {printable(result.model_type)}" if result.model_type else ""
     _say(f"{name} checkpoint, {result.bits} bits, group size {result.group_size}, {zero_points} zero points{model}")
-    content = f"{len(result.shards)} shard(s), {result.tensors} tensors, {size_text(result.bytes)}"
+    content = f"{_counted(result.shards, 'shard')}, {result.tensors} tensors, {size_text(result.bytes)}"
     _say(f"{printable(str(result.path))}: {content}")
     groups: Counter[tuple[str, ...]] = Counter()
     sizes: Counter[tuple[str, ...]] = Counter()
@@ -369,7 +377,7 @@ def _inspection(result: InspectResult) -> None:
     _say(f"{_counted(result.modules, 'quantized module')}, {len(result.unquantized_modules)} in full precision")
     for line in _ranks_lines(result):
         _say(line)
-    _show_lists(result.left_behind, result.warnings)
+    _show_lists(_unmentioned(result.left_behind), result.warnings)
     if result.format == _own_format():
         _show_serving(result.serving, "to serve it")
 
@@ -385,7 +393,7 @@ def _description(result: InspectResult) -> None:
     known = [f"{result.bits:g} bits" if result.bits else "", result.model_type]
     known.insert(1, f"group size {result.group_size}" if result.group_size else "")
     _say(", ".join(printable(each) for each in (result.title, *known) if each))
-    content = f"{len(result.shards)} file(s) of weights, {result.tensors} tensors, {size_text(result.bytes)}"
+    content = f"{_counted(result.shards, 'file')} of weights, {result.tensors} tensors, {size_text(result.bytes)}"
     _say(f"{printable(str(result.path))}: {content}")
     if result.dtypes:
         _say(f"types      {', '.join(f'{count} {printable(dtype)}' for dtype, count in result.dtypes.items())}")

@@ -187,7 +187,7 @@ def _owned(root: Path, names: Collection[str], overwrite: bool) -> list[str] | N
     if present and read_journal(root) is None:
         message = (
             f"the folder is not empty ({printable(present[0])}); choose another, or use --overwrite, which keeps files "
-            "that equal the restored ones and refuses others of their names"
+            "that equal the restored ones and stops at others of the same name"
         )
         raise OutputError(Problem(str(root), "", "not-empty", message))
     return None

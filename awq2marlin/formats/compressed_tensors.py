@@ -105,7 +105,7 @@ class CompressedTensors(Format):
                 _LOADS_ZERO_POINTS.format(place=json.dumps(place)),
                 language="python",
                 install=_INSTALL,
-                note="Transformers 5.23 loads zero points only of dense models, and unpacked",
+                note="Transformers 5.23 loads zero points only in dense models, and only unpacked like this",
             ),
         )
 

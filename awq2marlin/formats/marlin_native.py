@@ -27,7 +27,7 @@ from awq2marlin.layout.scheme import Scheme
 MARLIN_QUANT_METHOD = "marlin_native"
 FORMAT_VERSION = 1
 
-_SGLANG_CAVEAT = "The plugin ran small models on an H100 and two H200s"
+_SGLANG_CAVEAT = "Tested on one H100 and two H200s, with small models"
 
 
 class MarlinNative(MarlinTensors):

@@ -91,8 +91,7 @@ def open_source_of_run(
     if not isinstance(name, HubName):
         if is_ambiguous(source):
             progress.note(
-                f"reading the folder {source}, which is here; for the Hub repository of that name, pass "
-                f"{HUB_PREFIX}{source}"
+                f"reading the local folder {source}; for the Hub repository of that name, pass {HUB_PREFIX}{source}"
             )
         found = folder_at(source, follow_links=follow_links)
         for line in links_text(found):

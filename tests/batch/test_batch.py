@@ -55,6 +55,16 @@ def test_what_is_left_behind_is_told_once_by_a_plan_too(tmp_path, capsys):
         )
 
 
+@pytest.mark.parametrize("name", ["nothing", "./nothing", "awq/../nothing"])
+def test_a_source_that_is_not_there_is_named_by_its_path_once(name, tmp_path, monkeypatch, run):
+    (tmp_path / "awq").mkdir()
+    monkeypatch.chdir(tmp_path)
+    Path("list").write_text(f"{name}\nawq\n")
+    report = run("batch", "list").report
+    files = [error["file"] for error in report["errors"]]
+    assert files == [str(tmp_path / "nothing"), str(tmp_path / "awq/config.json")]
+
+
 # --- one after the other, and again -----------------------------------------------------------------------
 
 
@@ -93,7 +103,7 @@ def test_a_rerun_touches_nothing_and_failures_are_tried_only_when_asked(models, 
     assert outcome.code == 1, "the batch has items that failed"
     assert outcome.report["details"]["earlier"] == MODELS
     assert "20 items: 17 done (17 of them by earlier runs), 3 failed" in people.out
-    assert "not retried: 3 that failed in an earlier run; use --retry-failed" in people.out
+    assert "not retried: 3 items that failed in an earlier run; use --retry-failed" in people.out
     assert Path(RECORD).read_bytes() == recorded
 
     mended = models.folder / "model-15"

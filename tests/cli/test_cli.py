@@ -480,7 +480,21 @@ def test_dry_run_writes_nothing_and_tells_what_becomes_of_every_module(
     size = (made / "marlin" / SHARD).stat().st_size
     assert f"would write {size_text(size)} to output" in lines
     assert "would convert 3 modules, keep 4 in AWQ layout" in lines
-    assert "not carried over: pytorch_model.bin (pickled weights)" in lines
+    (told,) = (line for line in lines if "pytorch_model.bin" in line)
+    assert told.startswith("warning left behind, so 'revert' cannot restore it: pytorch_model.bin (")
+
+
+def test_hidden_files_that_are_left_behind_are_listed_without_a_warning(
+    made: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(made / "awq", "awq")
+    Path("awq/.gitattributes").write_text("*.safetensors filter=lfs\n")
+    for options in (["--dry-run"], []):
+        code, out, _ = run(capsys, "convert", "./awq", "output", *options)
+        assert code == 0
+        lines = out.splitlines()
+        assert "not carried over: .gitattributes (hidden)" in lines
+        assert [line for line in lines if ".gitattributes" in line and "warning" in line] == []
 
 
 def test_a_dry_run_says_what_would_stop_the_run(made: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -96,7 +96,7 @@ def test_the_summary_tells_what_was_left_alone(capsys):
     assert told.splitlines()[-2:] == ["wrote 2.0 MB in 2.0 s", "record     list.record.jsonl"]
     show(replace(result, items=(replace(FAILED, earlier=True),)))
     told = capsys.readouterr().out
-    assert "not retried: 1 that failed in an earlier run; use --retry-failed" in told
+    assert "not retried: 1 item that failed in an earlier run; use --retry-failed" in told
     assert outcome_text(FAILED) in told
     disks = (Disk(Path("/m"), 3_000_000, 2_000_000), Disk(Path("/o"), 3, 2_000_000))
     show(replace(result, items=(DONE,), dry_run=True, disks=disks))

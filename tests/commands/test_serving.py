@@ -35,7 +35,7 @@ def test_plan_conversion_inspection_and_card_say_the_same(awq: Path) -> None:
     )
     assert (sglang.command, sglang.note) == (
         "sglang serve --model-path awq-marlin",
-        "Over several GPUs: --tp-size 2 or 4. The plugin ran small models on an H100 and two H200s",
+        "Over several GPUs: --tp-size 2 or 4. Tested on one H100 and two H200s, with small models",
     )
     assert transformers.command.startswith("import awq2marlin.integrations.transformers")
     card = Path("awq-marlin/README.md").read_text("utf-8")
@@ -77,11 +77,12 @@ def test_the_last_lines_are_what_to_do_next(capsys: pytest.CaptureFixture[str]) 
         "  vLLM          vllm serve awq-marlin",
         "                Over several GPUs: --tensor-parallel-size 2 or 4",
         "  SGLang        sglang serve --model-path awq-marlin",
-        "                Over several GPUs: --tp-size 2 or 4. The plugin ran small models on an H100 and two H200s",
+        "                Over several GPUs: --tp-size 2 or 4. Tested on one H100 and two H200s, with small models",
         "  Transformers  import awq2marlin.integrations.transformers  # without this line, Transformers refuses it",
         "                from transformers import AutoModelForCausalLM, AutoTokenizer",
         '                model = AutoModelForCausalLM.from_pretrained("awq-marlin", device_map="auto")',
         '                tokenizer = AutoTokenizer.from_pretrained("awq-marlin")',
-        "  to install    pip install '.[cuda]', in a clone of awq2marlin: for vLLM and SGLang",
-        "  to install    pip install '.[transformers,cuda]', in a clone of awq2marlin: for Transformers",
+        "to install what they need",
+        "  vLLM, SGLang  pip install '.[cuda]'  # in a clone of awq2marlin",
+        "  Transformers  pip install '.[transformers,cuda]'  # in a clone of awq2marlin",
     ]

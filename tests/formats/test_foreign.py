@@ -193,7 +193,7 @@ def test_what_is_said_of_it_on_the_screen_and_in_json(tmp_path, capsys):
     assert main(["inspect", str(source)]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "bitsandbytes checkpoint, 4 bits, llama"
-    assert lines[1].endswith(f"1 file(s) of weights, 3 tensors, {(source / 'model.safetensors').stat().st_size} B")
+    assert lines[1].endswith(f"1 file of weights, 3 tensors, {(source / 'model.safetensors').stat().st_size} B")
     assert lines[2] == "types      2 U8, 1 F16"
     assert lines[3].startswith("it cannot be converted: this is a bitsandbytes checkpoint, which is not converted: its")
     assert lines[3].endswith("look for another version of this model")

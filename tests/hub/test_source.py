@@ -186,7 +186,7 @@ def test_a_folder_of_that_name_wins_and_the_command_says_so(hub, run, source):
     shutil.copytree(source, REPO)
     outcome = run("convert", REPO, "out")
     assert outcome.code == 0
-    told = f"reading the folder {REPO}, which is here; for the Hub repository of that name, pass hf://{REPO}"
+    told = f"reading the local folder {REPO}; for the Hub repository of that name, pass hf://{REPO}"
     assert told in outcome.err
     assert hub.requests() == []
     assert run("convert", f"hf://{REPO}", "out2").code == 0
