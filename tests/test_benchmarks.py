@@ -819,3 +819,37 @@ def test_the_host_s_time_a_call_is_the_median_of_loops_that_take_turns(script, t
     second = {"inference_mode_us": 1e5, "us": 1e5}  # of ten calls, by the clock
     assert result["rows"] == [{"call": "one", **second, "gpu_us": 1.0}, {"call": "two", **second, "gpu_us": 7e6}]
     assert [line.endswith("bound by the GPU") for line in capsys.readouterr().out.splitlines()] == [False] * 3 + [True]
+
+
+NCU_TABLE = """\
+==PROF== Connected to process 1557 (/usr/bin/python3.12)
+==WARNING== Note: Running with unmodified GPU clocks.
+"ID","Kernel Name","gpu__time_duration.sum","launch__grid_size",\
+"sm__pipe_tensor_cycles_active.avg.pct_of_peak_sustained_elapsed",\
+"sm__pipe_tensor_cycles_active.max.pct_of_peak_sustained_elapsed",\
+"smsp__average_warps_issue_stalled_barrier_per_issue_active.ratio",\
+"smsp__average_warps_issue_stalled_long_scoreboard_per_issue_active.ratio",\
+"smsp__average_warps_issue_stalled_selected_per_issue_active.ratio"
+"","","ns","","%","%","inst","inst","inst"
+"0","awq2marlin_kernel","120,640","132","56.97","57.17","0","3.00","1.00"
+"1","awq2marlin_kernel","9,728","1,792","0.45","0.59","1.00","1.00","2.00"
+==PROF== Disconnected from process 1557
+"""
+
+
+def test_a_profile_has_the_figures_of_every_launch_and_says_where_there_are_others(tmp_path, script, capsys):
+    profile, table = script("kernel_profile"), tmp_path / "ncu.csv"
+    table.write_text(NCU_TABLE)
+    rows = profile.rows_of(table, [("8B o, M = 64", "HopperGemm<1>"), ("8B o, M = 64", "HopperSum<1>")])
+    assert [(row["kernel"], row["us"], row["blocks"], row["tensor_cores"]) for row in rows] == [
+        ("HopperGemm<1>", 120.64, 132, 56.97),
+        ("HopperSum<1>", 9.73, 1792, 0.45),
+    ]
+    assert rows[0]["stalls"] == {"long_scoreboard": 75.0, "barrier": 0.0}
+    assert rows[1]["stalls"] == {"barrier": 25.0, "long_scoreboard": 25.0}
+    profile.show({"gpu": "H100", "rows": rows})
+    assert "| 8B o, M = 64 | HopperGemm<1> | 121 | 57 | - | - | - | - | - | - | long_scoreboard 75, barrier 0 |" in (
+        capsys.readouterr().out
+    )
+    with pytest.raises(SystemExit, match="2 launches, and there were 1"):
+        profile.rows_of(table, [("8B o, M = 64", "HopperGemm<1>")])
