@@ -27,7 +27,7 @@ class Need:
         module: where it is, below the engine's package.
         name: what it is called there, with dots for what is inside.
         arguments: what it is called with, by name.
-        attributes: what must be in it, or declared there as that of its instances.
+        attributes: what must be in it, or declared there as that of its instances, or be a name in its constructor.
         optional: further arguments, which it gets where it takes them.
     """
 
@@ -50,7 +50,7 @@ class Need:
                 found = getattr(found, part)
         except (ImportError, AttributeError):
             return [place]
-        declared = getattr(found, "__annotations__", {})
+        declared = {*getattr(found, "__annotations__", {}), *_names_in_constructors(found)}
         lost = [f"{place}.{each}" for each in self.attributes if not hasattr(found, each) and each not in declared]
         return lost + [f"{place}({each})" for each in self._misfits(found)] if self.arguments else lost
 
@@ -64,6 +64,13 @@ class Need:
             is_needed = each.default is each.empty and each.kind not in (each.VAR_KEYWORD, each.VAR_POSITIONAL)
             if is_needed and each.name not in given:
                 yield f"without {each.name}="
+
+
+def _names_in_constructors(found: Any) -> Iterator[str]:
+    """Yields the names in the constructors of a class and its bases, among them what these give to an instance."""
+    for each in getattr(found, "__mro__", ()):
+        constructor = vars(each).get("__init__")
+        yield from getattr(getattr(constructor, "__code__", None), "co_names", ())
 
 
 def needed_parameters(module: str) -> tuple[Need, ...]:

@@ -73,7 +73,7 @@ class MarlinNativeMoEMethod(MarlinExperts, AutoAWQMoEMethod):  # type: ignore[mi
         is_served, reason = experts.is_supported_config(experts, self.moe, key, None, experts.activation_format())
         if not is_served:
             self.refuse(f"vLLM's Marlin experts do not serve it: {reason}")
-        if getattr(layer, "apply_router_weight_on_input", False):
+        if layer.apply_router_weight_on_input:
             self.refuse("the model applies router weights to expert inputs, which vLLM's Marlin experts would do again")
         if self.moe.has_bias:
             self.refuse("its experts have biases, which this plugin does not load")

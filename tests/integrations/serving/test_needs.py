@@ -12,6 +12,13 @@ VLLM = Engine("vLLM", "vllm", ((0, 25), (0, 29), (0, 33)))
 SGLANG = Engine("SGLang", "sglang", ((0, 5, 23),))
 
 
+class Layer:
+    """A class whose instances have what it does not."""
+
+    def __init__(self, size):
+        self.width = size
+
+
 @pytest.fixture
 def place(monkeypatch):
     """A module ``vllm.made_up`` with a class and a function."""
@@ -22,6 +29,7 @@ def place(monkeypatch):
     module = ModuleType("vllm.made_up")
     module.multiply, module.anything = multiply, lambda **options: options
     module.Kinds = type("Kinds", (), {"MARLIN": 1, "__annotations__": {"size": int}})
+    module.Layer = type("Layer", (Layer,), {})
     monkeypatch.setitem(sys.modules, "vllm", ModuleType("vllm"))
     monkeypatch.setitem(sys.modules, "vllm.made_up", module)
 
@@ -38,6 +46,7 @@ def place(monkeypatch):
         (Need("made_up", "Kinds.MARLIN"), []),
         (Need("made_up", "Kinds", (), ("MARLIN", "BATCHED")), ["vllm.made_up.Kinds.BATCHED"]),
         (Need("made_up", "Kinds", (), ("size",)), []),
+        (Need("made_up", "Layer", (), ("width", "height")), ["vllm.made_up.Layer.height"]),
         (Need("made_up", "divide", ("x",)), ["vllm.made_up.divide"]),
         (Need("elsewhere", "multiply"), ["vllm.elsewhere.multiply"]),
     ],

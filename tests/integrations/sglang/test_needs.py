@@ -31,7 +31,7 @@ def test_the_installed_version_has_all_and_was_tried():
 def test_all_that_the_plugin_imports_of_sglang_is_looked_up():
     from awq2marlin.integrations import sglang as plugin
 
-    assert_imports_are_looked_up(plugin, SGLANG, (*ALWAYS, *EXPERTS), NOT_LOOKED_UP)
+    assert_imports_are_looked_up(plugin, SGLANG, ALWAYS, EXPERTS, NOT_LOOKED_UP)
 
 
 @pytest.mark.usefixtures("harness")

@@ -35,7 +35,7 @@ def test_the_installed_version_has_all_and_was_tried():
 def test_all_that_the_plugin_imports_of_vllm_is_looked_up():
     from awq2marlin.integrations import vllm as plugin
 
-    assert_imports_are_looked_up(plugin, VLLM, (*ALWAYS, *EXPERTS), NOT_LOOKED_UP)
+    assert_imports_are_looked_up(plugin, VLLM, ALWAYS, EXPERTS, NOT_LOOKED_UP)
 
 
 @pytest.mark.usefixtures("harness")
@@ -54,3 +54,18 @@ def test_what_the_plugin_calls_of_layers_and_their_configs_is_looked_up(module, 
     monkeypatch.delattr(place, name)
     lost = [each for need in EXPERTS for each in need.lacks("vllm")]
     assert lost == [f"{module}.{owner}.{name}"]
+
+
+@pytest.mark.usefixtures("harness")
+def test_what_every_layer_is_compared_with_is_looked_up_for_dense_models_too(monkeypatch):
+    monkeypatch.delattr("vllm.model_executor.layers.fused_moe.RoutedExperts")
+    lost = [each for need in ALWAYS for each in need.lacks("vllm")]
+    assert lost == ["vllm.model_executor.layers.fused_moe.RoutedExperts"]
+
+
+@pytest.mark.usefixtures("harness")
+@pytest.mark.parametrize("name", ["VLLM_BATCH_INVARIANT", "VLLM_MARLIN_INPUT_DTYPE"])
+def test_a_setting_that_would_be_refused_is_looked_up(name, monkeypatch):
+    monkeypatch.delitem(importlib.import_module("vllm.envs").environment_variables, name)
+    lost = [each for need in ALWAYS for each in need.lacks("vllm")]
+    assert lost == [f"vllm.envs.{name}"]
