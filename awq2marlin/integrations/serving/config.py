@@ -68,9 +68,12 @@ class ServingConfig:
         Raises:
             CheckpointError: naming the first such module, and what to do.
         """
-        inventory = self.contents.inventory
-        if inventory is not None and self.contents.bits == 8 and inventory.zero_point_modules:
-            reason = reason_without_own(capability)
-            if reason:
-                message = f"8 bits with zero points: {reason}"
-                raise refuse("unsupported-engine", message, tensor=min(inventory.zero_point_modules))
+        contents = self.contents
+        if contents.inventory is not None:
+            found = contents.inventory.zero_point_modules
+        else:  # no headers were read: the config says it, of no module by name
+            found = frozenset({""} if contents.quantization.zero_point else ())
+        reason = reason_without_own(capability) if found and contents.bits == 8 else None
+        if reason:
+            message = f"8 bits with zero points: {reason}"
+            raise refuse("unsupported-engine", message, tensor=min(found))

@@ -126,11 +126,10 @@ class MarlinNativeConfig(ServingConfig, QuantizationConfig):  # type: ignore[mis
         _check_engine()
         way = load_config.load_format
         self.by_weight_loaders = str(getattr(way, "value", way)) in _BY_WEIGHT_LOADERS
-        if not self.by_weight_loaders:
-            return  # the files may hold other names, one rank's shapes, or nothing
-        self.untie(logger, model_config.hf_config, model_config.hf_text_config)
-        inventory = self._read_inventory(model_config, load_config)
-        self._take(replace(self.contents, inventory=inventory))
+        if self.by_weight_loaders:  # otherwise the files may hold other names, one rank's shapes, or nothing
+            self.untie(logger, model_config.hf_config, model_config.hf_text_config)
+            inventory = self._read_inventory(model_config, load_config)
+            self._take(replace(self.contents, inventory=inventory))
         self.refuse_unserved(_capability())
 
     def _read_inventory(self, model_config: Any, load_config: Any) -> Inventory | None:

@@ -126,12 +126,15 @@ def test_weights_that_sglang_makes_up_need_no_files(harness, tmp_path, monkeypat
 
 
 @pytest.mark.usefixtures("on_a_gpu")
-def test_8_bits_with_zero_points_are_refused_beforehand_where_ours_may_not_serve_them(harness, tmp_path, monkeypatch):
+@pytest.mark.parametrize(("way", "named"), [("auto", "model.layers.0.mlp.down_proj"), ("sharded_state", "")])
+def test_8_bits_with_zero_points_are_refused_beforehand_where_ours_may_not_serve_them(
+    harness, tmp_path, monkeypatch, way, named
+):
     eight = harness.Model(tmp_path, {"model.layers.0.mlp.down_proj": (256, 192)}, bits=8, with_inventory=False)
-    check(eight)
+    check(eight, load_format=way)
     monkeypatch.setenv("AWQ2MARLIN_KERNEL", "engine")
-    problem = problem_of(check, eight)
-    assert (problem.code, problem.tensor) == ("unsupported-engine", "model.layers.0.mlp.down_proj")
+    problem = problem_of(check, eight, load_format=way)
+    assert (problem.code, problem.tensor) == ("unsupported-engine", named)
     assert "8 bits with zero points: AWQ2MARLIN_KERNEL=engine leaves it to the engine's kernels" in problem.message
 
 

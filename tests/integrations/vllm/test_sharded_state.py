@@ -4,6 +4,8 @@ from unittest import mock
 
 import pytest
 
+from tests.integrations.serving.plugins import problem_of
+
 RANKS = [(0, 1), (1, 2)]
 
 
@@ -89,13 +91,36 @@ def test_experts_come_back_as_they_were(harness, experts, tmp_path, rank, ranks,
     harness.assert_same(harness.tensors(again), harness.tensors(first))
 
 
-def test_a_folder_of_sharded_state_is_not_read_as_a_checkpoint(harness, tmp_path, monkeypatch):
+@pytest.fixture
+def on_a_gpu(monkeypatch):
+    """Makes vLLM believe that it has a GPU."""
     from vllm import platforms
 
     monkeypatch.setattr(type(platforms.current_platform), "is_cuda", lambda _: True)
-    model = harness.Model(tmp_path, {"mlp.down_proj": (256, 64)}, with_inventory=False)
+
+
+def saved_model(harness, folder, **options):
+    """Returns a model whose only file has the name of a rank's."""
+    model = harness.Model(folder, {"mlp.down_proj": (256, 64)}, with_inventory=False, **options)
     (model.folder / "model.safetensors").rename(model.folder / "model-rank-0-part-0.safetensors")
+    return model
+
+
+@pytest.mark.usefixtures("on_a_gpu")
+def test_a_folder_of_sharded_state_is_not_read_as_a_checkpoint(harness, tmp_path):
+    model = saved_model(harness, tmp_path)
     with mock.patch("awq2marlin.integrations.vllm.config.read_inventory") as read:
         model.config.maybe_update_config(str(model.folder))
     read.assert_not_called()
     assert model.config.contents.inventory is None
+
+
+@pytest.mark.usefixtures("on_a_gpu")
+def test_8_bits_with_zero_points_in_a_saved_state_are_refused_where_ours_may_not_serve_them(
+    harness, tmp_path, monkeypatch
+):
+    model = saved_model(harness, tmp_path, bits=8)
+    model.config.maybe_update_config(str(model.folder))
+    monkeypatch.setenv("AWQ2MARLIN_KERNEL", "engine")
+    message = problem_of(model.config.maybe_update_config, str(model.folder)).message
+    assert "8 bits with zero points: AWQ2MARLIN_KERNEL=engine leaves it to the engine's kernels" in message
