@@ -423,7 +423,7 @@ def test_modules_that_sglang_cannot_read_are_told_where_its_command_would_stand(
 def lines_of(capsys, *arguments):
     """Returns what a command says of vLLM and of SGLang, one line each."""
     assert main([str(each) for each in arguments]) == 0
-    said = capsys.readouterr().out.splitlines()
+    said = capsys.readouterr().out.partition("to install what they need")[0].splitlines()
     return [line.split(maxsplit=1)[1] for line in said if line.startswith(("  vLLM  ", "  SGLang  "))]
 
 
