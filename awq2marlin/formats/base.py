@@ -721,6 +721,7 @@ def require_modules(modules: Mapping[str, Linear], problems: Sequence[Problem], 
     if not modules:
         raise refuse(
             "no-quantized-modules",
-            "the config says that the checkpoint is quantized, but no tensor is: the config contradicts the tensors",
+            "the config says that the checkpoint is quantized, but no tensor is; the config does not belong to these "
+            "shards: download both again",
             file=quantization.origin,
         )

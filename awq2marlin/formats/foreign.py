@@ -123,8 +123,9 @@ _FILES = {"job_new.json": "exl2", "measurement.json": "exl2", "quantization_conf
 MODELOPT_FILENAME = "hf_quant_config.json"
 
 _WHAT_TO_DO = (
-    "Only AWQ (versions gemm, gemv, gemv_fast and marlin), GPTQ of format 'gptq' or 'gptq_v2', AutoRound's packings of "
-    "these, and compressed-tensors of format 'pack-quantized' are converted; look for another version of this model"
+    "awq2marlin converts only AWQ (versions gemm, gemv, gemv_fast and marlin), GPTQ of format 'gptq' or 'gptq_v2', "
+    "AutoRound's packings of these, and compressed-tensors of format 'pack-quantized'; look for another version of "
+    "this model"
 )
 
 
@@ -166,7 +167,7 @@ def refuse_foreign_tensors(names: Collection[str], place: str) -> None:
 
 def _refusal(kind: Foreign, place: str) -> CheckpointError:
     why = f": {kind.why}" if kind.why else ""
-    return refuse("foreign-format", f"this is {kind.noun}, which is not converted{why}. {_WHAT_TO_DO}", file=place)
+    return refuse("foreign-format", f"this is {kind.noun}{why}. {_WHAT_TO_DO}", file=place)
 
 
 def said_otherwise(config: Mapping[str, Any], names: Collection[str]) -> tuple[str, dict[str, Any]] | None:

@@ -193,7 +193,7 @@ REFUSED: dict[str, tuple[Change, str, str, str]] = {
         edit_header(lambda h: [h.update({n.replace(".q", ".w"): h.pop(n)}) for n in list(h) if ".q" in n]),
         "no-quantized-modules",
         "config.json",
-        "the config contradicts the tensors",
+        "the config does not belong to these shards",
     ),
 }
 

@@ -61,14 +61,14 @@ CASES = {
         {},
         {},
         ("compressed-tensors", 4, 64),
-        "of format 'nvfp4-pack-quantized', which is not converted: its weights are 4-bit floating-point numbers",
+        "of format 'nvfp4-pack-quantized': its weights are 4-bit floating-point numbers",
     ),
     "NVFP4 of ModelOpt": (
         {"model_type": "llama"},
         {f"{LAYER}.weight": tensor("U8", 8, 4), f"{LAYER}.weight_scale_2": tensor("F32")},
         {"hf_quant_config.json": {"quantization": {"quant_algo": "NVFP4", "group_size": 16}}},
         ("modelopt", 0, 16),
-        "a ModelOpt checkpoint (NVFP4), which is not converted: its weights are 4-bit floating-point numbers",
+        "a ModelOpt checkpoint (NVFP4): its weights are 4-bit floating-point numbers",
     ),
     "AWQ of ModelOpt": (
         {"model_type": "llama"},
@@ -182,7 +182,7 @@ def test_gguf_files_are_told_whatever_lies_beside_them(config, tmp_path):
         (tmp_path / "config.json").write_text(json.dumps(config), "utf-8")
     found = inspect(tmp_path)
     assert (found.format, found.tensors, found.bytes) == ("gguf", 0, 104)
-    assert "this is a GGUF checkpoint, which is not converted" in found.reason
+    assert "this is a GGUF checkpoint: its blocks have" in found.reason
     with pytest.raises(CheckpointError) as caught:
         convert(tmp_path, tmp_path / "out")
     assert [problem.code for problem in caught.value.problems] == ["foreign-format"]
@@ -195,7 +195,7 @@ def test_what_is_said_of_it_on_the_screen_and_in_json(tmp_path, capsys):
     assert lines[0] == "bitsandbytes checkpoint, 4 bits, llama"
     assert lines[1].endswith(f"1 file of weights, 3 tensors, {(source / 'model.safetensors').stat().st_size} B")
     assert lines[2] == "types      2 U8, 1 F16"
-    assert lines[3].startswith("it cannot be converted: this is a bitsandbytes checkpoint, which is not converted: its")
+    assert lines[3].startswith("it cannot be converted: this is a bitsandbytes checkpoint: its")
     assert lines[3].endswith("look for another version of this model")
     assert main(["inspect", str(source), "--json"]) == 0
     report = json.loads(capsys.readouterr().out)

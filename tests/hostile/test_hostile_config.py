@@ -154,7 +154,7 @@ FOREIGN = {
 def test_a_foreign_format_is_refused_by_name_with_advice(awq, refused, name: str) -> None:
     document, part = FOREIGN[name]
     set_config(awq, document)
-    refused("foreign-format", part, "which is not converted", "look for another version of this model")
+    refused("foreign-format", part, "awq2marlin converts only", "look for another version of this model")
 
 
 def test_a_config_under_the_old_key_of_compressed_tensors_is_read(awq, refused) -> None:
@@ -344,7 +344,7 @@ def test_a_config_that_contradicts_the_tensors_is_refused(awq, tmp_path, run, na
 
 def test_a_config_that_says_awq_of_plain_tensors_is_refused(awq, refused) -> None:
     (awq / SHARD).write_bytes(pack_tensors({"model.norm.weight": zeros("F16", 16)}))
-    refused("no-quantized-modules", "the config contradicts the tensors")
+    refused("no-quantized-modules", "the config does not belong to these shards")
 
 
 MODULE_FAULTS = {
