@@ -79,6 +79,18 @@ def enumerated(names: Sequence[str]) -> str:
     return f"{', '.join(most)} and {last}" if most else last
 
 
+def some_of(names: Iterable[str], most: int = 8) -> str:
+    """Returns names as a sentence lists them, of many only the first: ``a, b and 3 more``.
+
+    Args:
+        names: as they are printed, at least one.
+        most: how many are printed.
+    """
+    known = [*names]
+    more = f" and {len(known) - most} more" if len(known) > most else ""
+    return f"{', '.join(known[:most])}{more}"
+
+
 def escaped(text: str) -> str:
     """Returns ``text`` as `printable` does, but whole: a sentence of ours, whose foreign names are cut already."""
     if text.isprintable():

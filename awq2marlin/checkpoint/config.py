@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 from awq2marlin.checkpoint.nearby import checkpoints_below
-from awq2marlin.errors import CheckpointError, printable, refuse
+from awq2marlin.errors import CheckpointError, printable, refuse, some_of
 from awq2marlin.formats.base import Format, Quantization
 from awq2marlin.formats.foreign import MODELOPT_FILENAME, foreign_file, said_otherwise
 from awq2marlin.formats.names import CONFIG_FILENAME, LEGACY_CONFIG_FILENAMES
@@ -16,8 +16,6 @@ from awq2marlin.io.source import Source
 from awq2marlin.io.strict_json import parse_json, same_json
 
 _KEY = "quantization_config"
-
-_MAX_KEYS_SHOWN = 8
 
 #: What JSON values are called that are no objects, nor null.
 _KINDS = {list: "a list", str: "a string", int: "a number", float: "a number", bool: "true or false"}
@@ -285,8 +283,7 @@ def changed_keys(one: Mapping[str, Any], other: Mapping[str, Any]) -> str:
     keys = sorted(
         key for key in {*left, *right} if not (key in left and key in right and same_json(left[key], right[key]))
     )
-    more = f" and {len(keys) - _MAX_KEYS_SHOWN} more" if len(keys) > _MAX_KEYS_SHOWN else ""
-    return ", ".join(map(printable, keys[:_MAX_KEYS_SHOWN])) + more
+    return some_of(map(printable, keys)) if keys else ""
 
 
 def _stripped(part: Any) -> Any:

@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping
 
 from awq2marlin.checkpoint.choice import Choice
-from awq2marlin.errors import CheckpointError, Problem, printable
+from awq2marlin.errors import CheckpointError, Problem, printable, some_of
 from awq2marlin.io.impostors import HEAD_BYTES, Impostor, impostor
 from awq2marlin.io.source import Source
 
@@ -20,7 +20,6 @@ _BINARY = re.compile(
     r".*\.(?:safetensors|bin|pth?|ckpt|pkl|pickle|onnx|gguf|model|h5|msgpack|np[yz]|png|jpe?g|gif|webp|wav|mp[34]|flac|zip|t?gz)",
     re.IGNORECASE,
 )
-_MAX_NAMES_SHOWN = 8
 
 
 def refuse_unfinished(visible: Iterable[str], weight_map: Mapping[str, str] | None, choice: Choice) -> None:
@@ -64,10 +63,12 @@ def doubtful(folder: Source, names: Collection[str]) -> Iterator[str]:
         if what is not None:
             found[what].append(name)
     for what, members in found.items():
-        yield f"{what.what} instead of the file itself, carried over as it is: {_listed(members)}; {what.remedy}"
+        shown = some_of(map(printable, members))
+        yield f"{what.what} instead of the file itself, carried over as it is: {shown}; {what.remedy}"
     unfinished = [name for name in names if _UNFINISHED.fullmatch(name)]
     if unfinished:
-        yield f"unfinished downloads beside the checkpoint: {_listed(unfinished)}; finish or remove them"
+        shown = some_of(map(printable, unfinished))
+        yield f"unfinished downloads beside the checkpoint: {shown}; finish or remove them"
 
 
 def _impostor(folder: Source, name: str) -> Impostor | None:
@@ -79,8 +80,3 @@ def _impostor(folder: Source, name: str) -> Impostor | None:
     if found is None or found.is_pointer or is_binary:
         return found
     return found if name.endswith(".json") and not found.is_json else None
-
-
-def _listed(names: list[str]) -> str:
-    more = f" and {len(names) - _MAX_NAMES_SHOWN} more" if len(names) > _MAX_NAMES_SHOWN else ""
-    return ", ".join(map(printable, names[:_MAX_NAMES_SHOWN])) + more

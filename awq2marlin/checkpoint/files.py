@@ -17,7 +17,7 @@ from awq2marlin.checkpoint.config import refuse_only_gguf
 from awq2marlin.checkpoint.downloads import refuse_unfinished
 from awq2marlin.checkpoint.index import read_index
 from awq2marlin.checkpoint.nearby import weights_below
-from awq2marlin.errors import CheckpointError, Problem, printable, refuse, size_text
+from awq2marlin.errors import CheckpointError, Problem, printable, refuse, size_text, some_of
 from awq2marlin.formats.names import (
     CARD_FILENAME,
     CONFIG_FILENAME,
@@ -65,7 +65,6 @@ _BY_NAME = (_UNWRITABLE, CANNOT_HOLD)
 _ADAPTERS = ("adapter_*.safetensors", "adapters.safetensors")
 
 _NUMBERED = re.compile(r"(.*-)([0-9]{1,6})-of-([0-9]{1,6})\.safetensors")
-_MAX_NAMES_SHOWN = 8
 
 
 class Files(NamedTuple):
@@ -148,7 +147,7 @@ def left_behind_warning(left_behind: Mapping[str, str], sizes: Mapping[str, int]
     hidden = unmentioned(left_behind)
     names = [name for name in left_behind if name not in hidden]
     if names:
-        shown = _listed(f"{printable(name)} ({size_text(sizes[name])}, {left_behind[name]})" for name in names)
+        shown = some_of(f"{printable(name)} ({size_text(sizes[name])}, {left_behind[name]})" for name in names)
         total = f", {size_text(sum(sizes[name] for name in names))} in all" if len(names) > 1 else ""
         yield f"left behind, so 'revert' cannot restore it: {shown}{total}{_advice({*left_behind.values()})}"
 
@@ -208,17 +207,17 @@ def _shards_without_index(folder: Source, visible: Sequence[str], choice: Choice
     why = f"{INDEX_FILENAME} is not used" if INDEX_FILENAME in visible else f"there is no {INDEX_FILENAME}"
     others = [name for name in visible if name.endswith(".safetensors.index.json") and "/" not in name]
     others = [name for name in others if name != INDEX_FILENAME]
-    unread = f"; {_listed(map(printable, others))} is ignored, as engines know no index of this name" if others else ""
+    unread = f"; {some_of(map(printable, others))} is ignored, as engines know no index of this name" if others else ""
     return found, [
         f"{why}, so all {len(found)} .safetensors files in the folder count as the checkpoint, as "
-        f"they do for engines: {_listed(map(printable, found))}; the output gets an index{unread}"
+        f"they do for engines: {some_of(map(printable, found))}; the output gets an index{unread}"
     ]
 
 
 def _no_weights(folder: Source, visible: Sequence[str], top: Sequence[str]) -> CheckpointError:
     pickled = [name for name in visible if name.endswith(_PICKLE_SUFFIXES)]
     if top:
-        message = f"--leave excludes every .safetensors file: {_listed(map(printable, top))} would count; exclude fewer"
+        message = f"--leave excludes every .safetensors file: {some_of(map(printable, top))} would count; exclude fewer"
         return refuse("no-weights", message, file=SINGLE_SHARD)
     refuse_only_gguf(folder)
     if pickled:
@@ -239,7 +238,7 @@ def _refuse_missing(shards: Sequence[str], visible: Sequence[str], folder: Sourc
     if not missing:
         return
     there = [name for name in visible if name.endswith(_SAFETENSORS) and "/" not in name]
-    present = _listed(map(printable, there)) if there else "none"
+    present = some_of(map(printable, there)) if there else "none"
     counts = f"missing: {len(missing)} of {len(shards)} files; present: {present}"
     message = f"the index lists this file, but it is missing; download it too ({counts})"
     if any(name not in shards for name in there):
@@ -262,7 +261,7 @@ def _refuse_missing_numbers(names: Sequence[str]) -> None:
         missing = [number for number in range(first, first + count) if number not in there]
         if missing:
             message = (
-                f"there is no {INDEX_FILENAME}, and the names of {_listed(map(printable, names))} say that "
+                f"there is no {INDEX_FILENAME}, and the names of {some_of(map(printable, names))} say that "
                 f"{len(missing)} of {count} files are missing; download them too, or exclude with "
                 "--leave what does not belong to the checkpoint"
             )
@@ -275,12 +274,6 @@ def _is_hidden(name: str) -> bool:
 
 def _is_one(name: str, patterns: Iterable[str]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)
-
-
-def _listed(names: Iterable[str]) -> str:
-    known = list(names)
-    more = f" and {len(known) - _MAX_NAMES_SHOWN} more" if len(known) > _MAX_NAMES_SHOWN else ""
-    return ", ".join(known[:_MAX_NAMES_SHOWN]) + more
 
 
 def _size(folder: Source, name: str) -> int:

@@ -7,11 +7,9 @@ from collections.abc import Iterator
 from contextlib import suppress
 from itertools import islice
 
-from awq2marlin.errors import printable
+from awq2marlin.errors import printable, some_of
 from awq2marlin.formats.names import CONFIG_FILENAME
 from awq2marlin.io.source import Source
-
-_MAX_NAMES_SHOWN = 8
 
 #: A folder with more entries than this is not looked through.
 _MAX_ENTRIES = 10_000
@@ -26,11 +24,10 @@ def checkpoints_below(folder: Source) -> str:
     names = sorted(name for name, files in _folders(folder) if CONFIG_FILENAME in files or "snapshots" in files)
     if not names:
         return ""
-    shown = ", ".join(_named(folder, name) for name in names[:_MAX_NAMES_SHOWN])
-    more = f" and {len(names) - _MAX_NAMES_SHOWN} more" if len(names) > _MAX_NAMES_SHOWN else ""
+    shown = some_of(_named(folder, name) for name in names)
     if len(names) == 1:
         return f"the checkpoint is one folder deeper; {_advice(folder)} {shown}"
-    return f"the checkpoints are one folder deeper; {_advice(folder)} one of {shown}{more}"
+    return f"the checkpoints are one folder deeper; {_advice(folder)} one of {shown}"
 
 
 def weights_below(folder: Source) -> str:
@@ -46,8 +43,7 @@ def weights_below(folder: Source) -> str:
     names = [printable(name) for name, files in found if _has_weights(files)]
     if not names:
         return ""
-    shown = ", ".join(names[:_MAX_NAMES_SHOWN])
-    return f"there are some one folder deeper, in {shown}; move them beside config.json"
+    return f"there are some one folder deeper, in {some_of(names)}; move them beside config.json"
 
 
 def _has_weights(files: set[str]) -> bool:

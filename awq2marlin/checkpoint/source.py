@@ -7,13 +7,11 @@ from dataclasses import dataclass
 
 from awq2marlin.checkpoint.manifest import read_manifest
 from awq2marlin.checkpoint.opening import Checkpoint
-from awq2marlin.errors import CheckpointError, article, printable, refuse
+from awq2marlin.errors import CheckpointError, article, printable, refuse, some_of
 from awq2marlin.formats.base import StoredModule, require_modules
 from awq2marlin.formats.foreign import refuse_foreign_tensors
 from awq2marlin.formats.names import INDEX_FILENAME, MANIFEST_FILENAME
 from awq2marlin.formats.registry import shown_by
-
-_MAX_NAMES_SHOWN = 8
 
 
 @dataclass(frozen=True)
@@ -68,7 +66,7 @@ def _refuse_files_beside_the_index(checkpoint: Checkpoint) -> None:
     if checkpoint.has_index and beside:
         message = (
             "the config says that the checkpoint is quantized, but no tensor in the files that the index "
-            f"lists is, and it does not list {', '.join(beside[:_MAX_NAMES_SHOWN])}. If the index is left "
+            f"lists is, and it does not list {some_of(beside)}. If the index is left "
             f"over from the checkpoint before quantization, ignore it: --leave {INDEX_FILENAME}"
         )
         raise refuse("no-quantized-modules", message, file=INDEX_FILENAME)

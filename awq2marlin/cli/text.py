@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from awq2marlin.cli.by_type import ByType
 from awq2marlin.cli.terminal import coloured, print_error, width_of
-from awq2marlin.errors import EXIT_DONE, escaped, pattern, printable, size_text
+from awq2marlin.errors import EXIT_DONE, escaped, pattern, printable, size_text, some_of
 
 if TYPE_CHECKING:
     from awq2marlin.batch.record import ItemResult
@@ -28,8 +28,6 @@ if TYPE_CHECKING:
     from awq2marlin.formats.serving import Serving
     from awq2marlin.gemm.check import GemmRun
     from awq2marlin.hub.identity import PushResult
-
-_MAX_NAMES_SHOWN = 8
 
 #: Columns of tables that hold numbers, flush right.
 _NUMBERS = {"K", "N", "modules", "size", "max error", "mean error", "of bound"}
@@ -86,11 +84,9 @@ def _noted(word: str, reasons: Iterable[str]) -> tuple[dict[str, str], list[str]
 def _show_lists(left_behind: Mapping[str, str], warnings: Sequence[str]) -> None:
     for warning in warnings:
         _say(f"{coloured('warning', 'yellow', sys.stdout)}    {escaped(warning)}")
-    shown = list(left_behind.items())[:_MAX_NAMES_SHOWN]
-    names = [f"{printable(name)} ({printable(reason)})" for name, reason in shown]
-    if names:
-        more = f", and {len(left_behind) - len(names)} more" if len(left_behind) > len(names) else ""
-        _say(f"not carried over: {', '.join(names)}{more}")
+    if left_behind:
+        names = (f"{printable(name)} ({printable(reason)})" for name, reason in left_behind.items())
+        _say(f"not carried over: {some_of(names)}")
 
 
 def _unmentioned(left_behind: Mapping[str, str]) -> Mapping[str, str]:

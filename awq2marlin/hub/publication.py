@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from awq2marlin._version import __version__
 from awq2marlin.checkpoint.manifest import decode_manifest
-from awq2marlin.errors import CheckpointError, HubError, Problem, printable
+from awq2marlin.errors import CheckpointError, HubError, Problem, printable, some_of
 from awq2marlin.formats.names import CONFIG_FILENAME, INDEX_FILENAME, MANIFEST_FILENAME, REPORT_FILENAME
 from awq2marlin.hub.errors import as_hub_errors, hub_url
 from awq2marlin.hub.target import DEFAULT_BRANCH
@@ -30,8 +30,6 @@ from awq2marlin.progress import Progress
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
-
-_MAX_NAMES_SHOWN = 5
 
 #: What a commit is called.
 DEFAULT_MESSAGE = "Add Marlin-native checkpoint"
@@ -308,7 +306,7 @@ class Publication:
         left = {name for name in self._files if _is_weights(name)} | (known & self._files.keys())
         self.stale = tuple(sorted(left - self._names - {CONFIG_FILENAME}))
         if self.stale and not is_there and not may_remove:
-            shown = ", ".join(printable(name) for name in self.stale[:_MAX_NAMES_SHOWN])
+            shown = some_of(map(printable, self.stale), 5)
             raise _refused(
                 self.repo_id,
                 "target-taken",

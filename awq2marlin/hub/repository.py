@@ -26,7 +26,7 @@ from awq2marlin.hub.errors import as_hub_errors
 from awq2marlin.hub.name import HubName, folder_at, links_text, parse_source
 from awq2marlin.io.folder import Folder, open_regular, read_all, read_header_of, read_range, read_small, too_large
 from awq2marlin.io.safetensors import LENGTH_BYTES, MAX_HEADER_BYTES, Header, read_header
-from awq2marlin.io.source import MAX_JSON_BYTES, RepoCommit, Source
+from awq2marlin.io.source import COMMIT, MAX_JSON_BYTES, RepoCommit, Source
 from awq2marlin.io.strict_json import parse_json
 
 #: What is asked of a shard first: nearly always the whole header.
@@ -44,7 +44,6 @@ _HEADERS_AT_ONCE = 8
 #: Codes that mean that the Hub was not heard.
 _WITHOUT_ANSWER = ("hub-unreachable", "hub-unavailable")
 _TRIES = 3
-_COMMIT = re.compile(r"[0-9a-f]{40}([0-9a-f]{24})?")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
@@ -383,7 +382,7 @@ def _opened(name: HubName, commit: str | None, place: Path | None) -> Repository
     api = HfApi(library_name="awq2marlin", library_version=__version__)
     with as_hub_errors(name.repo_id, name.revision):
         found = api.model_info(name.repo_id, revision=commit or name.revision).sha
-        if not isinstance(found, str) or not _COMMIT.fullmatch(found) or (commit and commit != found):
+        if not isinstance(found, str) or not COMMIT.fullmatch(found) or (commit and commit != found):
             raise _impossible(name, f"its commit would be {found!r}")
         files = _checked_listing(name, api.list_repo_tree(name.repo_id, recursive=True, revision=found))
         if place is None and commit is None and CONFIG_FILENAME in files:

@@ -15,15 +15,11 @@ from io import FileIO
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, BinaryIO
 
-from awq2marlin.errors import CheckpointError, printable, problem_from_os_error, refuse
+from awq2marlin.errors import CheckpointError, printable, problem_from_os_error, refuse, some_of
 from awq2marlin.io.safetensors import Header, read_header
-from awq2marlin.io.source import MAX_JSON_BYTES, RepoCommit
+from awq2marlin.io.source import COMMIT, MAX_JSON_BYTES, RepoCommit
 from awq2marlin.io.strict_json import parse_json
 
-_MAX_NAMES_SHOWN = 5
-
-#: What a branch stands for in the Hub's cache.
-_COMMIT = re.compile(r"[0-9a-f]{40}([0-9a-f]{24})?")
 _MAX_COMMIT_BYTES = 200
 
 _MAX_NAME_LENGTH = 1024
@@ -416,12 +412,10 @@ def _default_snapshot(root: Path) -> Path:
         commit = read_small(branch, "refs/main", _MAX_COMMIT_BYTES).decode("ascii").strip()
     except (CheckpointError, UnicodeDecodeError):
         commit = ""
-    if _COMMIT.fullmatch(commit) and (snapshots / commit).is_dir() and not (snapshots / commit).is_symlink():
+    if COMMIT.fullmatch(commit) and (snapshots / commit).is_dir() and not (snapshots / commit).is_symlink():
         return snapshots / commit
     names = sorted(entry.name for entry in snapshots.iterdir() if entry.is_dir())
-    found = (
-        f"pass one of its snapshots: {', '.join(map(printable, names[:_MAX_NAMES_SHOWN]))}" if names else "it is empty"
-    )
+    found = f"pass one of its snapshots: {some_of(map(printable, names), 5)}" if names else "it is empty"
     message = f"this folder of the Hub's cache has no snapshot of the default branch (refs/main); {found}"
     raise refuse("not-found", message, file=str(root))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, Protocol
@@ -11,6 +12,9 @@ from awq2marlin.io.safetensors import Header
 #: A JSON file (config, index, manifest) above this size is refused unread. The index of a model of 92 layers and 896
 #: experts, 740,000 tensors, has 84 MB. What one may take when it is parsed is bounded by `io.strict_json` besides.
 MAX_JSON_BYTES = 256_000_000
+
+#: The name of a commit: a digest of git's, of either kind.
+COMMIT = re.compile(r"[0-9a-f]{40}([0-9a-f]{24})?")
 
 
 class RepoCommit(NamedTuple):

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from awq2marlin._version import __version__
-from awq2marlin.errors import CheckpointError, ExecutorError, Problem, printable
+from awq2marlin.errors import CheckpointError, ExecutorError, Problem, printable, some_of
 from awq2marlin.formats.names import CONFIG_FILENAME
 from awq2marlin.hub.name import HubName
 from awq2marlin.hub.repository import hub_cache
@@ -38,8 +38,6 @@ WORKERS_SECONDS = 120.0
 
 #: Seconds between two looks at whether there are still workers.
 WATCH_SECONDS = 5.0
-
-_MAX_SHOWN = 3
 
 #: What is an address rather than a file: it names a protocol, or ends with a port.
 _ADDRESS = re.compile(r"^[a-z]+://|:[0-9]+$")
@@ -268,9 +266,8 @@ def _check_shared(answers: Mapping[str, Any]) -> None:
         if isinstance(missing, BaseException):
             problems.append(Problem(worker, "", "no-cluster", f"this worker does not answer ({missing})"))
         elif missing:
-            shown = ", ".join(missing[:_MAX_SHOWN]) + (", ..." if len(missing) > _MAX_SHOWN else "")
             message = (
-                f"this worker does not see {shown} as it is here; source and output must be on storage "
+                f"this worker does not see {some_of(missing, 3)} as it is here; source and output must be on storage "
                 "that all workers share, under the same path"
             )
             problems.append(Problem(worker, "", "not-shared", message))

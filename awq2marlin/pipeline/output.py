@@ -17,7 +17,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
-from awq2marlin.errors import Awq2MarlinError, OutputError, Problem, printable, problem_from_os_error
+from awq2marlin.errors import Awq2MarlinError, OutputError, Problem, printable, problem_from_os_error, some_of
 from awq2marlin.formats.names import CONFIG_FILENAME
 from awq2marlin.io.digest import digest_of_file
 from awq2marlin.io.durable import sync_file, sync_folder
@@ -40,7 +40,6 @@ from awq2marlin.pipeline.journal import (
 FETCHED_DIRECTORY = "source"
 _LOCK_FILENAME = "lock"
 PARTIAL_SUFFIX = ".partial"
-_MAX_NAMES_SHOWN = 5
 #: What a file system says of a name that it cannot hold, or that is the folder of a file there or the other way round.
 _CANNOT_NAME = {errno.EINVAL, errno.EILSEQ, errno.ENAMETOOLONG, errno.EEXIST, errno.ENOTDIR, errno.EISDIR}
 _NOT_ON_WINDOWS = re.compile(r'[<>:"|?*]|[. ](?=/|$)')
@@ -488,9 +487,8 @@ def _refuse_foreign(root: Path, owned: Iterable[str] | None) -> None:
     present = sorted(path.name for path in root.iterdir() if path.name != WORK_DIRECTORY)
     if not present:
         return
-    shown = ", ".join(printable(name) for name in present[:_MAX_NAMES_SHOWN])
-    more = ", ..." if len(present) > _MAX_NAMES_SHOWN else ""
-    raise _refused("not-empty", root, f"the folder is not empty ({shown}{more}); choose another, or an empty one")
+    shown = some_of(map(printable, present), 5)
+    raise _refused("not-empty", root, f"the folder is not empty ({shown}); choose another, or an empty one")
 
 
 def _refuse_another_plan(root: Path, journal: Journal, plan: str, owned: Iterable[str] | None) -> None:
