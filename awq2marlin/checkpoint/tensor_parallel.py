@@ -43,6 +43,10 @@ _SGLANG_READS_ITSELF = "kv_b_proj"
 _LOW_RANK_NAMES = frozenset({"q_a_proj", "kv_a_proj_with_mqa"})
 _KEEPS_LOW_RANK_APART = ("minicpm3", "sarvam_mla")  # no set: what a config says may be anything, even unhashable
 
+#: Types of models that multiply the inputs of experts by router weights; others say so in their config.
+_WEIGH_INPUTS = ("llama4", "llama4_text")
+_WEIGHS_INPUTS = "moe_apply_router_weight_on_input"
+
 #: Ranks that are tried where the config does not say how many attention heads there are.
 _COMMON_SIZES = (1, 2, 4, 8, 16, 32, 64)
 _MOST_RANKS = 1024
@@ -186,7 +190,7 @@ def parallel_sizes(
     """
     modules = list(modules)
     joined = _joined(modules, config)
-    if found := _mixture(joined, modules, tensors):
+    if found := _mixture(joined, modules, tensors) or _weighed_experts(modules, config):
         return found
 
     heads = Heads.of(config)
@@ -286,6 +290,17 @@ def _mixture(
         reason = "experts of which some are quantized and some are not; it computes those of a layer together"
         return ParallelSizes(limit=Limit(1, plain, reason), not_in_transformers=reason)
     return None
+
+
+def _weighed_experts(modules: Iterable[ModulePlan], config: Mapping[str, Any]) -> ParallelSizes | None:
+    expert = next((module.name for module in modules if is_expert(module.name)), "")
+    documents = _language_configs(config)
+    if not expert or not any(
+        each.get("model_type") in _WEIGH_INPUTS or each.get(_WEIGHS_INPUTS) is True for each in documents
+    ):
+        return None
+    reason = "experts whose inputs the model multiplies by router weights; its Marlin experts do not support that"
+    return ParallelSizes(limit=Limit(1, expert, reason))
 
 
 def _plain_expert(modules: Iterable[ModulePlan], tensors: Collection[str]) -> str:

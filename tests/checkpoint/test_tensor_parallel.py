@@ -421,7 +421,7 @@ def test_modules_that_sglang_cannot_read_are_told_where_its_command_would_stand(
 
 
 def lines_of(capsys, *arguments):
-    """Returns what a command says of vLLM and of SGLang, one line each."""
+    """Returns how a command says that vLLM and SGLang serve a checkpoint, one line each."""
     assert main([str(each) for each in arguments]) == 0
     said = capsys.readouterr().out.partition("to install what they need")[0].splitlines()
     return [line.split(maxsplit=1)[1] for line in said if line.startswith(("  vLLM  ", "  SGLang  "))]
@@ -536,6 +536,29 @@ def test_biases_of_experts_are_told_before_an_engine_refuses_them(made, capsys):
         assert main(arguments) == 0
         refusals = [line for line in capsys.readouterr().out.splitlines() if "cannot: " in line]
         assert refusals == [f"  vLLM          cannot: {why}", f"  SGLang        cannot: {why}"]
+
+
+WEIGHED = "experts whose inputs the model multiplies by router weights; its Marlin experts do not support that"
+
+
+@pytest.mark.parametrize(
+    ("config", "is_weighed"),
+    [
+        ({"model_type": "llama4_text"}, True),
+        ({"model_type": "llama4", "text_config": {"model_type": "llama4_text"}}, True),
+        ({"model_type": "laguna", "moe_apply_router_weight_on_input": True}, True),
+        ({"model_type": "laguna", "moe_apply_router_weight_on_input": False}, False),
+        ({"model_type": ["llama4"]}, False),
+        ({"model_type": "mixtral"}, False),
+    ],
+)
+def test_models_that_weigh_the_inputs_of_experts_are_told_before_an_engine_refuses_them(config, is_weighed):
+    config = {"num_attention_heads": 2, **config}
+    expert = module("mlp.experts.0.down_proj", 128, 128)
+    found = parallel_sizes([expert], 4, 64, config)
+    assert found.unserved == (WEIGHED if is_weighed else "")
+    assert found.limit.module == (expert.name if is_weighed else "")
+    assert parallel_sizes([module("mlp.down_proj", 128, 128)], 4, 64, config).sizes == (1, 2)
 
 
 def test_a_card_offers_one_gpu_where_nothing_can_be_cut(tmp_path):
