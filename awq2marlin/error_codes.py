@@ -61,7 +61,8 @@ ERROR_CODES: Mapping[str, Advice] = {
         "run the same command again; it resumes",
     ),
     "changed": Advice(
-        "a shard changed between planning and reading", "let nothing write to the source; run the command again"
+        "a shard changed between planning and reading",
+        "make sure that nothing writes to the source, and run the command again",
     ),
     "config": Advice(
         "the output's config is not the one that the source implies; or two checkpoints have "
@@ -101,11 +102,11 @@ ERROR_CODES: Mapping[str, Advice] = {
         "raise the limit (`ulimit -f`) or write elsewhere",
     ),
     "foreign-format": Advice(
-        "the checkpoint is quantized, but in no format that is read",
+        "the checkpoint is quantized in a format that awq2marlin does not read",
         "see the message; look for another version of this model",
     ),
     "gemm-difference": Advice(
-        "`--device`: under identity activations the GEMM does not give the source's weight back; exit code 3",
+        "`--device`: with identity activations the GEMM does not reproduce the source's weight; exit code 3",
         "report it; the message names the place",
     ),
     "gemm-error": Advice(
@@ -267,7 +268,7 @@ ERROR_CODES: Mapping[str, Advice] = {
     "trailing-data": Advice("a shard holds bytes that no tensor owns", "download the shard again"),
     "truncated": Advice(
         "a file ends too early, or became shorter while it was read",
-        "download it again; let nothing write to the source",
+        "download it again, and make sure that nothing writes to the source",
     ),
     "unaligned": Advice(
         "`convert --unaligned error`: a module is unaligned. Otherwise: a module that counts as converted has a shape"
