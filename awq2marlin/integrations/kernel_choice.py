@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from logging import Logger
@@ -112,6 +113,7 @@ class KernelChoice:
         self._names = {"own": own, "engine": engine_s}
         self._log = logger
         self._made: Choice | None = None
+        self._taken: Counter[Kernel] = Counter()
         self._left: set[str] = set()
 
     @classmethod
@@ -123,6 +125,12 @@ class KernelChoice:
     def kernel(self) -> Kernel | None:
         """What was chosen; None before the first layer."""
         return self._made.kernel if self._made else None
+
+    @property
+    def taken(self) -> str:
+        """What layers were given, for a key of graphs that hold them: one kernel, or how many layers have each."""
+        counts = sorted(self._taken.items())
+        return counts[0][0] if len(counts) == 1 else ", ".join(f"{kernel} {count}" for kernel, count in counts)
 
     def kernel_for(
         self, capability: Capability | None, get_ready: Callable[[], object], *, only_own: bool = False
@@ -137,6 +145,11 @@ class KernelChoice:
         Raises:
             KernelUnavailableError: if ours must serve it, by the setting or because no other can, and cannot.
         """
+        kernel = self._kernel_for(capability, get_ready, only_own=only_own)
+        self._taken[kernel] += 1
+        return kernel
+
+    def _kernel_for(self, capability: Capability | None, get_ready: Callable[[], object], *, only_own: bool) -> Kernel:
         choice = self._made or self._choose(capability)
         if choice.kernel == "engine" and not only_own:
             return "engine"

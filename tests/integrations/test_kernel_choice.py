@@ -96,6 +96,15 @@ def test_a_compiler_that_fails_costs_one_warning_and_then_the_engine_s_is_taken(
     ]
 
 
+def test_layers_that_ran_on_two_kernels_are_told_from_those_of_one(choice):
+    """A graph of the first holds calls of ours, which a start on the engine's kernel must not find."""
+    assert choice.taken == ""
+    assert [choice.kernel_for(HOPPER, mock.Mock()) for _ in range(2)] == ["own"] * 2
+    assert choice.taken == "own"
+    assert choice.kernel_for(HOPPER, mock.Mock(side_effect=KernelUnavailableError("no"))) == choice.kernel == "engine"
+    assert choice.taken == "engine 1, own 2"
+
+
 def test_whoever_asks_for_ours_is_told_if_it_cannot_be_had(choice, monkeypatch):
     monkeypatch.setenv(KERNEL_VARIABLE, "own")
     with pytest.raises(KernelUnavailableError, match="NVRTC is missing"):

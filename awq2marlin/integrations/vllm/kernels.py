@@ -52,7 +52,7 @@ def kernel_of(layer: Any, num_bits: int, size_k: int, size_n: int) -> LinearKern
         KernelUnavailableError: if ours must serve it and cannot.
     """
     # A graph that vLLM has compiled holds calls of the kernel, so its cache must know which.
-    envs.environment_variables.setdefault(KERNEL_VARIABLE, lambda: CHOICE.kernel)
+    envs.environment_variables.setdefault(KERNEL_VARIABLE, lambda: CHOICE.taken)
     wtype = weight_type(num_bits, hasattr(layer, "qzeros"))
     return chosen_kernel(CHOICE, layer, num_bits, (size_k, size_n), wtype, VllmMarlinKernel)
 
