@@ -503,6 +503,22 @@ class HopperGemm {
   // blocks share all tiles evenly (num_splits is negative): (blocks).
   static __device__ __forceinline__ void run(const TensorMap& a_map, const TensorMap& qweight_map,
                                              const GemmArguments& args) {
+    static_assert(Core::kByHardware, "warps copy without maps");
+    run_from(Maps{a_map, qweight_map}, args);
+  }
+  static __device__ __forceinline__ void run(const GemmArguments& args) {
+    static_assert(!Core::kByHardware, "the hardware copies with maps");
+    run_from(NoMaps{}, args);
+  }
+
+ private:
+  struct Maps {
+    const TensorMap &a, &qweight;
+  };
+  struct NoMaps {};
+
+  template <class Source>
+  static __device__ __forceinline__ void run_from(const Source& maps, const GemmArguments& args) {
     extern __shared__ __align__(1024) unsigned char shared[];
     const u32 barriers = shared_address(shared) + Core::kRingBytes;
     const Core core(shared, barriers);
@@ -515,7 +531,7 @@ class HopperGemm {
     __syncthreads();
     if (core.warp >= Core::kMathWarps) {
       give_registers<Registers::kCopy>();
-      if (core.copies()) gemm.copy(a_map, qweight_map);
+      if (core.copies()) gemm.copy(maps);
       __syncwarp();
       if (splits_are_cluster(args)) cluster_leave();  // with the warps that multiply
     } else {
@@ -524,7 +540,6 @@ class HopperGemm {
     }
   }
 
- private:
   // The block's steps, counted through all tiles of columns.
   static __device__ __forceinline__ StepRange share_of(const GemmArguments& args) {
     const int tile_steps = args.size_k / kStepRows, first = blockIdx.y * tile_steps;
@@ -582,7 +597,8 @@ class HopperGemm {
                               [&](int token) { return min(token, args.size_m - 1 - first_token) * args.a_stride; });
   }
 
-  __device__ __forceinline__ void copy(const TensorMap& a_map, const TensorMap& qweight_map) const {
+  template <class Source>
+  __device__ __forceinline__ void copy(const Source& maps) const {
     typename Core::Slot slot;
     int next = -Core::kUnpublished;
 #pragma unroll 1
@@ -594,7 +610,7 @@ class HopperGemm {
       for (int stage = 0; stage < num_stages; ++stage, slot.advance()) {
         core.wait_empty(slot);
         if constexpr (Core::kByHardware) {
-          core.load_stage(source, slot, a_map, qweight_map);
+          core.load_stage(source, slot, maps.a, maps.qweight);
         } else {
           core.copy_stage(source, slot, args.qweight_stride, args.group_size);
           core.publish(next);

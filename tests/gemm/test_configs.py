@@ -144,6 +144,16 @@ def test_the_boxes_of_a_stage_are_copies_that_the_hardware_can_make():
             assert box.numbers * box.number_bytes % 16 == 0
 
 
+def test_maps_are_made_for_the_hardware_and_not_where_warps_copy():
+    candidates = {config for problem in problems((9, 0)) for config in candidates_for(problem)}
+    hopper = {config for config in candidates if type(config) is HopperConfig}
+    copied_by_warps = {config for config in hopper if not config.boxes}
+    assert copied_by_warps == {config for config in hopper if config.num_bits == 8 and config.scales_sums} != set()
+    for config in candidates:
+        family = {HopperConfig: "MARLIN_HOPPER_GEMM", WideConfig: "MARLIN_WIDE_GEMM"}.get(type(config))
+        assert f"({family if config.boxes else 'MARLIN_GEMM'}_PARAMETERS)" in config.source.text
+
+
 def test_with_splits_changes_nothing_else():
     problem = GemmProblem(1, 4096, 4096, 128, 4, "fp16")
     for config in all_configs(problem):

@@ -132,7 +132,6 @@ class GemmConfig(ABC):
     Attributes:
         header: the family's, in ``kernels/``.
         template: the class in it that is instantiated.
-        parameters: what the macros of its parameters and arguments begin with.
         token_ranges: numbers of tokens that the family takes, cut where its candidates change.
         capabilities: the first and the last compute capability that it runs on.
         is_fallback: whether it is for problems only that no other family serves.
@@ -145,7 +144,6 @@ class GemmConfig(ABC):
 
     header: ClassVar[str]
     template: ClassVar[str]
-    parameters: ClassVar[str] = "MARLIN_GEMM"
     token_ranges: ClassVar[tuple[range, ...]]
     capabilities: ClassVar[tuple[Capability, Capability]] = (MIN_CAPABILITY, NEWEST)
     is_fallback: ClassVar[bool] = False
@@ -218,6 +216,11 @@ class GemmConfig(ABC):
     @abstractmethod
     def resident_blocks(self) -> int:
         """Blocks that a multiprocessor holds at once: the compiler's limit on registers follows."""
+
+    @property
+    def parameters(self) -> str:
+        """What the macros of the kernel's parameters and arguments begin with."""
+        return "MARLIN_GEMM"
 
     @property
     def implementation(self) -> str:

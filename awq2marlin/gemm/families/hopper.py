@@ -76,7 +76,6 @@ class HopperConfig(GemmConfig):
 
     header = "gemm_hopper.cuh"
     template = "HopperGemm"
-    parameters = "MARLIN_HOPPER_GEMM"
     token_ranges = (range(17, 129), range(129, ANY_NUMBER))
     capabilities = (HOPPER, HOPPER)
 
@@ -145,8 +144,18 @@ class HopperConfig(GemmConfig):
 
     @property
     def boxes(self) -> tuple[Box, ...]:
-        """For each stage: 64 numbers of the tokens, and four tiles of weights by four, or with 8 bits by two."""
+        """For each stage: 64 numbers of the tokens, and four tiles of weights by four, or with 8 bits by two.
+
+        With 8 bits and scales on sums warps copy all, as `HopperGemm::kCopiedBy` says.
+        """
+        if self.num_bits == 8 and self.scales_sums:
+            return ()
         return Box("a", self.tokens, 64, 2, True), Box("qweight", 4, 256, 8, False)
+
+    @property
+    def parameters(self) -> str:
+        """The maps of the boxes come first, if there are any."""
+        return "MARLIN_HOPPER_GEMM" if self.boxes else "MARLIN_GEMM"
 
     @property
     def threads(self) -> int:

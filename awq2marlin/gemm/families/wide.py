@@ -70,7 +70,6 @@ class WideConfig(GemmConfig):
 
     header = "gemm_wide.cuh"
     template = "WideGemm"
-    parameters = "MARLIN_WIDE_GEMM"
     token_ranges = (range(97, 129), range(129, ANY_NUMBER))
     capabilities = (HOPPER, HOPPER)
 
@@ -171,6 +170,11 @@ class WideConfig(GemmConfig):
     def boxes(self) -> tuple[Box, ...]:
         """For each stage: 64 numbers of the tokens, and two tiles of weights by four."""
         return Box("a", self.tokens, 64, 2, True), Box("qweight", 4, 32 * self.num_bits, 8, False)
+
+    @property
+    def parameters(self) -> str:
+        """The maps of these boxes come first."""
+        return "MARLIN_WIDE_GEMM"
 
     @property
     def threads(self) -> int:
