@@ -35,7 +35,8 @@ CAPABILITIES = [(8, 0), (8, 6), (8, 9), (9, 0), (10, 0), (12, 0)]
 SIZES_M = [1, 2, 8, 9, 16, 17, 24, 25, 32, 33, 48, 64, 65, 96, 128, 129, 192, 512, 1000, 70_000]
 SHAPES = [(128, 64), (64, 128), (192, 128), (4096, 4096), (14336, 4096), (28672, 8192), (8192, 57344), (1344, 1280)]
 ROOT = Path(__file__).parents[2]
-RESULTS = ROOT / "benchmarks" / "results" / "gemm_h100.json"
+#: What was timed of the picks, the newest last.
+RESULTS = [ROOT / "benchmarks" / "results" / name for name in ("gemm_h100.json", "gemm_stages_h100.json")]
 
 
 def problems(capability):
@@ -212,8 +213,14 @@ def test_whatever_is_picked_covers_the_output_and_fits_the_gpu(capability):
 
 
 def test_the_picks_are_those_that_the_benchmark_timed():
-    for row in json.loads(RESULTS.read_text("utf-8"))["rows"]:
-        config = pick_config(GemmProblem(row["M"], row["N"], row["K"], 128, 4, "fp16", (9, 0), 132))
+    usual = {"dtype": "fp16", "bits": 4, "group_size": 128}
+    timed: dict[GemmProblem, dict] = {}
+    for row in itertools.chain.from_iterable(json.loads(result.read_text("utf-8"))["rows"] for result in RESULTS):
+        dtype, bits, group = ({**usual, **row}[name] for name in usual)
+        group = row["K"] if group == -1 else group
+        timed[GemmProblem(row["M"], row["N"], row["K"], group, bits, dtype, (9, 0), 132)] = row
+    for problem, row in timed.items():
+        config = pick_config(problem)
         picked = config.source.name, config.num_splits, config.reduction
         assert picked == (row["kernel"], row["splits"], row["reduction"]), row
 

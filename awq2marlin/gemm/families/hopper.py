@@ -37,10 +37,10 @@ class _Candidate(NamedTuple):
 CANDIDATES = (
     # bits, tokens, stages, microseconds
     _Candidate(4, 32, 8, StepTimes(step=0.42, ends=2.4, cluster=1.8, workspace=2.2), 0.47),
-    _Candidate(4, 48, 8, StepTimes(step=0.44, ends=2.1, cluster=2.1, workspace=2.2), 0.48),
-    _Candidate(4, 64, 8, StepTimes(step=0.48, ends=2.4, cluster=2.6, workspace=2.2), 0.51),
-    _Candidate(4, 96, 8, StepTimes(step=0.61, ends=2.8, cluster=3.2, workspace=2.4), 0.65),
-    _Candidate(4, 128, 8, StepTimes(step=0.78, ends=2.8, cluster=4.7, workspace=1.9), 0.85),
+    _Candidate(4, 48, 6, StepTimes(step=0.44, ends=2.1, cluster=2.1, workspace=2.2), 0.48),
+    _Candidate(4, 64, 6, StepTimes(step=0.48, ends=2.4, cluster=2.6, workspace=2.2), 0.51),
+    _Candidate(4, 96, 6, StepTimes(step=0.61, ends=2.8, cluster=3.2, workspace=2.4), 0.65),
+    _Candidate(4, 128, 6, StepTimes(step=0.78, ends=2.8, cluster=4.7, workspace=1.9), 0.85),
     _Candidate(8, 32, 6, StepTimes(step=0.40, ends=2.7, cluster=2.4, workspace=1.9), 0.61),
     _Candidate(8, 48, 6, StepTimes(step=0.43, ends=3.5, cluster=2.0, workspace=2.4), 0.63),
     _Candidate(8, 64, 6, StepTimes(step=0.48, ends=4.0, cluster=2.0, workspace=2.7), 0.67),
