@@ -29,6 +29,8 @@ FORMAT_VERSION = 1
 
 _SGLANG_CAVEAT = "Tested on one H100 and two H200s, with small models"
 
+_NEEDS_OURS = "Only awq2marlin's kernels support 8 bits with zero points; they need compute capability 8.0 or newer"
+
 
 class MarlinNative(MarlinTensors):
     """The Marlin-native format, version 1."""
@@ -53,24 +55,23 @@ class MarlinNative(MarlinTensors):
 
     def serving(self, scheme: Scheme, place: str, ranks: Sequence[int] = (1,)) -> tuple[Serving, ...]:
         """Returns the commands of vLLM and SGLang and the lines for Transformers."""
-        del scheme
+        is_only_ours = scheme.bits == 8 and scheme.zero_point  # which no engine's Marlin supports
         several, first = [size for size in ranks if size > 1], min(ranks, default=1)
 
         def cutting(
-            engine: str, versions: str, serve: Callable[[str, str], str], option: str, caveat: str = ""
+            engine: str, versions: str, serve: Callable[[str, str], str], option: str, *caveats: str
         ) -> Serving:
-            note = (
+            sizes = (
                 f"Over several GPUs: {option} {one_of(several)}" if several else "It cannot be split over several GPUs"
             )
+            note = ". ".join([sizes, *([_NEEDS_OURS] if is_only_ours else []), *caveats])
             command = serve(place, f" {option} {first}" if first > 1 else "")
-            return Serving(
-                engine, command, install=install_command("cuda"), where=PLACE, versions=versions, note=note + caveat
-            )
+            return Serving(engine, command, install=install_command("cuda"), where=PLACE, versions=versions, note=note)
 
         imported = "import awq2marlin.integrations.transformers  # without this line, Transformers refuses it\n"
         return (
             cutting("vLLM", "0.25 or newer", in_vllm, "--tensor-parallel-size"),
-            cutting("SGLang", "0.5.23 or newer", in_sglang, "--tp-size", f". {_SGLANG_CAVEAT}"),
+            cutting("SGLang", "0.5.23 or newer", in_sglang, "--tp-size", _SGLANG_CAVEAT),
             Serving(
                 "Transformers",
                 in_transformers(place, imported),

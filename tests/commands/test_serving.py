@@ -43,6 +43,19 @@ def test_plan_conversion_inspection_and_card_say_the_same(awq: Path) -> None:
         assert f"```{each.language}\n{each.command.replace('awq-marlin', 'THIS_MODEL')}\n```\n" in card
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("zeros", [True, False])
+def test_weights_that_no_engine_s_marlin_supports_are_said_to_need_a_newer_gpu(
+    tmp_path: Path, bits: int, zeros: bool
+) -> None:
+    write_checkpoint(tmp_path / "awq", Recipe(MODULES, group_size=64, bits=bits, has_qzeros=zeros))
+    vllm, sglang, _ = convert(tmp_path / "awq", tmp_path / "out").serving
+    is_said = {"8 bits with zero points; they need compute capability 8.0" in each.note for each in (vllm, sglang)}
+    assert is_said == {bits == 8 and zeros}
+    card = (tmp_path / "out" / "README.md").read_text("utf-8")
+    assert f"\n{vllm.note}." in card
+
+
 @pytest.mark.parametrize("to", ["marlin", "awq", "compressed-tensors"])
 @pytest.mark.parametrize("zeros", [True, False])
 @pytest.mark.parametrize("bits", [4, 8])
