@@ -109,8 +109,7 @@ class Contents:
             )
             raise refuse(
                 "unsupported-engine",
-                f"the engine puts these modules into one matrix, but {said}. Serve the AWQ checkpoint instead: "
-                "'awq2marlin revert' gives it back",
+                f"the engine puts these modules into one matrix, but {said}. Quantize all of them, or none",
                 file=CONFIG_FILENAME,
             )
         return next(iter(found))

@@ -164,7 +164,7 @@ def test_a_layer_of_which_a_part_is_not_quantized_is_refused_with_every_name():
     (problem,) = refused.value.problems
     assert (problem.code, problem.file) == ("unsupported-engine", "config.json")
     assert "q is in AWQ layout, v is in Marlin layout, k is not quantized" in problem.message
-    assert "'awq2marlin revert' gives it back" in problem.message
+    assert "Quantize all of them, or none" in problem.message
 
 
 def test_the_layout_of_experts_is_that_of_the_modules_below_them():
