@@ -164,7 +164,7 @@ ERROR_CODES: Mapping[str, Advice] = {
     ),
     "io-error": Advice("the device or the network file system failed", "check the disk, then run the command again"),
     "killed-workers": Advice(
-        "`--dask`: several workers died of the same shard, one after the other",
+        "`--dask`: several workers died one after another on the same shard",
         "give the workers more memory; run the command again; it resumes",
     ),
     "lfs-pointer": Advice(

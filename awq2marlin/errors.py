@@ -229,7 +229,7 @@ _ADVICE = {
     ),
     errno.EDQUOT: (
         "disk-full",
-        "your disk quota is used up; free some and run the same command again",
+        "your disk quota is used up; free some space and run the same command again",
     ),
     errno.EFBIG: (
         "file-too-large",

@@ -459,7 +459,13 @@ def _made_with(node: ast.AST) -> Iterator[str]:
 def test_design_document_lists_the_floors():
     from tests.test_package import FLOORS
 
-    assert _table("design.md", "floors") == [name for name in reversed(FLOORS) if (PACKAGE / name).is_dir()]
+    folders = [name for name in reversed(FLOORS) if (PACKAGE / name).is_dir()]
+    assert _table("design.md", "floors") == folders
+    text = (DOCS / "design.md").read_text("utf-8")
+    for name in folders:
+        says = ast.get_docstring(ast.parse((PACKAGE / name / "__init__.py").read_text("utf-8")))
+        assert says
+        assert f"| `{name}` | {says.splitlines()[0].removesuffix('.')}" in text, name
 
 
 def test_python_document_lists_the_arguments_of_every_function():

@@ -1,1 +1,1 @@
-"""The verbs: one public function a file."""
+"""The commands: one public function per file."""

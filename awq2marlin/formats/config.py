@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from awq2marlin.errors import printable, refuse
+from awq2marlin.errors import enumerated, printable, refuse
 from awq2marlin.layout.marlin import MARLIN_SUPPORTED_GROUP_SIZES
 from awq2marlin.layout.packing import AWQ_SUPPORTED_BITS
 from awq2marlin.layout.scheme import Scheme
@@ -76,15 +76,15 @@ def scheme_of(bits: Any, group_size: Any, zero_point: Any, place: str) -> Scheme
     if bits not in AWQ_SUPPORTED_BITS:
         raise refuse(
             "unsupported-bits",
-            f"it is quantized to {printable(str(bits))} bits; "
-            f"{' and '.join(map(str, AWQ_SUPPORTED_BITS))} are supported; look for another version of this model",
+            f"it is quantized to {printable(str(bits))} bits, but only "
+            f"{enumerated([*map(str, AWQ_SUPPORTED_BITS)])} are supported; look for another version of this model",
             file=place,
         )
     if group_size not in MARLIN_SUPPORTED_GROUP_SIZES:
         raise refuse(
             "unsupported-group-size",
-            f"its group size is {printable(str(group_size))}; "
-            f"{', '.join(map(str, MARLIN_SUPPORTED_GROUP_SIZES))} are supported; look for another "
+            f"its group size is {printable(str(group_size))}, but only "
+            f"{enumerated([*map(str, MARLIN_SUPPORTED_GROUP_SIZES)])} are supported; look for another "
             "version of this model",
             file=place,
         )

@@ -1,1 +1,1 @@
-"""The Hugging Face Hub: names, repositories that are read, repositories that are written, errors in words."""
+"""The Hugging Face Hub: names, repositories to read, repositories to write, error messages."""

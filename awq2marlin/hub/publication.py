@@ -257,8 +257,8 @@ class Publication:
                     raise _refused(
                         self.repo_id,
                         "hub-not-found",
-                        "a pull request needs a repository that is there, and there is none of this name, or your "
-                        "token may not see it: check the name, or leave out --create-pr, and it is created",
+                        "a pull request needs an existing repository, but there is none of this name, or your token "
+                        "may not see it: check the name, or drop --create-pr to create the repository",
                     ) from None
                 return
         self.exists, self.repo_id = True, info.id

@@ -292,7 +292,7 @@ def _read_exactly(stream: BinaryIO, offset: int, buffer: Bytes, name: str) -> No
         if not count:
             raise refuse(
                 "truncated",
-                "the file became shorter while it was read; nothing may write to the source during a conversion",
+                "the file became shorter while it was read; make sure that nothing writes to the source",
                 file=name,
             )
         view = view[count:]

@@ -150,7 +150,7 @@ def _told(error: Exception) -> ExecutorError | None:
         message = f"a worker died, possibly out of memory, or the executor was shut down ({name}); {resumes}"
         return ExecutorError(Problem("", "", "broken-executor", message))
     if name == "KilledWorker":  # Dask's; nothing of Dask is imported here
-        message = f"several workers died of the same shard, one after the other, possibly out of memory; {resumes}"
+        message = f"several workers died one after another on the same shard, possibly out of memory; {resumes}"
         return ExecutorError(Problem("", "", "killed-workers", message))
     if isinstance(error, ModuleNotFoundError) and (error.name or "").startswith("awq2marlin"):
         message = f"a worker has no awq2marlin, or an older one ({error}); install the same version on all of them"

@@ -1,4 +1,4 @@
-"""The layouts as maths: how Marlin orders weights, scales and zero points, and the code that reorders them.
+"""The layouts as mathematics: how Marlin orders weights, scales and zero points, and the code that reorders them.
 
 The functions for engines live in `torch_functions` and are names of this package too: it imports torch when one is
 asked for.

@@ -168,7 +168,9 @@ def _told_without_workers(client: Any, address: str, progress: Progress) -> Iter
         while not ended.wait(WATCH_SECONDS):
             has_some = bool(client.scheduler_info()["workers"])
             if had_some and not has_some:
-                progress.note(f"{address} has no workers any more; waiting for new ones (Ctrl-C ends; a rerun resumes)")
+                progress.note(
+                    f"{address} has no workers any more; waiting for new ones (Ctrl-C stops; a later run continues)"
+                )
             had_some = has_some
 
     watcher = threading.Thread(target=watch, name="watch", daemon=True)

@@ -216,7 +216,7 @@ def test_a_cluster_whose_workers_have_all_gone_is_told_and_goes_on_with_new_ones
         with dask_executor("tcp://0", [], [], Told()) as executor:
             running.scale(0)
             convert(made / "source", tmp_path / "out", executor=executor)
-    assert notes == ["tcp://0 has no workers any more; waiting for new ones (Ctrl-C ends; a rerun resumes)"]
+    assert notes == ["tcp://0 has no workers any more; waiting for new ones (Ctrl-C stops; a later run continues)"]
     assert contents(tmp_path / "out") == contents(made / "marlin")
 
 

@@ -192,7 +192,7 @@ UNSUPPORTED = {
     "3 bits": (
         {**AWQ, "bits": 3},
         "unsupported-bits",
-        "to 3 bits; 4 and 8 are supported; look for",
+        "to 3 bits, but only 4 and 8 are supported; look for",
     ),
     "2 bits": ({**AWQ, "bits": 2}, "unsupported-bits", "2 bits"),
     "bits as a string": ({**AWQ, "bits": "4"}, "unsupported-bits", "bits must be a whole number, found '4'"),
@@ -207,7 +207,11 @@ UNSUPPORTED = {
         "lacks bits or w_bit; download the file again",
     ),
     "bits null": ({**AWQ, "bits": None}, "bad-config", "lacks bits or w_bit; download the file again"),
-    "group size 16": ({**AWQ, "group_size": 16}, "unsupported-group-size", "16; -1, 32, 64, 128 are supported"),
+    "group size 16": (
+        {**AWQ, "group_size": 16},
+        "unsupported-group-size",
+        "16, but only -1, 32, 64 and 128 are",
+    ),
     "group size 256": ({**AWQ, "group_size": 256}, "unsupported-group-size", "256"),
     "group size 0": ({**AWQ, "group_size": 0}, "unsupported-group-size", "0"),
     "group size a string": ({**AWQ, "group_size": "64"}, "unsupported-group-size", "'64'"),

@@ -59,7 +59,7 @@ UNCONVERTIBLE: dict[str, tuple[str, Callable[[Config], Any], str, str]] = {
     "ordered": (GPTQ, says(desc_act=True), "foreign-format", "desc_act: true); look for a version of this model"),
     "ordered 1": (GPTQ, says(desc_act=1), "bad-config", "desc_act must be true or false, found 1"),
     "symmetric 1": (GPTQ, says(sym=1), "bad-config", "sym must be true or false, found 1"),
-    "3 bits": (GPTQ, says(bits=3), "unsupported-bits", "3 bits; 4 and 8 are supported"),
+    "3 bits": (GPTQ, says(bits=3), "unsupported-bits", "3 bits, but only 4 and 8 are supported"),
     "bits as text": (GPTQ, says(bits="4"), "unsupported-bits", "'4'"),
     "no bits": (GPTQ, lambda config: config.pop("bits"), "bad-config", "lacks bits; download the file again"),
     "groups of 16": (GPTQ, says(group_size=16), "unsupported-group-size", "16"),

@@ -293,7 +293,7 @@ def test_a_pull_request_proposes_the_change(hub, marlin, other, monkeypatch):
     assert held(hub) == before
     assert held(hub, revision="refs/pr/1") == as_pushed(marlin)
     message = refused("hub-not-found", marlin, "org/nothing", create_pr=True)
-    assert message.endswith("check the name, or leave out --create-pr, and it is created")
+    assert message.endswith("check the name, or drop --create-pr to create the repository")
 
 
 def test_a_public_repository_is_no_private_one(hub, marlin):

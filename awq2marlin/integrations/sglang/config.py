@@ -140,7 +140,7 @@ class MarlinNativeConfig(ServingConfig, QuantizationConfig):  # type: ignore[mis
         metadata = hub_metadata(place, revision)
         if metadata is None:
             logger.warning(
-                "awq2marlin could not read the headers of %s beforehand: what is missing is found while loading",
+                "awq2marlin could not read the headers of %s beforehand; missing tensors are found while loading",
                 printable(place),
             )
             return None

@@ -60,11 +60,11 @@ class MarlinNativeLinearMethod(MarlinLinear, LinearMethodBase):  # type: ignore[
             **extra_weight_attrs,
         )  # fmt: skip
         if self._is_read_as_awq and (self.contents.bits != 4 or "qzeros" not in self.parts):
-            self._refuse("SGLang takes this module's weight apart itself: it can with 4 bits and zero points only")
+            self._refuse("SGLang takes this module's weight apart itself, which needs 4 bits and zero points")
         is_joined_before = len(self.modules) > self.width_count
         if is_joined_before and (self._padded or len(self._layouts) > 1):
             self._refuse(
-                f"SGLang joins {', '.join(self.modules)} while it reads them, which it can only if all lie in the same "
+                f"SGLang joins {', '.join(self.modules)} while it reads them, which works only if all are in the same "
                 "layout and none is padded"
             )
 

@@ -124,8 +124,8 @@ def find_places(model: Any, modules: Mapping[str, ModulePlan]) -> Places:
                     "",
                     name,
                     "unsupported-model",
-                    f"this model's code makes {printable(target)} of it, joined or split; packed weights cannot "
-                    "follow. 'awq2marlin revert' gives the AWQ checkpoint back",
+                    f"this model's code joins or splits it into {printable(target)}, which packed weights do not "
+                    "support. 'awq2marlin revert' gives the AWQ checkpoint back",
                 )
             )
     if problems:

@@ -100,7 +100,7 @@ class MarlinNativeQuantizer(HfQuantizer):
             CheckpointError: for another than fp16 and bf16.
         """
         if dtype not in _SCALE_DTYPES.values():
-            message = f"the model would be of {dtype}; Marlin kernels take float16 and bfloat16: pass one as dtype"
+            message = f"the model's dtype would be {dtype}, but Marlin kernels take float16 and bfloat16; pass dtype"
             raise refuse("unsupported-dtype", message, file=CONFIG_FILENAME)
         self._dtype = dtype
         return dtype

@@ -97,7 +97,7 @@ class MarlinNativeConfig(ServingConfig, QuantizationConfig):  # type: ignore[mis
         metadata = get_safetensors_params_metadata(model_name, revision=revision)
         if not metadata:
             logger.warning(
-                "awq2marlin could not read the headers of %s beforehand: what is missing is found while loading",
+                "awq2marlin could not read the headers of %s beforehand; missing tensors are found while loading",
                 printable(model_name),
             )
             return None

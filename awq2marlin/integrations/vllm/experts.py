@@ -265,7 +265,8 @@ class OwnExperts(VllmMarlinExperts):  # type: ignore[misc]
         """
         if getattr(self, "post_gemm2_hook", None) is not None:
             raise NotImplementedError(
-                "this model sums its experts itself, which awq2marlin's do not let it: set AWQ2MARLIN_KERNEL=engine"
+                "this model sums its experts' products itself, which awq2marlin's kernels do not support: set "
+                "AWQ2MARLIN_KERNEL=engine"
             )
         run_experts(
             (w1, self.w1_scale, self.w1_zp, w2, self.w2_scale, self.w2_zp),
