@@ -29,6 +29,7 @@ class Need:
         arguments: what it is called with, by name.
         attributes: what must be in it, or declared there as that of its instances, or be a name in its constructor.
         optional: further arguments, which it gets where it takes them.
+        accepts: what a plugin's own method in its place takes, by name: the engine may call it with nothing else.
     """
 
     module: str
@@ -36,6 +37,7 @@ class Need:
     arguments: tuple[str, ...] = ()
     attributes: tuple[str, ...] = ()
     optional: tuple[str, ...] = ()
+    accepts: tuple[str, ...] = ()
 
     def lacks(self, package: str) -> list[str]:
         """Returns what of it is not there, as a reader of the engine's source would write it.
@@ -52,10 +54,12 @@ class Need:
             return [place]
         declared = {*getattr(found, "__annotations__", {}), *_names_in_constructors(found)}
         lost = [f"{place}.{each}" for each in self.attributes if not hasattr(found, each) and each not in declared]
-        return lost + [f"{place}({each})" for each in self._misfits(found)] if self.arguments else lost
+        return lost + [f"{place}({each})" for each in (*self._misfits(found), *self._surprises(found))]
 
     def _misfits(self, found: Any) -> Iterator[str]:
         """Yields the arguments that it does not take, and those that it needs and does not get."""
+        if not self.arguments:
+            return
         takes = inspect.signature(found).parameters.values()
         if not any(each.kind is each.VAR_KEYWORD for each in takes):
             yield from (f"{name}=" for name in self.arguments if name not in {each.name for each in takes})
@@ -63,6 +67,12 @@ class Need:
         for each in takes:
             is_needed = each.default is each.empty and each.kind not in (each.VAR_KEYWORD, each.VAR_POSITIONAL)
             if is_needed and each.name not in given:
+                yield f"without {each.name}="
+
+    def _surprises(self, found: Any) -> Iterator[str]:
+        """Yields the arguments with which it may be called, and a plugin's own method in its place may not."""
+        for each in inspect.signature(found).parameters.values() if self.accepts else ():
+            if each.name not in self.accepts and each.kind not in (each.VAR_KEYWORD, each.VAR_POSITIONAL):
                 yield f"without {each.name}="
 
 

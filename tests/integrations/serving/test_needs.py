@@ -47,6 +47,12 @@ def place(monkeypatch):
         (Need("made_up", "Kinds", (), ("MARLIN", "BATCHED")), ["vllm.made_up.Kinds.BATCHED"]),
         (Need("made_up", "Kinds", (), ("size",)), []),
         (Need("made_up", "Layer", (), ("width", "height")), ["vllm.made_up.Layer.height"]),
+        (Need("made_up", "multiply", accepts=("x", "weight", "scale", "bias", "more")), []),
+        (
+            Need("made_up", "multiply", accepts=("x", "weight")),
+            ["vllm.made_up.multiply(without scale=)", "vllm.made_up.multiply(without bias=)"],
+        ),
+        (Need("made_up", "anything", accepts=("x",)), []),
         (Need("made_up", "divide", ("x",)), ["vllm.made_up.divide"]),
         (Need("elsewhere", "multiply"), ["vllm.elsewhere.multiply"]),
     ],

@@ -1,6 +1,7 @@
 """What the plugin uses of vLLM is there, and all of it is looked up. The first test runs without vLLM."""
 
 import importlib
+import inspect
 
 import pytest
 
@@ -69,3 +70,30 @@ def test_a_setting_that_would_be_refused_is_looked_up(name, monkeypatch):
     monkeypatch.delitem(importlib.import_module("vllm.envs").environment_variables, name)
     lost = [each for need in ALWAYS for each in need.lacks("vllm")]
     assert lost == [f"vllm.envs.{name}"]
+
+
+@pytest.mark.usefixtures("harness")
+def test_a_method_of_ours_that_vllm_would_call_with_more_is_named(monkeypatch):
+    from vllm.model_executor.layers.linear import LinearMethodBase
+
+    monkeypatch.setattr(LinearMethodBase, "apply", lambda self, layer, x, bias=None, out=None: None)  # noqa: ARG005
+    lost = [each for need in ALWAYS for each in need.lacks("vllm")]
+    assert lost == ["vllm.model_executor.layers.linear.LinearMethodBase.apply(without out=)"]
+
+
+@pytest.mark.usefixtures("harness")
+def test_what_vllm_may_call_our_methods_with_is_what_they_take():
+    from awq2marlin.integrations.vllm.config import MarlinNativeConfig
+    from awq2marlin.integrations.vllm.experts import MarlinNativeMoEMethod
+    from awq2marlin.integrations.vllm.linear import MarlinNativeLinearMethod
+
+    ours = {
+        "QuantizationConfig": MarlinNativeConfig,
+        "LinearMethodBase": MarlinNativeLinearMethod,
+        "AutoAWQMoEMethod": MarlinNativeMoEMethod,
+    }
+    looked_up = [need for need in (*ALWAYS, *EXPERTS) if need.accepts]
+    assert len(looked_up) == 7
+    for need in looked_up:
+        owner, _, method = need.name.partition(".")
+        assert tuple(inspect.signature(getattr(ours[owner], method)).parameters) == need.accepts
