@@ -25,12 +25,6 @@ from awq2marlin.layout.modules import module_name, part_shape
 from awq2marlin.layout.repack import PartLayout
 from awq2marlin.layout.scheme import Scheme
 
-#: What it means if zero points that the config denies are not in the middle.
-_DENIED = (
-    "the config says that there are no zero points (zero_point: false, or sym: true), but these are not all in the "
-    "middle; if they count, reverse that setting in a copy of the config"
-)
-
 
 class AwqGemm(Awq):
     """AWQ, version "gemm"."""
@@ -193,7 +187,7 @@ class _WithMiddleZeros(AwqGemm):
 
     def derived(self, size_k: int, size_n: int, scheme: Scheme) -> Sequence[DerivedTensor]:
         """Returns the zero points."""
-        return [self.middle_zero_points(size_k, size_n, scheme, _DENIED)]
+        return [self.middle_zero_points(size_k, size_n, scheme)]
 
 
 AWQ_GEMM = AwqGemm()

@@ -164,6 +164,9 @@ class Format(ABC):
     zero_point_key: ClassVar[str] = "zero_point"
     zero_points_said: ClassVar[str] = "zero_point is true"
 
+    #: How a config says that there are no zero points, and what to do to it if there are some after all.
+    denial: ClassVar[tuple[str, str]] = ("zero_point: false, or sym: true", "reverse that setting")
+
     #: The last name component of the tensor that holds each part of a module.
     suffixes: ClassVar[Mapping[str, str]] = {part: part for part in QUANTIZED_PARTS}
 
@@ -322,15 +325,19 @@ class Format(ABC):
         """Returns the further tensors that a module of a shape has; none, in most formats."""
         return ()
 
-    def middle_zero_points(self, size_k: int, size_n: int, scheme: Scheme, meaning: str) -> DerivedTensor:
+    def middle_zero_points(self, size_k: int, size_n: int, scheme: Scheme) -> DerivedTensor:
         """Returns the zero points of a symmetric checkpoint, where they may be stored all the same: all are 2^(bits-1).
 
         Args:
             size_k: K, padding included.
             size_n: N, padding included.
             scheme: of the checkpoint.
-            meaning: what it means if they are not.
         """
+        said, cure = self.denial
+        meaning = (
+            f"the config says that there are no zero points ({said}), but these are not all in the middle; if they "
+            f"count, {cure} in a copy of the config"
+        )
         layout, (dtype,) = self.layout("qzeros", size_k, size_n, scheme), self.dtypes["qzeros"]
         data = partial(middle_zero_points, layout, layout.rows, size_n)
         shape = self.shape("qzeros", size_k, size_n, scheme)

@@ -41,10 +41,6 @@ _HEAD = "lm_head"
 
 #: What it means if a tensor that follows from a module's shape holds something else.
 _ODD_K = "K ends inside a word, or the shape differs from that of weight_packed; such modules are not converted"
-_ASYMMETRIC = (
-    "the config says symmetric (symmetric: true), but the zero points are not all in the middle; if they "
-    "count, set it to false in a copy of the config"
-)
 
 _STACKED = (
     "all experts of a layer are in this one 3-D tensor, which no loader supports; only checkpoints with "
@@ -80,6 +76,7 @@ class CompressedTensors(Format):
     #: Nothing else has scales of this name, so that a module whose codes are lost is missed.
     marks: ClassVar[tuple[str, ...]] = ("qweight", "qzeros", "scales")
     zero_points_said = "symmetric is false"
+    denial = ("symmetric: true", "set symmetric to false")
     drops_middle_zeros = True
     companions: ClassVar[tuple[str, ...]] = ("weight_shape",)
     layouts: ClassVar[Mapping[str, type[PartLayout]]] = {
@@ -215,7 +212,7 @@ class CompressedTensors(Format):
             ),
         ]
         if not scheme.zero_point:
-            derived.append(self.middle_zero_points(size_k, size_n, scheme, _ASYMMETRIC))
+            derived.append(self.middle_zero_points(size_k, size_n, scheme))
         return derived
 
     def faults(

@@ -40,12 +40,6 @@ from awq2marlin.layout.sequential import (
     SequentialZeroPoints,
 )
 
-#: What it means if a tensor that follows from a module's shape holds something else.
-_ASYMMETRIC = (
-    "the config says symmetric (sym: true), but the zero points are not all in the middle; if they count, "
-    "set sym to false in a copy of the config"
-)
-
 _UNORDERED = "look for a version of this model that was quantized with desc_act: false"
 
 
@@ -57,6 +51,7 @@ class Gptq(Format):
     is_source = True
     zero_point_key = "sym"
     zero_points_said = "sym is not true"
+    denial = ("sym: true", "set sym to false")
     drops_middle_zeros = True
     companions: ClassVar[tuple[str, ...]] = ("g_idx",)
     foreign_suffixes: ClassVar[tuple[str, ...]] = ("weight",)
@@ -139,7 +134,7 @@ class Gptq(Format):
         groups = partial(group_bytes, size_k, scheme.group_size)
         derived = [DerivedTensor("g_idx", "I32", (size_k,), groups, is_optional=True, meaning=ORDERED_BY_ACTIVATIONS)]
         if not scheme.zero_point:
-            derived.append(self.middle_zero_points(size_k, size_n, scheme, _ASYMMETRIC))
+            derived.append(self.middle_zero_points(size_k, size_n, scheme))
         return derived
 
     def size_fault(self, size_k: int, size_n: int, scheme: Scheme) -> str:
