@@ -242,7 +242,7 @@ def test_zero_points_of_a_symmetric_checkpoint_must_be_the_middle(tmp_path: Path
     assert contents(tmp_path / "back") == contents(tmp_path / "source")
     set_tensors(tmp_path / "source", _put(name, "I32", middle + 1))
     outcome = run("convert", tmp_path / "source", tmp_path / "other")
-    outcome.refused("contradiction", "the config says symmetric", file=SHARD, tensor=name)
+    outcome.refused("contradiction", "no zero points (symmetric: true)", file=SHARD, tensor=name)
 
 
 def test_a_changed_value_is_found_by_its_place(source: Path, tmp_path: Path, run) -> None:
@@ -316,7 +316,7 @@ def test_old_zero_points_of_a_symmetric_checkpoint_must_be_the_middle(tmp_path: 
         set_tensors(tmp_path / "source", _put(f"{name}.weight_zero_point", "I8", np.full((columns, 4), middle)))
     outcome = run("convert", tmp_path / "source", tmp_path / "out")
     if middle:
-        outcome.refused("contradiction", "the config says symmetric", file=SHARD)
+        outcome.refused("contradiction", "no zero points (symmetric: true)", file=SHARD)
         return
     revert(tmp_path / "out", tmp_path / "back")
     assert contents(tmp_path / "back") == contents(tmp_path / "source")
