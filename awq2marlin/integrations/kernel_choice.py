@@ -192,6 +192,8 @@ class KernelChoice:
         seconds = time.perf_counter() - begin
         if compiled:
             folder, count = kernel_cache().folder, "a kernel" if len(compiled) == 1 else f"{len(compiled)} kernels"
-            self._log.info("compiled %s in %.1f s; later starts look in %s", count, seconds, folder)
+            is_kept = os.access(folder, os.W_OK)
+            later = f"later starts look in {folder}" if is_kept else f"every start will, as {folder} cannot be written"
+            self._log.info("compiled %s in %.1f s; %s", count, seconds, later)
         elif seconds > _NOTICEABLE_SECONDS:
             self._log.info("the kernels were ready after %.1f s", seconds)

@@ -133,3 +133,12 @@ def test_the_log_says_how_long_compiling_took(choice, caplog, tmp_path, monkeypa
     choice.kernel_for(HOPPER, ready)
     assert len(caplog.records) == count, "nothing was compiled"
     assert capsys.readouterr().err == ""
+
+
+def test_the_log_says_that_kernels_cannot_be_kept(choice, caplog, tmp_path, monkeypatch):
+    pytest.importorskip("cuda.bindings.nvrtc", reason=NO_COMPILER)
+    place = tmp_path / "file" / "cache"
+    place.parent.write_text("no folder")
+    monkeypatch.setenv(CACHE_VARIABLE, str(place))
+    assert choice.kernel_for(HOPPER, lambda: jit.build(repack_source(4), "sm_80")) == "own"
+    assert lines(caplog)[-1][1].endswith(f" s; every start will, as {place / 'kernels'} cannot be written")
