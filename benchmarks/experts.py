@@ -488,14 +488,38 @@ def measure(options: Any) -> None:
 
 
 def show(options: Any) -> None:
-    rows: dict[tuple, dict] = {}
-    for path in options.files:
-        result = json.loads(path.read_text("utf-8"))
+    results = [json.loads(path.read_text("utf-8")) for path in options.files]
+    for result in results:
         print({key: value for key, value in result.items() if key != "rows"})
-        for row in result["rows"]:
-            key = row["model"], row["weights"], row["routing"], row["M"]
-            rows[key] = row  # a later file's counts
-    print_tables(list(rows.values()))
+    rows = [row for result in results for row in result["rows"]]
+    if options.output:
+        save(options.output, results[0] | {"rows": rows})
+    print_tables(joined(rows))
+
+
+def joined(rows: list[dict]) -> list[dict]:
+    """Returns one row a cell (model, weights, routing, M) of runs that had different peers, or had none.
+
+    Every run times ours, too, because clocks differ from run to run. Of ours the mean counts, and of a peer's time its
+    ratio to ours in the same run.
+    """
+    cells: dict[tuple, list[dict]] = {}
+    for row in rows:
+        cells.setdefault((row["model"], row["weights"], row["routing"], row["M"]), []).append(row)
+    return [_join(runs) for runs in cells.values()]
+
+
+def _join(runs: list[dict]) -> dict:
+    def means(times: Callable[[dict], dict[str, float]]) -> dict[str, float]:
+        return {part: _geometric_mean([times(run)[part] for run in runs]) for part in times(runs[0])}
+
+    ours = means(lambda run: run["us"]["ours"])
+    us = {"ours": ours}
+    for run in runs:
+        for peer, times in run["us"].items():
+            if peer != "ours":
+                us[peer] = {part: time * ours[part] / run["us"]["ours"][part] for part, time in times.items()}
+    return runs[0] | {"us": us, "floor_us": means(lambda run: run["floor_us"])}
 
 
 def print_tables(rows: list[dict]) -> None:
@@ -508,6 +532,9 @@ def print_tables(rows: list[dict]) -> None:
             print_means(mine, value)
         print(f"\n## {weights}, {routing}: ours of the floor, of the best peer, of Marlin, the whole block")
         print_cells(mine)
+    for weights in dict.fromkeys(weights for weights, routing in kinds if routing == "zipf"):
+        print(f"\n## {weights}: skewed routing / even routing, and microseconds of ours, the whole block")
+        print_skew([row for row in rows if row["weights"] == weights])
 
 
 def block_us(us: dict[str, float]) -> float:
@@ -547,6 +574,29 @@ def print_cells(rows: list[dict]) -> None:
         print(f"| {size_m} | {' | '.join(cells)} |")
 
 
+def print_skew(rows: list[dict]) -> None:
+    """Prints what skewed routing costs the block: each model's in our time, and the mean of ours and of every peer."""
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    found = {(row["model"], row["routing"], row["M"]): row["us"] for row in rows}
+    skewed = [key for key in found if key[1] == "zipf"]
+    names = ["ours", *(name for name in PEERS if any(name in found[key] for key in skewed))]
+    heads = ["M", *models, *(f"mean of {name}" for name in names)]
+    print(f"| {' | '.join(heads)} |\n|{' --- |' * len(heads)}")
+    for size_m in sorted({size_m for _, _, size_m in skewed}):
+        pairs = [
+            (found.get((model, "uniform", size_m), {}), found.get((model, "zipf", size_m), {})) for model in models
+        ]
+        cells = [_skewed(even["ours"], zipf["ours"]) if even and zipf else "-" for even, zipf in pairs]
+        for name in names:
+            both = [(even[name], zipf[name]) for even, zipf in pairs if name in even and name in zipf]
+            cells.append(mean([zipf["block"] / even["block"] for even, zipf in both]))
+        print(f"| {size_m} | {' | '.join(cells)} |")
+
+
+def _skewed(even: dict[str, float], zipf: dict[str, float]) -> str:
+    return f"{zipf['block'] / even['block']:.2f} ({even['block']:.0f}, {zipf['block']:.0f})"
+
+
 def cell(row: dict) -> str:
     ours, best = row["us"]["ours"]["block"], best_us(row, block_us)
     text = f"{ours:.1f} us: {ours / row['floor_us']['block']:.2f}"
@@ -584,8 +634,9 @@ def main() -> None:
     command.add_argument("--replays", type=int, default=11, help="of every graph; the median counts (default: 11)")
     command.add_argument("--commit", help="the commit that is timed, where there is no git")
     command.set_defaults(run=measure)
-    command = commands.add_parser("show", help="print tables of earlier results")
+    command = commands.add_parser("show", help="print tables of earlier results, of runs with different peers too")
     command.add_argument("files", type=Path, nargs="+")
+    command.add_argument("--output", type=Path, help="a JSON file for the rows of all of them, under the first's head")
     command.set_defaults(run=show)
     options = parser.parse_args()
     options.run(options)

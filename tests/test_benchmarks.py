@@ -794,6 +794,28 @@ def test_the_tables_of_experts_name_means_the_best_peer_and_what_is_slower(scrip
     assert "| 4 | 20.0 us: 2.00, 0.62, 0.50 | 45.0 us: 4.50, 1.12 !, 1.12 !! |" in lines
 
 
+def test_experts_of_runs_with_different_peers_are_told_as_one(script, tmp_path, monkeypatch, capsys):
+    experts = script("experts")
+
+    def row(routing, **blocks):
+        times = {name: {"block": block, "w13": block / 2, "w2": block / 4} for name, block in blocks.items()}
+        same = {"model": "one", "weights": "zp128", "M": 4, "floor_us": {"block": 10.0, "w13": 5.0, "w2": 2.5}}
+        return same | {"routing": routing, "us": times}
+
+    first = [row("uniform", ours=20.0, marlin=40.0), row("zipf", ours=30.0, marlin=50.0)]
+    second = [row("uniform", ours=45.0, humming=30.0)]
+    for name, rows in (("first", first), ("second", second)):
+        (tmp_path / f"{name}.json").write_text(json.dumps({"commit": name, "rows": rows}), "utf-8")
+    files = [str(tmp_path / f"{name}.json") for name in ("first", "second", "all")]
+    monkeypatch.setattr(sys, "argv", ["experts.py", "show", *files[:2], "--output", files[2]])
+    experts.main()
+    assert json.loads((tmp_path / "all.json").read_text("utf-8")) == {"commit": "first", "rows": first + second}
+    lines = capsys.readouterr().out.splitlines()
+    assert "| 4 | 3.00 | 6.00 | 2.00 | 2.00 | 1.50 (1.50) | 0.50 (0.50) |" in lines  # ours is the mean of 20 and 45
+    assert "| M | one | mean of ours | mean of marlin |" in lines
+    assert "| 4 | 1.00 (30, 30) | 1.00 | 0.83 |" in lines
+
+
 def test_the_host_s_time_a_call_is_the_median_of_loops_that_take_turns(script, tmp_path, monkeypatch, capsys):
     host, torch, order = script("gemm_host"), pytest.importorskip("torch"), []
     clock = iter(range(1_000_000))
