@@ -73,14 +73,15 @@ struct ColumnsOf<true> {
 template <bool kHasFew>
 using ColumnsFor = typename ColumnsOf<kHasFew>::Type;
 
-// Up to a tile's height of pairs that chose one expert.
+// Up to a tile's height of pairs that chose one expert. All of an expert's tiles have one height.
 struct WorkItem {
   int expert, first, count;  // `first`: of the list's rows
 };
 
-// The list of work in memory: how many items, the items as four words each, and the rows, expert by expert.
+// The list of work in memory: for each height of tiles how many items have it or a taller one; the items as four words
+// each, the tallest first; and the rows, expert by expert.
 struct WorkList {
-  static constexpr int kHeaderWords = 4, kItemWords = 4, kRowWords = 2;
+  static constexpr int kHeights = 3, kHeaderWords = 4, kItemWords = 4, kRowWords = 2;
   const int* words;
   int max_items;
 
@@ -90,7 +91,20 @@ struct WorkList {
     float weight;
   };
 
-  __device__ __forceinline__ int num_items() const { return load_fresh(reinterpret_cast<const u32*>(words)); }
+  // By height, 0 is the tallest. Heights that a kernel does not have end with the last one.
+  struct Ends {
+    int tall, middle, low;
+    __device__ __forceinline__ int operator[](int height) const {
+      return height == 0 ? tall : height == 1 ? middle : low;
+    }
+  };
+  __device__ __forceinline__ Ends ends() const {
+    const U32x4 v = load_fresh(reinterpret_cast<const U32x4*>(words));
+    return {int(v.x), int(v.y), int(v.z)};
+  }
+  __device__ __forceinline__ int num_items() const {
+    return load_fresh(reinterpret_cast<const u32*>(words) + kHeights - 1);
+  }
   __device__ __forceinline__ WorkItem item(int i) const {
     const int4 v = *reinterpret_cast<const int4*>(words + kHeaderWords + kItemWords * i);
     return {v.x, v.y, v.z};
@@ -141,7 +155,7 @@ __device__ __forceinline__ F32x4 times(F32x4 v, float factor) {
 
 template <Activation kActivation>
 __device__ __forceinline__ float activate(float x) {
-  if constexpr (kActivation == Activation::kSilu) return __fdividef(x, 1.f + __expf(-x));
+  if constexpr (kActivation == Activation::kSilu) return x * fast_reciprocal(1.f + fast_exp2(-1.4426950f * x));
   if constexpr (kActivation == Activation::kGelu) return 0.5f * x * (1.f + erff(x * 0.70710678f));
   if constexpr (kActivation == Activation::kGeluTanh)
     return 0.5f * x * (1.f + tanhf(0.79788456f * (x + 0.044715f * x * x * x)));
@@ -185,7 +199,61 @@ struct AlignArguments {
   const void* topk_ids;
   const float* topk_weights;  // or null: 1
   int* work;
-  int num_pairs, num_experts, tile_rows, max_items, has_long_ids;
+  int num_pairs, num_experts;
+  int tall, middle, low;  // rows of tiles, as far as there are so many heights
+  int max_items, has_long_ids;
+};
+
+// The tiles that take the least time for all pairs of an expert.
+struct BestTiles {
+  int height, rows, items, cost;  // height: 0 is the tallest
+
+  template <int kHeights>
+  static __device__ __forceinline__ BestTiles of(const AlignArguments& args, int pairs) {
+    BestTiles best(0, args.tall, pairs);
+    if (kHeights > 1) best.take_if_better({1, args.middle, pairs});
+    if (kHeights > 2) best.take_if_better({2, args.low, pairs});
+    return best;
+  }
+
+ private:
+  static constexpr int kRowsMore = 64;  // a tile takes as long as so many rows more would by themselves
+
+  __device__ __forceinline__ BestTiles(int height, int rows, int pairs)
+      : height(height), rows(rows), items((pairs + rows - 1) / rows), cost(items * (rows + kRowsMore)) {}
+  __device__ __forceinline__ void take_if_better(const BestTiles& other) {
+    if (other.cost < cost) *this = other;
+  }
+};
+
+// How many pairs there are, and how many items of every height.
+template <int kHeights>
+struct Tally {
+  int pairs, tall, middle, low;
+
+  static __device__ __forceinline__ Tally of(int pairs, const BestTiles& best) {
+    return {pairs, best.height == 0 ? best.items : 0, best.height == 1 ? best.items : 0,
+            best.height == 2 ? best.items : 0};
+  }
+
+  __device__ __forceinline__ int items(int height) const { return height == 0 ? tall : height == 1 ? middle : low; }
+  // Of that height or a taller one.
+  __device__ __forceinline__ int items_to(int height) const {
+    return tall + (height > 0 ? middle : 0) + (height > 1 ? low : 0);
+  }
+  __device__ __forceinline__ void add(const Tally& other) {
+    pairs += other.pairs, tall += other.tall, middle += other.middle, low += other.low;
+  }
+  // That of the lane so far below.
+  __device__ __forceinline__ Tally from_below(int distance) const {
+    constexpr u32 kAll = 0xffffffffu;
+    Tally below = {};
+    below.pairs = __shfl_up_sync(kAll, pairs, distance);
+    below.tall = __shfl_up_sync(kAll, tall, distance);
+    if (kHeights > 1) below.middle = __shfl_up_sync(kAll, middle, distance);
+    if (kHeights > 2) below.low = __shfl_up_sync(kAll, low, distance);
+    return below;
+  }
 };
 
 constexpr int kMaxExperts = 1024;
@@ -193,11 +261,12 @@ constexpr int kMaxExperts = 1024;
 // Writes the list of work: one block, or a cluster whose blocks share the pairs. Counts, places and then lists the
 // pairs of each expert. In which order an expert's pairs come is up to chance and does not matter: a row's numbers are
 // the same wherever in a tile it is.
-template <int kThreads, int kBlocks>
+template <int kThreads, int kBlocks, int kHeights>
 __device__ __forceinline__ void align_experts(const AlignArguments& args) {
   constexpr int kWarps = kThreads / kWarpLanes;
   __shared__ int counts[kMaxExperts], places[kMaxExperts];  // this block's pairs of an expert; where its next goes
-  __shared__ int warp_pairs[kWarps], warp_items[kWarps];
+  __shared__ Tally<kHeights> of_warps[kWarps];
+  static_assert(kMaxExperts <= kThreads, "a thread for each");
   const int warp = threadIdx.x / kWarpLanes, lane = threadIdx.x % kWarpLanes;
   const int first_pair = blockIdx.x * kThreads + threadIdx.x;
   start_next_launch();
@@ -212,41 +281,37 @@ __device__ __forceinline__ void align_experts(const AlignArguments& args) {
   all_blocks<kBlocks>();
 
   // Experts in order, a thread each: the sums of all before it say where its pairs and items begin.
-  int pairs_done = 0, items_done = 0;
-  for (int base = 0; base < args.num_experts; base += kThreads) {
-    const int expert = base + threadIdx.x;
-    int pairs = 0, of_earlier_blocks = 0;
-    if (expert < args.num_experts)
-      for (int block = 0; block < kBlocks; ++block) {
-        if (block == int(blockIdx.x)) of_earlier_blocks = pairs;
-        pairs += count_of_block<kBlocks>(counts + expert, block);
-      }
-    const int items = (pairs + args.tile_rows - 1) / args.tile_rows;
-    int pairs_to_here = pairs, items_to_here = items;
+  const int expert = threadIdx.x;
+  int pairs = 0, of_earlier_blocks = 0;
+  if (expert < args.num_experts)
+    for (int block = 0; block < kBlocks; ++block) {
+      if (block == int(blockIdx.x)) of_earlier_blocks = pairs;
+      pairs += count_of_block<kBlocks>(counts + expert, block);
+    }
+  const BestTiles best = BestTiles::of<kHeights>(args, pairs);
+  Tally<kHeights> to_here = Tally<kHeights>::of(pairs, best);
 #pragma unroll
-    for (int distance = 1; distance < kWarpLanes; distance *= 2) {
-      const int p = __shfl_up_sync(0xffffffffu, pairs_to_here, distance);
-      const int i = __shfl_up_sync(0xffffffffu, items_to_here, distance);
-      if (lane >= distance) pairs_to_here += p, items_to_here += i;
-    }
-    if (lane == kWarpLanes - 1) warp_pairs[warp] = pairs_to_here, warp_items[warp] = items_to_here;
-    __syncthreads();
-    int pairs_before = pairs_done, items_before = items_done;
-    const int used_warps = min(kWarps, (args.num_experts - base + kWarpLanes - 1) / kWarpLanes);
-    for (int w = 0; w < used_warps; ++w) {
-      if (w < warp) pairs_before += warp_pairs[w], items_before += warp_items[w];
-      pairs_done += warp_pairs[w], items_done += warp_items[w];
-    }
-    const int place = pairs_before + pairs_to_here - pairs;
-    if (expert < args.num_experts) places[expert] = place + of_earlier_blocks;
-    int item = items_before + items_to_here - items;
-    for (int done = 0; done < pairs; done += args.tile_rows, ++item)
-      if (item % kBlocks == int(blockIdx.x))
-        *reinterpret_cast<int4*>(args.work + WorkList::kHeaderWords + WorkList::kItemWords * item) =
-            make_int4(expert, place + done, min(args.tile_rows, pairs - done), 0);
-    __syncthreads();
+  for (int distance = 1; distance < kWarpLanes; distance *= 2) {
+    const Tally<kHeights> below = to_here.from_below(distance);
+    if (lane >= distance) to_here.add(below);
   }
-  if (blockIdx.x == 0 && threadIdx.x == 0) args.work[0] = items_done;
+  if (lane == kWarpLanes - 1) of_warps[warp] = to_here;
+  __syncthreads();
+  Tally<kHeights> all = {};  // in the end
+  const int used_warps = (args.num_experts + kWarpLanes - 1) / kWarpLanes;
+  for (int w = 0; w < used_warps; ++w) {
+    if (w == warp) to_here.add(all);
+    all.add(of_warps[w]);
+  }
+  const int place = to_here.pairs - pairs;
+  if (expert < args.num_experts) places[expert] = place + of_earlier_blocks;
+  int item = all.items_to(best.height) - all.items(best.height) + to_here.items(best.height) - best.items;
+  for (int done = 0; done < pairs; done += best.rows, ++item)
+    if (item % kBlocks == int(blockIdx.x))
+      *reinterpret_cast<int4*>(args.work + WorkList::kHeaderWords + WorkList::kItemWords * item) =
+          make_int4(expert, place + done, min(best.rows, pairs - done), 0);
+  if (blockIdx.x == 0 && threadIdx.x < WorkList::kHeights) args.work[threadIdx.x] = all.items_to(threadIdx.x);
+  __syncthreads();
   int2* rows = reinterpret_cast<int2*>(args.work + WorkList::kHeaderWords + WorkList::kItemWords * args.max_items);
   for (int p = first_pair; p < args.num_pairs; p += kThreads * kBlocks) {
     const int expert = expert_of(args.topk_ids, args.has_long_ids, p, args.num_experts);

@@ -17,26 +17,27 @@
 
 namespace marlin {
 
-// kScalesSums: as in HopperGemm.
-template <class T, int kBits, int kTokens, int kStages, int kResidentBlocks, bool kScalesSums, Activation kActivation>
+// kTallest, kLower: rows of the tiles that there are, the tallest first. kScalesSums: as in HopperGemm, and for all
+// heights, so that a row's bits do not depend on its tile's height, which follows from what other tokens choose.
+template <class T, int kBits, int kStages, int kResidentBlocks, bool kScalesSums, Activation kActivation, int kTallest,
+          int... kLower>
 class HopperExperts {
   // Two blocks of a multiprocessor have few registers, too few for two sets of sums and every column's numbers twice.
   using Columns = ColumnsFor<kScalesSums && kResidentBlocks == 2>;
-  using Core = HopperTile<T, kBits, kTokens, kStages, CopiedBy::kWarps, Columns>;
+  using Core = HopperTile<T, kBits, kTallest, kStages, CopiedBy::kWarps, Columns>;
   static_assert(!kScalesSums || kStages % 2 == 0, "a pair of stages does not go round the ring's end");
   using L = typename Core::L;
   using Walk = RingSlot<kScalesSums ? kStages / 2 : kStages>;
   static constexpr bool kGated = kActivation != Activation::kNone;
   static constexpr int kOutColumns = kGated ? Core::kColumns / 2 : Core::kColumns;
   static constexpr int kStepTiles = kOutColumns / kTileColumns;
-  // Tiles with no more rows than that have a loop of their own, where it helps and there are registers for two.
-  static constexpr bool kHasLowTiles = kTokens >= 64 && kTokens <= (kScalesSums ? 64 : 96);
-  static constexpr int kLowTokens = kHasLowTiles ? kTokens - 16 : kTokens;
+  static constexpr int kHeights[] = {kTallest, kLower...};
+  static constexpr int kLowest = kHeights[sizeof...(kLower)];
   static constexpr int kOwnThreads = Core::kMathThreads / Core::kWarpgroups;
   static constexpr int kOwnColumns = kOutColumns / Core::kWarpgroups;
   static constexpr int kRowBytes = (kOwnColumns + 8) * 2;  // the padding spreads the rows of a fragment over the banks
   static constexpr int kListRowBytes = WorkList::kRowWords * 4;
-  static constexpr int kOwnBytes = kTokens * (kRowBytes + 2 * kListRowBytes);
+  static constexpr int kOwnBytes = kTallest * (kRowBytes + 2 * kListRowBytes);
   static constexpr int kOutOffset = Core::kRingBytes;
   static constexpr int kBarriersOffset = kOutOffset + Core::kWarpgroups * kOwnBytes;
 
@@ -67,12 +68,18 @@ class HopperExperts {
   __device__ __forceinline__ HopperExperts(const ExpertArguments& args, const Core& core, unsigned char* shared)
       : args(args),
         core(core),
-        list{args.work, max_work_items(args.num_pairs, args.num_experts, kTokens)},
+        list{args.work, max_work_items(args.num_pairs, args.num_experts, kLowest)},
         columns(kGated ? args.size_n / 2 : args.size_n),
         num_steps((columns + kOutColumns - 1) / kOutColumns),
-        num_places(list.num_items() * num_steps),
+        ends(list.ends()),
         out_sh(shared_address(shared) + kOutOffset + core.warpgroup % Core::kWarpgroups * kOwnBytes),
-        list_sh(out_sh + kTokens * kRowBytes) {}
+        list_sh(out_sh + kTallest * kRowBytes) {}
+
+  // Places are items times steps of columns. A block has one of every round; tall tiles come first and take longer, so
+  // every other round goes backwards.
+  __device__ __forceinline__ int place_of(int round) const {
+    return round * gridDim.x + (round % 2 ? gridDim.x - 1 - blockIdx.x : blockIdx.x);
+  }
 
   // Tile w of a stage's four. Tiles past the last repeat it: what comes of them is not stored.
   __device__ __forceinline__ int tile_n(int step, int w) const {
@@ -81,15 +88,29 @@ class HopperExperts {
     return kGated ? tile + w / kStepTiles * num_tiles : tile;
   }
 
+  // Where the places of a height end, by how many lower ones there are.
+  __device__ __forceinline__ int places_to(int num_lower) const {
+    return ends[int(sizeof...(kLower)) - num_lower] * num_steps;
+  }
+
+  // Heights come one after the other, each in a loop of its own. Their stages follow each other in one ring, so the
+  // copies run ahead into the next height, too.
   __device__ __forceinline__ void copy() const {
     typename Core::Slot slot;
-    int next = -Core::kUnpublished;
+    int round = 0, next = -Core::kUnpublished;
+    copy_heights<kTallest, kLower...>(round, slot, next);
+    core.publish_last(next);  // a block must not leave while copies to it are under way
+  }
+
+  template <int kRows, int... kOthers>
+  __device__ __forceinline__ void copy_heights(int& round, typename Core::Slot& slot, int& next) const {
     const int w = core.warp - Core::kMathWarps;
     const int num_stages = args.size_k / Core::kStageRows;
+    const int end = places_to(sizeof...(kOthers));
 #pragma unroll 1
-    for (int i = blockIdx.x; i < num_places; i += gridDim.x) {
+    for (int i = place_of(round); i < end; i = place_of(++round)) {
       const WorkItem item = list.item(i / num_steps);
-      typename Core::Copier copier = core.make_copier(
+      typename Core::Copier copier = core.template make_copier<kRows>(
           args.a, expert_weights(args, item.expert), tile_n(i % num_steps, w), {0, num_stages}, [&](int token) {
             const u32 pair = list.row(item.first + min(token, item.count - 1)).pair;
             return pair / u32(args.a_pairs) * args.a_stride;
@@ -98,12 +119,12 @@ class HopperExperts {
 #pragma unroll 1
       for (int stage = 0; stage < num_stages; ++stage) {
         core.wait_empty(slot);
-        core.copy_stage(copier, slot, args.qweight_stride, args.group_size, kHasLowTiles ? item.count : kTokens);
+        core.template copy_stage<kRows>(copier, slot, args.qweight_stride, args.group_size);
         slot.advance();
         core.publish(next);
       }
     }
-    core.publish_last(next);  // a block must not leave while copies to it are under way
+    if constexpr (sizeof...(kOthers) > 0) copy_heights<kOthers...>(round, slot, next);
   }
 
   // Which blocks a warp multiplies: half of one of its warpgroup's two tiles, which are neighbours, or the gate's and
@@ -167,47 +188,54 @@ class HopperExperts {
 
   __device__ __forceinline__ void multiply() const {
     Walk slot;
-#pragma unroll 1
-    for (int i = blockIdx.x, buffer = 0; i < num_places; i += gridDim.x, buffer ^= 1) {
-      const OwnBlocks blocks(*this, i);
-      fetch_rows(list.item(i / num_steps), buffer);
-      typename Core::Sums sums;
-      if (kHasLowTiles && list.item(i / num_steps).count <= kLowTokens)
-        add_product<kLowTokens>(sums, slot, blocks);
-      else
-        add_product<kTokens>(sums, slot, blocks);
-
-      cp_async_wait_all();
-      own_barrier();  // the rows of the list are there, and the last result has left
-      // Read once more rather than kept: there are no registers to spare.
-      const WorkItem item = list.item(i / num_steps);
-      if constexpr (kGated) {
-        constexpr int kHalf = kTokens / 16 * 8;
-        if (blocks.is_gate())
-          deposit<true, false, kHalf, kTokens>(sums, blocks, item, buffer);
-        else
-          deposit<false, false, 0, kHalf>(sums, blocks, item, buffer);
-        own_barrier();
-        if (blocks.is_gate())
-          deposit<true, true, 0, kHalf>(sums, blocks, item, buffer);
-        else
-          deposit<false, true, kHalf, kTokens>(sums, blocks, item, buffer);
-      } else {
-        deposit<false, false, 0, kTokens>(sums, blocks, item, buffer);
-      }
-      own_barrier();
-      leave(item.count, buffer, i % num_steps);
-    }
+    int round = 0;
+    multiply_heights<kTallest, kLower...>(round, slot);
   }
 
-  // Multiplies a tile with so many rows.
-  template <int kWidth>
+  template <int kRows, int... kOthers>
+  __device__ __forceinline__ void multiply_heights(int& round, Walk& slot) const {
+    const int end = places_to(sizeof...(kOthers));
+#pragma unroll 1
+    for (int i = place_of(round); i < end; i = place_of(++round)) multiply_tile<kRows>(i, round % 2, slot);
+    if constexpr (sizeof...(kOthers) > 0) multiply_heights<kOthers...>(round, slot);
+  }
+
+  template <int kRows>
+  __device__ __forceinline__ void multiply_tile(int place, int buffer, Walk& slot) const {
+    const OwnBlocks blocks(*this, place);
+    fetch_rows<kRows>(list.item(place / num_steps), buffer);
+    typename Core::Sums sums;
+    add_product<kRows>(sums, slot, blocks);
+
+    cp_async_wait_all();
+    own_barrier();  // the rows of the list are there, and the last result has left
+    // Read once more rather than kept: there are no registers to spare.
+    const WorkItem item = list.item(place / num_steps);
+    if constexpr (kGated) {
+      constexpr int kHalf = kRows / 16 * 8;
+      if (blocks.is_gate())
+        deposit<true, false, kHalf, kRows>(sums, blocks, item, buffer);
+      else
+        deposit<false, false, 0, kHalf>(sums, blocks, item, buffer);
+      own_barrier();
+      if (blocks.is_gate())
+        deposit<true, true, 0, kHalf>(sums, blocks, item, buffer);
+      else
+        deposit<false, true, kHalf, kRows>(sums, blocks, item, buffer);
+    } else {
+      deposit<false, false, 0, kRows>(sums, blocks, item, buffer);
+    }
+    own_barrier();
+    leave(item.count, buffer, place % num_steps);
+  }
+
+  template <int kRows>
   __device__ __forceinline__ void add_product(typename Core::Sums& sums, Walk& slot, const OwnBlocks& blocks) const {
     const StepRange stages = {0, args.size_k / Core::kStageRows};
     if constexpr (kScalesSums)
-      core.template multiply_pairs<kWidth>(sums, slot, blocks, args.group_size >= args.size_k, stages);
+      core.template multiply_pairs<kRows>(sums, slot, blocks, args.group_size >= args.size_k, stages);
     else
-      core.template multiply<kWidth>(sums, slot, blocks, args.group_size, stages);
+      core.template multiply<kRows>(sums, slot, blocks, args.group_size, stages);
   }
 
   __device__ __forceinline__ void own_barrier() const { barrier_of<kOwnThreads>(1 + core.warpgroup); }
@@ -217,12 +245,13 @@ class HopperExperts {
   // ---- the end of a tile --------------------------------------------------------------------------------------------
 
   __device__ __forceinline__ u32 row_sh(int row, int buffer) const {
-    return list_sh + (buffer * kTokens + row) * kListRowBytes;
+    return list_sh + (buffer * kTallest + row) * kListRowBytes;
   }
 
   // Brings the tile's rows of the list; those past the last repeat it.
+  template <int kRows>
   __device__ __forceinline__ void fetch_rows(const WorkItem& item, int buffer) const {
-    for (int row = own_thread(); row < kTokens; row += kOwnThreads)
+    for (int row = own_thread(); row < kRows; row += kOwnThreads)
       cp_async_8(row_sh(row, buffer), list.row_at(item.first + min(row, item.count - 1)));
   }
 
@@ -245,7 +274,6 @@ class HopperExperts {
       }
 #pragma unroll
       for (int t = kFirst / 8; t < kEnd / 8; t += 2) {  // an odd last octet is stored twice
-        if (kHasLowTiles && 8 * t >= item.count) break;
         const bool has_two = t + 1 < kEnd / 8;
         const u32 place =
             out_sh + (8 * t + (has_two ? row : row % 8)) * kRowBytes + (first_column + 8 * half_of_row) * 2;
@@ -278,6 +306,7 @@ class HopperExperts {
     const int column = unit / kHalfChunks * kTileColumns + unit % kHalfChunks * 8;
     const int out_column = step * kOutColumns + core.warpgroup * kOwnColumns + column;
     if (out_column >= columns) return;
+#pragma unroll 2
     for (int row = thread / kUnits; row < count; row += kOwnThreads / kUnits) {
       u32 eight[2][4], pair[1];
 #pragma unroll
@@ -295,7 +324,8 @@ class HopperExperts {
   const ExpertArguments& args;
   const Core& core;
   const WorkList list;
-  const int columns, num_steps, num_places;
+  const int columns, num_steps;
+  const WorkList::Ends ends;
   const u32 out_sh, list_sh;  // the warpgroup's: where its rows leave from, and its rows of the list
 };
 

@@ -54,6 +54,7 @@ class SmallExperts {
       mbarrier_init(barrier, 1);
       fence_mbarrier_init();
     }
+    __syncwarp();  // before the same thread arrives, so that racecheck can follow
     if (is_cluster) cluster_arrive();
 #endif
     if (!args.reads_early) wait_for_last_launch();

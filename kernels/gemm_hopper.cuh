@@ -173,9 +173,9 @@ class HopperTile {
     int group, num_groups;            // `group` is copied next
   };
 
-  // For a tile and a range of stages. `offset_of` a token in numbers, a multiple of 8; what lies past the last token is
-  // a column that nobody stores.
-  template <class OffsetOf>
+  // For the first kRows tokens of a tile and a range of stages. `offset_of` a token in numbers, a multiple of 8; what
+  // lies past the last token is a column that nobody stores.
+  template <int kRows = kTokens, class OffsetOf>
   __device__ __forceinline__ Copier make_copier(const u16* act_gl_rd, const GemmArguments& args, int tile,
                                                 StepRange range, OffsetOf offset_of) const {
     const int thread = threadIdx.x - kMathThreads, chunk = thread % kRowChunks, first = thread / kRowChunks;
@@ -187,19 +187,21 @@ class HopperTile {
                      range.begin * kStageRows / args.group_size + 1,
                      args.size_k / args.group_size};
 #pragma unroll
-    for (int i = 0; i < kActLoads; ++i) copier.token_offsets[i] = u32(offset_of(first + i * kRoundTokens) / 8);
+    for (int i = 0; i < kActLoads; ++i)
+      if (i * kRoundTokens < kRows) copier.token_offsets[i] = u32(offset_of(first + i * kRoundTokens) / 8);
     return copier;
   }
 
-  // Tokens from `num_tokens` on need not be copied.
-  __device__ __forceinline__ void copy_stage(Copier& copier, const Slot& slot, i64 qweight_stride, int group_size,
-                                             int num_tokens = kTokens) const {
+  // Brings a stage with the first kRows tokens.
+  template <int kRows = kTokens>
+  __device__ __forceinline__ void copy_stage(Copier& copier, const Slot& slot, i64 qweight_stride,
+                                             int group_size) const {
     const int thread = threadIdx.x - kMathThreads, chunk = thread % kRowChunks, first = thread / kRowChunks;
     const u32 stage = shared + slot.index * kStageBytes;
     const u32 act_sh_wr = stage + (first * kRowChunks + (chunk ^ (first % 8))) * 16;
 #pragma unroll
     for (int i = 0; i < kActLoads; ++i)
-      if (i * kRoundTokens < num_tokens && (kTokens % kRoundTokens == 0 || first + i * kRoundTokens < kTokens))
+      if (i * kRoundTokens < kRows && (kRows % kRoundTokens == 0 || first + i * kRoundTokens < kRows))
         cp_async_16(act_sh_wr + i * (kRoundTokens * kRowChunks * 16),
                     copier.act_gl_rd + 8 * i64(copier.token_offsets[i]));
     copier.act_gl_rd += kStageRows;

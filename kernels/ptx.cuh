@@ -134,6 +134,19 @@ __device__ __forceinline__ void barrier_of(int number) {
   asm volatile("bar.sync %0, %1;" ::"r"(number), "n"(kThreads) : "memory");
 }
 
+// ---- functions in fp32, to a unit or two; subnormal numbers count as zero -------------------------------------------
+
+__device__ __forceinline__ float fast_exp2(float x) {
+  float y;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+__device__ __forceinline__ float fast_reciprocal(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 // ---- arithmetic on two 16-bit numbers in a register -----------------------------------------------------------------
 
 // One half of a register, meant twice. Instructions have that for nothing, where the one that uses it doubles it:

@@ -158,6 +158,24 @@ def random_routing(tokens, top_k, number, kind="uniform", *, dtype=torch.int32, 
     return ids.to(dtype).contiguous(), shares / shares.sum(1, keepdim=True)
 
 
+def listed_items(ids, number, heights):
+    """The items of the list of work, (expert, rows of its tiles, first row, count), in their order.
+
+    All tiles of an expert have the height that takes the least time, the taller one of two: a tile takes as long as its
+    rows and 64 more. Tall tiles come first.
+    """
+    known = ids[(ids >= 0) & (ids < number)].long()
+    counts = torch.bincount(known, minlength=number).tolist()
+    items, first = [], 0
+    for expert, count in enumerate(counts):
+        if count:
+            rows = min(heights, key=lambda rows: -(-count // rows) * (rows + 64))
+            starts = range(0, count, rows)
+            items += [(expert, rows, first + start, min(rows, count - start)) for start in starts]
+        first += count
+    return sorted(items, key=lambda item: -item[1])
+
+
 #: How far results may be off on the whole, in units of their type: products come to 0.5 to 0.8, blocks to 2.
 UNITS_OF_PRODUCT, UNITS_OF_BLOCK = 2, 4
 

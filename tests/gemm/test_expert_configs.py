@@ -5,15 +5,23 @@ import math
 from dataclasses import replace
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from awq2marlin.gemm.compile_matrix import COMPLETE
-from awq2marlin.gemm.experts.kernels import DIRECT_PAIRS, HopperExpertsConfig, SmallExpertsConfig
+from awq2marlin.gemm.experts.kernels import (
+    DIRECT_PAIRS,
+    TILE_HEIGHTS,
+    HopperExpertsConfig,
+    SmallExpertsConfig,
+    max_work_items,
+)
 from awq2marlin.gemm.experts.launch import make_plan
 from awq2marlin.gemm.experts.problem import ExpertProblem
 from awq2marlin.gemm.experts.select import _expected_tiles, all_configs, all_sources
 from awq2marlin.gemm.families.base import HOPPER, MAX_SPLITS
+from tests.gemm.expert_cases import ROUTINGS, listed_items, random_routing
 
 CAPABILITIES = [(8, 0), (8, 6), (8, 7), (8, 9), (9, 0), (10, 0), (10, 3), (12, 0), (12, 1)]
 SHARED_LIMITS = {(8, 0): 163 << 10, (8, 7): 163 << 10, (9, 0): 227 << 10, (10, 0): 227 << 10, (10, 3): 227 << 10}
@@ -75,7 +83,7 @@ def check_launch(launch, problem, plan):
     """Checks all that the kernel's code takes for granted, which the compiler cannot know."""
     config, num_splits = launch
     assert config.shared_bytes <= SHARED_LIMITS.get(problem.capability, 99 << 10)
-    assert config.tile_rows == plan.tile_rows
+    assert config.heights == plan.heights
     assert 1 <= num_splits <= MAX_SPLITS
     blocks = config.grid(problem, num_splits, has_list=plan.has_list)
     assert blocks[0] % num_splits == 0
@@ -85,11 +93,13 @@ def check_launch(launch, problem, plan):
         assert plan.has_list
         assert problem.capability == HOPPER
         assert config.stages >= 3
+        assert list(config.heights) == sorted(set(config.heights), reverse=True)
+        assert len(config.heights) <= TILE_HEIGHTS
         if config.scales_sums:
             assert config.stages % 2 == 0
             assert problem.size_k % 128 == 0
             assert problem.group_size in (128, problem.size_k)
-        assert config.activation != "gelu" or config.tokens <= 96  # the error function leaves no registers for more
+        assert config.activation != "gelu" or config.heights[0] <= 80  # the error function leaves no registers for more
         assert num_splits == 1
         return
     assert isinstance(config, SmallExpertsConfig)
@@ -142,7 +152,54 @@ def test_a_warm_up_knows_the_kernels_of_all_fewer_tokens(num_bits):
         asked = replace(problem, num_pairs=8 * tokens)
         picked.add(make_plan(asked).launches[0].config)
         assert picked <= set(all_configs(asked)), tokens
-    assert {config.tile_rows for config in picked} > {8, 16, 32, 64, 96, 128}
+    tallest = {config.heights[0] for config in picked}
+    assert tallest == {8, 16, 24, 32, 80, 112, 128} | ({48, 64, 144} if num_bits == 4 else set())
+
+
+@pytest.mark.parametrize(
+    ("tokens", "hidden", "inner", "heights"),
+    [
+        (256, 4096, 1408, (24,)),
+        (512, 4096, 1408, (80, 48, 32)),
+        (1024, 4096, 1408, (80, 64, 32)),
+        (1400, 4096, 1408, (112, 80, 48)),
+        (4096, 4096, 1408, (144, 80, 48)),
+        (1024, 2048, 768, (80, 32)),  # a block has few tiles
+    ],
+)
+def test_an_expert_may_have_lower_or_taller_tiles_than_even_routing_would_give_it(tokens, hidden, inner, heights):
+    gated = ExpertProblem(8 * tokens, 8, 128, 2 * inner, hidden, 128, 4, "fp16", "silu", False, HOPPER, 132)
+    down = replace(gated, size_n=hidden, size_k=inner, activation="none", sums_tokens=True)
+    plan = make_plan(gated, down)
+    assert plan.heights == heights
+    assert [config.heights for config, _ in plan.launches] == [heights, heights]
+    others = make_plan(replace(gated, capability=(8, 0), multiprocessors=108))
+    assert len(others.heights) == 1
+
+
+@given(
+    st.integers(1, 600),
+    st.sampled_from([1, 2, 8]),
+    st.sampled_from([1, 5, 16, 160]),
+    st.sampled_from(ROUTINGS),
+    st.sampled_from([(8,), (80, 32), (80, 48, 32), (80, 64, 32), (144, 80, 48)]),
+)
+def test_a_list_of_work_holds_every_pair_once_and_has_room(tokens, top_k, number, kind, heights):
+    ids, _ = random_routing(tokens, top_k, number, kind)
+    items = listed_items(ids, number, heights)
+    counts = torch.zeros(number, dtype=torch.int64)
+    begins = {}
+    for expert, rows, first, count in items:
+        assert 0 < count <= rows
+        begins[first] = first + count
+        counts[expert] += count
+    known = ids[(ids >= 0) & (ids < number)].long()
+    assert torch.equal(counts, torch.bincount(known, minlength=number))
+    end = 0
+    while end in begins:  # one after the other, without a gap
+        end = begins.pop(end)
+    assert (end, begins) == (len(known), {})
+    assert len(items) <= max_work_items(ids.numel(), number, heights[-1])
 
 
 def test_few_pairs_need_no_list_unless_most_share_an_expert():
@@ -159,13 +216,13 @@ def test_few_experts_with_16_rows_have_tiles_of_32_where_scales_go_to_sums(num_b
     """Mixtral-8x7B with 64 tokens: with short groups tiles of 32 rows take a third longer (H100, 2026-11-26)."""
     down = ExpertProblem(128, 2, 8, 4096, 14336, group_size, num_bits, "fp16", "none", True, HOPPER, 132)
     plan = make_plan(down)
-    assert plan.tile_rows == rows
+    assert plan.heights == (rows,)
     assert isinstance(plan.launches[0].config, HopperExpertsConfig) == is_hopper
     if is_hopper:
         assert plan.launches[0].config.scales_sums
         assert plan.launches[0].config.blocks_at_once == 1
     elsewhere = make_plan(replace(down, capability=(8, 0), multiprocessors=108))
-    assert elsewhere.tile_rows == 24
+    assert elsewhere.heights == (24,)
 
 
 def test_more_tokens_than_a_grid_has_room_for_are_refused_in_a_sentence():

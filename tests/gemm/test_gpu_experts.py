@@ -8,12 +8,15 @@ import torch
 
 from awq2marlin.errors import KernelUnavailableError
 from awq2marlin.gemm import jit
-from awq2marlin.gemm.experts import ops
+from awq2marlin.gemm.driver import device_of
+from awq2marlin.gemm.experts import launch, ops, select
+from awq2marlin.gemm.experts.problem import ExpertProblem
 from tests.gemm.expert_cases import (
     ROUTINGS,
     Known,
     assert_block,
     assert_products,
+    listed_items,
     random_block,
     random_experts,
     random_routing,
@@ -112,6 +115,13 @@ def check_block(block, tokens, top_k, kind="uniform", *, known=None, sample=None
     assert_block(run_block(block, x, ids, shares), x, block, ids, shares, tokens=sample, known=known)
 
 
+@pytest.fixture
+def large_layers(monkeypatch):
+    """Layers count as large enough for kernels with three heights of tiles."""
+    monkeypatch.setattr(select, "_MANY_ROWS", 0)
+    forget_prepared_calls(monkeypatch)
+
+
 # --- values -----------------------------------------------------------------------------------------------
 
 
@@ -203,6 +213,73 @@ def test_every_routing(kind, ids):
             check_experts(block.w13, tokens, top_k, kind, known=known[0], sample=sample, dtype=ids)
 
 
+#: On the average 25, 50, 94, 113 and 250 rows for each of 16 experts.
+TOKENS_OF_16 = (200, 400, 750, 900, 2000)
+
+
+@pytest.mark.parametrize(("dtype", "num_bits"), KINDS)
+@pytest.mark.parametrize("groups", [(64, 32), (128, 128), (-1, 128)])
+@pytest.mark.usefixtures("large_layers")
+def test_tiles_of_several_heights(groups, dtype, num_bits):
+    kind = {"num_bits": num_bits, "dtype": DTYPES[dtype], "has_zeros": groups[0] != -1, "has_bias": True}
+    block = gpu_block(16, 640, 384, groups, **kind)
+    known = Known(block.w13), Known(block.w2)
+    for tokens in TOKENS_OF_16:
+        for routing_kind in ("uniform", "zipf", "few", "foreign"):
+            sample = some_of(tokens, 100)
+            check_block(block, tokens, 2, routing_kind, known=known, sample=sample)
+        check_experts(block.w2, tokens, 2, "zipf", known=known[1], sample=sample)
+
+
+@pytest.mark.usefixtures("large_layers")
+def test_heights_of_tiles_give_the_same_bits_every_time():
+    """Which rows of an expert share a tile is up to chance."""
+    block = gpu_block(16, 512, 256, (128, 64), has_bias=True)
+    for tokens in TOKENS_OF_16:
+        ids, shares = routing(tokens, 2, 16, "zipf")
+        x = random_rows(tokens, block.w13)
+        first, product = block(x, ids, shares), block.w13(x, ids)
+        order = torch.randperm(tokens, device=DEVICE)
+        assert torch.equal(block(x[order], ids[order], shares[order]), first[order])
+        for _ in range(5):
+            assert torch.equal(run_block(block, x, ids, shares), first)
+            assert torch.equal(run_experts(block.w13, x, ids), product)
+
+
+@pytest.mark.parametrize("ids_type", [torch.int32, torch.int64], ids=["int32", "int64"])
+@pytest.mark.parametrize("kind", ROUTINGS)
+def test_the_list_of_work_says_what_a_plain_count_says(kind, ids_type):
+    device = device_of(0)
+    for number, top_k, tokens in ((1, 1, 3), (5, 3, 70), (16, 2, 900), (160, 8, 500), (1024, 4, 2000)):
+        ids, shares = routing(tokens, top_k, number, kind, dtype=ids_type)
+        for heights in ((8,), (24,), (80, 32), (80, 48, 32), (144, 80, 48)):
+            plan = launch.Plan(heights, has_list=True, launches=())
+            problem = ExpertProblem(
+                tokens * top_k, top_k, number, 64, 64, 64, 4, "fp16", "none", False, device.capability, 132
+            )
+            words = torch.full((launch._work_bytes(plan, problem) // 4,), -7, dtype=torch.int32, device=DEVICE)
+            launch._list_kernel(plan, problem, ids)(ids.data_ptr(), shares.data_ptr(), words.data_ptr())
+            items = listed_items(ids.cpu(), number, heights)
+            ends, listed, rows = (
+                words[:3],
+                words[4 : 4 + 4 * len(items)],
+                words[4 + 4 * launch._work_items(plan, problem) :],
+            )
+            assert ends.tolist() == [
+                sum(tile >= least for _, tile, _, _ in items) for least in (*heights, *heights[-1:] * 2)[:3]
+            ]
+            assert [tuple(item[:3]) for item in listed.view(-1, 4).tolist()] == [
+                (expert, first, count) for expert, _, first, count in items
+            ]
+            pairs, weights = rows.view(-1, 2).unbind(1)
+            assert torch.equal(weights[pairs >= 0].view(torch.float32), shares.view(-1)[pairs[pairs >= 0].long()])
+            chosen = ids.view(-1)
+            for expert, _, first, count in items:
+                assert (chosen[pairs[first : first + count].long()] == expert).all()
+            known = ((chosen >= 0) & (chosen < number)).nonzero().view(-1)
+            assert torch.equal(pairs[: len(known)].sort().values.long(), known)
+
+
 def test_ids_outside_the_rank_give_zeros_and_nothing_to_the_sum():
     block = gpu_block(8, 256, 128, (64, 64), has_bias=True)
     for tokens in (1, 10, 200):
@@ -264,10 +341,13 @@ def test_what_is_no_number_stays_where_it_is(dtype):
 
 
 @pytest.mark.parametrize("kind", ["uniform", "foreign"])
-def test_a_row_s_bits_do_not_depend_on_who_else_is_there(kind):
+@pytest.mark.parametrize("many_rows", [0, select._MANY_ROWS], ids=["large layer", "small layer"])
+def test_a_row_s_bits_do_not_depend_on_who_else_is_there(monkeypatch, many_rows, kind):
     """For one number of tokens: neither on their order, nor on what the others are or choose."""
+    monkeypatch.setattr(select, "_MANY_ROWS", many_rows)
+    forget_prepared_calls(monkeypatch)
     block = gpu_block(16, 512, 256, (128, 64), has_bias=True)
-    for tokens in (2, 8, 9, 40, 130, 1000):
+    for tokens in (2, 8, 9, 40, 130, 300, 1000):
         ids, shares = routing(tokens, 4, 16, kind)
         x = random_rows(tokens, block.w13)
         out, product = block(x, ids, shares), block.w13(x, ids, shares)

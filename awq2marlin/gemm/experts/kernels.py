@@ -29,6 +29,9 @@ DIRECT_PAIRS = 32
 ALIGN_THREADS = 1024
 ALIGN_BLOCKS = 8
 
+#: Heights of tiles that a list of work can have.
+TILE_HEIGHTS = 3
+
 #: Blocks that the second dimension of a grid can have.
 _MAX_ITEMS = 65535
 
@@ -56,11 +59,6 @@ class ExpertsConfig(ABC):
     num_bits: int
     activation: Activation = "none"
     sums_pairs: bool = False
-
-    @property
-    @abstractmethod
-    def tile_rows(self) -> int:
-        """Rows of a tile: pairs of one expert that are multiplied together."""
 
     @property
     @abstractmethod
@@ -137,9 +135,9 @@ class SmallExpertsConfig(ExpertsConfig):
     resident_warps: int
 
     @property
-    def tile_rows(self) -> int:
+    def heights(self) -> tuple[int, ...]:
         """Rows of a tile."""
-        return 8 * self.token_tiles
+        return (8 * self.token_tiles,)
 
     @property
     def threads(self) -> int:
@@ -154,7 +152,7 @@ class SmallExpertsConfig(ExpertsConfig):
     @functools.cached_property
     def shared_bytes(self) -> int:
         """Shared memory of a block: each warp's steps, later its sums; what other blocks send; the pairs."""
-        rows = self.tile_rows
+        rows = 8 * self.token_tiles
         step = self.step_rows * (2 * rows + self.tiles * 64 * self.num_bits // 8)
         received = (rows * 16 + MAX_SPLITS) * self.tiles * 16 if self.token_tiles == 1 else 0
         return self.warps * max(self.stages * step, self.tiles * sum_bytes(64, rows)) + received + 8 + 4 * rows
@@ -170,7 +168,7 @@ class SmallExpertsConfig(ExpertsConfig):
         if self.sums_pairs:
             items //= problem.top_k
         elif has_list:
-            items = max_work_items(problem.num_pairs, problem.num_experts, self.tile_rows)
+            items = max_work_items(problem.num_pairs, problem.num_experts, self.heights[-1])
         if items > _MAX_ITEMS:
             raise ValueError(
                 f"the experts of {problem.num_pairs // problem.top_k} tokens are more than one launch can have "
@@ -200,7 +198,7 @@ class HopperExpertsConfig(ExpertsConfig):
     """Many rows an expert, on compute capability 9.0: ``kernels/experts_hopper.cuh``.
 
     Attributes:
-        tokens: rows of a tile.
+        heights: rows of tiles, the tallest first.
         stages: of the pipeline through shared memory.
         blocks_at_once: that a multiprocessor holds.
         scales_sums: whether scales are applied to the sums of a group, of 128 rows or the only one, and not to weights.
@@ -208,15 +206,10 @@ class HopperExpertsConfig(ExpertsConfig):
 
     header = "experts_hopper.cuh"
 
-    tokens: int
+    heights: tuple[int, ...]
     stages: int
     blocks_at_once: int = 1
     scales_sums: bool = False
-
-    @property
-    def tile_rows(self) -> int:
-        """Rows of a tile."""
-        return self.tokens
 
     @property
     def threads(self) -> int:
@@ -231,8 +224,9 @@ class HopperExpertsConfig(ExpertsConfig):
     @functools.cached_property
     def shared_bytes(self) -> int:
         """Shared memory of a block: stages with groups and barriers; rows that leave, and of the list, in halves."""
-        stage = 64 * (2 * self.tokens + 256 * self.num_bits // 8) + 2 * 4 * group_bytes(self.num_bits)
-        return self.stages * (stage + 16) + self.tokens * (2 * self.out_columns + 2 * (16 + 16))
+        rows = self.heights[0]
+        stage = 64 * (2 * rows + 256 * self.num_bits // 8) + 2 * 4 * group_bytes(self.num_bits)
+        return self.stages * (stage + 16) + rows * (2 * self.out_columns + 2 * (16 + 16))
 
     @property
     def resident_blocks(self) -> int:
@@ -246,28 +240,30 @@ class HopperExpertsConfig(ExpertsConfig):
     @property
     def implementation(self) -> str:
         """The instantiated C++ class."""
-        numbers = (self.num_bits, self.tokens, self.stages, self.blocks_at_once, str(self.scales_sums).lower())
         activation = f"Activation::{_CPP_ACTIVATIONS[self.activation]}"
-        return f"HopperExperts<{CPP_TYPES[self.dtype]}, {', '.join(map(str, numbers))}, {activation}>"
+        scales_sums = str(self.scales_sums).lower()
+        numbers = (self.num_bits, self.stages, self.blocks_at_once, scales_sums, activation, *self.heights)
+        return f"HopperExperts<{CPP_TYPES[self.dtype]}, {', '.join(map(str, numbers))}>"
 
 
 @functools.cache
-def align_source(blocks: int) -> KernelSource:
+def align_source(blocks: int, heights: int) -> KernelSource:
     """Returns the kernel that writes the list of work: which pairs chose which expert.
 
     Args:
         blocks: of the cluster that shares the pairs; 1 needs no clusters.
+        heights: that tiles may have: 1 or `TILE_HEIGHTS`, of which some may be equal.
     """
     return KernelSource(
-        f"align_experts<{blocks}>",
+        f"align_experts<{blocks}, {heights}>",
         f"""\
 #include "experts.cuh"
 using namespace marlin;
 extern "C" __global__ void __launch_bounds__({ALIGN_THREADS})
     {ENTRY_POINT}(const void* topk_ids, const float* topk_weights, int* work, int num_pairs, int num_experts,
-                  int tile_rows, int max_items, int has_long_ids) {{
-  align_experts<{ALIGN_THREADS}, {blocks}>(
-      {{topk_ids, topk_weights, work, num_pairs, num_experts, tile_rows, max_items, has_long_ids}});
+                  int tall, int middle, int low, int max_items, int has_long_ids) {{
+  align_experts<{ALIGN_THREADS}, {blocks}, {heights}>(
+      {{topk_ids, topk_weights, work, num_pairs, num_experts, tall, middle, low, max_items, has_long_ids}});
 }}
 """,
     )

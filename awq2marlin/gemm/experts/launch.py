@@ -23,9 +23,16 @@ from awq2marlin.gemm.experts.checks import (
     check_reach,
     weights_of,
 )
-from awq2marlin.gemm.experts.kernels import ALIGN_BLOCKS, ALIGN_THREADS, align_source, max_work_items, sum_source
+from awq2marlin.gemm.experts.kernels import (
+    ALIGN_BLOCKS,
+    ALIGN_THREADS,
+    TILE_HEIGHTS,
+    align_source,
+    max_work_items,
+    sum_source,
+)
 from awq2marlin.gemm.experts.problem import Activation, ExpertProblem
-from awq2marlin.gemm.experts.select import Launch, all_configs, is_direct, pick_launch, tile_rows_for
+from awq2marlin.gemm.experts.select import Launch, align_sources, all_configs, heights_for, is_direct, pick_launch
 from awq2marlin.gemm.families.base import HOPPER
 from awq2marlin.gemm.launch import DTYPES
 from awq2marlin.gemm.source import KernelSource
@@ -36,12 +43,12 @@ class Plan(NamedTuple):
     """What serves one product, or both of a block.
 
     Attributes:
-        tile_rows: rows of an expert that are multiplied together.
+        heights: of tiles, the tallest first: so many rows of an expert are multiplied together.
         has_list: whether there is a list of work.
         launches: a kernel for each product.
     """
 
-    tile_rows: int
+    heights: tuple[int, ...]
     has_list: bool
     launches: tuple[Launch, ...]
 
@@ -52,12 +59,12 @@ def make_plan(*problems: ExpertProblem) -> Plan:
     Raises:
         ValueError: there are more tokens than one launch can have.
     """
-    rows = tile_rows_for(problems[0])
-    has_list = not is_direct(problems[0], rows)
-    launches = tuple(pick_launch(problem, rows, has_list=has_list) for problem in problems)
+    heights = heights_for(problems[0])
+    has_list = not is_direct(problems[0], heights)
+    launches = tuple(pick_launch(problem, heights, has_list=has_list) for problem in problems)
     for (config, num_splits), problem in zip(launches, problems, strict=True):
         config.grid(problem, num_splits, has_list=has_list)  # before anything is launched
-    return Plan(rows, has_list, launches)
+    return Plan(heights, has_list, launches)
 
 
 # ---- what serves a call --------------------------------------------------------------------------------------------
@@ -273,10 +280,7 @@ def load_up_to(block: BlockTensors, max_tokens: int) -> int:
     for problem in block_problems(block):
         largest = replace(problem, num_pairs=max_tokens * top_k)
         sources |= {config.source: config.shared_bytes for config in all_configs(largest)}
-        sources[sum_source(problem.dtype)] = 0
-        sources[align_source(1)] = 0
-        if problem.capability >= HOPPER:
-            sources[align_source(ALIGN_BLOCKS)] = 0
+        sources |= dict.fromkeys((sum_source(problem.dtype), *align_sources(problem.capability)), 0)
     load_kernels(sources, device_of(block.hidden.device.index))
     return len(sources)
 
@@ -285,7 +289,7 @@ def load_up_to(block: BlockTensors, max_tokens: int) -> int:
 
 
 def _work_items(plan: Plan, problem: ExpertProblem) -> int:
-    return max_work_items(problem.num_pairs, problem.num_experts, plan.tile_rows)
+    return max_work_items(problem.num_pairs, problem.num_experts, plan.heights[-1])
 
 
 def _work_bytes(plan: Plan, problem: ExpertProblem) -> int:
@@ -300,7 +304,7 @@ def _list_kernel(plan: Plan, problem: ExpertProblem, ids: torch.Tensor) -> Prepa
     has_clusters = problem.capability >= HOPPER
     blocks = ALIGN_BLOCKS if has_clusters and problem.num_pairs > ALIGN_THREADS else 1
     return PreparedKernel(
-        align_source(blocks),
+        align_source(blocks, 1 if len(plan.heights) == 1 else TILE_HEIGHTS),
         device_of(ids.device.index),
         Blocks((blocks, 1, 1), ALIGN_THREADS, cluster=blocks, overlaps=has_clusters),
         maps=0,
@@ -308,7 +312,8 @@ def _list_kernel(plan: Plan, problem: ExpertProblem, ids: torch.Tensor) -> Prepa
         numbers=(
             problem.num_pairs,
             problem.num_experts,
-            plan.tile_rows,
+            *plan.heights,
+            *plan.heights[-1:] * (TILE_HEIGHTS - len(plan.heights)),
             _work_items(plan, problem),
             _has_long(ids),
         ),

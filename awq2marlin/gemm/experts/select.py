@@ -1,8 +1,9 @@
 """Which kernels serve a layer of experts.
 
 Nobody on the host knows how many rows an expert gets: that would take a wait for the router. What is known is their
-mean, and that routers spread tokens about evenly. The shapes below were the fastest of a sweep on an H100 (2026-11-26)
-over five models' layers and 1 to 4096 tokens, or within a few percent of it.
+mean, and that routers spread tokens about evenly. So the host chooses which heights of tiles a kernel has, and the GPU,
+which counts the rows, which of them an expert gets. The shapes below were the fastest of a sweep on an H100
+(2026-11-26) over five models' layers and 1 to 4096 tokens, or within a few percent of it.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import NamedTuple, get_args
 from awq2marlin.gemm.experts.kernels import (
     ALIGN_BLOCKS,
     DIRECT_PAIRS,
+    TILE_HEIGHTS,
     ExpertsConfig,
     HopperExpertsConfig,
     SmallExpertsConfig,
@@ -28,11 +30,23 @@ from awq2marlin.gemm.families.base import DTYPES, HOPPER, MAX_SPLITS, Capability
 from awq2marlin.gemm.source import KernelSource
 
 #: Heights of tiles on Hopper, and on other GPUs.
-_HOPPER_ROWS = (8, 16, 24, 32, 48, 64, 80, 96, 112, 128, 144)
+_HOPPER_ROWS = (8, 16, 24, 32, 48, 64, 80, 112, 128, 144)
 _OTHER_ROWS = (8, 16, 24, 32)
 
-#: The largest height of `SmallExperts`.
+#: The largest height of `SmallExperts`; kernels with more rows have several heights.
 _MAX_SMALL_ROWS = 32
+
+#: The heights of a kernel by the one that nearly all experts' rows fit. The others are for experts that have fewer or
+#: more.
+_THREE_HEIGHTS = {48: (80, 48, 32), 64: (80, 64, 32), 80: (80, 64, 32)}
+_TWO_HEIGHTS = {48: (48, 32), 64: (64, 48), 80: (80, 32)}
+
+#: Beside taller ones there are these.
+_BESIDE_TALL = (80, 48)
+
+#: With so many rows of K, in all of a block's steps of 128 columns together, three heights are worth their code. With 8
+#: bits, whose copies take twice as long, they always are; 80 and 32 rows alone would spill registers.
+_MANY_ROWS = 1 << 14
 
 #: With more rows a lane has no registers for two sets of sums; by how many blocks share a multiprocessor, and by bits.
 _MAX_SCALED_ROWS = {1: {4: 80, 8: 80}, 2: {4: 24, 8: 16}}
@@ -50,7 +64,7 @@ _FEW_COLUMNS = 1024
 _MAX_ROWS = {4: 144, 8: 128}
 
 #: Nor does the error function.
-_MAX_GELU_ROWS = 96
+_MAX_GELU_ROWS = 80
 
 
 class Launch(NamedTuple):
@@ -73,8 +87,28 @@ class _Shape(NamedTuple):
 # ---- the height of tiles -------------------------------------------------------------------------------------
 
 
+def heights_for(problem: ExpertProblem) -> tuple[int, ...]:
+    """Returns the heights that tiles may have, the tallest first.
+
+    All tiles of an expert have the height with which they take the least time: `BestTiles` of ``kernels/experts.cuh``.
+    """
+    return _heights_with(problem, tile_rows_for(problem))
+
+
+def _heights_with(problem: ExpertProblem, rows: int) -> tuple[int, ...]:
+    """Returns the heights of a kernel for experts most of which fit a tile of so many rows."""
+    if rows <= _MAX_SMALL_ROWS:
+        return (rows,)
+    if rows > _BESIDE_TALL[0]:
+        return (rows, *_BESIDE_TALL)
+    has_few_rows = (
+        problem.num_experts * problem.out_columns * problem.size_k < 128 * _MANY_ROWS * problem.multiprocessors
+    )
+    return (_TWO_HEIGHTS if has_few_rows and problem.num_bits == 4 else _THREE_HEIGHTS)[rows]
+
+
 def tile_rows_for(problem: ExpertProblem) -> int:
-    """Returns how many rows of an expert are multiplied together.
+    """Returns how many rows of an expert are multiplied together, with even routing.
 
     The smallest height that nearly all experts' rows fit, as a second tile reads their weights again, and with few
     experts keeps all multiprocessors busy for another round; where there is none, the one whose tiles together take the
@@ -87,7 +121,7 @@ def tile_rows_for(problem: ExpertProblem) -> int:
     is_for_all = problem.num_experts <= _FEW_EXPERTS and mean >= from_mean
     likely = mean + (3 if is_for_all else 2) * math.sqrt(mean)
     heights = _heights(problem)
-    large = [rows for rows in heights if rows >= 96] or heights[-1:]
+    large = [rows for rows in heights if rows > _BESIDE_TALL[0]] or heights[-1:]
     best = min(large, key=lambda rows: _expected_tiles(mean, rows) * _stage_time(rows))
     return next((rows for rows in heights if rows >= likely), best)
 
@@ -123,13 +157,13 @@ def _stage_time(rows: int) -> float:
 # ---- the kernels ---------------------------------------------------------------------------------------------
 
 
-def is_direct(problem: ExpertProblem, tile_rows: int) -> bool:
+def is_direct(problem: ExpertProblem, heights: tuple[int, ...]) -> bool:
     """Returns whether warps look at the choices themselves, so that no list of work is needed.
 
     Then there are blocks for every pair, of which those do nothing whose expert an earlier pair has chosen, too.
     """
     leading = problem.top_k if problem.num_pairs == problem.top_k else problem.chosen_experts
-    return problem.num_pairs <= min(DIRECT_PAIRS, 2 * leading) and tile_rows <= _MAX_SMALL_ROWS
+    return problem.num_pairs <= min(DIRECT_PAIRS, 2 * leading) and heights[0] <= _MAX_SMALL_ROWS
 
 
 def sums_in_cluster(problem: ExpertProblem) -> bool:
@@ -139,15 +173,15 @@ def sums_in_cluster(problem: ExpertProblem) -> bool:
 
 
 @functools.lru_cache(maxsize=1 << 14)
-def pick_launch(problem: ExpertProblem, tile_rows: int, *, has_list: bool) -> Launch:
+def pick_launch(problem: ExpertProblem, heights: tuple[int, ...], *, has_list: bool) -> Launch:
     """Picks the kernel for a problem.
 
     Args:
         problem: what is multiplied.
-        tile_rows: the height of tiles, of which the products of a block have the same.
+        heights: of tiles, of which the products of a block have the same.
         has_list: whether there is a list of work, without which only few rows can be multiplied.
     """
-    candidates = list(_candidates(problem, tile_rows, is_one_token=problem.num_pairs == problem.top_k))
+    candidates = list(_candidates(problem, heights, is_one_token=problem.num_pairs == problem.top_k))
     small = [config for config in candidates if isinstance(config, SmallExpertsConfig)]
     large = next((config for config in candidates if isinstance(config, HopperExpertsConfig)), None)
     if has_list and large:
@@ -168,20 +202,20 @@ def all_configs(largest: ExpertProblem) -> list[ExpertsConfig]:
     """
     found: dict[ExpertsConfig, None] = {}
     one = replace(largest, num_pairs=largest.top_k)
-    found.update(dict.fromkeys(_candidates(one, 8, is_one_token=True)))
+    found.update(dict.fromkeys(_candidates(one, (8,), is_one_token=True)))
+    some = replace(largest, num_pairs=2 * largest.top_k)
     for rows in _heights(largest):
-        found.update(
-            dict.fromkeys(_candidates(replace(largest, num_pairs=2 * largest.top_k), rows, is_one_token=False))
-        )
-        if rows >= tile_rows_for(largest) and rows < 96:
+        found.update(dict.fromkeys(_candidates(some, _heights_with(largest, rows), is_one_token=False)))
+        if tile_rows_for(largest) <= rows <= _BESIDE_TALL[0]:
             break
     return list(found)
 
 
-def _candidates(problem: ExpertProblem, rows: int, *, is_one_token: bool) -> Iterator[ExpertsConfig]:
-    """Yields the configs of a height. They depend on the layer, and of the tokens only on whether it is one."""
+def _candidates(problem: ExpertProblem, heights: tuple[int, ...], *, is_one_token: bool) -> Iterator[ExpertsConfig]:
+    """Yields the configs of these heights. They depend on the layer, and of the tokens only on whether it is one."""
+    rows = heights[0]
     if problem.capability == HOPPER and (rows > 16 or (rows == 16 and problem.size_k <= 512)):
-        yield _hopper(problem, rows)
+        yield _hopper(problem, heights)
     has_few_registers = problem.num_bits == 8 and _has_many_scales(problem)
     most = 24 if problem.capability == HOPPER and has_few_registers else _MAX_SMALL_ROWS
     if rows <= most:
@@ -199,19 +233,19 @@ def _blocks_at_once(problem: ExpertProblem, rows: int) -> int:
     return 2 if rows <= (24 if _has_long_groups(problem) else 32) else 1
 
 
-def _hopper(problem: ExpertProblem, rows: int) -> HopperExpertsConfig:
+def _hopper(problem: ExpertProblem, heights: tuple[int, ...]) -> HopperExpertsConfig:
     """Returns the config with as many stages as find room.
 
     Scales are applied to the sums of long groups, if there are registers for them.
     """
-    blocks = _blocks_at_once(problem, rows)
-    scales_sums = _has_long_groups(problem) and rows <= _MAX_SCALED_ROWS[blocks][problem.num_bits]
+    blocks = _blocks_at_once(problem, heights[0])
+    scales_sums = _has_long_groups(problem) and heights[0] <= _MAX_SCALED_ROWS[blocks][problem.num_bits]
     room = (113 if blocks == 2 else 227) << 10
     config = HopperExpertsConfig(
         dtype=problem.dtype,
         num_bits=problem.num_bits,
         activation=problem.activation,
-        tokens=rows,
+        heights=heights,
         stages=8,
         blocks_at_once=blocks,
         scales_sums=scales_sums,
@@ -284,6 +318,13 @@ def _splits(config: SmallExpertsConfig, problem: ExpertProblem) -> int:
     return max(fitting, default=1)
 
 
+def align_sources(capability: Capability) -> list[KernelSource]:
+    """Returns every kernel that writes a list of work on a GPU of that compute capability."""
+    blocks = (1, ALIGN_BLOCKS) if capability >= HOPPER else (1,)
+    heights = (1, TILE_HEIGHTS) if capability == HOPPER else (1,)
+    return [align_source(*each) for each in product(blocks, heights)]
+
+
 def all_sources(capability: Capability, *, full: bool = True) -> list[KernelSource]:
     """Returns every kernel that a GPU of that compute capability can be asked for.
 
@@ -291,9 +332,7 @@ def all_sources(capability: Capability, *, full: bool = True) -> list[KernelSour
         capability: the GPU's compute capability.
         full: whether for every type, width and group size; or each kernel for the usual one, and few for the others.
     """
-    sources = {align_source(1), *map(sum_source, DTYPES)}
-    if capability >= HOPPER:
-        sources.add(align_source(ALIGN_BLOCKS))
+    sources = {*align_sources(capability), *map(sum_source, DTYPES)}
     kinds = product(DTYPES, (4, 8), (32, 64, 128), get_args(Activation))
     for dtype, num_bits, group_size, activation in kinds:
         is_usual_weight, is_usual_gate = (
@@ -305,9 +344,21 @@ def all_sources(capability: Capability, *, full: bool = True) -> list[KernelSour
         is_usual = is_usual_weight and is_usual_gate
         sizes_k = (256, 1024, 8192) if full or is_usual else (256,)
         tokens = 1 << 20 if full or is_usual else 16
-        for size_k, sums_tokens in product(sizes_k, {False, activation == "none"}):
+        many_and_few = (1, 132)  # tiles of a block, by multiprocessors
+        for size_k, sums_tokens, multiprocessors in product(sizes_k, {False, activation == "none"}, many_and_few):
             problem = ExpertProblem(
-                8 * tokens, 8, 128, 512, size_k, group_size, num_bits, dtype, activation, sums_tokens, capability, 132
+                num_pairs=8 * tokens,
+                top_k=8,
+                num_experts=128,
+                size_n=512,
+                size_k=size_k,
+                group_size=group_size,
+                num_bits=num_bits,
+                dtype=dtype,
+                activation=activation,
+                sums_tokens=sums_tokens,
+                capability=capability,
+                multiprocessors=multiprocessors,
             )
             configs = all_configs(problem)
             sources |= {config.source for config in (configs if full or is_usual else configs[-1:])}
