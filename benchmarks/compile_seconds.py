@@ -20,9 +20,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from record import origin, save
 
 from awq2marlin.gemm import jit
-from awq2marlin.gemm.experts.kernels import ALIGN_BLOCKS, align_source, sum_source
+from awq2marlin.gemm.experts.kernels import sum_source
 from awq2marlin.gemm.experts.problem import ExpertProblem
-from awq2marlin.gemm.experts.select import all_configs
+from awq2marlin.gemm.experts.select import align_sources, all_configs
 from awq2marlin.gemm.families.base import HOPPER, GemmProblem
 from awq2marlin.gemm.select import sources_up_to
 from awq2marlin.gemm.source import KernelSource
@@ -51,7 +51,7 @@ def expert_kernels(hidden: int, inner: int, experts: int, top_k: int) -> set[Ker
     up = ExpertProblem(size_n=2 * inner, size_k=hidden, activation="silu", sums_tokens=False, **facts)
     down = ExpertProblem(size_n=hidden, size_k=inner, activation="none", sums_tokens=True, **facts)
     products = {config.source for problem in (up, down) for config in all_configs(problem)}
-    return products | {sum_source("fp16"), align_source(1), align_source(ALIGN_BLOCKS)}
+    return products | {sum_source("fp16"), *align_sources(HOPPER)}
 
 
 def processor_name() -> str:

@@ -645,6 +645,17 @@ def test_a_result_that_cannot_be_written_leaves_the_earlier_one(script, tmp_path
     assert [each.name for each in tmp_path.iterdir()] == ["result.json"]
 
 
+def test_the_kernels_that_are_compiled_are_those_that_a_model_needs(script):
+    compile_seconds = script("compile_seconds")
+    experts = {source.name for source in compile_seconds.expert_kernels(2048, 768, 128, 8)}
+    assert {name for name in experts if name.startswith("align")} == {
+        f"align_experts<{blocks}, {heights}>" for blocks in (1, 8) for heights in (1, 3)
+    }
+    assert {name.split("<")[0] for name in experts} == {
+        "HopperExperts", "SmallExperts", "align_experts", "sum_experts",
+    }  # fmt: skip
+
+
 def test_replays_of_graphs_are_watched_only_while_asked(script, monkeypatch):
     import torch
 
