@@ -175,12 +175,14 @@ def _linear_of_best() -> dict[int, list[float]]:
 
 
 def _experts_of_best() -> dict[int, list[float]]:
-    """The same of a layer of experts, for each model."""
-    of_best: dict[int, list[float]] = {}
+    """The same of a layer of experts, for each model with even routing. A run has ours and one peer."""
+    of_best: dict[tuple[int, str], float] = {}
     for row in _rows("experts_h100.json"):
-        ours, *peers = (times["block"] for times in row["us"].values())
-        of_best.setdefault(row["M"], []).append(ours / min(peers))
-    return of_best
+        if row["routing"] == "uniform":
+            ours, peer = (times["block"] for times in row["us"].values())
+            key = row["M"], row["model"]
+            of_best[key] = max(of_best.get(key, 0.0), ours / peer)
+    return {size: [ratio for (m, _), ratio in of_best.items() if m == size] for size, _ in of_best}
 
 
 def _mean_and_worst(rows: list[dict[str, Any]], ours: str, peers: str) -> str:
