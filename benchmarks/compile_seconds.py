@@ -50,7 +50,7 @@ def expert_kernels(hidden: int, inner: int, experts: int, top_k: int) -> set[Ker
     facts |= {"group_size": 128, "dtype": "fp16", "capability": HOPPER, "multiprocessors": MULTIPROCESSORS}
     up = ExpertProblem(size_n=2 * inner, size_k=hidden, activation="silu", sums_tokens=False, **facts)
     down = ExpertProblem(size_n=hidden, size_k=inner, activation="none", sums_tokens=True, **facts)
-    products = {config.source for problem in (up, down) for config in all_configs(problem)}
+    products = {config.source for config in all_configs(up, down)}
     return products | {sum_source("fp16"), *align_sources(HOPPER)}
 
 

@@ -3,6 +3,7 @@
 import functools
 import math
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from awq2marlin.gemm.compile_matrix import COMPLETE
+from awq2marlin.gemm.experts import launch as experts_launch
 from awq2marlin.gemm.experts.kernels import (
     DIRECT_PAIRS,
     TILE_HEIGHTS,
@@ -124,16 +126,14 @@ def check_launch(launch, problem, plan):
 @given(layers(), NUMBERS, st.lists(NUMBERS, max_size=8))
 def test_whatever_is_picked_fits_the_gpu_and_a_warm_up_knows_it(layer, most, fewer):
     for problems in layer:
-        known = [
-            {config.source: config.shared_bytes for config in all_configs(each)} for each in with_tokens(problems, most)
-        ]
+        known = {config.source: config.shared_bytes for config in all_configs(*with_tokens(problems, most))}
         for tokens in {1, most, *(each for each in fewer if each <= most)}:
             asked = with_tokens(problems, tokens)
             plan = make_plan(*asked)
             assert plan.has_list or asked[0].num_pairs <= DIRECT_PAIRS
-            for launch, problem, sources in zip(plan.launches, asked, known, strict=True):
+            for launch, problem in zip(plan.launches, asked, strict=True):
                 check_launch(launch, problem, plan)
-                assert sources[launch.config.source] == launch.config.shared_bytes
+                assert known[launch.config.source] == launch.config.shared_bytes
                 if problem.capability in COMPLETE:
                     assert launch.config.source in compiled(problem.capability)
 
@@ -154,6 +154,37 @@ def test_a_warm_up_knows_the_kernels_of_all_fewer_tokens(num_bits):
         assert picked <= set(all_configs(asked)), tokens
     tallest = {config.heights[0] for config in picked}
     assert tallest == {8, 16, 24, 32, 80, 112, 128} | ({48, 64, 144} if num_bits == 4 else set())
+
+
+@pytest.mark.parametrize("num_bits", [4, 8])
+@pytest.mark.parametrize(
+    ("hidden", "inner", "groups"),
+    [
+        (2048, 704, (2048, 704)),  # 704 is no multiple of 128: one group is long in the first product only
+        (704, 2048, (704, 2048)),
+        (2048, 768, (128, 64)),
+        (2048, 768, (64, 128)),
+    ],
+)
+@pytest.mark.parametrize("activation", ["silu", "gelu"])
+def test_a_warm_up_knows_both_products_kernels_where_only_one_has_long_groups(
+    monkeypatch, activation, hidden, inner, groups, num_bits
+):
+    """Both have the heights of the first, which long groups decide with few experts."""
+    gated = ExpertProblem(1, 1, 16, 2 * inner, hidden, groups[0], num_bits, "fp16", activation, False, HOPPER, 132)
+    down = replace(gated, size_n=hidden, size_k=inner, group_size=groups[1], activation="none", sums_tokens=True)
+    block = SimpleNamespace(topk_ids=torch.empty(1, 1), hidden=torch.empty(1))
+    loaded = {}
+    monkeypatch.setattr(experts_launch, "block_problems", lambda _: (gated, down))
+    monkeypatch.setattr(experts_launch, "device_of", lambda _: None)
+    monkeypatch.setattr(experts_launch, "load_kernels", lambda sources, _: loaded.update(sources))
+    needed = {}
+    for tokens in range(1, 400):
+        plan = make_plan(*(replace(each, num_pairs=tokens) for each in (gated, down)))
+        needed |= {config.source: config.shared_bytes for config, _ in plan.launches}
+        loaded.clear()
+        experts_launch.load_up_to(block, tokens)
+        assert needed.items() <= loaded.items(), tokens
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,6 @@ from awq2marlin.gemm.experts.problem import Activation, ExpertProblem
 from awq2marlin.gemm.experts.select import Launch, align_sources, all_configs, heights_for, is_direct, pick_launch
 from awq2marlin.gemm.families.base import HOPPER
 from awq2marlin.gemm.launch import DTYPES
-from awq2marlin.gemm.source import KernelSource
 from awq2marlin.layout.marlin import GPTQ_MARLIN_TILE
 
 
@@ -275,12 +274,10 @@ def load_up_to(block: BlockTensors, max_tokens: int) -> int:
     Raises:
         KernelUnavailableError: one cannot be compiled or loaded.
     """
-    top_k = block.topk_ids.shape[1]
-    sources: dict[KernelSource, int] = {}
-    for problem in block_problems(block):
-        largest = replace(problem, num_pairs=max_tokens * top_k)
-        sources |= {config.source: config.shared_bytes for config in all_configs(largest)}
-        sources |= dict.fromkeys((sum_source(problem.dtype), *align_sources(problem.capability)), 0)
+    num_pairs = max_tokens * block.topk_ids.shape[1]
+    first, second = (replace(problem, num_pairs=num_pairs) for problem in block_problems(block))
+    sources = {config.source: config.shared_bytes for config in all_configs(first, second)}
+    sources |= dict.fromkeys((sum_source(first.dtype), *align_sources(first.capability)), 0)
     load_kernels(sources, device_of(block.hidden.device.index))
     return len(sources)
 

@@ -194,21 +194,27 @@ def pick_launch(problem: ExpertProblem, heights: tuple[int, ...], *, has_list: b
     return Launch(config, problem.top_k if config.sums_pairs else _splits(config, problem))
 
 
-def all_configs(largest: ExpertProblem) -> list[ExpertsConfig]:
-    """Returns every kernel that may be picked for a layer.
+def all_configs(*largest: ExpertProblem) -> list[ExpertsConfig]:
+    """Returns every kernel that may be picked for a product, or for both of a block.
 
     Args:
-        largest: its product for the largest number of tokens to come.
+        largest: the products for the largest number of tokens to come; all have the heights of the first.
     """
     found: dict[ExpertsConfig, None] = {}
-    one = replace(largest, num_pairs=largest.top_k)
-    found.update(dict.fromkeys(_candidates(one, (8,), is_one_token=True)))
-    some = replace(largest, num_pairs=2 * largest.top_k)
-    for rows in _heights(largest):
-        found.update(dict.fromkeys(_candidates(some, _heights_with(largest, rows), is_one_token=False)))
-        if tile_rows_for(largest) <= rows <= _BESIDE_TALL[0]:
-            break
+    for problem in largest:
+        one = replace(problem, num_pairs=problem.top_k)
+        found.update(dict.fromkeys(_candidates(one, (8,), is_one_token=True)))
+        for heights in _heights_up_to(largest[0]):
+            found.update(dict.fromkeys(_candidates(problem, heights, is_one_token=False)))
     return list(found)
+
+
+def _heights_up_to(largest: ExpertProblem) -> Iterator[tuple[int, ...]]:
+    """Yields what `heights_for` may return for a product with so many tokens or fewer."""
+    for rows in _heights(largest):
+        yield _heights_with(largest, rows)
+        if tile_rows_for(largest) <= rows <= _BESIDE_TALL[0]:
+            return
 
 
 def _candidates(problem: ExpertProblem, heights: tuple[int, ...], *, is_one_token: bool) -> Iterator[ExpertsConfig]:
