@@ -87,6 +87,9 @@ def captured(launch: Launch, launches: int) -> torch.cuda.CUDAGraph:
         for i in range(launches):
             launch(i)
     graph.replay()
+    # The next launch's first run is on another stream. Beside this replay, Humming's kernels, which share locks in
+    # memory from launch to launch, would wait for each other for ever.
+    torch.cuda.synchronize()
     return graph
 
 

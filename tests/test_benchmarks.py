@@ -1,5 +1,6 @@
 """The scripts of benchmarks/ that need no GPU, on small made-up inputs."""
 
+import contextlib
 import datetime
 import importlib
 import itertools
@@ -700,6 +701,25 @@ def test_the_load_summary_takes_medians_and_compares_tokens(script):
         "awq": {"error": "no"}, "marlin": {"ready_seconds": 3.0}, "vllm": "0.25.0", "same_tokens": True,
     }  # fmt: skip
     assert not summary({"awq": [{**run, "tokens": [1, 3]}], "marlin": [run]})["same_tokens"]
+
+
+def test_a_launch_is_warmed_up_only_when_the_replays_before_it_are_through(script, monkeypatch):
+    """Kernels that share locks wait for each other for ever when two of them run side by side."""
+    done = []
+
+    class Graph:
+        def replay(self):
+            done.append("replay")
+
+    monkeypatch.setattr(torch.cuda, "Stream", lambda: "side")
+    monkeypatch.setattr(torch.cuda, "stream", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", lambda *_, **__: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: done.append("wait"))
+    gemm = script("gemm")
+    for _ in range(2):
+        assert isinstance(gemm.captured(lambda i: done.append(i), 2), Graph)
+    assert done == [0, "wait", 0, 1, "replay", "wait"] * 2
 
 
 def test_kinds_of_weights_are_compared_at_the_same_bytes(script):
