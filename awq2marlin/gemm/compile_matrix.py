@@ -1,10 +1,4 @@
-"""Compiles every kernel for every kind of GPU, without one: ``python -m awq2marlin.gemm.compile_matrix``.
-
-Every instantiation of the dense kernels for compute capability 8.0 and 9.0, those of the experts' for the usual type
-and some of the others, and one of each kernel for 8.6, 8.9, 10.0 and 12.0 (``--full``: every one for all). A register
-spilled to memory, a stack frame, or matrix instructions that the assembler had to serialize are failures: each would
-cost more than any tuning gains.
-"""
+"""Compiles every kernel for every kind of GPU, without one: ``python -m awq2marlin.gemm.compile_matrix``."""
 
 from __future__ import annotations
 
@@ -22,6 +16,14 @@ from awq2marlin.gemm.experts import select as experts
 from awq2marlin.gemm.jit import Resources
 from awq2marlin.gemm.select import all_sources
 from awq2marlin.gemm.source import KernelSource
+
+#: What the help says: of the docstring ``python -OO`` would leave nothing.
+DESCRIPTION = (
+    "Compiles every kernel for every kind of GPU, without one. Every instantiation of the dense kernels for compute "
+    "capability 8.0 and 9.0, those of the experts' for the usual type and some of the others, and one of each kernel "
+    "for 8.6, 8.9, 10.0 and 12.0 (--full: every one for all). A register spilled to memory, a stack frame, or matrix "
+    "instructions that the assembler had to serialize are failures: each would cost more than any tuning gains."
+)
 
 COMPLETE = ((8, 0), (9, 0))
 SAMPLED = ((8, 6), (8, 9), (10, 0), (12, 0))
@@ -71,7 +73,7 @@ def _compile(job: tuple[KernelSource, str]) -> tuple[str, str, list[str], int]:
 
 def main(arguments: list[str] | None = None) -> int:
     """Compiles the matrix and prints what is wrong; returns the exit code, 1 also where there is no compiler."""
-    parser = argparse.ArgumentParser(prog="python -m awq2marlin.gemm.compile_matrix", description=__doc__)
+    parser = argparse.ArgumentParser(prog="python -m awq2marlin.gemm.compile_matrix", description=DESCRIPTION)
     parser.add_argument("--full", action="store_true", help="every instantiation for every architecture")
     parser.add_argument("--verbose", action="store_true", help="a line for every kernel")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (default: the cores)")

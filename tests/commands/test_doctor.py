@@ -105,6 +105,13 @@ def test_without_the_compiler_the_compile_matrix_says_so_in_a_sentence(blocked):
     assert len(done.stderr.splitlines()) == 1
 
 
+def test_the_compile_matrix_says_what_it_does_without_docstrings():
+    command = [sys.executable, "-OO", "-m", "awq2marlin.gemm.compile_matrix", "--help"]
+    told = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
+    assert "Compiles every kernel for every kind of GPU, without one." in told
+    assert "matrix instructions that the assembler had to serialize are failures" in " ".join(told.split())
+
+
 def test_the_compile_matrix_needs_no_pytorch():
     listed = "from awq2marlin.gemm.compile_matrix import matrix\nprint(len(matrix()) > 0, sys.modules['torch'])"
     assert run_without(["torch"], listed).stdout.split() == ["True", "None"]
