@@ -13,7 +13,9 @@ from awq2marlin.hub.publication import FileIdentity, Publication
 from awq2marlin.io.digest import FileDigest, digest_of_file
 from awq2marlin.io.stream import NamedPath
 
-#: The Hub stores files up to 10 MB in git, and knows those by git's own digest.
+#: Bytes up to which a file may lie in git on the Hub, which then knows it by git's own digest. The Hub decides that for
+#: every upload, and takes no file over 10 MiB into git. This is three times as much: a digest that nobody asks for
+#: costs only its time, while a file in git without one would count as not sent.
 _MAX_GIT_FILE = 32_000_000
 
 

@@ -10,7 +10,9 @@ import pytest
 
 import awq2marlin
 from awq2marlin import HubError
+from awq2marlin.hub.identity import identify
 from awq2marlin.hub.publication import FileIdentity, Publication, PushTarget
+from awq2marlin.io.stream import NamedPath
 
 PACKAGE = Path(awq2marlin.__file__).parent
 CONFIG, MANIFEST = "config.json", "marlin_manifest.json"
@@ -76,6 +78,17 @@ def test_a_later_run_knows_what_is_there_by_size_and_digest(hub, target):
     assert not again.has("tokenizer.json", FileIdentity(card.size, card.sha256)), "git does not know SHA-256"
     again.create()
     assert {each.method for each in hub.requests()} == {"GET"}
+
+
+def test_whatever_the_hub_takes_into_git_has_git_s_digest(tmp_path):
+    """The Hub's bound is 10 MiB."""
+    path = tmp_path / "tokenizer.json"
+    for size, in_git in ((0, True), (10 << 20, True), (40 << 20, False)):
+        path.write_bytes(bytes(size))
+        identity, _ = identify(NamedPath(path, path.name))
+        assert identity.sha256 == hashlib.sha256(bytes(size)).hexdigest()
+        git = hashlib.sha1(b"blob %d\0" % size + bytes(size), usedforsecurity=False).hexdigest()
+        assert identity.git_sha1 == (git if in_git else None)
 
 
 def test_overwriting_removes_the_config_in_the_first_commit(hub):
