@@ -258,6 +258,14 @@ struct Tally {
 
 constexpr int kMaxExperts = 1024;
 
+// Blocks of align_experts that a multiprocessor must have room for. Left to itself (0) the compiler takes 32 registers,
+// so that there is room for two; on 10.0 these are too few, and it spills.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ / 100 == 10
+constexpr int kAlignBlocks = 1;
+#else
+constexpr int kAlignBlocks = 0;
+#endif
+
 // Writes the list of work: one block, or a cluster whose blocks share the pairs. Counts, places and then lists the
 // pairs of each expert. In which order an expert's pairs come is up to chance and does not matter: a row's numbers are
 // the same wherever in a tile it is.

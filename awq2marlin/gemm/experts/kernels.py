@@ -259,7 +259,7 @@ def align_source(blocks: int, heights: int) -> KernelSource:
         f"""\
 #include "experts.cuh"
 using namespace marlin;
-extern "C" __global__ void __launch_bounds__({ALIGN_THREADS})
+extern "C" __global__ void __launch_bounds__({ALIGN_THREADS}, kAlignBlocks)
     {ENTRY_POINT}(const void* topk_ids, const float* topk_weights, int* work, int num_pairs, int num_experts,
                   int tall, int middle, int low, int max_items, int has_long_ids) {{
   align_experts<{ALIGN_THREADS}, {blocks}, {heights}>(
