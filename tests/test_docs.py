@@ -215,6 +215,13 @@ def test_the_figures_of_the_gemm_are_those_of_the_stored_results():
     assert said.format(*map(statistics.geometric_mean, few.values())) in told
 
 
+def test_the_figures_of_the_experts_are_those_of_the_stored_results():
+    told = (DOCS / "benchmarks.md").read_text("utf-8").partition("## Layers of experts")[2]
+    for size, ratios in _experts_of_best().items():
+        line = next(line for line in told.splitlines() if line.startswith(f"| {size} | "))
+        assert f"| {statistics.geometric_mean(ratios):.2f} ({max(ratios):.2f}) |" in line
+
+
 LINK = re.compile(r"!?\[[^\]\[]*\]\((?P<target>[^()\s]+)\)")
 
 
