@@ -9,7 +9,6 @@ Qwen3-30B-A3B's. Needs neither a GPU nor a model, and does not look into the cac
 from __future__ import annotations
 
 import argparse
-import platform
 import sys
 import time
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from record import origin, save
+from record import origin, processor, save
 
 from awq2marlin.gemm import jit
 from awq2marlin.gemm.experts.kernels import sum_source
@@ -54,13 +53,6 @@ def expert_kernels(hidden: int, inner: int, experts: int, top_k: int) -> set[Ker
     return products | {sum_source("fp16"), *align_sources(HOPPER)}
 
 
-def processor_name() -> str:
-    """Returns what the processor is called, as far as the system says it."""
-    facts = Path("/proc/cpuinfo")
-    lines = facts.read_text("utf-8").splitlines() if facts.exists() else []
-    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="result, JSON")
@@ -74,11 +66,11 @@ def main() -> int:
         begin, used = time.perf_counter(), time.process_time()
         for kernel in kernels:
             jit.compile_kernel(kernel, jit.arch_of(HOPPER))
-        seconds, processor = time.perf_counter() - begin, time.process_time() - used
-        times = {"seconds": round(seconds, 1), "processor_seconds": round(processor, 1)}
+        seconds, busy = time.perf_counter() - begin, time.process_time() - used
+        times = {"seconds": round(seconds, 1), "processor_seconds": round(busy, 1)}
         rows.append({"model": model, "kernels": len(kernels), **times})
-        print(f"{model}: {len(kernels)} kernels, {seconds:.1f} s, {processor:.1f} s of processor time")
-    save(options.out, {"host": processor_name(), "nvrtc": jit.compiler_version(), **origin(), "rows": rows})
+        print(f"{model}: {len(kernels)} kernels, {seconds:.1f} s, {busy:.1f} s of processor time")
+    save(options.out, {"host": processor(), "nvrtc": jit.compiler_version(), **origin(), "rows": rows})
     return 0
 
 

@@ -33,7 +33,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from record import origin, save
+from record import origin, processor, save
 
 from awq2marlin._version import __version__
 from awq2marlin.checkpoint.synthetic import (
@@ -201,16 +201,8 @@ def make(folder: Path, layers: int, options: argparse.Namespace, **sizes: int) -
 
 def machine() -> dict[str, object]:
     """Returns what the figures belong to."""
-    cpu = next(
-        (
-            line.split(":")[1].strip()
-            for line in Path("/proc/cpuinfo").read_text().splitlines()
-            if line.startswith("model name")
-        ),
-        platform.processor(),
-    )
     return {
-        "cpu": cpu,
+        "cpu": processor(),
         "cores": len(os.sched_getaffinity(0)),
         "kernel": platform.release(),
         "python": platform.python_version(),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import functools
 import json
+import platform
 import subprocess
 from collections import Counter
 from pathlib import Path
@@ -25,6 +26,14 @@ def commit() -> str:
 def driver() -> str:
     """Returns the version of the GPU's driver; empty if there is none."""
     return _answer(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"])
+
+
+def processor() -> str:
+    """Returns what the processor is called, or its kind where the system does not say it."""
+    facts = Path("/proc/cpuinfo")
+    lines = facts.read_text("utf-8").splitlines() if facts.exists() else []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.processor() or platform.machine())
 
 
 def origin(of_commit: str | None = None) -> dict[str, Any]:

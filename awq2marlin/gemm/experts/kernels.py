@@ -152,7 +152,7 @@ class SmallExpertsConfig(ExpertsConfig):
     @functools.cached_property
     def shared_bytes(self) -> int:
         """Shared memory of a block: each warp's steps, later its sums; what other blocks send; the pairs."""
-        rows = 8 * self.token_tiles
+        rows = self.heights[0]
         step = self.step_rows * (2 * rows + self.tiles * 64 * self.num_bits // 8)
         received = (rows * 16 + MAX_SPLITS) * self.tiles * 16 if self.token_tiles == 1 else 0
         return self.warps * max(self.stages * step, self.tiles * sum_bytes(64, rows)) + received + 8 + 4 * rows
